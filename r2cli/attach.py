@@ -1,0 +1,92 @@
+"""What sits on a network's edges, and the network that a checkpoint stands for.
+
+`Observe` watches the range of a value while calibration images pass and keeps nothing else; `OnGrid` rounds a value to its
+grid. `network` rebuilds a checkpoint's model, float or coded, ready to run.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli import graph, models
+from r2cli.checkpoint import Checkpoint
+from r2cli.codec import Grid
+from r2cli.errors import InputError
+
+
+class Observe(nn.Module):
+    """The least and the greatest value seen: passes x on unchanged, any shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = torch.aminmax(x.detach())
+        self.low = torch.minimum(self.low.to(low.device), low)
+        self.high = torch.maximum(self.high.to(high.device), high)
+        return x
+
+
+class OnGrid(nn.Module):
+    """x rounded to its grid: what a QuantizeLinear and a DequantizeLinear make of it, any shape."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.register_buffer("scale", grid.scale, persistent=False)
+        self.register_buffer("zero_point", grid.zero_point.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        zero = self.zero_point
+        codes = torch.round(x / self.scale).add_(zero).clamp_(self.grid.lowest, self.grid.highest)
+        return codes.sub_(zero).mul_(self.scale)
+
+
+@torch.inference_mode()
+def observe(
+    net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor]
+) -> dict[str, tuple[float, float]]:
+    """The (least, greatest) value of each node over `batches` of images; the watchers stay until grids replace them."""
+    watching = {name: Observe() for name in nodes}
+    graph.insert(net, watching)
+    for images in batches:
+        net(images)
+    return {name: (float(watch.low), float(watch.high)) for name, watch in watching.items()}
+
+
+def put_on_grids(net: fx.GraphModule, grids: Mapping[str, Grid]) -> None:
+    """Round the values of the named nodes to their grids from now on; in place."""
+    graph.insert(net, {node: OnGrid(grid) for node, grid in grids.items()})
+
+
+def network(checkpoint: Checkpoint) -> nn.Module:
+    """The model of `checkpoint` with its weights, in evaluation mode; coded weights as their decoded values.
+
+    Raises InputError where the tensors are not those of the model that the checkpoint names.
+    """
+    model = models.build(checkpoint.model)
+    if checkpoint.folded or checkpoint.activations:
+        model = graph.trace(model)
+        graph.remove_norms(model)
+    state = {**checkpoint.floats, **{name: coded.decode() for name, coded in checkpoint.coded.items()}}
+    load_state(model, state, f"a checkpoint of {checkpoint.model.name}")
+    if checkpoint.activations:
+        assert isinstance(model, fx.GraphModule)
+        put_on_grids(model, checkpoint.activations)
+    return model.eval()
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load every tensor or none: raises InputError naming the first that is missing, unknown or of another shape."""
+    own = model.state_dict()
+    for name in sorted({*own, *state}):
+        if name not in state:
+            raise InputError(f"{what} lacks the tensor '{name}': it is of another architecture")
+        if name not in own:
+            raise InputError(f"{what} has an extra tensor '{name}': it is of another architecture")
+        if own[name].shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+            raise InputError(f"{what} has '{name}' of shape {shapes}: it is of another architecture or width")
+    model.load_state_dict(dict(state))

@@ -1,0 +1,74 @@
+"""The command line: parse, call one worker, hand its result to the console. torch is imported inside the commands."""
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from r2cli import __version__, console
+from r2cli.cli import evaluate, export, pretrain, ptq, run
+from r2cli.errors import R2Error
+
+app = typer.Typer(
+    name="r2",
+    help="From a PyTorch network to a deployable integer ONNX model, with range regularization.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Start with: r2 pretrain --reg margin",
+)
+app.command()(pretrain.pretrain)
+app.command()(ptq.ptq)
+app.command()(export.export)
+app.command()(evaluate.evaluate)
+app.command()(run.run)
+
+# What the parser raises for a wrong command line, whichever module of typer's defines it.
+_UsageError = typer.BadParameter.__mro__[1]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"r2 {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def invoke(arguments: list[str]) -> Any:
+    """Run one command and return its report. Raises R2Error, or the parser's error, instead of exiting."""
+    return app(arguments, standalone_mode=False)
+
+
+def main() -> NoReturn:
+    """`r2`: run the command of `sys.argv`, and map whatever goes wrong to one sentence and an exit code."""
+    arguments = sys.argv[1:]
+    as_json = "--json" in arguments
+    if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
+        app(arguments, standalone_mode=True)
+    try:
+        result = invoke(arguments)
+        sys.exit(result if isinstance(result, int) else 0)
+    except R2Error as error:
+        message, code = str(error), error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        message, code = "interrupted; nothing that was there is changed", 130
+    except _UsageError as error:
+        command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
+        message, code = f"{error.format_message()} Try `{command} --help`.", 2  # type: ignore[attr-defined]
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 3
+    except Exception as error:
+        message = f"internal error ({type(error).__name__}: {error}): run it again with R2_TRACEBACK=1 and report what that prints"
+        code = 3
+    console.fail(" ".join(message.split()), code, as_json=as_json)
+    sys.exit(code)

@@ -1,0 +1,46 @@
+"""`r2 export`: a checkpoint as an ONNX file, proved."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+from r2cli import console
+from r2cli.cli import gates
+from r2cli.options import DataName, DryRun, Json, MaxBytes, MinAccuracy, Overwrite, Source, Workers, _option
+
+
+def export(
+    source: Source = Path("model.safetensors"),
+    data: DataName = None,
+    workers: Workers = 2,
+    output: Annotated[
+        Path | None, _option("--output", "-o", help="The file. [default: SOURCE with .onnx]", panel="Output")
+    ] = None,
+    overwrite: Overwrite = False,
+    min_accuracy: MinAccuracy = None,
+    max_bytes: MaxBytes = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
+    output = output or source.with_suffix(".onnx")
+    gates.require_free([output], overwrite=overwrite)
+
+    from r2cli import checkpoint
+    from r2cli.cli import deliver
+
+    started = perf_counter()
+    made = checkpoint.load(source)
+    if dry_run:
+        console.emit({"command": "export"}, as_json=json, lines=[f"would export {source} -> {output}"])
+        return {}
+    proof, report = deliver.to_onnx(made, output, deliver.source_of(made, data, workers), what=str(source))
+    report = {"command": "export", **report, "seconds": round(perf_counter() - started, 1)}
+    kind = f"{report['bits_per_weight']:.2f} bits a weight" if made.coded else "float32"
+    summary = f"{output}: top-1 {report['top1']:.2f} % in ONNX Runtime, {report['bytes']:,} bytes, {kind}"
+    console.emit(
+        report, as_json=json, lines=[*deliver.told(proof), summary, console.next_step(f"r2 evaluate {output}")]
+    )
+    deliver.require_proof(proof, output)
+    gates.require(min_accuracy=min_accuracy, top1=report["top1"], max_bytes=max_bytes, size=report["bytes"])
+    return report

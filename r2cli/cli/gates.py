@@ -1,0 +1,74 @@
+"""What every command checks before it starts and after it is done."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from r2cli.errors import CheckFailed, InputError, unknown
+
+
+def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
+    """Raises InputError where an output is there already, or is a directory, before any work is done."""
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"{path} is a directory: name a file with --output")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} is there already: give --overwrite to replace it, or another --output")
+
+
+def require_no_state(state: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises InputError where a stopped run's state would be lost, or where there is none to resume."""
+    if state.exists() and not resume and not overwrite:
+        raise InputError(f"{state} holds a stopped run: go on with --resume, or start again with --overwrite")
+    if resume and not state.exists():
+        raise InputError(f"{state} does not exist, so there is nothing to resume: start without --resume")
+
+
+def require_known(kind: str, name: str, choices: Sequence[str]) -> None:
+    if name not in choices:
+        raise unknown(kind, name, choices)
+
+
+def require_bits(option: str, bits: int, low: int = 1) -> None:
+    if not low <= bits <= 8:
+        raise InputError(f"{option} {bits} is impossible: give {low} to 8")
+
+
+def keep(patterns: Sequence[str]) -> dict[str, int]:
+    """`PATTERN=BITS` options as a mapping. Raises InputError for anything else."""
+    kept = {}
+    for text in patterns:
+        pattern, _, bits = text.rpartition("=")
+        if not pattern or not bits.isdigit():
+            raise InputError(f"--keep {text} is not PATTERN=BITS, for example --keep 'classifier=8'")
+        require_bits(f"--keep {pattern}", int(bits))
+        kept[pattern] = int(bits)
+    return kept
+
+
+def require(
+    *,
+    min_accuracy: float | None = None,
+    top1: float | None = None,
+    max_drop: float | None = None,
+    drop: float | None = None,
+    max_bytes: int | None = None,
+    size: int | None = None,
+) -> None:
+    """Raises CheckFailed naming every gate that is not met; a gate that is None is open."""
+    failed = []
+    if min_accuracy is not None and top1 is not None and top1 < min_accuracy:
+        failed.append(f"top-1 {top1:.2f} % is below --min-accuracy {min_accuracy:g}")
+    if max_drop is not None and drop is not None and drop > max_drop:
+        failed.append(f"the drop of {drop:.2f} points is above --max-drop {max_drop:g}")
+    if max_bytes is not None and size is not None and size > max_bytes:
+        failed.append(f"{size} bytes are above --max-bytes {max_bytes}")
+    if failed:
+        raise CheckFailed("gate failed: " + "; ".join(failed))
+
+
+def unreadable(files: Sequence[str]) -> list[str]:
+    """A line that counts and names the images that were left out."""
+    if not files:
+        return []
+    named = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
+    return [f"[yellow]{len(files)} unreadable images were left out:[/yellow] {named}"]

@@ -1,0 +1,146 @@
+"""`r2 pretrain`: train a float network with a range regularizer."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from r2cli import console
+from r2cli.cli import gates
+from r2cli.options import DryRun, Json, MinAccuracy, Overwrite, Seed, Workers, _option
+from r2cli.options import Device as DeviceName
+
+if TYPE_CHECKING:
+    from r2cli import train
+
+REG = "none, linf, margin, soft-minmax or kure."
+
+
+def pretrain(
+    model: Annotated[
+        str, _option("--model", help="mobilenet_v1, mobilenet_v2, resnet8, resnet18 or resnet20.")
+    ] = "mobilenet_v1",
+    width: Annotated[
+        float | None, _option("--width", help="Channel multiplier of a MobileNet. [default: V1 0.25, V2 1]")
+    ] = None,
+    data: Annotated[str, _option("--data", help="digits or imagefolder:DIR.")] = "digits",
+    size: Annotated[
+        int | None, _option("--size", help="Image size in pixels. [default: 16 for digits, else the images' or 224]")
+    ] = None,
+    reg: Annotated[str, _option("--reg", help=REG, panel="Regularization")] = "none",
+    reg_weight: Annotated[
+        float | None,
+        _option("--reg-weight", help="Strength. [default: 0.01, for small images what measured best]", panel="Regularization"),
+    ] = None,
+    reg_form: Annotated[
+        str, _option("--reg-form", help="stable, or paper: equations 1 to 3 to the letter.", panel="Regularization")
+    ] = "stable",
+    reg_dim: Annotated[
+        int, _option("--reg-dim", help="Vector length of a later palette.", panel="Regularization", min=1, max=8)
+    ] = 1,
+    reg_lr: Annotated[
+        float | None,
+        _option("--reg-lr", help="Rate of margin's M and soft-minmax's alpha. [default: --lr; paper form 0.01]", panel="Regularization"),
+    ] = None,
+    margin_k: Annotated[
+        int, _option("--margin-k", help="Margin: divide the hinge by K (1: the paper's).", panel="Regularization", min=1)
+    ] = 1,
+    epochs: Annotated[int, _option("--epochs", help="Passes over the data.", min=1)] = 40,
+    batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=1)] = 64,
+    lr: Annotated[float, _option("--lr", help="Peak learning rate; a cosine falls from it to 0.", min=0)] = 0.1,
+    momentum: Annotated[float, _option("--momentum", help="Nesterov momentum.", min=0, max=1)] = 0.9,
+    weight_decay: Annotated[float, _option("--weight-decay", help="L2 on weights; 10x L2 is 4e-4.", min=0)] = 4e-5,
+    warmup: Annotated[float, _option("--warmup", help="Share of the steps that the rate rises.", min=0, max=1)] = 0.05,
+    label_smoothing: Annotated[float, _option("--label-smoothing", help="0 to 1.", min=0, max=1)] = 0.0,
+    seed: Seed = 0,
+    device: DeviceName = "auto",
+    workers: Workers = 2,
+    output: Annotated[Path, _option("--output", "-o", help="The checkpoint to write.", panel="Output")] = Path(
+        "model.safetensors"
+    ),
+    resume: Annotated[bool, _option("--resume", help="Go on where a stopped run left off.", panel="Output")] = False,
+    overwrite: Overwrite = False,
+    min_accuracy: MinAccuracy = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Train a float network, with a regularizer of its weights' range."""
+    state = output.with_name(f"{output.stem}.resume.safetensors")
+    gates.require_free([output], overwrite=overwrite)
+    gates.require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure"))
+    gates.require_known("--reg-form", reg_form, ("stable", "paper"))
+    gates.require_no_state(state, resume=resume, overwrite=overwrite)
+
+    from r2cli import checkpoint, models, regularizers, train
+    from r2cli import data as datasets
+
+    started = perf_counter()
+    spec_only = models.spec(model, classes=2, channels=3, size=32, width=width)  # fail before data is read
+    source = datasets.load(data, size=size, workers=workers)
+    spec = models.spec(
+        model, classes=len(source.class_names), channels=source.input.channels, size=source.input.size, width=width
+    )
+    assert spec_only.name == spec.name
+    setting = None
+    if reg != "none":
+        strength = reg_weight
+        if strength is None:
+            strength = regularizers.default_strength(reg, size=source.input.size, images=len(source.train))
+        setting = regularizers.Setting(reg, strength, reg_form == "stable", reg_dim, margin_k)
+    own_lr = reg_lr if reg_lr is not None else (lr if reg_form == "stable" else 0.01)
+    settings = train.Settings(
+        epochs, batch_size, lr, momentum, weight_decay, warmup, label_smoothing, own_lr, seed
+    )
+    where = train.device(device)
+    told = f"{reg} {setting.strength:g} ({reg_form})" if setting else "no regularizer"
+    plan = f"{model} ({spec.stem} stem) on {data} at {source.input.size}x{source.input.size}, {told}, {epochs} epochs"
+    options = _options(data, spec.__dict__, setting, settings)
+    if dry_run:
+        console.emit({"command": "pretrain", "options": options}, as_json=json, lines=[f"would train {plan} -> {output}"])
+        return options
+    console.note(f"training {plan} on {where}")
+    train.seed_everything(seed)
+    network = models.build(spec)
+    total = epochs * train.steps_per_epoch(len(source.train), batch_size)
+    with console.bar("pretrain", total) as progress:
+        watch = train.Watch(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
+        history = train.fit(
+            network, source, settings, device=where, setting=setting, state=state, resume=resume, watch=watch
+        )
+    last = history[-1]
+    metrics = {"top1": last.top1, "range_max": last.range_max, "range_mean": last.range_mean}
+    floats = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    made = checkpoint.Checkpoint(spec, source.input, source.class_names, floats)
+    checkpoint.save(made.then("pretrain", options, metrics), output)
+    state.unlink(missing_ok=True)
+    report = {
+        "command": "pretrain",
+        "output": output,
+        "bytes": output.stat().st_size,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        **metrics,
+        "epochs": [epoch.__dict__ for epoch in history],
+        "unreadable": sorted({*source.train.unreadable, *source.test.unreadable}),
+        "seconds": round(perf_counter() - started, 1),
+        "options": options,
+    }
+    ratio = f"max|w|/std {last.range_mean:.2f} mean, {last.range_max:.2f} worst layer"
+    summary = f"{output}: top-1 {last.top1:.2f} %, {ratio}, {report['parameters']:,} parameters"
+    follow = console.next_step(f"r2 ptq {output} --weight-bits 4")
+    console.emit(report, as_json=json, lines=[summary, *gates.unreadable(report["unreadable"]), follow])
+    gates.require(min_accuracy=min_accuracy, top1=last.top1)
+    return report
+
+
+def _line(epoch: "train.Epoch", epochs: int) -> str:
+    return (
+        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  penalty {epoch.penalty:.4f}  "
+        f"top-1 {epoch.top1:.2f} %  max|w|/std {epoch.range_mean:.2f} (worst {epoch.range_max:.2f})"
+    )
+
+
+def _options(data: str, spec: dict[str, Any], setting: Any, settings: Any) -> dict[str, Any]:
+    """What the work depended on: no paths of files, no device, so that the same work gives the same bytes."""
+    kind = data.partition(":")[0]
+    return {"data": kind, "model": spec, "reg": setting.__dict__ if setting else None, **settings.__dict__}

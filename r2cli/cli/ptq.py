@@ -1,0 +1,133 @@
+"""`r2 ptq`: quantize a trained network without training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+from r2cli import console
+from r2cli.cli import gates
+from r2cli.errors import InputError
+from r2cli.options import (
+    DataName,
+    Device,
+    DryRun,
+    Json,
+    MaxBytes,
+    MaxDrop,
+    MinAccuracy,
+    Overwrite,
+    Seed,
+    Source,
+    Workers,
+    _option,
+)
+
+
+def ptq(
+    source: Source = Path("model.safetensors"),
+    weight_bits: Annotated[int, _option("--weight-bits", help="8 to 1; 1 is two levels without a zero.")] = 8,
+    act_bits: Annotated[str, _option("--act-bits", help="8, or none to leave activations float.")] = "8",
+    method: Annotated[str, _option("--method", help="none: round to the nearest level of a min-max grid.")] = "none",
+    granularity: Annotated[
+        str,
+        _option(
+            "--granularity",
+            help="channel; tensor: one grid after folding BatchNorm; unfolded: one grid on the weights as trained, "
+            "with BatchNorm in per-channel scales.",
+        ),
+    ] = "channel",
+    keep: Annotated[
+        list[str] | None, _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable.")
+    ] = None,
+    data: DataName = None,
+    calibration: Annotated[int, _option("--calibration", help="Training images that set activation ranges.", min=1)] = 512,
+    seed: Seed = 0,
+    device: Device = "auto",
+    workers: Workers = 2,
+    output: Annotated[
+        Path | None,
+        _option("--output", "-o", help="The checkpoint; .onnx goes beside it. [default: SOURCE.w4a8-none...]", panel="Output"),
+    ] = None,
+    overwrite: Overwrite = False,
+    min_accuracy: MinAccuracy = None,
+    max_drop: MaxDrop = None,
+    max_bytes: MaxBytes = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Quantize without training: codes, an ONNX file, and its proof."""
+    gates.require_bits("--weight-bits", weight_bits)
+    acts = _act_bits(act_bits)
+    kept = gates.keep(keep or [])
+    suffix = f"w{weight_bits}{f'a{acts}' if acts else ''}-{method}" + ("" if granularity == "channel" else f"-{granularity}")
+    output = output or source.with_name(f"{source.stem}.{suffix}.safetensors")
+    onnx = output.with_suffix(".onnx")
+    gates.require_free([output, onnx], overwrite=overwrite)
+    gates.require_known("--granularity", granularity, ("channel", "tensor", "unfolded"))
+    gates.require_known("method", method, ("none",))
+
+    from r2cli import attach, checkpoint, train
+    from r2cli import data as datasets
+    from r2cli import ptq as worker
+    from r2cli.cli import deliver
+
+    started = perf_counter()
+    made = checkpoint.load(source)
+    settings = worker.Settings(method, weight_bits, acts, granularity, kept)
+    options = {**settings.__dict__, "calibration": calibration, "seed": seed}
+    if dry_run:
+        lines = [f"would quantize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
+        console.emit({"command": "ptq", "options": options}, as_json=json, lines=lines)
+        return options
+    where = train.device(device)
+    loaded = deliver.source_of(made, data, workers)
+    if acts and calibration > len(loaded.train):
+        raise InputError(f"--calibration {calibration} is more than the {len(loaded.train)} training images of {loaded.name}")
+    before = train.evaluate(attach.network(made).to(where), loaded.test, where)
+    console.note(f"quantizing {source} to {suffix}: float top-1 {before:.2f} %")
+    images = (batch for batch, _ in datasets.calibration(loaded, calibration, where, seed))
+    coded, rows = worker.quantize(made, settings, images, where)
+    coded = coded.then("ptq", options, {"float_top1": before})
+    checkpoint.save(coded, output)
+    proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))
+    report = {
+        "command": "ptq",
+        "checkpoint": output,
+        **report,
+        "float_top1": before,
+        "layers": [row.__dict__ for row in rows],
+        "options": options,
+        "seconds": round(perf_counter() - started, 1),
+    }
+    summary = (
+        f"{onnx}: top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f}), "
+        f"{report['bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight"
+    )
+    shown = [_layers(rows), *deliver.told(proof), summary, console.next_step(f"r2 evaluate {onnx}")]
+    console.emit(report, as_json=json, lines=shown)
+    deliver.require_proof(proof, onnx)
+    gates.require(
+        min_accuracy=min_accuracy,
+        top1=report["top1"],
+        max_drop=max_drop,
+        drop=before - report["top1"],
+        max_bytes=max_bytes,
+        size=report["bytes"],
+    )
+    return report
+
+
+def _act_bits(text: str) -> int | None:
+    if text == "none":
+        return None
+    if text != "8":
+        raise InputError(f"--act-bits {text} is impossible here: give 8, or none to leave activations float")
+    return 8
+
+
+def _layers(rows: Sequence[Any]) -> Any:
+    cells = [
+        (row.layer, "x".join(map(str, row.shape)), row.bits, row.grid, f"{row.sqnr:.1f}", row.note) for row in rows
+    ]
+    return console.table(("layer", "shape", "bits", "grid", "dB", "note"), cells)

@@ -1,0 +1,96 @@
+"""All that r2 prints, and the only importer of rich: results on standard output, progress and errors on standard error.
+
+With --json, standard output holds one JSON object and nothing else.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_out = Console(soft_wrap=True, highlight=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class Bar:
+    """A progress bar that is running: `advance` it, and print a `line` above it."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, steps: int = 1) -> None:
+        self._progress.advance(self._task, steps)
+
+    def line(self, text: str) -> None:
+        self._progress.console.print(escape(text))
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Bar]:
+    """A bar over `total` steps with the time left, on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        yield Bar(progress, progress.add_task(what, total=total))
+
+
+def note(text: str) -> None:
+    """One line for a person who is waiting."""
+    _err.print(escape(text), style="dim")
+
+
+def emit(report: Mapping[str, Any], *, as_json: bool, lines: Sequence[str | Table] = ()) -> None:
+    """The result of a command: `report` for machines, or `lines` (with markup) and tables for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(_plain(report), indent=2) + "\n")
+        return
+    for line in lines:
+        _out.print(line)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A plain table; numbers to the right, the first column to the left."""
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = index > 0 and all(_is_numeric(row[index]) for row in rows)
+        out.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*(escape(str(cell)) for cell in row))
+    return out
+
+
+def tick(name: str, passed: bool, detail: str) -> str:
+    mark = "[green]✓[/green]" if passed else "[red]✗[/red]"
+    return f"{mark} {escape(name)}: {escape(detail)}"
+
+
+def next_step(command: str) -> str:
+    return f"[bold]next:[/bold] {escape(command)}"
+
+
+def fail(message: str, code: int, *, as_json: bool) -> None:
+    """An error, as one sentence; for machines also on standard output."""
+    _err.print(f"[bold red]r2:[/bold red] {escape(message)}")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
+
+
+def _is_numeric(cell: object) -> bool:
+    return isinstance(cell, int | float) or str(cell)[:1].isdigit() or str(cell) in ("", "-", "inf")
+
+
+def _plain(value: Any) -> Any:
+    """`value` for strict JSON: infinities and NaN become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

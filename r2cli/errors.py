@@ -1,0 +1,38 @@
+"""Every error a user can cause, and the exit code that each class means.
+
+    R2Error                3   something failed while running
+    ├── InputError         2   a file, a tensor, a name or an option value that cannot be used
+    └── CheckFailed        1   the work was done and written, but a gate or a proof failed
+
+A message is one sentence that names the file, the tensor and the way out. Success is 0, an interrupt 130.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class R2Error(Exception):
+    """A failure at run time (exit code 3), with a message meant for the user."""
+
+    exit_code = 3
+
+
+class InputError(R2Error):
+    """Something the user gave cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class CheckFailed(R2Error):
+    """The result was written, and a gate or a proof on it failed (exit code 1)."""
+
+    exit_code = 1
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    names = sorted(choices)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return InputError(f"unknown {kind} '{name}': {hint}known are {listed}")

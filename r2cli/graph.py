@@ -1,0 +1,232 @@
+"""The network's graph, read once with torch.fx: which layers hold weights, which BatchNorm follows whom, where values flow.
+
+Weights are changed on the modules, so parameter names never change. A value on an edge is known by the name of the node
+that produces it, so that a checkpoint finds its edges again.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from r2cli.errors import InputError, R2Error
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+# Fused into the layer or the sum before them, by us and by every runtime.
+ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_")
+# They choose, move or copy values that are on a grid already, so their output needs no grid of its own.
+PASSING: tuple[Any, ...] = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(F.max_pool2d, F.dropout, torch.flatten, torch.reshape, torch.permute, torch.transpose),
+    *(operator.getitem, getattr, "flatten", "view", "reshape", "permute", "transpose", "contiguous", "size", "dim"),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer: its module's path, its node's name, and the BatchNorm that alone reads it."""
+
+    name: str
+    node: str
+    norm: str | None
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """`model` as a graph over the same modules, in evaluation mode. Raises InputError naming what cannot be traced."""
+    try:
+        return fx.symbolic_trace(model.eval())
+    except Exception as error:
+        raise InputError(
+            f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}): "
+            "quantize its weights alone with --act-bits none --granularity unfolded"
+        ) from error
+
+
+def layers(net: fx.GraphModule) -> list[Layer]:
+    """The layers with weights, in the order in which they run; one that runs twice is listed once, without a norm."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in net.graph.nodes:
+        if isinstance(module_of(net, node), LAYERS):
+            calls.setdefault(node.target, []).append(node)
+    found = []
+    for name, nodes in calls.items():
+        norm = _only_user(nodes[0]) if len(nodes) == 1 else None
+        own = norm.target if norm is not None and _follows(net, norm) else None
+        found.append(Layer(name, nodes[0].name, own))
+    return found
+
+
+def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:
+    """Take every BatchNorm that follows a layer out of the graph, its shift into the layer's bias.
+
+    Returns the factor that is left to apply to each such layer's output channels, (channels,) float64 and >= 0, by the
+    layer's name: multiply it into the weights (folding) or into the scale of their grid (the same codes, the same function).
+    A channel whose factor would be negative has its filter negated first, so that no code needs a sign that its grid lacks.
+    """
+    factors = {}
+    for layer in layers(net):
+        if layer.norm is None:
+            continue
+        module, norm = net.get_submodule(layer.name), net.get_submodule(layer.norm)
+        assert isinstance(module, LAYERS) and isinstance(norm, NORMS)
+        factor, shift = affine(norm)
+        if module.bias is not None:
+            shift = shift + factor * module.bias.detach().double()
+        with torch.no_grad():
+            module.weight[factor < 0] *= -1
+        module.bias = nn.Parameter(shift.float())
+        factors[layer.name] = factor.abs()
+        _bypass(net, layer.norm)
+    net.delete_all_unused_submodules()
+    net.recompile()
+    return factors
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in evaluation as y = factor * x + shift: two (channels,) float64."""
+    assert isinstance(norm, NORMS) and norm.running_mean is not None and norm.running_var is not None
+    factor = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    shift = -factor * norm.running_mean.double()
+    return factor, (shift if norm.bias is None else shift + norm.bias.detach().double())
+
+
+def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
+    """The nodes whose values need a grid for the whole graph to run on integers, for inputs of `shape` (without batch).
+
+    They are the input, and the outputs of whatever computes: a layer with the activation that follows it, a sum, a pooled mean.
+    The network's own output stays float.
+    """
+    with torch.no_grad():
+        # Two images, so that nothing mistakes the batch for a dimension of size one.
+        ShapeProp(net).propagate(torch.zeros(2, *shape, device=_device(net)))  # type: ignore[no-untyped-call]
+    found = []
+    for node in net.graph.nodes:
+        meta = node.meta.get("tensor_meta")
+        computes = node.op != "output" and not is_a(net, node, PASSING)
+        if not computes or not hasattr(meta, "dtype") or meta.dtype != torch.float32:
+            continue
+        user = _only_user(node)
+        fused = user is not None and is_a(net, user, ACTIVATIONS) and node.op != "placeholder"
+        if not fused and not _is_result(net, node):
+            found.append(node.name)
+    return found
+
+
+def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
+    """Put a module on the value of each named node, in the place of one that is there: all readers then read the module.
+
+    Raises R2Error for a name that no node has.
+    """
+    nodes = {node.name: node for node in net.graph.nodes}
+    there = {str(node.target) for node in net.graph.nodes}
+    for name, module in modules.items():
+        if f"grids.{name}" in there:
+            net.set_submodule(f"grids.{name}", module)
+            continue
+        if name not in nodes:
+            raise R2Error(f"the network has no value '{name}' to put a grid on: the checkpoint is of another network")
+        net.add_submodule(f"grids.{name}", module)
+        with net.graph.inserting_after(nodes[name]):
+            call = net.graph.call_module(f"grids.{name}", (nodes[name],))
+        nodes[name].replace_all_uses_with(call, delete_user_cb=lambda user, own=call: user is not own)
+    net.recompile()
+
+
+def source(net: fx.GraphModule, layer: Layer) -> str | None:
+    """The value that `layer` reads: the name of its node, found behind what only passes it on; None if it has no grid."""
+    node = next(node for node in net.graph.nodes if node.name == layer.node).args[0]
+    while isinstance(node, fx.Node) and is_a(net, node, PASSING):
+        node = node.args[0]
+    prefix = "grids."
+    on_grid = isinstance(node, fx.Node) and node.op == "call_module" and str(node.target).startswith(prefix)
+    return str(node.target).removeprefix(prefix) if on_grid else None
+
+
+def requantize_behind_passing(net: fx.GraphModule) -> None:
+    """Repeat a value's grid right before each layer that reads it through a flatten or the like; in place.
+
+    It changes no value. Runtimes look for the grid at the layer itself before they run it on integers.
+    """
+    for layer in layers(net):
+        where = source(net, layer)
+        node = next(node for node in net.graph.nodes if node.name == layer.node)
+        before = node.args[0]
+        assert isinstance(before, fx.Node)
+        if where is not None and before.target != f"grids.{where}":
+            with net.graph.inserting_before(node):
+                node.replace_input_with(before, net.graph.call_module(f"grids.{where}", (before,)))
+    net.recompile()
+
+
+def module_of(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def is_a(net: fx.GraphModule, node: fx.Node, kinds: tuple[Any, ...]) -> bool:
+    """Whether `node` calls one of `kinds`: module classes, functions, or method names."""
+    module = module_of(net, node)
+    if module is not None:
+        return isinstance(module, tuple(kind for kind in kinds if isinstance(kind, type)))
+    return node.op in ("call_function", "call_method") and node.target in kinds
+
+
+def replace_calls(net: fx.GraphModule, match: Callable[[fx.Node], nn.Module | None]) -> None:
+    """Replace every node for which `match` returns a module by a call of that module on the node's first argument."""
+    for node in list(net.graph.nodes):
+        module = match(node)
+        if module is None:
+            continue
+        net.add_submodule(f"replaced.{node.name}", module)
+        with net.graph.inserting_after(node):
+            call = net.graph.call_module(f"replaced.{node.name}", (node.args[0],))
+        node.replace_all_uses_with(call)
+        net.graph.erase_node(node)
+    net.recompile()
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _follows(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` is a BatchNorm with statistics that runs once."""
+    norm = module_of(net, node)
+    once = sum(other.target == node.target for other in net.graph.nodes) == 1
+    return isinstance(norm, NORMS) and norm.running_var is not None and once
+
+
+def _bypass(net: fx.GraphModule, path: str) -> None:
+    node = next(node for node in net.graph.nodes if node.target == path)
+    node.replace_all_uses_with(node.args[0])
+    net.graph.erase_node(node)
+
+
+def _is_result(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` reaches the output through nothing that computes."""
+    return any(_leads_out(net, user) for user in node.users)
+
+
+def _leads_out(net: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "output" or (is_a(net, node, PASSING) and _is_result(net, node))
+
+
+def _device(net: nn.Module) -> torch.device:
+    return next((p.device for p in net.parameters()), torch.device("cpu"))
+
+
+def named_layers(net: fx.GraphModule) -> Iterator[tuple[Layer, nn.Module]]:
+    for layer in layers(net):
+        yield layer, net.get_submodule(layer.name)

@@ -1,0 +1,183 @@
+"""Post-training quantization: a float checkpoint to one of codes, in one pass and with no training.
+
+fold (or keep the factor of BatchNorm for the scale) -> grid and codes of every weight -> ranges of the activations over
+calibration images -> biases onto their int32 grid. A method chooses grid and codes of one weight; it is one dict line.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, fx
+
+from r2cli import attach, graph, models
+from r2cli.checkpoint import Checkpoint
+from r2cli.codec import Coded, Grid
+from r2cli.errors import InputError, R2Error, unknown
+from r2cli.ptq import ranges
+
+CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
+GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`act_bits` None leaves activations float. `keep` maps layer-name patterns to other weight bits."""
+
+    method: str
+    weight_bits: int
+    act_bits: int | None
+    granularity: str
+    keep: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one layer. `sqnr` in dB, of the deployed weight against the float one."""
+
+    layer: str
+    shape: tuple[int, ...]
+    bits: int
+    grid: str
+    sqnr: float
+    note: str = ""
+
+
+def nearest(w: Tensor, bits: int, *, per_channel: bool) -> Coded:
+    """Round to the nearest level of a min-max grid: the paper's 'None' column."""
+    grid = ranges.weight_grid(w, bits, per_channel=per_channel)
+    return Coded(grid, grid.encode(w))
+
+
+METHODS: Mapping[str, Callable[..., Coded]] = {"none": nearest}
+
+
+@torch.no_grad()
+def quantize(
+    checkpoint: Checkpoint, settings: Settings, images: Iterable[Tensor], device: torch.device
+) -> tuple[Checkpoint, list[Row]]:
+    """Every convolution and linear weight of `checkpoint` as codes, activations on grids set over `images`.
+
+    Raises InputError for a coded checkpoint, a pattern that names no layer, or a graph that cannot be read.
+    """
+    if checkpoint.coded:
+        raise InputError("the checkpoint is quantized already: give the float one that it was made from")
+    float_model = models.build(checkpoint.model)
+    attach.load_state(float_model, checkpoint.floats, f"a checkpoint of {checkpoint.model.name}")
+    net = graph.trace(float_model)
+    guarded = silence_dead_channels(net)
+    factors = graph.remove_norms(net)
+    bits = layer_bits(net, settings)
+    coded, rows = {}, []
+    for layer, module in graph.named_layers(net):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        one, deployed = _quantize_weight(weight, bits[layer.name], settings, factors.get(layer.name))
+        coded[layer.weight] = one
+        rows.append(_row(layer.name, one, deployed, settings.granularity, guarded.get(layer.name, 0)))
+        weight.copy_(one.decode())
+    if not coded:
+        raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
+    activations: dict[str, Grid] = {}
+    if settings.act_bits is not None:
+        net.to(device)
+        activations = _calibrate(net, checkpoint.input.shape, settings.act_bits, images)
+        attach.put_on_grids(net, activations)
+        net.cpu()
+        round_biases(net, coded, activations)
+    floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
+    return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
+
+
+def layer_bits(net: fx.GraphModule, settings: Settings) -> dict[str, int]:
+    """Weight bits of every layer, `keep` applied. Raises InputError for a pattern that matches no layer."""
+    names = [layer.name for layer in graph.layers(net)]
+    bits = dict.fromkeys(names, settings.weight_bits)
+    for pattern, own in settings.keep.items():
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise unknown("layer in --keep", pattern, names)
+        bits |= dict.fromkeys(matched, own)
+    return bits
+
+
+def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> None:
+    """Put every bias on the int32 grid scale_x * scale_w, where runtimes put it silently; in place.
+
+    Done here, the accuracy that is printed is the one that is deployed. Raises R2Error where a bias does not fit int32.
+    """
+    for layer, module in graph.named_layers(net):
+        where = graph.source(net, layer)
+        if where is None or module.bias is None:
+            continue
+        scale = activations[where].scale * coded[layer.weight].codec.scale
+        bias = module.bias
+        assert isinstance(bias, Tensor)
+        codes = torch.round(bias.double() / scale.double())
+        if float(codes.abs().max()) >= 2**31:
+            raise R2Error(f"the bias of '{layer.name}' does not fit int32 on its grid: give --keep {layer.name}=8")
+        bias.copy_((codes * scale.double()).float())
+
+
+def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:
+    """Set filters to zero whose output never varies, the constant they give into the BatchNorm's shift; in place.
+
+    Such a channel's variance is far below the BatchNorm's epsilon, so folding would multiply its filter by 1/sqrt(epsilon), some 300,
+    and one grid per tensor would go to a channel that says nothing. Returns how many were silenced, by layer.
+    """
+    silenced = {}
+    for layer, module in graph.named_layers(net):
+        if layer.norm is None:
+            continue
+        norm = net.get_submodule(layer.norm)
+        dead = norm.running_var < DEAD * norm.eps  # type: ignore[operator]
+        if bool(dead.any()):
+            module.weight[dead] = 0.0  # type: ignore[index, operator]
+            # The convolution now gives its bias: shift the mean so that the output stays at beta.
+            norm.running_mean[dead] = 0.0 if module.bias is None else module.bias[dead]  # type: ignore[index, operator]
+            silenced[layer.name] = int(dead.sum())
+    return silenced
+
+
+DEAD = 1e-3
+
+
+def _quantize_weight(
+    weight: Tensor, bits: int, settings: Settings, factor: Tensor | None
+) -> tuple[Coded, Tensor]:
+    """The coded weight as it is deployed, and the float weight that it stands for."""
+    method = METHODS[settings.method]
+    column = None if factor is None else factor.reshape(-1, *[1] * (weight.ndim - 1))
+    folded = weight if column is None else (weight.double() * column).float()
+    if settings.granularity != UNFOLDED:
+        return method(folded, bits, per_channel=settings.granularity == CHANNEL), folded
+    raw = method(weight, bits, per_channel=False)
+    if factor is None:
+        return raw, folded
+    grid = raw.codec
+    assert isinstance(grid, Grid)
+    exact = (grid.scale.double() * factor).float()
+    scale = ranges.usable(exact)
+    own = replace(grid, scale=scale, zero_point=torch.zeros_like(scale, dtype=torch.int32), axis=0)
+    # Where a scale was lifted to a usable one the codes are found again: multiplied by it as they are, they would grow.
+    lifted = (scale != exact).reshape(column.shape)  # type: ignore[union-attr]
+    return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
+
+
+def _calibrate(
+    net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor]
+) -> dict[str, Grid]:
+    seen = attach.observe(net, graph.values(net, shape), images)
+    for name, (low, high) in seen.items():
+        if not (abs(low) < torch.inf and abs(high) < torch.inf):
+            raise R2Error(f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged")
+    return {name: ranges.activation_grid(low, high, bits) for name, (low, high) in seen.items()}
+
+
+def _row(name: str, coded: Coded, weight: Tensor, granularity: str, silenced: int) -> Row:
+    error = (coded.decode() - weight).double().square().sum()
+    signal = weight.double().square().sum()
+    sqnr = float(10 * torch.log10(signal / error)) if error > 0 and signal > 0 else float("inf")
+    note = f"{silenced} channels without variance set to their constant" if silenced else ""
+    return Row(name, tuple(weight.shape), coded.codec.bits, granularity, sqnr, note)

@@ -1,0 +1,218 @@
+"""Recipes: the commands of `r2` in a TOML file, for every combination of a matrix, and tables of what came out.
+
+    [matrix]                        # every combination of these values
+    reg = ["none", "margin"]
+    bits = [8, 4]
+
+    [[step]]                        # once for each combination of the variables that it mentions
+    run = "pretrain"
+    reg = "{reg}"
+    output = "{reg}.safetensors"
+
+    [[table]]                       # of the reports of the steps that run this command
+    run = "ptq"
+    rows = ["reg", "bits"]
+    metrics = { "top-1" = "top1" }
+
+A step's keys are exactly its command's options; `source` and `output` are files in the recipe's folder. A value of the matrix
+may be a table: `{pre.reg}` is its `reg`, and its `name` stands for it in tables. What a table does not list is averaged.
+"""
+
+import itertools
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from r2cli import __version__
+from r2cli.checkpoint import write_atomically
+from r2cli.errors import InputError, unknown
+
+PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
+COMMANDS = ("pretrain", "ptq", "export", "evaluate")
+FILES = ("source", "output")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    path: Path
+    matrix: Mapping[str, Sequence[Any]]
+    steps: Sequence[Mapping[str, Any]]
+    tables: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command to run, and the matrix values that it was made for."""
+
+    command: str
+    options: Mapping[str, Any]
+    values: Mapping[str, Any]
+
+    def arguments(self, folder: Path) -> list[str]:
+        """The command line after `r2`."""
+        out = [self.command]
+        for key, value in self.options.items():
+            if key in FILES:
+                value = folder / value
+            if key == "source":
+                out.insert(1, str(value))
+            elif value is True:
+                out.append(f"--{key}")
+            elif value is not False:
+                for one in value if isinstance(value, list) else [value]:
+                    out += [f"--{key}", str(one)]
+        return out
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe. Raises InputError for a missing or malformed one."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: name a recipe, for example recipes/quickstart.toml")
+    try:
+        content = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
+    for key in content:
+        if key not in ("matrix", "step", "table"):
+            raise unknown(f"key in {path}", key, ("matrix", "step", "table"))
+    found = content.get("step", [])
+    if not found:
+        raise InputError(f"{path} has no [[step]]: give it at least one, with run = 'pretrain' or another command")
+    for step in found:
+        if step.get("run") not in COMMANDS:
+            raise unknown(f"command of a step in {path}", str(step.get("run")), COMMANDS)
+    return Recipe(path, content.get("matrix", {}), found, content.get("table", []))
+
+
+def steps(recipe: Recipe) -> list[Step]:
+    """Every command of the recipe, in order. Raises InputError for a variable that the matrix does not have."""
+    out = []
+    for step in recipe.steps:
+        options = {key: value for key, value in step.items() if key != "run"}
+        mentioned = {name.split(".")[0] for name in PLACEHOLDER.findall(json.dumps(options))}
+        for name in mentioned:
+            if name not in recipe.matrix:
+                raise unknown(f"variable of {recipe.path}", name, recipe.matrix)
+        variables = [name for name in recipe.matrix if name in mentioned]
+        for chosen in itertools.product(*(recipe.matrix[name] for name in variables)):
+            values = dict(zip(variables, chosen, strict=True))
+            filled = {key: _fill(value, values) for key, value in options.items()}
+            out.append(Step(step["run"], {k: v for k, v in filled.items() if v is not None}, values))
+    return out
+
+
+def shell(step: Step, folder: Path) -> str:
+    """The step as a line for a shell."""
+    return shlex.join(["r2", *step.arguments(folder)])
+
+
+def execute(
+    todo: Sequence[Step],
+    folder: Path,
+    invoke: Callable[[list[str]], Any],
+    tell: Callable[[str], None],
+    *,
+    overwrite: bool,
+) -> list[dict[str, Any]]:
+    """Run the steps in order; returns each step's values and report. What is done is kept in `folder`/results.json.
+
+    A step is skipped that was done with the same options by the same version, whose output is still there and whose source
+    was not made again. One that was stopped half way runs again over its own files. Errors of a step pass through.
+    """
+    record = folder / "results.json"
+    done = {} if overwrite else _recorded(record)
+    results, fresh = [], set()
+    for number, step in enumerate(todo, start=1):
+        key = json.dumps([__version__, step.command, step.options], sort_keys=True)
+        output = folder / str(step.options.get("output", ""))
+        stale = step.options.get("source") in fresh or not output.exists()
+        known = done.get(key)
+        if known and known["report"] and not stale:
+            report = known["report"]
+        else:
+            tell(f"[{number}/{len(todo)}] {shell(step, folder)}")
+            fresh.add(step.options.get("output"))
+            # Ours to replace: the recipe's own files, once it has begun to write them.
+            ours = ["--overwrite"] if overwrite or known else []
+            done[key] = {"report": None}
+            _record(record, done)
+            report = invoke([*step.arguments(folder), *(ours if "output" in step.options else []), "--json"])
+            report = json.loads(json.dumps(report, default=str))
+            done[key] = {"report": report}
+            _record(record, done)
+        results.append({"command": step.command, "values": step.values, "report": report})
+    return results
+
+
+def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[list[dict[str, str]]]:
+    """The recipe's tables, each as rows of text by column. Raises InputError for a metric that no report has."""
+    return [_table(recipe, table, results) for table in recipe.tables]
+
+
+def _table(
+    recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> list[dict[str, str]]:
+    names, column = table["rows"], table.get("column")
+    cells: dict[tuple[str, ...], dict[str, list[Any]]] = {}
+    for result in results:
+        if result["command"] != table["run"]:
+            continue
+        row = tuple(_label(result["values"].get(name)) for name in names)
+        for title, metric in table["metrics"].items():
+            if metric not in result["report"]:
+                raise unknown(f"metric of {recipe.path}", metric, result["report"])
+            head = title if column is None else f"{_label(result['values'][column])} {title}".strip()
+            cells.setdefault(row, {}).setdefault(head, []).append(result["report"][metric])
+    return [
+        dict(zip(names, row, strict=True)) | {head: _cell(values) for head, values in own.items()}
+        for row, own in cells.items()
+    ]
+
+
+def _cell(values: Sequence[Any]) -> str:
+    """One value, or the mean of several with their least and greatest."""
+    if any(isinstance(value, str) for value in values):
+        return ", ".join(dict.fromkeys(map(str, values)))
+    shape = ".0f" if all(isinstance(value, int) for value in values) else ".2f"
+    if len(values) == 1:
+        return f"{values[0]:,{shape}}"
+    return f"{mean(values):,{shape}} [{min(values):,{shape}}-{max(values):,{shape}}]"
+
+
+def _label(value: Any) -> str:
+    return str(value.get("name", value)) if isinstance(value, Mapping) else str(value)
+
+
+def _fill(value: Any, values: Mapping[str, Any]) -> Any:
+    """`value` with its placeholders filled; a text that is one placeholder takes the type of what fills it."""
+    if isinstance(value, list):
+        return [_fill(item, values) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = PLACEHOLDER.fullmatch(value)
+    if whole:
+        return _look_up(whole[1], values)
+    return PLACEHOLDER.sub(lambda match: _label(_look_up(match[1], values)), value)
+
+
+def _look_up(path: str, values: Mapping[str, Any]) -> Any:
+    """The value of `name` or of `name.key`; None, which leaves the option out, for a key that its table does not have."""
+    name, _, key = path.partition(".")
+    return values[name].get(key) if key else values[name]
+
+
+def _recorded(record: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(record.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _record(record: Path, done: Mapping[str, Any]) -> None:
+    write_atomically(record, json.dumps(done, indent=1).encode())

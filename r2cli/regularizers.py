@@ -1,0 +1,230 @@
+"""Range regularizers, as closed-form gradients that are added to `.grad` after the backward pass.
+
+Paper: "R^2: Range Regularization for Model Compression and Quantization" (arXiv 2303.08253), equations 1 to 3, and
+Shkolnik et al., "Robust Quantization" (KURE, 2020). The loss is task + strength * sum over layers (KURE: mean).
+
+Each regularizer is one function of a weight's elements. It returns its value and the derivative of its own learnable
+parameter, and adds `strength * dR/dw` to `grad`: autograd would build, keep and walk a graph over every weight at every
+step, which costs up to three times a small step. Weights are walked in chunks that stay in cache.
+
+Where we differ: in the stable form the margin's own gradient is clamped to [-strength, strength] (as written it is minus the
+number of weights outside, and throws M out of the layer), and soft-min-max's exponent is in units of the layer's standard
+deviation (as written, a layer of small weights never gets beyond a weak variance penalty).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from r2cli.errors import InputError, unknown
+
+CHUNK = 65536  # elements: five fp32 temporaries of this size fit a core's L2 cache
+KURE_TARGET = 1.8  # the kurtosis of the uniform distribution
+ALPHA_START = 0.1
+MARGIN_START = 2.0  # standard deviations of the initial weights
+
+
+class Term(Protocol):
+    def __call__(
+        self, w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: "Setting"
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to add to the loss: `strength` is lambda; `dim` is the vector length of a later palette (1: scalars)."""
+
+    name: str
+    strength: float
+    stable: bool = True
+    dim: int = 1
+    margin_k: int = 1
+
+
+def linf(
+    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting
+) -> tuple[Tensor, Tensor]:
+    """R = max |w| (equation 1). Tied maxima share the gradient. No parameter."""
+    chunks = list(_chunks(w, grad))
+    tops = [torch.maximum(-low, high) for low, high in (torch.aminmax(c) for c, _ in chunks)]
+    top = torch.stack(tops).amax()
+    # On a CPU a look at the number is free and skips nearly every chunk; a GPU has one chunk and needs no look.
+    hit = [chunk for chunk, own in zip(chunks, tops, strict=True) if len(chunks) == 1 or bool(own == top)]
+    masks = [c.abs() == top for c, _ in hit]
+    count = torch.stack([mask.sum() for mask in masks]).sum()
+    for (c, g), mask in zip(hit, masks, strict=True):
+        g.add_(torch.sign(c) * mask / count, alpha=strength)
+    return top, torch.zeros_like(parameter)
+
+
+def margin(
+    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting
+) -> tuple[Tensor, Tensor]:
+    """R = |M| + (1/k) * sum max(|w| - |M|, 0) (equation 2, the sum over the hinge only; k = 1 unless `margin_k`)."""
+    m = parameter.abs()
+    outside = torch.zeros((), dtype=torch.float64, device=w.device)
+    hinge = torch.zeros((), dtype=torch.float64, device=w.device)
+    for c, g in _chunks(w, grad):
+        direction = torch.sign(c).mul_(c.abs() > m)
+        g.add_(direction, alpha=strength / setting.margin_k)
+        count = direction.abs().sum()
+        outside += count
+        hinge += (c * direction).sum() - m * count
+    value = m + hinge / setting.margin_k
+    slope = torch.sign(parameter) * (1 - outside / setting.margin_k)
+    return value, (slope.clamp(-1, 1) if setting.stable else slope).to(parameter.dtype)
+
+
+def soft_minmax(
+    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting
+) -> tuple[Tensor, Tensor]:
+    """R = <softmax(alpha w), w> - <softmax(-alpha w), w> (equation 3 without its exp(-alpha), added once a layer)."""
+    unit = _deviation(w) if setting.stable else torch.ones((), dtype=torch.float64, device=w.device)
+    # A filter driven to a constant has no deviation: any exponent then gives uniform weights and a range of zero.
+    alpha = parameter / torch.where(unit > 0, unit, 1.0).to(parameter.dtype)
+    low, high = torch.aminmax(w)
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=w.device)  # of 1, u, u^2 under p and q
+    for c, _ in _chunks(w, grad):
+        for row, (sign, extreme) in enumerate(((1, high), (-1, low))):
+            u = c - extreme
+            p = torch.exp(sign * alpha * u)
+            sums[row] += torch.stack([p.sum(), (p * u).sum(), (p * u * u).sum()])
+    mean = sums[:, 1] / sums[:, 0]  # of u: distance from the extreme, so the variance below does not cancel
+    variance = sums[:, 2] / sums[:, 0] - mean**2
+    s_max, s_min = high + mean[0], low + mean[1]
+    top, bottom = s_max.to(w.dtype), s_min.to(w.dtype)
+    scale = (strength / sums[:, 0]).to(w.dtype)
+    for c, g in _chunks(w, grad):
+        p = torch.exp(alpha * (c - high)).mul_(scale[0])
+        q = torch.exp(alpha * (low - c)).mul_(scale[1])
+        g.add_(p.mul_(1 + alpha * (c - top))).sub_(q.mul_(1 - alpha * (c - bottom)))
+    slope = variance.sum() / torch.where(unit > 0, unit, 1.0)
+    return s_max - s_min, slope.to(parameter.dtype)
+
+
+def kure(
+    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting
+) -> tuple[Tensor, Tensor]:
+    """R = (mean(((w - mean) / std)^4) - 1.8)^2, std biased. No parameter; a constant tensor has no kurtosis and costs 0."""
+    mean, std = w.mean(dtype=torch.float64), _deviation(w)
+    inverse = torch.where(std > 0, 1 / std, 0.0)
+    cubes = torch.zeros(2, dtype=torch.float64, device=w.device)  # sums of z^3 and z^4
+    for c, _ in _chunks(w, grad):
+        z = (c - mean.to(w.dtype)).mul_(inverse.to(w.dtype))
+        cube = z * z * z
+        cubes += torch.stack([cube.sum(), (cube * z).sum()])
+    third, fourth = cubes / w.numel()
+    factor = strength * 2 * (fourth - KURE_TARGET) * 4 * inverse / w.numel()
+    for c, g in _chunks(w, grad):
+        z = (c - mean.to(w.dtype)).mul_(inverse.to(w.dtype))
+        slope = (z * z).sub_(fourth.to(w.dtype)).mul_(z).sub_(third.to(w.dtype))
+        g.add_(slope.mul_(factor.to(w.dtype)))
+    value = torch.where(std > 0, (fourth - KURE_TARGET) ** 2, 0.0)
+    return value, torch.zeros_like(parameter)
+
+
+REGULARIZERS: Mapping[str, Term] = {"linf": linf, "margin": margin, "soft-minmax": soft_minmax, "kure": kure}
+
+
+class Regularizer:
+    """One regularizer on every convolution and linear weight of a model.
+
+    `parameters` holds M (one a column of a layer) or alpha (one a layer), by weight name; the optimizer owns their update.
+    """
+
+    def __init__(self, setting: Setting, model: nn.Module) -> None:
+        if setting.name not in REGULARIZERS:
+            raise unknown("regularizer", setting.name, ["none", *REGULARIZERS])
+        self.setting = setting
+        self.weights = regularized(model)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name, w in self.weights.items():
+            if setting.dim > w.shape[0]:
+                raise InputError(f"--reg-dim {setting.dim} is more than the {w.shape[0]} output channels of '{name}'")
+            if setting.name == "margin":
+                start = MARGIN_START * torch.stack([column.std() for column in columns(w.detach(), setting.dim)])
+            elif setting.name == "soft-minmax":
+                start = torch.full((1,), ALPHA_START, device=w.device, dtype=w.dtype)
+            else:
+                continue
+            self.parameters[name] = nn.Parameter(start)
+
+    @torch.no_grad()
+    def add_gradients(self) -> Tensor:
+        """Add the penalty's gradients to `.grad` of weights and parameters; returns strength * R, a scalar."""
+        strength = self.setting.strength
+        if self.setting.name == "kure":
+            strength /= len(self.weights)
+        total = torch.zeros((), dtype=torch.float64)
+        for name, w in self.weights.items():
+            if w.grad is None:  # a layer that the loss does not reach
+                w.grad = torch.zeros_like(w)
+            if w.grad.stride() != w.stride():  # both are walked in memory's order
+                w.grad = torch.empty_like(w).copy_(w.grad)
+            value, slope = penalty(w, self.parameters.get(name), w.grad, strength, self.setting)
+            if name in self.parameters:
+                self.parameters[name].grad = strength * slope
+            total = total.to(value.device) + strength * value
+        return total
+
+
+def penalty(
+    w: Tensor, parameter: Tensor | None, grad: Tensor, strength: float, setting: Setting
+) -> tuple[Tensor, Tensor]:
+    """One weight's R, summed over the `dim` columns of its vectors, with dR/dparameter; adds strength * dR/dw to `grad`.
+
+    For dim 1 the column is the weight itself. Channels left over when `dim` does not divide them are not regularized.
+    """
+    term = REGULARIZERS[setting.name]
+    own = w.new_zeros(1) if parameter is None else parameter.detach()
+    value = torch.zeros((), dtype=torch.float64, device=w.device)
+    slopes = []
+    for index, (column, column_grad) in enumerate(
+        zip(columns(w.detach(), setting.dim), columns(grad, setting.dim), strict=True)
+    ):
+        part, slope = term(column, own[index if len(own) > 1 else 0], column_grad, strength, setting)
+        value += part
+        slopes.append(slope)
+    if setting.name != "soft-minmax":
+        return value, torch.stack(slopes)
+    return value + torch.exp(-own[0]), torch.stack(slopes).sum(0, keepdim=True) - torch.exp(-own)
+
+
+def columns(w: Tensor, dim: int) -> list[Tensor]:
+    """The `dim` columns of `codec.to_vectors`' full blocks as views of `w` that can be written through.
+
+    Column j is every `dim`-th output channel from j: (channels // dim, elements of a filter); for dim 1, (elements,).
+    """
+    if w.ndim == 4 and not w.is_contiguous():
+        w = w.permute(0, 2, 3, 1)  # channels last: dense in this order
+    if dim == 1:
+        return [w.view(-1)]
+    whole = w.shape[0] // dim * dim
+    return [w[:whole].view(whole, -1)[j::dim] for j in range(dim)]
+
+
+def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that range regularization acts on: every convolution's and linear layer's, first and last included."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def default_strength(name: str, *, size: int, images: int) -> float:
+    """The paper's 0.01 for ImageNet-size training; for small images what measured best (`--reg-weight` overrides)."""
+    small = {"linf": 0.1, "margin": 0.1 if images < 10_000 else 0.03, "soft-minmax": 0.1, "kure": 0.01}
+    return small[name] if size <= 64 else 0.01
+
+
+def _deviation(w: Tensor) -> Tensor:
+    """Biased standard deviation, float64."""
+    return w.var(correction=0).to(torch.float64).sqrt() if w.numel() else torch.tensor(math.nan)
+
+
+def _chunks(w: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matching views of `w` and `grad` that stay in a core's cache; the whole at once on a GPU."""
+    rows = max(1, CHUNK // math.prod(w.shape[1:])) if w.device.type == "cpu" else max(1, w.shape[0])
+    return zip(w.split(rows), grad.split(rows), strict=True)

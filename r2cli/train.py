@@ -1,0 +1,275 @@
+"""The training loop: SGD with Nesterov momentum, warm-up and a cosine; evaluation; and a state that resumes exactly.
+
+pretrain runs it on a float network with a range regularizer attached. An unbroken run and one that was killed and resumed
+give the same bytes: the order of the data is a function of seed and epoch, and everything else is in the resume state.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r2cli import checkpoint, data, regularizers
+from r2cli.errors import InputError, R2Error, unknown
+
+STATE_FORMAT = 1
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run. `warmup` is a share of all steps; `reg_lr` steps the regularizer's own parameters."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    warmup: float
+    label_smoothing: float
+    reg_lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to. `top1` in percent on the held-out split; ratios are max|w| / std over the layers."""
+
+    epoch: int
+    loss: float  # task loss, mean over the epoch
+    penalty: float  # strength * R after the last step
+    top1: float
+    range_max: float
+    range_mean: float
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Whom to tell: `step` after every optimizer step, `epoch` after every evaluation."""
+
+    step: Callable[[int], None]
+    epoch: Callable[[Epoch], None]
+
+
+def seed_everything(seed: int) -> None:
+    """Make what follows a function of `seed`: initial weights, dropout, and on a GPU the choice of kernels."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def device(name: str) -> torch.device:
+    """The device `name`; 'auto' is a GPU when there is one. Raises InputError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise unknown("device", name, ["auto", "cpu", "cuda"]) from error
+    if found.type not in ("cpu", "cuda"):
+        raise unknown("device", name, ["auto", "cpu", "cuda"])
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name} is not there: torch sees {torch.cuda.device_count()} GPUs, use --device cpu")
+    return found
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    return -(-examples // batch_size)
+
+
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """Factor on the base rate at `step` of `steps`: linear up over the first `warmup` share, then half a cosine to 0."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def fit(
+    model: nn.Module,
+    source: data.Data,
+    settings: Settings,
+    *,
+    device: torch.device,
+    setting: regularizers.Setting | None,
+    state: Path,
+    resume: bool,
+    watch: Watch,
+) -> list[Epoch]:
+    """Train `model` in place. After every epoch the whole state is in the file `state`; `resume` starts from it.
+
+    Raises R2Error where the loss is no longer finite; the last good epoch's state is kept.
+    """
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    regularizer = regularizers.Regularizer(setting, model) if setting else None
+    optimizer = _optimizer(model, regularizer, settings)
+    history: list[Epoch] = []
+    identity = {"settings": asdict(settings), "regularizer": asdict(setting) if setting else None}
+    if resume and state.exists():
+        history = _restore(state, model, regularizer, optimizer, identity)
+    steps = settings.epochs * steps_per_epoch(len(source.train), settings.batch_size)
+    watch.step(len(history) * steps // settings.epochs)
+    for number in range(len(history) + 1, settings.epochs + 1):
+        loss, penalty = _one_epoch(model, source, settings, number, regularizer, optimizer, steps, device, watch)
+        if not math.isfinite(loss):
+            kept = f"; {state} holds the end of epoch {number - 1}" if number > 1 else ""
+            raise R2Error(f"training diverged in epoch {number} (loss {loss}): use a lower --lr or --reg-weight{kept}")
+        ratios = range_ratios(model)
+        top1 = evaluate(model, source.test, device)
+        history.append(Epoch(number, loss, penalty, top1, max(ratios.values()), sum(ratios.values()) / len(ratios)))
+        _save(state, model, regularizer, optimizer, identity, history)
+        watch.epoch(history[-1])
+    return history
+
+
+def _one_epoch(
+    model: nn.Module,
+    source: data.Data,
+    settings: Settings,
+    number: int,
+    regularizer: regularizers.Regularizer | None,
+    optimizer: torch.optim.SGD,
+    steps: int,
+    device: torch.device,
+    watch: Watch,
+) -> tuple[float, float]:
+    model.train()
+    criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    order = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+    step = (number - 1) * steps // settings.epochs
+    total = torch.zeros((), device=device)
+    penalty, seen = torch.zeros(()), 0
+    for images, labels in source.train.batches(settings.batch_size, device, order, augment=True):
+        factor = learning_rate(step, steps, settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        loss = criterion(model(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if regularizer:
+            penalty = regularizer.add_gradients()
+        optimizer.step()
+        total += loss.detach() * len(labels)
+        seen += len(labels)
+        step += 1
+        watch.step(1)
+    return float(total) / max(1, seen), float(penalty)
+
+
+def evaluate(model: nn.Module, split: data.Split, device: torch.device) -> float:
+    """Top-1 accuracy of `model` on `split`, in percent."""
+    model.eval()
+    return top1(model, split, device)
+
+
+@torch.inference_mode()
+def top1(
+    predict: Callable[[Tensor], Tensor],
+    split: data.Split,
+    device: torch.device,
+    *,
+    advance: Callable[[int], None] = lambda images: None,
+) -> float:
+    """Top-1 accuracy on `split`, in percent, of a function from images (n, c, s, s) to logits (n, classes)."""
+    correct, seen = 0, 0
+    for images, labels in split.batches(EVALUATION_BATCH, device):
+        correct += int((predict(images).argmax(1).to(device) == labels).sum())
+        seen += len(labels)
+        advance(len(labels))
+    return 100 * correct / seen
+
+
+def range_ratios(model: nn.Module) -> dict[str, float]:
+    """max|w| / std of every regularized weight, by name: 1 for two levels, 1.7 for a uniform layer, 4 and more with outliers."""
+    ratios = {}
+    for name, weight in regularizers.regularized(model).items():
+        w = weight.detach().double()
+        ratios[name] = float(w.abs().max() / w.std(correction=0).clamp_min(1e-12))
+    return ratios
+
+
+def _optimizer(
+    model: nn.Module, regularizer: regularizers.Regularizer | None, settings: Settings
+) -> torch.optim.SGD:
+    """Weights decay; biases and norms do not; the regularizer's own parameters neither, and they have no momentum."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": settings.weight_decay, "base_lr": settings.lr},
+        {"params": plain, "weight_decay": 0.0, "base_lr": settings.lr},
+    ]
+    if regularizer and regularizer.parameters:
+        own = list(regularizer.parameters.values())
+        groups.append(
+            {"params": own, "weight_decay": 0.0, "base_lr": settings.reg_lr, "momentum": 0.0, "nesterov": False}
+        )
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+
+
+# --- the resume state ----------------------------------------------------------------------------------------------
+
+
+def _named(model: nn.Module, regularizer: regularizers.Regularizer | None) -> dict[str, nn.Parameter]:
+    own = regularizer.parameters if regularizer else {}
+    return dict(model.named_parameters()) | {f"regularizer of {name}": p for name, p in own.items()}
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    regularizer: regularizers.Regularizer | None,
+    optimizer: torch.optim.SGD,
+    identity: Mapping[str, Any],
+    history: list[Epoch],
+) -> None:
+    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in model.state_dict().items()}
+    tensors["rng"] = torch.get_rng_state()
+    for name, parameter in _named(model, regularizer).items():
+        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum.{name}"] = momentum
+    if regularizer:
+        tensors |= {f"regularizer.{name}": p for name, p in regularizer.parameters.items()}
+    meta = {"format": STATE_FORMAT, "identity": identity, "history": [asdict(epoch) for epoch in history]}
+    checkpoint.save_tensors(path, tensors, {"r2_resume": json.dumps(meta, sort_keys=True)})
+
+
+def _restore(
+    path: Path,
+    model: nn.Module,
+    regularizer: regularizers.Regularizer | None,
+    optimizer: torch.optim.SGD,
+    identity: Mapping[str, Any],
+) -> list[Epoch]:
+    tensors, metadata = checkpoint.load_tensors(path)
+    if "r2_resume" not in metadata:
+        raise InputError(f"{path} is not a resume state: remove it, or start again with --overwrite")
+    meta = json.loads(metadata["r2_resume"])
+    _require_same(path, meta["identity"], json.loads(json.dumps(identity)))
+    with torch.no_grad():
+        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+        for name, parameter in (regularizer.parameters if regularizer else {}).items():
+            parameter.copy_(tensors[f"regularizer.{name}"])
+    for name, parameter in _named(model, regularizer).items():
+        if f"momentum.{name}" in tensors:
+            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
+    torch.set_rng_state(tensors["rng"])
+    return [Epoch(**epoch) for epoch in meta["history"]]
+
+
+def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for part, value in wanted.items():
+        if stored.get(part) == value:
+            continue
+        old, new = stored.get(part) or {}, value or {}
+        changed = next(key for key in sorted({*old, *new}) if old.get(key) != new.get(key))
+        option = "reg-" + changed if part == "regularizer" else changed.replace("_", "-")
+        raise InputError(
+            f"{path} was made with {option} {old.get(changed)}, not {new.get(changed)}: "
+            "resume with the same options, or start again with --overwrite"
+        )

@@ -1,0 +1,334 @@
+"""The proof of an ONNX file: it is opened again, audited, run in ONNX Runtime and compared with the checkpoint.
+
+Nothing here trusts the exporter: types and sizes are read from the written file, the weights are decoded by ONNX Runtime
+itself, and the logits are those of sessions with optimisation off and at its default.
+"""
+
+import json
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from r2cli import export
+from r2cli.checkpoint import Checkpoint, InputSpec
+from r2cli.codec import Coded, packed_bytes
+from r2cli.data import Batch
+from r2cli.errors import InputError
+
+INTEGERS = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+WEIGHT_ONLY_TOLERANCE = 1e-5  # relative: the order of float sums is all that may differ
+AGREEMENT = 0.99  # share of equal argmax; a value on the edge of two codes may round either way
+SQNR_DB = 30.0
+TOP1_POINTS = 0.5
+OFF_SAMPLES = 512  # images for the slow session without optimisation
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tick: what was checked, whether it holds, and the numbers."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    checks: tuple[Check, ...]
+    measures: Mapping[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterable[Batch]) -> Proof:
+    """Audit the file at `path` against `checkpoint`, and run it beside `model`, the checkpoint's network, on `batches`.
+
+    Raises InputError where the file is not a readable ONNX model.
+    """
+    file = read(path)
+    checks = [
+        _all_integer(file, checkpoint.coded),
+        _same_codes(file, checkpoint.coded),
+        _size(file, path, checkpoint.coded),
+    ]
+    compared = _compare(path, model, batches)
+    checks += [_runs(path, compared), _parity(compared, exact=not checkpoint.activations)]
+    payload = sum(coded.payload_bytes() for coded in checkpoint.coded.values())
+    weights = sum(coded.decode().numel() for coded in checkpoint.coded.values())
+    measures = {
+        "top1": compared["default"].top1,
+        "torch_top1": compared["torch"].top1,
+        "bytes": path.stat().st_size,
+        "bits_per_weight": 8 * payload / weights if weights else 32.0,
+        "agreement": compared["default"].agreement,
+        "sqnr_db": compared["default"].sqnr,
+        "samples": compared["default"].samples,
+        "nodes": node_counts(path),
+        "ticks": f"{sum(check.passed for check in checks)}/{len(checks)}",
+        "cpu": cpu(),
+    }
+    return Proof(tuple(checks), measures)
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """The ONNX model at `path`. Raises InputError for a missing or corrupt one."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: name an .onnx file, or make one with `r2 ptq`")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf's and the checker's own classes share no base
+        raise InputError(f"{path} is not a valid ONNX model ({type(error).__name__}): write it again") from error
+    return model
+
+
+def session(path: Path, *, optimise: bool = True, threads: int = 0, save_to: Path | None = None) -> ort.InferenceSession:
+    """A CPU session; weight-only MatMuls keep float activations, which ONNX Runtime otherwise rounds to int8 on its own."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to:
+        options.optimized_model_filepath = str(save_to)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base but this
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} does not load in ONNX Runtime {ort.__version__}: {first}") from error
+
+
+def runner(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
+    """A function from images (n, c, s, s) to logits (n, classes), by ONNX Runtime."""
+    own = session(path, **options)
+    name = own.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(own.run(None, {name: images.cpu().contiguous().numpy()})[0])
+
+    return run
+
+
+def input_spec(path: Path) -> InputSpec:
+    """The preprocessing that a file of ours records. Raises InputError for another tool's file."""
+    stored = _recorded(path, "r2.input")
+    return InputSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
+
+
+def data_name(path: Path) -> str:
+    """The data set that the network in the file was trained on, as `data.load` knows it."""
+    history = _recorded(path, "r2.history")
+    return str(history[0]["options"].get("data", "digits")) if history else "digits"
+
+
+def _recorded(path: Path, key: str) -> Any:
+    entries = {entry.key: entry.value for entry in read(path).metadata_props}
+    if key not in entries:
+        raise InputError(f"{path} does not say how its images are preprocessed: only files written by r2 do")
+    return json.loads(entries[key])
+
+
+def latency_ms(run: Callable[[Tensor], Tensor], shape: tuple[int, ...], repeats: int = 30) -> float:
+    """Median time of one image, in ms, after five runs to warm up."""
+    image, times = torch.zeros(1, *shape), []
+    for _ in range(repeats + 5):
+        start = perf_counter()
+        run(image)
+        times.append(1000 * (perf_counter() - start))
+    return median(times[5:])
+
+
+def node_counts(path: Path) -> dict[str, int]:
+    """What ONNX Runtime runs at its default optimisation: how many nodes of each operator."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        session(path, save_to=optimised)
+        return dict(sorted(Counter(node.op_type for node in onnx.load(optimised).graph.node).items()))
+
+
+def cpu() -> str:
+    """The processor and its integer dot-product instructions: without them uint8 x int8 sums may saturate."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+    except (OSError, IndexError):
+        flags = set()
+    vnni = sorted(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    return f"{platform.machine()} {' '.join(vnni) or 'without VNNI'}"
+
+
+# --- the audit -----------------------------------------------------------------------------------------------------
+
+
+def _all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
+    """Every coded weight comes from integer initializers alone, and no layer reads a float one."""
+    sources = _sources(file)
+    initializers = {i.name: i for i in file.graph.initializer}
+    for name in coded:
+        parts = sources.get(f"{name}.decoded", [])
+        content = [p for p in parts if p in initializers and not p.endswith((".scale", ".zero_point"))]
+        if not content:
+            return Check("integer weights", False, f"{name} has no codes in the file")
+        wrong = [p for p in content if initializers[p].data_type not in (*INTEGERS, TensorProto.INT64)]
+        if wrong:
+            return Check("integer weights", False, f"{name} is made from the float initializer {wrong[0]}")
+    for node in file.graph.node:
+        for used in node.input:
+            if node.op_type in ("Conv", "Gemm", "MatMul") and used in initializers and len(initializers[used].dims) > 1:
+                if initializers[used].data_type == TensorProto.FLOAT and coded:
+                    return Check("integer weights", False, f"{used} is float32")
+    kinds = Counter(TensorProto.DataType.Name(i.data_type) for i in file.graph.initializer if _is_code(i, coded))
+    held = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "float network"
+    return Check("integer weights", True, f"{len(coded)} layers ({held})")
+
+
+def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
+    """ONNX Runtime's own decoding of every weight, without optimisation, equals the checkpoint's bit for bit."""
+    if not coded:
+        return Check("same codes", True, "float network")
+    names = [f"{name}.decoded" for name in coded]
+    needed = {name for decoded in names for name in (decoded, *_sources(file).get(decoded, []))}
+    part = onnx.ModelProto()
+    part.CopyFrom(file)
+    part.graph.ClearField("node")
+    part.graph.ClearField("input")
+    part.graph.ClearField("output")
+    part.graph.ClearField("value_info")
+    part.graph.node.extend(node for node in file.graph.node if node.output[0] in needed)
+    for decoded, one in zip(names, coded.values(), strict=True):
+        shape = list(one.decode().shape)
+        part.graph.output.append(onnx.helper.make_tensor_value_info(decoded, TensorProto.FLOAT, shape))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.onnx"
+        onnx.save(part, path)
+        decoded_weights = session(path, optimise=False).run(names, {})
+    for (name, one), found in zip(coded.items(), decoded_weights, strict=True):
+        if not np.array_equal(found, one.decode().numpy()):
+            return Check("same codes", False, f"{name} decodes to other values than the checkpoint's")
+    return Check("same codes", True, f"{sum(w.size for w in decoded_weights):,} weights decoded by ONNX Runtime, all equal")
+
+
+def _size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check:
+    """Bytes of every layer's codes against the least that its container can hold, and of the file against the ideal."""
+    initializers = {i.name: i for i in file.graph.initializer}
+    ideal = 0
+    for name, one in coded.items():
+        parts = [initializers[f"{name}.{kind}"] for kind in ("codes", "high", "low") if f"{name}.{kind}" in initializers]
+        held = sum(len(part.raw_data) for part in parts)
+        least = packed_bytes(one.codes.numel(), export.stored_bits(one.codec))
+        if held != least:
+            return Check("size", False, f"{name} takes {held} bytes of codes, {least} are enough")
+        ideal += one.payload_bytes()
+    if not coded:
+        return Check("size", True, f"{path.stat().st_size:,} bytes, float network")
+    total = path.stat().st_size
+    return Check("size", True, f"{total:,} bytes; codes and scales alone {ideal:,}")
+
+
+def _sources(file: onnx.ModelProto) -> dict[str, list[str]]:
+    """For every value: the values that it is made from, however far up, in the file's order of nodes."""
+    above: dict[str, list[str]] = {}
+    for node in file.graph.node:
+        own = list(dict.fromkeys(v for used in node.input if used for v in (used, *above.get(used, []))))
+        above |= dict.fromkeys(node.output, own)
+    return above
+
+
+def _is_code(initializer: TensorProto, coded: Mapping[str, Coded]) -> bool:
+    name, _, kind = initializer.name.rpartition(".")
+    return name in coded and kind in ("codes", "high", "low")
+
+
+# --- runs and parity -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """One engine on the samples: top-1 in percent, and how its logits compare with torch's."""
+
+    correct: int = 0
+    samples: int = 0
+    equal: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    worst: float = 0.0  # max |difference| / max |reference|
+
+    def add(self, logits: Tensor, reference: Tensor, labels: Tensor) -> None:
+        difference = (logits - reference).double()
+        self.samples += len(labels)
+        self.correct += int((logits.argmax(1) == labels).sum())
+        self.equal += int((logits.argmax(1) == reference.argmax(1)).sum())
+        self.signal += float(reference.double().square().sum())
+        self.noise += float(difference.square().sum())
+        scale = float(reference.abs().max())
+        self.worst = max(self.worst, float(difference.abs().max()) / (scale or 1.0))
+
+    @property
+    def top1(self) -> float:
+        return 100 * self.correct / self.samples
+
+    @property
+    def agreement(self) -> float:
+        return 100 * self.equal / self.samples
+
+    @property
+    def sqnr(self) -> float:
+        """Logits' signal to noise in dB, at most 200."""
+        return 200.0 if not self.noise or not self.signal else min(200.0, float(10 * np.log10(self.signal / self.noise)))
+
+
+@torch.inference_mode()
+def _compare(path: Path, model: nn.Module, batches: Iterable[Batch]) -> dict[str, _Run]:
+    engines = {"default": runner(path), "off": runner(path, optimise=False)}
+    runs = {"torch": _Run(), "default": _Run(), "off": _Run()}
+    model.eval()
+    for images, labels in batches:
+        reference, labels = model(images).cpu(), labels.cpu()
+        runs["torch"].add(reference, reference, labels)
+        for name, engine in engines.items():
+            if name == "default" or runs["off"].samples < OFF_SAMPLES:
+                runs[name].add(engine(images), reference, labels)
+    if not runs["torch"].samples:
+        raise InputError("there is no image to compare the file on: the test split is empty")
+    return runs
+
+
+def _runs(path: Path, runs: Mapping[str, _Run]) -> Check:
+    finite = all(np.isfinite(runs[name].worst) for name in ("default", "off"))
+    counts = node_counts(path)
+    integer = sum(n for op, n in counts.items() if op.startswith("QLinear") or op == "QGemm")
+    left = sum(counts.get(op, 0) for op in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"))
+    detail = f"ONNX Runtime {ort.__version__}, optimisation off and default; {integer} integer nodes, {left} float layers"
+    return Check("runs", finite, detail if finite else "logits are not finite")
+
+
+def _parity(runs: Mapping[str, _Run], *, exact: bool) -> Check:
+    if exact:
+        worst = max(runs["default"].worst, runs["off"].worst)
+        return Check("parity", worst <= WEIGHT_ONLY_TOLERANCE, f"logits within {worst:.1e} of torch's, relative")
+    told, passed = [], True
+    for name in ("default", "off"):
+        run = runs[name]
+        passed &= run.samples - run.equal <= max(1, (1 - AGREEMENT) * run.samples)
+        passed &= run.sqnr >= SQNR_DB
+        told.append(f"{run.agreement:.1f} % / {run.sqnr:.0f} dB {name}")
+    gap = runs["default"].top1 - runs["torch"].top1
+    one_image = 100 / runs["default"].samples
+    passed &= abs(gap) <= max(TOP1_POINTS, one_image)
+    return Check("parity", passed, f"argmax and logits as torch's: {', '.join(told)}; top-1 {gap:+.2f}")
+
