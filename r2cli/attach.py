@@ -1,7 +1,7 @@
 """What sits on a network's edges, and the network that a checkpoint stands for.
 
-`Observe` watches the range of a value while calibration images pass and keeps nothing else; `OnGrid` rounds a value to its
-grid. `network` rebuilds a checkpoint's model, float or coded, ready to run.
+`Observe` watches the range of a value while calibration images pass and keeps nothing else; `OnGrid` rounds a value to
+its grid. `network` rebuilds a checkpoint's model, float or coded, ready to run.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,6 +32,9 @@ class Observe(nn.Module):
 class OnGrid(nn.Module):
     """x rounded to its grid: what a QuantizeLinear and a DequantizeLinear make of it, any shape."""
 
+    scale: Tensor
+    zero_point: Tensor
+
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
@@ -45,9 +48,7 @@ class OnGrid(nn.Module):
 
 
 @torch.inference_mode()
-def observe(
-    net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor]
-) -> dict[str, tuple[float, float]]:
+def observe(net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
     """The (least, greatest) value of each node over `batches` of images; the watchers stay until grids replace them."""
     watching = {name: Observe() for name in nodes}
     graph.insert(net, watching)

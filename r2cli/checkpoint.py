@@ -1,8 +1,9 @@
 """Checkpoints: one safetensors file each, that plain safetensors and PyTorch can read where it holds floats.
 
 Float tensors stand under their state_dict names. A coded weight `p` stands as `p.codes` (packed), `p.scale`, and
-`p.zero_point` or `p.lut`. One metadata key, `r2`, holds JSON: format, model, input, class names, the codec of each coded
-tensor, the grid of each activation edge, and the history of commands; no times, so the same work gives the same bytes.
+`p.zero_point` or `p.lut`. One metadata key, `r2`, holds JSON: format, model, input, class names, the codec of each
+coded tensor, the grid of each activation edge, and the history of commands; no times, so the same work gives the same
+bytes.
 
 Nothing that is loaded runs code: safetensors holds tensors and text only.
 """
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -52,6 +53,12 @@ class InputSpec:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.size, self.size
+
+
+def input_spec(stored: Mapping[str, Any]) -> InputSpec:
+    """An `InputSpec` from the JSON that a checkpoint or an ONNX file of ours holds."""
+    mean, std = tuple(stored["mean"]), tuple(stored["std"])
+    return InputSpec(int(stored["channels"]), int(stored["size"]), int(stored["resize"]), mean, std)
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,12 @@ def load(path: Path) -> Checkpoint:
         meta = json.loads(metadata["r2"])
         if meta["format"] != FORMAT:
             raise InputError(
-                f"{path} has checkpoint format {meta['format']}, this r2 reads format {FORMAT}: install the r2cli that wrote it"
+                f"{path} has format {meta['format']}, this r2 reads {FORMAT}: install the r2cli that wrote it"
             )
         coded = {name: _coded(name, entry, tensors) for name, entry in meta["codecs"].items()}
         checkpoint = Checkpoint(
             model=ModelSpec(**meta["model"]),
-            input=InputSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["input"].items()}),
+            input=input_spec(meta["input"]),
             class_names=tuple(meta["class_names"]),
             floats=tensors,  # _coded has taken its parts out
             coded=coded,
@@ -210,7 +217,7 @@ def _activation_grid(entry: Mapping[str, Any]) -> Grid:
 def _require_finite(checkpoint: Checkpoint, path: Path) -> None:
     scales = {f"{name}.scale": coded.codec.scale for name, coded in checkpoint.coded.items()}
     for name, tensor in {**checkpoint.floats, **scales}.items():
-        bad = int((~torch.isfinite(cast(Tensor, tensor))).sum())
+        bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise InputError(
                 f"{path}: tensor '{name}' has {bad} NaN or infinite values of {tensor.numel()}: "

@@ -34,18 +34,18 @@ class Grid:
 
     @property
     def lowest(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.signed and not self.odd else 0
+        return -(1 << (self.bits - 1)) if self.signed and not self.odd else 0
 
     @property
     def highest(self) -> int:
-        return self.lowest + 2**self.bits - 1
+        return self.lowest + (1 << self.bits) - 1
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.int8 if self.lowest < 0 else torch.uint8
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes of the levels nearest to `x`, ties to even, as ONNX QuantizeLinear rounds. Shape of `x`, int8 or uint8."""
+        """Codes of the nearest levels, ties to even as ONNX QuantizeLinear has it. Shape of `x`, int8 or uint8."""
         levels = x / self._along(self.scale, x.ndim)
         if self.odd:
             # The shift is a half-integer multiple of 2, so it is added before the rounding.
@@ -58,7 +58,7 @@ class Grid:
         """The integers that the scale multiplies: what an ONNX file stores. Shape of `codes`, int32."""
         wide = codes.to(torch.int32)
         if self.odd:
-            return 2 * wide - (2**self.bits - 1)
+            return 2 * wide - ((1 << self.bits) - 1)
         return wide - self._along(self.zero_point, codes.ndim)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ def emit(report: Mapping[str, Any], *, as_json: bool, lines: Sequence[str | Tabl
         return
     for line in lines:
         _out.print(line)
+        if isinstance(line, Table):
+            _out.print()
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:

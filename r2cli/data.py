@@ -70,7 +70,7 @@ def load(name: str, *, size: int | None = None, spec: InputSpec | None = None, w
 
 
 def normalise(images: Tensor, spec: InputSpec, device: torch.device) -> Tensor:
-    """uint8 (n, c, h, w) to the network's float32 input on `device`, channels last in memory: convolutions are faster so."""
+    """uint8 (n, c, h, w) to the network's float32 input on `device`; channels last, as convolutions like it."""
     mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
     std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
     pixels = images.to(device).to(torch.float32, memory_format=torch.channels_last)
@@ -98,7 +98,7 @@ class MemorySplit:
         self, size: int, device: torch.device, shuffle: torch.Generator | None = None, augment: bool = False
     ) -> Iterator[Batch]:
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
-        for index in order.split(size):
+        for index in torch.split(order, size):
             images = self.images[index]
             if augment and self.flip:
                 assert shuffle is not None
@@ -302,7 +302,6 @@ def _require_readable(unreadable: Sequence[str], total: int, split: str) -> None
             f"{len(distinct)} of {total} images of {split} cannot be decoded, more than {UNREADABLE_LIMIT:.0%}: "
             f"remove or replace them, first {distinct[0]}"
         )
-
 
 
 def calibration(data: Data, count: int, device: torch.device, seed: int, batch: int = 64) -> Iterator[Batch]:

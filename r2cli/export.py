@@ -1,20 +1,20 @@
 """A checkpoint as an ONNX file with integer weights, in standard operators.
 
-torch exports the network with its parameters under their own names and nothing folded; then the initializer of every coded
-weight is replaced by what its codec says, so no float weight is left to be quantized again, and no second description of the
-network exists. Opset 21, IR 10.
+torch exports the network with its parameters under their own names and nothing folded; then the initializer of every
+coded weight is replaced by what its codec says, so no float weight is left to be quantized again, and no second
+description of the network exists. Opset 21, IR 10.
 
     8 to 5 bits          INT8 -> DequantizeLinear
     4 bits               INT4 -> Cast INT8 -> DequantizeLinear
     3 to 1 bits, odd     packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
 
-Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into DequantizeLinear would
-be unpacked at every inference. Activations are UINT8, with a Clip of codes where they have less than 8 bits.
+Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into
+DequantizeLinear would be unpacked at every inference. Activations are UINT8, with a Clip of codes below 8 bits.
 """
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -37,7 +37,7 @@ INPUT, OUTPUT = "input", "logits"
 def to_bytes(checkpoint: Checkpoint) -> bytes:
     """The ONNX file of `checkpoint`: input float32 (batch, channels, size, size), logits float32 (batch, classes).
 
-    The same bytes for equal checkpoints. Raises R2Error where torch cannot export the network, or a weight is lost on the way.
+    The same bytes for equal checkpoints. Raises R2Error where torch cannot export the network, or a weight is lost.
     """
     net = attach.network(checkpoint)
     if isinstance(net, fx.GraphModule):
@@ -45,49 +45,51 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     model = _export(net, checkpoint.input.shape)
     _simplify(model, checkpoint.coded)
     _put_codes(model, checkpoint.coded)
+    _round_last_bias(model)
     _clean(model, checkpoint)
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return content
 
 
 # --- the float graph -----------------------------------------------------------------------------------------------
 
 
-class _Operator(nn.Module):
-    """One ONNX operator that keeps its input's type: (n, ...) to `shape(x)`."""
-
-    def __init__(self, name: str, shape: Callable[[Tensor], Any], **attributes: int) -> None:
-        super().__init__()
-        self.name, self.shape, self.attributes = name, shape, attributes
+class _GlobalAveragePool(nn.Module):
+    """The mean of every channel: (n, c, h, w) to (n, c, 1, 1). torch would write a ReduceMean, which stays float."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(  # type: ignore[no-any-return]
-            self.name, (x,), self.attributes, dtype=x.dtype, shape=self.shape(x)
-        )
+        return torch.onnx.ops.symbolic("GlobalAveragePool", (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1))
 
 
 class _QuantizeDequantize(nn.Module):
     """An `OnGrid` as QuantizeLinear, for less than 8 bits a Clip of the codes, and DequantizeLinear."""
 
+    scale: Tensor
+    zero_point: Tensor
+    lowest: Tensor
+    highest: Tensor
+
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.register_buffer("scale", grid.scale)
         self.register_buffer("zero_point", grid.zero_point.to(torch.uint8))
+        self.register_buffer("lowest", torch.tensor(grid.lowest, dtype=torch.uint8))
+        self.register_buffer("highest", torch.tensor(grid.highest, dtype=torch.uint8))
         self.clips = grid.bits < 8
-        if self.clips:
-            self.register_buffer("lowest", torch.tensor(grid.lowest, dtype=torch.uint8))
-            self.register_buffer("highest", torch.tensor(grid.highest, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         symbolic, shape = torch.onnx.ops.symbolic, x.shape
-        parameters = (self.scale, self.zero_point)
-        codes = symbolic("QuantizeLinear", (x, *parameters), dtype=torch.uint8, shape=shape)
+        codes = symbolic("QuantizeLinear", (x, self.scale, self.zero_point), dtype=torch.uint8, shape=shape)
         if self.clips:
             codes = symbolic("Clip", (codes, self.lowest, self.highest), dtype=torch.uint8, shape=shape)
-        return symbolic("DequantizeLinear", (codes, *parameters), dtype=torch.float32, shape=shape)  # type: ignore[no-any-return]
+        return symbolic("DequantizeLinear", (codes, self.scale, self.zero_point), dtype=torch.float32, shape=shape)
 
 
 class _Relu6(nn.Module):
-    """Clip to [0, 6]: (n, ...) to the same. torch decomposes its own symbolically, which takes most of an export's time."""
+    """Clip to [0, 6], any shape. What torch makes of its own under symbolic shapes takes most of an export's time."""
+
+    low: Tensor
+    high: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,8 +97,7 @@ class _Relu6(nn.Module):
         self.register_buffer("high", torch.tensor(6.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        bounds = (self.low, self.high)
-        return torch.onnx.ops.symbolic("Clip", (x, *bounds), dtype=x.dtype, shape=x.shape)  # type: ignore[no-any-return]
+        return torch.onnx.ops.symbolic("Clip", (x, self.low, self.high), dtype=x.dtype, shape=x.shape)
 
 
 def _standard_operators(net: fx.GraphModule) -> None:
@@ -108,8 +109,8 @@ def _standard_operators(net: fx.GraphModule) -> None:
             return _QuantizeDequantize(module.grid)
         if graph.is_a(net, node, (nn.ReLU6, F.relu6)):
             return _Relu6()
-        if _is_global_mean(net, node):  # torch would export a ReduceMean, which stays float
-            return _Operator("GlobalAveragePool", lambda x: (x.shape[0], x.shape[1], 1, 1))
+        if _is_global_mean(net, node):
+            return _GlobalAveragePool()
         return None
 
     graph.requantize_behind_passing(net)
@@ -181,9 +182,7 @@ def _put_codes(model: ir.Model, coded: Mapping[str, Coded]) -> None:
         model.graph.insert_before(first, nodes)
 
 
-def _emit(
-    graph_: ir.Graph, name: str, coded: Coded, tables: dict[str, ir.Value]
-) -> tuple[ir.Value, list[ir.Node]]:
+def _emit(graph_: ir.Graph, name: str, coded: Coded, tables: dict[str, ir.Value]) -> tuple[ir.Value, list[ir.Node]]:
     """The float value of a coded weight, and the nodes that make it."""
     grid = coded.codec
     if not isinstance(grid, Grid):
@@ -207,8 +206,44 @@ def _emit(
     dequantize = ir.node("DequantizeLinear", inputs, axis)
     nodes.append(dequantize)
     for position, node in enumerate(nodes):
-        node.outputs[0].name = f"{name}.{position}" if node is not dequantize else f"{name}.decoded"
+        # Short names: in a small network at few bits the text of the graph is most of what is left of the file.
+        node.name, node.outputs[0].name = "", f"w{len(tables)}.{len(graph_)}.{position}"
+    dequantize.outputs[0].name = f"{name}.decoded"
     return dequantize.outputs[0], nodes
+
+
+def _round_last_bias(model: ir.Model) -> None:
+    """Give a layer that ends in the logits its bias as int32, DequantizeLinear with the scale of its products.
+
+    Runtimes round the bias of a layer with a quantized output by themselves, and to the same grid; one with a float
+    output they would run in float. `ptq.round_biases` has put the bias on that grid, so no value changes.
+    """
+    for node in list(model.graph):
+        if node.op_type not in ("Gemm", "Conv") or len(node.inputs) < 3 or not node.outputs[0].is_graph_output():
+            continue
+        bias, scales = node.inputs[2], [_scale_of(value) for value in node.inputs[:2]]
+        if bias is None or bias.name is None or bias.const_value is None or scales[0] is None or scales[1] is None:
+            continue
+        scale = np.asarray(scales[0] * scales[1])
+        codes = np.rint(bias.const_value.numpy().astype(np.float64) / scale)
+        parts = [
+            _initializer(model.graph, f"{bias.name}.codes", codes.astype(np.int32)),
+            _initializer(model.graph, f"{bias.name}.scale", scale),
+        ]
+        decoded = ir.node("DequantizeLinear", parts, {"axis": 0} if scale.ndim else {})
+        decoded.outputs[0].name = f"{bias.name}.decoded"
+        model.graph.insert_before(node, decoded)
+        node.replace_input_with(2, decoded.outputs[0])
+        del model.graph.initializers[bias.name]
+
+
+def _scale_of(value: ir.Value | None) -> "np.ndarray[Any, Any] | None":
+    """The scale of the DequantizeLinear that makes `value`, () or (channels,); None where nothing of the kind does."""
+    producer = None if value is None else value.producer()
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    scale = producer.inputs[1]
+    return None if scale is None or scale.const_value is None else scale.const_value.numpy()
 
 
 def _packed(
@@ -264,15 +299,17 @@ def _shape(graph_: ir.Graph, shared: dict[str, ir.Value], sizes: tuple[int, ...]
     return shared[name]
 
 
-def _int4(codes: Tensor) -> ir.TensorProtocol:
+def _int4(codes: Tensor) -> "ir.PackedTensor[Any]":
     """Codes (any shape, int8 in -8 .. 7) as an ONNX INT4 tensor: our packing is ONNX's."""
     return ir.PackedTensor(pack(codes, 4).numpy(), ir.DataType.INT4, shape=ir.Shape(codes.shape))
 
 
-def _initializer(graph_: ir.Graph, name: str, content: "np.ndarray[Any, Any] | ir.TensorProtocol") -> ir.Value:
+def _initializer(graph_: ir.Graph, name: str, content: "np.ndarray[Any, Any] | ir.PackedTensor[Any]") -> ir.Value:
     tensor = ir.tensor(content) if isinstance(content, np.ndarray) else content
     tensor.name = name
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
     graph_.initializers[name] = value
     return value
 
@@ -287,6 +324,8 @@ def _clean(model: ir.Model, checkpoint: Checkpoint) -> None:
         node.doc_string = None
         for output in node.outputs:
             output.metadata_props.clear()
+            if not output.is_graph_output():  # runtimes infer types and shapes; here they are a tenth of a small file
+                output.type, output.shape = None, None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()

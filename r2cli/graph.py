@@ -1,4 +1,4 @@
-"""The network's graph, read once with torch.fx: which layers hold weights, which BatchNorm follows whom, where values flow.
+"""The network's graph, read once with torch.fx: which layers hold weights, which BatchNorm follows, where values flow.
 
 Weights are changed on the modules, so parameter names never change. A value on an edge is known by the name of the node
 that produces it, so that a checkpoint finds its edges again.
@@ -25,7 +25,18 @@ ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, 
 PASSING: tuple[Any, ...] = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d),
     *(F.max_pool2d, F.dropout, torch.flatten, torch.reshape, torch.permute, torch.transpose),
-    *(operator.getitem, getattr, "flatten", "view", "reshape", "permute", "transpose", "contiguous", "size", "dim"),
+    *(
+        operator.getitem,
+        getattr,
+        "flatten",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "contiguous",
+        "size",
+        "dim",
+    ),
 )
 
 
@@ -62,7 +73,7 @@ def layers(net: fx.GraphModule) -> list[Layer]:
     found = []
     for name, nodes in calls.items():
         norm = _only_user(nodes[0]) if len(nodes) == 1 else None
-        own = norm.target if norm is not None and _follows(net, norm) else None
+        own = str(norm.target) if norm is not None and _follows(net, norm) else None
         found.append(Layer(name, nodes[0].name, own))
     return found
 
@@ -71,8 +82,8 @@ def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:
     """Take every BatchNorm that follows a layer out of the graph, its shift into the layer's bias.
 
     Returns the factor that is left to apply to each such layer's output channels, (channels,) float64 and >= 0, by the
-    layer's name: multiply it into the weights (folding) or into the scale of their grid (the same codes, the same function).
-    A channel whose factor would be negative has its filter negated first, so that no code needs a sign that its grid lacks.
+    layer's name: multiply it into the weights (folding) or into the scale of their grid (the same codes and function).
+    A channel whose factor would be negative has its filter negated first, so no code needs a sign that its grid lacks.
     """
     factors = {}
     for layer in layers(net):
@@ -106,12 +117,12 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
     """The nodes whose values need a grid for the whole graph to run on integers, for inputs of `shape` (without batch).
 
-    They are the input, and the outputs of whatever computes: a layer with the activation that follows it, a sum, a pooled mean.
-    The network's own output stays float.
+    They are the input, and the outputs of whatever computes: a layer with the activation that follows it, a sum, a
+    pooled mean. The network's own output stays float.
     """
     with torch.no_grad():
         # Two images, so that nothing mistakes the batch for a dimension of size one.
-        ShapeProp(net).propagate(torch.zeros(2, *shape, device=_device(net)))  # type: ignore[no-untyped-call]
+        ShapeProp(net).propagate(torch.zeros(2, *shape, device=_device(net)))
     found = []
     for node in net.graph.nodes:
         meta = node.meta.get("tensor_meta")
@@ -126,7 +137,7 @@ def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
 
 
 def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
-    """Put a module on the value of each named node, in the place of one that is there: all readers then read the module.
+    """Put a module on the value of each named node, in the place of one that is there: all then read the module.
 
     Raises R2Error for a name that no node has.
     """
@@ -146,7 +157,7 @@ def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
 
 
 def source(net: fx.GraphModule, layer: Layer) -> str | None:
-    """The value that `layer` reads: the name of its node, found behind what only passes it on; None if it has no grid."""
+    """The name of the node whose value `layer` reads, behind what only passes it on; None if it has no grid."""
     node = next(node for node in net.graph.nodes if node.name == layer.node).args[0]
     while isinstance(node, fx.Node) and is_a(net, node, PASSING):
         node = node.args[0]

@@ -20,7 +20,8 @@ Workers = Annotated[int, _option("--workers", help="Processes that decode large 
 
 MinAccuracy = Annotated[float | None, _option("--min-accuracy", help="Least top-1, in percent.", panel=GATES)]
 MaxDrop = Annotated[
-    float | None, _option("--max-drop", help="Most points of top-1 lost against the float checkpoint.", panel=GATES)
+    float | None,
+    _option("--max-drop", help="Most points of top-1 lost against the float checkpoint.", panel=GATES),
 ]
 MaxBytes = Annotated[int | None, _option("--max-bytes", help="Most bytes of the written file.", panel=GATES)]
 

@@ -14,8 +14,9 @@
     rows = ["reg", "bits"]
     metrics = { "top-1" = "top1" }
 
-A step's keys are exactly its command's options; `source` and `output` are files in the recipe's folder. A value of the matrix
-may be a table: `{pre.reg}` is its `reg`, and its `name` stands for it in tables. What a table does not list is averaged.
+A step's keys are exactly its command's options; `source` and `output` are files in the recipe's folder. A value of the
+matrix may be a table: `{pre.reg}` is its `reg`, and its `name` stands for it in tables. What a table does not list is
+averaged.
 """
 
 import itertools
@@ -120,10 +121,10 @@ def execute(
     *,
     overwrite: bool,
 ) -> list[dict[str, Any]]:
-    """Run the steps in order; returns each step's values and report. What is done is kept in `folder`/results.json.
+    """Run the steps in order; returns each step's values and report. What is done is kept in results.json.
 
-    A step is skipped that was done with the same options by the same version, whose output is still there and whose source
-    was not made again. One that was stopped half way runs again over its own files. Errors of a step pass through.
+    A step is skipped that was done with the same options by the same version, whose output is still there and whose
+    source was not made again. One that was stopped half way runs again over its own files.
     """
     record = folder / "results.json"
     done = {} if overwrite else _recorded(record)
@@ -155,9 +156,7 @@ def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[list[di
     return [_table(recipe, table, results) for table in recipe.tables]
 
 
-def _table(
-    recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
-) -> list[dict[str, str]]:
+def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     names, column = table["rows"], table.get("column")
     cells: dict[tuple[str, ...], dict[str, list[Any]]] = {}
     for result in results:
@@ -202,7 +201,7 @@ def _fill(value: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _look_up(path: str, values: Mapping[str, Any]) -> Any:
-    """The value of `name` or of `name.key`; None, which leaves the option out, for a key that its table does not have."""
+    """The value of `name` or of `name.key`; None, which leaves the option out, for a key that its table lacks."""
     name, _, key = path.partition(".")
     return values[name].get(key) if key else values[name]
 

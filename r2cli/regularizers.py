@@ -1,15 +1,15 @@
 """Range regularizers, as closed-form gradients that are added to `.grad` after the backward pass.
 
 Paper: "R^2: Range Regularization for Model Compression and Quantization" (arXiv 2303.08253), equations 1 to 3, and
-Shkolnik et al., "Robust Quantization" (KURE, 2020). The loss is task + strength * sum over layers (KURE: mean).
+Shkolnik et al., "Robust Quantization" (KURE, 2020). The loss is task + strength * sum over layers.
 
 Each regularizer is one function of a weight's elements. It returns its value and the derivative of its own learnable
 parameter, and adds `strength * dR/dw` to `grad`: autograd would build, keep and walk a graph over every weight at every
 step, which costs up to three times a small step. Weights are walked in chunks that stay in cache.
 
-Where we differ: in the stable form the margin's own gradient is clamped to [-strength, strength] (as written it is minus the
-number of weights outside, and throws M out of the layer), and soft-min-max's exponent is in units of the layer's standard
-deviation (as written, a layer of small weights never gets beyond a weak variance penalty).
+Where we differ: in the stable form the margin's own gradient is clamped to [-strength, strength] (as written it is
+minus the number of weights outside, and throws M out of the layer), and soft-min-max's exponent is in units of the
+layer's standard deviation (as written, a layer of small weights never gets beyond a weak variance penalty).
 """
 
 import math
@@ -45,9 +45,7 @@ class Setting:
     margin_k: int = 1
 
 
-def linf(
-    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting
-) -> tuple[Tensor, Tensor]:
+def linf(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting) -> tuple[Tensor, Tensor]:
     """R = max |w| (equation 1). Tied maxima share the gradient. No parameter."""
     chunks = list(_chunks(w, grad))
     tops = [torch.maximum(-low, high) for low, high in (torch.aminmax(c) for c, _ in chunks)]
@@ -61,9 +59,7 @@ def linf(
     return top, torch.zeros_like(parameter)
 
 
-def margin(
-    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting
-) -> tuple[Tensor, Tensor]:
+def margin(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting) -> tuple[Tensor, Tensor]:
     """R = |M| + (1/k) * sum max(|w| - |M|, 0) (equation 2, the sum over the hinge only; k = 1 unless `margin_k`)."""
     m = parameter.abs()
     outside = torch.zeros((), dtype=torch.float64, device=w.device)
@@ -79,9 +75,7 @@ def margin(
     return value, (slope.clamp(-1, 1) if setting.stable else slope).to(parameter.dtype)
 
 
-def soft_minmax(
-    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting
-) -> tuple[Tensor, Tensor]:
+def soft_minmax(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting) -> tuple[Tensor, Tensor]:
     """R = <softmax(alpha w), w> - <softmax(-alpha w), w> (equation 3 without its exp(-alpha), added once a layer)."""
     unit = _deviation(w) if setting.stable else torch.ones((), dtype=torch.float64, device=w.device)
     # A filter driven to a constant has no deviation: any exponent then gives uniform weights and a range of zero.
@@ -106,10 +100,11 @@ def soft_minmax(
     return s_max - s_min, slope.to(parameter.dtype)
 
 
-def kure(
-    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting
-) -> tuple[Tensor, Tensor]:
-    """R = (mean(((w - mean) / std)^4) - 1.8)^2, std biased. No parameter; a constant tensor has no kurtosis and costs 0."""
+def kure(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: Setting) -> tuple[Tensor, Tensor]:
+    """R = (mean(((w - mean) / std)^4) - 1.8)^2, std biased. No parameter; a constant tensor costs 0.
+
+    KURE's authors average over layers, so that a strength of ours is theirs divided by the number of layers.
+    """
     mean, std = w.mean(dtype=torch.float64), _deviation(w)
     inverse = torch.where(std > 0, 1 / std, 0.0)
     cubes = torch.zeros(2, dtype=torch.float64, device=w.device)  # sums of z^3 and z^4
@@ -133,7 +128,7 @@ REGULARIZERS: Mapping[str, Term] = {"linf": linf, "margin": margin, "soft-minmax
 class Regularizer:
     """One regularizer on every convolution and linear weight of a model.
 
-    `parameters` holds M (one a column of a layer) or alpha (one a layer), by weight name; the optimizer owns their update.
+    `parameters` holds M (one a column of a layer) or alpha (one a layer), by weight name; the optimizer updates them.
     """
 
     def __init__(self, setting: Setting, model: nn.Module) -> None:
@@ -157,8 +152,6 @@ class Regularizer:
     def add_gradients(self) -> Tensor:
         """Add the penalty's gradients to `.grad` of weights and parameters; returns strength * R, a scalar."""
         strength = self.setting.strength
-        if self.setting.name == "kure":
-            strength /= len(self.weights)
         total = torch.zeros((), dtype=torch.float64)
         for name, w in self.weights.items():
             if w.grad is None:  # a layer that the loss does not reach
@@ -175,7 +168,7 @@ class Regularizer:
 def penalty(
     w: Tensor, parameter: Tensor | None, grad: Tensor, strength: float, setting: Setting
 ) -> tuple[Tensor, Tensor]:
-    """One weight's R, summed over the `dim` columns of its vectors, with dR/dparameter; adds strength * dR/dw to `grad`.
+    """One weight's R, summed over the `dim` columns of its vectors, and dR/dparameter; adds strength * dR/dw to `grad`.
 
     For dim 1 the column is the weight itself. Channels left over when `dim` does not divide them are not regularized.
     """
@@ -208,9 +201,13 @@ def columns(w: Tensor, dim: int) -> list[Tensor]:
 
 
 def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that range regularization acts on: every convolution's and linear layer's, first and last included."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
+    """The weights that range regularization acts on: all convolutions' and linear layers', first and last included."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+            assert isinstance(module.weight, nn.Parameter)
+            found[f"{name}.weight"] = module.weight
+    return found
 
 
 def default_strength(name: str, *, size: int, images: int) -> float:
@@ -227,4 +224,4 @@ def _deviation(w: Tensor) -> Tensor:
 def _chunks(w: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Matching views of `w` and `grad` that stay in a core's cache; the whole at once on a GPU."""
     rows = max(1, CHUNK // math.prod(w.shape[1:])) if w.device.type == "cpu" else max(1, w.shape[0])
-    return zip(w.split(rows), grad.split(rows), strict=True)
+    return zip(torch.split(w, rows), torch.split(grad, rows), strict=True)

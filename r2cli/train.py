@@ -1,7 +1,7 @@
 """The training loop: SGD with Nesterov momentum, warm-up and a cosine; evaluation; and a state that resumes exactly.
 
-pretrain runs it on a float network with a range regularizer attached. An unbroken run and one that was killed and resumed
-give the same bytes: the order of the data is a function of seed and epoch, and everything else is in the resume state.
+pretrain runs it on a float network with a range regularizer attached. An unbroken run and one that was killed and
+resumed give the same bytes: the order of the data is a function of seed and epoch, and the rest is in the resume state.
 """
 
 import json
@@ -83,7 +83,7 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on the base rate at `step` of `steps`: linear up over the first `warmup` share, then half a cosine to 0."""
+    """Factor on the base rate at `step` of `steps`: linear up over the `warmup` share, then half a cosine to 0."""
     rising = math.ceil(warmup * steps)
     if step < rising:
         return (step + 1) / rising
@@ -185,7 +185,7 @@ def top1(
 
 
 def range_ratios(model: nn.Module) -> dict[str, float]:
-    """max|w| / std of every regularized weight, by name: 1 for two levels, 1.7 for a uniform layer, 4 and more with outliers."""
+    """max|w| / std of every regularized weight, by name: 1 for two levels, 1.7 if uniform, 4 and more with outliers."""
     ratios = {}
     for name, weight in regularizers.regularized(model).items():
         w = weight.detach().double()
@@ -193,9 +193,7 @@ def range_ratios(model: nn.Module) -> dict[str, float]:
     return ratios
 
 
-def _optimizer(
-    model: nn.Module, regularizer: regularizers.Regularizer | None, settings: Settings
-) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, regularizer: regularizers.Regularizer | None, settings: Settings) -> torch.optim.SGD:
     """Weights decay; biases and norms do not; the regularizer's own parameters neither, and they have no momentum."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -206,7 +204,13 @@ def _optimizer(
     if regularizer and regularizer.parameters:
         own = list(regularizer.parameters.values())
         groups.append(
-            {"params": own, "weight_decay": 0.0, "base_lr": settings.reg_lr, "momentum": 0.0, "nesterov": False}
+            {
+                "params": own,
+                "weight_decay": 0.0,
+                "base_lr": settings.reg_lr,
+                "momentum": 0.0,
+                "nesterov": False,
+            }
         )
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
 

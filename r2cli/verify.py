@@ -1,7 +1,7 @@
 """The proof of an ONNX file: it is opened again, audited, run in ONNX Runtime and compared with the checkpoint.
 
-Nothing here trusts the exporter: types and sizes are read from the written file, the weights are decoded by ONNX Runtime
-itself, and the logits are those of sessions with optimisation off and at its default.
+Nothing here trusts the exporter: types and sizes are read from the written file, the weights are decoded by ONNX
+Runtime itself, and the logits are those of sessions with optimisation off and at its default.
 """
 
 import json
@@ -22,6 +22,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from r2cli import checkpoint as checkpoints
 from r2cli import export
 from r2cli.checkpoint import Checkpoint, InputSpec
 from r2cli.codec import Coded, packed_bytes
@@ -97,8 +98,10 @@ def read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def session(path: Path, *, optimise: bool = True, threads: int = 0, save_to: Path | None = None) -> ort.InferenceSession:
-    """A CPU session; weight-only MatMuls keep float activations, which ONNX Runtime otherwise rounds to int8 on its own."""
+def session(
+    path: Path, *, optimise: bool = True, threads: int = 0, save_to: Path | None = None
+) -> ort.InferenceSession:
+    """A CPU session, in which weight-only MatMuls keep float activations: else ONNX Runtime rounds them to int8."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -127,8 +130,7 @@ def runner(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
 
 def input_spec(path: Path) -> InputSpec:
     """The preprocessing that a file of ours records. Raises InputError for another tool's file."""
-    stored = _recorded(path, "r2.input")
-    return InputSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
+    return checkpoints.input_spec(_recorded(path, "r2.input"))
 
 
 def data_name(path: Path) -> str:
@@ -220,7 +222,11 @@ def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
     for (name, one), found in zip(coded.items(), decoded_weights, strict=True):
         if not np.array_equal(found, one.decode().numpy()):
             return Check("same codes", False, f"{name} decodes to other values than the checkpoint's")
-    return Check("same codes", True, f"{sum(w.size for w in decoded_weights):,} weights decoded by ONNX Runtime, all equal")
+    return Check(
+        "same codes",
+        True,
+        f"{sum(w.size for w in decoded_weights):,} weights decoded by ONNX Runtime, all equal",
+    )
 
 
 def _size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check:
@@ -228,7 +234,9 @@ def _size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Chec
     initializers = {i.name: i for i in file.graph.initializer}
     ideal = 0
     for name, one in coded.items():
-        parts = [initializers[f"{name}.{kind}"] for kind in ("codes", "high", "low") if f"{name}.{kind}" in initializers]
+        parts = [
+            initializers[f"{name}.{kind}"] for kind in ("codes", "high", "low") if f"{name}.{kind}" in initializers
+        ]
         held = sum(len(part.raw_data) for part in parts)
         least = packed_bytes(one.codes.numel(), export.stored_bits(one.codec))
         if held != least:
@@ -289,7 +297,9 @@ class _Run:
     @property
     def sqnr(self) -> float:
         """Logits' signal to noise in dB, at most 200."""
-        return 200.0 if not self.noise or not self.signal else min(200.0, float(10 * np.log10(self.signal / self.noise)))
+        return (
+            200.0 if not self.noise or not self.signal else min(200.0, float(10 * np.log10(self.signal / self.noise)))
+        )
 
 
 @torch.inference_mode()
@@ -313,7 +323,9 @@ def _runs(path: Path, runs: Mapping[str, _Run]) -> Check:
     counts = node_counts(path)
     integer = sum(n for op, n in counts.items() if op.startswith("QLinear") or op == "QGemm")
     left = sum(counts.get(op, 0) for op in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"))
-    detail = f"ONNX Runtime {ort.__version__}, optimisation off and default; {integer} integer nodes, {left} float layers"
+    detail = (
+        f"ONNX Runtime {ort.__version__}, optimisation off and default; {integer} integer nodes, {left} float layers"
+    )
     return Check("runs", finite, detail if finite else "logits are not finite")
 
 
@@ -331,4 +343,3 @@ def _parity(runs: Mapping[str, _Run], *, exact: bool) -> Check:
     one_image = 100 / runs["default"].samples
     passed &= abs(gap) <= max(TOP1_POINTS, one_image)
     return Check("parity", passed, f"argmax and logits as torch's: {', '.join(told)}; top-1 {gap:+.2f}")
-

@@ -25,7 +25,7 @@ app.command()(evaluate.evaluate)
 app.command()(run.run)
 
 # What the parser raises for a wrong command line, whichever module of typer's defines it.
-_UsageError = typer.BadParameter.__mro__[1]
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def _version(value: bool) -> None:
@@ -61,14 +61,15 @@ def main() -> NoReturn:
         message, code = "interrupted; nothing that was there is changed", 130
     except _UsageError as error:
         command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
-        message, code = f"{error.format_message()} Try `{command} --help`.", 2  # type: ignore[attr-defined]
+        message, code = f"{error.format_message()} Try `{command} --help`.", 2
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 3
     except Exception as error:
-        message = f"internal error ({type(error).__name__}: {error}): run it again with R2_TRACEBACK=1 and report what that prints"
+        told = f"internal error ({type(error).__name__}: {error})"
+        message = f"{told}: run it again with R2_TRACEBACK=1 and report what that prints"
         code = 3
     console.fail(" ".join(message.split()), code, as_json=as_json)
     sys.exit(code)

@@ -62,7 +62,8 @@ def evaluate(
         "engine": engine,
         "cpu": verify.cpu(),
     }
-    summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {latency:.2f} ms an image ({engine}), {size:,} bytes"
+    speed = f"{latency:.2f} ms an image ({engine}, 1 thread)"
+    summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {size:,} bytes"
     console.emit(report, as_json=json, lines=[summary, *gates.unreadable(loaded.test.unreadable)])
     gates.require(min_accuracy=min_accuracy, top1=top1, max_bytes=max_bytes, size=size)
     return report

@@ -39,7 +39,9 @@ def export(
     kind = f"{report['bits_per_weight']:.2f} bits a weight" if made.coded else "float32"
     summary = f"{output}: top-1 {report['top1']:.2f} % in ONNX Runtime, {report['bytes']:,} bytes, {kind}"
     console.emit(
-        report, as_json=json, lines=[*deliver.told(proof), summary, console.next_step(f"r2 evaluate {output}")]
+        report,
+        as_json=json,
+        lines=[*deliver.told(proof), summary, console.next_step(f"r2 evaluate {output}")],
     )
     deliver.require_proof(proof, output)
     gates.require(min_accuracy=min_accuracy, top1=report["top1"], max_bytes=max_bytes, size=report["bytes"])

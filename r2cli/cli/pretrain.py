@@ -4,12 +4,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from r2cli import console
 from r2cli.cli import gates
-from r2cli.options import DryRun, Json, MinAccuracy, Overwrite, Seed, Workers, _option
 from r2cli.options import Device as DeviceName
+from r2cli.options import DryRun, Json, MinAccuracy, Overwrite, Seed, Workers, _option
 
 if TYPE_CHECKING:
     from r2cli import train
@@ -26,25 +24,42 @@ def pretrain(
     ] = None,
     data: Annotated[str, _option("--data", help="digits or imagefolder:DIR.")] = "digits",
     size: Annotated[
-        int | None, _option("--size", help="Image size in pixels. [default: 16 for digits, else the images' or 224]")
+        int | None,
+        _option("--size", help="Image size in pixels. [default: 16 for digits, else the images' or 224]"),
     ] = None,
     reg: Annotated[str, _option("--reg", help=REG, panel="Regularization")] = "none",
     reg_weight: Annotated[
         float | None,
-        _option("--reg-weight", help="Strength. [default: 0.01, for small images what measured best]", panel="Regularization"),
+        _option(
+            "--reg-weight",
+            help="Strength. [default: 0.01, for small images what measured best]",
+            panel="Regularization",
+        ),
     ] = None,
     reg_form: Annotated[
-        str, _option("--reg-form", help="stable, or paper: equations 1 to 3 to the letter.", panel="Regularization")
+        str,
+        _option("--reg-form", help="stable, or paper: equations 1 to 3 to the letter.", panel="Regularization"),
     ] = "stable",
     reg_dim: Annotated[
-        int, _option("--reg-dim", help="Vector length of a later palette.", panel="Regularization", min=1, max=8)
+        int,
+        _option("--reg-dim", help="Vector length of a later palette.", panel="Regularization", min=1, max=8),
     ] = 1,
     reg_lr: Annotated[
         float | None,
-        _option("--reg-lr", help="Rate of margin's M and soft-minmax's alpha. [default: --lr; paper form 0.01]", panel="Regularization"),
+        _option(
+            "--reg-lr",
+            help="Rate of margin's M and soft-minmax's alpha. [default: --lr; paper form 0.01]",
+            panel="Regularization",
+        ),
     ] = None,
     margin_k: Annotated[
-        int, _option("--margin-k", help="Margin: divide the hinge by K (1: the paper's).", panel="Regularization", min=1)
+        int,
+        _option(
+            "--margin-k",
+            help="Margin: divide the hinge by K (1: the paper's).",
+            panel="Regularization",
+            min=1,
+        ),
     ] = 1,
     epochs: Annotated[int, _option("--epochs", help="Passes over the data.", min=1)] = 40,
     batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=1)] = 64,
@@ -79,7 +94,11 @@ def pretrain(
     spec_only = models.spec(model, classes=2, channels=3, size=32, width=width)  # fail before data is read
     source = datasets.load(data, size=size, workers=workers)
     spec = models.spec(
-        model, classes=len(source.class_names), channels=source.input.channels, size=source.input.size, width=width
+        model,
+        classes=len(source.class_names),
+        channels=source.input.channels,
+        size=source.input.size,
+        width=width,
     )
     assert spec_only.name == spec.name
     setting = None
@@ -89,15 +108,17 @@ def pretrain(
             strength = regularizers.default_strength(reg, size=source.input.size, images=len(source.train))
         setting = regularizers.Setting(reg, strength, reg_form == "stable", reg_dim, margin_k)
     own_lr = reg_lr if reg_lr is not None else (lr if reg_form == "stable" else 0.01)
-    settings = train.Settings(
-        epochs, batch_size, lr, momentum, weight_decay, warmup, label_smoothing, own_lr, seed
-    )
+    settings = train.Settings(epochs, batch_size, lr, momentum, weight_decay, warmup, label_smoothing, own_lr, seed)
     where = train.device(device)
     told = f"{reg} {setting.strength:g} ({reg_form})" if setting else "no regularizer"
     plan = f"{model} ({spec.stem} stem) on {data} at {source.input.size}x{source.input.size}, {told}, {epochs} epochs"
     options = _options(data, spec.__dict__, setting, settings)
     if dry_run:
-        console.emit({"command": "pretrain", "options": options}, as_json=json, lines=[f"would train {plan} -> {output}"])
+        console.emit(
+            {"command": "pretrain", "options": options},
+            as_json=json,
+            lines=[f"would train {plan} -> {output}"],
+        )
         return options
     console.note(f"training {plan} on {where}")
     train.seed_everything(seed)
@@ -114,6 +135,7 @@ def pretrain(
     made = checkpoint.Checkpoint(spec, source.input, source.class_names, floats)
     checkpoint.save(made.then("pretrain", options, metrics), output)
     state.unlink(missing_ok=True)
+    unreadable = sorted({*source.train.unreadable, *source.test.unreadable})
     report = {
         "command": "pretrain",
         "output": output,
@@ -121,14 +143,14 @@ def pretrain(
         "parameters": sum(p.numel() for p in network.parameters()),
         **metrics,
         "epochs": [epoch.__dict__ for epoch in history],
-        "unreadable": sorted({*source.train.unreadable, *source.test.unreadable}),
+        "unreadable": unreadable,
         "seconds": round(perf_counter() - started, 1),
         "options": options,
     }
     ratio = f"max|w|/std {last.range_mean:.2f} mean, {last.range_max:.2f} worst layer"
     summary = f"{output}: top-1 {last.top1:.2f} %, {ratio}, {report['parameters']:,} parameters"
     follow = console.next_step(f"r2 ptq {output} --weight-bits 4")
-    console.emit(report, as_json=json, lines=[summary, *gates.unreadable(report["unreadable"]), follow])
+    console.emit(report, as_json=json, lines=[summary, *gates.unreadable(unreadable), follow])
     gates.require(min_accuracy=min_accuracy, top1=last.top1)
     return report
 

@@ -38,16 +38,24 @@ def ptq(
         ),
     ] = "channel",
     keep: Annotated[
-        list[str] | None, _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable.")
+        list[str] | None,
+        _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable."),
     ] = None,
     data: DataName = None,
-    calibration: Annotated[int, _option("--calibration", help="Training images that set activation ranges.", min=1)] = 512,
+    calibration: Annotated[
+        int, _option("--calibration", help="Training images that set activation ranges.", min=1)
+    ] = 512,
     seed: Seed = 0,
     device: Device = "auto",
     workers: Workers = 2,
     output: Annotated[
         Path | None,
-        _option("--output", "-o", help="The checkpoint; .onnx goes beside it. [default: SOURCE.w4a8-none...]", panel="Output"),
+        _option(
+            "--output",
+            "-o",
+            help="The checkpoint; .onnx goes beside it. [default: SOURCE.w4a8-none...]",
+            panel="Output",
+        ),
     ] = None,
     overwrite: Overwrite = False,
     min_accuracy: MinAccuracy = None,
@@ -60,7 +68,9 @@ def ptq(
     gates.require_bits("--weight-bits", weight_bits)
     acts = _act_bits(act_bits)
     kept = gates.keep(keep or [])
-    suffix = f"w{weight_bits}{f'a{acts}' if acts else ''}-{method}" + ("" if granularity == "channel" else f"-{granularity}")
+    suffix = f"w{weight_bits}{f'a{acts}' if acts else ''}-{method}" + (
+        "" if granularity == "channel" else f"-{granularity}"
+    )
     output = output or source.with_name(f"{source.stem}.{suffix}.safetensors")
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
@@ -83,7 +93,9 @@ def ptq(
     where = train.device(device)
     loaded = deliver.source_of(made, data, workers)
     if acts and calibration > len(loaded.train):
-        raise InputError(f"--calibration {calibration} is more than the {len(loaded.train)} training images of {loaded.name}")
+        raise InputError(
+            f"--calibration {calibration} is more than the {len(loaded.train)} training images of {loaded.name}"
+        )
     before = train.evaluate(attach.network(made).to(where), loaded.test, where)
     console.note(f"quantizing {source} to {suffix}: float top-1 {before:.2f} %")
     images = (batch for batch, _ in datasets.calibration(loaded, calibration, where, seed))

@@ -1,6 +1,5 @@
 """`r2 run`: the steps of a recipe, in order, and its table."""
 
-import itertools
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -15,13 +14,14 @@ from r2cli.options import DryRun, Json, Overwrite, _option
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, recipes/*.toml.")],
     work_dir: Annotated[
-        Path | None, _option("--work-dir", help="Where the steps' files go. [default: runs/RECIPE]", panel="Output")
+        Path | None,
+        _option("--work-dir", help="Where the steps' files go. [default: runs/RECIPE]", panel="Output"),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> dict[str, Any]:
-    """Run a recipe's commands in order and print its table; a step that is done with the same options is not run again."""
+    """Run a recipe's commands in order and print its tables; what was done with the same options is not done again."""
     from r2cli import recipe as worker
     from r2cli.cli import invoke
 
@@ -41,5 +41,5 @@ def run(
     tables = worker.tables(read, results)
     report = {"command": "run", "recipe": recipe, "folder": folder, "tables": tables, "results": results}
     shown = [console.table(tuple(rows[0]), [tuple(row.values()) for row in rows]) for rows in tables if rows]
-    console.emit(report, as_json=json, lines=[*itertools.chain(*zip(shown, [""] * len(shown))), f"files in {folder}"])
+    console.emit(report, as_json=json, lines=[*shown, f"files in {folder}"])
     return report

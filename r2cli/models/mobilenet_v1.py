@@ -1,13 +1,12 @@
 """MobileNet-V1: depthwise separable convolutions.
 
-Paper: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications" (2017), table 1.
-Ours: ReLU, no convolution biases, He-normal initialisation (fan-out); the small stem has stride 1.
+Paper: Howard et al., "MobileNets: Efficient CNNs for Mobile Vision Applications" (2017), table 1.
+Ours: ReLU, no convolution biases, He-normal weights (fan-out); the small stem has stride 1.
 """
 
 from torch import Tensor, nn
 
 from r2cli.checkpoint import ModelSpec
-from r2cli.models.initialise import he_normal
 
 # Output channels and stride of each separable block at width 1.
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
@@ -45,7 +44,7 @@ class MobileNetV1(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.classifier = nn.Linear(inputs, classes)
-        he_normal(self)
+        _he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem_relu(self.stem_norm(self.stem(x))))
@@ -62,3 +61,14 @@ def scaled(channels: int, width: float) -> int:
 def mobilenet_v1(spec: ModelSpec) -> nn.Module:
     stride = 1 if spec.stem == "small" else 2
     return MobileNetV1(classes=spec.classes, channels=spec.channels, stem_stride=stride, width=spec.width)
+
+
+def _he_normal(model: nn.Module) -> None:
+    """He et al. (2015): convolutions N(0, 2 / fan-out), linear layers N(0, 0.01), biases 0; in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,14 +1,13 @@
 """The CIFAR family of residual networks: 16, 32 and 64 channels, n blocks of two convolutions each, 6n + 2 layers.
 
 Paper: He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2. Ours: shortcuts that change shape
-are 1x1 convolutions with BatchNorm (its option B).
+are 1x1 convolutions with BatchNorm (its option B), and weights start as PyTorch's do.
 """
 
 import torch
 from torch import Tensor, nn
 
 from r2cli.checkpoint import ModelSpec
-from r2cli.models.initialise import he_normal
 
 
 class BasicBlock(nn.Module):
@@ -50,7 +49,6 @@ class ResNetCifar(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(inputs, classes)
-        he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(self.relu(self.norm(self.conv(x))))

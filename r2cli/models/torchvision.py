@@ -20,14 +20,12 @@ def resnet18(spec: ModelSpec) -> nn.Module:
 
 
 def mobilenet_v2(spec: ModelSpec) -> nn.Module:
-    model: nn.Module = torchvision.models.mobilenet_v2(
-        weights=None, num_classes=spec.classes, width_mult=spec.width
-    )
+    model: nn.Module = torchvision.models.mobilenet_v2(weights=None, num_classes=spec.classes, width_mult=spec.width)
     if spec.stem == "small" or spec.channels != 3:
         old = model.get_submodule("features.0.0")
         assert isinstance(old, nn.Conv2d)
         stride = 1 if spec.stem == "small" else 2
-        model.features[0][0] = _stem(spec.channels, old.out_channels, kernel=3, stride=stride)  # type: ignore[index, operator]
+        model.set_submodule("features.0.0", _stem(spec.channels, old.out_channels, kernel=3, stride=stride))
     return model
 
 

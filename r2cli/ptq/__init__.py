@@ -121,9 +121,9 @@ def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: M
 
 
 def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:
-    """Set filters to zero whose output never varies, the constant they give into the BatchNorm's shift; in place.
+    """Set filters to zero whose output never varies, their constant into the BatchNorm's shift; in place.
 
-    Such a channel's variance is far below the BatchNorm's epsilon, so folding would multiply its filter by 1/sqrt(epsilon), some 300,
+    Such a channel's variance is far below the BatchNorm's epsilon, so folding would multiply its filter by some 300,
     and one grid per tensor would go to a channel that says nothing. Returns how many were silenced, by layer.
     """
     silenced = {}
@@ -131,11 +131,13 @@ def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:
         if layer.norm is None:
             continue
         norm = net.get_submodule(layer.norm)
-        dead = norm.running_var < DEAD * norm.eps  # type: ignore[operator]
+        assert isinstance(norm, graph.NORMS) and norm.running_var is not None and norm.running_mean is not None
+        assert isinstance(module, graph.LAYERS)
+        dead = norm.running_var < DEAD * norm.eps
         if bool(dead.any()):
-            module.weight[dead] = 0.0  # type: ignore[index, operator]
-            # The convolution now gives its bias: shift the mean so that the output stays at beta.
-            norm.running_mean[dead] = 0.0 if module.bias is None else module.bias[dead]  # type: ignore[index, operator]
+            module.weight[dead] = 0.0
+            # The layer now gives its bias alone: shift the mean so that the output stays at beta.
+            norm.running_mean[dead] = 0.0 if module.bias is None else module.bias[dead]
             silenced[layer.name] = int(dead.sum())
     return silenced
 
@@ -143,9 +145,7 @@ def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:
 DEAD = 1e-3
 
 
-def _quantize_weight(
-    weight: Tensor, bits: int, settings: Settings, factor: Tensor | None
-) -> tuple[Coded, Tensor]:
+def _quantize_weight(weight: Tensor, bits: int, settings: Settings, factor: Tensor | None) -> tuple[Coded, Tensor]:
     """The coded weight as it is deployed, and the float weight that it stands for."""
     method = METHODS[settings.method]
     column = None if factor is None else factor.reshape(-1, *[1] * (weight.ndim - 1))
@@ -165,9 +165,7 @@ def _quantize_weight(
     return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
 
 
-def _calibrate(
-    net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor]
-) -> dict[str, Grid]:
+def _calibrate(net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor]) -> dict[str, Grid]:
     seen = attach.observe(net, graph.values(net, shape), images)
     for name, (low, high) in seen.items():
         if not (abs(low) < torch.inf and abs(high) < torch.inf):

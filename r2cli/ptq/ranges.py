@@ -1,8 +1,8 @@
 """Ranges of grids: from the least and the greatest value to a scale and a zero point.
 
-Weights get zero point 0 and the rule that measured best over two networks and both granularities, 4 bits, nearest rounding
-(points of top-1 kept): max(max / 7, -min / 8) 75.5, max|w| / 7 on -7..7 74.9, max|w| / 7.5 71.5. At 1 bit the levels are
--s and +s with s = mean|w|, the least-squares pair (Rastegari et al., "XNOR-Net", 2016).
+Weights get zero point 0 and the rule that measured best over two CIFAR networks and both granularities, 4 bits,
+nearest rounding (mean top-1): max(max / 7, -min / 8) 75.5, max|w| / 7 on -7..7 74.9, max|w| / 7.5 71.5. At 1 bit the
+levels are -s and +s with s = mean|w|, the least-squares pair (Rastegari et al., "XNOR-Net", 2016).
 Activations are unsigned with a zero point, 0 where nothing is negative.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from r2cli.codec import Grid
 
-# A channel's grid is never finer than this share of the coarsest one's: its bias then fits int32 on scale_x * scale_w.
+# No channel's grid is finer than this share of the coarsest one's: its bias then fits int32 on scale_x * scale_w.
 FINEST = 2.0**-16
 
 
@@ -30,7 +30,7 @@ def weight_grid(w: Tensor, bits: int, *, per_channel: bool) -> Grid:
 
 
 def usable(scale: Tensor) -> Tensor:
-    """`scale` (channels,) with every entry above zero: a dead channel gets the finest grid that its neighbours allow."""
+    """`scale` (channels,) with every entry above zero: a dead channel gets the finest grid that the others allow."""
     coarsest = scale.amax()
     return scale.clamp_min(coarsest * FINEST) if coarsest > 0 else torch.ones_like(scale)
 
