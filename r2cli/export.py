@@ -113,7 +113,7 @@ def _standard_operators(net: fx.GraphModule) -> None:
             return _GlobalAveragePool()
         return None
 
-    graph.requantize_behind_passing(net)
+    graph.repeat_grids(net)
     graph.replace_calls(net, replacement)
 
 
@@ -200,7 +200,7 @@ def _emit(graph_: ir.Graph, name: str, coded: Coded, tables: dict[str, ir.Value]
         stored = grid.integers(coded.codes) if grid.odd else coded.codes
         integers, nodes = _initializer(graph_, f"{name}.codes", stored.to(torch.int8).numpy()), []
     inputs = [integers, _initializer(graph_, f"{name}.scale", grid.scale.numpy())]
-    if not grid.odd and bool(grid.zero_point.any()):
+    if bool(grid.zero_point.any()) or coded.codes.ndim == 2:  # ONNX Runtime's QGemm wants one, though it be zero
         inputs.append(_initializer(graph_, f"{name}.zero_point", grid.zero_point.to(torch.int8).numpy()))
     axis = {} if grid.axis is None else {"axis": grid.axis}
     dequantize = ir.node("DequantizeLinear", inputs, axis)

@@ -18,13 +18,16 @@ from r2cli.errors import InputError, R2Error
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+GRIDS = "grids."  # the modules on edges, by the name of the node whose value they round
 
 # Fused into the layer or the sum before them, by us and by every runtime.
 ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_")
+# They do nothing in evaluation.
+NOTHING: tuple[Any, ...] = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout)
 # They choose, move or copy values that are on a grid already, so their output needs no grid of its own.
 PASSING: tuple[Any, ...] = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d),
-    *(F.max_pool2d, F.dropout, torch.flatten, torch.reshape, torch.permute, torch.transpose),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.Flatten),
+    *(F.max_pool2d, torch.flatten, torch.reshape, torch.permute, torch.transpose),
     *(
         operator.getitem,
         getattr,
@@ -56,12 +59,17 @@ class Layer:
 def trace(model: nn.Module) -> fx.GraphModule:
     """`model` as a graph over the same modules, in evaluation mode. Raises InputError naming what cannot be traced."""
     try:
-        return fx.symbolic_trace(model.eval())
+        net = fx.symbolic_trace(model.eval())
     except Exception as error:
         raise InputError(
             f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}): "
             "quantize its weights alone with --act-bits none --granularity unfolded"
         ) from error
+    for node in list(net.graph.nodes):
+        if is_a(net, node, NOTHING):
+            _bypass(net, node)
+    net.recompile()
+    return net
 
 
 def layers(net: fx.GraphModule) -> list[Layer]:
@@ -98,7 +106,7 @@ def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:
             module.weight[factor < 0] *= -1
         module.bias = nn.Parameter(shift.float())
         factors[layer.name] = factor.abs()
-        _bypass(net, layer.norm)
+        _bypass(net, next(node for node in net.graph.nodes if node.target == layer.norm))
     net.delete_all_unused_submodules()
     net.recompile()
     return factors
@@ -144,41 +152,39 @@ def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
     nodes = {node.name: node for node in net.graph.nodes}
     there = {str(node.target) for node in net.graph.nodes}
     for name, module in modules.items():
-        if f"grids.{name}" in there:
-            net.set_submodule(f"grids.{name}", module)
+        if f"{GRIDS}{name}" in there:
+            net.set_submodule(f"{GRIDS}{name}", module)
             continue
         if name not in nodes:
             raise R2Error(f"the network has no value '{name}' to put a grid on: the checkpoint is of another network")
-        net.add_submodule(f"grids.{name}", module)
+        net.add_submodule(f"{GRIDS}{name}", module)
         with net.graph.inserting_after(nodes[name]):
-            call = net.graph.call_module(f"grids.{name}", (nodes[name],))
+            call = net.graph.call_module(f"{GRIDS}{name}", (nodes[name],))
         nodes[name].replace_all_uses_with(call, delete_user_cb=lambda user, own=call: user is not own)
     net.recompile()
 
 
-def source(net: fx.GraphModule, layer: Layer) -> str | None:
-    """The name of the node whose value `layer` reads, behind what only passes it on; None if it has no grid."""
-    node = next(node for node in net.graph.nodes if node.name == layer.node).args[0]
-    while isinstance(node, fx.Node) and is_a(net, node, PASSING):
-        node = node.args[0]
-    prefix = "grids."
-    on_grid = isinstance(node, fx.Node) and node.op == "call_module" and str(node.target).startswith(prefix)
-    return str(node.target).removeprefix(prefix) if on_grid else None
+def source(net: fx.GraphModule, node: fx.Node) -> str | None:
+    """The name of the node whose value `node` reads, behind what only passes it on; None if it has no grid."""
+    read = node.args[0] if node.args else None
+    while isinstance(read, fx.Node) and is_a(net, read, PASSING):
+        read = read.args[0] if read.args else None
+    on_grid = isinstance(read, fx.Node) and read.op == "call_module" and str(read.target).startswith(GRIDS)
+    return str(read.target).removeprefix(GRIDS) if on_grid and isinstance(read, fx.Node) else None
 
 
-def requantize_behind_passing(net: fx.GraphModule) -> None:
-    """Repeat a value's grid right before each layer that reads it through a flatten or the like; in place.
+def repeat_grids(net: fx.GraphModule) -> None:
+    """Put a value's grid behind everything that passes the value on as well; in place.
 
-    It changes no value. Runtimes look for the grid at the layer itself before they run it on integers.
+    It changes no value: a maximum or a flatten of what is on a grid is on it. Runtimes run such a node on integers only
+    where they find the grid on both of its sides.
     """
-    for layer in layers(net):
-        where = source(net, layer)
-        node = next(node for node in net.graph.nodes if node.name == layer.node)
-        before = node.args[0]
-        assert isinstance(before, fx.Node)
-        if where is not None and before.target != f"grids.{where}":
-            with net.graph.inserting_before(node):
-                node.replace_input_with(before, net.graph.call_module(f"grids.{where}", (before,)))
+    for node in list(net.graph.nodes):
+        where = source(net, node) if is_a(net, node, PASSING) else None
+        if where is not None:
+            with net.graph.inserting_after(node):
+                call = net.graph.call_module(f"{GRIDS}{where}", (node,))
+            node.replace_all_uses_with(call, delete_user_cb=lambda user, own=call: user is not own)
     net.recompile()
 
 
@@ -219,9 +225,10 @@ def _follows(net: fx.GraphModule, node: fx.Node) -> bool:
     return isinstance(norm, NORMS) and norm.running_var is not None and once
 
 
-def _bypass(net: fx.GraphModule, path: str) -> None:
-    node = next(node for node in net.graph.nodes if node.target == path)
-    node.replace_all_uses_with(node.args[0])
+def _bypass(net: fx.GraphModule, node: fx.Node) -> None:
+    before = node.args[0]
+    assert isinstance(before, fx.Node)
+    node.replace_all_uses_with(before)
     net.graph.erase_node(node)
 
 
@@ -236,6 +243,12 @@ def _leads_out(net: fx.GraphModule, node: fx.Node) -> bool:
 
 def _device(net: nn.Module) -> torch.device:
     return next((p.device for p in net.parameters()), torch.device("cpu"))
+
+
+def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:
+    """The node that runs `layer`."""
+    found: fx.Node = next(node for node in net.graph.nodes if node.name == layer.node)
+    return found
 
 
 def named_layers(net: fx.GraphModule) -> Iterator[tuple[Layer, nn.Module]]:

@@ -9,7 +9,8 @@
     reg = "{reg}"
     output = "{reg}.safetensors"
 
-    [[table]]                       # of the reports of the steps that run this command
+    [[table]]                       # of the reports of the steps that run this command with these variables
+    title = "what range regularization buys"
     run = "ptq"
     rows = ["reg", "bits"]
     metrics = { "top-1" = "top1" }
@@ -151,18 +152,32 @@ def execute(
     return results
 
 
-def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[list[dict[str, str]]]:
-    """The recipe's tables, each as rows of text by column. Raises InputError for a metric that no report has."""
-    return [_table(recipe, table, results) for table in recipe.tables]
+@dataclass(frozen=True)
+class Table:
+    """Rows of text by column, in the order of the steps."""
+
+    title: str
+    rows: Sequence[Mapping[str, str]]
+
+    def markdown(self) -> str:
+        head = list(self.rows[0]) if self.rows else []
+        lines = [f"**{self.title}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in self.rows), ""])
 
 
-def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The recipe's tables. Raises InputError for a metric that no report has."""
+    return [Table(table.get("title", ""), _rows(recipe, table, results)) for table in recipe.tables]
+
+
+def _rows(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     names, column = table["rows"], table.get("column")
+    needed = {*names, *([column] if column else [])}
     cells: dict[tuple[str, ...], dict[str, list[Any]]] = {}
     for result in results:
-        if result["command"] != table["run"]:
+        if result["command"] != table["run"] or not needed <= result["values"].keys():
             continue
-        row = tuple(_label(result["values"].get(name)) for name in names)
+        row = tuple(_label(result["values"][name]) for name in names)
         for title, metric in table["metrics"].items():
             if metric not in result["report"]:
                 raise unknown(f"metric of {recipe.path}", metric, result["report"])

@@ -23,6 +23,7 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe's commands in order and print its tables; what was done with the same options is not done again."""
     from r2cli import recipe as worker
+    from r2cli.checkpoint import write_atomically
     from r2cli.cli import invoke
 
     read = worker.load(recipe)
@@ -39,7 +40,17 @@ def run(
 
     results = worker.execute(steps, folder, quietly, console.note, overwrite=overwrite)
     tables = worker.tables(read, results)
-    report = {"command": "run", "recipe": recipe, "folder": folder, "tables": tables, "results": results}
-    shown = [console.table(tuple(rows[0]), [tuple(row.values()) for row in rows]) for rows in tables if rows]
-    console.emit(report, as_json=json, lines=[*shown, f"files in {folder}"])
+    written = folder / "tables.md"
+    write_atomically(written, "\n".join(table.markdown() for table in tables).encode())
+    report = {
+        "command": "run",
+        "recipe": recipe,
+        "folder": folder,
+        "tables": [table.__dict__ for table in tables],
+        "results": results,
+    }
+    shown: list[Any] = []
+    for table in tables:
+        shown += [table.title, console.table(tuple(table.rows[0]), [tuple(row.values()) for row in table.rows])]
+    console.emit(report, as_json=json, lines=[*shown, f"{folder} has the files, {written} the tables"])
     return report

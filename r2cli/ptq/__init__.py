@@ -20,6 +20,9 @@ from r2cli.ptq import ranges
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
 
+# A channel with less variance than this share of its BatchNorm's epsilon varies by less than a hundredth of gamma.
+DEAD = 1e-4
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -108,7 +111,7 @@ def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: M
     Done here, the accuracy that is printed is the one that is deployed. Raises R2Error where a bias does not fit int32.
     """
     for layer, module in graph.named_layers(net):
-        where = graph.source(net, layer)
+        where = graph.source(net, graph.node_of(net, layer))
         if where is None or module.bias is None:
             continue
         scale = activations[where].scale * coded[layer.weight].codec.scale
@@ -140,9 +143,6 @@ def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:
             norm.running_mean[dead] = 0.0 if module.bias is None else module.bias[dead]
             silenced[layer.name] = int(dead.sum())
     return silenced
-
-
-DEAD = 1e-3
 
 
 def _quantize_weight(weight: Tensor, bits: int, settings: Settings, factor: Tensor | None) -> tuple[Coded, Tensor]:
