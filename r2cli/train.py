@@ -90,6 +90,29 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Everything that a run holds; `identity` is what must be equal for a stopped run to go on."""
+
+    model: nn.Module
+    source: data.Data
+    settings: Settings
+    device: torch.device
+    regularizer: regularizers.Regularizer | None
+    optimizer: torch.optim.SGD
+    state: Path
+    watch: Watch
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        setting = self.regularizer.setting if self.regularizer else None
+        return {"settings": asdict(self.settings), "regularizer": asdict(setting) if setting else None}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.source.train), self.settings.batch_size)
+
+
 def fit(
     model: nn.Module,
     source: data.Data,
@@ -108,56 +131,44 @@ def fit(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     regularizer = regularizers.Regularizer(setting, model) if setting else None
     optimizer = _optimizer(model, regularizer, settings)
-    history: list[Epoch] = []
-    identity = {"settings": asdict(settings), "regularizer": asdict(setting) if setting else None}
-    if resume and state.exists():
-        history = _restore(state, model, regularizer, optimizer, identity)
-    steps = settings.epochs * steps_per_epoch(len(source.train), settings.batch_size)
-    watch.step(len(history) * steps // settings.epochs)
+    run = _Run(model, source, settings, device, regularizer, optimizer, state, watch)
+    history = _restore(run) if resume and state.exists() else []
+    watch.step(len(history) * run.steps_per_epoch)
     for number in range(len(history) + 1, settings.epochs + 1):
-        loss, penalty = _one_epoch(model, source, settings, number, regularizer, optimizer, steps, device, watch)
+        loss, penalty = _one_epoch(run, number)
         if not math.isfinite(loss):
             kept = f"; {state} holds the end of epoch {number - 1}" if number > 1 else ""
             raise R2Error(f"training diverged in epoch {number} (loss {loss}): use a lower --lr or --reg-weight{kept}")
         ratios = range_ratios(model)
-        top1 = evaluate(model, source.test, device)
-        history.append(Epoch(number, loss, penalty, top1, max(ratios.values()), sum(ratios.values()) / len(ratios)))
-        _save(state, model, regularizer, optimizer, identity, history)
+        accuracy = evaluate(model, source.test, device)
+        history.append(Epoch(number, loss, penalty, accuracy, max(ratios.values()), sum(ratios.values()) / len(ratios)))
+        _save(run, history)
         watch.epoch(history[-1])
     return history
 
 
-def _one_epoch(
-    model: nn.Module,
-    source: data.Data,
-    settings: Settings,
-    number: int,
-    regularizer: regularizers.Regularizer | None,
-    optimizer: torch.optim.SGD,
-    steps: int,
-    device: torch.device,
-    watch: Watch,
-) -> tuple[float, float]:
-    model.train()
+def _one_epoch(run: _Run, number: int) -> tuple[float, float]:
+    """Mean task loss over epoch `number` (from 1), and the penalty at its last step."""
+    settings = run.settings
+    run.model.train()
     criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     order = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-    step = (number - 1) * steps // settings.epochs
-    total = torch.zeros((), device=device)
-    penalty, seen = torch.zeros(()), 0
-    for images, labels in source.train.batches(settings.batch_size, device, order, augment=True):
-        factor = learning_rate(step, steps, settings.warmup)
-        for group in optimizer.param_groups:
+    step = (number - 1) * run.steps_per_epoch
+    total, penalty, seen = torch.zeros((), device=run.device), torch.zeros(()), 0
+    for images, labels in run.source.train.batches(settings.batch_size, run.device, order, augment=True):
+        factor = learning_rate(step, settings.epochs * run.steps_per_epoch, settings.warmup)
+        for group in run.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        loss = criterion(model(images), labels)
-        optimizer.zero_grad(set_to_none=True)
+        loss = criterion(run.model(images), labels)
+        run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if regularizer:
-            penalty = regularizer.add_gradients()
-        optimizer.step()
+        if run.regularizer:
+            penalty = run.regularizer.add_gradients()
+        run.optimizer.step()
         total += loss.detach() * len(labels)
         seen += len(labels)
         step += 1
-        watch.step(1)
+        run.watch.step(1)
     return float(total) / max(1, seen), float(penalty)
 
 
@@ -218,52 +229,41 @@ def _optimizer(model: nn.Module, regularizer: regularizers.Regularizer | None, s
 # --- the resume state ----------------------------------------------------------------------------------------------
 
 
-def _named(model: nn.Module, regularizer: regularizers.Regularizer | None) -> dict[str, nn.Parameter]:
-    own = regularizer.parameters if regularizer else {}
-    return dict(model.named_parameters()) | {f"regularizer of {name}": p for name, p in own.items()}
-
-
-def _save(
-    path: Path,
-    model: nn.Module,
-    regularizer: regularizers.Regularizer | None,
-    optimizer: torch.optim.SGD,
-    identity: Mapping[str, Any],
-    history: list[Epoch],
-) -> None:
-    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in model.state_dict().items()}
+def _save(run: _Run, history: list[Epoch]) -> None:
+    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in run.model.state_dict().items()}
     tensors["rng"] = torch.get_rng_state()
-    for name, parameter in _named(model, regularizer).items():
-        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+    for name, parameter in _named(run).items():
+        momentum = run.optimizer.state.get(parameter, {}).get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
-    if regularizer:
-        tensors |= {f"regularizer.{name}": p for name, p in regularizer.parameters.items()}
-    meta = {"format": STATE_FORMAT, "identity": identity, "history": [asdict(epoch) for epoch in history]}
-    checkpoint.save_tensors(path, tensors, {"r2_resume": json.dumps(meta, sort_keys=True)})
+    if run.regularizer:
+        tensors |= {f"regularizer.{name}": p for name, p in run.regularizer.parameters.items()}
+    meta = {"format": STATE_FORMAT, "identity": run.identity, "history": [asdict(epoch) for epoch in history]}
+    checkpoint.save_tensors(run.state, tensors, {"r2_resume": json.dumps(meta, sort_keys=True)})
 
 
-def _restore(
-    path: Path,
-    model: nn.Module,
-    regularizer: regularizers.Regularizer | None,
-    optimizer: torch.optim.SGD,
-    identity: Mapping[str, Any],
-) -> list[Epoch]:
-    tensors, metadata = checkpoint.load_tensors(path)
+def _restore(run: _Run) -> list[Epoch]:
+    tensors, metadata = checkpoint.load_tensors(run.state)
     if "r2_resume" not in metadata:
-        raise InputError(f"{path} is not a resume state: remove it, or start again with --overwrite")
+        raise InputError(f"{run.state} is not a resume state: remove it, or start again with --overwrite")
     meta = json.loads(metadata["r2_resume"])
-    _require_same(path, meta["identity"], json.loads(json.dumps(identity)))
+    _require_same(run.state, meta["identity"], json.loads(json.dumps(run.identity)))
     with torch.no_grad():
-        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
-        for name, parameter in (regularizer.parameters if regularizer else {}).items():
+        run.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+        for name, parameter in (run.regularizer.parameters if run.regularizer else {}).items():
             parameter.copy_(tensors[f"regularizer.{name}"])
-    for name, parameter in _named(model, regularizer).items():
+    for name, parameter in _named(run).items():
         if f"momentum.{name}" in tensors:
-            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
+            # In the parameter's own layout: sums over memory then run in the same order as in an unbroken run.
+            momentum = torch.empty_like(parameter.detach()).copy_(tensors[f"momentum.{name}"])
+            run.optimizer.state[parameter]["momentum_buffer"] = momentum
     torch.set_rng_state(tensors["rng"])
     return [Epoch(**epoch) for epoch in meta["history"]]
+
+
+def _named(run: _Run) -> dict[str, nn.Parameter]:
+    own = run.regularizer.parameters if run.regularizer else {}
+    return dict(run.model.named_parameters()) | {f"regularizer of {name}": p for name, p in own.items()}
 
 
 def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -1,0 +1,94 @@
+"""The graph reader: BatchNorm folding, the places of grids, what passes values on."""
+
+import pytest
+import torch
+from r2cli import graph, models
+from r2cli.errors import InputError
+from torch import Tensor, nn
+
+
+def _warm(model: nn.Module, channels: int, size: int) -> nn.Module:
+    """Statistics and affine parameters as after training, a third of the gammas negative."""
+    torch.manual_seed(0)
+    model.train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.normal_(0.5, 1.0)
+                module.bias.normal_()
+        for _ in range(3):
+            model(torch.randn(8, channels, size, size))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet8", "resnet18"])
+def test_folding_keeps_the_function(name: str) -> None:
+    model = _warm(models.build(models.spec(name, classes=10, channels=3, size=16, width=None)), 3, 16)
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        before = model(images)
+        net = graph.trace(model)
+        factors = graph.remove_norms(net)
+        for layer, factor in factors.items():
+            module = net.get_submodule(layer)
+            module.weight.mul_(factor.float().reshape(-1, *[1] * (module.weight.ndim - 1)))
+        after = net(images)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    assert all(bool((factor >= 0).all()) for factor in factors.values())
+    # Float32 sums in another order, through up to 53 layers.
+    assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
+
+
+def test_parameter_names_stay_when_the_graph_is_read() -> None:
+    model = models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None))
+    names = set(model.state_dict())
+    assert set(graph.trace(model).state_dict()) == names
+
+
+def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
+    model = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
+    net = graph.trace(model)
+    graph.remove_norms(net)
+    assert graph.values(net, (1, 8, 8)) == [
+        *["x", "relu", "stages_0_0_relu1", "stages_0_0_conv2", "stages_0_0_relu2"],
+        *["stages_1_0_relu1", "stages_1_0_conv2", "stages_1_0_shortcut_0", "stages_1_0_relu2"],
+        *["stages_2_0_relu1", "stages_2_0_conv2", "stages_2_0_shortcut_0", "stages_2_0_relu2", "pool"],
+    ]
+
+
+def test_a_shared_relu_is_two_places() -> None:
+    net = graph.trace(models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None)))
+    graph.remove_norms(net)
+    names = graph.values(net, (3, 32, 32))
+    assert "layer1_0_relu" in names and "layer1_0_relu_1" in names
+
+
+class Odd(nn.Module):
+    """A functional sum, a layer that runs twice, and a layer whose BatchNorm is read by someone else too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.twice(self.twice(x))
+        z = self.conv(y)
+        return torch.add(self.norm(z), z)
+
+
+def test_only_a_norm_that_alone_reads_its_layer_is_folded() -> None:
+    net = graph.trace(Odd())
+    assert [(layer.name, layer.norm) for layer in graph.layers(net)] == [("twice", None), ("conv", None)]
+    assert graph.remove_norms(net) == {}
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+def test_a_graph_that_cannot_be_read_is_refused_with_a_way_out() -> None:
+    with pytest.raises(InputError, match="Branch.*--act-bits none"):
+        graph.trace(Branch())

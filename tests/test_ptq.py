@@ -1,0 +1,168 @@
+"""Post-training quantization: ranges, granularities, biases, exceptions, dead channels."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from r2cli import attach, checkpoint, data, graph, ptq, train
+from r2cli.codec import Grid
+from r2cli.errors import InputError
+from r2cli.ptq import ranges
+
+CPU = torch.device("cpu")
+# The 16 weights of the fact sheet: one outlier takes the range of all others.
+OUTLIER = [-0.9, -0.5, -0.4, -0.35, -0.3, -0.2, -0.1, 0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 3]
+
+
+def _settings(bits: int, granularity: str = "channel", act_bits: int | None = 8, **keep: int) -> ptq.Settings:
+    return ptq.Settings("none", bits, act_bits, granularity, keep)
+
+
+def _quantize(made: checkpoint.Checkpoint, settings: ptq.Settings) -> tuple[checkpoint.Checkpoint, list[ptq.Row]]:
+    source = data.load("digits", spec=made.input)
+    images = (batch for batch, _ in data.calibration(source, 256, CPU, 0))
+    return ptq.quantize(made, settings, images, CPU)
+
+
+@pytest.fixture(scope="module")
+def float_one(trained: Path) -> checkpoint.Checkpoint:
+    return checkpoint.load(trained)
+
+
+@pytest.mark.parametrize(
+    ("weights", "bits", "scale"),
+    [
+        ([0.5, -1.25, 0.25, 1.0], 4, max(1.0 / 7, 1.25 / 8)),
+        ([0.5, -1.25, 0.25, 1.0], 2, max(1.0 / 1, 1.25 / 2)),
+        ([0.5, -1.25, 0.25, 1.0], 8, max(1.0 / 127, 1.25 / 128)),
+        ([0.5, -1.25, 0.25, 1.0], 1, 0.75),
+        (OUTLIER, 3, 1.0),
+        (OUTLIER[:-1], 3, 0.225),
+        ([0.0, 0.0], 4, 1.0),
+    ],
+)
+def test_the_scale_rule(weights: list[float], bits: int, scale: float) -> None:
+    grid = ranges.weight_grid(torch.tensor([weights]), bits, per_channel=False)
+    assert float(grid.scale) == pytest.approx(scale, rel=1e-6)
+    assert grid.odd == (bits == 1)
+
+
+def test_one_outlier_costs_a_factor_of_twenty() -> None:
+    # The fact sheet's MSE at scale 1.0; without the outlier its max|w|/3 gives 0.0058333.
+    w = torch.tensor([OUTLIER])
+    grid = ranges.weight_grid(w, 3, per_channel=False)
+    assert float((grid.decode(grid.encode(w)) - w).square().mean()) == pytest.approx(0.08109375, rel=1e-5)
+
+
+def test_a_dead_channel_has_a_scale_that_its_bias_survives() -> None:
+    w = torch.tensor([[0.7, -0.1], [0.0, 0.0], [1e-30, 0.0]])
+    scale = ranges.weight_grid(w, 4, per_channel=True).scale
+    assert scale[1] == scale[2] == scale[0] * 2**-16
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "zero"), [(0.0, 6.0, 0), (-1.0, 1.0, 128), (-3.0, -1.0, 255), (2.0, 4.0, 0), (0.0, 0.0, 0)]
+)
+def test_activation_grids_hold_zero_exactly_and_reach_both_ends(low: float, high: float, zero: int) -> None:
+    grid = ranges.activation_grid(low, high, 8)
+    assert int(grid.zero_point) == zero
+    ends = torch.tensor([0.0, low, high])
+    decoded = grid.decode(grid.encode(ends))
+    assert decoded[0] == 0.0
+    # Half a step, and as much again for the zero point's own rounding.
+    assert float((decoded - ends).abs().max()) <= float(grid.scale)
+
+
+@pytest.mark.parametrize("granularity", ptq.GRANULARITIES)
+def test_eight_bits_cost_next_to_nothing(float_one: checkpoint.Checkpoint, granularity: str) -> None:
+    coded, rows = _quantize(float_one, _settings(8, granularity))
+    source = data.load("digits", spec=float_one.input)
+    before = train.evaluate(attach.network(float_one), source.test, CPU)
+    assert abs(train.evaluate(attach.network(coded), source.test, CPU) - before) <= 1.0
+    assert len(rows) == 10 and all(row.sqnr > 25 for row in rows)
+
+
+def test_every_weight_is_coded_and_every_edge_has_a_grid(float_one: checkpoint.Checkpoint) -> None:
+    coded, rows = _quantize(float_one, _settings(4))
+    net = graph.trace(attach.network(replace(coded, activations={})))
+    assert set(coded.coded) == {layer.weight for layer in graph.layers(net)} == {f"{row.layer}.weight" for row in rows}
+    assert set(coded.activations) == set(graph.values(net, coded.input.shape))
+    assert not any("norm" in name or "running" in name for name in coded.floats)
+
+
+def test_the_unfolded_grid_is_one_per_tensor_and_exact(float_one: checkpoint.Checkpoint) -> None:
+    coded, _ = _quantize(float_one, _settings(3, "unfolded", act_bits=None))
+    model = attach.network(float_one)
+    state = model.state_dict()
+    for name in ("conv.weight", "stages.1.0.conv1.weight", "classifier.weight"):
+        grid = ranges.weight_grid(float_one.floats[name], 3, per_channel=False)
+        negative = (state.get("norm.weight", torch.ones(1)) < 0).any()
+        if not negative:
+            assert torch.equal(coded.coded[name].codes, grid.encode(float_one.floats[name]))
+    # Quantizing the raw weights in the float network is the same function.
+    net = attach.network(float_one)
+    with torch.no_grad():
+        folded = graph.trace(net)
+        for layer, module in graph.named_layers(folded):
+            grid = ranges.weight_grid(module.weight, 3, per_channel=False)
+            module.weight.copy_(grid.decode(grid.encode(module.weight)))
+        images, _ = next(data.load("digits", spec=float_one.input).test.batches(64, CPU))
+        expected, found = folded(images), attach.network(coded)(images)
+    assert torch.allclose(expected, found, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_biases_are_on_the_grid_of_the_products(float_one: checkpoint.Checkpoint) -> None:
+    coded, _ = _quantize(float_one, _settings(4))
+    net = attach.network(coded)
+    assert isinstance(net, torch.fx.GraphModule)
+    for layer, module in graph.named_layers(net):
+        where = graph.source(net, graph.node_of(net, layer))
+        assert where is not None
+        scale = coded.activations[where].scale.double() * coded.coded[layer.weight].codec.scale.double()
+        codes = module.bias.double() / scale
+        # A float32 holds 24 bits: the quotient is an integer to that precision.
+        assert torch.allclose(codes, codes.round(), rtol=1e-6, atol=1e-3)
+
+
+def test_keep_gives_named_layers_their_own_bits(float_one: checkpoint.Checkpoint) -> None:
+    settings = replace(_settings(2), keep={"classifier": 8, "stages.0.*": 4})
+    _, rows = _quantize(float_one, settings)
+    bits = {row.layer: row.bits for row in rows}
+    assert bits["classifier"] == 8 and bits["stages.0.0.conv1"] == 4 and bits["conv"] == 2
+    with pytest.raises(InputError, match="classifer.*did you mean 'classifier'"):
+        _quantize(float_one, replace(_settings(2), keep={"classifer": 8}))
+
+
+def test_a_coded_checkpoint_is_not_quantized_again(float_one: checkpoint.Checkpoint) -> None:
+    coded, _ = _quantize(float_one, _settings(8))
+    with pytest.raises(InputError, match="quantized already"):
+        _quantize(coded, _settings(8))
+
+
+def test_a_channel_without_variance_does_not_take_the_grid(float_one: checkpoint.Checkpoint) -> None:
+    # The filter's output is a constant: its weights see a value that is always zero, as behind a dead ReLU.
+    floats = {name: tensor.clone() for name, tensor in float_one.floats.items()}
+    floats["stages.1.0.norm1.bias"][3], floats["stages.1.0.norm1.weight"][3] = -50.0, 1.0
+    floats["stages.1.0.conv2.weight"][7] = 0.0
+    floats["stages.1.0.conv2.weight"][7, 3] = 0.5
+    floats["stages.1.0.norm2.running_mean"][7], floats["stages.1.0.norm2.running_var"][7] = 0.0, 1e-30
+    damaged = replace(float_one, floats=floats)
+    coded, rows = _quantize(damaged, _settings(4, "tensor"))
+    row = next(row for row in rows if row.layer == "stages.1.0.conv2")
+    assert row.note.startswith("1 channels without variance")
+    healthy = _quantize(float_one, _settings(4, "tensor"))[0].coded["stages.1.0.conv2.weight"].codec
+    own = coded.coded["stages.1.0.conv2.weight"].codec
+    assert isinstance(own, Grid) and float(own.scale) <= float(healthy.scale)
+    source = data.load("digits", spec=float_one.input)
+    before = train.evaluate(attach.network(damaged), source.test, CPU)
+    assert train.evaluate(attach.network(coded), source.test, CPU) > before - 5
+
+
+def test_calibration_keeps_no_activations(float_one: checkpoint.Checkpoint) -> None:
+    net = graph.trace(attach.network(float_one))
+    graph.remove_norms(net)
+    images = torch.randn(8, 1, 8, 8)
+    seen = attach.observe(net, ["x", "relu"], [images, 2 * images])
+    assert seen["x"] == (2 * float(images.min()), 2 * float(images.max()))
+    assert seen["relu"][0] == 0.0

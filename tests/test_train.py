@@ -1,0 +1,109 @@
+"""Training: the schedule, the digits, and a run that is killed and resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from r2cli import data, models, regularizers, train
+from r2cli.errors import InputError, R2Error
+
+
+def _settings(**changed: float) -> train.Settings:
+    usual = {"epochs": 2, "batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "warmup": 0.1}
+    usual |= {"label_smoothing": 0.0, "reg_lr": 0.1, "seed": 0}
+    return train.Settings(**(usual | changed))  # type: ignore[arg-type]
+
+
+def _fit(state: Path, settings: train.Settings, setting: regularizers.Setting | None = None, resume: bool = False):  # type: ignore[no-untyped-def]
+    source = data.load("digits", size=8)
+    train.seed_everything(settings.seed)
+    spec = models.spec("resnet8", classes=10, channels=1, size=8, width=None)
+    network = models.build(spec)
+    watch = train.Watch(lambda steps: None, lambda epoch: None)
+    cpu = torch.device("cpu")
+    history = train.fit(network, source, settings, device=cpu, setting=setting, state=state, resume=resume, watch=watch)
+    return network, history
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [train.learning_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
+    assert train.learning_rate(0, 100, 0.0) == 1.0
+
+
+def test_weights_decay_and_the_rest_does_not() -> None:
+    network = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
+    regularizer = regularizers.Regularizer(regularizers.Setting("margin", 0.1), network)
+    decayed, plain, own = train._optimizer(network, regularizer, _settings()).param_groups
+    assert {p.ndim for p in decayed["params"]} == {2, 4} and decayed["weight_decay"] == 1e-4
+    assert {p.ndim for p in plain["params"]} == {1} and plain["weight_decay"] == 0
+    assert len(own["params"]) == 10 and own["weight_decay"] == 0 and own["momentum"] == 0
+
+
+def test_digits_are_learned_and_linf_narrows_the_range(tmp_path: Path) -> None:
+    _, plain = _fit(tmp_path / "a", _settings(epochs=6, lr=0.2))
+    _, narrow = _fit(tmp_path / "b", _settings(epochs=6, lr=0.2), regularizers.Setting("linf", 0.1))
+    # Over ten seeds the least seen after 6 epochs was 97 %, and 0.62 the largest ratio of ranges.
+    assert plain[-1].top1 > 94 and narrow[-1].top1 > 94
+    assert narrow[-1].range_mean < 0.75 * plain[-1].range_mean
+    assert plain[-1].loss < plain[0].loss
+
+
+@pytest.mark.parametrize("name", ["linf", "margin", "soft-minmax", "kure"])
+def test_every_regularizer_lowers_the_range_measurably(name: str, tmp_path: Path) -> None:
+    _, plain = _fit(tmp_path / "a", _settings(epochs=8))
+    _, regular = _fit(tmp_path / "b", _settings(epochs=8), regularizers.Setting(name, 0.1))
+    assert regular[-1].range_mean < 0.97 * plain[-1].range_mean
+    assert regular[-1].top1 > 90
+
+
+def test_margin_is_stable_at_a_high_rate(tmp_path: Path) -> None:
+    network, history = _fit(
+        tmp_path / "a", _settings(lr=0.4, reg_lr=0.4, epochs=4), regularizers.Setting("margin", 0.1)
+    )
+    assert history[-1].penalty < 20 and history[-1].range_max < 10
+    assert all(bool(torch.isfinite(p).all()) for p in network.parameters())
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(R2Error, match="diverged in epoch"):
+        _fit(state, _settings(lr=1e30, warmup=0.9, epochs=3))
+
+
+def test_resume_refuses_other_options_and_names_them(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    _fit(state, _settings(epochs=1))
+    with pytest.raises(InputError, match="epochs 1, not 2"):
+        _fit(state, _settings(epochs=2), resume=True)
+    with pytest.raises(InputError, match="reg-name None, not linf"):
+        _fit(state, _settings(epochs=1), regularizers.Setting("linf", 0.1), resume=True)
+
+
+@pytest.mark.parametrize("reg", ["none", "margin"])
+def test_a_killed_run_resumes_to_the_same_bytes(reg: str, tmp_path: Path) -> None:
+    def command(folder: Path, *more: str) -> list[str]:
+        options = ["--model", "resnet8", "--size", "8", "--epochs", "8", "--reg", reg, "--device", "cpu"]
+        return [sys.executable, "-m", "r2cli", "pretrain", *options, "-o", str(folder / "model.safetensors"), *more]
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    state = broken / "model.resume.safetensors"
+    process = subprocess.Popen(command(broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # somewhere inside a later epoch
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (broken / "model.safetensors").exists()
+    refused = subprocess.run(command(broken), capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    subprocess.run(command(broken, "--resume"), check=True, capture_output=True)
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [path.name for path in broken.iterdir()] == ["model.safetensors"]
