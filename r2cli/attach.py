@@ -72,7 +72,7 @@ def network(checkpoint: Checkpoint) -> nn.Module:
         model = graph.trace(model)
         graph.remove_norms(model)
     state = {**checkpoint.floats, **{name: coded.decode() for name, coded in checkpoint.coded.items()}}
-    load_state(model, state, f"a checkpoint of {checkpoint.model.name}")
+    load_state(model, state, f"{checkpoint.origin} ({checkpoint.model.name})")
     if checkpoint.activations:
         assert isinstance(model, fx.GraphModule)
         put_on_grids(model, checkpoint.activations)

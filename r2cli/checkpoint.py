@@ -78,6 +78,7 @@ class Checkpoint:
     activations: Mapping[str, Grid] = field(default_factory=dict)
     folded: bool = False
     history: tuple[Mapping[str, Any], ...] = ()
+    origin: str = field(default="the checkpoint", compare=False)  # the file it was read from, for messages
 
     def then(self, command: str, options: Mapping[str, Any], metrics: Mapping[str, Any]) -> "Checkpoint":
         """This checkpoint with one more line of history."""
@@ -139,6 +140,7 @@ def load(path: Path) -> Checkpoint:
             activations={node: _activation_grid(entry) for node, entry in meta["activations"].items()},
             folded=meta["folded"],
             history=tuple(meta["history"]),
+            origin=str(path),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error

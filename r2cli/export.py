@@ -40,11 +40,12 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     The same bytes for equal checkpoints. Raises R2Error where torch cannot export the network, or a weight is lost.
     """
     net = attach.network(checkpoint)
+    coded = dict(sorted(checkpoint.coded.items()))  # the same order whether it was just made or read from a file
     if isinstance(net, fx.GraphModule):
         _standard_operators(net)
     model = _export(net, checkpoint.input.shape)
-    _simplify(model, checkpoint.coded)
-    _put_codes(model, checkpoint.coded)
+    _simplify(model, coded)
+    _put_codes(model, coded)
     _round_last_bias(model)
     _clean(model, checkpoint)
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)

@@ -48,5 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from r2cli.cli import invoke
 
     path = tmp_path_factory.mktemp("trained") / "model.safetensors"
-    invoke(["pretrain", "--model", "resnet8", "--size", "8", "--epochs", "4", "-o", str(path), "--device", "cpu", "--json"])
+    invoke(
+        ["pretrain", "--model", "resnet8", "--size", "8", "--epochs", "4", "-o", str(path), "--device", "cpu", "--json"]
+    )
     return path

@@ -130,7 +130,7 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
     assert back.floats.keys() == floats.keys()
     for name, tensor in floats.items():
         assert back.floats[name].dtype == tensor.dtype and back.floats[name].equal(tensor), name
-    assert list(back.activations) == sorted(grids)
+    assert back.activations.keys() == grids.keys()
     for name, own in grids.items():
         require_same(back.activations[name], own)
     require_same(back.coded["fc.weight"].codec, parts["fc.weight"].codec)
@@ -146,6 +146,18 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
     checkpoint.save(network().then("pretrain", {"seed": 1}, {"top1": 97.3}), second)
     assert first.read_bytes() != second.read_bytes()
+
+
+def test_the_order_of_names_is_not_in_the_bytes() -> None:
+    def ordered(names: list[str]) -> bytes:
+        floats = {name: torch.full((3,), float(len(name))) for name in names}
+        parts = {f"{name}.weight": CODECS[name] for name in names}
+        grids = {name: grid(8, 0.1) for name in names}
+        made = Checkpoint(SPEC, INPUT, NAMES, floats, parts, grids)
+        return checkpoint.to_bytes(made.then("ptq", dict.fromkeys(names, 1), {}))
+
+    names = ["plain 4", "odd 2", "channels 8", "palette int8"]
+    assert ordered(names) == ordered(names[::-1])
 
 
 # --- coded checkpoints ---------------------------------------------------------------------------------------------
@@ -316,7 +328,9 @@ def test_an_activation_scale_that_is_no_number_names_its_edge(tmp_path: Path) ->
 def test_writing_makes_the_folder_and_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
     checkpoint.write_atomically(path, b"first")
-    checkpoint.write_atomically(path, b"second")
+    with open(path, "rb") as reader:
+        checkpoint.write_atomically(path, b"second")
+        assert reader.read() == b"first"  # whoever reads the old file reads it to its end
     assert path.read_bytes() == b"second"
     assert list(path.parent.iterdir()) == [path]
 

@@ -65,9 +65,7 @@ def test_packed_bytes_are_these(bits: int, codes: list[int], expected: list[int]
                 st.just(bits),
                 st.just(signed),
                 st.lists(
-                    st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-                    if signed
-                    else st.integers(0, 2**bits - 1),
+                    st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else st.integers(0, 2**bits - 1),
                     max_size=70,
                 ),
             )
@@ -84,9 +82,7 @@ def test_unpack_undoes_pack(case: tuple[int, bool, list[int]]) -> None:
     assert back.tolist() == codes
 
 
-@pytest.mark.parametrize(
-    ("bits", "nine_codes"), [(8, 9), (7, 9), (6, 9), (5, 9), (4, 5), (3, 2 + 3), (2, 3), (1, 2)]
-)
+@pytest.mark.parametrize(("bits", "nine_codes"), [(8, 9), (7, 9), (6, 9), (5, 9), (4, 5), (3, 2 + 3), (2, 3), (1, 2)])
 def test_packed_size_of_nine_codes(bits: int, nine_codes: int) -> None:
     assert packed_bytes(9, bits) == nine_codes
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from r2cli import attach, checkpoint, data, ptq
 
 CPU = torch.device("cpu")

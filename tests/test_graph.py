@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from r2cli import graph, models
 from r2cli.errors import InputError
-from torch import Tensor, nn
 
 
 def _warm(model: nn.Module, channels: int, size: int) -> nn.Module:

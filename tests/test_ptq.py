@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from r2cli import attach, checkpoint, data, graph, ptq, train
 from r2cli.codec import Grid
 from r2cli.errors import InputError
@@ -104,7 +105,7 @@ def test_the_unfolded_grid_is_one_per_tensor_and_exact(float_one: checkpoint.Che
     net = attach.network(float_one)
     with torch.no_grad():
         folded = graph.trace(net)
-        for layer, module in graph.named_layers(folded):
+        for _, module in graph.named_layers(folded):
             grid = ranges.weight_grid(module.weight, 3, per_channel=False)
             module.weight.copy_(grid.decode(grid.encode(module.weight)))
         images, _ = next(data.load("digits", spec=float_one.input).test.batches(64, CPU))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from r2cli import data, models, regularizers, train
 from r2cli.errors import InputError, R2Error
 

@@ -24,6 +24,8 @@ app.command()(export.export)
 app.command()(evaluate.evaluate)
 app.command()(run.run)
 
+INTERRUPTED = 130
+
 # What the parser raises for a wrong command line, whichever module of typer's defines it.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -43,7 +45,10 @@ def _root(
 
 def invoke(arguments: list[str]) -> Any:
     """Run one command and return its report. Raises R2Error, or the parser's error, instead of exiting."""
-    return app(arguments, standalone_mode=False)
+    result = app(arguments, standalone_mode=False)
+    if result == INTERRUPTED:  # the parser swallows the interrupt
+        raise KeyboardInterrupt
+    return result
 
 
 def main() -> NoReturn:
@@ -58,7 +63,7 @@ def main() -> NoReturn:
     except R2Error as error:
         message, code = str(error), error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        message, code = "interrupted; nothing that was there is changed", 130
+        message, code = "interrupted; nothing that was there is changed", INTERRUPTED
     except _UsageError as error:
         command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
         message, code = f"{error.format_message()} Try `{command} --help`.", 2

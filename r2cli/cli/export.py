@@ -23,7 +23,7 @@ def export(
     json: Json = False,
 ) -> dict[str, Any]:
     """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
-    output = output or source.with_suffix(".onnx")
+    output = output or gates.beside(source, "onnx")
     gates.require_free([output], overwrite=overwrite)
 
     from r2cli import checkpoint

@@ -6,6 +6,13 @@ from pathlib import Path
 from r2cli.errors import CheckFailed, InputError, unknown
 
 
+def beside(source: Path, ending: str) -> Path:
+    """The default output: `source` with another ending, for example 'w4a8-none.safetensors'."""
+    if source.is_dir() or not source.name:
+        raise InputError(f"{source} is a directory: name the checkpoint in it")
+    return source.with_name(f"{source.stem}.{ending}")
+
+
 def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
     """Raises InputError where an output is there already, or is a directory, before any work is done."""
     for path in paths:

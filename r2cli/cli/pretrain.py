@@ -124,11 +124,16 @@ def pretrain(
     train.seed_everything(seed)
     network = models.build(spec)
     total = epochs * train.steps_per_epoch(len(source.train), batch_size)
-    with console.bar("pretrain", total) as progress:
-        watch = train.Watch(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
-        history = train.fit(
-            network, source, settings, device=where, setting=setting, state=state, resume=resume, watch=watch
-        )
+    try:
+        with console.bar("pretrain", total) as progress:
+            watch = train.Watch(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
+            history = train.fit(
+                network, source, settings, device=where, setting=setting, state=state, resume=resume, watch=watch
+            )
+    except KeyboardInterrupt:
+        if state.exists():
+            console.note(f"{state} holds the last whole epoch: go on with --resume")
+        raise
     last = history[-1]
     metrics = {"top1": last.top1, "range_max": last.range_max, "range_mean": last.range_mean}
     floats = {name: tensor.cpu() for name, tensor in network.state_dict().items()}

@@ -71,7 +71,7 @@ def ptq(
     suffix = f"w{weight_bits}{f'a{acts}' if acts else ''}-{method}" + (
         "" if granularity == "channel" else f"-{granularity}"
     )
-    output = output or source.with_name(f"{source.stem}.{suffix}.safetensors")
+    output = output or gates.beside(source, f"{suffix}.safetensors")
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
     gates.require_known("--granularity", granularity, ("channel", "tensor", "unfolded"))

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, fx
 
-from r2cli import attach, graph, models
+from r2cli import attach, graph
 from r2cli.checkpoint import Checkpoint
 from r2cli.codec import Coded, Grid
 from r2cli.errors import InputError, R2Error, unknown
@@ -65,10 +65,8 @@ def quantize(
     Raises InputError for a coded checkpoint, a pattern that names no layer, or a graph that cannot be read.
     """
     if checkpoint.coded:
-        raise InputError("the checkpoint is quantized already: give the float one that it was made from")
-    float_model = models.build(checkpoint.model)
-    attach.load_state(float_model, checkpoint.floats, f"a checkpoint of {checkpoint.model.name}")
-    net = graph.trace(float_model)
+        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    net = graph.trace(attach.network(checkpoint))
     guarded = silence_dead_channels(net)
     factors = graph.remove_norms(net)
     bits = layer_bits(net, settings)

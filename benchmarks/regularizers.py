@@ -1,0 +1,203 @@
+"""What a range regularizer adds to a training step: our closed-form gradients against the same loss through autograd.
+
+ResNet-18 on 64 random images of 32x32 in float32, with the CIFAR stem, where a step is long, and with the ImageNet stem,
+where it is ten times shorter and the weights are the same. The step is that of `r2cli.train`: channels last, forward,
+backward, regularizer, SGD with Nesterov momentum. The regularizers are `r2cli.regularizers` in their stable form, which
+add their gradients to `.grad` after the backward pass, and the obvious formulation of each, added to the loss before it.
+Both give the same gradients, which is checked before anything is timed.
+
+All variants take turns on one network, in a random order in every round; a ratio is the median of a variant's steps over
+the median of the plain ones.
+
+    python benchmarks/regularizers.py --output benchmarks/regularizers.md        # some ten minutes
+"""
+
+import argparse
+import platform
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from r2cli import __version__, models, train
+from r2cli.checkpoint import ModelSpec
+from r2cli.regularizers import KURE_TARGET, Regularizer, Setting, columns, default_strength
+
+BATCH, SIZE, CLASSES, WARM_UP = 64, 32, 10, 2
+STEMS = {"small": "CIFAR stem", "imagenet": "ImageNet stem"}
+VARIANTS = (("linf", 1), ("margin", 1), ("soft-minmax", 1), ("kure", 1), ("margin", 2))
+SETTINGS = train.Settings(
+    epochs=1,
+    batch_size=BATCH,
+    lr=0.01,
+    momentum=0.9,
+    weight_decay=1e-4,
+    warmup=0.0,
+    label_smoothing=0.0,
+    reg_lr=0.01,
+    seed=0,
+)
+criterion = nn.CrossEntropyLoss()
+
+
+# --- through autograd: a column of weights and its M or alpha to R ---------------------------------------------------
+
+
+def linf(w: Tensor, parameter: Tensor) -> Tensor:
+    return w.abs().max()
+
+
+def margin(w: Tensor, parameter: Tensor) -> Tensor:
+    return parameter.abs() + torch.relu(w.abs() - parameter.abs()).sum()
+
+
+def soft_minmax(w: Tensor, parameter: Tensor) -> Tensor:
+    x = parameter * w / w.detach().std(correction=0)
+    return (torch.softmax(x, 0) * w).sum() - (torch.softmax(-x, 0) * w).sum() + torch.exp(-parameter)
+
+
+def kure(w: Tensor, parameter: Tensor) -> Tensor:
+    z = (w - w.mean()) / w.std(correction=0)
+    return ((z**4).mean() - KURE_TARGET) ** 2
+
+
+AUTOGRAD: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linf": linf,
+    "margin": margin,
+    "soft-minmax": soft_minmax,
+    "kure": kure,
+}
+
+
+def penalty(regularizer: Regularizer) -> Tensor:
+    """strength * R of every weight, with a graph."""
+    setting, parts = regularizer.setting, []
+    for name, w in regularizer.weights.items():
+        own = regularizer.parameters.get(name, w.new_zeros(setting.dim))
+        parts += [
+            AUTOGRAD[setting.name](column, one)
+            for column, one in zip(columns(w, setting.dim), own.unbind(), strict=True)
+        ]
+    return setting.strength * torch.stack(parts).sum()
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train `model`: plain, with a regularizer of ours, or with the same one through autograd."""
+
+    model: nn.Module
+    regularizer: Regularizer | None
+    autograd: bool
+    optimizer: torch.optim.SGD
+
+    def gradients(self, images: Tensor, labels: Tensor) -> None:
+        loss = criterion(self.model(images), labels)
+        if self.regularizer and self.autograd:
+            loss = loss + penalty(self.regularizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.regularizer and self.autograd:
+            for parameter in self.regularizer.parameters.values():  # the stable form, by hand
+                assert parameter.grad is not None
+                if self.regularizer.setting.name == "margin":
+                    parameter.grad.clamp_(-self.regularizer.setting.strength, self.regularizer.setting.strength)
+        elif self.regularizer:
+            self.regularizer.add_gradients()
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        self.gradients(images, labels)
+        self.optimizer.step()
+
+
+def variant(model: nn.Module, name: str, dim: int, *, autograd: bool) -> Variant:
+    regularizer = None
+    if name != "none":
+        setting = Setting(name, default_strength(name, size=SIZE, images=50_000), dim=dim)
+        regularizer = Regularizer(setting, model)
+    return Variant(model, regularizer, autograd, train._optimizer(model, regularizer, SETTINGS))
+
+
+def require_equal(ours: Variant, theirs: Variant, images: Tensor, labels: Tensor) -> None:
+    """Fail unless both give every weight and parameter the same gradient, to float32's sums."""
+    found = []
+    for one in (ours, theirs):
+        assert one.regularizer
+        one.optimizer.zero_grad(set_to_none=True)
+        one.gradients(images, labels)
+        tensors = [*one.regularizer.weights.values(), *one.regularizer.parameters.values()]
+        found.append([t.grad.clone() for t in tensors if t.grad is not None])
+    for a, b in zip(*found, strict=True):
+        error, scale = float((a - b).abs().max()), float(b.abs().max())
+        assert error <= 1e-4 * scale, f"{ours.regularizer}: gradients differ by {error:.1e} of {scale:.1e}"
+
+
+def medians(stem: str, rounds: int) -> dict[tuple[str, int, bool], float]:
+    """Median ms of a step by (regularizer, dim, through autograd)."""
+    torch.manual_seed(0)
+    model = models.build(ModelSpec("resnet18", CLASSES, stem=stem)).train()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (BATCH,))
+    kinds = [("none", 1, False), *((name, dim, how) for name, dim in VARIANTS for how in (False, True))]
+    variants = {kind: variant(model, kind[0], kind[1], autograd=kind[2]) for kind in kinds}
+    for name, dim in VARIANTS:
+        require_equal(variants[name, dim, False], variants[name, dim, True], images, labels)
+    times: dict[tuple[str, int, bool], list[float]] = {kind: [] for kind in kinds}
+    order = random.Random(0)
+    for number in range(WARM_UP + rounds):
+        for kind in order.sample(kinds, len(kinds)):
+            start = perf_counter()
+            variants[kind].step(images, labels)
+            if number >= WARM_UP:
+                times[kind].append(1000 * (perf_counter() - start))
+    return {kind: median(own) for kind, own in times.items()}
+
+
+def table(columns: list[str], content: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *content])
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost of a training step with each regularizer over a plain step.")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of every variant")
+    arguments = parser.parse_args()
+    found = {stem: medians(stem, arguments.rounds) for stem in STEMS}
+    rows = [
+        ["none", *(f"{found[stem]['none', 1, False]:.0f} ms" if not how else "" for stem in STEMS for how in (0, 1))]
+    ]
+    for name, dim in VARIANTS:
+        ratios = [
+            found[stem][name, dim, how] / found[stem]["none", 1, False] for stem in STEMS for how in (False, True)
+        ]
+        rows.append([name if dim == 1 else f"{name}, dim {dim}", *(f"{ratio:.2f}" for ratio in ratios)])
+    text = "\n\n".join(
+        [
+            "# A training step with a regularizer, over a plain one",
+            f"ResNet-18, batch {BATCH}, {SIZE}x{SIZE}, float32; {machine()}, {torch.get_num_threads()} threads, "
+            f"medians of {arguments.rounds} steps in turn; r2cli {__version__}, torch {torch.__version__}.",
+            table(
+                ["regularizer", *(f"{title}, {how}" for title in STEMS.values() for how in ("ours", "autograd"))], rows
+            ),
+        ]
+    )
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

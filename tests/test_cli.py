@@ -1,0 +1,295 @@
+"""Commands as a user runs them: exit codes, JSON, files; and everything that can be wrong with the input."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from conftest import R2
+from r2cli import checkpoint, export
+
+
+@pytest.fixture
+def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A float checkpoint `model.safetensors` in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copy(trained, tmp_path / "model.safetensors"))
+
+
+# --- the road ------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_road(r2: R2, model: Path) -> None:
+    quantized = r2("ptq", "--weight-bits", "4", "--json")
+    assert quantized.code == 0, quantized.err
+    report = json.loads(quantized.out)
+    assert report["passed"] and report["ticks"] == "5/5" and len(report["layers"]) == 10
+    assert abs(report["top1"] - report["float_top1"]) < 10
+    onnx = Path("model.w4a8-none.onnx")
+    assert onnx.stat().st_size == report["bytes"]
+    for source in (onnx, onnx.with_suffix(".safetensors")):
+        evaluated = r2("evaluate", source, "--json")
+        assert evaluated.code == 0, evaluated.err
+        assert json.loads(evaluated.out)["top1"] == pytest.approx(report["top1"], abs=0.35)
+    exported = r2("export", "model.w4a8-none.safetensors", "-o", "again.onnx", "--json")
+    assert exported.code == 0 and Path("again.onnx").read_bytes() == onnx.read_bytes()
+    history = checkpoint.load(Path("model.w4a8-none.safetensors")).history
+    assert [entry["command"] for entry in history] == ["pretrain", "ptq"]
+    assert "seconds" not in json.dumps(history)
+
+
+def test_people_get_a_table_ticks_and_the_next_command(r2: R2, model: Path) -> None:
+    ran = r2("ptq", "--granularity", "unfolded")
+    assert ran.code == 0
+    assert ran.out.count("✓") == 5 and "next: r2 evaluate model.w8a8-none-unfolded.onnx" in ran.out
+    assert "stages.2.0.conv1" in ran.out
+
+
+def test_float_checkpoints_need_no_r2(model: Path) -> None:
+    from r2cli import models
+
+    network = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
+    network.load_state_dict(load_file(model))
+
+
+def test_the_same_seed_gives_the_same_bytes(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        options = ["--model", "resnet8", "--size", 8, "--epochs", 1, "--device", "cpu"]
+        assert r2("pretrain", *options, "--seed", seed, "-o", f"{name}.safetensors").code == 0
+    a, b, c = (Path(f"{name}.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_an_image_folder_goes_the_whole_road(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 40), ("val", 10)):
+        for name, colour in (("dark", 40), ("light", 200)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(-30, 30, (12, 12, 3), generator=torch.Generator().manual_seed(index))
+                pixels = (colour + noise).to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index}.png")
+    options = ["--model", "resnet8", "--data", "imagefolder:data", "--epochs", 3, "--batch-size", 16]
+    made = r2("pretrain", *options, "--json")
+    assert made.code == 0, made.err
+    assert json.loads(made.out)["top1"] > 80
+    assert r2("ptq", "--json").code == 2, "the checkpoint does not keep the path of the data"
+    quantized = r2("ptq", "--data", "imagefolder:data", "--calibration", 32, "--json")
+    assert quantized.code == 0, quantized.err
+    assert json.loads(quantized.out)["passed"]
+    recorded = checkpoint.load(tmp_path / "model.safetensors")
+    assert recorded.input.size == 12 and recorded.class_names == ("dark", "light") and recorded.model.stem == "small"
+
+
+@pytest.mark.parametrize("command", ["pretrain", "ptq", "export", "evaluate"])
+def test_a_dry_run_writes_nothing(command: str, r2: R2, model: Path) -> None:
+    more = ["-o", "other.safetensors"] if command == "pretrain" else []
+    before = sorted(Path().iterdir())
+    ran = r2(command, *more, "--dry-run")
+    assert ran.code == 0 and "would" in ran.out
+    assert sorted(Path().iterdir()) == before
+
+
+def test_run_makes_tables_and_does_nothing_twice(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("small.toml").write_text(
+        """
+        [matrix]
+        reg = ["none", "linf"]
+        [[step]]
+        run = "pretrain"
+        model = "resnet8"
+        size = 8
+        epochs = 1
+        reg = "{reg}"
+        output = "{reg}.safetensors"
+        [[table]]
+        run = "pretrain"
+        rows = ["reg"]
+        metrics = { "top-1" = "top1" }
+        """
+    )
+    first = r2("run", "small.toml", "--json")
+    assert first.code == 0, first.err
+    made = Path("runs/small/none.safetensors")
+    stamp = made.stat().st_mtime_ns
+    second = r2("run", "small.toml", "--json")
+    assert json.loads(second.out)["tables"] == json.loads(first.out)["tables"]
+    assert made.stat().st_mtime_ns == stamp and "[1/2]" not in second.err
+    assert "| linf |" in Path("runs/small/tables.md").read_text()
+
+
+# --- gates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", [("--min-accuracy", 100.1), ("--max-drop", -50), ("--max-bytes", 10)])
+def test_a_gate_that_fails_exits_1_and_leaves_the_files(gate: tuple[str, float], r2: R2, model: Path) -> None:
+    ran = r2("ptq", *gate, "--json")
+    assert ran.code == 1 and gate[0] in ran.err
+    assert Path("model.w8a8-none.onnx").exists() and Path("model.w8a8-none.safetensors").exists()
+
+
+def test_gates_that_hold_pass(r2: R2, model: Path) -> None:
+    assert r2("ptq", "--min-accuracy", 80, "--max-drop", 3, "--max-bytes", 200_000).code == 0
+    assert r2("evaluate", "--min-accuracy", 99.99).code == 1
+
+
+def test_a_proof_that_fails_exits_1_and_says_where(r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = export.to_bytes
+
+    def broken(made: checkpoint.Checkpoint) -> bytes:
+        import onnx
+
+        file = onnx.load_from_string(honest(made))
+        codes = next(i for i in file.graph.initializer if i.name == "conv.weight.codes")
+        codes.raw_data = bytes(len(codes.raw_data))
+        return file.SerializeToString()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(export, "to_bytes", broken)
+    ran = r2("ptq")
+    assert ran.code == 1 and "same codes" in ran.err and "conv.weight" in ran.err
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def _one_sentence(text: str) -> bool:
+    return text.startswith("r2: ") and "Traceback" not in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["ptq", "missing.safetensors"], ["missing.safetensors"]),
+        (["ptq", "."], ["directory"]),
+        (["ptq", "--weight-bits", 9], ["--weight-bits 9", "1 to 8"]),
+        (["ptq", "--weight-bits", 0], ["--weight-bits 0"]),
+        (["ptq", "--act-bits", 3], ["--act-bits 3"]),
+        (["ptq", "--granularity", "chanel"], ["chanel", "'channel'"]),
+        (["ptq", "--method", "nome"], ["nome", "'none'"]),
+        (["ptq", "--keep", "classifer=8"], ["classifer", "'classifier'"]),
+        (["ptq", "--keep", "classifier"], ["--keep classifier", "PATTERN=BITS"]),
+        (["ptq", "--keep", "classifier=9"], ["classifier 9"]),
+        (["ptq", "--calibration", 5000], ["--calibration 5000", "1200"]),
+        (["ptq", "--data", "digit"], ["digit", "'digits'"]),
+        (["ptq", "--device", "cuda:99"], ["cuda:99", "--device cpu"]),
+        (["ptq", "--device", "gpu"], ["gpu"]),
+        (["ptq", "--weight-bit", 4], ["--weight-bit"]),
+        (["pretain"], ["pretain"]),
+        (["pretrain"], ["model.safetensors", "--overwrite"]),
+        (["pretrain", "-o", "x.safetensors", "--reg", "margn"], ["margn", "'margin'"]),
+        (["pretrain", "-o", "x.safetensors", "--reg-form", "papr"], ["papr", "'paper'"]),
+        (["pretrain", "-o", "x.safetensors", "--model", "resnet19"], ["resnet19", "'resnet18'"]),
+        (["pretrain", "-o", "x.safetensors", "--model", "resnet8", "--width", 0.5], ["--width", "resnet8"]),
+        (["pretrain", "-o", "x.safetensors", "--width", 0], ["--width 0"]),
+        (["pretrain", "-o", "x.safetensors", "--size", 2], ["--size 2"]),
+        (["pretrain", "-o", "x.safetensors", "--data", "imagefolder:nowhere"], ["nowhere"]),
+        (["pretrain", "-o", "x.safetensors", "--data", "imagefolder"], ["imagefolder:DIR"]),
+        (["pretrain", "-o", "x.safetensors", "--resume"], ["nothing to resume"]),
+        (["pretrain", "-o", "x.safetensors", "--epochs", "many"], ["--epochs"]),
+        (["evaluate", "missing.onnx"], ["missing.onnx"]),
+        (["export", "missing.safetensors"], ["missing.safetensors"]),
+        (["run", "missing.toml"], ["missing.toml"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_bad_arguments_get_one_sentence(arguments: list[object], names: list[str], r2: R2, model: Path) -> None:
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    ran = r2(*arguments)
+    assert ran.code == 2
+    last = ran.err.splitlines()[-1] + "\n"
+    assert _one_sentence(last), ran.err
+    assert all(name in last for name in names), last
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_errors_are_json_too(r2: R2, model: Path) -> None:
+    ran = r2("ptq", "missing.safetensors", "--json")
+    assert json.loads(ran.out) == {"error": ran.err.removeprefix("r2: ").strip(), "exit_code": 2}
+
+
+def test_damaged_checkpoints_are_named(r2: R2, model: Path) -> None:
+    Path("cut.safetensors").write_bytes(model.read_bytes()[:2000])
+    Path("noise.safetensors").write_bytes(os.urandom(5000))
+    save_file({"a": torch.zeros(3)}, "foreign.safetensors")
+    for name in ("cut", "noise", "foreign"):
+        ran = r2("ptq", f"{name}.safetensors")
+        assert ran.code == 2 and f"{name}.safetensors" in ran.err and _one_sentence(ran.err)
+
+
+def test_nan_weights_are_named_with_file_and_tensor(r2: R2, model: Path) -> None:
+    made = checkpoint.load(model)
+    made.floats["stages.1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    checkpoint.save(made, Path("bad.safetensors"))
+    ran = r2("ptq", "bad.safetensors")
+    assert ran.code == 2 and "bad.safetensors" in ran.err and "'stages.1.0.conv1.weight'" in ran.err
+
+
+def test_another_architectures_tensors_are_named(r2: R2, model: Path) -> None:
+    from dataclasses import replace
+
+    made = checkpoint.load(model)
+    checkpoint.save(replace(made, model=replace(made.model, name="resnet20")), Path("other.safetensors"))
+    ran = r2("ptq", "other.safetensors")
+    assert ran.code == 2 and "stages.0.1.conv1.weight" in ran.err and "other.safetensors" in ran.err
+
+
+def test_existing_outputs_are_never_overwritten_unasked(r2: R2, model: Path) -> None:
+    Path("model.w8a8-none.onnx").write_text("mine")
+    ran = r2("ptq")
+    assert ran.code == 2 and "model.w8a8-none.onnx" in ran.err and "--overwrite" in ran.err
+    assert Path("model.w8a8-none.onnx").read_text() == "mine"
+    assert not Path("model.w8a8-none.safetensors").exists()
+    assert r2("ptq", "--overwrite").code == 0
+    assert Path("model.w8a8-none.onnx").stat().st_size > 50_000
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(model: Path) -> None:
+    before = model.read_bytes()
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, {resource.RLIM_INFINITY}));"
+        "import sys; sys.argv = ['r2', 'ptq', '--overwrite']; from r2cli.cli import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 3 and "model.w8a8-none.safetensors could not be written" in ran.stderr
+    assert model.read_bytes() == before and [path.name for path in Path().iterdir()] == ["model.safetensors"]
+
+
+def test_ctrl_c_exits_130_and_leaves_a_state_to_resume(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "r2cli", "pretrain", "--model", "resnet8", "--size", "8", "--epochs", "500"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    state = tmp_path / "model.resume.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == [state.name]
+
+
+def test_an_internal_error_exits_3_without_a_traceback(r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(made: checkpoint.Checkpoint) -> bytes:
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr(export, "to_bytes", broken)
+    ran = r2("ptq")
+    assert ran.code == 3 and "ZeroDivisionError" in ran.err and "R2_TRACEBACK" in ran.err and "Traceback" not in ran.err
+
+
+def test_help_shows_the_commands(r2: R2) -> None:
+    ran = r2("--help")
+    assert ran.code == 0 and all(name in ran.out for name in ("pretrain", "ptq", "export", "evaluate", "run"))
+    assert r2("--version").out.startswith("r2 ")

@@ -1,0 +1,231 @@
+"""The exporter and the proof: every width runs in ONNX Runtime with the checkpoint's codes, and the proof can fail."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from r2cli import attach, checkpoint, codec, data, export, models, ptq, verify
+from r2cli.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def _batches(made: checkpoint.Checkpoint) -> Iterator[data.Batch]:
+    return data.load("digits", spec=made.input).test.batches(256, CPU)
+
+
+def _coded(
+    trained: Path, bits: int, *, granularity: str = "channel", act_bits: int | None = 8
+) -> checkpoint.Checkpoint:
+    made = checkpoint.load(trained)
+    images = (batch for batch, _ in data.calibration(data.load("digits", spec=made.input), 128, CPU, 0))
+    return ptq.quantize(made, ptq.Settings("none", bits, act_bits, granularity, {}), images, CPU)[0]
+
+
+def _prove(made: checkpoint.Checkpoint, path: Path, content: bytes) -> verify.Proof:
+    path.write_bytes(content)
+    return verify.prove(path, made, attach.network(made), _batches(made))
+
+
+# Codes' container, and the nodes between it and DequantizeLinear.
+FORMS = {
+    8: (TensorProto.INT8, set()),
+    6: (TensorProto.INT8, set()),
+    4: (TensorProto.INT4, {"Cast"}),
+    3: (TensorProto.UINT8, {"Cast", "Gather", "Reshape", "Add"}),
+    2: (TensorProto.UINT8, {"Cast", "Gather", "Reshape"}),
+    1: (TensorProto.UINT8, {"Cast", "Gather", "Reshape"}),
+}
+
+
+@pytest.mark.parametrize("bits", sorted(FORMS))
+def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: Path, tmp_path: Path) -> None:
+    made = _coded(trained, bits)
+    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    assert proof.passed, proof.checks
+    nodes = proof.measures["nodes"]
+    assert nodes["QLinearConv"] == 9 and nodes["QLinearAdd"] == 3 and nodes["QGemm"] == 1
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "ReduceMean"} & set(nodes)
+    file = onnx.load(tmp_path / "model.onnx")
+    assert file.ir_version == 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 21)]
+    container, between = FORMS[bits]
+    codes = {i.data_type for i in file.graph.initializer if i.name.endswith((".weight.codes", ".high", ".low"))}
+    tables = {i.data_type for i in file.graph.initializer if i.name.startswith("table.")}
+    assert codes - tables == {container} and tables == ({TensorProto.INT8} if bits < 4 else set())
+    assert {n.op_type for n in file.graph.node} - {
+        *("QuantizeLinear", "DequantizeLinear", "Conv", "Relu", "Add", "GlobalAveragePool", "Gemm", "Reshape")
+    } == between - {"Add", "Reshape"}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "unfolded"])
+def test_one_grid_per_tensor_passes_too(granularity: str, trained: Path, tmp_path: Path) -> None:
+    made = _coded(trained, 4, granularity=granularity)
+    assert _prove(made, tmp_path / "model.onnx", export.to_bytes(made)).passed
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_weight_only_files_agree_to_float_precision(bits: int, trained: Path, tmp_path: Path) -> None:
+    made = _coded(trained, bits, act_bits=None)
+    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    assert proof.passed, proof.checks
+    assert "QuantizeLinear" not in proof.measures["nodes"]
+
+
+def test_a_float_checkpoint_is_exported_and_compared_as_well(trained: Path, tmp_path: Path) -> None:
+    made = checkpoint.load(trained)
+    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    assert proof.passed and proof.measures["bits_per_weight"] == 32
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_odd_grids_of_every_width_decode_in_onnx_runtime(bits: int, trained: Path, tmp_path: Path) -> None:
+    made = _coded(trained, 4, act_bits=None)
+    odd = {}
+    for name, one in made.coded.items():
+        scale = one.codec.scale * 8 / (2**bits - 1)
+        grid = codec.Grid(scale, torch.zeros_like(scale, dtype=torch.int32), bits, signed=False, axis=0, odd=True)
+        odd[name] = codec.Coded(grid, grid.encode(one.decode()))
+    made = replace(made, coded=odd)
+    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    assert proof.passed, proof.checks
+
+
+def test_asymmetric_weights_keep_their_zero_point(trained: Path, tmp_path: Path) -> None:
+    made = _coded(trained, 4)
+    shifted = {}
+    for name, one in made.coded.items():
+        assert isinstance(one.codec, codec.Grid)
+        grid = replace(one.codec, zero_point=torch.full_like(one.codec.zero_point, 2))
+        shifted[name] = codec.Coded(grid, grid.encode(one.decode()))
+    made = replace(made, coded=shifted)
+    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    assert proof.passed, proof.checks
+    assert proof.measures["nodes"]["QLinearConv"] == 9
+
+
+@pytest.mark.parametrize("bits", [6, 4, 2])
+def test_activations_below_eight_bits_are_clipped_in_their_codes(bits: int, trained: Path, tmp_path: Path) -> None:
+    made = _coded(trained, 8)
+    narrow = {
+        name: replace(g, bits=bits, scale=g.scale * 255 / (2**bits - 1), zero_point=g.zero_point * (2**bits - 1) // 255)
+        for name, g in made.activations.items()
+    }
+    made = replace(made, activations=narrow)
+    batch, _ = next(_batches(made))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.to_bytes(made))
+    with torch.no_grad():
+        expected = attach.network(made)(batch)
+    # Biases are off their grid here, so only the session without optimisation computes the same function.
+    found = verify.runner(path, optimise=False)(batch)
+    assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
+    assert sum(node.op_type == "Clip" for node in onnx.load(path).graph.node) >= len(narrow)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(trained: Path) -> None:
+    made = _coded(trained, 3)
+    assert export.to_bytes(made) == export.to_bytes(made)
+
+
+def test_the_batch_is_dynamic_and_the_file_says_how_to_feed_it(trained: Path, tmp_path: Path) -> None:
+    made, path = _coded(trained, 4), tmp_path / "model.onnx"
+    path.write_bytes(export.to_bytes(made))
+    run = verify.runner(path)
+    for count in (1, 5):
+        assert run(torch.zeros(count, *made.input.shape)).shape == (count, 10)
+    assert verify.input_spec(path) == made.input
+    assert b"/" + b"home" not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+
+
+def test_relu6_and_a_max_pool_stay_integer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name, size in (("mobilenet_v2", 32), ("resnet18", 96)):
+        spec = models.spec(name, classes=10, channels=3, size=size, width=0.25 if name == "mobilenet_v2" else None)
+        network = models.build(spec).train()
+        with torch.no_grad():
+            for _ in range(3):
+                network(torch.randn(8, 3, size, size))
+        floats = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+        input_spec = checkpoint.InputSpec(3, size, size, (0.0,) * 3, (1.0,) * 3)
+        made = checkpoint.Checkpoint(spec, input_spec, tuple("0123456789"), floats)
+        images = [torch.randn(8, 3, size, size) for _ in range(2)]
+        coded, _ = ptq.quantize(made, ptq.Settings("none", 4, 8, "channel", {}), images, CPU)
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(export.to_bytes(coded))
+        batches = [(torch.randn(16, 3, size, size), torch.zeros(16, dtype=torch.int64)) for _ in range(2)]
+        proof = verify.prove(path, coded, attach.network(coded), batches)
+        assert proof.passed, proof.checks
+        assert proof.measures["sqnr_db"] >= 30
+        assert {"Conv", "FusedConv", "Gemm", "Add", "Clip", "Relu", "DequantizeLinear"}.isdisjoint(
+            proof.measures["nodes"]
+        )
+
+
+def _failed(proof: verify.Proof) -> set[str]:
+    return {check.name for check in proof.checks if not check.passed}
+
+
+def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -> None:
+    made, path = _coded(trained, 8), tmp_path / "model.onnx"
+    file = onnx.load_from_string(export.to_bytes(made))
+    codes = next(i for i in file.graph.initializer if i.name == "conv.weight.codes")
+    changed = bytearray(codes.raw_data)
+    changed[0] ^= 1
+    codes.raw_data = bytes(changed)
+    proof = _prove(made, path, file.SerializeToString())
+    assert "same codes" in _failed(proof)
+    assert "conv.weight" in next(check.detail for check in proof.checks if check.name == "same codes")
+
+
+def test_the_proof_sees_a_weight_left_in_float(trained: Path, tmp_path: Path) -> None:
+    made, path = _coded(trained, 8), tmp_path / "model.onnx"
+    file = onnx.load_from_string(export.to_bytes(made))
+    node = next(node for node in file.graph.node if node.output[0] == "stages.1.0.conv1.weight.decoded")
+    weight = made.coded["stages.1.0.conv1.weight"].decode().numpy()
+    file.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
+    file.graph.node.remove(node)
+    assert _failed(_prove_audit(made, path, file)) >= {"integer weights"}
+
+
+def _prove_audit(made: checkpoint.Checkpoint, path: Path, file: onnx.ModelProto) -> verify.Proof:
+    onnx.save(file, path)
+    return verify.Proof((verify._all_integer(onnx.load(path), made.coded),), {})
+
+
+def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: Path) -> None:
+    made, path = _coded(trained, 4), tmp_path / "model.onnx"
+    file = onnx.load_from_string(export.to_bytes(made))
+    codes = next(i for i in file.graph.initializer if i.name == "conv.weight.codes")
+    wide = numpy_helper.from_array(made.coded["conv.weight"].codes.numpy(), codes.name)
+    codes.CopyFrom(wide)
+    assert _failed(_prove(made, path, file.SerializeToString())) == {"size"}
+
+
+def test_the_proof_sees_logits_that_are_not_torchs(trained: Path, tmp_path: Path) -> None:
+    made, path = _coded(trained, 8), tmp_path / "model.onnx"
+    file = onnx.load_from_string(export.to_bytes(made))
+    bias = next(i for i in file.graph.initializer if i.name == "stages.2.0.conv2.bias")
+    noise = np.random.default_rng(0).normal(0, 1, 64).astype(np.float32)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + noise, bias.name))
+    assert "parity" in _failed(_prove(made, path, file.SerializeToString()))
+
+
+def test_unreadable_and_foreign_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    with pytest.raises(InputError, match="broken.onnx does not exist"):
+        verify.read(path)
+    path.write_bytes(b"\x08\x0anot a model")
+    with pytest.raises(InputError, match="broken.onnx is not a valid ONNX model"):
+        verify.read(path)
+    identity = onnx.helper.make_node("Identity", ["x"], ["y"])
+    value = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([identity], "g", value[:1], value[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
+    with pytest.raises(InputError, match="only files written by r2"):
+        verify.input_spec(path)
