@@ -100,7 +100,9 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         tensors[f"{name}.codes"] = coded.packed()
         parts, codecs[name] = _describe(coded.codec)
         codecs[name]["shape"] = list(coded.codes.shape)
-        tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+        tensors |= {
+            f"{name}.{part}": tensor.clone(memory_format=torch.contiguous_format) for part, tensor in parts.items()
+        }
     activations = {}
     for node, grid in checkpoint.activations.items():
         _, activations[node] = _describe(grid)
@@ -142,7 +144,7 @@ def load(path: Path) -> Checkpoint:
             history=tuple(meta["history"]),
             origin=str(path),
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
     _require_finite(checkpoint, path)
     return checkpoint
@@ -217,8 +219,10 @@ def _activation_grid(entry: Mapping[str, Any]) -> Grid:
 
 
 def _require_finite(checkpoint: Checkpoint, path: Path) -> None:
-    scales = {f"{name}.scale": coded.codec.scale for name, coded in checkpoint.coded.items()}
-    for name, tensor in {**checkpoint.floats, **scales}.items():
+    parts = {f"{name}.scale": coded.codec.scale for name, coded in checkpoint.coded.items()}
+    parts |= {f"{name}.lut": c.codec.lut for name, c in checkpoint.coded.items() if isinstance(c.codec, Palette)}
+    parts |= {f"activation {node}": grid.scale for node, grid in checkpoint.activations.items()}
+    for name, tensor in {**checkpoint.floats, **parts}.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise InputError(

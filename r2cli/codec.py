@@ -93,8 +93,19 @@ class Palette:
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest centroids: (groups, vectors of a group), uint8."""
         groups, _, dim = self.lut.shape
-        vectors = to_vectors(x / self._per_channel(), dim).reshape(groups, -1, dim)
-        return torch.cdist(vectors, self.lut.to(vectors.dtype)).argmin(dim=2).to(torch.uint8)
+        weight = x / self._per_channel()
+        vectors = to_vectors(weight, dim).reshape(groups, -1, dim)
+        lut = self.lut.to(vectors.dtype)
+        # Not through a matrix product: it cannot tell close centroids apart.
+        codes = torch.cdist(vectors, lut, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=2)
+        short = weight.shape[0] % dim  # channels in the last block: what fills it up has no value to be near to
+        if short:
+            count = weight[0].numel()
+            rest = torch.cdist(
+                vectors[-1, -count:, :short], lut[-1, :, :short], compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            codes[-1, -count:] = rest.argmin(dim=1)
+        return codes.to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of `codes`: float32, `self.shape`."""

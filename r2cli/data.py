@@ -206,8 +206,10 @@ def decode(path: Path, spec: InputSpec, crop: torch.Generator | None = None) -> 
 
     try:
         with Image.open(path) as file:
-            image = F.pil_to_tensor(file.convert("L" if spec.channels == 1 else "RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+            # Pillow clips 16 bits to 255 where it should scale them.
+            shallow = file.point(lambda value: value / 257).convert("L") if file.mode.startswith("I;16") else file
+            image = F.pil_to_tensor(shallow.convert("L" if spec.channels == 1 else "RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return str(path)
     out = [spec.size, spec.size]
     if crop is None:
@@ -234,7 +236,7 @@ def _imagefolder(root: Path, size: int | None, spec: InputSpec | None, workers: 
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))[0]
         raise InputError(f"{root}: class folder '{odd}' is in only one of train/ and {held_out.name}/")
-    spec = spec or _folder_spec(train[0][0], size)
+    spec = spec or _folder_spec([file for file, _ in train], size)
 
     def split(name: str, files: Sequence[tuple[Path, int]]) -> Split:
         if spec.size >= LARGE_IMAGE or (len(train) + len(test)) * spec.channels * spec.size**2 > MEMORY_LIMIT:
@@ -244,17 +246,24 @@ def _imagefolder(root: Path, size: int | None, spec: InputSpec | None, workers: 
     return Data(f"imagefolder:{root}", spec, classes, split("train", train), split(held_out.name, test))
 
 
-def _folder_spec(first: Path, size: int | None) -> InputSpec:
-    """Preprocessing for a folder: the image's own size where it is small, else ImageNet's 224 out of 256."""
+def _folder_spec(files: Sequence[Path], size: int | None) -> InputSpec:
+    """Preprocessing for a folder: the first image's own size where it is small, else ImageNet's 224 out of 256."""
+    own = size
+    if own is None:
+        shorter = next((shorter for shorter in map(_shorter_side, files) if shorter), LARGE_IMAGE)
+        own = shorter if shorter < LARGE_IMAGE else 224
+    return InputSpec(3, own, own if own < LARGE_IMAGE else round(own * 256 / 224), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _shorter_side(path: Path) -> int | None:
+    """Pixels of an image's shorter side; None where it is not a readable image."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(first) as file:
-            shorter = min(file.size)
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{first} is not a readable image: remove it, or give --size") from error
-    own = size or (shorter if shorter < LARGE_IMAGE else 224)
-    return InputSpec(3, own, own if own < LARGE_IMAGE else round(own * 256 / 224), IMAGENET_MEAN, IMAGENET_STD)
+        with Image.open(path) as file:
+            return min(file.size)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        return None
 
 
 def _scan(split: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:

@@ -83,13 +83,42 @@ def load(path: Path) -> Recipe:
     for key in content:
         if key not in ("matrix", "step", "table"):
             raise unknown(f"key in {path}", key, ("matrix", "step", "table"))
-    found = content.get("step", [])
-    if not found:
+    recipe = Recipe(path, content.get("matrix", {}), content.get("step", []), content.get("table", []))
+    _require_shapes(recipe)
+    for table in recipe.tables:
+        _require_complete(recipe, table)
+    return recipe
+
+
+def _require_shapes(recipe: Recipe) -> None:
+    """Raises InputError for a matrix that is no lists, steps that are no commands, and values that no option takes."""
+    path, matrix = recipe.path, recipe.matrix
+    if not isinstance(matrix, dict) or not all(isinstance(values, list) and values for values in matrix.values()):
+        raise InputError(f"{path}: [matrix] wants a list of values for every variable, for example bits = [8, 4]")
+    if not _are_tables(recipe.steps) or not recipe.steps:
         raise InputError(f"{path} has no [[step]]: give it at least one, with run = 'pretrain' or another command")
-    for step in found:
+    if not _are_tables(recipe.tables):
+        raise InputError(f"{path}: a table is written [[table]], with run, rows and metrics")
+    for step in recipe.steps:
         if step.get("run") not in COMMANDS:
             raise unknown(f"command of a step in {path}", str(step.get("run")), COMMANDS)
-    return Recipe(path, content.get("matrix", {}), found, content.get("table", []))
+        for key, value in step.items():
+            if not isinstance(value, str if key in FILES else (str, int, float, list)):
+                raise InputError(f"{path}: {key} = {value} is not a value that an option takes: put it in quotes")
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
+    """Raises InputError, before any work is done, for a [[table]] that lacks a key or names no variable."""
+    for key, kind in (("run", str), ("rows", list), ("metrics", dict)):
+        if not isinstance(table.get(key), kind):
+            raise InputError(f"{recipe.path}: a [[table]] wants {key}, as {kind.__name__}")
+    for name in [*table["rows"], *([table["column"]] if "column" in table else [])]:
+        if recipe.matrix and name not in recipe.matrix:
+            raise unknown(f"variable of {recipe.path}", str(name), recipe.matrix)
 
 
 def steps(recipe: Recipe) -> list[Step]:
@@ -97,14 +126,17 @@ def steps(recipe: Recipe) -> list[Step]:
     out = []
     for step in recipe.steps:
         options = {key: value for key, value in step.items() if key != "run"}
-        mentioned = {name.split(".")[0] for name in PLACEHOLDER.findall(json.dumps(options))}
+        mentioned = {name.split(".")[0] for name in PLACEHOLDER.findall(json.dumps(options, default=str))}
         for name in mentioned:
             if name not in recipe.matrix:
                 raise unknown(f"variable of {recipe.path}", name, recipe.matrix)
         variables = [name for name in recipe.matrix if name in mentioned]
         for chosen in itertools.product(*(recipe.matrix[name] for name in variables)):
             values = dict(zip(variables, chosen, strict=True))
-            filled = {key: _fill(value, values) for key, value in options.items()}
+            try:
+                filled = {key: _fill(value, values) for key, value in options.items()}
+            except InputError as error:
+                raise InputError(f"{recipe.path}: {error}") from error
             out.append(Step(step["run"], {k: v for k, v in filled.items() if v is not None}, values))
     return out
 
@@ -128,25 +160,28 @@ def execute(
     source was not made again. One that was stopped half way runs again over its own files.
     """
     record = folder / "results.json"
-    done = {} if overwrite else _recorded(record)
-    results, fresh = [], set()
+    done, results = _recorded(record), []
     for number, step in enumerate(todo, start=1):
-        key = json.dumps([__version__, step.command, step.options], sort_keys=True)
-        output = folder / str(step.options.get("output", ""))
-        stale = step.options.get("source") in fresh or not output.exists()
-        known = done.get(key)
-        if known and known["report"] and not stale:
-            report = known["report"]
-        else:
+        key = json.dumps([__version__, step.command, step.options], sort_keys=True, default=str)
+        output = step.options.get("output")
+        name = key if output is None else str(output)
+        known, exists = done.get(name, {}), output is None or (folder / name).exists()
+        report = known.get("report") if known.get("key") == key and exists and not overwrite else None
+        if report is None:
             tell(f"[{number}/{len(todo)}] {shell(step, folder)}")
-            fresh.add(step.options.get("output"))
-            # Ours to replace: the recipe's own files, once it has begun to write them.
-            ours = ["--overwrite"] if overwrite or known else []
-            done[key] = {"report": None}
-            _record(record, done)
-            report = invoke([*step.arguments(folder), *(ours if "output" in step.options else []), "--json"])
-            report = json.loads(json.dumps(report, default=str))
-            done[key] = {"report": report}
+            ours = overwrite or name in done  # a file of the recipe's own, which it may replace
+            for other in done.values():
+                if output is not None and other["source"] == output:
+                    other["report"] = None  # made from a file that is about to change
+            entry = {"key": key, "source": step.options.get("source"), "report": None}
+            if ours or not exists:
+                done[name] = entry
+                _record(record, done)
+            made = invoke(
+                [*step.arguments(folder), *(["--overwrite"] if ours and output is not None else []), "--json"]
+            )
+            report = json.loads(json.dumps(made, default=str))
+            done[name] = {**entry, "report": report}
             _record(record, done)
         results.append({"command": step.command, "values": step.values, "report": report})
     return results
@@ -171,6 +206,7 @@ def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _rows(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    _require_complete(recipe, table)
     names, column = table["rows"], table.get("column")
     needed = {*names, *([column] if column else [])}
     cells: dict[tuple[str, ...], dict[str, list[Any]]] = {}
@@ -183,15 +219,16 @@ def _rows(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[st
                 raise unknown(f"metric of {recipe.path}", metric, result["report"])
             head = title if column is None else f"{_label(result['values'][column])} {title}".strip()
             cells.setdefault(row, {}).setdefault(head, []).append(result["report"][metric])
+    heads = list(dict.fromkeys(head for own in cells.values() for head in own))
     return [
-        dict(zip(names, row, strict=True)) | {head: _cell(values) for head, values in own.items()}
+        dict(zip(names, row, strict=True)) | {head: _cell(own[head]) if head in own else "-" for head in heads}
         for row, own in cells.items()
     ]
 
 
 def _cell(values: Sequence[Any]) -> str:
     """One value, or the mean of several with their least and greatest."""
-    if any(isinstance(value, str) for value in values):
+    if not all(isinstance(value, int | float) for value in values):
         return ", ".join(dict.fromkeys(map(str, values)))
     shape = ".0f" if all(isinstance(value, int) for value in values) else ".2f"
     if len(values) == 1:
@@ -212,12 +249,21 @@ def _fill(value: Any, values: Mapping[str, Any]) -> Any:
     whole = PLACEHOLDER.fullmatch(value)
     if whole:
         return _look_up(whole[1], values)
-    return PLACEHOLDER.sub(lambda match: _label(_look_up(match[1], values)), value)
+
+    def text(match: re.Match[str]) -> str:
+        found = _look_up(match[1], values)
+        if found is None:
+            raise InputError(f"'{value}' has nothing to put for {match[0]}: give every value of the matrix that key")
+        return _label(found)
+
+    return PLACEHOLDER.sub(text, value)
 
 
 def _look_up(path: str, values: Mapping[str, Any]) -> Any:
     """The value of `name` or of `name.key`; None, which leaves the option out, for a key that its table lacks."""
     name, _, key = path.partition(".")
+    if key and not isinstance(values[name], Mapping):
+        raise InputError(f"{{{path}}} asks for a key of '{values[name]}', which is not a table")
     return values[name].get(key) if key else values[name]
 
 

@@ -218,7 +218,10 @@ def default_strength(name: str, *, size: int, images: int) -> float:
 
 def _deviation(w: Tensor) -> Tensor:
     """Biased standard deviation, float64."""
-    return w.var(correction=0).to(torch.float64).sqrt() if w.numel() else torch.tensor(math.nan)
+    if not w.numel():
+        return torch.tensor(math.nan)
+    low, high = torch.aminmax(w)  # the rounded variance of a constant is not always 0
+    return torch.where(low < high, w.var(correction=0).to(torch.float64).sqrt(), 0.0)
 
 
 def _chunks(w: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -154,7 +154,7 @@ STEP = '[[step]]\nrun = "pretrain"\n'
         (STEP + "reg = 1\nreg = 2\n", ["line 4"]),
         # Tables where lists are wanted, and the other way round.
         *[
-            pytest.param(text, [], marks=pytest.mark.xfail(strict=True, reason="its shape is not checked"))
+            pytest.param(text, [])
             for text in (
                 STEP + 'reg = "{reg}"\n[matrix]\nreg = "margin"\n',
                 STEP + 'bits = "{bits}"\n[matrix]\nbits = 4\n',
@@ -266,7 +266,6 @@ def test_what_is_gone_is_made_again_with_what_depends_on_it(tmp_path: Path) -> N
     assert commands.names() == ["model!", "coded!"]
 
 
-@pytest.mark.xfail(strict=True, reason="its own output of other options is taken for a stranger's file, and refused")
 def test_a_changed_option_replaces_the_output_and_what_depends_on_it(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     execute(two(lr=0.1), commands)
@@ -286,7 +285,6 @@ def test_a_changed_option_reaches_what_depends_on_it(tmp_path: Path) -> None:
     assert "0.2" in results[1]["report"]["made"]
 
 
-@pytest.mark.xfail(strict=True, reason="the record does not know that another step has replaced the file since")
 def test_going_back_to_the_first_options_makes_the_first_file(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     first = execute(two(lr=0.1), commands)
@@ -298,7 +296,6 @@ def test_going_back_to_the_first_options_makes_the_first_file(tmp_path: Path) ->
     assert "0.1" in (tmp_path / "model").read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="what was made again before an interrupt is forgotten after it")
 def test_what_depends_on_a_new_file_runs_after_an_interrupt_too(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     steps = [
@@ -357,7 +354,6 @@ def test_a_stranger_s_file_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "model").read_text() != "of another hand"
 
 
-@pytest.mark.xfail(strict=True, reason="the refused step counts as begun, so the second try replaces the file")
 def test_a_stranger_s_file_is_not_replaced_by_the_second_try(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     (tmp_path / "model").write_text("of another hand")
@@ -388,7 +384,6 @@ def test_another_version_s_work_is_done_again(tmp_path: Path, monkeypatch: pytes
     assert commands.names() == ["evaluate"]
 
 
-@pytest.mark.xfail(strict=True, reason="a step without an output makes every later step without a source run again")
 def test_a_step_without_output_makes_nothing_stale(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     training = Step("pretrain", {"output": "model"}, {})
@@ -465,7 +460,6 @@ def test_a_step_without_a_table_s_variables_is_not_in_it() -> None:
     assert table(rows, rows=["reg"], metrics={"top-1": "top1"}) == [{"reg": "none", "top-1": "73.50 [50.00-97.00]"}]
 
 
-@pytest.mark.xfail(strict=True, reason="a row lacks the columns that it has no value for, so its values move left")
 def test_every_row_has_every_column() -> None:
     rows = [({"reg": "none", "bits": 8}, {"top1": 97.0}), ({"reg": "margin", "bits": 4}, {"top1": 50.0})]
     made = table(rows, rows=["reg"], column="bits", metrics={"": "top1"})
@@ -493,7 +487,6 @@ def test_a_metric_that_no_report_has_suggests_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("missing", ["rows", "metrics", "run"])
-@pytest.mark.xfail(strict=True, reason="a table's keys are not checked")
 def test_a_table_without_a_key_is_refused(missing: str) -> None:
     layout = {"run": "ptq", "rows": ["reg"], "metrics": {"top-1": "top1"}}
     del layout[missing]

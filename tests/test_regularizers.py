@@ -256,7 +256,6 @@ def test_a_constant_tensor_is_finite(name: str, stable: bool, dtype: torch.dtype
         assert all(bool(torch.isfinite(part).all()) for part in parts)
 
 
-@pytest.mark.xfail(strict=True, reason="float32 rounds a constant's variance to more than 0, and KURE then costs 3.24")
 def test_kure_of_a_constant_is_nothing() -> None:
     value, dw, _ = apply("kure", torch.full((64, 64, 3, 3), 0.1))
     assert float(value) == 0

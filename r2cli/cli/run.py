@@ -50,7 +50,7 @@ def run(
         "results": results,
     }
     shown: list[Any] = []
-    for table in tables:
+    for table in (table for table in tables if table.rows):
         shown += [table.title, console.table(tuple(table.rows[0]), [tuple(row.values()) for row in table.rows])]
     console.emit(report, as_json=json, lines=[*shown, f"{folder} has the files, {written} the tables"])
     return report
