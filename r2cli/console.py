@@ -84,7 +84,12 @@ def fail(message: str, code: int, *, as_json: bool) -> None:
 
 
 def _is_numeric(cell: object) -> bool:
-    return isinstance(cell, int | float) or str(cell)[:1].isdigit() or str(cell) in ("", "-", "inf")
+    text = str(cell).replace(",", "")
+    try:
+        float(text)
+    except ValueError:
+        return text == "-"
+    return True
 
 
 def _plain(value: Any) -> Any:

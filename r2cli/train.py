@@ -232,6 +232,8 @@ def _optimizer(model: nn.Module, regularizer: regularizers.Regularizer | None, s
 def _save(run: _Run, history: list[Epoch]) -> None:
     tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in run.model.state_dict().items()}
     tensors["rng"] = torch.get_rng_state()
+    if run.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(run.device)
     for name, parameter in _named(run).items():
         momentum = run.optimizer.state.get(parameter, {}).get("momentum_buffer")
         if momentum is not None:
@@ -258,6 +260,8 @@ def _restore(run: _Run) -> list[Epoch]:
             momentum = torch.empty_like(parameter.detach()).copy_(tensors[f"momentum.{name}"])
             run.optimizer.state[parameter]["momentum_buffer"] = momentum
     torch.set_rng_state(tensors["rng"])
+    if "rng.cuda" in tensors and run.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], run.device)
     return [Epoch(**epoch) for epoch in meta["history"]]
 
 

@@ -68,7 +68,7 @@ def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterabl
         _size(file, path, checkpoint.coded),
     ]
     compared = _compare(path, model, batches)
-    checks += [_runs(path, compared), _parity(compared, exact=not checkpoint.activations)]
+    checks += [_runs(file, path, compared), _parity(compared, exact=not checkpoint.activations)]
     payload = sum(coded.payload_bytes() for coded in checkpoint.coded.values())
     weights = sum(coded.decode().numel() for coded in checkpoint.coded.values())
     measures = {
@@ -323,7 +323,10 @@ def _compare(path: Path, model: nn.Module, batches: Iterable[Batch]) -> dict[str
     return runs
 
 
-def _runs(path: Path, runs: Mapping[str, _Run]) -> Check:
+def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, _Run]) -> Check:
+    foreign = next((node for node in file.graph.node if node.domain not in ("", "ai.onnx")), None)
+    if foreign is not None:
+        return Check("runs", False, f"{foreign.op_type} is not a standard operator, but of {foreign.domain}")
     finite = all(np.isfinite(runs[name].worst) for name in ("default", "off"))
     counts = node_counts(path)
     integer = sum(n for op, n in counts.items() if op.startswith("QLinear") or op == "QGemm")

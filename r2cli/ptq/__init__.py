@@ -175,5 +175,5 @@ def _row(name: str, coded: Coded, weight: Tensor, granularity: str, silenced: in
     error = (coded.decode() - weight).double().square().sum()
     signal = weight.double().square().sum()
     sqnr = float(10 * torch.log10(signal / error)) if error > 0 and signal > 0 else float("inf")
-    note = f"{silenced} channels without variance set to their constant" if silenced else ""
+    note = f"{silenced} dead channel{'s' if silenced > 1 else ''} made constant" if silenced else ""
     return Row(name, tuple(weight.shape), coded.codec.bits, granularity, sqnr, note)
