@@ -1,15 +1,15 @@
-"""What a range regularizer adds to a training step: our closed-form gradients against the same loss through autograd.
+"""What a range regularizer adds to a training step: closed-form gradients against the same loss through autograd.
 
-ResNet-18 on 64 random images of 32x32 in float32, with the CIFAR stem, where a step is long, and with the ImageNet stem,
-where it is ten times shorter and the weights are the same. The step is that of `r2cli.train`: channels last, forward,
-backward, regularizer, SGD with Nesterov momentum. The regularizers are `r2cli.regularizers` in their stable form, which
-add their gradients to `.grad` after the backward pass, and the obvious formulation of each, added to the loss before it.
-Both give the same gradients, which is checked before anything is timed.
+ResNet-18 on 64 random images of 32x32 in float32: with the CIFAR stem, where a step is long, and with the ImageNet
+stem, where it is ten times shorter and the weights are the same. The step is that of `r2cli.train`: channels last,
+forward, backward, regularizer, SGD with Nesterov momentum. "ours" is `r2cli.regularizers` in its stable form, which
+adds gradients to `.grad` after the backward pass; "autograd" is the obvious formulation of the same loss, added to the
+task's before it. Both give the same gradients, which is checked before anything is timed.
 
-All variants take turns on one network, in a random order in every round; a ratio is the median of a variant's steps over
-the median of the plain ones.
+All variants take turns on one network, in a random order in every round. Times are CPU time on one thread, so that
+other work on the machine counts little; a ratio is the median of a variant's steps over the median of the plain ones.
 
-    python benchmarks/regularizers.py --output benchmarks/regularizers.md        # some ten minutes
+    python benchmarks/regularizers.py --output benchmarks/regularizers.md        # some fifteen minutes
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import process_time
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ def medians(stem: str, rounds: int) -> dict[tuple[str, int, bool], float]:
     """Median ms of a step by (regularizer, dim, through autograd)."""
     torch.manual_seed(0)
     model = models.build(ModelSpec("resnet18", CLASSES, stem=stem)).train()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     images = torch.randn(BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (BATCH,))
     kinds = [("none", 1, False), *((name, dim, how) for name, dim in VARIANTS for how in (False, True))]
@@ -154,10 +154,10 @@ def medians(stem: str, rounds: int) -> dict[tuple[str, int, bool], float]:
     order = random.Random(0)
     for number in range(WARM_UP + rounds):
         for kind in order.sample(kinds, len(kinds)):
-            start = perf_counter()
+            start = process_time()
             variants[kind].step(images, labels)
             if number >= WARM_UP:
-                times[kind].append(1000 * (perf_counter() - start))
+                times[kind].append(1000 * (process_time() - start))
     return {kind: median(own) for kind, own in times.items()}
 
 
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of every variant")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     found = {stem: medians(stem, arguments.rounds) for stem in STEMS}
     rows = [
         ["none", *(f"{found[stem]['none', 1, False]:.0f} ms" if not how else "" for stem in STEMS for how in (0, 1))]
@@ -187,8 +188,8 @@ def main() -> None:
     text = "\n\n".join(
         [
             "# A training step with a regularizer, over a plain one",
-            f"ResNet-18, batch {BATCH}, {SIZE}x{SIZE}, float32; {machine()}, {torch.get_num_threads()} threads, "
-            f"medians of {arguments.rounds} steps in turn; r2cli {__version__}, torch {torch.__version__}.",
+            f"ResNet-18, batch {BATCH}, {SIZE}x{SIZE}, float32; {machine()}, 1 thread, "
+            f"medians of {arguments.rounds} steps in turn, CPU time; r2cli {__version__}, torch {torch.__version__}.",
             table(
                 ["regularizer", *(f"{title}, {how}" for title in STEMS.values() for how in ("ours", "autograd"))], rows
             ),

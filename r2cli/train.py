@@ -20,6 +20,9 @@ from r2cli.errors import InputError, R2Error, unknown
 STATE_FORMAT = 1
 EVALUATION_BATCH = 256
 
+# Options whose names differ from those of the settings that they fill.
+OPTIONS = {"name": "reg", "strength": "reg-weight", "stable": "reg-form", "dim": "reg-dim"}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -241,7 +244,7 @@ def _save(run: _Run, history: list[Epoch]) -> None:
     if run.regularizer:
         tensors |= {f"regularizer.{name}": p for name, p in run.regularizer.parameters.items()}
     meta = {"format": STATE_FORMAT, "identity": run.identity, "history": [asdict(epoch) for epoch in history]}
-    checkpoint.save_tensors(run.state, tensors, {"r2_resume": json.dumps(meta, sort_keys=True)})
+    checkpoint.save_tensors(run.state, tensors, {"r2_resume": json.dumps(meta)})
 
 
 def _restore(run: _Run) -> list[Epoch]:
@@ -275,9 +278,9 @@ def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, An
         if stored.get(part) == value:
             continue
         old, new = stored.get(part) or {}, value or {}
-        changed = next(key for key in sorted({*old, *new}) if old.get(key) != new.get(key))
-        option = "reg-" + changed if part == "regularizer" else changed.replace("_", "-")
+        changed = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        option = OPTIONS.get(changed, changed.replace("_", "-"))
         raise InputError(
-            f"{path} was made with {option} {old.get(changed)}, not {new.get(changed)}: "
+            f"{path} was made with --{option} {old.get(changed)}, not {new.get(changed)}: "
             "resume with the same options, or start again with --overwrite"
         )

@@ -81,9 +81,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) 
 def test_resume_refuses_other_options_and_names_them(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     _fit(state, _settings(epochs=1))
-    with pytest.raises(InputError, match="epochs 1, not 2"):
+    with pytest.raises(InputError, match="--epochs 1, not 2"):
         _fit(state, _settings(epochs=2), resume=True)
-    with pytest.raises(InputError, match="reg-name None, not linf"):
+    with pytest.raises(InputError, match="--reg None, not linf"):
         _fit(state, _settings(epochs=1), regularizers.Setting("linf", 0.1), resume=True)
 
 
