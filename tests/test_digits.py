@@ -1,6 +1,5 @@
 """What range regularization buys, on real data: the steadiest of the numbers in benchmarks/digits.md, one seed each."""
 
-
 import pytest
 import torch
 
