@@ -3,18 +3,20 @@
 ResNet-18 and MobileNet-V2 at 224x224 with 1,000 classes are quantized by `r2cli.ptq` (W8A8, W4A8 and W2A8, per channel,
 nearest rounding) and exported. Each file is proved as `r2 ptq` proves its own, then timed on one image and one thread
 beside two others of the same network: the float32 file, and what `onnxruntime.quantization.quantize_static` makes of
-that (QDQ, per channel, uint8 activations, int8 weights, after its pre-processing). All files run in turn in one
-process, and the least time of each counts, so that other work on the machine falls on all of them or on none.
+that (QDQ, per channel, uint8 activations, int8 weights, after its pre-processing). All files take turns in one process,
+in a random order in every round, and the least time of each counts: other work on the machine falls on all or on none.
 
-Nothing is downloaded: weights are random, images are noise, and labels are the float network's own answers. The shifts
-of the BatchNorms start at 1 instead of 0: a deep random network is chaotic otherwise, and even torch in float32 and in
-float64 disagree on MobileNet-V2's logits (23 dB once activations are rounded), which no file could be proved against.
+Nothing is downloaded: weights are random, images are noise, and labels are the float network's own answers. Each image
+has a contrast and a colour of its own: white noise all looks alike to a network, and a file that ignored its input
+would pass. The shifts of the BatchNorms are 1 instead of 0: a deep random network is chaotic otherwise (MobileNet-V2
+with rounded activations, on white noise: torch in float32 and torch in float64 are 23 dB apart).
 
     python benchmarks/onnx_speed.py --output benchmarks/onnx_speed.md        # some five minutes
 """
 
 import argparse
 import platform
+import random
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,9 +40,15 @@ FLOAT_LAYERS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul")
 
 
 def noise(batches: int, seed: int) -> list[Tensor]:
-    """`batches` batches of N(0, 1) images, float32 (BATCH, 3, SIZE, SIZE)."""
+    """`batches` batches of normal noise, each image of its own contrast and colour: float32 (BATCH, 3, SIZE, SIZE)."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(BATCH, *INPUT.shape, generator=generator) for _ in range(batches)]
+
+    def batch() -> Tensor:
+        pixels = torch.randn(BATCH, *INPUT.shape, generator=generator)
+        contrast = 2 * torch.rand(BATCH, 3, 1, 1, generator=generator)
+        return pixels * contrast + torch.randn(BATCH, 3, 1, 1, generator=generator)
+
+    return [batch() for _ in range(batches)]
 
 
 def network(name: str) -> Checkpoint:
@@ -105,10 +113,11 @@ def least_ms(runs: Mapping[str, Callable[[Tensor], Tensor]], rounds: int) -> dic
     """The least time of one image, in ms, of functions that take turns; the first five rounds do not count."""
     image = noise(1, seed=4)[0][:1]
     least = dict.fromkeys(runs, float("inf"))
+    order = random.Random(0)
     for number in range(rounds + 5):
-        for name, run in runs.items():
+        for name in order.sample(list(runs), len(runs)):
             start = perf_counter()
-            run(image)
+            runs[name](image)
             if number >= 5:
                 least[name] = min(least[name], 1000 * (perf_counter() - start))
     return least

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-_out = Console(soft_wrap=True, highlight=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
+_out = Console(soft_wrap=True, highlight=False, markup=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+Line = str | Text | Table
 
 
 class Bar:
@@ -29,7 +32,7 @@ class Bar:
         self._progress.advance(self._task, steps)
 
     def line(self, text: str) -> None:
-        self._progress.console.print(escape(text))
+        self._progress.console.print(text)
 
 
 @contextmanager
@@ -42,16 +45,16 @@ def bar(what: str, total: int) -> Iterator[Bar]:
 
 def note(text: str) -> None:
     """One line for a person who is waiting."""
-    _err.print(escape(text), style="dim")
+    _err.print(text, style="dim")
 
 
-def emit(report: Mapping[str, Any], *, as_json: bool, lines: Sequence[str | Table] = ()) -> None:
-    """The result of a command: `report` for machines, or `lines` (with markup) and tables for people."""
+def emit(report: Mapping[str, Any], *, as_json: bool, lines: Sequence[Line] = ()) -> None:
+    """The result of a command: `report` for machines, or `lines` and tables for people."""
     if as_json:
         sys.stdout.write(json.dumps(_plain(report), indent=2) + "\n")
         return
     for line in lines:
-        _out.print(line)
+        _out.print(line)  # a plain text is printed as it is: a file's name is no markup
         if isinstance(line, Table):
             _out.print()
 
@@ -63,22 +66,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
         numeric = index > 0 and all(_is_numeric(row[index]) for row in rows)
         out.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        out.add_row(*(escape(str(cell)) for cell in row))
+        out.add_row(*(Text(str(cell)) for cell in row))
     return out
 
 
-def tick(name: str, passed: bool, detail: str) -> str:
-    mark = "[green]✓[/green]" if passed else "[red]✗[/red]"
-    return f"{mark} {escape(name)}: {escape(detail)}"
+def tick(name: str, passed: bool, detail: str) -> Text:
+    return Text.assemble(("✓", "green") if passed else ("✗", "red"), f" {name}: {detail}")
 
 
-def next_step(command: str) -> str:
-    return f"[bold]next:[/bold] {escape(command)}"
+def next_step(command: str) -> Text:
+    return Text.assemble(("next:", "bold"), f" {command}")
 
 
 def fail(message: str, code: int, *, as_json: bool) -> None:
     """An error, as one sentence; for machines also on standard output."""
-    _err.print(f"[bold red]r2:[/bold red] {escape(message)}")
+    _err.print(Text.assemble(("r2:", "bold red"), f" {message}"))
     if as_json:
         sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
 

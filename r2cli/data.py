@@ -25,7 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 images that are kept decoded
 UNREADABLE_LIMIT = 0.01  # share of a split's images that may fail to decode
-LARGE_IMAGE = 96  # pixels; from here on a training image is a random crop, below it is shifted by at most an eighth
+LARGE_IMAGE = 96  # pixels; from here on images are decoded by workers, and a training image is a random crop
 
 Batch = tuple[Tensor, Tensor]  # images float32 (n, channels, size, size), labels int64 (n,)
 
@@ -268,7 +268,7 @@ def _shorter_side(path: Path) -> int | None:
 
 def _scan(split: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     """Class names in order and (file, label) of one split."""
-    folders = sorted(entry for entry in split.iterdir() if entry.is_dir())
+    folders = sorted(entry for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files = [
         (path, label)
         for label, folder in enumerate(folders)
@@ -279,7 +279,8 @@ def _scan(split: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
         raise InputError(f"{split} holds no images: it wants CLASS/*.jpg (or png, bmp, webp, tiff)")
     if len(folders) < 2:
         raise InputError(f"{split} has one class folder, '{folders[0].name}': a classifier needs at least two")
-    bare = next((f for label, f in enumerate(folders) if not any(label == own for _, own in files)), None)
+    held = {label for _, label in files}
+    bare = next((folder for label, folder in enumerate(folders) if label not in held), None)
     if bare is not None:
         raise InputError(f"{bare} holds no images: add some, or remove the folder")
     return tuple(folder.name for folder in folders), files

@@ -63,7 +63,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     except Exception as error:
         raise InputError(
             f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}): "
-            "quantize its weights alone with --act-bits none --granularity unfolded"
+            "torch.fx must be able to trace it, so take out what depends on the values of tensors"
         ) from error
     for node in list(net.graph.nodes):
         if is_a(net, node, NOTHING):

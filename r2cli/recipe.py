@@ -165,7 +165,10 @@ def execute(
         key = json.dumps([__version__, step.command, step.options], sort_keys=True, default=str)
         output = step.options.get("output")
         name = key if output is None else str(output)
-        known, exists = done.get(name, {}), output is None or (folder / name).exists()
+        files = [] if output is None else [folder / name]
+        if step.command == "ptq":
+            files += [file.with_suffix(".onnx") for file in files]
+        known, exists = done.get(name, {}), all(file.exists() for file in files)
         report = known.get("report") if known.get("key") == key and exists and not overwrite else None
         if report is None:
             tell(f"[{number}/{len(todo)}] {shell(step, folder)}")
@@ -269,8 +272,11 @@ def _look_up(path: str, values: Mapping[str, Any]) -> Any:
 
 def _recorded(record: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(record.read_text()))
-    except (OSError, ValueError):
+        return {
+            str(name): {**entry, "key": entry["key"], "source": entry["source"]}
+            for name, entry in json.loads(record.read_text()).items()
+        }
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}
 
 

@@ -4,6 +4,8 @@ pretrain runs it on a float network with a range regularizer attached. An unbrok
 resumed give the same bytes: the order of the data is a function of seed and epoch, and the rest is in the resume state.
 """
 
+import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -82,7 +84,14 @@ def device(name: str) -> torch.device:
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    return -(-examples // batch_size)
+    """Batches of an epoch; a last batch of one image is left out, because BatchNorm cannot train on it."""
+    whole, rest = divmod(examples, batch_size)
+    return whole + (rest > 1 or not whole)
+
+
+def hash_of(shapes: Mapping[str, Any]) -> str:
+    """A short name for an architecture: the same for the same tensors."""
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
@@ -109,7 +118,14 @@ class _Run:
     @property
     def identity(self) -> dict[str, Any]:
         setting = self.regularizer.setting if self.regularizer else None
-        return {"settings": asdict(self.settings), "regularizer": asdict(setting) if setting else None}
+        shapes = {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        source = {"data": self.source.name, "size": self.source.input.size, "images": len(self.source.train)}
+        return {
+            "settings": asdict(self.settings),
+            "regularizer": asdict(setting) if setting else None,
+            "source": source,
+            "model": {"model": f"of {len(shapes)} tensors, {hash_of(shapes)}"},
+        }
 
     @property
     def steps_per_epoch(self) -> int:
@@ -158,7 +174,8 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float]:
     order = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     step = (number - 1) * run.steps_per_epoch
     total, penalty, seen = torch.zeros((), device=run.device), torch.zeros(()), 0
-    for images, labels in run.source.train.batches(settings.batch_size, run.device, order, augment=True):
+    batches = run.source.train.batches(settings.batch_size, run.device, order, augment=True)
+    for images, labels in itertools.islice(batches, run.steps_per_epoch):
         factor = learning_rate(step, settings.epochs * run.steps_per_epoch, settings.warmup)
         for group in run.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -251,12 +268,20 @@ def _restore(run: _Run) -> list[Epoch]:
     tensors, metadata = checkpoint.load_tensors(run.state)
     if "r2_resume" not in metadata:
         raise InputError(f"{run.state} is not a resume state: remove it, or start again with --overwrite")
-    meta = json.loads(metadata["r2_resume"])
-    _require_same(run.state, meta["identity"], json.loads(json.dumps(run.identity)))
-    with torch.no_grad():
-        run.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
-        for name, parameter in (run.regularizer.parameters if run.regularizer else {}).items():
-            parameter.copy_(tensors[f"regularizer.{name}"])
+    try:
+        meta = json.loads(metadata["r2_resume"])
+        _require_same(run.state, meta["identity"], json.loads(json.dumps(run.identity)))
+        _load(run, tensors)
+        return [Epoch(**epoch) for epoch in meta["history"]]
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{run.state} is damaged ({error}): remove it, or start again with --overwrite") from error
+
+
+@torch.no_grad()
+def _load(run: _Run, tensors: Mapping[str, Tensor]) -> None:
+    run.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+    for name, parameter in (run.regularizer.parameters if run.regularizer else {}).items():
+        parameter.copy_(tensors[f"regularizer.{name}"])
     for name, parameter in _named(run).items():
         if f"momentum.{name}" in tensors:
             # In the parameter's own layout: sums over memory then run in the same order as in an unbroken run.
@@ -265,7 +290,6 @@ def _restore(run: _Run) -> list[Epoch]:
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and run.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"], run.device)
-    return [Epoch(**epoch) for epoch in meta["history"]]
 
 
 def _named(run: _Run) -> dict[str, nn.Parameter]:

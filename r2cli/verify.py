@@ -139,11 +139,19 @@ def data_name(path: Path) -> str:
     return str(history[0]["options"].get("data", "digits")) if history else "digits"
 
 
+def class_names(path: Path) -> tuple[str, ...]:
+    """The names of the classes, in the order of the logits."""
+    return tuple(_recorded(path, "r2.class_names"))
+
+
 def _recorded(path: Path, key: str) -> Any:
     entries = {entry.key: entry.value for entry in read(path).metadata_props}
     if key not in entries:
         raise InputError(f"{path} does not say how its images are preprocessed: only files written by r2 do")
-    return json.loads(entries[key])
+    try:
+        return json.loads(entries[key])
+    except ValueError as error:
+        raise InputError(f"{path} has damaged metadata '{key}' ({error}): write it again") from error
 
 
 def latency_ms(run: Callable[[Tensor], Tensor], shape: tuple[int, ...], repeats: int = 30) -> float:

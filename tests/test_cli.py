@@ -180,7 +180,7 @@ def _one_sentence(text: str) -> bool:
         (["ptq", "--method", "nome"], ["nome", "'none'"]),
         (["ptq", "--keep", "classifer=8"], ["classifer", "'classifier'"]),
         (["ptq", "--keep", "classifier"], ["--keep classifier", "PATTERN=BITS"]),
-        (["ptq", "--keep", "classifier=9"], ["classifier 9"]),
+        (["ptq", "--keep", "classifier=9"], ["classifier=9"]),
         (["ptq", "--calibration", 5000], ["--calibration 5000", "1200"]),
         (["ptq", "--data", "digit"], ["digit", "'digits'"]),
         (["ptq", "--device", "cuda:99"], ["cuda:99", "--device cpu"]),
@@ -201,6 +201,13 @@ def _one_sentence(text: str) -> bool:
         (["evaluate", "missing.onnx"], ["missing.onnx"]),
         (["export", "missing.safetensors"], ["missing.safetensors"]),
         (["run", "missing.toml"], ["missing.toml"]),
+        (["pretrain", "-o", "x.onnx"], ["x.onnx", ".safetensors"]),
+        (["pretrain", "-o", "."], ["directory"]),
+        (["pretrain", "-o", "x.safetensors", "--batch-size", 1], ["--batch-size"]),
+        (["pretrain", "-o", "x.safetensors", "--reg", "linf", "--reg-weight", "nan"], ["--reg-weight"]),
+        (["ptq", "-o", "model.safetensors", "--overwrite"], ["model.safetensors", "source itself"]),
+        (["export", "-o", "x.safetensors"], ["x.safetensors", ".onnx"]),
+        (["ptq", "--keep", "con=²"], ["con=²", "PATTERN=BITS"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -212,6 +219,21 @@ def test_bad_arguments_get_one_sentence(arguments: list[object], names: list[str
     assert _one_sentence(last), ran.err
     assert all(name in last for name in names), last
     assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_a_data_set_of_other_classes_is_refused(r2: R2, model: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (Path("pets") / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8), 100).save(Path("pets") / split / name / "1.png")
+    ran = r2("evaluate", "--data", "imagefolder:pets")
+    assert ran.code == 2 and "'cat'" in ran.err and "'0'" in ran.err and "model.safetensors" in ran.err
+
+
+def test_a_file_s_name_is_no_markup(r2: R2, model: Path) -> None:
+    shutil.copy(model, "v[bold]x.safetensors")
+    ran = r2("evaluate", "v[bold]x.safetensors")
+    assert ran.code == 0 and "v[bold]x.safetensors: top-1" in ran.out
 
 
 def test_errors_are_json_too(r2: R2, model: Path) -> None:

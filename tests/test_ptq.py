@@ -141,20 +141,22 @@ def test_a_coded_checkpoint_is_not_quantized_again(float_one: checkpoint.Checkpo
         _quantize(coded, _settings(8))
 
 
-def test_a_channel_without_variance_does_not_take_the_grid(float_one: checkpoint.Checkpoint) -> None:
+@pytest.mark.parametrize("variance", [1e-30, 1e-10, 2e-9, 1e-8, 1e-7, 5e-6])
+def test_a_channel_without_variance_does_not_take_the_grid(float_one: checkpoint.Checkpoint, variance: float) -> None:
     # The filter's output is a constant: its weights see a value that is always zero, as behind a dead ReLU.
     floats = {name: tensor.clone() for name, tensor in float_one.floats.items()}
     floats["stages.1.0.norm1.bias"][3], floats["stages.1.0.norm1.weight"][3] = -50.0, 1.0
     floats["stages.1.0.conv2.weight"][7] = 0.0
     floats["stages.1.0.conv2.weight"][7, 3] = 0.5
-    floats["stages.1.0.norm2.running_mean"][7], floats["stages.1.0.norm2.running_var"][7] = 0.0, 1e-30
+    floats["stages.1.0.norm2.running_mean"][7], floats["stages.1.0.norm2.running_var"][7] = 0.0, variance
     damaged = replace(float_one, floats=floats)
     coded, rows = _quantize(damaged, _settings(4, "tensor"))
     row = next(row for row in rows if row.layer == "stages.1.0.conv2")
-    assert row.note == "1 dead channel made constant"
+    assert row.note in ("1 dead channels made constant", "1 quiet channels lowered")
     healthy = _quantize(float_one, _settings(4, "tensor"))[0].coded["stages.1.0.conv2.weight"].codec
     own = coded.coded["stages.1.0.conv2.weight"].codec
-    assert isinstance(own, Grid) and float(own.scale) <= float(healthy.scale)
+    # The lowered channel may be as large as the largest other, on the side of the grid that holds one level less.
+    assert isinstance(own, Grid) and float(own.scale) <= 8 / 7 * float(healthy.scale)
     source = data.load("digits", spec=float_one.input)
     before = train.evaluate(attach.network(damaged), source.test, CPU)
     assert train.evaluate(attach.network(coded), source.test, CPU) > before - 5

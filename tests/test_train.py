@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import data, models, regularizers, train
+from r2cli import checkpoint, data, models, regularizers, train
 from r2cli.errors import InputError, R2Error
 
 
@@ -85,6 +85,33 @@ def test_resume_refuses_other_options_and_names_them(tmp_path: Path) -> None:
         _fit(state, _settings(epochs=2), resume=True)
     with pytest.raises(InputError, match="--reg None, not linf"):
         _fit(state, _settings(epochs=1), regularizers.Setting("linf", 0.1), resume=True)
+
+
+def test_resume_refuses_another_network_other_data_and_damage(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    _fit(state, _settings(epochs=1))
+    cpu, watch = torch.device("cpu"), train.Watch(lambda steps: None, lambda epoch: None)
+
+    def again(model: str, size: int) -> None:
+        network = models.build(models.spec(model, classes=10, channels=1, size=size, width=None))
+        source, settings = data.load("digits", size=size), _settings(epochs=1)
+        train.fit(network, source, settings, device=cpu, setting=None, state=state, resume=True, watch=watch)
+
+    with pytest.raises(InputError, match="--size 8, not 16"):
+        again("resnet8", 16)
+    with pytest.raises(InputError, match="--model of"):
+        again("resnet20", 8)
+    tensors, _ = checkpoint.load_tensors(state)
+    checkpoint.save_tensors(state, tensors, {"r2_resume": "{"})
+    with pytest.raises(InputError, match="state.safetensors is damaged"):
+        again("resnet8", 8)
+
+
+def test_a_last_batch_of_one_image_is_left_out(tmp_path: Path) -> None:
+    # 1,200 = 109 * 11 + 1, and BatchNorm cannot train on one image where its maps are one pixel.
+    assert [train.steps_per_epoch(n, 11) for n in (1200, 1199, 1, 12)] == [109, 109, 1, 1]
+    _, history = _fit(tmp_path / "state.safetensors", _settings(epochs=1, batch_size=11))
+    assert len(history) == 1
 
 
 @pytest.mark.parametrize("reg", ["none", "margin"])

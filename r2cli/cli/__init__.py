@@ -63,7 +63,7 @@ def main() -> NoReturn:
     except R2Error as error:
         message, code = str(error), error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        message, code = "interrupted; nothing that was there is changed", INTERRUPTED
+        message, code = "interrupted; no file is left half written", INTERRUPTED
     except _UsageError as error:
         command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
         message, code = f"{error.format_message()} Try `{command} --help`.", 2

@@ -33,6 +33,7 @@ def evaluate(
     if is_onnx:
         spec = verify.input_spec(source)
         loaded = datasets.load(data or verify.data_name(source), spec=spec, workers=workers)
+        deliver.require_classes(str(source), verify.class_names(source), loaded)
         one_thread = verify.runner(source, threads=1)
         predict, where = verify.runner(source), torch.device("cpu")
         engine = "ONNX Runtime"
@@ -49,7 +50,7 @@ def evaluate(
         top1 = train.top1(predict, loaded.test, where, advance=progress.advance)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    latency = verify.latency_ms(lambda image: one_thread(image.to(where)), spec.shape)
+    latency = verify.latency_ms(lambda image: one_thread(image.to(where)).cpu(), spec.shape)
     torch.set_num_threads(threads)
     size = source.stat().st_size
     report = {
@@ -62,7 +63,7 @@ def evaluate(
         "engine": engine,
         "cpu": verify.cpu(),
     }
-    speed = f"{latency:.2f} ms an image ({engine}, 1 thread)"
+    speed = f"{latency:.2f} ms an image ({engine}{', 1 thread' if where.type == 'cpu' else ''})"
     summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {size:,} bytes"
     console.emit(report, as_json=json, lines=[summary, *gates.unreadable(loaded.test.unreadable)])
     gates.require(min_accuracy=min_accuracy, top1=top1, max_bytes=max_bytes, size=size)

@@ -24,6 +24,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
     output = output or gates.beside(source, "onnx")
+    gates.require_output(output, ".onnx", source=source)
     gates.require_free([output], overwrite=overwrite)
 
     from r2cli import checkpoint

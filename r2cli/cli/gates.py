@@ -13,11 +13,19 @@ def beside(source: Path, ending: str) -> Path:
     return source.with_name(f"{source.stem}.{ending}")
 
 
+def require_output(output: Path, ending: str, *, source: Path | None = None) -> None:
+    """Raises InputError for an output that is a directory, has another ending, or is the source itself."""
+    if output.is_dir() or not output.name:
+        raise InputError(f"{output} is a directory: name a file with --output")
+    if output.suffix != ending:
+        raise InputError(f"--output {output} must end in {ending}")
+    if source is not None and output.resolve() == source.resolve():
+        raise InputError(f"--output {output} is the source itself: give another name")
+
+
 def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
     """Raises InputError where an output is there already, or is a directory, before any work is done."""
     for path in paths:
-        if path.is_dir():
-            raise InputError(f"{path} is a directory: name a file with --output")
         if path.exists() and not overwrite:
             raise InputError(f"{path} is there already: give --overwrite to replace it, or another --output")
 
@@ -45,9 +53,10 @@ def keep(patterns: Sequence[str]) -> dict[str, int]:
     kept = {}
     for text in patterns:
         pattern, _, bits = text.rpartition("=")
-        if not pattern or not bits.isdigit():
+        if not pattern or not (bits.isascii() and bits.isdigit()):
             raise InputError(f"--keep {text} is not PATTERN=BITS, for example --keep 'classifier=8'")
-        require_bits(f"--keep {pattern}", int(bits))
+        if not 1 <= int(bits) <= 8:
+            raise InputError(f"--keep {text} is impossible: give 1 to 8 bits")
         kept[pattern] = int(bits)
     return kept
 
@@ -78,4 +87,4 @@ def unreadable(files: Sequence[str]) -> list[str]:
     if not files:
         return []
     named = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
-    return [f"[yellow]{len(files)} unreadable images were left out:[/yellow] {named}"]
+    return [f"{len(files)} unreadable images were left out: {named}"]

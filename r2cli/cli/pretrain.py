@@ -34,6 +34,7 @@ def pretrain(
             "--reg-weight",
             help="Strength. [default: 0.01, for small images what measured best]",
             panel="Regularization",
+            min=0,
         ),
     ] = None,
     reg_form: Annotated[
@@ -50,6 +51,7 @@ def pretrain(
             "--reg-lr",
             help="Rate of margin's M and soft-minmax's alpha. [default: --lr; paper form 0.01]",
             panel="Regularization",
+            min=0,
         ),
     ] = None,
     margin_k: Annotated[
@@ -62,7 +64,7 @@ def pretrain(
         ),
     ] = 1,
     epochs: Annotated[int, _option("--epochs", help="Passes over the data.", min=1)] = 40,
-    batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=1)] = 64,
+    batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=2)] = 64,
     lr: Annotated[float, _option("--lr", help="Peak learning rate; a cosine falls from it to 0.", min=0)] = 0.1,
     momentum: Annotated[float, _option("--momentum", help="Nesterov momentum.", min=0, max=1)] = 0.9,
     weight_decay: Annotated[float, _option("--weight-decay", help="L2 on weights; 10x L2 is 4e-4.", min=0)] = 4e-5,
@@ -81,6 +83,7 @@ def pretrain(
     json: Json = False,
 ) -> dict[str, Any]:
     """Train a float network, with a regularizer of its weights' range."""
+    gates.require_output(output, ".safetensors")
     state = output.with_name(f"{output.stem}.resume.safetensors")
     gates.require_free([output], overwrite=overwrite)
     gates.require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure"))
@@ -154,7 +157,7 @@ def pretrain(
     }
     ratio = f"max|w|/std {last.range_mean:.2f} mean, {last.range_max:.2f} worst layer"
     summary = f"{output}: top-1 {last.top1:.2f} %, {ratio}, {report['parameters']:,} parameters"
-    follow = console.next_step(f"r2 ptq {output} --weight-bits 4")
+    follow = console.next_step(f"r2 ptq {output} --weight-bits 4{'' if data == 'digits' else f' --data {data}'}")
     console.emit(report, as_json=json, lines=[summary, *gates.unreadable(unreadable), follow])
     gates.require(min_accuracy=min_accuracy, top1=last.top1)
     return report

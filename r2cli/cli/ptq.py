@@ -23,6 +23,8 @@ from r2cli.options import (
     _option,
 )
 
+CALIBRATION = 512  # images
+
 
 def ptq(
     source: Source = Path("model.safetensors"),
@@ -43,8 +45,8 @@ def ptq(
     ] = None,
     data: DataName = None,
     calibration: Annotated[
-        int, _option("--calibration", help="Training images that set activation ranges.", min=1)
-    ] = 512,
+        int | None, _option("--calibration", help="Training images that set activation ranges. [default: 512]", min=1)
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     workers: Workers = 2,
@@ -72,6 +74,7 @@ def ptq(
         "" if granularity == "channel" else f"-{granularity}"
     )
     output = output or gates.beside(source, f"{suffix}.safetensors")
+    gates.require_output(output, ".safetensors", source=source)
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
     gates.require_known("--granularity", granularity, ("channel", "tensor", "unfolded"))
@@ -85,17 +88,18 @@ def ptq(
     started = perf_counter()
     made = checkpoint.load(source)
     settings = worker.Settings(method, weight_bits, acts, granularity, kept)
-    options = {**settings.__dict__, "calibration": calibration, "seed": seed}
     if dry_run:
+        options = {**settings.__dict__, "calibration": calibration, "seed": seed}
         lines = [f"would quantize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
         console.emit({"command": "ptq", "options": options}, as_json=json, lines=lines)
         return options
     where = train.device(device)
     loaded = deliver.source_of(made, data, workers)
-    if acts and calibration > len(loaded.train):
-        raise InputError(
-            f"--calibration {calibration} is more than the {len(loaded.train)} training images of {loaded.name}"
-        )
+    there = len(loaded.train)
+    if acts and calibration is not None and calibration > there:
+        raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")
+    calibration = calibration or min(CALIBRATION, there)
+    options = {**settings.__dict__, "calibration": calibration, "seed": seed}
     before = train.evaluate(attach.network(made).to(where), loaded.test, where)
     console.note(f"quantizing {source} to {suffix}: float top-1 {before:.2f} %")
     images = (batch for batch, _ in datasets.calibration(loaded, calibration, where, seed))
@@ -116,7 +120,12 @@ def ptq(
         f"{onnx}: top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f}), "
         f"{report['bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight"
     )
-    shown = [_layers(rows), *deliver.told(proof), summary, console.next_step(f"r2 evaluate {onnx}")]
+    shown = [
+        _layers(rows),
+        *deliver.told(proof),
+        summary,
+        console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}"),
+    ]
     console.emit(report, as_json=json, lines=shown)
     deliver.require_proof(proof, onnx)
     gates.require(
