@@ -204,6 +204,8 @@ class Commands:
             if output.exists() and "--overwrite" not in arguments:
                 raise InputError(f"{output} is there already")
             output.write_text("half of it" if self.stop_at == output.name else made)
+            if arguments[0] == "ptq":
+                output.with_suffix(".onnx").write_text(made)
             if self.stop_at == output.name:
                 raise KeyboardInterrupt
         return {"made": made}
@@ -493,3 +495,12 @@ def test_a_table_without_a_key_is_refused(missing: str) -> None:
     asked = Recipe(Path("recipe.toml"), {}, [], [layout])
     with pytest.raises(InputError, match=missing):
         recipe.tables(asked, results([({"reg": "none"}, {"top1": 1.0})]))
+
+
+def test_a_lost_onnx_file_is_made_again(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    execute(two(), commands)
+    commands.names()
+    (tmp_path / "coded.onnx").unlink()
+    execute(two(), commands)
+    assert commands.names() == ["coded!"]
