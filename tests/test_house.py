@@ -18,7 +18,7 @@ LAYERS = [
     ["errors", "options", "console"],
     ["codec"],
     ["checkpoint"],
-    ["models", "data", "graph", "regularizers"],
+    ["models", "data", "graph", "regularizers", "weights"],
     ["train", "attach"],
     ["ptq", "export", "verify"],
     ["recipe", "cli"],
@@ -116,7 +116,11 @@ def test_the_readme_prints_the_tree_as_it_is() -> None:
     readme = (ROOT / "README.md").read_text()
     for path in FILES:
         name = path.relative_to(PACKAGE)
-        shown = f"{name.parts[0]}/" if len(name.parts) > 1 and name.parts[0] in ("models", "ptq", "cli") else name.name
+        shown = (
+            f"{name.parts[0]}/"
+            if len(name.parts) > 1 and name.parts[0] in ("models", "data", "ptq", "cli")
+            else name.name
+        )
         assert shown in readme and (len(name.parts) == 1 or path.name == "__init__.py" or path.name in readme), name
 
 
