@@ -296,6 +296,18 @@ def test_a_palette_with_transparent_bytes_decodes_without_a_word(tmp_path: Path)
     assert isinstance(data.decode(tmp_path / "clear.png", InputSpec(3, 12, 12, (0.0,) * 3, (1.0,) * 3)), Tensor)
 
 
+@pytest.mark.parametrize("size", [None, 96])
+def test_images_of_mixed_sizes_become_one(size: int | None, tmp_path: Path) -> None:
+    root = folder(tmp_path / "set", size=(20, 16))
+    for index, own in enumerate([(16, 16), (7, 40), (200, 3), (1, 1), (300, 500)]):
+        write(root / "train" / "cat" / f"odd{index}.png", size=own)
+    source = data.load(f"imagefolder:{root}", size=size, workers=0)
+    images, _ = joined(source.train)
+    assert images.shape == (11, 3, size or 16, size or 16) and not source.train.unreadable
+    (augmented, _), *_ = source.train.batches(16, CPU, seeded(0), augment=True)
+    assert augmented.shape == images.shape
+
+
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
     deep = pixels(0, 12, 12, 1)[..., 0]
     Image.fromarray(deep.astype(np.uint16) * 257).save(tmp_path / "deep.png")
