@@ -15,12 +15,12 @@ def _option(*names: str, help: str, panel: str = WORK, **more: object) -> object
 DEFAULT_SOURCE = Path("model.safetensors")
 
 Source = Annotated[
-    Path | None, typer.Argument(help="The checkpoint to read. [default: model.safetensors]", show_default=False)
+    Path | None, typer.Argument(help="The checkpoint to read. (default: model.safetensors)", show_default=False)
 ]
 DATA = "digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder:DIR or fake:CxHxW:CLASSES."
-DataName = Annotated[str | None, _option("--data", help=f"{DATA} [default: the checkpoint's]")]
+DataName = Annotated[str | None, _option("--data", help=f"{DATA} (default: the checkpoint's)")]
 DataDir = Annotated[
-    Path | None, _option("--data-dir", help="Where downloaded data sets are. [default: ~/.cache/r2cli]")
+    Path | None, _option("--data-dir", help="Where downloaded data sets are. (default: ~/.cache/r2cli)")
 ]
 Seed = Annotated[int, _option("--seed", help="The same seed gives the same bytes.", min=0)]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -43,19 +43,19 @@ ModelArg = Annotated[
 ]
 Stem = Annotated[
     str | None,
-    _option("--stem", help="small or imagenet. [default: small up to 64 pixels]", panel=FOREIGN),
+    _option("--stem", help="small or imagenet. (default: small up to 64 pixels)", panel=FOREIGN),
 ]
 Size = Annotated[
     int | None,
-    _option("--size", help="Image size in pixels. [default: 16 for digits, else the images' or 224]", panel=FOREIGN),
+    _option("--size", help="Image size in pixels. (default: 16 for digits, else the images' or 224)", panel=FOREIGN),
 ]
 Mean = Annotated[
     str | None,
     _option(
-        "--mean", help="Of pixels from 0 to 1: one, or one a channel: 0.5,0.5,0.5. [default: the data's]", panel=FOREIGN
+        "--mean", help="Of pixels from 0 to 1: one, or one a channel: 0.5,0.5,0.5. (default: the data's)", panel=FOREIGN
     ),
 ]
-Std = Annotated[str | None, _option("--std", help="As --mean. [default: the data's]", panel=FOREIGN)]
+Std = Annotated[str | None, _option("--std", help="As --mean. (default: the data's)", panel=FOREIGN)]
 
 MinAccuracy = Annotated[float | None, _option("--min-accuracy", help="Least top-1, in percent.", panel=GATES)]
 MaxDrop = Annotated[

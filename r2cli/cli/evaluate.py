@@ -32,7 +32,7 @@ def evaluate(
     source: Annotated[
         Path | None,
         typer.Argument(
-            help="A checkpoint, float or quantized, or an .onnx file of r2's. [default: model.safetensors]",
+            help="A checkpoint, float or quantized, or an .onnx file of r2's. (default: model.safetensors)",
             show_default=False,
         ),
     ] = None,

@@ -41,7 +41,7 @@ def export(
     std: Std = None,
     workers: Workers = 2,
     output: Annotated[
-        Path | None, _option("--output", "-o", help="The file. [default: SOURCE with .onnx]", panel="Output")
+        Path | None, _option("--output", "-o", help="The file. (default: SOURCE with .onnx)", panel="Output")
     ] = None,
     overwrite: Overwrite = False,
     min_accuracy: MinAccuracy = None,

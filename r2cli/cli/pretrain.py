@@ -42,7 +42,7 @@ def pretrain(
         ),
     ] = "mobilenet_v1",
     width: Annotated[
-        float | None, _option("--width", help="Channel multiplier of a MobileNet. [default: V1 0.25, V2 1]")
+        float | None, _option("--width", help="Channel multiplier of a MobileNet. (default: V1 0.25, V2 1)")
     ] = None,
     data: Annotated[str, _option("--data", help=DATA)] = "digits",
     data_dir: DataDir = None,
@@ -57,7 +57,7 @@ def pretrain(
         float | None,
         _option(
             "--reg-weight",
-            help="Strength. [default: 0.01, for small images what measured best]",
+            help="Strength. (default: 0.01, for small images what measured best)",
             panel="Regularization",
             min=0,
         ),
@@ -74,7 +74,7 @@ def pretrain(
         float | None,
         _option(
             "--reg-lr",
-            help="Rate of margin's M and soft-minmax's alpha. [default: --lr; paper form 0.01]",
+            help="Rate of margin's M and soft-minmax's alpha. (default: --lr; paper form 0.01)",
             panel="Regularization",
             min=0,
         ),
@@ -94,7 +94,7 @@ def pretrain(
         float | None,
         _option(
             "--lr",
-            help="Peak learning rate; a cosine falls from it to 0. [default: 0.1 for each 64 of --batch-size]",
+            help="Peak learning rate; a cosine falls from it to 0. (default: 0.1 for each 64 of --batch-size)",
             min=0,
         ),
     ] = None,

@@ -62,7 +62,7 @@ def ptq(
     mean: Mean = None,
     std: Std = None,
     calibration: Annotated[
-        int | None, _option("--calibration", help="Training images that set activation ranges. [default: 512]", min=1)
+        int | None, _option("--calibration", help="Training images that set activation ranges. (default: 512)", min=1)
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -72,7 +72,7 @@ def ptq(
         _option(
             "--output",
             "-o",
-            help="The checkpoint; .onnx goes beside it. [default: SOURCE.w4a8-none...]",
+            help="The checkpoint; .onnx goes beside it. (default: SOURCE.w4a8-none...)",
             panel="Output",
         ),
     ] = None,

@@ -61,7 +61,9 @@ def build(spec: ModelSpec) -> nn.Module:
     except (Exception, SystemExit) as error:
         raise InputError(f"{spec.name} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"{spec.name} returned a {type(model).__name__}: it must return a torch.nn.Module")
+        raise InputError(
+            f"{spec.name} returned an object of type {type(model).__name__}: it must return a torch.nn.Module"
+        )
     return model
 
 
