@@ -179,6 +179,14 @@ def repeat_grids(net: fx.GraphModule) -> None:
     net.recompile()
 
 
+def bound(net: fx.GraphModule, node: fx.Node) -> float | None:
+    """What the ReLU that alone reads `node` clips at: infinity, or 6 for ReLU6; None where none does."""
+    user = _only_user(node)
+    if user is None or not is_a(net, user, ACTIVATIONS):
+        return None
+    return 6.0 if is_a(net, user, (nn.ReLU6, F.relu6)) else torch.inf
+
+
 def module_of(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return net.get_submodule(str(node.target)) if node.op == "call_module" else None
 

@@ -39,7 +39,9 @@ def ptq(
     source: Source = None,
     weight_bits: Annotated[int, _option("--weight-bits", help="8 to 1; 1 is two levels without a zero.")] = 8,
     act_bits: Annotated[str, _option("--act-bits", help="8, or none to leave activations float.")] = "8",
-    method: Annotated[str, _option("--method", help="none: round to the nearest level of a min-max grid.")] = "none",
+    method: Annotated[
+        str, _option("--method", help="none: to the nearest level; adaround: by each layer's output.")
+    ] = "none",
     granularity: Annotated[
         str,
         _option(
@@ -96,7 +98,7 @@ def ptq(
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
     gates.require_known("--granularity", granularity, ("channel", "tensor", "unfolded"))
-    gates.require_known("method", method, ("none",))
+    gates.require_known("method", method, ("none", "adaround"))
 
     from r2cli import attach, checkpoint, train
     from r2cli import data as datasets

@@ -1,7 +1,7 @@
 """Post-training quantization: a float checkpoint to one of codes, in one pass and with no training.
 
 fold (or keep the factor of BatchNorm for the scale) -> grid and codes of every weight -> ranges of the activations over
-calibration images -> biases onto their int32 grid. A method chooses grid and codes of one weight; it is one dict line.
+calibration images -> biases onto their int32 grid. A method chooses the codes of one layer; it is one dict line.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,8 @@ from r2cli import attach, graph
 from r2cli.checkpoint import Checkpoint
 from r2cli.codec import Coded, Grid
 from r2cli.errors import InputError, R2Error, unknown
-from r2cli.ptq import ranges
+from r2cli.ptq import adaround, ranges, sweep
+from r2cli.ptq.sweep import Seen
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
@@ -47,13 +48,8 @@ class Row:
     note: str = ""
 
 
-def nearest(w: Tensor, bits: int, *, per_channel: bool) -> Coded:
-    """Round to the nearest level of a min-max grid: the paper's 'None' column."""
-    grid = ranges.weight_grid(w, bits, per_channel=per_channel)
-    return Coded(grid, grid.encode(w))
-
-
-METHODS: Mapping[str, Callable[..., Coded]] = {"none": nearest}
+# A method rounds one layer, given what the layer sees and the nearest codes; None keeps those.
+METHODS: Mapping[str, Callable[[Seen, Coded], Coded] | None] = {"none": None, "adaround": adaround.round_layer}
 
 
 @torch.no_grad()
@@ -72,25 +68,48 @@ def quantize(
         notes |= {name: f"{count} quiet channels lowered" for name, count in lower_quiet_channels(net).items()}
     factors = graph.remove_norms(net)
     bits = layer_bits(net, settings)
-    coded, rows = {}, []
+    coded = {}
     for layer, module in graph.named_layers(net):
         weight = module.weight
         assert isinstance(weight, Tensor)
-        one, deployed = _quantize_weight(weight, bits[layer.name], settings, factors.get(layer.name))
-        coded[layer.weight] = one
-        rows.append(_row(layer.name, one, deployed, settings.granularity, notes.get(layer.name, "")))
-        weight.copy_(one.decode())
+        coded[layer.weight], folded = _on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
+        weight.copy_(folded)
     if not coded:
         raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
+    net.to(device)
+    if METHODS[settings.method] is not None:
+        images = list(images)
+        coded = _rounded(net, checkpoint, settings.method, coded, torch.cat(images))
+    rows = []
+    for layer, module in graph.named_layers(net):
+        one, weight = coded[layer.weight], module.weight
+        assert isinstance(weight, Tensor)
+        rows.append(_row(layer.name, one, weight.cpu(), settings.granularity, notes.get(layer.name, "")))
+        weight.copy_(one.decode())
     activations: dict[str, Grid] = {}
     if settings.act_bits is not None:
-        net.to(device)
         activations = _calibrate(net, checkpoint.input.shape, settings.act_bits, images)
         attach.put_on_grids(net, activations)
         net.cpu()
         round_biases(net, coded, activations)
+    net.cpu()
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
     return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
+
+
+def _rounded(
+    net: fx.GraphModule, checkpoint: Checkpoint, name: str, nearest: Mapping[str, Coded], images: Tensor
+) -> dict[str, Coded]:
+    """The codes that a method chooses, layer by layer, over as many of the images as fit in memory."""
+    method = METHODS[name]
+    assert method is not None
+    images = images[: sweep.images_that_fit(net, checkpoint.input.shape, images.device)]
+
+    def visit(seen: Seen) -> tuple[Coded, Tensor | None]:
+        bias = seen.module.bias
+        return method(seen, nearest[seen.layer.weight]), bias if isinstance(bias, Tensor) else None
+
+    return sweep.sweep(net, images, visit)[0]
 
 
 def layer_bits(net: fx.GraphModule, settings: Settings) -> dict[str, int]:
@@ -170,14 +189,18 @@ def lower_quiet_channels(net: fx.GraphModule) -> dict[str, int]:
     return lowered
 
 
-def _quantize_weight(weight: Tensor, bits: int, settings: Settings, factor: Tensor | None) -> tuple[Coded, Tensor]:
-    """The coded weight as it is deployed, and the float weight that it stands for."""
-    method = METHODS[settings.method]
+def _on_grid(weight: Tensor, bits: int, settings: Settings, factor: Tensor | None) -> tuple[Coded, Tensor]:
+    """The weight as it is deployed, on the nearest levels of its grid, and the float weight that it stands for."""
+
+    def nearest(w: Tensor, *, per_channel: bool) -> Coded:
+        grid = ranges.weight_grid(w, bits, per_channel=per_channel)
+        return Coded(grid, grid.encode(w))
+
     column = None if factor is None else factor.reshape(-1, *[1] * (weight.ndim - 1))
     folded = weight if column is None else (weight.double() * column).float()
     if settings.granularity != UNFOLDED:
-        return method(folded, bits, per_channel=settings.granularity == CHANNEL), folded
-    raw = method(weight, bits, per_channel=False)
+        return nearest(folded, per_channel=settings.granularity == CHANNEL), folded
+    raw = nearest(weight, per_channel=False)
     if factor is None:
         return raw, folded
     grid = raw.codec

@@ -1,0 +1,191 @@
+"""AdaRound: every weight rounded up or down so that its layer's output, not the weight, stays near.
+
+Paper: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), equations 21 to 25.
+
+    code = clip(floor(w / s) + h(V), lowest, highest)    h(V) = clip(1.2 * sigmoid(V) - 0.1, 0, 1)
+    loss = |act(W x) - act(code * s * x^)|^2 + weight * sum(1 - |2 h(V) - 1|^beta)
+
+x is the layer's input in the float network, x^ in the one whose earlier layers are rounded already; act is the ReLU
+that follows. The squared error is summed over the channels and averaged over the rest.
+
+Ours: lambda is relative to the error that nearest rounding makes, so that a layer of large outputs is driven as well as
+one of small ones (an absolute 0.01 leaves h undecided where the error is large: at 2 bits, and in the last layer);
+minibatches are rows of a matrix, patches of the input drawn once from all images and all positions, so that a
+step is two matrix products; the gradient is written out; beta falls from 20 to 2 along half a cosine; the optimization
+ends when every h is 0 or 1. What is kept is the hard codes, and the nearest ones where they are better on the rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r2cli import graph
+from r2cli.codec import Coded, Grid
+from r2cli.ptq.sweep import Seen
+
+ZETA, GAMMA = 1.1, -0.1
+BETA_START, BETA_END = 20.0, 2.0
+WARM_UP = 0.2  # share of the steps without the term that drives h to 0 or 1
+MEMORY = 256 * 2**20  # bytes of a layer's rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`weight` is lambda, in units of the nearest codes' error a weight; `batch` rows a step, of `rows` in all."""
+
+    steps: int = 500
+    lr: float = 0.02
+    weight: float = 20.0
+    batch: int = 1024
+    rows: int = 32768
+    seed: int = 0
+
+
+def rectified(v: Tensor) -> Tensor:
+    """h(V), 0 to 1: any shape."""
+    return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def start(fraction: Tensor) -> Tensor:
+    """The V whose h(V) is `fraction`, 0 <= fraction < 1: rounding starts where the weight is."""
+    return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
+
+
+def beta_at(progress: float) -> float:
+    """The exponent at `progress` 0 to 1 behind the warm-up: half a cosine from 20 to 2."""
+    return BETA_END + 0.5 * (BETA_START - BETA_END) * (1 + math.cos(math.pi * progress))
+
+
+def push(v: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """sum(1 - |2 h(V) - 1|^beta), and its gradient by V, of the shape of V."""
+    sigmoid = torch.sigmoid(v)
+    raw = sigmoid * (ZETA - GAMMA) + GAMMA
+    h = raw.clamp(0, 1)
+    centred = 2 * h - 1
+    size = centred.abs()
+    slope = (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * ((raw > 0) & (raw < 1))
+    return (1 - size**beta).sum(), -2 * beta * size ** (beta - 1) * centred.sign() * slope
+
+
+@torch.no_grad()
+def round_layer(seen: Seen, coded: Coded, settings: Settings = Settings()) -> Coded:
+    """`coded` with codes for the layer's output: each the floor or the ceiling of the float weight on the same grid."""
+    assert isinstance(coded.codec, Grid) and isinstance(seen.module, graph.LAYERS)
+    rows = _rows(seen, settings)
+    weight = seen.module.weight.detach()
+    real = on_codes(weight, coded.codec)
+    low = real.floor().clamp(coded.codec.lowest, coded.codec.highest)
+    before = _error(rows, coded.decode())
+    up = _optimize(rows, real, low, coded.codec, settings, before / real.numel())
+    chosen = Coded(coded.codec, (low + up).clamp(coded.codec.lowest, coded.codec.highest).to(coded.codes.dtype))
+    return chosen if _error(rows, chosen.decode()) <= before else coded
+
+
+def on_codes(weight: Tensor, grid: Grid) -> Tensor:
+    """`weight` in units of codes, not rounded: the code of a value is the nearest integer. Shape of `weight`."""
+    levels = weight / grid._along(grid.scale, weight.ndim)
+    return (levels + (2**grid.bits - 1)) / 2 if grid.odd else levels + grid._along(grid.zero_point, weight.ndim)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Patches of the rounded network's input and what the float layer makes of the same places.
+
+    `inputs` (groups, rows, inputs of a filter), `targets` (groups, rows, filters of a group) behind the activation.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    bias: Tensor | None  # (groups, 1, filters of a group)
+    most: float | None  # the activation that follows: 6 or infinity for ReLU6 and ReLU, None for none
+
+    def act(self, outputs: Tensor) -> Tensor:
+        return outputs if self.most is None else outputs.clamp(0, self.most)
+
+
+def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Settings, unit: float) -> Tensor:
+    """Whether each weight is rounded up: 0 or 1, of the shape of the weight. `unit` is the error that weighs as one."""
+    groups = rows.inputs.shape[0]
+    step = grid._along(grid.scale, real.ndim).expand_as(real) * (2 if grid.odd else 1)  # value of one code more
+    value0 = grid.decode(torch.zeros_like(real, dtype=torch.int32))
+    base, size, offset = (t.reshape(groups, -1, rows.inputs.shape[2]) for t in (low, step, value0))
+    v = start((real - low).clamp(0, 1 - 1e-6)).reshape(base.shape)
+    first, second = torch.zeros_like(v), torch.zeros_like(v)
+    draw = torch.Generator().manual_seed(settings.seed)
+    count = rows.inputs.shape[1]
+    warm, weight = int(WARM_UP * settings.steps), settings.weight * unit
+    for number in range(1, settings.steps + 1):
+        index = torch.randint(count, (min(settings.batch, count),), generator=draw).to(v.device)
+        sigmoid = torch.sigmoid(v)
+        raw = sigmoid * (ZETA - GAMMA) + GAMMA
+        soft = base + raw.clamp(0, 1)
+        inside = (raw > 0) & (raw < 1) & (soft < grid.highest)
+        gradient = _slope(rows, index, (soft.clamp(grid.lowest, grid.highest) * size + offset))
+        gradient = gradient * size * (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * inside
+        if number > warm:
+            beta = beta_at((number - warm) / (settings.steps - warm))
+            gradient += weight * push(v, beta)[1]
+        first.lerp_(gradient, 0.1)  # Adam
+        second.lerp_(gradient.square(), 0.001)
+        rate = settings.lr * math.sqrt(1 - 0.999**number) / (1 - 0.9**number)
+        v -= rate * first / (second.sqrt() + 1e-8)
+        if number > warm and number % 50 == 0 and bool(((raw <= 0) | (raw >= 1)).all()):
+            break
+    return (v >= 0).to(low.dtype).reshape(low.shape)
+
+
+def _slope(rows: _Rows, index: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the mean squared error over the rows at `index`, by `weight` (groups, filters, inputs)."""
+    inputs, targets = rows.inputs[:, index], rows.targets[:, index]
+    outputs = inputs @ weight.transpose(1, 2)
+    if rows.bias is not None:
+        outputs += rows.bias
+    error = rows.act(outputs) - targets
+    if rows.most is not None:
+        error *= (outputs > 0) & (outputs < rows.most)
+    return 2 / len(index) * error.transpose(1, 2) @ inputs
+
+
+def _error(rows: _Rows, weight: Tensor) -> float:
+    """Mean over all rows of the squared error, summed over the channels."""
+    outputs = rows.inputs @ weight.reshape(rows.inputs.shape[0], -1, rows.inputs.shape[2]).transpose(1, 2)
+    outputs = outputs if rows.bias is None else outputs + rows.bias
+    return float((rows.act(outputs) - rows.targets).square().sum(2).mean(1).sum())
+
+
+def _rows(seen: Seen, settings: Settings) -> _Rows:
+    """Rows of a layer, drawn from all images and positions."""
+    module = seen.module
+    assert isinstance(module, graph.LAYERS)
+    outputs = module(seen.inputs)
+    most = seen.bound
+    bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    draw = torch.Generator().manual_seed(settings.seed)
+    places = outputs.flatten(0, -2) if isinstance(module, nn.Linear) else outputs.movedim(1, -1).flatten(0, -2)
+    limit = max(settings.batch, MEMORY // (4 * groups * module.weight[0].numel()))
+    index = torch.randperm(len(places), generator=draw)[: min(settings.rows, limit)].to(places.device)
+    if isinstance(module, nn.Linear):
+        inputs = seen.rounded_inputs.flatten(0, -2)[index].unsqueeze(0)
+    else:
+        inputs = _patches(seen.rounded_inputs, module, outputs.shape[2:], index)
+    targets = places[index].reshape(len(index), groups, -1).transpose(0, 1).contiguous()
+    targets = targets if most is None else targets.clamp(0, most)
+    return _Rows(inputs, targets, None if bias is None else bias.reshape(groups, 1, -1), most)
+
+
+def _patches(x: Tensor, conv: nn.Conv1d | nn.Conv2d, out: torch.Size, index: Tensor) -> Tensor:
+    """What the kernel of `conv` sees at the output places `index` of (images, *out): (groups, rows, filter inputs)."""
+    x = F.pad(x, conv._reversed_padding_repeated_twice)
+    stride, dilation, kernel = conv.stride, conv.dilation, conv.kernel_size
+    if isinstance(conv, nn.Conv1d):
+        x, out = x.unsqueeze(2), torch.Size((1, *out))
+        stride, dilation, kernel = (1, *stride), (1, *dilation), (1, *kernel)
+    image, rest = index // (out[0] * out[1]), index % (out[0] * out[1])
+    top, left = rest // out[1] * stride[0], rest % out[1] * stride[1]
+    places = [(i * dilation[0], j * dilation[1]) for i in range(kernel[0]) for j in range(kernel[1])]
+    seen = torch.stack([x[image, :, top + i, left + j] for i, j in places], dim=2)  # (rows, channels, kernel places)
+    return seen.reshape(len(index), conv.groups, -1).transpose(0, 1).contiguous()
