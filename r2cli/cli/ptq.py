@@ -123,7 +123,8 @@ def ptq(
     before = train.evaluate(attach.network(made).to(where), loaded.test, where)
     console.note(f"quantizing {source} to {suffix}: float top-1 {before:.2f} %")
     images = (batch for batch, _ in datasets.calibration(loaded, calibration, where, seed))
-    coded, rows = worker.quantize(made, settings, images, where)
+    with console.bar(method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
+        coded, rows = worker.quantize(made, settings, images, where, progress.advance)
     coded = coded.then("ptq", options, {"float_top1": before})
     checkpoint.save(coded, output)
     proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))

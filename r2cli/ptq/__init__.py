@@ -54,10 +54,15 @@ METHODS: Mapping[str, Callable[[Seen, Coded], Coded] | None] = {"none": None, "a
 
 @torch.no_grad()
 def quantize(
-    checkpoint: Checkpoint, settings: Settings, images: Iterable[Tensor], device: torch.device
+    checkpoint: Checkpoint,
+    settings: Settings,
+    images: Iterable[Tensor],
+    device: torch.device,
+    advance: Callable[[], None] = lambda: None,
 ) -> tuple[Checkpoint, list[Row]]:
     """Every convolution and linear weight of `checkpoint` as codes, activations on grids set over `images`.
 
+    `advance` is called after each layer that a method has rounded.
     Raises InputError for a coded checkpoint, a pattern that names no layer, or a graph that cannot be read.
     """
     if checkpoint.coded:
@@ -79,7 +84,8 @@ def quantize(
     net.to(device)
     if METHODS[settings.method] is not None:
         images = list(images)
-        coded = _rounded(net, checkpoint, settings.method, coded, torch.cat(images))
+        fit = sweep.images_that_fit(net, checkpoint.input.shape, device)
+        coded = _rounded(net, METHODS[settings.method], coded, torch.cat(images)[:fit], advance)
     rows = []
     for layer, module in graph.named_layers(net):
         one, weight = coded[layer.weight], module.weight
@@ -98,16 +104,19 @@ def quantize(
 
 
 def _rounded(
-    net: fx.GraphModule, checkpoint: Checkpoint, name: str, nearest: Mapping[str, Coded], images: Tensor
+    net: fx.GraphModule,
+    method: Callable[[Seen, Coded], Coded] | None,
+    nearest: Mapping[str, Coded],
+    images: Tensor,
+    advance: Callable[[], None],
 ) -> dict[str, Coded]:
-    """The codes that a method chooses, layer by layer, over as many of the images as fit in memory."""
-    method = METHODS[name]
+    """The codes that a method chooses, layer by layer, over `images`."""
     assert method is not None
-    images = images[: sweep.images_that_fit(net, checkpoint.input.shape, images.device)]
 
     def visit(seen: Seen) -> tuple[Coded, Tensor | None]:
-        bias = seen.module.bias
-        return method(seen, nearest[seen.layer.weight]), bias if isinstance(bias, Tensor) else None
+        bias, chosen = seen.module.bias, method(seen, nearest[seen.layer.weight])
+        advance()
+        return chosen, bias if isinstance(bias, Tensor) else None
 
     return sweep.sweep(net, images, visit)[0]
 
