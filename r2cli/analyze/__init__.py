@@ -66,6 +66,7 @@ class Row:
     low: float | None
     high: float | None
     mean: float | None
+    mean_abs: float | None  # of |w|
     std: float | None
     kurtosis: float | None
     ratio: float | None  # max|w| / std
@@ -200,6 +201,7 @@ def row(stored: Stored, settings: Settings, advance: Advance = lambda _: None) -
         low=first.low if there else None,
         high=first.high if there else None,
         mean=first.moments.mean if first.moments else None,
+        mean_abs=first.moments.mean_abs if first.moments else None,
         std=first.moments.std if first.moments else None,
         kurtosis=first.moments.kurtosis if first.moments else None,
         ratio=first.reach / std if std > 0 else None,

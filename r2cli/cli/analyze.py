@@ -1,6 +1,7 @@
 """`r2 analyze`: how wide the weights are, which are outliers, and what that costs at few bits."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,9 +90,13 @@ def analyze(
     import os
 
     from r2cli import analyze as worker
+    from r2cli import checkpoint
     from r2cli.analyze.advice import advice
     from r2cli.cli import weights
-    from r2cli.report import records, text
+    from r2cli.report import figure, page, records, text
+
+    def order(rows: "Sequence[Row]") -> "tuple[Row, ...]":
+        return tuple(worker.ordered(rows, sort, bits=bits, granularity=granularity))
 
     started = perf_counter()
     settings = worker.Settings(outlier_sigma, quick, everything)
@@ -107,11 +112,17 @@ def analyze(
     with console.bar("analyze", total, of_bytes=True) as progress:
         for each, chosen in zip(found, layers, strict=True):
             rows = worker.rows(chosen, settings, threads=threads or os.cpu_count() or 1, advance=progress.advance)
-            rows = tuple(worker.ordered(rows, sort, bits=bits, granularity=granularity))
             sheets.append(worker.Sheet(str(each.file), each.name, rows, each.others, each.note))
-    for path in outputs:
-        _write(path, sheets, limit=LIMIT if limit is None else limit, bits=bits, sigma=outlier_sigma)
     line = advice(_worst(sheets, bits), bits)
+    for path in outputs:
+        if path.suffix == ".html":
+            shown_first = {"bits": bits, "granularity": granularity, "sort": sort}
+            content = page.to_bytes(sheets, shown_first, sigma=outlier_sigma, advice=line)
+        else:
+            ordered = [replace(each, rows=order(each.rows)) for each in sheets]
+            most = LIMIT if limit is None else limit
+            content = figure.to_bytes(ordered, path.suffix[1:], limit=most, bits=bits, sigma=outlier_sigma)
+        checkpoint.write_atomically(path, content)
     report = {
         "command": "analyze",
         "sigma": outlier_sigma,
@@ -123,7 +134,7 @@ def analyze(
     shown: list[console.Line] = []
     many = limit if limit is not None else LIMIT if len(sheets) == 1 else 8
     for sheet in sheets:
-        shown += [*text.lines(sheet, sheet.rows, limit=many, bits=bits, sigma=outlier_sigma), ""]
+        shown += [*text.lines(sheet, order(sheet.rows), limit=many, bits=bits, sigma=outlier_sigma), ""]
     can_quantize = [each.file for each in found if each.is_float_checkpoint]
     follow = f"r2 ptq {can_quantize[0]} --weight-bits {bits}" if can_quantize and outputs else _page_of(sources)
     shown += [*text.comparison(sheets, bits), line, *(f"wrote {path}" for path in outputs), console.next_step(follow)]
@@ -164,17 +175,6 @@ def _floor(text: str | None, *, quick: bool) -> tuple[float, int] | None:
 
 def _page_of(sources: Sequence[Path]) -> str:
     return f"r2 analyze {' '.join(map(str, sources))} -o report.html"
-
-
-def _write(path: Path, sheets: "Sequence[Sheet]", *, limit: int, bits: int, sigma: float) -> None:
-    from r2cli.checkpoint import write_atomically
-    from r2cli.report import figure, page
-
-    if path.suffix == ".html":
-        content = page.to_bytes(sheets, bits=bits, sigma=sigma)
-    else:
-        content = figure.to_bytes(sheets, path.suffix[1:], limit=limit, bits=bits, sigma=sigma)
-    write_atomically(path, content)
 
 
 def _worst(sheets: "Sequence[Sheet]", bits: int) -> "list[Row]":
