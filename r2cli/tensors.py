@@ -6,6 +6,7 @@ bytes. Pieces are read into one buffer per thread; a mapped file would be as fas
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,11 +78,15 @@ def held(name: str, tensor: Tensor, file: str) -> Stored:
 def of_model(path: Path) -> list[Stored]:
     """The tensors of a safetensors file, of an index of shards, or of the directory that holds one or the other.
 
-    Raises InputError naming the file, and the tensor, that cannot be read.
+    In the order of their names, numbers by size: a file holds them as they come. Raises InputError naming the file, and
+    the tensor, that cannot be read.
     """
     if path.is_dir():
         path = _in_directory(path)
-    return _of_shards(path) if path.name.endswith(".index.json") else of_file(path)
+    found = _of_shards(path) if path.name.endswith(".index.json") else of_file(path)
+    return sorted(
+        found, key=lambda stored: [p.zfill(12) if p.isdigit() else p for p in re.split(r"(\d+)", stored.name)]
+    )
 
 
 def of_file(path: Path) -> list[Stored]:

@@ -277,11 +277,11 @@ SORTS: Mapping[str, Callable[[Row, int, str], float]] = {
     "outliers": lambda row, bits, granularity: -row.outlier_share,
     "kurtosis": lambda row, bits, granularity: _down(row.kurtosis),
     "size": lambda row, bits, granularity: -row.count,
-    "file": lambda row, bits, granularity: 0.0,
+    "name": lambda row, bits, granularity: 0.0,
 }
 
 
 def ordered(found: Sequence[Row], by: str, *, bits: int = 4, granularity: str = TENSOR) -> list[Row]:
-    """The rows, those that would hurt most first: any with NaN or infinities, then by `SORTS`; 'file' as they stand."""
+    """The rows, those that would hurt most first: any with NaN or infinities, then by `SORTS`; 'name' as they stand."""
     key = SORTS[by]
-    return sorted(found, key=lambda row: (by != "file" and not row.nan + row.inf, key(row, bits, granularity)))
+    return sorted(found, key=lambda row: (by != "name" and not row.nan + row.inf, key(row, bits, granularity)))

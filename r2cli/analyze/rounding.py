@@ -76,7 +76,6 @@ class _TensorGrids:
 
     def __init__(self, reading: Reading) -> None:
         assert reading.moments is not None
-        self._counts = reading.counts
         self.mean_abs = reading.moments.mean_abs
         low, high, mean_abs = (torch.tensor(v) for v in (reading.low, reading.high, reading.moments.mean_abs))
         self.scales: dict[int, tuple[Tensor, Tensor]] = {}
@@ -84,40 +83,40 @@ class _TensorGrids:
             widest = tables.usable(tables.min_max_scale(low, high, mean_abs, bits).float().reshape(1))[0]
             best = widest if bits == 1 else torch.tensor(tables.best_scale(reading.counts, float(widest), bits))
             self.scales[bits] = widest, best
-        self._squares = {bits: [0.0, 0.0] for bits in BITS}  # of residuals, in units of the scale
+        self._noise = {bits: [0.0, 0.0] for bits in BITS}
         self._used = {bits: torch.zeros(1 << bits, dtype=torch.int64) for bits in BITS}
         if reading.counts.whole:
-            self._add(reading.counts.low.float(), reading.counts.number.double())
+            for bits, scales in self.scales.items():
+                self._noise[bits] = [tables.noise(reading.counts, scale, bits) for scale in scales]
+                self._use(tables.rounded(reading.counts.low.float(), scales[0], bits)[1], bits)
 
     def add(self, x: Tensor) -> None:
-        """Add float32 values (n,)."""
-        self._add(x, None)
+        """Add float32 values (n,), where the count was not whole."""
+        for bits, (widest, best) in self.scales.items():
+            error, codes = tables.rounded(x, widest, bits)
+            self._use(codes, bits)
+            self._noise[bits][0] += _energy(error, widest)
+            if best != widest:
+                error, _ = tables.rounded(x, best, bits)
+            self._noise[bits][1] += _energy(error, best)
 
-    def _add(self, x: Tensor, times: Tensor | None) -> None:
-        for bits, scales in self.scales.items():
-            for rule, scale in enumerate(scales):
-                if rule and scale == scales[0]:
-                    self._squares[bits][1] = self._squares[bits][0]
-                    continue
-                error, codes = tables.rounded(x, scale, bits)
-                if times is None:
-                    self._squares[bits][rule] += float(torch.linalg.vector_norm(error)) ** 2
-                else:
-                    self._squares[bits][rule] += float(times @ error.double().square())
-                if not rule:
-                    lowest = 0 if bits == 1 else -(1 << (bits - 1))
-                    self._used[bits] += torch.bincount(codes.to(torch.int32).sub_(lowest), minlength=1 << bits)
+    def _use(self, codes: Tensor, bits: int) -> None:
+        lowest = 0 if bits == 1 else -(1 << (bits - 1))
+        self._used[bits] += torch.bincount(codes.to(torch.int32).sub_(lowest), minlength=1 << bits)
 
     def noise(self) -> dict[str, dict[int, float]]:
         """The least of the two is the best range's: it may be no better than min-max's."""
-        both = {
-            bits: [float(scale) ** 2 * n for scale, n in zip(self.scales[bits], squares, strict=True)]
-            for bits, squares in self._squares.items()
+        return {
+            MIN_MAX: {bits: n[0] for bits, n in self._noise.items()},
+            BEST: {bits: min(n) for bits, n in self._noise.items()},
         }
-        return {MIN_MAX: {bits: n[0] for bits, n in both.items()}, BEST: {bits: min(n) for bits, n in both.items()}}
 
     def empty(self) -> dict[int, float]:
         return {bits: float((used == 0).double().mean()) for bits, used in self._used.items()}
+
+
+def _energy(error: Tensor, scale: Tensor) -> float:
+    return float(torch.linalg.vector_norm(error)) ** 2 * float(scale) ** 2
 
 
 class _ChannelGrids:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from r2cli.analyze import Row, Sheet
 
 ENDINGS = (".png", ".svg", ".pdf", ".html")
-SORTS = ("sqnr", "range", "outliers", "kurtosis", "size", "file")
+SORTS = ("sqnr", "range", "outliers", "kurtosis", "size", "name")
 VIEWS = ("both", "trained", "folded")
 LIMIT = 12  # lines of a table, 8 where there are several
 
@@ -48,7 +48,7 @@ def analyze(
     ] = "tensor",
     sort: Annotated[
         str | None,
-        _option("--sort", help="sqnr, range, outliers, kurtosis, size or file. [default: sqnr; quick: range]"),
+        _option("--sort", help="sqnr, range, outliers, kurtosis, size or name. [default: sqnr; quick: range]"),
     ] = None,
     limit: Annotated[
         int | None,
