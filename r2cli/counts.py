@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r2cli.tensors import scratch
+
 PATTERNS = 1 << 16
 # Dtypes whose every value is one pattern; the others are counted as float32.
 WHOLE = (torch.bfloat16, torch.float16)
@@ -59,11 +61,12 @@ class Count:
 
     def add(self, piece: Tensor) -> None:
         """Count `piece`: 1-D, of this count's dtype, float32 for dtypes of more than 16 bits; float32 finite."""
+        patterns = scratch("patterns", len(piece), torch.int32)
         if self.dtype in WHOLE:
-            patterns = piece.view(torch.int16).to(torch.int32).bitwise_and_(PATTERNS - 1)
+            patterns.copy_(piece.view(torch.int16)).bitwise_and_(PATTERNS - 1)
         else:
-            # One pass in NumPy; torch has no unsigned shift.
-            patterns = torch.from_numpy((piece.numpy().view(np.uint32) >> 16).view(np.int32))
+            # NumPy's shift is unsigned, torch has none.
+            np.right_shift(piece.numpy().view(np.uint32), 16, out=patterns.numpy().view(np.uint32))
         self._table += torch.bincount(patterns, minlength=PATTERNS)
 
     def counts(self) -> Counts:
@@ -172,9 +175,11 @@ def bin_step(reach: float, most: int = 128) -> float:
 
 
 def bin_index(x: Tensor, step: float) -> Tensor:
-    """The bin of every float32 value: int32, the shape of `x`."""
-    size = (x.abs() / step).to(torch.int32)
-    return size.bitwise_xor_(x.view(torch.int32) >> 31)  # -k - 1 for the negative ones
+    """The bin of every float32 value: int32, the shape of `x`; the next call on the same thread overwrites it."""
+    size = torch.abs(x, out=scratch("sizes", x.numel(), x.dtype).view_as(x)).div_(step)
+    index = scratch("bins", x.numel(), torch.int32).view_as(x).copy_(size)
+    sign = size.view(torch.int32)  # its values are not needed any more
+    return index.bitwise_xor_(torch.bitwise_right_shift(x.view(torch.int32), 31, out=sign))  # -k - 1 below zero
 
 
 def bins(counts: Counts, step: float) -> Bins:
@@ -217,15 +222,17 @@ def usable(scale: Tensor) -> Tensor:
 def rounded(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`x` really rounded as `codec.Grid` does, signed, odd at one bit: (what is lost / scale, codes).
 
-    `scale` broadcasts to float32 `x`; both results have the shape and dtype of `x`. The codes are the grid's.
+    `scale` broadcasts to float32 `x`; both results have the shape and dtype of `x`, and the next call on the same
+    thread overwrites them. The codes are the grid's.
     """
-    levels = x / scale
+    levels = torch.div(x, scale, out=scratch("levels", x.numel(), x.dtype).view_as(x))
+    codes = scratch("codes", x.numel(), x.dtype).view_as(x)
     if bits == 1:
         # Levels -scale and scale; 0 goes down, as halves go to even codes.
-        codes = (levels > 0).to(levels.dtype)
+        torch.gt(levels, 0, out=codes)
         return levels.abs_().sub_(1), codes
     lowest = -(2 ** (bits - 1))
-    codes = levels.round().clamp_(lowest, -lowest - 1)
+    torch.round(levels, out=codes).clamp_(lowest, -lowest - 1)
     return levels.sub_(codes), codes
 
 

@@ -110,7 +110,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 class _Descriptor:
-    """An open file that closes with its last tensor, and one buffer for each thread that reads it."""
+    """An open file that closes with its last tensor."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -134,12 +134,15 @@ class _Descriptor:
 _buffers = threading.local()
 
 
-def _buffer(count: int) -> Tensor:
-    """A uint8 tensor of `count` bytes, the same memory for every call on a thread."""
-    if getattr(_buffers, "bytes", None) is None or _buffers.bytes.numel() < count:
-        _buffers.bytes = torch.empty(max(count, 4 * PIECE), dtype=torch.uint8)
-    part: Tensor = _buffers.bytes[:count]
-    return part
+def scratch(use: str, count: int, dtype: torch.dtype) -> Tensor:
+    """`count` elements of `dtype`, 1-D, in memory that is kept for `use` on this thread: new pages cost more than sums.
+
+    What it held before is lost: one use is one place in the code.
+    """
+    kept: dict[str, Tensor] = _buffers.__dict__
+    if use not in kept or kept[use].numel() < count * dtype.itemsize:
+        kept[use] = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    return kept[use][: count * dtype.itemsize].view(dtype)
 
 
 def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descriptor: _Descriptor) -> Stored:
@@ -148,7 +151,7 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descrip
 
     def read(first: int, last: int) -> Tensor:
         assert dtype is not None
-        part = _buffer((last - first) * dtype.itemsize)
+        part = scratch("read", (last - first) * dtype.itemsize, torch.uint8)
         descriptor.read(base + first * dtype.itemsize, part.numpy().data.cast("B"), name)
         return part.view(dtype)
 

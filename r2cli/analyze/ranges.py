@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r2cli import counts as tables
 from r2cli.counts import WHOLE, Count, Counts, Moments
-from r2cli.tensors import Stored
+from r2cli.tensors import Stored, scratch
 
 Share = Callable[[float], None]  # told of shares of a tensor, 1 in all
 
@@ -70,9 +70,9 @@ def read(stored: Stored, *, channels: bool, piece: int, advance: Share) -> Readi
     for row, many, start, stop in spans(stored.shape, piece):
         part = stored.read(start, stop)
         if whole:
-            count.add(part.to(count.dtype))
+            count.add(part if part.dtype == count.dtype else part.to(count.dtype))
         if not whole or rows is not None:
-            part = part.float()
+            part = as_float(part)
         if not whole:
             count.add(wide.add(part))
         if rows is not None:
@@ -91,7 +91,12 @@ def read(stored: Stored, *, channels: bool, piece: int, advance: Share) -> Readi
 def finite_pieces(stored: Stored, piece: int) -> Iterator[Tensor]:
     """The finite values in pieces, float32."""
     for part in stored.pieces(piece):
-        yield _finite(part.float())
+        yield _finite(as_float(part))
+
+
+def as_float(part: Tensor) -> Tensor:
+    """`part` as float32: itself, or a copy that the next call on the same thread overwrites."""
+    return part if part.dtype == torch.float32 else scratch("float", part.numel(), torch.float32).copy_(part)
 
 
 def _finite(part: Tensor) -> Tensor:
@@ -107,6 +112,10 @@ def _counted_as(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else torch.float32
 
 
+def _sizes(part: Tensor) -> Tensor:
+    return torch.abs(part, out=scratch("sizes", part.numel(), part.dtype).view_as(part))
+
+
 class _Wide:
     """Extremes and power sums, in float64, of values whose patterns are not the whole value."""
 
@@ -114,7 +123,8 @@ class _Wide:
         self.low, self.high = math.inf, -math.inf
         self.nan = self.inf = 0
         self._shift: float | None = None
-        self._sums = torch.zeros(5, dtype=torch.float64)  # of |x|, d, d**2, d**3, d**4 with d = x - shift
+        self._sums = [0.0] * 4  # of d, d**2, d**3, d**4 with d = x - shift
+        self._size = 0.0  # of |x|
         self._count = 0
 
     def add(self, part: Tensor) -> Tensor:
@@ -127,29 +137,29 @@ class _Wide:
                 return part
             low, high = float(part.amin()), float(part.amax())
         self.low, self.high = min(self.low, low), max(self.high, high)
-        offset = part.double()
-        size = torch.linalg.vector_norm(offset, 1)
+        offset = scratch("offset", len(part), torch.float64).copy_(part)
         if self._shift is None:
             # Weights lie around 0. Values that do not would cancel in the fourth power: they are taken from their mean.
             mean, std = float(offset.mean()), float(offset.std(correction=0))
             self._shift = mean if abs(mean) > std else 0.0
         if self._shift:
             offset.sub_(self._shift)
-        square = offset.square()
-        powers = [size, offset.sum(), square.sum(), torch.dot(offset, square), torch.dot(square, square)]
-        self._sums += torch.stack(powers)
+        square = torch.mul(offset, offset, out=scratch("square", len(part), torch.float64))
+        sums = [offset.sum(), square.sum(), torch.dot(offset, square), torch.dot(square, square)]
+        self._sums = [before + float(more) for before, more in zip(self._sums, sums, strict=True)]
+        self._size += float(_sizes(part).sum(dtype=torch.float64))
         self._count += len(part)
         return part
 
     def moments(self) -> Moments:
-        size, first, second, third, fourth = (self._sums / self._count).tolist()
+        first, second, third, fourth = (total / self._count for total in self._sums)
         mean = first + (self._shift or 0.0)
         if self.low == self.high:
             return Moments(self.low, 0.0, None, abs(self.low))
         variance = max(0.0, second - first**2)
         central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
         kurtosis = central / variance**2 if variance**2 > 0 else None
-        return Moments(mean, math.sqrt(variance), kurtosis, size)
+        return Moments(mean, math.sqrt(variance), kurtosis, self._size / self._count)
 
 
 class _Rows:
@@ -166,7 +176,7 @@ class _Rows:
         own = slice(row, row + len(part))
         self._low[own] = torch.minimum(self._low[own], part.amin(1))
         self._high[own] = torch.maximum(self._high[own], part.amax(1))
-        self._sum[own] += torch.linalg.vector_norm(part, 1, dim=1, dtype=torch.float64)
+        self._sum[own] += _sizes(part).sum(1, dtype=torch.float64)
 
     def ranges(self) -> Ranges:
         return Ranges(self._low, self._high, (self._sum / self._width).float())

@@ -2,7 +2,7 @@
 
 Per tensor and per output channel, to the grid from the least to the greatest weight and to the best of several narrower
 ones. Of a 16-bit dtype the tensor's own grid needs no reading: its distinct values are rounded, each as often as it
-occurs. A channel tries the tensor's best range, scaled to the channel's own mean|w|, and four ranges around it.
+occurs. A channel tries the tensor's best range, scaled to the channel's own mean|w|, and one below and one above it.
 """
 
 import math
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from r2cli import counts as tables
-from r2cli.analyze.ranges import Ranges, Reading, Share, matrix, spans
-from r2cli.tensors import Stored
+from r2cli.analyze.ranges import Ranges, Reading, Share, as_float, matrix, spans
+from r2cli.tensors import Stored, scratch
 
 BITS = (8, 4, 3, 2, 1)
 TENSOR, CHANNEL = "tensor", "channel"
 GRANULARITIES = (TENSOR, CHANNEL)
 MIN_MAX, BEST = "min-max", "best"
-AROUND = (1.0, 2**-0.5, 2**-0.25, 2**0.25, 2**0.5)  # what a channel tries around the tensor's best range
+AROUND = (1.0, 2**-0.33, 2**0.33)  # what a channel tries around the tensor's best range
 MAPPED = 64  # channels, or groups of neighbours, that have a histogram each
 MAP_BINS = 32  # on each side of zero
 
@@ -52,7 +52,7 @@ def losses(stored: Stored, reading: Reading, *, piece: int, advance: Share) -> L
     channels = _ChannelGrids(reading.channels, tensor)
     counted = _ChannelCount(stored.shape, reading.reach)
     for row, many, start, stop in spans(stored.shape, piece):
-        part = stored.read(start, stop).float().view(many, -1)
+        part = as_float(stored.read(start, stop)).view(many, -1)
         if not reading.counts.whole:
             tensor.add(part.view(-1))
         channels.add(row, part)
@@ -84,25 +84,32 @@ class _TensorGrids:
             best = widest if bits == 1 else torch.tensor(tables.best_scale(reading.counts, float(widest), bits))
             self.scales[bits] = widest, best
         self._noise = {bits: [0.0, 0.0] for bits in BITS}
-        self._used = {bits: torch.zeros(1 << bits, dtype=torch.int64) for bits in BITS}
-        if reading.counts.whole:
-            for bits, scales in self.scales.items():
-                self._noise[bits] = [tables.noise(reading.counts, scale, bits) for scale in scales]
-                self._use(tables.rounded(reading.counts.low.float(), scales[0], bits)[1], bits)
+        self._used = {bits: torch.zeros(1 << bits, dtype=torch.bool) for bits in BITS}
+        # A bucket whose two ends have one code settles that this level is used; of a whole count they all do.
+        self._open = dict.fromkeys(BITS, False)
+        for bits, (widest, best) in self.scales.items():
+            lowest, highest = (
+                tables.rounded(end.float(), widest, bits)[1].to(torch.int32).sub_(_lowest(bits))
+                for end in (reading.counts.low, reading.counts.high)
+            )
+            self._used[bits][lowest[lowest == highest]] = True
+            # A bucket is no wider than a level, so it reaches into three at most.
+            touched = torch.cat([lowest, torch.minimum(lowest + 1, highest), highest])
+            self._open[bits] = not bool(self._used[bits][touched].all())
+            if reading.counts.whole:
+                self._noise[bits] = [tables.noise(reading.counts, scale, bits) for scale in (widest, best)]
 
     def add(self, x: Tensor) -> None:
         """Add float32 values (n,), where the count was not whole."""
         for bits, (widest, best) in self.scales.items():
             error, codes = tables.rounded(x, widest, bits)
-            self._use(codes, bits)
+            if self._open[bits]:
+                index = scratch("levels used", len(codes), torch.int32).copy_(codes).sub_(_lowest(bits))
+                self._used[bits] |= torch.bincount(index, minlength=1 << bits) > 0
             self._noise[bits][0] += _energy(error, widest)
             if best != widest:
                 error, _ = tables.rounded(x, best, bits)
             self._noise[bits][1] += _energy(error, best)
-
-    def _use(self, codes: Tensor, bits: int) -> None:
-        lowest = 0 if bits == 1 else -(1 << (bits - 1))
-        self._used[bits] += torch.bincount(codes.to(torch.int32).sub_(lowest), minlength=1 << bits)
 
     def noise(self) -> dict[str, dict[int, float]]:
         """The least of the two is the best range's: it may be no better than min-max's."""
@@ -112,7 +119,11 @@ class _TensorGrids:
         }
 
     def empty(self) -> dict[int, float]:
-        return {bits: float((used == 0).double().mean()) for bits, used in self._used.items()}
+        return {bits: float((~used).double().mean()) for bits, used in self._used.items()}
+
+
+def _lowest(bits: int) -> int:
+    return 0 if bits == 1 else -(1 << (bits - 1))
 
 
 def _energy(error: Tensor, scale: Tensor) -> float:
