@@ -29,6 +29,8 @@ _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 Line = str | Text | Table
 
+BARS = "▁▂▃▄▅▆▇█"
+
 
 class Bar:
     """A progress bar that is running: `advance` it, and print a `line` above it."""
@@ -81,24 +83,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 
 def histogram(heights: Sequence[float], marked: Sequence[bool]) -> Text:
     """Bars of heights from 0 to 1, one character each; `marked` ones are red dots, which no colour is needed to see."""
-    bars, dot = ("▁▂▃▄▅▆▇█", "•") if _can_print("▁█•") else ("_.:-=+*#", "o")
     text = Text()
     for height, mark in zip(heights, marked, strict=True):
         if height <= 0:
             text.append(" ")
         elif mark:
-            text.append(dot, "red")
+            text.append("•", "red")
         else:
-            text.append(bars[min(len(bars) - 1, int(height * len(bars)))])
+            text.append(BARS[min(len(BARS) - 1, int(height * len(BARS)))])
     return text
-
-
-def _can_print(characters: str) -> bool:
-    try:
-        characters.encode(_out.encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def tick(name: str, passed: bool, detail: str) -> Text:
