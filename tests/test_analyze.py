@@ -199,7 +199,7 @@ def test_layers_and_what_is_none() -> None:
     ]
     layers, others = analyze.split(found, everything=False)
     assert [each.name for each in layers] == ["conv"]
-    assert {each.name: each.reason for each in others} == {"bias": "a vector", "scalar": "a scalar", "ids": "integers"}
+    assert {each.name: each.reason for each in others} == {"bias": "vector", "scalar": "scalar", "ids": "integers"}
     layers, others = analyze.split(found, everything=True)
     assert [each.name for each in layers] == ["conv", "bias"] and len(others) == 2
 

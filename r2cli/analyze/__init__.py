@@ -123,11 +123,11 @@ def split(tensors: Sequence[Stored], *, everything: bool) -> tuple[list[Stored],
     for stored in tensors:
         reason = ""
         if stored.dtype is None:
-            reason = "of a type that torch has not"
+            reason = "type unknown to torch"
         elif not stored.dtype.is_floating_point:
             reason = "integers"
         elif len(stored.shape) < (1 if everything else 2):
-            reason = "a scalar" if not stored.shape else "a vector"
+            reason = "vector" if stored.shape else "scalar"
         if reason:
             others.append(Other(stored.name, stored.shape, stored.kind, reason))
         else:

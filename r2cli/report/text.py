@@ -88,4 +88,5 @@ def _reasons(made: Sheet) -> str:
     counted: dict[str, int] = {}
     for other in made.others:
         counted[other.reason] = counted.get(other.reason, 0) + 1
-    return ", ".join(f"{number} {reason}" for reason, number in sorted(counted.items()))
+    plural = {"vector": "vectors", "scalar": "scalars", "part of a decoded weight": "parts of decoded weights"}
+    return ", ".join(f"{number} {plural.get(reason, reason)}" for reason, number in sorted(counted.items()))
