@@ -1,6 +1,11 @@
 """Every statistic against NumPy in float64 and against really rounding, on random and on hostile tensors."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,18 +61,20 @@ def test_statistics_are_numpys_whatever_the_pieces(x: Tensor) -> None:
     for piece in PIECES:
         found = row(x, piece=piece, sigma=2.5)
         assert (found.count, found.nan, found.inf, found.low, found.high) == (w.size, 0, 0, w.min(), w.max())
-        # float64 sums in another order; the spread of what lies far from zero is small against its own size.
-        noise = 1e-14 * np.abs(w).max()
+        # float64 sums in another order; the spread of what lies far from zero is small against its own size. Of four
+        # bytes, torch adds a piece in pairs in float32.
+        exact = x.dtype.itemsize <= 2
+        noise = (1e-14 if exact else 1e-8) * np.abs(w).max()
         assert found.mean == pytest.approx(w.mean(), rel=1e-12, abs=noise)
-        assert found.mean_abs == pytest.approx(np.abs(w).mean(), rel=1e-12)
-        assert found.std == pytest.approx(w.std(), rel=1e-10, abs=noise)
+        assert found.mean_abs == pytest.approx(np.abs(w).mean(), rel=1e-12 if exact else 1e-6)
+        assert found.std == pytest.approx(w.std(), rel=1e-10 if exact else 2e-7, abs=noise if exact else 0)
         if w.min() < w.max():
             outside = np.abs(w - w.mean()) > 2.5 * w.std()
             assert found.outliers == outside.sum() and found.outlier_share == outside.mean()
-            assert found.ratio == pytest.approx(np.abs(w).max() / w.std(), rel=1e-9)
+            assert found.ratio == pytest.approx(np.abs(w).max() / w.std(), rel=1e-9 if exact else 2e-7)
             with np.errstate(under="ignore"):
                 kurtosis = (((w - w.mean()) / w.std()) ** 4).mean()
-            assert found.kurtosis == pytest.approx(kurtosis, rel=1e-7)
+            assert found.kurtosis == pytest.approx(kurtosis, rel=1e-7 if exact else 1e-6)
         else:
             assert (found.std, found.ratio, found.kurtosis, found.outliers) == (0, None, None, 0)
         assert sum(found.histogram.counts) == w.size
@@ -160,7 +167,7 @@ def test_nan_and_infinities_are_counted_and_nothing_else_is_lost() -> None:
         x[1, 2], x[3, 4], x[5, 6] = math.nan, math.inf, -math.inf
         found, kept = row(x, piece=50), x.float()[x.float().isfinite()].double().numpy()
         assert (found.nan, found.inf, found.low, found.high) == (1, 2, kept.min(), kept.max())
-        assert found.std == pytest.approx(kept.std(), rel=1e-10) and found.losses is None and found.channels is None
+        assert found.std == pytest.approx(kept.std(), rel=2e-7) and found.losses is None and found.channels is None
         assert sum(found.histogram.counts) == found.count - 3
     lost = row(torch.full((3, 3), math.nan))
     assert (lost.nan, lost.std, lost.ratio, lost.outliers) == (9, None, None, 0)
@@ -218,6 +225,37 @@ def test_orders_put_what_hurts_first() -> None:
         assert order == ["broken", "outlier", "normal", "uniform"], by
     assert analyze.ordered(found, "size")[1].layer == "uniform"
     assert [each.layer for each in analyze.ordered(found, "name")] == list(names)
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+import torch
+from r2cli import analyze, tensors
+def resident(field):
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) / 1024
+analyze.row(tensors.held("w", torch.zeros(8, 8), ""), analyze.Settings())
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+analyze.rows(tensors.of_model(Path(sys.argv[1])), analyze.Settings(), threads=2, advance=lambda _: None)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to see the memory")
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """A file of 128 MB, in two tensors: under 64 MB more than the interpreter with torch holds."""
+    header = json.dumps(
+        {
+            name: {"dtype": "F32", "shape": [1024, 1 << 14], "data_offsets": [n << 26, (n + 1) << 26]}
+            for n, name in enumerate("ab")
+        }
+    ).encode()
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + (2 << 26))  # zeros, without the disk
+    ran = subprocess.run([sys.executable, "-c", GROWTH, str(path)], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 64
 
 
 # --- advice --------------------------------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ def row(stored: Stored, settings: Settings, advance: Advance = lambda _: None) -
     first = read(
         stored,
         channels=not settings.quick,
+        sigma=settings.sigma,
         piece=settings.piece,
         advance=lambda share: told(share if settings.quick else share / 2),
     )
@@ -236,7 +237,11 @@ def _outliers(stored: Stored, first: Reading, settings: Settings) -> tuple[int, 
     if first.moments is None or not first.moments.std:
         return 0, 0.0
     mean, edge = first.moments.mean, settings.sigma * first.moments.std
-    number = tables.beyond(first.counts, mean - edge, mean + edge, lambda: finite_pieces(stored, settings.piece))
+    low, high, far = mean - edge, mean + edge, first.far
+    if far is not None and far.gate <= min(-low, high):
+        number = int(((far.values.double() < low) | (far.values.double() > high)).sum())
+    else:
+        number = tables.beyond(first.counts, low, high, lambda: finite_pieces(stored, settings.piece))
     if not number:
         return 0, 0.0
     return number, max(0.0, math.log2(first.reach / max(abs(mean - edge), abs(mean + edge))))

@@ -12,6 +12,13 @@ from r2cli import counts as tables
 from r2cli.counts import WHOLE, Count, Counts, Moments
 from r2cli.tensors import Stored, scratch
 
+# Powers of what lies between 1 / SAFE and SAFE neither overflow nor vanish in float32; the others are float64's.
+SAFE = 1e6
+# Values beyond this share of what the first piece takes for the outliers' edge are kept, some 0.3 % of normal weights,
+# so that outliers need no second reading: unless they are too many, or the edge turns out to lie further in.
+GATE = 0.75
+MOST_FAR = 1 << 20
+
 Share = Callable[[float], None]  # told of shares of a tensor, 1 in all
 
 
@@ -29,6 +36,14 @@ class Ranges:
 
 
 @dataclass(frozen=True)
+class Far:
+    """Every finite value of a tensor with |w| > gate."""
+
+    gate: float
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class Reading:
     """`moments`, `low` and `high` are of the finite values; the moments are None where there is none."""
 
@@ -37,6 +52,7 @@ class Reading:
     low: float
     high: float
     channels: Ranges | None  # where they were asked for, and there are values and all are finite
+    far: Far | None = None  # of a count that is not whole, where they were few: what decides who is an outlier
 
     @property
     def reach(self) -> float:
@@ -61,11 +77,11 @@ def spans(shape: tuple[int, ...], piece: int) -> Iterator[tuple[int, int, int, i
             yield row, many, at, min(stop, at + piece)
 
 
-def read(stored: Stored, *, channels: bool, piece: int, advance: Share) -> Reading:
-    """Read `stored`, a floating tensor, once."""
+def read(stored: Stored, *, channels: bool, sigma: float, piece: int, advance: Share) -> Reading:
+    """Read `stored`, a floating tensor, once. `sigma` says how far out its far values are wanted."""
     assert stored.dtype is not None
     whole = _counted_as(stored.dtype) in WHOLE
-    count, wide = Count(_counted_as(stored.dtype)), _Wide()
+    count, wide = Count(_counted_as(stored.dtype)), _Wide(sigma)
     rows = _Rows(matrix(stored.shape)) if channels else None
     for row, many, start, stop in spans(stored.shape, piece):
         part = stored.read(start, stop)
@@ -85,7 +101,8 @@ def read(stored: Stored, *, channels: bool, piece: int, advance: Share) -> Readi
         return Reading(counts, None, 0.0, 0.0, None)
     low, high = (float(counts.low[0]), float(counts.high[-1])) if whole else (wide.low, wide.high)
     found = tables.moments(counts) if whole else wide.moments()
-    return Reading(counts, found, low, high, rows.ranges() if rows is not None and not nan and not inf else None)
+    ranges = rows.ranges() if rows is not None and not nan and not inf else None
+    return Reading(counts, found, low, high, ranges, None if whole else wide.far())
 
 
 def finite_pieces(stored: Stored, piece: int) -> Iterator[Tensor]:
@@ -117,15 +134,17 @@ def _sizes(part: Tensor) -> Tensor:
 
 
 class _Wide:
-    """Extremes and power sums, in float64, of values whose patterns are not the whole value."""
+    """Extremes, power sums and the far values of what is counted by float32's top halves."""
 
-    def __init__(self) -> None:
+    def __init__(self, sigma: float) -> None:
         self.low, self.high = math.inf, -math.inf
         self.nan = self.inf = 0
+        self._sigma = sigma
         self._shift: float | None = None
         self._sums = [0.0] * 4  # of d, d**2, d**3, d**4 with d = x - shift
         self._size = 0.0  # of |x|
         self._count = 0
+        self._gate, self._far, self._room = math.inf, [torch.empty(0)], MOST_FAR
 
     def add(self, part: Tensor) -> Tensor:
         """Add float32 values; returns the finite ones."""
@@ -137,18 +156,24 @@ class _Wide:
                 return part
             low, high = float(part.amin()), float(part.amax())
         self.low, self.high = min(self.low, low), max(self.high, high)
-        offset = scratch("offset", len(part), torch.float64).copy_(part)
         if self._shift is None:
             # Weights lie around 0. Values that do not would cancel in the fourth power: they are taken from their mean.
-            mean, std = float(offset.mean()), float(offset.std(correction=0))
+            mean, std = float(part.double().mean()), float(part.double().std(correction=0))
             self._shift = mean if abs(mean) > std else 0.0
-        if self._shift:
-            offset.sub_(self._shift)
-        square = torch.mul(offset, offset, out=scratch("square", len(part), torch.float64))
-        sums = [offset.sum(), square.sum(), torch.dot(offset, square), torch.dot(square, square)]
-        self._sums = [before + float(more) for before, more in zip(self._sums, sums, strict=True)]
-        self._size += float(_sizes(part).sum(dtype=torch.float64))
+            self._gate = abs(mean) + GATE * self._sigma * std
+        reach = max(-low, high)
+        if self._shift or not 1 / SAFE < reach < SAFE:
+            sums = _power_sums(part.double().sub_(self._shift))
+        else:
+            sums = _power_sums(part)  # torch adds in pairs: float32 loses nothing that could be seen
+        self._sums = [before + more for before, more in zip(self._sums, sums, strict=True)]
         self._count += len(part)
+        size = _sizes(part)
+        self._size += float(size.sum() if reach < SAFE else size.double().sum())
+        if reach > self._gate and self._room:
+            far = torch.from_numpy(part.numpy()[size.numpy() > self._gate])  # torch's own takes five times as long
+            self._room -= min(self._room, len(far))
+            self._far.append(far)
         return part
 
     def moments(self) -> Moments:
@@ -160,6 +185,17 @@ class _Wide:
         central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
         kurtosis = central / variance**2 if variance**2 > 0 else None
         return Moments(mean, math.sqrt(variance), kurtosis, self._size / self._count)
+
+    def far(self) -> "Far | None":
+        return Far(self._gate, torch.cat(self._far)) if self._room else None
+
+
+def _power_sums(x: Tensor) -> list[float]:
+    """The sums of x, x**2, x**3 and x**4, (n,)."""
+    square = torch.mul(x, x, out=scratch("square", len(x), x.dtype))
+    power = scratch("power", len(x), x.dtype)
+    sums = [x.sum(), square.sum(), torch.mul(square, x, out=power).sum()]
+    return [float(each) for each in (*sums, torch.mul(square, square, out=power).sum())]
 
 
 class _Rows:
@@ -176,7 +212,8 @@ class _Rows:
         own = slice(row, row + len(part))
         self._low[own] = torch.minimum(self._low[own], part.amin(1))
         self._high[own] = torch.maximum(self._high[own], part.amax(1))
-        self._sum[own] += _sizes(part).sum(1, dtype=torch.float64)
+        sums = _sizes(part).sum(1)
+        self._sum[own] += sums if bool(torch.isfinite(sums).all()) else _sizes(part).sum(1, dtype=torch.float64)
 
     def ranges(self) -> Ranges:
         return Ranges(self._low, self._high, (self._sum / self._width).float())

@@ -2,7 +2,7 @@
 
 Per tensor and per output channel, to the grid from the least to the greatest weight and to the best of several narrower
 ones. Of a 16-bit dtype the tensor's own grid needs no reading: its distinct values are rounded, each as often as it
-occurs. A channel tries the tensor's best range, scaled to the channel's own mean|w|, and one below and one above it.
+occurs. A channel tries the tensor's best range, scaled to its own mean|w|, and one below and one above that.
 """
 
 import math
@@ -20,7 +20,7 @@ BITS = (8, 4, 3, 2, 1)
 TENSOR, CHANNEL = "tensor", "channel"
 GRANULARITIES = (TENSOR, CHANNEL)
 MIN_MAX, BEST = "min-max", "best"
-AROUND = (1.0, 2**-0.33, 2**0.33)  # what a channel tries around the tensor's best range
+AROUND = (2**-0.33, 1.0, 2**0.33)  # what a channel tries around the tensor's best range
 MAPPED = 64  # channels, or groups of neighbours, that have a histogram each
 MAP_BINS = 32  # on each side of zero
 
