@@ -242,6 +242,8 @@ def test_a_picture_of_nothing_and_of_constants(r2: R2, foreign: Path) -> None:
     for name in ("none.safetensors", "constant.safetensors"):
         ran = r2("analyze", name, "-o", "a.png", "-o", "a.html", "--overwrite", "--limit", 0)
         assert ran.code == 0, ran.err
+    save_file({"a$x^$": torch.randn(4, 4), "$": torch.randn(4, 4), "_b": torch.randn(3, 3)}, "_dollars$.safetensors")
+    assert r2("analyze", "_dollars$.safetensors", "-o", "d.png").code == 0
     broken = torch.full((4, 4), math.nan)
     save_file({"broken": broken, "b.weight": torch.ones(2, 2)}, "nan.safetensors")
     ran = r2("analyze", "nan.safetensors", "-o", "n.png", "-o", "n.html", "-o", "n.svg")
@@ -269,7 +271,7 @@ def test_nan_fails_every_gate(r2: R2, foreign: Path) -> None:
         assert ran.code == 1 and "w (1 NaN and 1 infinite weights)" in ran.err
 
 
-@pytest.mark.parametrize("value", ["20", "x@4", "20@x", "20@5", "@", "20@4@4"])
+@pytest.mark.parametrize("value", ["20", "x@4", "20@x", "20@5", "@", "20@4@4", "nan@4"])
 def test_a_gate_that_makes_no_sense_is_refused_before_any_work(value: str, r2: R2, foreign: Path) -> None:
     ran = r2("analyze", foreign, "--min-sqnr", value)
     assert ran.code == 2 and "--min-sqnr" in ran.err

@@ -1,8 +1,8 @@
 """How wide a network's weights are, which of them are outliers, and what that costs at 8, 4, 3, 2 and 1 bit.
 
 No data and no model code: a tensor is read in pieces, twice. The first reading counts patterns (`counts.py`), sums
-powers and finds every output channel's range; the second one counts outliers where float32's buckets leave them open,
-and really rounds every weight, to min-max grids and to the best ones, with one grid and with one per output channel.
+powers, and finds outliers and every output channel's range; the second one really rounds every weight, to min-max grids
+and to the best ones, with one grid and with one per output channel.
 Outlier: further than `sigma` standard deviations from the mean. Output channels lie along the first dimension.
 """
 

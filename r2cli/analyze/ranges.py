@@ -73,7 +73,7 @@ def spans(shape: tuple[int, ...], piece: int) -> Iterator[tuple[int, int, int, i
     for row in range(0, rows, together):
         many = min(together, rows - row)
         stop = (row + many) * width
-        for at in range(row * width, stop, max(piece, many * width) if width <= piece else piece):
+        for at in range(row * width, stop, piece):
             yield row, many, at, min(stop, at + piece)
 
 
@@ -160,7 +160,8 @@ class _Wide:
             # Weights lie around 0. Values that do not would cancel in the fourth power: they are taken from their mean.
             mean, std = float(part.double().mean()), float(part.double().std(correction=0))
             self._shift = mean if abs(mean) > std else 0.0
-            self._gate = abs(mean) + GATE * self._sigma * std
+            # As float32, in which it is compared.
+            self._gate = float(tables.ceil32(abs(mean) + GATE * self._sigma * std))
         reach = max(-low, high)
         if self._shift or not 1 / SAFE < reach < SAFE:
             sums = _power_sums(part.double().sub_(self._shift))

@@ -18,7 +18,6 @@ from r2cli.tensors import Stored, scratch
 
 BITS = (8, 4, 3, 2, 1)
 TENSOR, CHANNEL = "tensor", "channel"
-GRANULARITIES = (TENSOR, CHANNEL)
 MIN_MAX, BEST = "min-max", "best"
 AROUND = (2**-0.33, 1.0, 2**0.33)  # what a channel tries around the tensor's best range
 MAPPED = 64  # channels, or groups of neighbours, that have a histogram each

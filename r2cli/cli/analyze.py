@@ -1,5 +1,6 @@
 """`r2 analyze`: how wide the weights are, which are outliers, and what that costs at few bits."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def analyze(
             "--outlier-sigma",
             help="An outlier is further from the mean than this many standard deviations; of normal weights 4 leaves "
             "1 in 16,000 there.",
-            min=0,
+            min=0.1,
         ),
     ] = 4.0,
     bits: Annotated[int, _option("--bits", help="8, 4, 3, 2 or 1: what the table and its order are about.")] = 4,
@@ -135,8 +136,8 @@ def analyze(
     many = limit if limit is not None else LIMIT if len(sheets) == 1 else 8
     for sheet in sheets:
         shown += [*text.lines(sheet, order(sheet.rows), limit=many, bits=bits, sigma=outlier_sigma), ""]
-    can_quantize = [each.file for each in found if each.is_float_checkpoint]
-    follow = f"r2 ptq {can_quantize[0]} --weight-bits {bits}" if can_quantize and outputs else _page_of(sources)
+    ready = next((each.file for each in found if each.is_float_checkpoint), None)
+    follow = _next(sources, ready if outputs else None, bits, written=bool(outputs))
     shown += [*text.comparison(sheets, bits), line, *(f"wrote {path}" for path in outputs), console.next_step(follow)]
     console.emit(report, as_json=json, lines=shown)
     _require(sheets, max_range_ratio, max_outliers, floor, granularity)
@@ -169,12 +170,17 @@ def _floor(text: str | None, *, quick: bool) -> tuple[float, int] | None:
         found = float(decibel), int(bits)
     except ValueError as error:
         raise InputError(f"--min-sqnr {text} is not DB@BITS, for example 20@4") from error
+    if not math.isfinite(found[0]):
+        raise InputError(f"--min-sqnr {text} would stop nothing or everything: give a number of dB")
     _require_bits("--min-sqnr …@", found[1])
     return found
 
 
-def _page_of(sources: Sequence[Path]) -> str:
-    return f"r2 analyze {' '.join(map(str, sources))} -o report.html"
+def _next(sources: Sequence[Path], checkpoint: Path | None, bits: int, *, written: bool) -> str:
+    """The next command: look at a page; then quantize a checkpoint, or hold the line for another file."""
+    if checkpoint is not None:
+        return f"r2 ptq {checkpoint} --weight-bits {bits}"
+    return f"r2 analyze {' '.join(map(str, sources))} {f'--min-sqnr 15@{bits}' if written else '-o report.html'}"
 
 
 def _worst(sheets: "Sequence[Sheet]", bits: int) -> "list[Row]":

@@ -95,7 +95,13 @@ def _panel(panel: "Axes", row: Row, colour: str, bits: int, sigma: float) -> Non
 
 
 def _short(name: str, most: int = 26) -> str:
-    return name if len(name) <= most else f"…{name[-most + 1 :]}"
+    return _plain(name if len(name) <= most else f"…{name[-most + 1 :]}")
+
+
+def _plain(name: str) -> str:
+    """`name` as it is: dollars make no formula, and matplotlib keeps labels that start with _ to itself."""
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if name.startswith("_") else escaped
 
 
 def _legend(figure: "object", sheets: Sequence[Sheet], *, shown: int, sigma: float) -> None:
@@ -104,7 +110,9 @@ def _legend(figure: "object", sheets: Sequence[Sheet], *, shown: int, sigma: flo
     from matplotlib.patches import Patch
 
     assert isinstance(figure, Figure)
-    handles: list[object] = [Patch(color=COLOURS[i % len(COLOURS)], label=s.title) for i, s in enumerate(sheets)]
+    handles: list[object] = [
+        Patch(color=COLOURS[i % len(COLOURS)], label=_plain(s.title)) for i, s in enumerate(sheets)
+    ]
     handles.append(Line2D([], [], color=OUTLIER, marker=".", linestyle="", label=f"beyond {sigma:g} std"))
     handles.append(Line2D([], [], color=FAINT, linestyle=":", linewidth=0.8, label="range"))
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=7)
