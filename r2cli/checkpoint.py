@@ -11,9 +11,9 @@ Nothing that is loaded runs code: safetensors holds tensors and text only.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,23 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What `models.build` needs to make the network again. `stem` is 'small' (stride 1) or 'imagenet'."""
+    """What `models.build` needs to make the network again. `stem` is 'small' (stride 1) or 'imagenet'.
+
+    `args` are the factory's own keywords. `factory` is set for a network of the user's own and never written: a file
+    names such code, and only the user's command line runs it.
+    """
 
     name: str
     classes: int
     channels: int = 3
     stem: str = "imagenet"
     width: float = 1.0
+    args: Mapping[str, Any] = field(default_factory=dict)
+    factory: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+
+    def described(self) -> dict[str, Any]:
+        """The spec as JSON holds it."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "factory"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
     """The bytes of the checkpoint's file; the same for equal checkpoints."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.floats.items()}
+    tensors = _plain(checkpoint.floats)
     codecs = {}
     for name, coded in checkpoint.coded.items():
         tensors[f"{name}.codes"] = coded.packed()
@@ -110,7 +120,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         activations[node] |= {"scale": grid.scale.item(), "zero_point": int(grid.zero_point.item())}
     meta = {
         "format": FORMAT,
-        "model": asdict(checkpoint.model),
+        "model": checkpoint.model.described(),
         "input": asdict(checkpoint.input),
         "class_names": checkpoint.class_names,
         "codecs": codecs,
@@ -167,8 +177,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write any tensors with text beside them, atomically: the resume state of a training run."""
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, safetensors.torch.save(plain, dict(metadata)))
+    write_atomically(path, safetensors.torch.save(_plain(tensors), dict(metadata)))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: dense, and each with memory of its own, where a network ties some."""
+    out: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        dense = tensor.detach().cpu().contiguous()
+        out[name] = dense.clone() if dense.untyped_storage().data_ptr() in seen else dense
+        seen.add(out[name].untyped_storage().data_ptr())
+    return out
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -347,7 +347,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "r2.class_names": json.dumps(checkpoint.class_names),
         "r2.history": json.dumps(checkpoint.history, sort_keys=True),
         "r2.input": json.dumps({k: getattr(spec, k) for k in ("channels", "size", "resize", "mean", "std")}),
-        "r2.model": json.dumps(checkpoint.model.__dict__, sort_keys=True),
+        "r2.model": json.dumps(checkpoint.model.described(), sort_keys=True),
     }
     return dict(sorted(entries.items()))
 

@@ -28,19 +28,10 @@ NOTHING: tuple[Any, ...] = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout)
 PASSING: tuple[Any, ...] = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.Flatten),
     *(F.max_pool2d, torch.flatten, torch.reshape, torch.permute, torch.transpose),
-    *(
-        operator.getitem,
-        getattr,
-        "flatten",
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "contiguous",
-        "size",
-        "dim",
-    ),
+    *(operator.getitem, "flatten", "view", "reshape", "permute", "transpose", "contiguous"),
 )
+# They read a value's shape and not the value.
+SHAPES: tuple[Any, ...] = (getattr, "size", "dim")
 
 
 @dataclass(frozen=True)
@@ -215,7 +206,9 @@ def replace_calls(net: fx.GraphModule, match: Callable[[fx.Node], nn.Module | No
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    """The one node that reads the value of `node`; None if there are more, or none."""
+    users = [user for user in node.users if user.target not in SHAPES]
+    return users[0] if len(users) == 1 else None
 
 
 def _follows(net: fx.GraphModule, node: fx.Node) -> bool:

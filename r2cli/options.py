@@ -5,18 +5,57 @@ from typing import Annotated
 
 import typer
 
-WORK, GATES, OUTPUT = "Work", "Gates (exit 1)", "Output"
+WORK, FOREIGN, GATES, OUTPUT = "Work", "A network of your own", "Gates (exit 1)", "Output"
 
 
 def _option(*names: str, help: str, panel: str = WORK, **more: object) -> object:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)  # type: ignore[arg-type]
 
 
-Source = Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=True)]
-DataName = Annotated[str | None, _option("--data", help="digits or imagefolder:DIR. [default: the checkpoint's]")]
+DEFAULT_SOURCE = Path("model.safetensors")
+
+Source = Annotated[
+    Path | None, typer.Argument(help="The checkpoint to read. (default: model.safetensors)", show_default=False)
+]
+DATA = "digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder:DIR or fake:CxHxW:CLASSES."
+DataName = Annotated[str | None, _option("--data", help=f"{DATA} (default: the checkpoint's)")]
+DataDir = Annotated[
+    Path | None, _option("--data-dir", help="Where downloaded data sets are. (default: ~/.cache/r2cli)")
+]
 Seed = Annotated[int, _option("--seed", help="The same seed gives the same bytes.", min=0)]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int, _option("--workers", help="Processes that decode large images.", min=0)]
+
+# A network that r2 did not train, and how its images are prepared.
+ModelName = Annotated[
+    str | None,
+    _option(
+        "--model", help="A network of no r2 checkpoint, with --weights: its name or FILE.py:FACTORY.", panel=FOREIGN
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    _option("--weights", help="Its state_dict: .safetensors, or .pth as torch.save writes.", panel=FOREIGN),
+]
+ModelArg = Annotated[
+    list[str] | None,
+    _option("--model-arg", help="NAME=VALUE: a keyword of the network's factory; repeatable.", panel=FOREIGN),
+]
+Stem = Annotated[
+    str | None,
+    _option("--stem", help="small or imagenet. (default: small up to 64 pixels)", panel=FOREIGN),
+]
+Size = Annotated[
+    int | None,
+    _option("--size", help="Image size in pixels. (default: 16 for digits, else the images' or 224)", panel=FOREIGN),
+]
+Mean = Annotated[
+    str | None,
+    _option(
+        "--mean", help="Of pixels from 0 to 1: one, or one a channel: 0.5,0.5,0.5. (default: the data's)", panel=FOREIGN
+    ),
+]
+Std = Annotated[str | None, _option("--std", help="As --mean. (default: the data's)", panel=FOREIGN)]
 
 MinAccuracy = Annotated[float | None, _option("--min-accuracy", help="Least top-1, in percent.", panel=GATES)]
 MaxDrop = Annotated[

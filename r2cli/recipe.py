@@ -157,7 +157,8 @@ def execute(
     """Run the steps in order; returns each step's values and report. What is done is kept in results.json.
 
     A step is skipped that was done with the same options by the same version, whose output is still there and whose
-    source was not made again. One that was stopped half way runs again over its own files.
+    source was not made again. One that was stopped half way goes on from its last epoch, or runs again over its own
+    files.
     """
     record = folder / "results.json"
     done, results = _recorded(record), []
@@ -173,6 +174,7 @@ def execute(
         if report is None:
             tell(f"[{number}/{len(todo)}] {shell(step, folder)}")
             ours = overwrite or name in done  # a file of the recipe's own, which it may replace
+            goes_on = not overwrite and known.get("key") == key and any(_state(file).exists() for file in files)
             for other in done.values():
                 if output is not None and other["source"] == output:
                     other["report"] = None  # made from a file that is about to change
@@ -180,9 +182,8 @@ def execute(
             if ours or not exists:
                 done[name] = entry
                 _record(record, done)
-            made = invoke(
-                [*step.arguments(folder), *(["--overwrite"] if ours and output is not None else []), "--json"]
-            )
+            more = ["--resume"] if goes_on else ["--overwrite"] if ours and output is not None else []
+            made = invoke([*step.arguments(folder), *more, "--json"])
             report = json.loads(json.dumps(made, default=str))
             done[name] = {**entry, "report": report}
             _record(record, done)
@@ -268,6 +269,11 @@ def _look_up(path: str, values: Mapping[str, Any]) -> Any:
     if key and not isinstance(values[name], Mapping):
         raise InputError(f"{{{path}}} asks for a key of '{values[name]}', which is not a table")
     return values[name].get(key) if key else values[name]
+
+
+def _state(output: Path) -> Path:
+    """Where a training step that was stopped keeps its last whole epoch."""
+    return output.with_name(f"{output.stem}.resume.safetensors")
 
 
 def _recorded(record: Path) -> dict[str, Any]:

@@ -11,16 +11,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2cli import checkpoint, data, regularizers
 from r2cli.errors import InputError, R2Error, unknown
 
 STATE_FORMAT = 1
 EVALUATION_BATCH = 256
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
 
 # Options whose names differ from those of the settings that they fill.
 OPTIONS = {"name": "reg", "strength": "reg-weight", "stable": "reg-form", "dim": "reg-dim"}
@@ -39,6 +42,10 @@ class Settings:
     label_smoothing: float
     reg_lr: float
     seed: int
+    clip_grad: float | None = None  # most Euclidean length of all gradients together
+    ema: float | None = None  # decay of a running average of the weights, which is what is evaluated and kept
+    precision: str = FLOAT32  # or BFLOAT16: layers compute in it, weights and their updates stay float32
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Epoch:
     top1: float
     range_max: float
     range_mean: float
+    images_per_second: float = 0.0  # of the training steps, evaluation and saving not counted
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,16 @@ def device(name: str) -> torch.device:
     return found
 
 
+def precision(name: str, where: torch.device) -> str:
+    """The precision `name`; 'auto' is bfloat16 on a GPU that computes in it. Raises InputError where it does not."""
+    able = where.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == BFLOAT16 and not able:
+        raise InputError(f"--precision bfloat16 is not to be had on {torch.cuda.get_device_name(where)}: use float32")
+    if name == "auto":
+        return BFLOAT16 if where.type == "cuda" and able else FLOAT32
+    return name
+
+
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """Batches of an epoch; a last batch of one image is left out, because BatchNorm cannot train on it."""
     whole, rest = divmod(examples, batch_size)
@@ -107,6 +125,8 @@ class _Run:
     """Everything that a run holds; `identity` is what must be equal for a stopped run to go on."""
 
     model: nn.Module
+    forward: nn.Module  # `model` itself, or compiled
+    average: AveragedModel | None  # of the model's weights and statistics, where Settings.ema asks for it
     source: data.Data
     settings: Settings
     device: torch.device
@@ -114,6 +134,11 @@ class _Run:
     optimizer: torch.optim.SGD
     state: Path
     watch: Watch
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is evaluated and kept."""
+        return self.model if self.average is None else self.average.module
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -145,51 +170,86 @@ def fit(
 ) -> list[Epoch]:
     """Train `model` in place. After every epoch the whole state is in the file `state`; `resume` starts from it.
 
-    Raises R2Error where the loss is no longer finite; the last good epoch's state is kept.
+    Raises R2Error where the loss is no longer finite (the last good epoch's state is kept), and where the network
+    cannot be compiled.
     """
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    forward: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
+    average = None
+    if settings.ema is not None:
+        average = AveragedModel(model, multi_avg_fn=_running_average(settings.ema), use_buffers=True)
     regularizer = regularizers.Regularizer(setting, model) if setting else None
     optimizer = _optimizer(model, regularizer, settings)
-    run = _Run(model, source, settings, device, regularizer, optimizer, state, watch)
+    run = _Run(model, forward, average, source, settings, device, regularizer, optimizer, state, watch)
     history = _restore(run) if resume and state.exists() else []
     watch.step(len(history) * run.steps_per_epoch)
     for number in range(len(history) + 1, settings.epochs + 1):
-        loss, penalty = _one_epoch(run, number)
+        loss, penalty, speed = _one_epoch(run, number)
         if not math.isfinite(loss):
             kept = f"; {state} holds the end of epoch {number - 1}" if number > 1 else ""
             raise R2Error(f"training diverged in epoch {number} (loss {loss}): use a lower --lr or --reg-weight{kept}")
-        ratios = range_ratios(model)
-        accuracy = evaluate(model, source.test, device)
-        history.append(Epoch(number, loss, penalty, accuracy, max(ratios.values()), sum(ratios.values()) / len(ratios)))
+        ratios = list(range_ratios(run.result).values()) or [0.0]
+        accuracy = evaluate(run.result, source.test, device)
+        mean = sum(ratios) / len(ratios)
+        history.append(Epoch(number, loss, penalty, accuracy, max(ratios), mean, speed))
         _save(run, history)
         watch.epoch(history[-1])
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
     return history
 
 
-def _one_epoch(run: _Run, number: int) -> tuple[float, float]:
-    """Mean task loss over epoch `number` (from 1), and the penalty at its last step."""
+def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
+    """Mean task loss over epoch `number` (from 1), the penalty at its last step, and images a second."""
     settings = run.settings
-    run.model.train()
-    criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    run.forward.train()
     order = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     step = (number - 1) * run.steps_per_epoch
     total, penalty, seen = torch.zeros((), device=run.device), torch.zeros(()), 0
+    started = perf_counter()
     batches = run.source.train.batches(settings.batch_size, run.device, order, augment=True)
     for images, labels in itertools.islice(batches, run.steps_per_epoch):
         factor = learning_rate(step, settings.epochs * run.steps_per_epoch, settings.warmup)
         for group in run.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        loss = criterion(run.model(images), labels)
+        loss = _loss(run, images, labels)
         run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if run.regularizer:
             penalty = run.regularizer.add_gradients()
+        if settings.clip_grad is not None:
+            nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_grad)
         run.optimizer.step()
+        if run.average is not None:
+            run.average.update_parameters(run.model)
         total += loss.detach() * len(labels)
         seen += len(labels)
         step += 1
         run.watch.step(1)
-    return float(total) / max(1, seen), float(penalty)
+    mean = float(total) / max(1, seen)  # waits for the device, so that the time is the work's
+    return mean, float(penalty), seen / (perf_counter() - started)
+
+
+def _running_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential average that starts short, so that it soon forgets the initial weights (as TensorFlow's does)."""
+
+    def update(averaged: Any, current: Any, count: Tensor) -> None:
+        steps = int(count)
+        own = min(decay, (1 + steps) / (10 + steps))
+        get_ema_multi_avg_fn(own)(averaged, current, count)  # type: ignore[no-untyped-call]
+
+    return update
+
+
+def _loss(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
+    """The task loss of one batch. Raises R2Error where the network cannot be compiled."""
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == BFLOAT16):
+        try:
+            logits = run.forward(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            told = " ".join(str(error).split())[:300]
+            raise R2Error(f"the network cannot be compiled ({told}): leave --compile out") from error
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
 
 
 def evaluate(model: nn.Module, split: data.Split, device: torch.device) -> float:
@@ -243,7 +303,9 @@ def _optimizer(model: nn.Module, regularizer: regularizers.Regularizer | None, s
                 "nesterov": False,
             }
         )
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    nesterov = settings.momentum > 0
+    # Fused: one pass over weights, gradients and momenta, where the plain form makes five.
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
 
 
 # --- the resume state ----------------------------------------------------------------------------------------------
@@ -251,6 +313,8 @@ def _optimizer(model: nn.Module, regularizer: regularizers.Regularizer | None, s
 
 def _save(run: _Run, history: list[Epoch]) -> None:
     tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in run.model.state_dict().items()}
+    if run.average is not None:
+        tensors |= {f"average.{name}": t for name, t in run.average.state_dict().items()}
     tensors["rng"] = torch.get_rng_state()
     if run.device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(run.device)
@@ -279,7 +343,9 @@ def _restore(run: _Run) -> list[Epoch]:
 
 @torch.no_grad()
 def _load(run: _Run, tensors: Mapping[str, Tensor]) -> None:
-    run.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+    run.model.load_state_dict(_part(tensors, "model."))
+    if run.average is not None:
+        run.average.load_state_dict(_part(tensors, "average."))
     for name, parameter in (run.regularizer.parameters if run.regularizer else {}).items():
         parameter.copy_(tensors[f"regularizer.{name}"])
     for name, parameter in _named(run).items():
@@ -290,6 +356,10 @@ def _load(run: _Run, tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and run.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"], run.device)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _named(run: _Run) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,122 @@ def test_an_image_folder_goes_the_whole_road(r2: R2, tmp_path: Path, monkeypatch
     assert json.loads(quantized.out)["passed"]
     recorded = checkpoint.load(tmp_path / "model.safetensors")
     assert recorded.input.size == 12 and recorded.class_names == ("dark", "light") and recorded.model.stem == "small"
+
+
+# --- a network that r2 has never seen ---------------------------------------------------------------------------------
+
+OWN_NET = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return torch.relu(x + self.norm(self.conv(x)))
+
+class Own(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(Block(width), nn.MaxPool2d(2), Block(width))
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+def own(width=16, num_classes=10):
+    return Own(width, num_classes)
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "net.py"
+    path.write_text(OWN_NET)
+    monkeypatch.setattr("sys.modules", dict(sys.modules))
+    return path
+
+
+def test_a_network_and_weights_from_elsewhere_go_the_whole_road(r2: R2, net: Path) -> None:
+    options = ["--model", "net.py:own", "--model-arg", "width=24", "--size", 8]
+    trained = r2("pretrain", *options, "--epochs", 6, "--lr", 0.2, "-o", "own.safetensors", "--json")
+    assert trained.code == 0, trained.err
+    top1 = json.loads(trained.out)["top1"]
+    assert top1 > 80
+    namespace: dict[str, Any] = {}
+    exec(OWN_NET, namespace)
+    network = namespace["own"](width=24)
+    network.load_state_dict(load_file("own.safetensors"))  # back in the factory that made it, without r2
+    wrapped = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"epoch": 6, "state_dict": wrapped}, "own.pth")
+
+    foreign = [*options, "--weights", "own.pth", "--data", "digits"]
+    evaluated = r2("evaluate", *foreign, "--json")
+    assert evaluated.code == 0, evaluated.err
+    assert json.loads(evaluated.out)["top1"] == pytest.approx(top1)
+    quantized = r2("ptq", *foreign, "--weight-bits", 8, "--json")
+    assert quantized.code == 0, quantized.err
+    report = json.loads(quantized.out)
+    assert report["passed"] and abs(report["top1"] - top1) < 2 and len(report["layers"]) == 4
+    assert r2("evaluate", "own.w8a8-none.onnx", "--min-accuracy", top1 - 2).code == 0, "the file needs no code of ours"
+    exported = r2("export", *foreign, "-o", "float.onnx", "--json")
+    assert exported.code == 0 and json.loads(exported.out)["passed"], exported.err
+    assert "net.py:own" in r2("evaluate", "own.w8a8-none.safetensors").err
+    again = r2("evaluate", "own.w8a8-none.safetensors", "--model", "net.py:own", "--json")
+    assert json.loads(again.out)["top1"] == pytest.approx(report["top1"], abs=0.35)
+
+
+def test_weights_from_elsewhere_are_where_training_starts(r2: R2, model: Path) -> None:
+    options = ["--model", "resnet8", "--size", 8, "--epochs", 1, "--lr", 1e-6, "-o", "more.safetensors"]
+    before = checkpoint.load(model).history[0]["metrics"]["top1"]
+    tuned = r2("pretrain", *options, "--weights", model, "--json")
+    assert tuned.code == 0, tuned.err
+    assert json.loads(tuned.out)["top1"] == pytest.approx(before, abs=2)
+    assert json.loads(r2("pretrain", *options, "--overwrite", "--json").out)["top1"] < 50
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--weights", "model.safetensors"], "--model"),
+        (["--weights", "model.safetensors", "--model", "resnet8"], "--data"),
+        (["--weights", "none.pth", "--model", "resnet8", "--data", "digits"], "none.pth does not exist"),
+        (["--weights", "model.safetensors", "--model", "resnet20", "--data", "digits"], "'stages.0.1.conv1.weight'"),
+        (["model.safetensors", "--weights", "net.pth", "--model", "resnet8"], "two networks"),
+        (["--model", "resnet8"], "--model belongs to --weights"),
+        (["--model-arg", "a=1"], "--model-arg belongs to --weights"),
+        (["--size", 8], "--size does not apply"),
+        (["--mean", "0.5"], "--mean does not apply"),
+    ],
+)
+@pytest.mark.parametrize("command", ["ptq", "export", "evaluate"])
+def test_options_that_contradict_each_other_are_refused(
+    command: str, options: list[object], told: str, r2: R2, model: Path
+) -> None:
+    before = sorted(Path().iterdir())
+    ran = r2(command, *options)
+    assert ran.code == 2 and told in ran.err, ran.err
+    assert len(ran.err.strip().splitlines()) == 1 and sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--mean", "a,b"),
+        ("--mean", "0.1,0.2"),
+        ("--std", "0"),
+        ("--std", "nan"),
+        ("--model-arg", "width"),
+        ("--stem", "x"),
+    ],
+)
+def test_option_values_that_say_nothing_are_refused(option: str, value: str, r2: R2, tmp_path: Path) -> None:
+    ran = r2("pretrain", option, value, "--model", "resnet18", "-o", tmp_path / "m.safetensors")
+    assert ran.code == 2 and option in ran.err, ran.err
 
 
 @pytest.mark.parametrize("command", ["pretrain", "ptq", "export", "evaluate"])

@@ -1,6 +1,8 @@
 """Data: the fixed split of the digits, folders of images good and bad, batches that depend on nothing but a seed."""
 
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from r2cli import data
 from r2cli.checkpoint import InputSpec
-from r2cli.data import Data, FolderSplit, MemorySplit, Split
+from r2cli.data import Data, FolderSplit, KeptSplit, MemorySplit, Split, imagefolder
 from r2cli.errors import InputError
 
 CPU = torch.device("cpu")
@@ -283,6 +285,29 @@ def test_a_folder_of_mixed_kinds_loads(tmp_path: Path) -> None:
     assert not source.train.unreadable
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparent_bytes_decodes_without_a_word(tmp_path: Path) -> None:
+    path = write(tmp_path / "image.png", "P")
+    with Image.open(path) as file:
+        file.load()
+        file.save(tmp_path / "clear.png", transparency=bytes(range(256)))
+    with Image.open(tmp_path / "clear.png") as file:
+        assert isinstance(file.info["transparency"], bytes)
+    assert isinstance(data.decode(tmp_path / "clear.png", InputSpec(3, 12, 12, (0.0,) * 3, (1.0,) * 3)), Tensor)
+
+
+@pytest.mark.parametrize("size", [None, 96])
+def test_images_of_mixed_sizes_become_one(size: int | None, tmp_path: Path) -> None:
+    root = folder(tmp_path / "set", size=(20, 16))
+    for index, own in enumerate([(16, 16), (7, 40), (200, 3), (1, 1), (300, 500)]):
+        write(root / "train" / "cat" / f"odd{index}.png", size=own)
+    source = data.load(f"imagefolder:{root}", size=size, workers=0)
+    images, _ = joined(source.train)
+    assert images.shape == (11, 3, size or 16, size or 16) and not source.train.unreadable
+    (augmented, _), *_ = source.train.batches(16, CPU, seeded(0), augment=True)
+    assert augmented.shape == images.shape
+
+
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
     deep = pixels(0, 12, 12, 1)[..., 0]
     Image.fromarray(deep.astype(np.uint16) * 257).save(tmp_path / "deep.png")
@@ -331,7 +356,9 @@ def test_many_unreadable_images_are_refused(size: int, tmp_path: Path) -> None:
 def test_an_unreadable_first_image_is_left_out_as_others_are(tmp_path: Path) -> None:
     root = folder(tmp_path / "set", each=50)
     bad = broken(root / "train" / "cat" / "000.png")
-    assert data.load(f"imagefolder:{root}", size=12, workers=0).train.unreadable == [str(bad)]
+    train = data.load(f"imagefolder:{root}", size=12, workers=0).train
+    joined(train)
+    assert train.unreadable == [str(bad)]
 
 
 # --- folders without the layout ------------------------------------------------------------------------------------
@@ -382,6 +409,20 @@ def test_a_class_of_one_half_is_named(half: str, tmp_path: Path) -> None:
     assert str(root) in message and "'bird'" in message
 
 
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path / "set")
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    message = refused(f"imagefolder:{root}")
+    assert str(root / "train" / "dog") in message and "Permission denied" in message
+
+
 @pytest.mark.parametrize(("name", "near"), [("digit", "'digits'"), ("imagefolders:x", "'imagefolder:DIR'"), ("", "")])
 def test_an_unknown_data_set_suggests_the_nearest(name: str, near: str) -> None:
     message = refused(name)
@@ -392,6 +433,120 @@ def test_impossible_sizes_are_refused() -> None:
     for size in (-1, 0, 3, 1025):
         assert str(size) in refused("digits", size=size)
     assert "imagefolder:DIR" in refused("imagefolder")
+
+
+# --- preprocessing that the user gives -------------------------------------------------------------------------------
+
+
+def test_mean_std_and_size_replace_the_data_s_own(tmp_path: Path) -> None:
+    root = folder(tmp_path / "set")
+    source = data.load(f"imagefolder:{root}", size=10, mean=[0.5], std=[0.5, 0.25, 0.125], workers=0)
+    assert source.input == InputSpec(3, 10, 10, (0.5, 0.5, 0.5), (0.5, 0.25, 0.125))
+    images, _ = joined(source.test)
+    assert images.shape == (6, 3, 10, 10) and float(images[:, 0].min()) == pytest.approx(-1, abs=0.2)
+    assert data.load("digits", mean=[0.0], std=[1.0]).input == InputSpec(1, 16, 16, (0.0,), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("option", "given"), [("--mean", {"mean": [0.1, 0.2]}), ("--std", {"std": [1, 1, 1, 1]}), ("--std", {"std": [0.0]})]
+)
+def test_impossible_preprocessing_is_refused(option: str, given: dict[str, list[float]]) -> None:
+    with pytest.raises(InputError, match=option):
+        data.load("fake:3x8x8:2", **given)  # type: ignore[arg-type]
+
+
+# --- fake images -----------------------------------------------------------------------------------------------------
+
+
+def test_fake_images_have_the_shape_that_is_asked_for() -> None:
+    source = data.load("fake:3x24x24:1500")
+    assert source.input.shape == (3, 24, 24) and len(source.class_names) == 1500
+    labels = torch.cat([labels for _, labels in source.train.batches(256, CPU)])
+    assert labels.unique().numel() == 1500, "every class is there"
+    images, labels = next(data.load("fake:1x8x8:2").train.batches(1024, CPU))
+    bright = images.mean((1, 2, 3))
+    assert float((bright[labels == 0].mean() - bright[labels == 1].mean()).abs()) > 0.05, "a trace of the class"
+    again, _ = next(data.load("fake:1x8x8:2").train.batches(1024, CPU))
+    assert images.equal(again)
+
+
+@pytest.mark.parametrize(
+    "shape", ["", "3x32x32", "3x32x16:10", "2x32x32:10", "3x2x2:10", "3x32x32:1", "a", "3x32x32:-1"]
+)
+def test_impossible_fakes_are_refused(shape: str) -> None:
+    assert "fake" in refused(f"fake:{shape}")
+
+
+# --- torchvision's sets, on small files in their own formats ---------------------------------------------------------
+
+
+def idx(path: Path, values: np.ndarray) -> None:
+    """MNIST's format: two zeros, 8 for bytes, the rank, the shape as big-endian int32, the bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.tobytes())
+
+
+@pytest.mark.parametrize(("name", "folder_name"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_mnist_and_its_like(name: str, folder_name: str, tmp_path: Path) -> None:
+    raw = tmp_path / folder_name / "raw"
+    for half, count in (("train", 30), ("t10k", 20)):
+        idx(raw / f"{half}-images-idx3-ubyte", pixels(1, 28, 28, count).transpose(2, 0, 1).copy())
+        idx(raw / f"{half}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
+    source = data.load(name, directory=tmp_path)
+    assert (len(source.train), len(source.test), len(source.class_names)) == (30, 20, 10)
+    assert source.input.shape == (1, 28, 28)
+    images, labels = joined(source.train)
+    assert labels[:12].tolist() == [*range(10), 0, 1]
+    expected = torch.from_numpy(pixels(1, 28, 28, 30)[..., 3].copy()).view(1, 1, 28, 28)
+    assert images[3:4].equal(data.normalise(expected, source.input, CPU))
+    three = data.load(name, directory=tmp_path, spec=InputSpec(3, 32, 32, (0.5,) * 3, (0.5,) * 3))
+    assert joined(three.test)[0].shape == (20, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar(name: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+    from hashlib import md5
+
+    import torchvision
+
+    kind = getattr(torchvision.datasets, name.upper())
+    root = tmp_path / kind.base_folder
+    root.mkdir()
+    key = "labels" if name == "cifar10" else "fine_labels"
+    names = [f"class {number}" for number in range(classes)]
+
+    def put(filename: str, content: object) -> list[str]:
+        (root / filename).write_bytes(pickle.dumps(content))
+        return [filename, md5((root / filename).read_bytes()).hexdigest()]
+
+    shown = pixels(2, 3072, classes, 1)[..., 0]
+    for half in ("train_list", "test_list"):
+        held = [put(file, {"data": shown, key: list(range(classes))}) for file, _ in getattr(kind, half)]
+        monkeypatch.setattr(kind, half, held)
+    meta = put(kind.meta["filename"], {kind.meta["key"]: names})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta[1]})
+    source = data.load(name, directory=tmp_path)
+    assert source.class_names == tuple(names) and source.input.shape == (3, 32, 32)
+    images, labels = joined(source.test)
+    assert labels.tolist() == list(range(classes))
+    assert images[5:6].equal(data.normalise(torch.from_numpy(shown[5]).view(1, 3, 32, 32), source.input, CPU))
+    assert isinstance(source.train, MemorySplit) and source.train.augments
+    grey = data.load(name, directory=tmp_path, spec=InputSpec(1, 32, 32, (0.5,), (0.5,)))
+    assert joined(grey.test)[0].shape == (classes, 1, 32, 32)
+
+
+def test_a_set_that_cannot_be_downloaded_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from urllib.error import URLError
+
+    def offline(*given: object, **more: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    with pytest.raises(InputError) as caught:
+        data.load("cifar10", directory=tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path) in message and "no route to host" in message and "--data-dir" in message
 
 
 # --- workers -------------------------------------------------------------------------------------------------------
@@ -412,6 +567,57 @@ def test_workers_change_no_batch(augment: bool, tmp_path: Path) -> None:
     assert same(passes[0, 1], passes[2, 1])
     assert same(passes[0, 2], passes[2, 2])
     assert not same(passes[0, 1], passes[0, 2])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
+def test_small_images_beyond_the_memory_limit_are_augmented_as_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imagefolder, "MEMORY_LIMIT", 0)
+    for half, name, index in ((h, c, i) for h in ("train", "val") for c in ("cat", "dog") for i in range(8)):
+        write(tmp_path / "set" / half / name / f"{index}.png", "1", seed=index)
+    passes = []
+    for workers in (0, 1):
+        source = data.load(f"imagefolder:{tmp_path / 'set'}", workers=workers)
+        assert isinstance(source.train, FolderSplit) and source.input.size == 12
+        passes.append(list(source.train.batches(4, CPU, seeded(3), augment=True)))
+    assert same(*passes)
+    images, _ = (torch.cat(part) for part in zip(*passes[0], strict=True))
+    # Black and white images, shifted and mirrored, stay so; a crop that is scaled blends.
+    assert images[:, 0].unique().numel() == 2
+    plain, _ = joined(source.train)
+    assert not images.sort(0).values.equal(plain.sort(0).values)
+
+
+def test_a_kept_image_is_decoded_when_first_needed_and_never_again(tmp_path: Path) -> None:
+    root = folder(tmp_path / "set", each=20)
+    source = data.load(f"imagefolder:{root}", workers=0)
+    assert isinstance(source.train, KeptSplit) and int(source.train.state.count_nonzero()) == 0
+    assert sum(len(labels) for _, labels in data.calibration(source, 8, CPU, seed=0, batch=8)) == 8
+    assert int(source.train.state.count_nonzero()) == 8, "calibration on 8 images reads 8 files"
+    first = joined(source.train)
+    shutil.rmtree(root)
+    assert all(a.equal(b) for a, b in zip(first, joined(source.train), strict=True))
+
+
+def test_files_are_listed_without_a_look_at_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    for count in (2, 40):
+        root = folder(tmp_path / str(count), each=count)
+        calls: list[object] = []
+        real = os.stat
+
+        def counted(*given: object, real: object = real, calls: list[object] = calls, **more: object) -> object:
+            calls.append(given)
+            return real(*given, **more)  # type: ignore[operator]
+
+        with monkeypatch.context() as patch:
+            for name in ("stat", "lstat"):
+                patch.setattr(os, name, counted)
+            source = data.load(f"imagefolder:{root}", workers=0)
+        assert len(source.train) == 2 * count
+        looks.append(len(calls))
+    assert looks[0] == looks[1]
 
 
 def test_a_random_crop_is_a_function_of_its_generator(tmp_path: Path) -> None:

@@ -93,3 +93,30 @@ class Branch(nn.Module):
 def test_a_graph_that_cannot_be_read_is_refused_with_a_way_out() -> None:
     with pytest.raises(InputError, match="Branch.*torch.fx must be able to trace it"):
         graph.trace(Branch())
+
+
+class ByHand(nn.Module):
+    """Shapes that are read on the way, as hand-written networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        assert x.dim() is not None
+        x = torch.relu(self.norm(x))
+        x = nn.functional.avg_pool2d(x, x.size()[3])
+        return self.head(x.view(x.shape[0], -1))
+
+
+def test_a_shape_that_is_read_is_no_value_on_a_grid() -> None:
+    net = graph.trace(ByHand())
+    assert [layer.norm for layer in graph.layers(net)] == ["norm", None]
+    graph.remove_norms(net)
+    assert graph.values(net, (3, 8, 8)) == ["x", "relu", "avg_pool2d"]
+    graph.insert(net, {name: nn.Identity() for name in ("x", "relu", "avg_pool2d")})
+    graph.repeat_grids(net)
+    on_grids = [node for node in net.graph.nodes if str(node.target).startswith(graph.GRIDS)]
+    assert [str(node.args[0]) for node in on_grids] == ["x", "relu", "avg_pool2d", "view"]
+    assert net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)

@@ -18,7 +18,7 @@ LAYERS = [
     ["errors", "options", "console"],
     ["codec", "counts", "tensors"],
     ["checkpoint"],
-    ["models", "data", "graph", "regularizers"],
+    ["models", "data", "graph", "regularizers", "weights"],
     ["train", "attach", "analyze"],
     ["ptq", "export", "verify", "report"],
     ["onnx_weights"],
@@ -120,7 +120,7 @@ def test_the_readme_prints_the_tree_as_it_is() -> None:
         name = path.relative_to(PACKAGE)
         shown = (
             f"{name.parts[0]}/"
-            if len(name.parts) > 1 and name.parts[0] in ("models", "ptq", "cli", "analyze", "report")
+            if len(name.parts) > 1 and name.parts[0] in ("models", "data", "ptq", "cli", "analyze", "report")
             else name.name
         )
         assert shown in readme and (len(name.parts) == 1 or path.name == "__init__.py" or path.name in readme), name

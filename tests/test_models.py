@@ -1,5 +1,10 @@
 """Networks: the papers' parameter counts, the sizes of what flows through them, and names that do not exist."""
 
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,3 +144,175 @@ def test_a_width_that_no_network_has_is_refused() -> None:
     for width in (0.0, -1.0, 4.5, float("nan"), float("inf")):
         with pytest.raises(InputError, match="--width"):
             models.spec("mobilenet_v1", classes=2, channels=3, size=32, width=width)
+
+
+# --- torchvision's and timm's ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(
+            ("alexnet", 224),
+            ("densenet121", 32),
+            ("efficientnet_b0", 32),
+            ("googlenet", 32),
+            ("mobilenet_v3_small", 32),
+        ),
+        *(("regnet_y_400mf", 32), ("shufflenet_v2_x0_5", 32), ("squeezenet1_1", 32), ("vgg11", 32), ("resnet50", 16)),
+        *(("convnext_tiny", 64), ("swin_t", 64), ("vit_b_32", 224), ("mnasnet0_5", 32)),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision.*")
+def test_torchvision_s_networks_by_name(name: str, size: int, channels: int) -> None:
+    spec = models.spec(name, classes=5, channels=channels, size=size)
+    model = models.build(spec)
+    models.require_fit(model, spec, (channels, size, size))
+    out = model.train()(torch.zeros(2, channels, size, size))
+    assert isinstance(out, torch.Tensor) and out.shape == (2, 5), "no second head in training"
+
+
+def test_the_small_stem_of_any_network_has_stride_one() -> None:
+    def first(size: int, stem: str | None = None) -> nn.Conv2d:
+        model = models.build(models.spec("efficientnet_b0", classes=2, channels=3, size=size, stem=stem))
+        return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+
+    assert first(64).stride == (1, 1) and first(65).stride == (2, 2)
+    assert first(64, "imagenet").stride == (2, 2) and first(224, "small").stride == (1, 1)
+
+
+def test_keywords_reach_the_factory() -> None:
+    spec = models.spec("mobilenet_v3_small", classes=3, channels=3, size=224, args={"dropout": 0.5, "width_mult": 0.5})
+    model = models.build(spec)
+    assert parameters(model) < 1_000_000 and any(m.p == 0.5 for m in model.modules() if isinstance(m, nn.Dropout))
+    with pytest.raises(InputError, match="mobilenet_v2 cannot be made with .*depth"):
+        models.build(models.spec("mobilenet_v2", classes=3, channels=3, size=32, args={"depth": 3}))
+    with pytest.raises(InputError, match="--model-arg does not apply to resnet20"):
+        models.spec("resnet20", classes=3, channels=3, size=32, args={"depth": 3})
+
+
+def test_an_image_that_a_network_cannot_take_is_refused_with_its_reason() -> None:
+    for name, size, stem in (("alexnet", 32, "imagenet"), ("vit_b_16", 32, None)):
+        spec = models.spec(name, classes=5, channels=3, size=size, stem=stem)
+        with pytest.raises(InputError, match=rf"{name} cannot take images of 3x{size}x{size} .*--size"):
+            models.require_fit(models.build(spec), spec, (3, size, size))
+
+
+def test_timm_s_networks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    spec = models.spec("timm:resnet10t", classes=5, channels=1, size=32)
+    model = models.build(spec)
+    models.require_fit(model, spec, (1, 32, 32))
+    assert type(model) is type(timm.create_model("resnet10t"))
+    with pytest.raises(InputError, match="'resnet10t'"):
+        models.build(models.spec("timm:resnet10", classes=5, channels=1, size=32))
+
+
+def test_timm_is_asked_for_where_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install timm"):
+        models.build(models.spec("timm:resnet10t", classes=5, channels=1, size=32))
+
+
+# --- the user's own ---------------------------------------------------------------------------------------------------
+
+NET = """
+from torch import nn
+from beside import HIDDEN
+
+def small(num_classes=10, hidden=HIDDEN):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+
+class Wide(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(192, 4))
+
+def needs(depth, kind): ...
+def raises(): raise ValueError("not today")
+def nothing(): return {"conv": 1}
+two = lambda: nn.Identity()
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside.py").write_text("HIDDEN = 16\n")
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("")
+    (tmp_path / "own_package" / "nets.py").write_text("from torch import nn\ndef flat(): return nn.Flatten()\n")
+    monkeypatch.setattr("sys.modules", dict(sys.modules))
+    return tmp_path / "net.py"
+
+
+def own(name: str, **args: object) -> ModelSpec:
+    return models.spec(name, classes=4, channels=3, size=8, args=args)
+
+
+def test_a_factory_in_a_file(net: Path) -> None:
+    for where in (str(net), "net.py"):
+        spec = own(f"{where}:small", hidden=32)
+        assert spec.name == "net.py:small", "no folder of this machine in a checkpoint"
+        model = models.build(spec)
+        assert parameters(model) == 192 * 32 + 32 + 32 * 4 + 4
+        models.require_fit(model, spec, (3, 8, 8))
+    assert isinstance(models.build(own("net.py:Wide")), nn.Sequential)
+    assert isinstance(models.build(own("own_package.nets:flat")), nn.Flatten)
+
+
+def test_a_file_never_names_code_that_runs(net: Path) -> None:
+    described = own("net.py:small").described()
+    json.dumps(described)
+    with pytest.raises(InputError, match="runs only when you name it: give --model"):
+        models.build(ModelSpec(**described))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("net.py:needs", r"missing a required argument: 'depth'.*--model-arg"),
+        ("net.py:raises", "net.py:raises raised ValueError: not today"),
+        ("net.py:nothing", "returned an object of type dict: it must return"),
+        ("net.py:smal", "did you mean 'small'"),
+        ("net.py:NUMBER", "unknown factory in net.py 'NUMBER'"),
+        ("none.py:small", "none.py does not exist"),
+        ("own_package.none:flat", "own_package.none cannot be imported"),
+    ],
+)
+def test_a_factory_that_is_of_no_use_is_refused(name: str, told: str, net: Path) -> None:
+    with pytest.raises(InputError, match=told) as caught:
+        models.build(own(name))
+    assert caught.value.exit_code == 2
+
+
+def test_other_keywords_than_a_factory_s_are_refused(net: Path) -> None:
+    with pytest.raises(InputError, match=r"unexpected keyword argument 'depth'"):
+        models.build(own("net.py:small", depth=3))
+
+
+@pytest.mark.parametrize("content", ["def small(:", "import no_such_module", "1 / 0", "raise SystemExit(3)"])
+def test_a_file_that_cannot_be_imported_is_named(content: str, net: Path) -> None:
+    net.write_text(content)
+    with pytest.raises(InputError, match=r"net.py cannot be imported \("):
+        own("net.py:small")
+
+
+@pytest.mark.parametrize(("name", "told"), [("net.py:two", r"\(3, 8, 8\) logits"), ("net.py:Wide", None)])
+def test_logits_are_one_a_class(name: str, told: str | None, net: Path) -> None:
+    spec = own(name)
+    if told is None:
+        models.require_fit(models.build(spec), spec, (3, 8, 8))
+        spec = replace(spec, classes=7)
+        told = "4,.* logits, the data has 7 classes"
+    with pytest.raises(InputError, match=told):
+        models.require_fit(models.build(spec), spec, (3, 8, 8))
+
+
+def test_options_that_own_code_has_no_use_for_are_refused(net: Path) -> None:
+    with pytest.raises(InputError, match="--stem"):
+        models.spec("net.py:small", classes=4, channels=3, size=8, stem="small")
+    with pytest.raises(InputError, match="--width"):
+        models.spec("net.py:small", classes=4, channels=3, size=8, width=0.5)

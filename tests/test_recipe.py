@@ -287,6 +287,29 @@ def test_a_changed_option_reaches_what_depends_on_it(tmp_path: Path) -> None:
     assert "0.2" in results[1]["report"]["made"]
 
 
+def test_a_training_step_that_was_stopped_goes_on_from_its_last_epoch(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    state = tmp_path / "model.resume.safetensors"
+
+    def stopped(arguments: list[str]) -> Any:
+        state.write_text("after one epoch")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe.execute(two(), tmp_path, stopped, commands.told.append, overwrite=False)
+    execute(two(), commands)
+    assert "--resume" in commands.ran[0] and "--overwrite" not in commands.ran[0]
+    assert "--resume" not in commands.ran[1]
+    commands.names()
+    # Not with other options, and not where all is to be done again.
+    (tmp_path / "model").unlink()
+    execute(two(lr=0.2), commands)
+    assert "--resume" not in commands.ran[0]
+    commands.names()
+    execute(two(lr=0.2), commands, overwrite=True)
+    assert "--resume" not in commands.ran[0] and "--overwrite" in commands.ran[0]
+
+
 def test_going_back_to_the_first_options_makes_the_first_file(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     first = execute(two(lr=0.1), commands)

@@ -13,8 +13,10 @@ import torch
 from r2cli import checkpoint, data, models, regularizers, train
 from r2cli.errors import InputError, R2Error
 
+CPU = torch.device("cpu")
 
-def _settings(**changed: float) -> train.Settings:
+
+def _settings(**changed: object) -> train.Settings:
     usual = {"epochs": 2, "batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "warmup": 0.1}
     usual |= {"label_smoothing": 0.0, "reg_lr": 0.1, "seed": 0}
     return train.Settings(**(usual | changed))  # type: ignore[arg-type]
@@ -114,10 +116,127 @@ def test_a_last_batch_of_one_image_is_left_out(tmp_path: Path) -> None:
     assert len(history) == 1
 
 
-@pytest.mark.parametrize("reg", ["none", "margin"])
-def test_a_killed_run_resumes_to_the_same_bytes(reg: str, tmp_path: Path) -> None:
+def test_the_running_average_is_what_is_kept(tmp_path: Path) -> None:
+    # The same training, so the same last weights: with a decay of 0 the average is the last step's.
+    network, _ = _fit(tmp_path / "a", _settings())
+    last, _ = _fit(tmp_path / "b", _settings(ema=0.0))
+    smooth, history = _fit(tmp_path / "c", _settings(ema=0.999, epochs=4))
+    assert all(t.equal(last.state_dict()[name]) for name, t in network.state_dict().items())
+    assert history[-1].top1 == pytest.approx(train.evaluate(smooth, data.load("digits", size=8).test, CPU))
+    assert history[-1].top1 > 90
+    tensors, _ = checkpoint.load_tensors(tmp_path / "c")
+    assert smooth.state_dict()["conv.weight"].equal(tensors["average.module.conv.weight"])
+    assert not smooth.state_dict()["conv.weight"].equal(tensors["model.conv.weight"])
+
+
+def test_a_running_average_starts_short() -> None:
+    # 9 steps of weights 0 after one of 1: with decay 0.9 alone 0.39 of the first is left, with the start nearly none.
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    average = train.AveragedModel(model, multi_avg_fn=train._running_average(0.9), use_buffers=True)
+    average.update_parameters(model)
+    assert float(average.module.weight.detach()) == 1
+    torch.nn.init.zeros_(model.weight)
+    expected = 1.0
+    for step in range(1, 10):
+        average.update_parameters(model)
+        expected *= min(0.9, (1 + step) / (10 + step))
+    assert float(average.module.weight.detach()) == pytest.approx(expected, rel=1e-6)
+    assert expected < 0.001
+
+
+def test_gradients_are_clipped_to_the_length_that_is_asked_for(tmp_path: Path) -> None:
+    # One step of plain SGD without decay moves the weights by the rate times the gradient.
+    moved = {}
+    for clip in (None, 1e-3):
+        settings = _settings(
+            epochs=1, batch_size=1200, lr=1.0, momentum=0.0, weight_decay=0.0, warmup=0, clip_grad=clip
+        )
+        network, _ = _fit(tmp_path / f"{clip}", settings)
+        train.seed_everything(0)
+        start = models.build(models.spec("resnet8", classes=10, channels=1, size=8)).state_dict()
+        after = dict(network.named_parameters())
+        moved[clip] = float(torch.cat([(after[name].detach() - start[name]).flatten() for name in after]).norm())
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2) and moved[None] > 0.1  # float32 differences of weights
+
+
+def test_mixed_precision_trains_in_bfloat16_and_keeps_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(logits: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
+        seen.append(logits.dtype)
+        return real(logits, *given, **more)  # type: ignore[arg-type]
+
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
+    network, history = _fit(
+        tmp_path / "a", _settings(precision="bfloat16", epochs=4), regularizers.Setting("linf", 0.1)
+    )
+    assert set(seen) == {torch.bfloat16} and history[-1].top1 > 90
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert train.precision("auto", CPU) == "float32"
+
+
+def test_fused_steps_are_plain_steps() -> None:
+    networks = []
+    for fused in (True, False):
+        train.seed_everything(0)
+        model = models.build(models.spec("mobilenet_v1", classes=10, channels=3, size=16))
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = train._optimizer(model, None, _settings())
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(images.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+            optimizer.step()
+        networks.append(dict(model.named_parameters()))
+    for name, parameter in networks[0].items():
+        # Three roundings a step in another order; a kernel that mixed up memory layouts would be wrong by 100 %.
+        torch.testing.assert_close(parameter, networks[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_compiled_network_trains_and_keeps_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    real = torch.compile
+
+    def watched(model: torch.nn.Module) -> object:
+        compiled.append(model)
+        return real(model, backend="aot_eager")  # the graphs without the C++ compiler's minute
+
+    monkeypatch.setattr(torch, "compile", watched)
+    _, plain = _fit(tmp_path / "a", _settings(epochs=1))
+    assert not compiled
+    network, history = _fit(tmp_path / "b", _settings(epochs=1, compile=True))
+    assert compiled == [network] and not any("_orig_mod" in name for name in network.state_dict())
+    assert history[0].loss == pytest.approx(plain[0].loss, rel=1e-2)  # fused graphs round differently
+
+
+def test_a_network_that_cannot_be_compiled_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: object, inputs: object) -> object:
+        raise RuntimeError("no compiler here")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=broken))
+    with pytest.raises(R2Error, match=r"cannot be compiled .*no compiler here.*--compile") as caught:
+        _fit(tmp_path / "a", _settings(epochs=1, compile=True))
+    assert caught.value.exit_code == 3
+
+
+def test_weights_that_two_layers_share_are_saved(tmp_path: Path) -> None:
+    shared = torch.randn(4, 4)
+    checkpoint.save_tensors(tmp_path / "a.safetensors", {"one": shared, "two": shared, "part": shared[:2]}, {})
+    back, _ = checkpoint.load_tensors(tmp_path / "a.safetensors")
+    assert back["one"].equal(back["two"]) and back["part"].equal(shared[:2])
+
+
+@pytest.mark.parametrize("more", [["none"], ["margin"], ["linf", "--ema", "0.99", "--clip-grad", "5"]], ids=" ".join)
+def test_a_killed_run_resumes_to_the_same_bytes(more: list[str], tmp_path: Path) -> None:
+    own = more
+
     def command(folder: Path, *more: str) -> list[str]:
-        options = ["--model", "resnet8", "--size", "8", "--epochs", "8", "--reg", reg, "--device", "cpu"]
+        options = ["--model", "resnet8", "--size", "8", "--epochs", "8", "--device", "cpu", "--reg", *own]
         return [sys.executable, "-m", "r2cli", "pretrain", *options, "-o", str(folder / "model.safetensors"), *more]
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -93,7 +93,7 @@ def analyze(
     from r2cli import analyze as worker
     from r2cli import checkpoint
     from r2cli.analyze.advice import advice
-    from r2cli.cli import weights
+    from r2cli.cli import views
     from r2cli.report import figure, page, records, text
 
     def order(rows: "Sequence[Row]") -> "tuple[Row, ...]":
@@ -101,7 +101,7 @@ def analyze(
 
     started = perf_counter()
     settings = worker.Settings(outlier_sigma, quick, everything)
-    found = [each for path in sources for each in weights.views(path, everything=everything)]
+    found = [each for path in sources for each in views.of_file(path, everything=everything)]
     found = [each for each in found if view == "both" or each.name not in ("as trained", "folded") or view in each.name]
     layers = worker.matching([each.layers for each in found], only or [])
     total = sum(worker.total(each) for each in layers)

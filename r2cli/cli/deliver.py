@@ -1,7 +1,6 @@
 """What every command that ends in an ONNX file does: write it, prove it, say so."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +8,7 @@ import torch
 
 from r2cli import attach, checkpoint, console, export, verify
 from r2cli import data as datasets
-from r2cli.errors import CheckFailed, InputError
-
-
-def source_of(made: checkpoint.Checkpoint, name: str | None, workers: int) -> datasets.Data:
-    """The data set `name`, by default the checkpoint's own, with the checkpoint's preprocessing."""
-    own = made.history[0]["options"].get("data", "digits") if made.history else "digits"
-    loaded = datasets.load(name or own, spec=made.input, workers=workers)
-    require_classes(made.origin, made.class_names, loaded)
-    return loaded
-
-
-def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Data) -> None:
-    """Raises InputError where a data set's classes are not those, in that order, that the network tells apart."""
-    if tuple(class_names) != loaded.class_names:
-        pairs = itertools.zip_longest(class_names, loaded.class_names, fillvalue="nothing")
-        own, other = next((own, other) for own, other in pairs if own != other)
-        raise InputError(
-            f"{loaded.name} has the class '{other}' where {origin} was trained on '{own}': give the data of its classes"
-        )
+from r2cli.errors import CheckFailed
 
 
 def to_onnx(

@@ -7,14 +7,44 @@ import typer
 
 from r2cli import console
 from r2cli.cli import gates
-from r2cli.options import DataName, Device, DryRun, Json, MaxBytes, MinAccuracy, Workers
+from r2cli.errors import InputError
+from r2cli.options import (
+    DEFAULT_SOURCE,
+    DataDir,
+    DataName,
+    Device,
+    DryRun,
+    Json,
+    MaxBytes,
+    Mean,
+    MinAccuracy,
+    ModelArg,
+    ModelName,
+    Size,
+    Std,
+    Stem,
+    Weights,
+    Workers,
+)
 
 
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="A checkpoint, float or quantized, or an .onnx file of r2's.")] = Path(
-        "model.safetensors"
-    ),
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A checkpoint, float or quantized, or an .onnx file of r2's. (default: model.safetensors)",
+            show_default=False,
+        ),
+    ] = None,
     data: DataName = None,
+    data_dir: DataDir = None,
+    model: ModelName = None,
+    weights: Weights = None,
+    model_arg: ModelArg = None,
+    stem: Stem = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
     device: Device = "auto",
     workers: Workers = 2,
     min_accuracy: MinAccuracy = None,
@@ -25,21 +55,24 @@ def evaluate(
     """Measure top-1, latency of one image on one thread, and size."""
     import torch
 
-    from r2cli import attach, checkpoint, train, verify
-    from r2cli import data as datasets
-    from r2cli.cli import deliver
+    from r2cli import attach, train, verify
+    from r2cli.cli import subject
 
+    source = gates.source(source, weights, DEFAULT_SOURCE)
+    images = subject.Images(data, data_dir, workers, size, mean, std)
     is_onnx = source.suffix == ".onnx"
     if is_onnx:
+        if model is not None:
+            raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
         spec = verify.input_spec(source)
-        loaded = datasets.load(data or verify.data_name(source), spec=spec, workers=workers)
-        deliver.require_classes(str(source), verify.class_names(source), loaded)
+        loaded = images.load(verify.data_name(source), spec)
+        subject.require_classes(str(source), verify.class_names(source), loaded)
         one_thread = verify.runner(source, threads=1)
         predict, where = verify.runner(source), torch.device("cpu")
         engine = "ONNX Runtime"
     else:
-        made = checkpoint.load(source)
-        loaded, where = deliver.source_of(made, data, workers), train.device(device)
+        made, loaded = subject.load(source, subject.Network(model, weights, model_arg, stem), images)
+        where = train.device(device)
         predict = one_thread = torch.inference_mode()(attach.network(made).to(where))
         spec, engine = made.input, f"torch on {where}"
     if dry_run:

@@ -6,6 +6,13 @@ from pathlib import Path
 from r2cli.errors import CheckFailed, InputError, unknown
 
 
+def source(given: Path | None, weights: Path | None, default: Path) -> Path:
+    """The file that a command reads: a checkpoint, or foreign weights. Raises InputError for both at once."""
+    if given is not None and weights is not None:
+        raise InputError(f"{given} and --weights {weights} are two networks: give one of them")
+    return weights or given or default
+
+
 def beside(source: Path, ending: str) -> Path:
     """The default output: `source` with another ending, for example 'w4a8-none.safetensors'."""
     if source.is_dir() or not source.name:

@@ -6,33 +6,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from r2cli import console
 from r2cli.cli import gates
+from r2cli.options import (
+    DATA,
+    DataDir,
+    DryRun,
+    Json,
+    Mean,
+    MinAccuracy,
+    ModelArg,
+    Overwrite,
+    Seed,
+    Size,
+    Std,
+    Stem,
+    Weights,
+    Workers,
+    _option,
+)
 from r2cli.options import Device as DeviceName
-from r2cli.options import DryRun, Json, MinAccuracy, Overwrite, Seed, Workers, _option
 
 if TYPE_CHECKING:
     from r2cli import train
+
+LR, LR_BATCH = 0.1, 64  # the default rate grows with the batch (Goyal et al. 2017)
 
 REG = "none, linf, margin, soft-minmax or kure."
 
 
 def pretrain(
     model: Annotated[
-        str, _option("--model", help="mobilenet_v1, mobilenet_v2, resnet8, resnet18 or resnet20.")
+        str,
+        _option(
+            "--model",
+            help="mobilenet_v1, resnet8, 20 to 110, any of torchvision's, timm:NAME, or FILE.py:FACTORY.",
+        ),
     ] = "mobilenet_v1",
     width: Annotated[
-        float | None, _option("--width", help="Channel multiplier of a MobileNet. [default: V1 0.25, V2 1]")
+        float | None, _option("--width", help="Channel multiplier of a MobileNet. (default: V1 0.25, V2 1)")
     ] = None,
-    data: Annotated[str, _option("--data", help="digits or imagefolder:DIR.")] = "digits",
-    size: Annotated[
-        int | None,
-        _option("--size", help="Image size in pixels. [default: 16 for digits, else the images' or 224]"),
-    ] = None,
+    data: Annotated[str, _option("--data", help=DATA)] = "digits",
+    data_dir: DataDir = None,
+    weights: Weights = None,
+    model_arg: ModelArg = None,
+    stem: Stem = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
     reg: Annotated[str, _option("--reg", help=REG, panel="Regularization")] = "none",
     reg_weight: Annotated[
         float | None,
         _option(
             "--reg-weight",
-            help="Strength. [default: 0.01, for small images what measured best]",
+            help="Strength. (default: 0.01, for small images what measured best)",
             panel="Regularization",
             min=0,
         ),
@@ -49,7 +74,7 @@ def pretrain(
         float | None,
         _option(
             "--reg-lr",
-            help="Rate of margin's M and soft-minmax's alpha. [default: --lr; paper form 0.01]",
+            help="Rate of margin's M and soft-minmax's alpha. (default: --lr; paper form 0.01)",
             panel="Regularization",
             min=0,
         ),
@@ -65,11 +90,30 @@ def pretrain(
     ] = 1,
     epochs: Annotated[int, _option("--epochs", help="Passes over the data.", min=1)] = 40,
     batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=2)] = 64,
-    lr: Annotated[float, _option("--lr", help="Peak learning rate; a cosine falls from it to 0.", min=0)] = 0.1,
+    lr: Annotated[
+        float | None,
+        _option(
+            "--lr",
+            help="Peak learning rate; a cosine falls from it to 0. (default: 0.1 for each 64 of --batch-size)",
+            min=0,
+        ),
+    ] = None,
     momentum: Annotated[float, _option("--momentum", help="Nesterov momentum.", min=0, max=1)] = 0.9,
     weight_decay: Annotated[float, _option("--weight-decay", help="L2 on weights; 10x L2 is 4e-4.", min=0)] = 4e-5,
     warmup: Annotated[float, _option("--warmup", help="Share of the steps that the rate rises.", min=0, max=1)] = 0.05,
     label_smoothing: Annotated[float, _option("--label-smoothing", help="0 to 1.", min=0, max=1)] = 0.0,
+    clip_grad: Annotated[
+        float | None, _option("--clip-grad", help="Most length of the gradient, all weights together.", min=0)
+    ] = None,
+    ema: Annotated[
+        float | None,
+        _option("--ema", help="Keep a running average of the weights, 0.999 for example.", min=0, max=1),
+    ] = None,
+    precision: Annotated[
+        str,
+        _option("--precision", help="float32, bfloat16 (mixed), or auto: bfloat16 on a GPU that has it."),
+    ] = "auto",
+    compile: Annotated[bool, _option("--compile", help="Compile the network (torch.compile).")] = False,
     seed: Seed = 0,
     device: DeviceName = "auto",
     workers: Workers = 2,
@@ -88,34 +132,46 @@ def pretrain(
     gates.require_free([output], overwrite=overwrite)
     gates.require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure"))
     gates.require_known("--reg-form", reg_form, ("stable", "paper"))
+    gates.require_known("--precision", precision, ("auto", "float32", "bfloat16"))
     gates.require_no_state(state, resume=resume, overwrite=overwrite)
 
     from r2cli import checkpoint, models, regularizers, train
     from r2cli import data as datasets
+    from r2cli import weights as foreign
+    from r2cli.cli import subject
 
     started = perf_counter()
-    spec_only = models.spec(model, classes=2, channels=3, size=32, width=width)  # fail before data is read
-    source = datasets.load(data, size=size, workers=workers)
-    spec = models.spec(
-        model,
-        classes=len(source.class_names),
-        channels=source.input.channels,
-        size=source.input.size,
-        width=width,
-    )
-    assert spec_only.name == spec.name
+    source = subject.Images(data, data_dir, workers, size, mean, std).load(data)
+    spec = subject.Network(model, weights, model_arg, stem).spec(model, source, width)
     setting = None
     if reg != "none":
         strength = reg_weight
         if strength is None:
             strength = regularizers.default_strength(reg, size=source.input.size, images=len(source.train))
         setting = regularizers.Setting(reg, strength, reg_form == "stable", reg_dim, margin_k)
-    own_lr = reg_lr if reg_lr is not None else (lr if reg_form == "stable" else 0.01)
-    settings = train.Settings(epochs, batch_size, lr, momentum, weight_decay, warmup, label_smoothing, own_lr, seed)
+    rate = LR * batch_size / LR_BATCH if lr is None else lr
+    own_lr = reg_lr if reg_lr is not None else (rate if reg_form == "stable" else 0.01)
     where = train.device(device)
+    settings = train.Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        label_smoothing=label_smoothing,
+        reg_lr=own_lr,
+        seed=seed,
+        clip_grad=clip_grad,
+        ema=ema,
+        precision=train.precision(precision, where),
+        compile=compile,
+    )
     told = f"{reg} {setting.strength:g} ({reg_form})" if setting else "no regularizer"
-    plan = f"{model} ({spec.stem} stem) on {data} at {source.input.size}x{source.input.size}, {told}, {epochs} epochs"
-    options = _options(data, spec.__dict__, setting, settings)
+    stem_told = "" if spec.factory else f" ({spec.stem} stem)"
+    plan = f"{spec.name}{stem_told} on {data} at {source.input.size}x{source.input.size}, {told}, {epochs} epochs"
+    options = _options(datasets.recorded(data), spec.described(), setting, settings)
+    options |= {} if weights is None else {"weights": weights.name}
     if dry_run:
         console.emit(
             {"command": "pretrain", "options": options},
@@ -126,6 +182,11 @@ def pretrain(
     console.note(f"training {plan} on {where}")
     train.seed_everything(seed)
     network = models.build(spec)
+    models.require_fit(network, spec, source.input.shape)
+    if weights is not None:
+        tensors, beside = foreign.load(weights, network, spec.name)
+        network.load_state_dict(tensors)
+        subject.tell_beside(weights, beside)
     total = epochs * train.steps_per_epoch(len(source.train), batch_size)
     try:
         with console.bar("pretrain", total) as progress:
@@ -166,11 +227,11 @@ def pretrain(
 def _line(epoch: "train.Epoch", epochs: int) -> str:
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  penalty {epoch.penalty:.4f}  "
-        f"top-1 {epoch.top1:.2f} %  max|w|/std {epoch.range_mean:.2f} (worst {epoch.range_max:.2f})"
+        f"top-1 {epoch.top1:.2f} %  max|w|/std {epoch.range_mean:.2f} (worst {epoch.range_max:.2f})  "
+        f"{epoch.images_per_second:,.0f} images/s"
     )
 
 
 def _options(data: str, spec: dict[str, Any], setting: Any, settings: Any) -> dict[str, Any]:
     """What the work depended on: no paths of files, no device, so that the same work gives the same bytes."""
-    kind = data.partition(":")[0]
-    return {"data": kind, "model": spec, "reg": setting.__dict__ if setting else None, **settings.__dict__}
+    return {"data": data, "model": spec, "reg": setting.__dict__ if setting else None, **settings.__dict__}

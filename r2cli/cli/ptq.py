@@ -9,16 +9,25 @@ from r2cli import console
 from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
+    DEFAULT_SOURCE,
+    DataDir,
     DataName,
     Device,
     DryRun,
     Json,
     MaxBytes,
     MaxDrop,
+    Mean,
     MinAccuracy,
+    ModelArg,
+    ModelName,
     Overwrite,
     Seed,
+    Size,
     Source,
+    Std,
+    Stem,
+    Weights,
     Workers,
     _option,
 )
@@ -27,7 +36,7 @@ CALIBRATION = 512  # images
 
 
 def ptq(
-    source: Source = Path("model.safetensors"),
+    source: Source = None,
     weight_bits: Annotated[int, _option("--weight-bits", help="8 to 1; 1 is two levels without a zero.")] = 8,
     act_bits: Annotated[str, _option("--act-bits", help="8, or none to leave activations float.")] = "8",
     method: Annotated[str, _option("--method", help="none: round to the nearest level of a min-max grid.")] = "none",
@@ -44,8 +53,16 @@ def ptq(
         _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable."),
     ] = None,
     data: DataName = None,
+    data_dir: DataDir = None,
+    model: ModelName = None,
+    weights: Weights = None,
+    model_arg: ModelArg = None,
+    stem: Stem = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
     calibration: Annotated[
-        int | None, _option("--calibration", help="Training images that set activation ranges. [default: 512]", min=1)
+        int | None, _option("--calibration", help="Training images that set activation ranges. (default: 512)", min=1)
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -55,7 +72,7 @@ def ptq(
         _option(
             "--output",
             "-o",
-            help="The checkpoint; .onnx goes beside it. [default: SOURCE.w4a8-none...]",
+            help="The checkpoint; .onnx goes beside it. (default: SOURCE.w4a8-none...)",
             panel="Output",
         ),
     ] = None,
@@ -70,6 +87,7 @@ def ptq(
     gates.require_bits("--weight-bits", weight_bits)
     acts = _act_bits(act_bits)
     kept = gates.keep(keep or [])
+    source = gates.source(source, weights, DEFAULT_SOURCE)
     suffix = f"w{weight_bits}{f'a{acts}' if acts else ''}-{method}" + (
         "" if granularity == "channel" else f"-{granularity}"
     )
@@ -83,10 +101,11 @@ def ptq(
     from r2cli import attach, checkpoint, train
     from r2cli import data as datasets
     from r2cli import ptq as worker
-    from r2cli.cli import deliver
+    from r2cli.cli import deliver, subject
 
     started = perf_counter()
-    made = checkpoint.load(source)
+    network = subject.Network(model, weights, model_arg, stem)
+    made, loaded = subject.load(source, network, subject.Images(data, data_dir, workers, size, mean, std))
     settings = worker.Settings(method, weight_bits, acts, granularity, kept)
     if dry_run:
         options = {**settings.__dict__, "calibration": calibration, "seed": seed}
@@ -94,7 +113,6 @@ def ptq(
         console.emit({"command": "ptq", "options": options}, as_json=json, lines=lines)
         return options
     where = train.device(device)
-    loaded = deliver.source_of(made, data, workers)
     there = len(loaded.train)
     if acts and calibration is not None and calibration > there:
         raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")

@@ -15,7 +15,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, recipes/*.toml.")],
     work_dir: Annotated[
         Path | None,
-        _option("--work-dir", help="Where the steps' files go. [default: runs/RECIPE]", panel="Output"),
+        _option("--work-dir", help="Where the steps' files go. (default: runs/RECIPE)", panel="Output"),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

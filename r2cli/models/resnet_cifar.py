@@ -63,6 +63,22 @@ def resnet20(spec: ModelSpec) -> nn.Module:
     return _resnet(spec, blocks=3)
 
 
+def resnet32(spec: ModelSpec) -> nn.Module:
+    return _resnet(spec, blocks=5)
+
+
+def resnet44(spec: ModelSpec) -> nn.Module:
+    return _resnet(spec, blocks=7)
+
+
+def resnet56(spec: ModelSpec) -> nn.Module:
+    return _resnet(spec, blocks=9)
+
+
+def resnet110(spec: ModelSpec) -> nn.Module:
+    return _resnet(spec, blocks=18)
+
+
 def _resnet(spec: ModelSpec, blocks: int) -> nn.Module:
     stride = 1 if spec.stem == "small" else 2
     return ResNetCifar(blocks=blocks, classes=spec.classes, channels=spec.channels, stem_stride=stride)

@@ -1,35 +1,58 @@
-"""torchvision's networks, with the stem that the image asks for.
+"""torchvision's classification networks, with the stem that the image asks for.
 
-The small stem of ResNet-18 is the CIFAR one (3x3, stride 1, no pooling); that of MobileNet-V2 has stride 1.
+The small stem of the ResNets is the CIFAR one (3x3, stride 1, no pooling); any other network's first convolution gets
+stride 1. Images that have not three channels get a first convolution of theirs.
 """
+
+from functools import cache
 
 import torchvision
 from torch import nn
 
 from r2cli.checkpoint import ModelSpec
+from r2cli.errors import InputError
+
+# A second head in training, and initial weights by a method of minutes: neither is of use here.
+ARGS = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
 
 
-def resnet18(spec: ModelSpec) -> nn.Module:
-    model: nn.Module = torchvision.models.resnet18(weights=None, num_classes=spec.classes)
-    if spec.stem == "small":
-        model.conv1 = _stem(spec.channels, 64, kernel=3, stride=1)
-        model.maxpool = nn.Identity()
-    elif spec.channels != 3:
-        model.conv1 = _stem(spec.channels, 64, kernel=7, stride=2)
-    return model
+@cache
+def names() -> tuple[str, ...]:
+    return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
-def mobilenet_v2(spec: ModelSpec) -> nn.Module:
-    model: nn.Module = torchvision.models.mobilenet_v2(weights=None, num_classes=spec.classes, width_mult=spec.width)
+def build(spec: ModelSpec) -> nn.Module:
+    width = {"width_mult": spec.width} if spec.name == "mobilenet_v2" else {}
+    args = {**ARGS.get(spec.name, {}), **width, **spec.args}
+    try:
+        model: nn.Module = torchvision.models.get_model(spec.name, weights=None, num_classes=spec.classes, **args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{spec.name} cannot be made with {args} ({error}): see its --model-arg") from error
     if spec.stem == "small" or spec.channels != 3:
-        old = model.get_submodule("features.0.0")
-        assert isinstance(old, nn.Conv2d)
-        stride = 1 if spec.stem == "small" else 2
-        model.set_submodule("features.0.0", _stem(spec.channels, old.out_channels, kernel=3, stride=stride))
+        _adapt(model, spec)
     return model
 
 
-def _stem(channels: int, outputs: int, *, kernel: int, stride: int) -> nn.Conv2d:
-    conv = nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, bias=False)
+def _adapt(model: nn.Module, spec: ModelSpec) -> None:
+    """Give `model` the first convolution that the images ask for; in place."""
+    small = spec.stem == "small"
+    if isinstance(model, torchvision.models.ResNet):
+        model.conv1 = _stem(model.conv1, spec.channels, kernel=3 if small else 7, stride=1 if small else 2)
+        if small:
+            model.maxpool = nn.Identity()
+        return
+    name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    patches = first.kernel_size == first.stride  # a transformer's patches are its grid, not a stride to lower
+    stride = 1 if small and not patches else first.stride[0]
+    if (stride, spec.channels) != (first.stride[0], first.in_channels):
+        model.set_submodule(name, _stem(first, spec.channels, kernel=first.kernel_size[0], stride=stride))
+
+
+def _stem(old: nn.Conv2d, channels: int, *, kernel: int, stride: int) -> nn.Conv2d:
+    padding = kernel // 2 if old.padding != (0, 0) else 0
+    conv = nn.Conv2d(channels, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv

@@ -28,7 +28,7 @@ class View:
     is_float_checkpoint: bool = False
 
 
-def views(path: Path, *, everything: bool) -> list[View]:
+def of_file(path: Path, *, everything: bool) -> list[View]:
     """The views of a file: a float checkpoint with BatchNorm as trained and folded, a coded one decoded, others as is.
 
     Raises InputError naming the file and the tensor that cannot be read.

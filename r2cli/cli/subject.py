@@ -1,0 +1,157 @@
+"""What a command works on: a checkpoint of r2's, or a network and weights from elsewhere, with their data."""
+
+import ast
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from r2cli import checkpoint, console, models, weights
+from r2cli import data as datasets
+from r2cli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Images:
+    """The options that say which images, and how they are prepared."""
+
+    data: str | None
+    directory: Path | None
+    workers: int
+    size: int | None = None
+    mean: str | None = None
+    std: str | None = None
+
+    def load(self, default: str, spec: checkpoint.InputSpec | None = None) -> datasets.Data:
+        """The data set, by `default` that one, with the preprocessing of `spec` or of these options."""
+        mean, std = numbers("--mean", self.mean), numbers("--std", self.std)
+        more = {"directory": self.directory, "workers": self.workers}
+        if spec is not None:
+            asked = {"--size": self.size, "--mean": mean, "--std": std}
+            for option, value in asked.items():
+                if value is not None:
+                    raise InputError(f"{option} does not apply: the checkpoint says how its images are prepared")
+            return datasets.load(self.data or default, spec=spec, **more)  # type: ignore[arg-type]
+        return datasets.load(self.data or default, size=self.size, mean=mean, std=std, **more)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Network:
+    """The options that name a network which r2 did not train."""
+
+    model: str | None
+    weights: Path | None
+    args: Sequence[str] | None
+    stem: str | None
+
+    def spec(self, name: str, source: datasets.Data, width: float | None = None) -> checkpoint.ModelSpec:
+        """The spec of network `name` for the images of `source`."""
+        return models.spec(
+            name,
+            classes=len(source.class_names),
+            channels=source.input.channels,
+            size=source.input.size,
+            width=width,
+            stem=self.stem,
+            args=arguments(self.args or []),
+        )
+
+
+def load(source: Path, network: Network, images: Images) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+    """The checkpoint at `source` with its data; with --weights, those weights in the named network as a checkpoint.
+
+    Raises InputError for options that contradict each other, weights of another architecture, data of other classes.
+    """
+    if network.weights is not None:
+        return _foreign(network, images)
+    for option, value in (("--model-arg", network.args), ("--stem", network.stem)):
+        if value:
+            raise InputError(f"{option} belongs to --weights: a checkpoint says how its network is made")
+    made = checkpoint.load(source)
+    if network.model is not None:
+        made = _with_code(made, network.model)
+    own = str(made.history[0]["options"].get("data", "digits")) if made.history else "digits"
+    loaded = images.load(own, made.input)
+    require_classes(made.origin, made.class_names, loaded)
+    return made, loaded
+
+
+def _foreign(network: Network, images: Images) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+    assert network.weights is not None
+    if network.model is None:
+        raise InputError(f"--weights {network.weights} needs its network: give --model NAME or --model FILE.py:FACTORY")
+    if images.data is None:
+        raise InputError(f"--weights {network.weights} needs the data it is for: give --data, as imagefolder:DIR")
+    loaded = images.load(images.data)
+    spec = network.spec(network.model, loaded)
+    model = models.build(spec)
+    models.require_fit(model, spec, loaded.input.shape)
+    state, beside = weights.load(network.weights, model, spec.name)
+    tell_beside(network.weights, beside)
+    made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, state, origin=str(network.weights))
+    options = {"data": datasets.recorded(images.data), "weights": network.weights.name, "model": spec.described()}
+    return made.then("import", options, {}), loaded
+
+
+def tell_beside(path: Path, beside: Sequence[str]) -> None:
+    """Say what a file of weights holds that the network has no place for, and that it stays there."""
+    if beside:
+        named = ", ".join(beside[:3]) + (", …" if len(beside) > 3 else "")
+        console.note(f"{path}: {len(beside)} tensors that stand beside the network were not used: {named}")
+
+
+def _with_code(made: checkpoint.Checkpoint, name: str) -> checkpoint.Checkpoint:
+    """`made` with the user's own factory, which its file only names."""
+    if not models.own.is_own(made.model.name):
+        raise InputError(f"{made.origin} is a checkpoint of {made.model.name}: --model belongs to --weights")
+    if models.own.label(name) != made.model.name:
+        raise InputError(f"{made.origin} was made by {made.model.name}, not by {name}: name that one with --model")
+    return replace(made, model=replace(made.model, factory=models.own.factory(name)))
+
+
+def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Data) -> None:
+    """Raises InputError where a data set's classes are not those, in that order, that the network tells apart."""
+    if tuple(class_names) != loaded.class_names:
+        pairs = itertools.zip_longest(class_names, loaded.class_names, fillvalue="nothing")
+        own, other = next((own, other) for own, other in pairs if own != other)
+        raise InputError(
+            f"{loaded.name} has the class '{other}' where {origin} was trained on '{own}': give the data of its classes"
+        )
+
+
+def arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` options as keywords: numbers, True, False, None and lists as Python writes them, else text."""
+    out = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise InputError(f"--model-arg {text} is not NAME=VALUE, for example --model-arg width_mult=0.5")
+        try:
+            out[name] = _plain(ast.literal_eval(value))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            out[name] = value
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back; ValueError for what JSON does not hold."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | bool | None) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(value)
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Numbers with commas between them. Raises InputError for anything else."""
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} {text} is not one number or one a channel: give for example 0.5,0.5,0.5") from error
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"{option} {text} is impossible: give finite numbers")
+    return values

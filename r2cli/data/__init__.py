@@ -1,0 +1,103 @@
+"""Data sets by name, and the one path from an image to the network's input.
+
+    digits                          scikit-learn's 1,797 real 8x8 scans, embedded; a fixed split of 1,200 and 597
+    mnist, fashion_mnist,           torchvision's, downloaded once
+    cifar10, cifar100
+    imagefolder:DIR                 DIR/train/CLASS/* and DIR/val/CLASS/* (or DIR/test/CLASS/*), ImageNet's layout
+    fake:CxHxW:CLASSES              noise with a trace of its class: for timing and trying, not for learning
+
+Images are kept as uint8 where they fit in memory, decoded once; otherwise workers decode them as they are needed. What
+preprocessing was used is an `InputSpec`, which the checkpoint records and every later command applies.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from r2cli.checkpoint import InputSpec
+from r2cli.data import digits, fake, imagefolder
+from r2cli.data import torchvision as downloaded
+from r2cli.data.decoding import decode
+from r2cli.data.request import Data, Request
+from r2cli.data.splits import (
+    LARGE_IMAGE,
+    Batch,
+    FolderSplit,
+    KeptSplit,
+    MemorySplit,
+    Split,
+    normalise,
+    shift_and_flip,
+)
+from r2cli.errors import InputError, unknown
+
+__all__ = [
+    "KINDS",
+    "LARGE_IMAGE",
+    "Batch",
+    "Data",
+    "FolderSplit",
+    "KeptSplit",
+    "MemorySplit",
+    "Split",
+    "calibration",
+    "decode",
+    "load",
+    "normalise",
+    "recorded",
+    "shift_and_flip",
+]
+
+KINDS: Mapping[str, Callable[[Request], Data]] = {
+    "digits": digits.load,
+    "mnist": downloaded.load,
+    "fashion_mnist": downloaded.load,
+    "cifar10": downloaded.load,
+    "cifar100": downloaded.load,
+    "imagefolder": imagefolder.load,
+    "fake": fake.load,
+}
+WHERE = {"imagefolder": "imagefolder:DIR", "fake": "fake:CxHxW:CLASSES"}  # the kinds that need more than their name
+
+
+def load(
+    name: str,
+    *,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    spec: InputSpec | None = None,
+    directory: Path | None = None,
+    workers: int = 2,
+) -> Data:
+    """The data set `name`, at `size` pixels and with `mean` and `std` (of pixels from 0 to 1, one or one a channel), or
+    with the preprocessing of a checkpoint's `spec`. `directory` is where downloads are.
+
+    Raises InputError for an unknown name, a set that is not there, a folder without the layout, impossible
+    preprocessing; reading the images, for more than 1 % that cannot be decoded.
+    """
+    kind, _, where = name.partition(":")
+    if kind not in KINDS or (where and kind not in WHERE):
+        raise unknown("data set", name, [WHERE.get(known, known) for known in KINDS])
+    if kind in WHERE and not where:
+        raise InputError(f"{kind} says too little: give --data {WHERE[kind]}")
+    if size is not None and not 4 <= size <= 1024:
+        raise InputError(f"--size {size} is out of range: give 4 to 1024 pixels")
+    return KINDS[kind](Request(kind, where, size, mean, std, spec, directory, workers))
+
+
+def recorded(name: str) -> str:
+    """`name` as a checkpoint holds it: without the path of a folder, so that the same work gives the same bytes."""
+    return "imagefolder" if name.startswith("imagefolder:") else name
+
+
+def calibration(data: Data, count: int, device: torch.device, seed: int, batch: int = 64) -> Iterator[Batch]:
+    """`count` training images in a fixed random order, without augmentation, as batches: what ranges are set on."""
+    seen = 0
+    for images, labels in data.train.batches(batch, device, shuffle=torch.Generator().manual_seed(seed)):
+        take = min(len(labels), count - seen)
+        yield images[:take], labels[:take]
+        seen += take
+        if seen >= count:
+            return

@@ -1,0 +1,91 @@
+"""What a data set is asked for, and what it gives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2cli.checkpoint import InputSpec
+from r2cli.data.splits import MemorySplit, Split
+from r2cli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Request:
+    """A data set by its kind and `where` it is, with preprocessing: a checkpoint's `spec`, or what the rest says."""
+
+    kind: str
+    where: str = ""
+    size: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    spec: InputSpec | None = None
+    directory: Path | None = None
+    workers: int = 2
+
+    def input(
+        self, channels: int, size: int, *, mean: Sequence[float], std: Sequence[float], resize: int | None = None
+    ) -> InputSpec:
+        """The preprocessing asked for; where nothing was asked, what is given here.
+
+        Raises InputError for a mean or std that does not fit the channels.
+        """
+        if self.spec:
+            return self.spec
+        size = self.size or size
+        mean, std = self._each("--mean", self.mean or mean, channels), self._each("--std", self.std or std, channels)
+        if min(std) <= 0:
+            raise InputError(f"--std {min(std):g} is impossible: give numbers above 0")
+        return InputSpec(channels, size, resize or size, tuple(mean), tuple(std))
+
+    def _each(self, option: str, values: Sequence[float], channels: int) -> list[float]:
+        if len(values) not in (1, channels):
+            raise InputError(f"{option} has {len(values)} numbers for {channels} channels: give 1 or {channels}")
+        return list(values) * (channels if len(values) == 1 else 1)
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str
+    input: InputSpec
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+
+
+def in_memory(
+    name: str,
+    class_names: Sequence[str],
+    spec: InputSpec,
+    *,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    augments: bool,
+) -> Data:
+    """A data set of images uint8 (n, 1 or 3, h, w) and labels (n,), scaled to `spec`'s size and channels."""
+    halves = [
+        MemorySplit(half, scaled(images, spec, name), labels, spec, augments=augments)
+        for half, (images, labels) in (("train", train), ("test", test))
+    ]
+    return Data(name, spec, tuple(class_names), halves[0], halves[1])
+
+
+def scaled(images: Tensor, spec: InputSpec, name: str) -> Tensor:
+    """Images uint8 (n, 1 or 3, h, w) as (n, channels, size, size). Raises InputError for channels they don't have."""
+    from torchvision.transforms.v2 import functional as F
+
+    own = images.shape[1]
+    if spec.channels not in (1, own) and own != 1:
+        raise InputError(f"{name} has {own} channels, the network wants {spec.channels}: give its own --data")
+    if spec.channels not in (1, 3):
+        raise InputError(
+            f"{name} cannot be given {spec.channels} channels: give the data that the network was made for"
+        )
+    if own != 1 and spec.channels == 1:
+        images = F.rgb_to_grayscale(images)
+    if images.shape[2:] != (spec.size, spec.size):
+        parts = [F.resize(part, [spec.size, spec.size], antialias=True) for part in torch.split(images, 4096)]
+        images = torch.cat(parts)
+    return images.expand(-1, spec.channels, -1, -1).contiguous()

@@ -1,0 +1,63 @@
+"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 through torchvision, which downloads them once and checks their sums."""
+
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2cli.data.request import Data, Request, in_memory
+from r2cli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """torchvision's class, and the mean and deviation of the training pixels, from 0 to 1, a channel each."""
+
+    dataset: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augments: bool
+
+
+SOURCES: Mapping[str, Source] = {
+    "mnist": Source("MNIST", (0.1307,), (0.3081,), augments=False),
+    "fashion_mnist": Source("FashionMNIST", (0.2860,), (0.3530,), augments=True),
+    "cifar10": Source("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), augments=True),
+    "cifar100": Source("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), augments=True),
+}
+
+
+def load(request: Request) -> Data:
+    source, folder = SOURCES[request.kind], request.directory or cache()
+    (train, names), (test, _) = (_half(request.kind, source, folder, train=half) for half in (True, False))
+    spec = request.input(train[0].shape[1], train[0].shape[2], mean=source.mean, std=source.std)
+    return in_memory(request.kind, names, spec, train=train, test=test, augments=source.augments)
+
+
+def cache() -> Path:
+    """Where downloads are kept unless --data-dir says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2cli"
+
+
+def _half(kind: str, source: Source, folder: Path, *, train: bool) -> tuple[tuple[Tensor, Tensor], list[str]]:
+    """Images uint8 (n, c, h, w) with labels (n,), and the names of the classes."""
+    import torchvision.datasets
+
+    try:
+        with redirect_stdout(sys.stderr):  # torchvision prints; standard output is for results
+            found: Any = getattr(torchvision.datasets, source.dataset)(str(folder), train=train, download=True)
+        images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
+    # Whatever torchvision raises for no network, a full disk, or a file that is cut short, it is the set that lacks.
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise InputError(
+            f"{kind} is neither in {folder} nor could it be downloaded ({' '.join(str(error).split())}): give "
+            f"--data-dir a folder that holds torchvision's {source.dataset}, or --data imagefolder:DIR"
+        ) from error
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return (images, labels), list(found.classes)

@@ -1,0 +1,97 @@
+"""The user's own networks: `file.py:factory` or `package.module:factory`.
+
+This is the one place that runs code which r2 did not bring. It runs what the command line names, never what a
+checkpoint names. A factory is called with its --model-arg keywords, and with `num_classes` where it has such a
+parameter.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from r2cli.checkpoint import ModelSpec
+from r2cli.errors import InputError, unknown
+
+
+def is_own(name: str) -> bool:
+    return ":" in name and not name.startswith("timm:")
+
+
+def label(name: str) -> str:
+    """What a checkpoint records: the file's name without its folders, and the factory's."""
+    where, _, factory = name.rpartition(":")
+    return f"{Path(where).name if where.endswith('.py') else where}:{factory}"
+
+
+def factory(name: str) -> Callable[..., Any]:
+    """Import the code that `name` names. Raises InputError where it is not there or raises."""
+    where, _, wanted = name.rpartition(":")
+    module = _module(where)
+    found = getattr(module, wanted, None)
+    if not callable(found):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown(f"factory in {where}", wanted, there)
+    return found  # type: ignore[no-any-return]
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """Call the factory. Raises InputError for what it raises, wants, or returns."""
+    assert spec.factory is not None
+    keywords = dict(spec.args)
+    try:
+        signature = inspect.signature(spec.factory)
+    except (TypeError, ValueError):  # written in C: what it takes is not known
+        signature = None
+    if signature is not None:
+        if "num_classes" in signature.parameters:
+            keywords.setdefault("num_classes", spec.classes)
+        try:
+            signature.bind(**keywords)
+        except TypeError as error:
+            raise InputError(f"{spec.name}{signature}: {error}: give --model-arg NAME=VALUE for each") from error
+    try:
+        model = spec.factory(**keywords)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{spec.name} raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{spec.name} returned an object of type {type(model).__name__}: it must return a torch.nn.Module"
+        )
+    return model
+
+
+def _module(where: str) -> ModuleType:
+    path = Path(where)
+    if not where.endswith(".py"):
+        sys.path.insert(0, "")  # a package of the current folder, as `python -m` finds it
+        try:
+            return importlib.import_module(where)
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{where} cannot be imported ({type(error).__name__}: {error})") from error
+        finally:
+            sys.path.remove("")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give --model FILE.py:FACTORY")
+    name = path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # for what stands beside it
+    known = sys.modules.get(name)
+    sys.modules[name] = module  # dataclasses and the like look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path} cannot be imported ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+        if known is not None:
+            sys.modules[name] = known
+    return module
