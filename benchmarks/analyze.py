@@ -152,10 +152,11 @@ def main() -> None:
             "# `r2 analyze` on large files",
             f"{machine()}, {cores} cores with a load of {os.getloadavg()[1]:.1f}, files in the page cache; r2cli "
             f"{__version__}, torch {torch.__version__}. CPU time on one thread, the least of some runs in turn: other "
-            "work on the machine falls on all, if not alike. *quick* is `r2 analyze --quick`, what the obvious code computes, with exact histograms and outliers; *all* rounds "
-            "every weight at 8, 4, 3, 2 and 1 bit as well, to min-max and best ranges, per tensor and per channel. "
-            "Under threads: how much less wall time than on one. Memory: what the greatest resident size grows by over "
-            "the interpreter with torch and r2 loaded, for *all*.",
+            "work on the machine falls on all, if not alike. *quick* is `r2 analyze --quick`, what the obvious code "
+            "computes, with exact histograms and outliers; *all* rounds every weight at 8, 4, 3, 2 and 1 bit as well, "
+            "to min-max and best ranges, per tensor and per channel. Under threads: how much less wall time than on "
+            "one. Memory: what the greatest resident size grows by over the interpreter with torch and r2 loaded, for "
+            "*all*.",
             table,
         ]
     )
