@@ -25,7 +25,7 @@ def lines(made: Sheet, rows: Sequence[Row], *, limit: int, bits: int, sigma: flo
     if len(rows) > len(first):
         left.append(f"{len(rows) - len(first)} more layers: --limit 0 shows all")
     if made.others:
-        left.append(f"{len(made.others)} other tensors ({_reasons(made)}): --json lists them")
+        left.append(f"{len(made.others)} tensors are no layers ({_reasons(made)}): --json lists them")
     return [*shown, *left]
 
 
@@ -46,7 +46,7 @@ def comparison(sheets: Sequence[Sheet], bits: int) -> list[console.Line]:
 
 
 def _cells(row: Row, bits: int, sigma: float) -> tuple[object, ...]:
-    name = row.name if len(row.name) <= NAME else f"{row.name[:8]}…{row.name[-(NAME - 9) :]}"
+    name = row.name if len(row.name) <= NAME else f"…{row.name[-(NAME - 1) :]}"  # its end tells layers apart
     broken = f"{row.nan + row.inf} bad" if row.nan or row.inf else None
     share = f"{100 * row.outlier_share:.2g} %" if row.outliers else "-"
     ratio = "-" if row.ratio is None else f"{row.ratio:.1f}" if row.ratio < 1e4 else f"{row.ratio:.0e}"
@@ -88,5 +88,4 @@ def _reasons(made: Sheet) -> str:
     counted: dict[str, int] = {}
     for other in made.others:
         counted[other.reason] = counted.get(other.reason, 0) + 1
-    plural = {"vector": "vectors", "scalar": "scalars", "part of a decoded weight": "parts of decoded weights"}
-    return ", ".join(f"{number} {plural.get(reason, reason)}" for reason, number in sorted(counted.items()))
+    return ", ".join(f"{reason}: {number}" for reason, number in sorted(counted.items()))
