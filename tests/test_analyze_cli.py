@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import R2
@@ -67,6 +68,23 @@ def test_a_float_checkpoint_is_shown_as_trained_and_as_ptq_rounds_it(r2: R2, mod
         assert set(rounded) == {layer["layer"] for layer in folded["layers"]} and len(rounded) == 10
         for layer in folded["layers"]:
             assert layer["sqnr_db"]["channel"]["min_max"][str(bits)] == pytest.approx(rounded[layer["layer"]], abs=0.01)
+
+
+def test_dead_channels_are_folded_as_ptq_folds_them(r2: R2, model: Path) -> None:
+    """Folding alone would multiply a filter without variance by some 300."""
+    with safe_open(model, framework="pt") as file:
+        stored = file.metadata()
+    state = load_file(model)
+    name = next(name for name in state if name.endswith("running_var"))
+    state[name][3] = 0.0
+    save_file(state, "dead.safetensors", stored)
+    (sheet,) = report(r2, "dead.safetensors", "--view", "folded")["files"]
+    assert sheet["note"].startswith("1 dead channels")
+    quantized = json.loads(r2("ptq", "dead.safetensors", "--weight-bits", 4, "--json").out)["layers"]
+    rounded = {f"{row['layer']}.weight": row["sqnr"] for row in quantized}
+    for layer in sheet["layers"]:
+        assert layer["sqnr_db"]["channel"]["min_max"]["4"] == pytest.approx(rounded[layer["layer"]], abs=0.01)
+    assert any(layer["channels"]["min"][3] == layer["channels"]["max"][3] == 0 for layer in sheet["layers"])
 
 
 def test_views_can_be_chosen(r2: R2, model: Path) -> None:
@@ -321,8 +339,6 @@ def test_bad_input_is_one_sentence_that_names_the_file(r2: R2, foreign: Path, mo
 
 def test_a_checkpoint_whose_graph_cannot_be_built_is_shown_as_trained(r2: R2, model: Path) -> None:
     state = load_file(model)
-    from safetensors import safe_open
-
     with safe_open(model, framework="pt") as file:
         stored = file.metadata()
     meta = json.loads(stored["r2"])
@@ -333,8 +349,6 @@ def test_a_checkpoint_whose_graph_cannot_be_built_is_shown_as_trained(r2: R2, mo
 
 
 def test_a_checkpoint_with_nan_is_counted_not_refused(r2: R2, model: Path) -> None:
-    from safetensors import safe_open
-
     with safe_open(model, framework="pt") as file:
         stored = file.metadata()
     state = load_file(model)

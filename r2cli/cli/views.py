@@ -56,7 +56,7 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
         return [replace(trained, note=f"shown as trained only: {error}")]
     if not folded:
         return [replace(trained, name="", is_float_checkpoint=True)]
-    note = f"{silenced} channels that never vary are zero, as `r2 ptq` makes them" if silenced else ""
+    note = f"{silenced} dead channels are shown as zero, as `r2 ptq` makes them" if silenced else ""
     # What is not folded stands in both views.
     both = [folded.get(each.name, each) for each in trained.layers]
     second = replace(trained, name=FOLDED, layers=tuple(both), note=note)
