@@ -255,6 +255,13 @@ def test_pictures_and_pages_are_written_whole_and_never_over_anything(r2: R2, fo
     assert not list(Path().glob(".*partial"))
 
 
+def test_a_picture_of_thousands_of_layers_is_refused(r2: R2, foreign: Path) -> None:
+    save_file({f"l{n}": torch.tensor([[0.0, n + 1.0]]) for n in range(1600)}, "many.safetensors")
+    assert r2("analyze", "many.safetensors", "-o", "m.png", "--quick").code == 0
+    ran = r2("analyze", "many.safetensors", "-o", "all.png", "--quick", "--limit", 0)
+    assert ran.code == 2 and "too many for a picture" in ran.err and not Path("all.png").exists()
+
+
 def test_a_picture_of_nothing_and_of_constants(r2: R2, foreign: Path) -> None:
     save_file({"ids": torch.arange(3)}, "none.safetensors")
     constant = {"c": torch.full((4, 4), 0.5), "z": torch.zeros(4, 4), "e": torch.zeros(0, 4), "one": torch.ones(1, 1)}
@@ -346,6 +353,8 @@ def test_a_checkpoint_whose_graph_cannot_be_built_is_shown_as_trained(r2: R2, mo
     save_file(state, "other.safetensors", {"r2": json.dumps(meta)})
     (sheet,) = report(r2, "other.safetensors")["files"]
     assert sheet["view"] == "as trained" and "shown as trained only" in sheet["note"] and len(sheet["layers"]) == 10
+    ran = r2("analyze", "other.safetensors", "--view", "folded")
+    assert ran.code == 2 and "other.safetensors cannot be folded" in ran.err
 
 
 def test_a_checkpoint_with_nan_is_counted_not_refused(r2: R2, model: Path) -> None:

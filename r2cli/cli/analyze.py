@@ -101,8 +101,7 @@ def analyze(
 
     started = perf_counter()
     settings = worker.Settings(outlier_sigma, quick, everything)
-    found = [each for path in sources for each in views.of_file(path, everything=everything)]
-    found = [each for each in found if view == "both" or each.name not in ("as trained", "folded") or view in each.name]
+    found = [each for path in sources for each in views.chosen(path, view, everything=everything)]
     layers = worker.matching([each.layers for each in found], only or [])
     total = sum(worker.total(each) for each in layers)
     if dry_run:
@@ -115,14 +114,16 @@ def analyze(
             rows = worker.rows(chosen, settings, threads=threads or os.cpu_count() or 1, advance=progress.advance)
             sheets.append(worker.Sheet(str(each.file), each.name, rows, each.others, each.note))
     line = advice(_worst(sheets, bits), bits)
+    made = []
     for path in outputs:
         if path.suffix == ".html":
             shown_first = {"bits": bits, "granularity": granularity, "sort": sort}
-            content = page.to_bytes(sheets, shown_first, sigma=outlier_sigma, advice=line)
+            made.append(page.to_bytes(sheets, shown_first, sigma=outlier_sigma, advice=line))
         else:
             ordered = [replace(each, rows=order(each.rows)) for each in sheets]
             most = LIMIT if limit is None else limit
-            content = figure.to_bytes(ordered, path.suffix[1:], limit=most, bits=bits, sigma=outlier_sigma)
+            made.append(figure.to_bytes(ordered, path.suffix[1:], limit=most, bits=bits, sigma=outlier_sigma))
+    for path, content in zip(outputs, made, strict=True):
         checkpoint.write_atomically(path, content)
     report = {
         "command": "analyze",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r2cli import analyze, attach, checkpoint, graph, onnx_weights, ptq, tensors
 from r2cli.analyze import Other
-from r2cli.errors import R2Error
+from r2cli.errors import InputError, R2Error
 from r2cli.tensors import Stored, held
 
 TRAINED, FOLDED, DECODED = "as trained", "folded", "decoded"
@@ -26,6 +26,18 @@ class View:
     others: tuple[Other, ...]
     note: str = ""
     is_float_checkpoint: bool = False
+
+
+def chosen(path: Path, view: str, *, everything: bool) -> list[View]:
+    """The views of a file, of a float checkpoint with BatchNorm 'trained', 'folded' or 'both'.
+
+    Raises InputError where the view that was asked for cannot be had.
+    """
+    found = of_file(path, everything=everything)
+    kept = [each for each in found if view == "both" or each.name not in (TRAINED, FOLDED) or view in each.name]
+    if not kept:
+        raise InputError(f"{path} cannot be folded ({found[0].note}): give --view trained")
+    return kept
 
 
 def of_file(path: Path, *, everything: bool) -> list[View]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from r2cli.analyze import Row, Sheet
 from r2cli.analyze.rounding import TENSOR
+from r2cli.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 COLOURS = ("#4c6a8a", "#2a9d8f", "#8a6fae", "#b5833b", "#6b7280", "#3d8ab8")
 OUTLIER, INK, FAINT = "#d62828", "#222222", "#777777"
 PANELS = 6  # side by side
+DPI, TALL = 150, 1.5  # pixels an inch; inches of a line of panels
+MOST_LINES = 250  # some 60,000 pixels, about what a PNG can have
 DATELESS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def to_bytes(sheets: Sequence[Sheet], kind: str, *, limit: int, bits: int, sigma: float) -> bytes:
     """A picture as 'png', 'svg' or 'pdf' of the first `limit` layers of the first sheet; 0 for all.
 
-    Of several files it shows the first view of each: as trained.
+    Of several files it shows the first view of each: as trained. Raises InputError for more than fit.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -34,11 +37,13 @@ def to_bytes(sheets: Sequence[Sheet], kind: str, *, limit: int, bits: int, sigma
     found = [{row.layer: row for row in sheet.rows} for sheet in sheets]
     blocks = max(1, PANELS // len(sheets))  # layers in a line
     lines = max(1, -(-len(layers) // blocks))
+    if lines > MOST_LINES:
+        raise InputError(f"{len(layers)} layers are too many for a picture: give a smaller --limit, or a page (.html)")
     # The same bytes for the same weights: no dates, and the SVG's ids from a fixed salt.
     settings: Any = {"font.size": 7, "svg.hashsalt": "r2", "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(settings):
         width = blocks * len(sheets)
-        figure = Figure(figsize=(1.75 * width, 1.5 * lines + 0.7), layout="constrained")
+        figure = Figure(figsize=(1.75 * width, TALL * lines + 0.7), layout="constrained")
         axes = figure.subplots(lines, width, squeeze=False)
         for panel in axes.flat:
             panel.set_visible(False)
@@ -55,9 +60,7 @@ def to_bytes(sheets: Sequence[Sheet], kind: str, *, limit: int, bits: int, sigma
                     panel.tick_params(labelleft=place == 0)
         _legend(figure, sheets, shown=len(layers), sigma=sigma)
         out = BytesIO()
-        figure.savefig(
-            out, format=kind, dpi=150, metadata={"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-        )
+        figure.savefig(out, format=kind, dpi=DPI, metadata=DATELESS.get(kind))
     return out.getvalue()
 
 
