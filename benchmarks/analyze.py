@@ -1,0 +1,169 @@
+"""`r2 analyze` on large files: against reading them at all, and against the obvious torch code.
+
+Two files are made, float32 and bfloat16, of 4096 x 4096 tensors of normal weights with some outliers, and read once so
+that they are in the page cache. Then, each the least of some runs in turn, CPU time: `cat FILE >/dev/null`; the
+obvious torch code for least, greatest, mean, standard deviation, kurtosis, 256 bins and outliers (whole tensors, by
+safetensors); the same statistics by r2 (`--quick`, exact histogram and outliers); and everything that r2 analyzes, with
+rounding at five bit widths, per tensor and per channel. Memory is the growth of the greatest resident size over the
+interpreter with torch and r2 loaded, in a process of its own.
+
+    python benchmarks/analyze.py --output benchmarks/analyze.md        # some minutes
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from r2cli import __version__, analyze, tensors
+from r2cli.analyze import Settings
+
+SIDE = 4096
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def make(path: Path, dtype: torch.dtype, size: int) -> None:
+    """A file of about `size` bytes of normal weights, 0.05 % of them six times as large."""
+    count = max(1, size // (SIDE * SIDE * dtype.itemsize))
+    generator = torch.Generator().manual_seed(0)
+    w = 0.02 * torch.randn(SIDE, SIDE, generator=generator)
+    w[torch.rand(SIDE, SIDE, generator=generator) < 5e-4] *= 6
+    # The same weights in another order: making new ones would take longer than all that is measured.
+    save_file({f"layers.{n}.weight": w.roll(n * 977, 0).to(dtype) for n in range(count)}, path)
+
+
+def obvious(path: Path) -> None:
+    """What one writes first."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            w = file.get_tensor(name).float()
+            least, greatest = w.min(), w.max()
+            z = (w - w.mean()) / w.std()
+            (z**4).mean()
+            torch.histc(w, 256, float(least), float(greatest))
+            (z.abs() > 4).sum()
+
+
+def cat(path: Path) -> None:
+    subprocess.run(f"cat '{path}' > /dev/null", shell=True, check=True)
+
+
+def ours(path: Path, *, quick: bool, threads: int = 1) -> None:
+    layers, _ = analyze.split(tensors.of_model(path), everything=False)
+    analyze.rows(layers, Settings(quick=quick), threads=threads, advance=lambda _: None)
+
+
+def cpu() -> float:
+    """CPU time of this process and of those that it has waited for, in s."""
+    return sum(os.times()[:4])
+
+
+def least(runs: dict[str, tuple[Callable[[], None], int]]) -> dict[str, tuple[float, float]]:
+    """The least CPU time and the least wall time of each, in s, of as many runs as it says, in turn."""
+    best = dict.fromkeys(runs, (float("inf"), float("inf")))
+    for turn in range(max(times for _, times in runs.values())):
+        for name, (run, times) in runs.items():
+            if turn < times:
+                busy, start = cpu(), perf_counter()
+                run()
+                busy, wall = cpu() - busy, perf_counter() - start
+                best[name] = min(best[name][0], busy), min(best[name][1], wall)
+    return best
+
+
+# A process of its own: the high-water mark of one that has made the files says nothing.
+GROWTH = """
+import sys
+from pathlib import Path
+import torch
+from r2cli import analyze, tensors
+torch.set_num_threads(1)
+analyze.row(tensors.held("w", torch.zeros(64, 64), ""), analyze.Settings())
+def resident(field):
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(field + ":")[1].split()[0]) / 1024
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+layers, _ = analyze.split(tensors.of_model(Path(sys.argv[1])), everything=False)
+analyze.rows(layers, analyze.Settings(), threads=int(sys.argv[2]), advance=lambda _: None)
+print(resident("VmHWM") - before)
+"""
+
+
+def growth(path: Path, threads: int) -> float:
+    """MB that the greatest resident size grows by."""
+    ran = subprocess.run([sys.executable, "-c", GROWTH, str(path), str(threads)], capture_output=True, check=True)
+    return float(ran.stdout)
+
+
+def measure(kind: str, path: Path) -> list[str]:
+    """One line of the table."""
+    cores = os.cpu_count() or 1
+    times = least(
+        {
+            "cat": (lambda: cat(path), 5),
+            "obvious": (lambda: obvious(path), 2),
+            "quick": (lambda: ours(path, quick=True), 3),
+            "all": (lambda: ours(path, quick=False), 1),
+            "quick, threads": (lambda: ours(path, quick=True, threads=cores), 2),
+            "all, threads": (lambda: ours(path, quick=False, threads=cores), 1),
+        }
+    )
+    told = [kind, f"{path.stat().st_size / 1e9:.2f}", f"{times['cat'][0]:.2f}", f"{times['obvious'][0]:.1f}"]
+    for name in ("quick", "all"):
+        own = times[name][0]
+        told.append(f"{own:.2f}: {own / times['cat'][0]:.1f} x cat, {times['obvious'][0] / own:.1f} x faster")
+        told.append(f"{times[name][1] / times[f'{name}, threads'][1]:.2f} x")
+    return [*told, f"{growth(path, 1):.0f} and {growth(path, cores):.0f} MB"]
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed and memory of `r2 analyze` on large files.")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of each file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for kind, dtype in DTYPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{kind}.safetensors"
+            make(path, dtype, int(arguments.gigabytes * 1e9))
+            rows.append(measure(kind, path))
+    cores = os.cpu_count() or 1
+    columns = ["file", "GB", "cat, s", "obvious torch, s", "quick, s", f"{cores} threads", "all, s", f"{cores} threads"]
+    columns.append(f"memory, 1 and {cores} threads")
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
+    text = "\n\n".join(
+        [
+            "# `r2 analyze` on large files",
+            f"{machine()}, {cores} cores with a load of {os.getloadavg()[1]:.1f}, files in the page cache; r2cli "
+            f"{__version__}, torch {torch.__version__}. CPU time on one thread, the least of some runs in turn: other "
+            "work on the machine falls on all, if not alike. *quick* is `r2 analyze --quick`, what the obvious code "
+            "computes, with exact histograms and outliers; *all* rounds every weight at 8, 4, 3, 2 and 1 bit as well, "
+            "to min-max and best ranges, per tensor and per channel. Under threads: how much less wall time than on "
+            "one. Memory: what the greatest resident size grows by over the interpreter with torch and r2 loaded, for "
+            "*all*.",
+            table,
+        ]
+    )
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
