@@ -25,7 +25,8 @@ def advice(rows: Sequence[Row], bits: int) -> str:
         verb = "set" if row.outliers > 1 else "sets"
         them = "them" if row.outliers > 1 else "it"
         saved = f"clipping {them} saves {row.saved_bits:.1f} bits"
-        return f"{row.name}: {share} {verb} the range; {saved}; try `r2 pretrain --reg margin`"
+        remedy = "try `r2 pretrain --reg margin` or `r2 ptq --method adaround`"
+        return f"{row.name}: {share} {verb} the range; {saved}; {remedy}"
     gains = [(_gain(row, bits), row) for row in rows]
     gain, row = max(gains, key=lambda pair: pair[0])
     if gain >= WORTH_DB and row.channels is not None:
