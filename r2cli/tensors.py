@@ -19,7 +19,7 @@ from torch import Tensor
 
 from r2cli.errors import InputError
 
-PIECE = 1 << 17  # elements: half a megabyte of float32, so that what is made of a piece stays in the cache
+PIECE = 1 << 18  # elements: a megabyte of float32; what is made of a piece stays in the cache, and its table is short
 MOST_HEADER = 100_000_000  # bytes, as the format has it
 
 DTYPES: Mapping[str, torch.dtype] = {

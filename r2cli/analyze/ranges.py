@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,7 +173,8 @@ class _Wide:
         size = _sizes(part)
         self._size += float(size.sum() if reach < SAFE else size.double().sum())
         if reach > self._gate and self._room:
-            far = torch.from_numpy(part.numpy()[size.numpy() > self._gate])  # torch's own takes five times as long
+            # Few are far: to find them and take them is faster than to select by a mask, and torch's own far slower.
+            far = torch.from_numpy(part.numpy()[np.flatnonzero(size.numpy() > self._gate)])
             self._room -= min(self._room, len(far))
             self._far.append(far)
         return part
