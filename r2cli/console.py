@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -36,9 +44,10 @@ class Bar:
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Bar]:
-    """A bar over `total` steps with the time left, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Bar]:
+    """A bar over `total` steps, or bytes, with the time left, on standard error."""
+    done = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(None), done, TimeRemainingColumn())
     with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
         yield Bar(progress, progress.add_task(what, total=total))
 
@@ -66,8 +75,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
         numeric = index > 0 and all(_is_numeric(row[index]) for row in rows)
         out.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        out.add_row(*(Text(str(cell)) for cell in row))
+        out.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return out
+
+
+def histogram(heights: Sequence[float], marked: Sequence[bool]) -> Text:
+    """Bars of heights from 0 to 1, one character each; `marked` ones are red dots, which no colour is needed to see."""
+    bars, dot = ("▁▂▃▄▅▆▇█", "•") if _can_print("▁█•") else ("_.:-=+*#", "o")
+    text = Text()
+    for height, mark in zip(heights, marked, strict=True):
+        if height <= 0:
+            text.append(" ")
+        elif mark:
+            text.append(dot, "red")
+        else:
+            text.append(bars[min(len(bars) - 1, int(height * len(bars)))])
+    return text
+
+
+def _can_print(characters: str) -> bool:
+    try:
+        characters.encode(_out.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tick(name: str, passed: bool, detail: str) -> Text:

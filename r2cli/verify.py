@@ -8,7 +8,7 @@ import json
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -187,10 +187,10 @@ def cpu() -> str:
 
 def _all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
     """Every coded weight comes from integer initializers alone, and no layer reads a float one."""
-    sources = _sources(file)
+    made_from = sources(file)
     initializers = {i.name: i for i in file.graph.initializer}
     for name in coded:
-        parts = sources.get(f"{name}.decoded", [])
+        parts = made_from.get(f"{name}.decoded", [])
         content = [p for p in parts if p in initializers and not p.endswith((".scale", ".zero_point"))]
         if not content:
             return Check("integer weights", False, f"{name} has no codes in the file")
@@ -211,22 +211,8 @@ def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
     """ONNX Runtime's own decoding of every weight, without optimisation, equals the checkpoint's bit for bit."""
     if not coded:
         return Check("same codes", True, "float network")
-    names = [f"{name}.decoded" for name in coded]
-    needed = {name for decoded in names for name in (decoded, *_sources(file).get(decoded, []))}
-    part = onnx.ModelProto()
-    part.CopyFrom(file)
-    part.graph.ClearField("node")
-    part.graph.ClearField("input")
-    part.graph.ClearField("output")
-    part.graph.ClearField("value_info")
-    part.graph.node.extend(node for node in file.graph.node if node.output[0] in needed)
-    for decoded, one in zip(names, coded.values(), strict=True):
-        shape = list(one.decode().shape)
-        part.graph.output.append(onnx.helper.make_tensor_value_info(decoded, TensorProto.FLOAT, shape))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.onnx"
-        onnx.save(part, path)
-        decoded_weights = session(path, optimise=False).run(names, {})
+    shapes = {f"{name}.decoded": list(one.decode().shape) for name, one in coded.items()}
+    decoded_weights = run_constants(file, shapes)
     for (name, one), found in zip(coded.items(), decoded_weights, strict=True):
         if not np.array_equal(found, one.decode().numpy()):
             return Check("same codes", False, f"{name} decodes to other values than the checkpoint's")
@@ -235,6 +221,28 @@ def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
         True,
         f"{sum(w.size for w in decoded_weights):,} weights decoded by ONNX Runtime, all equal",
     )
+
+
+def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | None]) -> list[Any]:
+    """The values of a file that come from constants alone, by ONNX Runtime without optimisation: arrays, in order.
+
+    `shapes` names them; a shape may be None where it is not known. Raises InputError where ONNX Runtime cannot.
+    """
+    above = sources(file)
+    needed = {value for name in shapes for value in (name, *above.get(name, []))}
+    kinds = {info.name: info.type.tensor_type.elem_type for info in file.graph.value_info}
+    part = onnx.ModelProto()
+    part.CopyFrom(file)
+    for field in ("node", "input", "output", "value_info"):
+        part.graph.ClearField(field)
+    part.graph.node.extend(node for node in file.graph.node if node.output[0] in needed)
+    for name, shape in shapes.items():
+        part.graph.output.append(onnx.helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), shape))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.onnx"
+        onnx.save(part, path)
+        found: list[Any] = session(path, optimise=False).run(list(shapes), {})
+    return found
 
 
 def _size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check:
@@ -256,7 +264,7 @@ def _size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Chec
     return Check("size", True, f"{total:,} bytes; codes and scales alone {ideal:,}")
 
 
-def _sources(file: onnx.ModelProto) -> dict[str, list[str]]:
+def sources(file: onnx.ModelProto) -> dict[str, list[str]]:
     """For every value: the values that it is made from, however far up, in the file's order of nodes."""
     above: dict[str, list[str]] = {}
     for node in file.graph.node:

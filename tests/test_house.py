@@ -16,11 +16,12 @@ PACKAGE = ROOT / "r2cli"
 # Imports go down only: a module may import from its own row and from the rows above it.
 LAYERS = [
     ["errors", "options", "console"],
-    ["codec"],
+    ["codec", "counts", "tensors"],
     ["checkpoint"],
     ["models", "data", "graph", "regularizers", "weights"],
-    ["train", "attach"],
-    ["ptq", "export", "verify"],
+    ["train", "attach", "analyze"],
+    ["ptq", "export", "verify", "report"],
+    ["onnx_weights"],
     ["recipe", "cli"],
 ]
 # Methods know nothing of each other, and neither do the places that results go to.
@@ -28,10 +29,11 @@ STRANGERS = [("ptq", "export"), ("ptq", "verify"), ("export", "ptq"), ("verify",
 OWNERS = {
     "rich": {"console"},
     "safetensors": {"checkpoint"},
-    "onnx": {"verify"},
+    "onnx": {"verify", "onnx_weights"},
     "onnx_ir": {"export"},
     "onnxruntime": {"verify"},
     "typer": {"options", "cli"},
+    "matplotlib": {"report"},
     "pickle": set(),
 }
 
@@ -118,7 +120,7 @@ def test_the_readme_prints_the_tree_as_it_is() -> None:
         name = path.relative_to(PACKAGE)
         shown = (
             f"{name.parts[0]}/"
-            if len(name.parts) > 1 and name.parts[0] in ("models", "data", "ptq", "cli")
+            if len(name.parts) > 1 and name.parts[0] in ("models", "data", "ptq", "cli", "analyze", "report")
             else name.name
         )
         assert shown in readme and (len(name.parts) == 1 or path.name == "__init__.py" or path.name in readme), name

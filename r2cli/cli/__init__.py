@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from r2cli import __version__, console
-from r2cli.cli import evaluate, export, pretrain, ptq, run
+from r2cli.cli import analyze, evaluate, export, pretrain, ptq, run
 from r2cli.errors import R2Error
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     epilog="Start with: r2 pretrain --reg margin",
 )
 app.command()(pretrain.pretrain)
+app.command()(analyze.analyze)
 app.command()(ptq.ptq)
 app.command()(export.export)
 app.command()(evaluate.evaluate)

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from r2cli import attach, graph
 from r2cli.checkpoint import Checkpoint
 from r2cli.codec import Coded, Grid
+from r2cli.counts import usable
 from r2cli.errors import InputError, R2Error, unknown
 from r2cli.ptq import ranges
 
@@ -183,7 +184,7 @@ def _quantize_weight(weight: Tensor, bits: int, settings: Settings, factor: Tens
     grid = raw.codec
     assert isinstance(grid, Grid)
     exact = (grid.scale.double() * factor).float()
-    scale = ranges.usable(exact)
+    scale = usable(exact)
     own = replace(grid, scale=scale, zero_point=torch.zeros_like(scale, dtype=torch.int32), axis=0)
     # Where a scale was lifted to a usable one the codes are found again: multiplied by it as they are, they would grow.
     lifted = (scale != exact).reshape(column.shape)  # type: ignore[union-attr]

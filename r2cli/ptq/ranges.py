@@ -10,29 +10,17 @@ import torch
 from torch import Tensor
 
 from r2cli.codec import Grid
-
-# No channel's grid is finer than this share of the coarsest one's: its bias then fits int32 on scale_x * scale_w.
-FINEST = 2.0**-16
+from r2cli.counts import min_max_scale, usable
 
 
 def weight_grid(w: Tensor, bits: int, *, per_channel: bool) -> Grid:
     """A min-max grid for the weight (channels, ...): one for the tensor, or one per output channel (axis 0)."""
     flat = w.detach().reshape(w.shape[0], -1) if per_channel else w.detach().reshape(1, -1)
-    if bits == 1:
-        scale = flat.abs().mean(1)
-    else:
-        scale = torch.maximum(flat.amax(1) / (2 ** (bits - 1) - 1), -flat.amin(1) / 2 ** (bits - 1))
-    scale = usable(scale.float())
+    scale = usable(min_max_scale(flat.amin(1), flat.amax(1), flat.abs().mean(1), bits).float())
     if not per_channel:
         scale = scale.squeeze(0)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     return Grid(scale, zero, bits, signed=True, axis=0 if per_channel else None, odd=bits == 1)
-
-
-def usable(scale: Tensor) -> Tensor:
-    """`scale` (channels,) with every entry above zero: a dead channel gets the finest grid that the others allow."""
-    coarsest = scale.amax()
-    return scale.clamp_min(coarsest * FINEST) if coarsest > 0 else torch.ones_like(scale)
 
 
 def activation_grid(low: float, high: float, bits: int) -> Grid:

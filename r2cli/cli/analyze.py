@@ -1,0 +1,213 @@
+"""`r2 analyze`: how wide the weights are, which are outliers, and what that costs at few bits."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from r2cli import console
+from r2cli.cli import gates
+from r2cli.errors import CheckFailed, InputError
+from r2cli.options import GATES, OUTPUT, DryRun, Json, Overwrite, _option
+
+if TYPE_CHECKING:
+    from r2cli.analyze import Row, Sheet
+
+ENDINGS = (".png", ".svg", ".pdf", ".html")
+SORTS = ("sqnr", "range", "outliers", "kurtosis", "size", "file")
+VIEWS = ("both", "trained", "folded")
+LIMIT = 12  # lines of a table, 8 where there are several
+
+
+def analyze(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Weights: any .safetensors file, an index of shards or their directory, or .onnx; several are "
+            "compared. [default: model.safetensors]",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[list[str] | None, _option("--only", help="Layers by name pattern; repeatable.")] = None,
+    view: Annotated[str, _option("--view", help="Of a checkpoint with BatchNorm: trained, folded, or both.")] = "both",
+    outlier_sigma: Annotated[
+        float,
+        _option(
+            "--outlier-sigma",
+            help="An outlier is further from the mean than this many standard deviations; of normal weights 4 leaves "
+            "1 in 16,000 there.",
+            min=0,
+        ),
+    ] = 4.0,
+    bits: Annotated[int, _option("--bits", help="8, 4, 3, 2 or 1: what the table and its order are about.")] = 4,
+    granularity: Annotated[
+        str, _option("--granularity", help="tensor or channel: the grids that --sort sqnr and --min-sqnr look at.")
+    ] = "tensor",
+    sort: Annotated[
+        str | None,
+        _option("--sort", help="sqnr, range, outliers, kurtosis, size or file. [default: sqnr; quick: range]"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        _option("--limit", help="Layers in a table or picture; 0: all. [default: 12, several tables 8]", min=0),
+    ] = None,
+    everything: Annotated[bool, _option("--all", help="Biases and other vectors too.")] = False,
+    quick: Annotated[bool, _option("--quick", help="Ranges and outliers only: no SQNR, no channels.")] = False,
+    threads: Annotated[
+        int | None, _option("--threads", help="Tensors side by side. [default: one a core]", min=1)
+    ] = None,
+    output: Annotated[
+        list[Path] | None,
+        _option("--output", "-o", help="A picture (.png, .svg, .pdf) or a page (.html); repeatable.", panel=OUTPUT),
+    ] = None,
+    overwrite: Overwrite = False,
+    max_range_ratio: Annotated[
+        float | None, _option("--max-range-ratio", help="Most max|w| / std of a layer.", panel=GATES, min=0)
+    ] = None,
+    max_outliers: Annotated[
+        float | None, _option("--max-outliers", help="Most of a layer that is outliers, 0 to 1.", panel=GATES, min=0)
+    ] = None,
+    min_sqnr: Annotated[
+        str | None, _option("--min-sqnr", help="DB@BITS: least SQNR of a layer on min-max grids.", panel=GATES)
+    ] = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Show every layer's range, outliers and loss at few bits: no data, no model code."""
+    sources, outputs = files or [Path("model.safetensors")], output or []
+    _require_outputs(outputs, sources)
+    gates.require_free(outputs, overwrite=overwrite)
+    gates.require_known("--view", view, VIEWS)
+    gates.require_known("--granularity", granularity, ("tensor", "channel"))
+    sort = sort or ("range" if quick else "sqnr")
+    gates.require_known("--sort", sort, SORTS)
+    floor = _floor(min_sqnr, quick=quick)
+    _require_bits("--bits", bits)
+
+    import os
+
+    from r2cli import analyze as worker
+    from r2cli import checkpoint
+    from r2cli.analyze.advice import advice
+    from r2cli.cli import weights
+    from r2cli.report import figure, page, records, text
+
+    def order(rows: "Sequence[Row]") -> "tuple[Row, ...]":
+        return tuple(worker.ordered(rows, sort, bits=bits, granularity=granularity))
+
+    started = perf_counter()
+    settings = worker.Settings(outlier_sigma, quick, everything)
+    found = [each for path in sources for each in weights.views(path, everything=everything)]
+    found = [each for each in found if view == "both" or each.name not in ("as trained", "folded") or view in each.name]
+    layers = worker.matching([each.layers for each in found], only or [])
+    total = sum(worker.total(each) for each in layers)
+    if dry_run:
+        told = f"would analyze {sum(map(len, layers))} layers, {total:,} bytes, of {', '.join(map(str, sources))}"
+        console.emit({"command": "analyze"}, as_json=json, lines=[told])
+        return {}
+    sheets = []
+    with console.bar("analyze", total, of_bytes=True) as progress:
+        for each, chosen in zip(found, layers, strict=True):
+            rows = worker.rows(chosen, settings, threads=threads or os.cpu_count() or 1, advance=progress.advance)
+            sheets.append(worker.Sheet(str(each.file), each.name, rows, each.others, each.note))
+    line = advice(_worst(sheets, bits), bits)
+    for path in outputs:
+        if path.suffix == ".html":
+            shown_first = {"bits": bits, "granularity": granularity, "sort": sort}
+            content = page.to_bytes(sheets, shown_first, sigma=outlier_sigma, advice=line)
+        else:
+            ordered = [replace(each, rows=order(each.rows)) for each in sheets]
+            most = LIMIT if limit is None else limit
+            content = figure.to_bytes(ordered, path.suffix[1:], limit=most, bits=bits, sigma=outlier_sigma)
+        checkpoint.write_atomically(path, content)
+    report = {
+        "command": "analyze",
+        "sigma": outlier_sigma,
+        "files": [records.sheet(sheet) for sheet in sheets],
+        "advice": line,
+        "outputs": outputs,
+        "seconds": round(perf_counter() - started, 2),
+    }
+    shown: list[console.Line] = []
+    many = limit if limit is not None else LIMIT if len(sheets) == 1 else 8
+    for sheet in sheets:
+        shown += [*text.lines(sheet, order(sheet.rows), limit=many, bits=bits, sigma=outlier_sigma), ""]
+    can_quantize = [each.file for each in found if each.is_float_checkpoint]
+    follow = f"r2 ptq {can_quantize[0]} --weight-bits {bits}" if can_quantize and outputs else _page_of(sources)
+    shown += [*text.comparison(sheets, bits), line, *(f"wrote {path}" for path in outputs), console.next_step(follow)]
+    console.emit(report, as_json=json, lines=shown)
+    _require(sheets, max_range_ratio, max_outliers, floor, granularity)
+    return report
+
+
+def _require_outputs(outputs: Sequence[Path], sources: Sequence[Path]) -> None:
+    for path in outputs:
+        if path.is_dir() or not path.name:
+            raise InputError(f"{path} is a directory: name a file with --output")
+        if path.suffix not in ENDINGS:
+            raise InputError(f"--output {path} must end in one of {', '.join(ENDINGS)}")
+        if path.resolve() in [source.resolve() for source in sources]:
+            raise InputError(f"--output {path} is a source itself: give another name")
+
+
+def _require_bits(option: str, bits: int) -> None:
+    if bits not in (8, 4, 3, 2, 1):
+        raise InputError(f"{option} {bits} is not measured: give 8, 4, 3, 2 or 1")
+
+
+def _floor(text: str | None, *, quick: bool) -> tuple[float, int] | None:
+    """--min-sqnr DB@BITS. Raises InputError for anything else."""
+    if text is None:
+        return None
+    if quick:
+        raise InputError("--min-sqnr needs what --quick leaves out: give one of them")
+    decibel, _, bits = text.partition("@")
+    try:
+        found = float(decibel), int(bits)
+    except ValueError as error:
+        raise InputError(f"--min-sqnr {text} is not DB@BITS, for example 20@4") from error
+    _require_bits("--min-sqnr …@", found[1])
+    return found
+
+
+def _page_of(sources: Sequence[Path]) -> str:
+    return f"r2 analyze {' '.join(map(str, sources))} -o report.html"
+
+
+def _worst(sheets: "Sequence[Sheet]", bits: int) -> "list[Row]":
+    """The rows of the first file's last view, which is the one that is deployed, the worst first."""
+    from r2cli import analyze as worker
+
+    last = [sheet for sheet in sheets if sheet.file == sheets[0].file][-1]
+    return worker.ordered(last.rows, "sqnr" if any(row.losses for row in last.rows) else "range", bits=bits)
+
+
+def _require(
+    sheets: "Sequence[Sheet]",
+    max_range_ratio: float | None,
+    max_outliers: float | None,
+    floor: tuple[float, int] | None,
+    granularity: str,
+) -> None:
+    """Raises CheckFailed naming every layer that a gate stops; one with NaN or infinities is stopped by each."""
+    failed = []
+    for sheet in sheets:
+        for row in sheet.rows:
+            why = []
+            if row.nan or row.inf:
+                why.append(f"{row.nan} NaN and {row.inf} infinite weights")
+            if max_range_ratio is not None and (row.ratio or 0) > max_range_ratio:
+                why.append(f"max|w|/std {row.ratio:.2f} > {max_range_ratio:g}")
+            if max_outliers is not None and row.outlier_share > max_outliers:
+                why.append(f"outliers {row.outlier_share:.2g} > {max_outliers:g}")
+            measured = row.sqnr(floor[1], granularity) if floor else None
+            if floor and measured is not None and measured < floor[0]:
+                why.append(f"{measured:.1f} dB < {floor[0]:g} at {floor[1]} bits")
+            if why:
+                failed.append(f"{sheet.title}: {row.name} ({', '.join(why)})")
+    gated = max_range_ratio is not None or max_outliers is not None or floor is not None
+    if gated and failed:
+        raise CheckFailed("gate failed: " + "; ".join(failed))

@@ -1,0 +1,84 @@
+"""What a file holds to analyze: its weights, in one view or two."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2cli import analyze, attach, checkpoint, graph, onnx_weights, ptq, tensors
+from r2cli.analyze import Other
+from r2cli.errors import R2Error
+from r2cli.tensors import Stored, held
+
+TRAINED, FOLDED, DECODED = "as trained", "folded", "decoded"
+
+
+@dataclass(frozen=True)
+class View:
+    """Weights to analyze together. `is_float_checkpoint`: one that r2 made and can quantize."""
+
+    file: Path
+    name: str
+    layers: tuple[Stored, ...]
+    others: tuple[Other, ...]
+    note: str = ""
+    is_float_checkpoint: bool = False
+
+
+def views(path: Path, *, everything: bool) -> list[View]:
+    """The views of a file: a float checkpoint with BatchNorm as trained and folded, a coded one decoded, others as is.
+
+    Raises InputError naming the file and the tensor that cannot be read.
+    """
+    if path.suffix == ".onnx" and not path.is_dir():
+        decoded, floats, others = onnx_weights.of_onnx(path)
+        return [_view(path, DECODED if decoded else "", [*decoded, *floats], others, everything=everything)]
+    stored = tensors.of_model(path)
+    recorded = tensors.metadata(path).get("r2") if path.is_file() and path.suffix == ".safetensors" else None
+    if recorded is None:
+        return [_view(path, "", stored, [], everything=everything)]
+    try:
+        coded = bool(json.loads(recorded)["codecs"])
+    except (ValueError, KeyError, TypeError):
+        coded = False  # `checkpoint.load` says below what is wrong
+    if coded:
+        made = checkpoint.load(path)
+        found = [held(name, one.decode(), str(path)) for name, one in made.coded.items()]
+        rest = [held(name, tensor, str(path)) for name, tensor in made.floats.items()]
+        return [_view(path, DECODED, [*found, *rest], [], everything=everything)]
+    trained = _view(path, TRAINED, stored, [], everything=everything)
+    try:
+        folded, silenced = _folded(checkpoint.load(path))
+    except R2Error as error:
+        return [replace(trained, note=f"shown as trained only: {error}")]
+    if not folded:
+        return [replace(trained, name="", is_float_checkpoint=True)]
+    note = f"{silenced} channels that never vary are zero, as `r2 ptq` makes them" if silenced else ""
+    # What is not folded stands in both views.
+    both = [folded.get(each.name, each) for each in trained.layers]
+    second = replace(trained, name=FOLDED, layers=tuple(both), note=note)
+    return [replace(view, is_float_checkpoint=True) for view in (trained, second)]
+
+
+def _view(path: Path, name: str, found: Sequence[Stored], more: Sequence[Other], *, everything: bool) -> View:
+    layers, others = analyze.split(found, everything=everything)
+    return View(path, name, tuple(layers), (*others, *more))
+
+
+@torch.no_grad()
+def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
+    """The weights that a BatchNorm is folded into, as `r2 ptq` folds it, by name; and how many channels it silenced."""
+    net = graph.trace(attach.network(made))
+    silenced = sum(ptq.silence_dead_channels(net).values())
+    factors = graph.remove_norms(net)
+    found = {}
+    for layer, module in graph.named_layers(net):
+        if layer.name in factors:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            factor = factors[layer.name].reshape(-1, *[1] * (weight.ndim - 1))
+            found[layer.weight] = held(layer.weight, (weight.double() * factor).float(), made.origin)
+    return found, silenced

@@ -1,0 +1,1 @@
+"""Where analysis results go: plain values for JSON, a picture, and a page."""
