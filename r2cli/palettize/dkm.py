@@ -15,6 +15,7 @@ is a share of the layer's mean squared distance to its nearest centroid, because
 what suits one layer is ten times too soft for another whose range was regularized.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -129,10 +130,15 @@ class Nodes:
 
 
 def nodes_for(w: Tensor, centroids: Tensor, tau: float) -> int:
-    """How many nodes resolve the step between two clusters' attention, which is tau / (2 * their distance) wide."""
+    """How many nodes resolve the step between two clusters' attention, which is tau / (2 * their distance) wide.
+
+    What is not finite needs none: its loss will say so.
+    """
     low, high = torch.aminmax(w.detach())
     gap = float(centroids.max() - centroids.min()) / max(1, len(centroids) - 1)
     wanted = float(high - low) * 2 * gap / (tau * FINENESS)
+    if not math.isfinite(wanted):
+        return LEAST_NODES
     return min(MOST_NODES, max(LEAST_NODES, 1 << int(wanted).bit_length()))
 
 

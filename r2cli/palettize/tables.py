@@ -92,7 +92,7 @@ def palette(centroids: Tensor, shape: Sequence[int], form: Form) -> Palette:
         centroids = centroids.sort(dim=1).values
     if form.lut_bits == 8:
         scale = (centroids.abs().amax((1, 2)).float() / TOP).clamp_min(LEAST_SCALE)
-        lut = torch.round(centroids / scale[:, None, None]).clamp_(-TOP, TOP).long()
+        lut = torch.round(centroids / scale[:, None, None]).nan_to_num_().clamp_(-TOP, TOP).long()
         lut = torch.stack([_apart(table) for table in lut.cpu()]).to(torch.int8).to(centroids.device)
     else:
         scale = torch.ones(groups, device=centroids.device)
@@ -119,7 +119,7 @@ def _apart(rows: Tensor) -> Tensor:
         kept = [min(max(value, lowest + i), highest - last + i) for i, value in enumerate(means)]
         return torch.tensor(kept).reshape(-1, 1)
     taken: set[tuple[int, ...]] = set()
-    steps = sorted((a, b) for a in range(-8, 9) for b in range(-8, 9))
+    steps = sorted((a, b) for a in range(-16, 17) for b in range(-16, 17))  # from a corner too, enough for 256
     steps.sort(key=lambda step: (step[0] ** 2 + step[1] ** 2, step))
     out = []
     for row in rows.tolist():
