@@ -1,4 +1,4 @@
-"""One DKM training step: the paper's loop through autograd, coremltools' DKMPalettizer, ours, and no palette at all.
+"""One DKM training step: the paper's loop through autograd, ours, and no palette at all.
 
 Every variant runs in a process of its own, on one thread. Time is CPU time, the least of a few steps after a warm-up;
 memory is what the process's peak grows by in a step, over what it held before, in copies of the weight (Linux only).
@@ -6,7 +6,6 @@ Layer: the op alone, forward and backward, on a 512x512x3x3 weight with warm cen
 ResNet-18 with the CIFAR stem, 32x32, batch 64, SGD with momentum. All palettes take three k-means iterations.
 
     python benchmarks/dkm.py --output benchmarks/dkm.md              # some three minutes
-    python benchmarks/dkm.py --peer PYTHON                           # of an environment that has coremltools 9
 """
 
 import argparse
@@ -87,32 +86,13 @@ def layer(kind: str, bits: int, dim: int) -> dict[str, float]:
     torch.manual_seed(0)
     w = (torch.randn(SHAPE) * 0.02).requires_grad_()
     g = torch.randn(SHAPE)
-    if kind == "coremltools":
-        soften = _coremltools(torch.nn.Conv2d(512, 512, 3, bias=False), w, bits, dim)
-    else:
-        soften = learner_of(kind, w, bits, dim)
+    soften = learner_of(kind, w, bits, dim)
 
     def step() -> None:
         soften(w).backward(g)
         w.grad = None
 
     return measured(step, w.numel() * 4)
-
-
-def _coremltools(conv: Any, w: Any, bits: int, dim: int) -> Any:
-    """coremltools' palettizer on one layer; the seeds that take its first step half a minute are cut to one."""
-    import torch
-    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
-
-    own = {"n_bits": bits, "cluster_dim": dim, "kmeans_max_iter": ITERATIONS, "palett_epsilon": 0.0, "milestone": 0}
-    palettizer = DKMPalettizer(
-        torch.nn.Sequential(conv), DKMPalettizerConfig.from_dict({"global_config": {**own, "kmeans_n_init": 1}})
-    )
-    model = palettizer.prepare()
-    palettizer.step()
-    quantizer = next(m for m in model.modules() if type(m).__name__ == "DKMPalettizer" or hasattr(m, "palett_tau"))
-    quantizer.train()
-    return quantizer
 
 
 def network(kind: str, bits: int, dim: int) -> dict[str, float]:
@@ -125,7 +105,7 @@ def network(kind: str, bits: int, dim: int) -> dict[str, float]:
     torch.manual_seed(0)
     model = models.build(ModelSpec("resnet18", 10, stem="small"))
     names = [one.name for one in graph.layers(graph.trace(model))]
-    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train().to(memory_format=torch.channels_last)
     softs = {}
     for name in names if kind != "float" else []:
         made = learner_of(kind, model.get_submodule(name).weight, bits, dim)
@@ -154,9 +134,9 @@ def _Module(step: Any) -> Any:
     return Step()
 
 
-def run(python: str, *arguments: object) -> dict[str, float] | None:
+def run(*arguments: object) -> dict[str, float] | None:
     """One variant in a process of its own; None where it fails."""
-    command = [python, __file__, "--one", *map(str, arguments)]
+    command = [sys.executable, __file__, "--one", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"left out {arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
@@ -173,18 +153,15 @@ def table(columns: list[str], content: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *content])
 
 
-def report(peer: str | None, networks: bool) -> str:
+def report(networks: bool) -> str:
     """The tables, as Markdown."""
     import torch
 
     from r2cli import __version__
 
-    kinds = ["naive", "ours", *(["coremltools"] if peer else [])]
     rows = []
     for bits, dim in FORMS:
-        found = {
-            kind: run(peer if kind == "coremltools" else sys.executable, "layer", kind, bits, dim) for kind in kinds
-        }  # type: ignore[arg-type]
+        found = {kind: run("layer", kind, bits, dim) for kind in ("naive", "ours")}
         base, own = found["naive"], found["ours"]
         assert base and own
         cells = [f"{one['ms']:.0f} ms, {one['copies']:.0f}x" if one else "-" for one in found.values()]
@@ -194,20 +171,20 @@ def report(peer: str | None, networks: bool) -> str:
     parts = [
         "# A DKM training step",
         f"The op on a {'x'.join(map(str, SHAPE))} weight, forward and backward; memory in copies of the weight. {head}",
-        table(["palette", *kinds, "ours / naive, time", "memory"], rows),
+        table(["palette", "naive", "ours", "ours / naive, time", "memory"], rows),
     ]
     if networks:
-        base = run(sys.executable, "network", "float", 0, 1)
+        base = run("network", "float", 0, 1)
         assert base
         rows = [["float", f"{base['ms']:.0f} ms", "", f"{base['copies']:.1f}x"]]
         for kind, bits, dim in NETWORK_STEPS:
-            one = run(sys.executable, "network", kind, bits, dim)
+            one = run("network", kind, bits, dim)
             if one:
                 ratio = f"{one['ms'] / base['ms']:.2f}"
                 rows.append([f"{kind}, {told(bits, dim)}", f"{one['ms']:.0f} ms", ratio, f"{one['copies']:.1f}x"])
         parts += [
-            f"A whole step of ResNet-18, CIFAR stem, batch {BATCH}, {SIZE}x{SIZE}; memory in copies of that weight, its "
-            "largest.",
+            f"A whole step of ResNet-18, CIFAR stem, batch {BATCH}, {SIZE}x{SIZE}; memory in copies of its largest "
+            "weight.",
             table(["", "step", "of float steps", "memory"], rows),
         ]
     return "\n\n".join(parts)
@@ -216,7 +193,6 @@ def report(peer: str | None, networks: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="One DKM training step, ours and others'.")
     parser.add_argument("--output", type=Path, help="also write the tables to this file")
-    parser.add_argument("--peer", help="the Python of an environment that has coremltools 9")
     parser.add_argument("--no-network", action="store_true", help="the layer only")
     parser.add_argument("--one", nargs=4, metavar=("WHAT", "KIND", "BITS", "DIM"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -227,7 +203,7 @@ def main() -> None:
         what, kind, bits, dim = arguments.one
         print(json.dumps((layer if what == "layer" else network)(kind, int(bits), int(dim))))
         return
-    text = report(arguments.peer, not arguments.no_network)
+    text = report(not arguments.no_network)
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")

@@ -73,9 +73,9 @@ def test_a_large_layers_scalars_are_the_naive_ones_to_the_interpolation(k: int, 
     (dw,) = torch.autograd.grad(found, one, g)
     (exact,) = torch.autograd.grad(expected, other, g.double()[:, None])
     found, expected = found.detach(), expected.detach()
-    # A node is a tenth as wide as the step between two clusters' attention; the error falls with its square.
-    assert float((dw - exact[:, 0]).norm() / exact.norm()) < 2e-3
-    assert float((found - expected[:, 0]).norm() / expected.norm()) < 1e-4
+    # A node is a quarter as wide as the step between two clusters' attention; the error falls with its square.
+    assert float((dw - exact[:, 0]).norm() / exact.norm()) < 1e-2
+    assert float((found - expected[:, 0]).norm() / expected.norm()) < 3e-4
     assert after.tolist() == pytest.approx(centroids[:, 0].tolist(), abs=1e-6)
 
 

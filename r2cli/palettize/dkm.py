@@ -25,7 +25,7 @@ CHUNK = 1 << 16  # scalars of a chunk
 ROWS = 1 << 14  # vectors of a chunk
 EXACT = 1 << 12  # up to so many scalars are their own nodes
 LEAST_NODES, MOST_NODES = 1 << 10, 1 << 16
-FINENESS = 0.1  # of a node's width in that of the step between two clusters' attention
+FINENESS = 0.25  # of a node's width in that of the step between two clusters' attention
 EMPTY = 1e-30  # attention below it moves no centroid
 
 
@@ -139,7 +139,7 @@ def nodes_for(w: Tensor, centroids: Tensor, tau: float) -> int:
     wanted = float(high - low) * 2 * gap / (tau * FINENESS)
     if not math.isfinite(wanted):
         return LEAST_NODES
-    return min(MOST_NODES, max(LEAST_NODES, 1 << int(wanted).bit_length()))
+    return min(MOST_NODES, max(LEAST_NODES, int(wanted)))
 
 
 class _Scalar(torch.autograd.Function):
