@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +61,11 @@ def palettize(
     ] = None,
     group_size: Annotated[
         int | None,
-        _option("--group-size", help="Output channels that share a table. [default: all of a layer]", min=1),
+        _option(
+            "--group-size",
+            help="Output channels that share a table; a layer that it does not divide has one. [default: all]",
+            min=1,
+        ),
     ] = None,
     lut_bits: Annotated[int, _option("--lut-bits", help="8: tables of int8 with a scale; 32: of float32.")] = 8,
     act_bits: Annotated[
@@ -83,7 +88,7 @@ def palettize(
         _option(
             "--temperature",
             help="dkm: of the first epoch, as a share of each layer's mean squared distance; it falls to a tenth.",
-            min=0,
+            min=0.001,
             panel=TRAINING,
         ),
     ] = 0.5,
@@ -193,12 +198,13 @@ def palettize(
     work = worker.Work(made, settings, batches if calibration else None, where, seed)
     epochs_told: list[dict[str, float]] = []
     if loop is None:
-        with console.bar("k-means", len(made.floats)) as progress:
+        with console.bar("k-means", sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
             coded, rows = worker.by_kmeans(work, weigh=weigh == "fisher", advance=progress.advance)
     else:
         schedule = training.Schedule(epochs, hard_epochs if method == "dkm" else 0, temperature, temperature / 10)
         plan = training.Plan(loop, schedule, iterations, lut_lr)
-        with console.bar(method, epochs * train.steps_per_epoch(there, batch_size)) as progress:
+        total = epochs * train.steps_per_epoch(there, batch_size)
+        with _told_of(state), console.bar(method, total) as progress:
 
             def told(epoch: "train.Epoch", gap: float) -> None:
                 epochs_told.append({**epoch.__dict__, "gap": gap})
@@ -237,6 +243,17 @@ def palettize(
         size=report["bytes"],
     )
     return report
+
+
+@contextmanager
+def _told_of(state: Path) -> Iterator[None]:
+    """Say where a run that is interrupted can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state.exists():
+            console.note(f"{state} holds the last whole epoch: go on with --resume")
+        raise
 
 
 def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: str, soft: int) -> None:
