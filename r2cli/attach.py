@@ -1,10 +1,13 @@
 """What sits on a network's edges, and the network that a checkpoint stands for.
 
 `Observe` watches the range of a value while calibration images pass and keeps nothing else; `OnGrid` rounds a value to
-its grid. `network` rebuilds a checkpoint's model, float or coded, ready to run.
+its grid. `Method` is what learners on the layers ask of training. `network` rebuilds a checkpoint's model, float or
+coded, ready to run.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,6 +50,20 @@ class OnGrid(nn.Module):
         return codes.sub_(zero).mul_(self.scale)
 
 
+@dataclass(frozen=True)
+class Method:
+    """What a method of compression, whose learners are modules of the network, asks of the loop.
+
+    A learner's own state is in its buffers and parameters, which the resume state has. `groups` are the optimizer's
+    groups of such parameters, with a `base_lr` each; `identity` are the options that a resumed run must share.
+    """
+
+    identity: Mapping[str, Any]
+    groups: Sequence[Mapping[str, Any]] = ()
+    before_epoch: Callable[[int], None] = lambda number: None
+    before_evaluation: Callable[[int], None] = lambda number: None
+
+
 @torch.inference_mode()
 def observe(net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
     """The (least, greatest) value of each node over `batches` of images; the watchers stay until grids replace them."""
@@ -60,6 +77,27 @@ def observe(net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor]
 def put_on_grids(net: fx.GraphModule, grids: Mapping[str, Grid]) -> None:
     """Round the values of the named nodes to their grids from now on; in place."""
     graph.insert(net, {node: OnGrid(grid) for node, grid in grids.items()})
+
+
+@torch.no_grad()
+def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the statistics of every BatchNorm to those of `batches` of images, each weighing the same; in place.
+
+    Weights that were rounded give other means and variances than those that the statistics were collected with. All
+    else runs as in evaluation, and the model is left in it.
+    """
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, graph.NORMS) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a plain average
+        norm.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def network(checkpoint: Checkpoint) -> nn.Module:

@@ -11,11 +11,11 @@ Nothing that is loaded runs code: safetensors holds tensors and text only.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -108,8 +108,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     codecs = {}
     for name, coded in checkpoint.coded.items():
         tensors[f"{name}.codes"] = coded.packed()
-        parts, codecs[name] = _describe(coded.codec)
-        codecs[name]["shape"] = list(coded.codes.shape)
+        parts, codecs[name] = described(coded.codec, coded.codes.shape)
         tensors |= {
             f"{name}.{part}": tensor.clone(memory_format=torch.contiguous_format) for part, tensor in parts.items()
         }
@@ -142,6 +141,8 @@ def load(path: Path) -> Checkpoint:
             raise InputError(
                 f"{path} has format {meta['format']}, this r2 reads {FORMAT}: install the r2cli that wrote it"
             )
+        if meta["model"] is None:
+            raise InputError(f"{path} holds palettes of a file without a network: `r2 analyze` shows them")
         coded = {name: _coded(name, entry, tensors) for name, entry in meta["codecs"].items()}
         checkpoint = Checkpoint(
             model=ModelSpec(**meta["model"]),
@@ -158,6 +159,20 @@ def load(path: Path) -> Checkpoint:
         raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
     _require_finite(checkpoint, path)
     return checkpoint
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of any safetensors file under the names that its network knows: coded ones decoded, float32.
+
+    Raises InputError for a missing or corrupt one.
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        codecs = json.loads(metadata["r2"])["codecs"] if "r2" in metadata else {}
+        decoded = {name: _coded(name, entry, tensors).decode() for name, entry in codecs.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
+    return {**tensors, **decoded}
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -192,12 +207,22 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` whole or not at all: a new file beside it is moved over it when it is on the disk."""
+    """Write `content` to `path` whole or not at all. Raises R2Error where the disk refuses."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside `path` that is moved over it when it is whole and on the disk, and is gone otherwise.
+
+    Raises R2Error where the disk refuses.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -206,6 +231,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def described(codec: Codec, shape: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A codec, and the shape of its codes, as the tensors and the JSON that bring it back."""
+    parts, entry = _describe(codec)
+    return parts, entry | {"shape": list(shape)}
 
 
 def _describe(codec: Codec) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,14 +2,8 @@
 
 torch exports the network with its parameters under their own names and nothing folded; then the initializer of every
 coded weight is replaced by what its codec says, so no float weight is left to be quantized again, and no second
-description of the network exists. Opset 21, IR 10.
-
-    8 to 5 bits          INT8 -> DequantizeLinear
-    4 bits               INT4 -> Cast INT8 -> DequantizeLinear
-    3 to 1 bits, odd     packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
-
-Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into
-DequantizeLinear would be unpacked at every inference. Activations are UINT8, with a Clip of codes below 8 bits.
+description of the network exists. Opset 21, IR 10. The forms of codes are in `onnx_codes.py`; activations are UINT8,
+with a Clip of codes below 8 bits.
 """
 
 import json
@@ -25,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from r2cli import attach, graph
+from r2cli import attach, graph, onnx_codes
 from r2cli.checkpoint import Checkpoint
-from r2cli.codec import Codec, Coded, Grid, pack, packed_bytes, unpack
+from r2cli.codec import Codec, Coded, Grid
 from r2cli.errors import R2Error
+from r2cli.onnx_codes import initializer
 
 OPSET, IR_VERSION = 21, 10
 INPUT, OUTPUT = "input", "logits"
@@ -176,41 +171,11 @@ def _put_codes(model: ir.Model, coded: Mapping[str, Coded]) -> None:
         written = torch.from_numpy(value.const_value.numpy().copy())
         if not torch.equal(written, one.decode()):
             raise R2Error(f"torch's export changed the weight '{name}': it is not the decoded codes any more")
-        decoded, nodes = _emit(model.graph, name, one, tables)
+        decoded, nodes = onnx_codes.emit(model.graph, name, one, tables)
         value.replace_all_uses_with(decoded)
         del model.graph.initializers[name]
         first = next(iter(model.graph))
         model.graph.insert_before(first, nodes)
-
-
-def _emit(graph_: ir.Graph, name: str, coded: Coded, tables: dict[str, ir.Value]) -> tuple[ir.Value, list[ir.Node]]:
-    """The float value of a coded weight, and the nodes that make it."""
-    grid = coded.codec
-    if not isinstance(grid, Grid):
-        raise R2Error(f"the weight '{name}' is palettized, and palettes have no ONNX form yet")
-    packed_width = grid.bits <= 3 or (grid.odd and grid.bits <= 4)
-    if packed_width:
-        integers, nodes = _packed(graph_, name, coded, grid, tables)
-    elif grid.bits == 4:
-        narrow = _initializer(graph_, f"{name}.codes", _int4(coded.codes))
-        cast = ir.node("Cast", [narrow], {"to": ir.DataType.INT8})
-        integers, nodes = cast.outputs[0], [cast]
-    elif grid.odd and grid.bits == 8:
-        raise R2Error(f"the weight '{name}' has an 8-bit grid without a zero level, whose codes leave int8: use 7 bits")
-    else:
-        stored = grid.integers(coded.codes) if grid.odd else coded.codes
-        integers, nodes = _initializer(graph_, f"{name}.codes", stored.to(torch.int8).numpy()), []
-    inputs = [integers, _initializer(graph_, f"{name}.scale", grid.scale.numpy())]
-    if bool(grid.zero_point.any()) or coded.codes.ndim == 2:  # ONNX Runtime's QGemm wants one, though it be zero
-        inputs.append(_initializer(graph_, f"{name}.zero_point", grid.zero_point.to(torch.int8).numpy()))
-    axis = {} if grid.axis is None else {"axis": grid.axis}
-    dequantize = ir.node("DequantizeLinear", inputs, axis)
-    nodes.append(dequantize)
-    for position, node in enumerate(nodes):
-        # Short names: in a small network at few bits the text of the graph is most of what is left of the file.
-        node.name, node.outputs[0].name = "", f"w{len(tables)}.{len(graph_)}.{position}"
-    dequantize.outputs[0].name = f"{name}.decoded"
-    return dequantize.outputs[0], nodes
 
 
 def _round_last_bias(model: ir.Model) -> None:
@@ -228,8 +193,8 @@ def _round_last_bias(model: ir.Model) -> None:
         scale = np.asarray(scales[0] * scales[1])
         codes = np.rint(bias.const_value.numpy().astype(np.float64) / scale)
         parts = [
-            _initializer(model.graph, f"{bias.name}.codes", codes.astype(np.int32)),
-            _initializer(model.graph, f"{bias.name}.scale", scale),
+            initializer(model.graph, f"{bias.name}.codes", codes.astype(np.int32)),
+            initializer(model.graph, f"{bias.name}.scale", scale),
         ]
         decoded = ir.node("DequantizeLinear", parts, {"axis": 0} if scale.ndim else {})
         decoded.outputs[0].name = f"{bias.name}.decoded"
@@ -245,74 +210,6 @@ def _scale_of(value: ir.Value | None) -> "np.ndarray[Any, Any] | None":
         return None
     scale = producer.inputs[1]
     return None if scale is None or scale.const_value is None else scale.const_value.numpy()
-
-
-def _packed(
-    graph_: ir.Graph, name: str, coded: Coded, grid: Grid, tables: dict[str, ir.Value]
-) -> tuple[ir.Value, list[ir.Node]]:
-    """Packed codes through their table: the int8 integers of the weight. Three bits are the sum of two planes."""
-    count, planes = coded.codes.numel(), coded.packed()
-    nodes: list[ir.Node] = []
-    parts = []
-    split = packed_bytes(count, 1)
-    for part, bits, content in (
-        [("high", 1, planes[:split]), ("low", 2, planes[split:])] if grid.bits == 3 else [("codes", grid.bits, planes)]
-    ):
-        kind = f"{'odd' if grid.odd else 'plain'}{grid.bits}.{part}"
-        if kind not in tables:
-            tables[kind] = _initializer(graph_, f"table.{kind}", _table(grid, part, bits))
-        packed = _initializer(graph_, f"{name}.{part}", content.numpy())
-        index = ir.node("Cast", [packed], {"to": ir.DataType.INT32})
-        gather = ir.node("Gather", [tables[kind], index.outputs[0]], {"axis": 0})
-        nodes += [index, gather]
-        parts.append(gather.outputs[0])
-        if content.numel() * (8 // bits) != count:  # drop the zeros that filled the last byte
-            flat = _shape(graph_, tables, (-1,))
-            ends = [_shape(graph_, tables, (0,)), _shape(graph_, tables, (count,))]
-            nodes.append(ir.node("Reshape", [parts[-1], flat]))
-            nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
-            parts[-1] = nodes[-1].outputs[0]
-        nodes.append(ir.node("Reshape", [parts[-1], _shape(graph_, tables, tuple(coded.codes.shape))]))
-        parts[-1] = nodes[-1].outputs[0]
-    if len(parts) == 2:
-        nodes.append(ir.node("Add", parts))
-    return nodes[-1].outputs[0], nodes
-
-
-def _table(grid: Grid, part: str, bits: int) -> np.ndarray[Any, Any]:
-    """(256, 8 // bits) int8: the integers that every byte of packed codes stands for."""
-    every = unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
-    if part == "high":  # worth 4, or -4 where the codes are two's complement
-        integers = every * 8 - 7 if grid.odd else every * -4
-    elif part == "low":
-        integers = every * 2 if grid.odd else every
-    elif grid.odd:
-        integers = every * 2 - (2**bits - 1)
-    else:
-        integers = torch.where(every >= 2 ** (bits - 1), every - 2**bits, every)
-    return integers.reshape(256, 8 // bits).to(torch.int8).numpy()
-
-
-def _shape(graph_: ir.Graph, shared: dict[str, ir.Value], sizes: tuple[int, ...]) -> ir.Value:
-    name = "shape." + "x".join(map(str, sizes))
-    if name not in shared:
-        shared[name] = _initializer(graph_, name, np.array(sizes, dtype=np.int64))
-    return shared[name]
-
-
-def _int4(codes: Tensor) -> "ir.PackedTensor[Any]":
-    """Codes (any shape, int8 in -8 .. 7) as an ONNX INT4 tensor: our packing is ONNX's."""
-    return ir.PackedTensor(pack(codes, 4).numpy(), ir.DataType.INT4, shape=ir.Shape(codes.shape))
-
-
-def _initializer(graph_: ir.Graph, name: str, content: "np.ndarray[Any, Any] | ir.PackedTensor[Any]") -> ir.Value:
-    tensor = ir.tensor(content) if isinstance(content, np.ndarray) else content
-    tensor.name = name
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-    )
-    graph_.initializers[name] = value
-    return value
 
 
 # --- the file ------------------------------------------------------------------------------------------------------

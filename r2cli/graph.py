@@ -77,6 +77,21 @@ def layers(net: fx.GraphModule) -> list[Layer]:
     return found
 
 
+def make_factors_positive(net: fx.GraphModule) -> None:
+    """Negate filters, mean and gamma of every channel whose BatchNorm would negate it: the same function; in place."""
+    for layer, module in named_layers(net):
+        norm = net.get_submodule(layer.norm) if layer.norm else None
+        if norm is None or norm.weight is None:
+            continue
+        assert isinstance(norm, NORMS) and norm.running_mean is not None and isinstance(module, LAYERS)
+        with torch.no_grad():
+            sign = torch.where(norm.weight < 0, -1.0, 1.0)
+            for part in (module.bias, norm.running_mean, norm.weight):
+                if part is not None:
+                    part.mul_(sign)
+            module.weight.mul_(sign.reshape(-1, *[1] * (module.weight.ndim - 1)))
+
+
 def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:
     """Take every BatchNorm that follows a layer out of the graph, its shift into the layer's bias.
 

@@ -36,7 +36,7 @@ from r2cli.checkpoint import write_atomically
 from r2cli.errors import InputError, unknown
 
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
-COMMANDS = ("pretrain", "ptq", "export", "evaluate")
+COMMANDS = ("pretrain", "ptq", "palettize", "export", "evaluate")
 FILES = ("source", "output")
 
 

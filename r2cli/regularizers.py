@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from r2cli.errors import InputError, unknown
 
@@ -205,8 +206,11 @@ def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
-            assert isinstance(module.weight, nn.Parameter)
-            found[f"{name}.weight"] = module.weight
+            # A weight that a learner stands before is the one behind it.
+            learned = parametrize.is_parametrized(module, "weight")
+            weight = module.parametrizations.weight.original if learned else module.weight  # type: ignore[union-attr]
+            assert isinstance(weight, nn.Parameter)
+            found[f"{name}.weight"] = weight
     return found
 
 

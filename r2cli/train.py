@@ -1,6 +1,7 @@
 """The training loop: SGD with Nesterov momentum, warm-up and a cosine; evaluation; and a state that resumes exactly.
 
-pretrain runs it on a float network with a range regularizer attached. An unbroken run and one that was killed and
+pretrain runs it on a float network with a range regularizer attached, compression on one whose layers have learners;
+the paper never has both. An unbroken run and one that was killed and
 resumed give the same bytes: the order of the data is a function of seed and epoch, and the rest is in the resume state.
 """
 
@@ -8,7 +9,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2cli import checkpoint, data, regularizers
+from r2cli.attach import Method
 from r2cli.errors import InputError, R2Error, unknown
 
 STATE_FORMAT = 1
@@ -131,6 +133,7 @@ class _Run:
     settings: Settings
     device: torch.device
     regularizer: regularizers.Regularizer | None
+    method: Method | None
     optimizer: torch.optim.SGD
     state: Path
     watch: Watch
@@ -150,7 +153,7 @@ class _Run:
             "regularizer": asdict(setting) if setting else None,
             "source": source,
             "model": {"model": f"of {len(shapes)} tensors, {hash_of(shapes)}"},
-        }
+        } | ({"method": dict(self.method.identity)} if self.method else {})
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,12 +166,14 @@ def fit(
     settings: Settings,
     *,
     device: torch.device,
-    setting: regularizers.Setting | None,
+    setting: regularizers.Setting | Method | None,
     state: Path,
     resume: bool,
     watch: Watch,
 ) -> list[Epoch]:
     """Train `model` in place. After every epoch the whole state is in the file `state`; `resume` starts from it.
+
+    `setting` is what comes to the task: a range regularizer, or a method of compression.
 
     Raises R2Error where the loss is no longer finite (the last good epoch's state is kept), and where the network
     cannot be compiled.
@@ -178,16 +183,21 @@ def fit(
     average = None
     if settings.ema is not None:
         average = AveragedModel(model, multi_avg_fn=_running_average(settings.ema), use_buffers=True)
-    regularizer = regularizers.Regularizer(setting, model) if setting else None
-    optimizer = _optimizer(model, regularizer, settings)
-    run = _Run(model, forward, average, source, settings, device, regularizer, optimizer, state, watch)
+    method = setting if isinstance(setting, Method) else None
+    regularizer = regularizers.Regularizer(setting, model) if isinstance(setting, regularizers.Setting) else None
+    optimizer = _optimizer(model, regularizer, settings, method.groups if method else ())
+    run = _Run(model, forward, average, source, settings, device, regularizer, method, optimizer, state, watch)
     history = _restore(run) if resume and state.exists() else []
     watch.step(len(history) * run.steps_per_epoch)
     for number in range(len(history) + 1, settings.epochs + 1):
+        if method is not None:
+            method.before_epoch(number)
         loss, penalty, speed = _one_epoch(run, number)
         if not math.isfinite(loss):
             kept = f"; {state} holds the end of epoch {number - 1}" if number > 1 else ""
             raise R2Error(f"training diverged in epoch {number} (loss {loss}): use a lower --lr or --reg-weight{kept}")
+        if method is not None:
+            method.before_evaluation(number)
         ratios = list(range_ratios(run.result).values()) or [0.0]
         accuracy = evaluate(run.result, source.test, device)
         mean = sum(ratios) / len(ratios)
@@ -284,19 +294,25 @@ def range_ratios(model: nn.Module) -> dict[str, float]:
     return ratios
 
 
-def _optimizer(model: nn.Module, regularizer: regularizers.Regularizer | None, settings: Settings) -> torch.optim.SGD:
+def _optimizer(
+    model: nn.Module,
+    regularizer: regularizers.Regularizer | None,
+    settings: Settings,
+    more: Sequence[Mapping[str, Any]] = (),
+) -> torch.optim.SGD:
     """Weights decay; biases and norms do not; the regularizer's own parameters neither, and they have no momentum."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    own = {id(p) for group in more for p in group["params"]}
+    decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in own]
+    plain = [p for p in model.parameters() if p.ndim <= 1 and id(p) not in own]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": settings.weight_decay, "base_lr": settings.lr},
         {"params": plain, "weight_decay": 0.0, "base_lr": settings.lr},
     ]
+    groups += [dict(group) for group in more]
     if regularizer and regularizer.parameters:
-        own = list(regularizer.parameters.values())
         groups.append(
             {
-                "params": own,
+                "params": list(regularizer.parameters.values()),
                 "weight_decay": 0.0,
                 "base_lr": settings.reg_lr,
                 "momentum": 0.0,

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from r2cli import checkpoint as checkpoints
 from r2cli import export
 from r2cli.checkpoint import Checkpoint, InputSpec
-from r2cli.codec import Coded, packed_bytes
+from r2cli.codec import Coded, Palette, packed_bytes
 from r2cli.data import Batch
 from r2cli.errors import InputError
 
 INTEGERS = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+INDICES = (TensorProto.INT32, TensorProto.INT64)  # shapes, and where a group's table begins
 WEIGHT_ONLY_TOLERANCE = 1e-5  # relative: the order of float sums is all that may differ
 AGREEMENT = 0.99  # share of equal decisions: a value on the edge of two codes may round either way
 SQNR_DB = 30.0
@@ -186,15 +187,16 @@ def cpu() -> str:
 
 
 def _all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
-    """Every coded weight comes from integer initializers alone, and no layer reads a float one."""
+    """Every coded weight comes from integers, a float table of centroids at most, and no layer reads a float one."""
     made_from = sources(file)
     initializers = {i.name: i for i in file.graph.initializer}
-    for name in coded:
+    for name, one in coded.items():
         parts = made_from.get(f"{name}.decoded", [])
-        content = [p for p in parts if p in initializers and not p.endswith((".scale", ".zero_point"))]
+        floats = {f"{name}.scale"} | ({f"{name}.lut"} if has_float_table(one) else set())
+        content = [p for p in parts if p in initializers and p not in floats]
         if not content:
             return Check("integer weights", False, f"{name} has no codes in the file")
-        wrong = [p for p in content if initializers[p].data_type not in (*INTEGERS, TensorProto.INT64)]
+        wrong = [p for p in content if initializers[p].data_type not in (*INTEGERS, *INDICES)]
         if wrong:
             return Check("integer weights", False, f"{name} is made from the float initializer {wrong[0]}")
     for node in file.graph.node:
@@ -204,7 +206,14 @@ def _all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
                     return Check("integer weights", False, f"{used} is float32")
     kinds = Counter(TensorProto.DataType.Name(i.data_type) for i in file.graph.initializer if _is_code(i, coded))
     held = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "float network"
+    if any(has_float_table(one) for one in coded.values()):
+        held += " of codes, float tables"
     return Check("integer weights", True, f"{len(coded)} layers ({held})")
+
+
+def has_float_table(coded: Coded) -> bool:
+    """Whether the weight is a palette of float centroids: its codes are integers, what they stand for is not."""
+    return isinstance(coded.codec, Palette) and coded.codec.lut.is_floating_point()
 
 
 def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:

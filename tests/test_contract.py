@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import attach, checkpoint, data, ptq
+from r2cli import attach, checkpoint, data, palettize, ptq, train
+from r2cli.palettize import training
 
 CPU = torch.device("cpu")
 
@@ -20,6 +21,33 @@ def test_codes_survive_decoding_and_the_disk(
     images = (batch for batch, _ in data.calibration(source, 64, CPU, 0))
     made = checkpoint.load(trained)
     coded, _ = ptq.quantize(made, ptq.Settings(method, bits, 8, granularity, {}), images, CPU)
+    _require_contract(coded, source, tmp_path)
+
+
+# Bits, dim, group size and table of every kind of palette.
+PALETTES = [(8, 1, None, 8), (4, 1, None, 8), (3, 1, None, 32), (2, 2, None, 8), (1, 1, 2, 8), (4, 4, None, 32)]
+
+
+@pytest.mark.parametrize(("bits", "dim", "group", "lut_bits"), PALETTES)
+@pytest.mark.parametrize("method", palettize.METHODS)
+def test_palettes_survive_decoding_and_the_disk(
+    method: str, bits: int, dim: int, group: int | None, lut_bits: int, trained: Path, tmp_path: Path
+) -> None:
+    made = checkpoint.load(trained)
+    source = data.load("digits", spec=made.input)
+    settings = palettize.Settings(method, bits, dim, group, lut_bits, None, {})
+    work = palettize.Work(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU, 0)
+    if method == palettize.KMEANS:
+        coded, _ = palettize.by_kmeans(work, weigh=False, advance=lambda layers: None)
+    else:
+        loop = train.Settings(1, 256, 0.01, 0.9, 0.0, 0.0, 0.0, 0.0, 0)
+        plan = training.Plan(loop, training.Schedule(1, 0, 0.5, 0.05), 2, 1e-4)
+        following = training.Following(tmp_path / "state", False, lambda steps: None, lambda epoch, gap: None)
+        coded, _ = training.by_training(work, plan, source, following)
+    _require_contract(coded, source, tmp_path)
+
+
+def _require_contract(coded: checkpoint.Checkpoint, source: data.Data, tmp_path: Path) -> None:
     for name, one in coded.coded.items():
         assert torch.equal(one.codec.encode(one.decode()), one.codes), name
         assert one.codec.scale.dtype == torch.float32 and bool((one.codec.scale > 0).all()), name

@@ -19,18 +19,23 @@ LAYERS = [
     ["codec", "counts", "tensors"],
     ["checkpoint"],
     ["models", "data", "graph", "regularizers", "weights"],
-    ["train", "attach", "analyze"],
-    ["ptq", "export", "verify", "report"],
+    ["train", "attach", "activations", "analyze"],
+    ["ptq", "palettize", "onnx_codes", "export", "verify", "report"],
     ["onnx_weights"],
     ["recipe", "cli"],
 ]
 # Methods know nothing of each other, and neither do the places that results go to.
-STRANGERS = [("ptq", "export"), ("ptq", "verify"), ("export", "ptq"), ("verify", "ptq")]
+METHODS, PLACES = ("ptq", "palettize"), ("export", "onnx_codes", "verify")
+STRANGERS = [
+    *((one, other) for one in METHODS for other in METHODS if one != other),
+    *(pair for one in METHODS for place in PLACES for pair in ((one, place), (place, one))),
+]
+FOLDERS = ("models", "data", "ptq", "palettize", "cli", "analyze", "report")
 OWNERS = {
     "rich": {"console"},
     "safetensors": {"checkpoint"},
     "onnx": {"verify", "onnx_weights"},
-    "onnx_ir": {"export"},
+    "onnx_ir": {"export", "onnx_codes"},
     "onnxruntime": {"verify"},
     "typer": {"options", "cli"},
     "matplotlib": {"report"},
@@ -118,11 +123,8 @@ def test_the_readme_prints_the_tree_as_it_is() -> None:
     readme = (ROOT / "README.md").read_text()
     for path in FILES:
         name = path.relative_to(PACKAGE)
-        shown = (
-            f"{name.parts[0]}/"
-            if len(name.parts) > 1 and name.parts[0] in ("models", "data", "ptq", "cli", "analyze", "report")
-            else name.name
-        )
+        in_folder = len(name.parts) > 1 and name.parts[0] in FOLDERS
+        shown = f"{name.parts[0]}/" if in_folder else name.name
         assert shown in readme and (len(name.parts) == 1 or path.name == "__init__.py" or path.name in readme), name
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import attach, checkpoint, data, graph, ptq, train
+from r2cli import activations, attach, checkpoint, data, graph, ptq, train
 from r2cli.codec import Grid
 from r2cli.errors import InputError
 from r2cli.ptq import ranges
@@ -66,7 +66,7 @@ def test_a_dead_channel_has_a_scale_that_its_bias_survives() -> None:
     ("low", "high", "zero"), [(0.0, 6.0, 0), (-1.0, 1.0, 128), (-3.0, -1.0, 255), (2.0, 4.0, 0), (0.0, 0.0, 0)]
 )
 def test_activation_grids_hold_zero_exactly_and_reach_both_ends(low: float, high: float, zero: int) -> None:
-    grid = ranges.activation_grid(low, high, 8)
+    grid = activations.activation_grid(low, high, 8)
     assert int(grid.zero_point) == zero
     ends = torch.tensor([0.0, low, high])
     decoded = grid.decode(grid.encode(ends))

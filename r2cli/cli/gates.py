@@ -68,6 +68,21 @@ def keep(patterns: Sequence[str]) -> dict[str, int]:
     return kept
 
 
+def keep_forms(patterns: Sequence[str], usual: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """`PATTERN=BITS` or `PATTERN=BITSxDIM` options as (bits, dim). Raises InputError for anything else."""
+    kept = {}
+    for text in patterns:
+        pattern, _, form = text.rpartition("=")
+        bits, _, dim = form.partition("x")
+        dim = dim if "x" in form else str(usual[1])
+        if not pattern or not all(number.isascii() and number.isdigit() for number in (bits, dim)):
+            raise InputError(f"--keep {text} is not PATTERN=BITS or PATTERN=BITSxDIM, for example 'classifier=8x1'")
+        if not 1 <= int(bits) <= 8 or int(dim) not in (1, 2, 4, 8):
+            raise InputError(f"--keep {text} is impossible: give 1 to 8 bits, and vectors of 1, 2, 4 or 8")
+        kept[pattern] = int(bits), int(dim)
+    return kept
+
+
 def require(
     *,
     min_accuracy: float | None = None,

@@ -53,9 +53,13 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     if recorded is None:
         return [_view(path, "", stored, [], everything=everything)]
     try:
-        coded = bool(json.loads(recorded)["codecs"])
+        meta = json.loads(recorded)
+        coded, has_network = bool(meta["codecs"]), meta["model"] is not None
     except (ValueError, KeyError, TypeError):
-        coded = False  # `checkpoint.load` says below what is wrong
+        coded, has_network = False, True  # `checkpoint.load` says below what is wrong
+    if not has_network:
+        state = [held(name, tensor, str(path)) for name, tensor in checkpoint.load_state(path).items()]
+        return [_view(path, DECODED, state, [], everything=everything)]
     if coded:
         made = checkpoint.load(path)
         found = [held(name, one.decode(), str(path)) for name, one in made.coded.items()]

@@ -11,11 +11,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, fx
 
+from r2cli import activations as grids
 from r2cli import attach, graph
 from r2cli.checkpoint import Checkpoint
 from r2cli.codec import Coded, Grid
 from r2cli.counts import usable
-from r2cli.errors import InputError, R2Error, unknown
+from r2cli.errors import InputError, unknown
 from r2cli.ptq import adaround, ranges, sweep
 from r2cli.ptq.sweep import Seen
 
@@ -95,10 +96,10 @@ def quantize(
         weight.copy_(one.decode())
     activations: dict[str, Grid] = {}
     if settings.act_bits is not None:
-        activations = _calibrate(net, checkpoint.input.shape, settings.act_bits, images)
+        activations = grids.calibrate(net, checkpoint.input.shape, settings.act_bits, images)
         attach.put_on_grids(net, activations)
         net.cpu()
-        round_biases(net, coded, activations)
+        grids.round_biases(net, coded, activations)
     net.cpu()
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
     return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
@@ -132,24 +133,6 @@ def layer_bits(net: fx.GraphModule, settings: Settings) -> dict[str, int]:
             raise unknown("layer in --keep", pattern, names)
         bits |= dict.fromkeys(matched, own)
     return bits
-
-
-def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> None:
-    """Put every bias on the int32 grid scale_x * scale_w, where runtimes put it silently; in place.
-
-    Done here, the accuracy that is printed is the one that is deployed. Raises R2Error where a bias does not fit int32.
-    """
-    for layer, module in graph.named_layers(net):
-        where = graph.source(net, graph.node_of(net, layer))
-        if where is None or module.bias is None:
-            continue
-        scale = activations[where].scale * coded[layer.weight].codec.scale
-        bias = module.bias
-        assert isinstance(bias, Tensor)
-        codes = torch.round(bias.double() / scale.double())
-        if float(codes.abs().max()) >= 2**31:
-            raise R2Error(f"the bias of '{layer.name}' does not fit int32 on its grid: give --keep {layer.name}=8")
-        bias.copy_((codes * scale.double()).float())
 
 
 def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:
@@ -221,14 +204,6 @@ def _on_grid(weight: Tensor, bits: int, settings: Settings, factor: Tensor | Non
     # Where a scale was lifted to a usable one the codes are found again: multiplied by it as they are, they would grow.
     lifted = (scale != exact).reshape(column.shape)  # type: ignore[union-attr]
     return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
-
-
-def _calibrate(net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor]) -> dict[str, Grid]:
-    seen = attach.observe(net, graph.values(net, shape), images)
-    for name, (low, high) in seen.items():
-        if not (abs(low) < torch.inf and abs(high) < torch.inf):
-            raise R2Error(f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged")
-    return {name: ranges.activation_grid(low, high, bits) for name, (low, high) in seen.items()}
 
 
 def _row(name: str, coded: Coded, weight: Tensor, granularity: str, note: str) -> Row:

@@ -1,0 +1,213 @@
+"""One DKM training step: the paper's loop through autograd, ours, and no palette at all.
+
+Every variant runs in a process of its own, on one thread. Time is CPU time, the least of a few steps after a warm-up;
+memory is what the process's peak grows by in a step, over what it held before, in copies of the weight (Linux only).
+Layer: the op alone, forward and backward, on a 512x512x3x3 weight with warm centroids. Network: a whole step of
+ResNet-18 with the CIFAR stem, 32x32, batch 64, SGD with momentum. All palettes take three k-means iterations.
+
+    python benchmarks/dkm.py --output benchmarks/dkm.md              # some three minutes
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+FORMS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
+NETWORK_STEPS = (("ours", 2, 1), ("ours", 4, 1), ("naive", 2, 1))
+SHAPE = (512, 512, 3, 3)
+BATCH, SIZE, STEPS, ITERATIONS, SHARE = 64, 32, 2, 3, 0.15
+
+
+def mark(what: str) -> int:
+    """Bytes that the process holds (VmRSS), or held at most since `forget` (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def forget() -> int:
+    """Give free memory back, begin the high-water mark again; bytes that the process holds."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return mark("VmRSS")
+
+
+def measured(step: Callable[[], None], unit: int) -> dict[str, float]:
+    """CPU milliseconds of a step, and the growth of memory in it in units of so many bytes."""
+    step()
+    times, before = [], forget()
+    for _ in range(STEPS):
+        start = process_time()
+        step()
+        times.append(process_time() - start)
+    return {"ms": 1000 * min(times), "copies": (mark("VmHWM") - before) / unit}
+
+
+def naive(w: Any, centroids: Any, tau: float) -> tuple[Any, Any]:
+    """The paper's loop on vectors (n, dim)."""
+    import torch
+
+    for _ in range(ITERATIONS):
+        a = torch.softmax(-(w[:, None] - centroids).square().sum(2) / tau, 1)
+        centroids = (a.T @ w) / a.sum(0)[:, None]
+    return a @ centroids, centroids
+
+
+def learner_of(kind: str, w: Any, bits: int, dim: int) -> Any:
+    """A function from the weight to the soft weight, as a training step calls it."""
+    import torch
+
+    from r2cli.codec import from_vectors, to_vectors
+    from r2cli.palettize.learners import Dkm
+    from r2cli.palettize.tables import Form
+
+    ours = Dkm(w.detach(), Form(bits, dim, None, 8), ITERATIONS, torch.Generator().manual_seed(0)).train()
+    ours.before_epoch(w.detach(), SHARE)
+    if kind == "ours":
+        return ours
+    state, tau = [ours.centroids[0].clone()], float(ours.spread) * SHARE
+
+    def step(weight: Any) -> Any:
+        soft, after = naive(to_vectors(weight, dim), state[0], tau)
+        state[0] = after.detach()
+        return from_vectors(soft, tuple(weight.shape))
+
+    return step
+
+
+def layer(kind: str, bits: int, dim: int) -> dict[str, float]:
+    import torch
+
+    torch.manual_seed(0)
+    w = (torch.randn(SHAPE) * 0.02).requires_grad_()
+    g = torch.randn(SHAPE)
+    soften = learner_of(kind, w, bits, dim)
+
+    def step() -> None:
+        soften(w).backward(g)
+        w.grad = None
+
+    return measured(step, w.numel() * 4)
+
+
+def network(kind: str, bits: int, dim: int) -> dict[str, float]:
+    import torch
+
+    from r2cli import graph, models
+    from r2cli.checkpoint import ModelSpec
+    from r2cli.palettize import learners
+
+    torch.manual_seed(0)
+    model = models.build(ModelSpec("resnet18", 10, stem="small"))
+    names = [one.name for one in graph.layers(graph.trace(model))]
+    model.train().to(memory_format=torch.channels_last)
+    softs = {}
+    for name in names if kind != "float" else []:
+        made = learner_of(kind, model.get_submodule(name).weight, bits, dim)
+        softs[name] = made if kind == "ours" else _Module(made)
+    learners.put_on(model, softs)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    images = torch.randn(BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (BATCH,))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return measured(step, SHAPE[0] * SHAPE[1] * 9 * 4)
+
+
+def _Module(step: Any) -> Any:
+    from torch import nn
+
+    class Step(nn.Module):
+        def forward(self, w: Any) -> Any:
+            return step(w)
+
+    return Step()
+
+
+def run(*arguments: object) -> dict[str, float] | None:
+    """One variant in a process of its own; None where it fails."""
+    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"left out {arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def told(bits: int, dim: int) -> str:
+    return f"{bits} bit" + (f", dim {dim}" if dim > 1 else "")
+
+
+def table(columns: list[str], content: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *content])
+
+
+def report(networks: bool) -> str:
+    """The tables, as Markdown."""
+    import torch
+
+    from r2cli import __version__
+
+    rows = []
+    for bits, dim in FORMS:
+        found = {kind: run("layer", kind, bits, dim) for kind in ("naive", "ours")}
+        base, own = found["naive"], found["ours"]
+        assert base and own
+        cells = [f"{one['ms']:.0f} ms, {one['copies']:.0f}x" if one else "-" for one in found.values()]
+        ratios = own["ms"] / base["ms"], own["copies"] / base["copies"]
+        rows.append([told(bits, dim), *cells, *(f"{ratio:.3f}" for ratio in ratios)])
+    head = f"1 thread, CPU time, least of {STEPS} steps; r2cli {__version__}, torch {torch.__version__}."
+    parts = [
+        "# A DKM training step",
+        f"The op on a {'x'.join(map(str, SHAPE))} weight, forward and backward; memory in copies of the weight. {head}",
+        table(["palette", "naive", "ours", "ours / naive, time", "memory"], rows),
+    ]
+    if networks:
+        base = run("network", "float", 0, 1)
+        assert base
+        rows = [["float", f"{base['ms']:.0f} ms", "", f"{base['copies']:.1f}x"]]
+        for kind, bits, dim in NETWORK_STEPS:
+            one = run("network", kind, bits, dim)
+            if one:
+                ratio = f"{one['ms'] / base['ms']:.2f}"
+                rows.append([f"{kind}, {told(bits, dim)}", f"{one['ms']:.0f} ms", ratio, f"{one['copies']:.1f}x"])
+        parts += [
+            f"A whole step of ResNet-18, CIFAR stem, batch {BATCH}, {SIZE}x{SIZE}; memory in copies of its largest "
+            "weight.",
+            table(["", "step", "of float steps", "memory"], rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One DKM training step, ours and others'.")
+    parser.add_argument("--output", type=Path, help="also write the tables to this file")
+    parser.add_argument("--no-network", action="store_true", help="the layer only")
+    parser.add_argument("--one", nargs=4, metavar=("WHAT", "KIND", "BITS", "DIM"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        import torch
+
+        torch.set_num_threads(1)
+        what, kind, bits, dim = arguments.one
+        print(json.dumps((layer if what == "layer" else network)(kind, int(bits), int(dim))))
+        return
+    text = report(not arguments.no_network)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""`r2 palettize`: weights as indices into small tables of centroids, by k-means or by training."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+from r2cli import console
+from r2cli.cli import gates
+from r2cli.errors import InputError
+from r2cli.options import (
+    DEFAULT_SOURCE,
+    DataDir,
+    DataName,
+    DryRun,
+    Json,
+    MaxBytes,
+    MaxDrop,
+    Mean,
+    MinAccuracy,
+    ModelArg,
+    ModelName,
+    Overwrite,
+    Seed,
+    Size,
+    Source,
+    Std,
+    Stem,
+    Weights,
+    Workers,
+    _option,
+)
+from r2cli.options import Device as DeviceName
+
+if TYPE_CHECKING:
+    from r2cli import data as datasets
+    from r2cli import palettize as worker
+    from r2cli import train
+
+METHODS = ("kmeans", "dkm", "shared")
+TRAINING = "Training (dkm, shared)"
+CALIBRATION = 512  # images
+LR = {"dkm": 0.02, "shared": 0.02}
+LUT_LR = 1e-4
+WARM_UP = 0.05  # of the steps
+
+
+def palettize(
+    source: Source = None,
+    bits: Annotated[int, _option("--bits", help="2**BITS centroids a table, 1 to 8.")] = 4,
+    dim: Annotated[int, _option("--dim", help="Values of a centroid, 1, 2, 4 or 8: BITS / DIM bits a weight.")] = 1,
+    method: Annotated[
+        str | None,
+        _option(
+            "--method",
+            help="kmeans: no training; dkm: through soft assignments; shared: k-means' codes, centroids trained. "
+            "[default: dkm; kmeans for a file without a network of r2's]",
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        _option(
+            "--group-size",
+            help="Output channels that share a table; a layer that it does not divide has one. [default: all]",
+            min=1,
+        ),
+    ] = None,
+    lut_bits: Annotated[int, _option("--lut-bits", help="8: tables of int8 with a scale; 32: of float32.")] = 8,
+    act_bits: Annotated[
+        str | None,
+        _option("--act-bits", help="8, or none to leave activations float. [default: 8; none with --lut-bits 32]"),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        _option("--keep", help="PATTERN=BITS or PATTERN=BITSxDIM: another palette for some layers; repeatable."),
+    ] = None,
+    weigh: Annotated[
+        str, _option("--weigh", help="kmeans: none, or fisher: by squared gradients on training images.")
+    ] = "none",
+    epochs: Annotated[int, _option("--epochs", help="Passes over the data.", min=1, panel=TRAINING)] = 8,
+    hard_epochs: Annotated[
+        int, _option("--hard-epochs", help="Of them, at the end, with hard assignments.", min=0, panel=TRAINING)
+    ] = 2,
+    temperature: Annotated[
+        float,
+        _option(
+            "--temperature",
+            help="dkm: of the first epoch, as a share of each layer's mean squared distance; it falls to a tenth.",
+            min=0.001,
+            panel=TRAINING,
+        ),
+    ] = 0.5,
+    iterations: Annotated[
+        int, _option("--iterations", help="dkm: k-means iterations a step.", min=1, max=20, panel=TRAINING)
+    ] = 3,
+    batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=2, panel=TRAINING)] = 64,
+    lr: Annotated[
+        float | None, _option("--lr", help="Peak learning rate. [default: 0.02]", min=0, panel=TRAINING)
+    ] = None,
+    lut_lr: Annotated[
+        float, _option("--lut-lr", help="shared: peak rate of the centroids.", min=0, panel=TRAINING)
+    ] = LUT_LR,
+    momentum: Annotated[float, _option("--momentum", help="Nesterov momentum.", min=0, max=1, panel=TRAINING)] = 0.9,
+    weight_decay: Annotated[float, _option("--weight-decay", help="L2 on weights.", min=0, panel=TRAINING)] = 4e-5,
+    data: DataName = None,
+    data_dir: DataDir = None,
+    model: ModelName = None,
+    weights: Weights = None,
+    model_arg: ModelArg = None,
+    stem: Stem = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    calibration: Annotated[
+        int | None,
+        _option(
+            "--calibration",
+            help="Training images for BatchNorm's statistics and activation ranges; 0: none. [default: 512]",
+            min=0,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: DeviceName = "auto",
+    workers: Workers = 2,
+    output: Annotated[
+        Path | None,
+        _option(
+            "--output", "-o", help="The checkpoint; .onnx goes beside it. [default: SOURCE.b4d1-dkm...]", panel="Output"
+        ),
+    ] = None,
+    resume: Annotated[bool, _option("--resume", help="Go on where a stopped run left off.", panel="Output")] = False,
+    overwrite: Overwrite = False,
+    min_accuracy: MinAccuracy = None,
+    max_drop: MaxDrop = None,
+    max_bytes: MaxBytes = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Compress to tables of centroids: codes, an ONNX file, and its proof."""
+    started = perf_counter()
+    gates.require_bits("--bits", bits)
+    _require_one_of("--dim", dim, (1, 2, 4, 8))
+    _require_one_of("--lut-bits", lut_bits, (8, 32))
+    kept = gates.keep_forms(keep or [], (bits, dim))
+    acts = _act_bits(act_bits, lut_bits)
+    source = gates.source(source, weights, DEFAULT_SOURCE)
+    is_network = weights is not None or _is_checkpoint(source)
+    method = method or ("dkm" if is_network else "kmeans")
+    gates.require_known("method", method, METHODS)
+    suffix = f"b{bits}d{dim}{f'g{group_size}' if group_size else ''}-{method}"
+    output = output or gates.beside(source, f"{suffix}.safetensors")
+    gates.require_output(output, ".safetensors", source=source)
+    onnx, state = output.with_suffix(".onnx"), output.with_name(f"{output.stem}.resume.safetensors")
+    gates.require_free([output, onnx] if is_network else [output], overwrite=overwrite)
+    _require_consistent(method, is_network=is_network, resume=resume, weigh=weigh, soft=epochs - hard_epochs)
+
+    from r2cli import attach, checkpoint, train
+    from r2cli import data as datasets
+    from r2cli import palettize as worker
+    from r2cli.cli import deliver, subject
+    from r2cli.palettize import training
+
+    settings = worker.Settings(method, bits, dim, group_size, lut_bits, acts, kept)
+    if not is_network:
+        return _file(source, output, settings, seed=seed, dry_run=dry_run, max_bytes=max_bytes, json=json)
+    if method != "kmeans":
+        gates.require_no_state(state, resume=resume, overwrite=overwrite)
+    network = subject.Network(model, weights, model_arg, stem)
+    made, loaded = subject.load(source, network, subject.Images(data, data_dir, workers, size, mean, std))
+    where, there = train.device(device), len(loaded.train)
+    calibration = min(CALIBRATION, there) if calibration is None else calibration
+    if calibration > there:
+        raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")
+    if not calibration and (acts or method != "kmeans" or weigh != "none"):
+        raise InputError("--calibration 0 leaves no images to work on: give --method kmeans and --act-bits none")
+    options: dict[str, Any] = {**settings.__dict__, "calibration": calibration, "seed": seed}
+    loop = None
+    if method == "kmeans":
+        options["weigh"] = weigh
+    else:
+        rate = LR[method] if lr is None else lr
+        loop = train.Settings(epochs, batch_size, rate, momentum, weight_decay, WARM_UP, 0.0, 0.0, seed)
+        options |= {**loop.__dict__, "hard_epochs": hard_epochs, "temperature": temperature}
+        options |= {"iterations": iterations, "lut_lr": lut_lr}
+    if dry_run:
+        lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
+        console.emit({"command": "palettize", "options": options}, as_json=json, lines=lines)
+        return options
+    train.seed_everything(seed)
+    before = train.evaluate(attach.network(made).to(where), loaded.test, where)
+    console.note(f"palettizing {source} to {suffix}: float top-1 {before:.2f} %")
+
+    def batches() -> "Iterator[datasets.Batch]":
+        return datasets.calibration(loaded, calibration, where, seed)
+
+    work = worker.Work(made, settings, batches if calibration else None, where, seed)
+    epochs_told: list[dict[str, float]] = []
+    if loop is None:
+        with console.bar("k-means", sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
+            coded, rows = worker.by_kmeans(work, weigh=weigh == "fisher", advance=progress.advance)
+    else:
+        schedule = training.Schedule(epochs, hard_epochs if method == "dkm" else 0, temperature, temperature / 10)
+        plan = training.Plan(loop, schedule, iterations, lut_lr)
+        total = epochs * train.steps_per_epoch(there, batch_size)
+        with _told_of(state), console.bar(method, total) as progress:
+
+            def told(epoch: "train.Epoch", gap: float) -> None:
+                epochs_told.append({**epoch.__dict__, "gap": gap})
+                progress.line(_line(epoch, epochs, gap))
+
+            following = training.Following(state, resume, progress.advance, told)
+            coded, rows = training.by_training(work, plan, loaded, following)
+    coded = coded.then("palettize", options, {"float_top1": before})
+    checkpoint.save(coded, output)
+    proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))
+    state.unlink(missing_ok=True)
+    report = {
+        "command": "palettize",
+        "checkpoint": output,
+        **report,
+        "float_top1": before,
+        **_sizes(rows),
+        "layers": [row.__dict__ for row in rows],
+        "epochs": epochs_told,
+        "options": options,
+        "seconds": round(perf_counter() - started, 1),
+    }
+    summary = (
+        f"{onnx}: top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f}), {report['bytes']:,} bytes, "
+        f"{report['bits_per_weight']:.2f} bits a weight with tables ({report['entropy_coded_bits']:.2f} Huffman-coded)"
+    )
+    follow = console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}")
+    console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof), summary, follow])
+    deliver.require_proof(proof, onnx)
+    gates.require(
+        min_accuracy=min_accuracy,
+        top1=report["top1"],
+        max_drop=max_drop,
+        drop=before - report["top1"],
+        max_bytes=max_bytes,
+        size=report["bytes"],
+    )
+    return report
+
+
+@contextmanager
+def _told_of(state: Path) -> Iterator[None]:
+    """Say where a run that is interrupted can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state.exists():
+            console.note(f"{state} holds the last whole epoch: go on with --resume")
+        raise
+
+
+def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: str, soft: int) -> None:
+    """Raises InputError for options that do not go together."""
+    gates.require_known("--weigh", weigh, ("none", "fisher"))
+    if not is_network and (method != "kmeans" or weigh != "none"):
+        what = f"--method {method}" if method != "kmeans" else f"--weigh {weigh}"
+        raise InputError(f"{what} needs a network and its data, and the file has none: give --method kmeans alone")
+    if method == "kmeans" and resume:
+        raise InputError("--resume belongs to training: --method kmeans has nothing to resume")
+    if method != "kmeans" and weigh != "none":
+        raise InputError(f"--weigh {weigh} belongs to --method kmeans")
+    if method == "dkm" and soft < 1:
+        raise InputError("--hard-epochs leaves none of --epochs soft: give fewer")
+
+
+def _file(
+    source: Path,
+    output: Path,
+    settings: "worker.Settings",
+    *,
+    seed: int,
+    dry_run: bool,
+    max_bytes: int | None,
+    json: bool,
+) -> dict[str, Any]:
+    """Palettize a file of weights without a network."""
+    from r2cli.palettize import files
+
+    started = perf_counter()
+    size = files.total(source)
+    options = {**settings.__dict__, "seed": seed}
+    if dry_run:
+        lines = [f"would palettize {source}, {size:,} bytes of tensors -> {output}"]
+        console.emit({"command": "palettize", "options": options}, as_json=json, lines=lines)
+        return options
+    with console.bar("palettize", size, of_bytes=True) as progress:
+        rows = files.write(source, output, settings, seed=seed, advance=progress.advance)
+    written = output.stat().st_size
+    report = {
+        "command": "palettize",
+        "checkpoint": output,
+        "bytes": written,
+        **_sizes(rows),
+        "layers": [row.__dict__ for row in rows],
+        "options": options,
+        "seconds": round(perf_counter() - started, 1),
+    }
+    summary = f"{output}: {written:,} bytes of {size:,}, {report['bits_per_weight']:.2f} bits a weight with tables"
+    console.emit(report, as_json=json, lines=[_layers(rows), summary, console.next_step(f"r2 analyze {output}")])
+    gates.require(max_bytes=max_bytes, size=written)
+    return report
+
+
+def _line(epoch: "train.Epoch", epochs: int, gap: float) -> str:
+    return (
+        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  "
+        f"hard top-1 {epoch.top1:.2f} %  soft to hard {100 * gap:.1f} %  {epoch.images_per_second:,.0f} images/s"
+    )
+
+
+def _is_checkpoint(source: Path) -> bool:
+    """Whether `source` is a network of r2's; what is not there is taken for one, and reported as one."""
+    from r2cli import tensors
+
+    if not source.is_file():
+        return not source.is_dir()
+    return source.suffix != ".json" and "r2" in tensors.metadata(source)
+
+
+def _act_bits(text: str | None, lut_bits: int) -> int | None:
+    if text is None:
+        return 8 if lut_bits == 8 else None
+    if text == "none":
+        return None
+    if text != "8":
+        raise InputError(f"--act-bits {text} is impossible here: give 8, or none to leave activations float")
+    if lut_bits != 8:
+        raise InputError("--act-bits 8 needs integer weights: give --lut-bits 8, or --act-bits none")
+    return 8
+
+
+def _require_one_of(option: str, value: int, choices: Sequence[int]) -> None:
+    if value not in choices:
+        raise InputError(f"{option} {value} is impossible: give {', '.join(map(str, choices[:-1]))} or {choices[-1]}")
+
+
+def _sizes(rows: "Sequence[worker.Row]") -> dict[str, float]:
+    """Bits a weight over all layers, tables and scales included, as they are and entropy-coded."""
+    count = sum(math.prod(row.shape) for row in rows)
+    size = sum(row.size * math.prod(row.shape) for row in rows) / count
+    coded = sum(row.entropy_coded * math.prod(row.shape) for row in rows) / count
+    return {"bits_per_weight": size, "entropy_coded_bits": coded}
+
+
+def _layers(rows: "Sequence[worker.Row]") -> Any:
+    cells = [
+        (
+            row.layer,
+            "x".join(map(str, row.shape)),
+            f"{row.bits}/{row.dim}",
+            row.tables,
+            f"{row.size:.2f}",
+            f"{row.entropy_coded:.2f}",
+            f"{row.sqnr:.1f}",
+            row.note,
+        )
+        for row in rows
+    ]
+    return console.table(("layer", "shape", "bits/dim", "tables", "size", "Huffman", "dB", "note"), cells)

@@ -1,0 +1,212 @@
+"""Codes as a graph of standard ONNX operators: from packed integers to the float weight that a layer reads.
+
+    8 to 5 bits          INT8 -> DequantizeLinear
+    4 bits               INT4 -> Cast INT8 -> DequantizeLinear
+    3 to 1 bits, odd     packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
+    palette              UINT8, UINT4 or packed UINT8 -> Gather in the layer's own table of centroids -> channels of
+                         vectors apart -> DequantizeLinear for an int8 table, Mul by the scale for a float one
+
+Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into
+DequantizeLinear would be unpacked at every inference. A float table is folded whole: memory and speed are fp32's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from r2cli.codec import Coded, Grid, Palette, pack, packed_bytes, unpack
+from r2cli.errors import R2Error
+
+Tables = dict[str, ir.Value]  # initializers that layers share, by name
+Array = np.ndarray[Any, Any]
+
+
+def emit(graph: ir.Graph, name: str, coded: Coded, tables: Tables) -> tuple[ir.Value, list[ir.Node]]:
+    """The float value of the coded weight `name`, called `name.decoded`, and the nodes that make it.
+
+    Raises R2Error for a grid whose integers leave int8.
+    """
+    codec = coded.codec
+    if isinstance(codec, Palette):
+        nodes = _palette(graph, name, coded, codec, tables)
+    else:
+        nodes = _grid(graph, name, coded, codec, tables)
+    for position, node in enumerate(nodes):
+        # Short names: in a small network at few bits the text of the graph is most of what is left of the file.
+        node.name, node.outputs[0].name = "", f"w{len(tables)}.{len(graph)}.{position}"
+    nodes[-1].outputs[0].name = f"{name}.decoded"
+    return nodes[-1].outputs[0], nodes
+
+
+def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) -> list[ir.Node]:
+    nodes: list[ir.Node]
+    if grid.bits <= 3 or (grid.odd and grid.bits <= 4):
+        kind = "odd" if grid.odd else "plain"
+        shape = tuple(coded.codes.shape)
+        nodes = _packed(graph, name, coded, shape, kind, lambda part, bits: _integers(grid, part, bits), tables)
+        integers = nodes[-1].outputs[0]
+    elif grid.bits == 4:
+        narrow = initializer(graph, f"{name}.codes", _four_bits(coded.codes, ir.DataType.INT4))
+        nodes = [ir.node("Cast", [narrow], {"to": ir.DataType.INT8})]
+        integers = nodes[-1].outputs[0]
+    elif grid.odd and grid.bits == 8:
+        raise R2Error(f"the weight '{name}' has an 8-bit grid without a zero level, whose codes leave int8: use 7 bits")
+    else:
+        stored = grid.integers(coded.codes) if grid.odd else coded.codes
+        integers, nodes = initializer(graph, f"{name}.codes", stored.to(torch.int8).numpy()), []
+    return [*nodes, _dequantize(graph, name, integers, grid, linear=coded.codes.ndim == 2)]
+
+
+def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables: Tables) -> list[ir.Node]:
+    groups, count = coded.codes.shape
+    dim, shape = palette.dim, palette.shape
+    # With one table of scalars the index has the weight's shape, and so has what is gathered.
+    index_shape = shape if groups == dim == 1 else (groups, count)
+    nodes = _index(graph, name, coded, index_shape, tables)
+    if groups > 1:
+        offset = np.arange(groups, dtype=np.int32).reshape(-1, 1) << palette.bits
+        own = initializer(graph, f"{name}.offset", offset)
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], own]))
+    rows = palette.lut.reshape(-1, dim) if dim > 1 else palette.lut.reshape(-1)
+    lut = initializer(graph, f"{name}.lut", rows.numpy())
+    nodes.append(ir.node("Gather", [lut, nodes[-1].outputs[0]], {"axis": 0}))
+
+    def reshape(*sizes: int) -> None:
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], _shape(graph, tables, sizes)]))
+
+    if dim > 1:  # `codec.from_vectors`
+        positions = palette.positions
+        reshape(-1, positions, dim)
+        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1]}))
+        if shape[0] % dim:
+            reshape(-1, positions)
+            ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (shape[0],))]
+            nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
+    if index_shape != shape:
+        reshape(*shape)
+    if not palette.lut.is_floating_point():
+        nodes.append(_dequantize(graph, name, nodes[-1].outputs[0], palette, linear=len(shape) == 2))
+    elif bool((palette.scale != 1).any()):
+        column = palette.scale if palette.axis is None else palette.scale.reshape(-1, *[1] * (len(shape) - 1))
+        scale = initializer(graph, f"{name}.scale", column.numpy())
+        nodes.append(ir.node("Mul", [nodes[-1].outputs[0], scale]))
+    return nodes
+
+
+def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tables: Tables) -> list[ir.Node]:
+    """A palette's codes as INT32 of `shape`: what Gather reads."""
+    bits = coded.codec.bits
+    nodes: list[ir.Node] = []
+    if bits <= 3:
+        nodes = _packed(graph, name, coded, shape, "index", _indices, tables)
+        value = nodes[-1].outputs[0]
+    else:
+        codes = coded.codes.reshape(shape)
+        content = _four_bits(codes, ir.DataType.UINT4) if bits == 4 else codes.numpy()
+        value = initializer(graph, f"{name}.codes", content)
+    return [*nodes, ir.node("Cast", [value], {"to": ir.DataType.INT32})]
+
+
+def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, *, linear: bool) -> ir.Node:
+    inputs = [integers, initializer(graph, f"{name}.scale", codec.scale.numpy())]
+    zero = codec.zero_point if isinstance(codec, Grid) else torch.zeros_like(codec.scale, dtype=torch.int32)
+    if bool(zero.any()) or linear:  # ONNX Runtime's QGemm wants one, though it be zero
+        inputs.append(initializer(graph, f"{name}.zero_point", zero.to(torch.int8).numpy()))
+    return ir.node("DequantizeLinear", inputs, {} if codec.axis is None else {"axis": codec.axis})
+
+
+# --- packed codes --------------------------------------------------------------------------------------------------
+
+
+def _packed(
+    graph: ir.Graph,
+    name: str,
+    coded: Coded,
+    shape: tuple[int, ...],
+    kind: str,
+    table: Callable[[str, int], Array],
+    tables: Tables,
+) -> list[ir.Node]:
+    """Packed codes as int8 of `shape`, through the `table` of a kind. Three bits are the sum of two planes."""
+    width = coded.codec.bits
+    count, planes = coded.codes.numel(), coded.packed()
+    nodes: list[ir.Node] = []
+    parts = []
+    split = packed_bytes(count, 1)
+    for part, bits, content in (
+        [("high", 1, planes[:split]), ("low", 2, planes[split:])] if width == 3 else [("codes", width, planes)]
+    ):
+        own = f"{kind}{width}.{part}"
+        if own not in tables:
+            tables[own] = initializer(graph, f"table.{own}", table(part, bits))
+        packed = initializer(graph, f"{name}.{part}", content.numpy())
+        index = ir.node("Cast", [packed], {"to": ir.DataType.INT32})
+        gather = ir.node("Gather", [tables[own], index.outputs[0]], {"axis": 0})
+        nodes += [index, gather]
+        parts.append(gather.outputs[0])
+        if content.numel() * (8 // bits) != count:  # drop the zeros that filled the last byte
+            flat = _shape(graph, tables, (-1,))
+            ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (count,))]
+            nodes.append(ir.node("Reshape", [parts[-1], flat]))
+            nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
+            parts[-1] = nodes[-1].outputs[0]
+        nodes.append(ir.node("Reshape", [parts[-1], _shape(graph, tables, shape)]))
+        parts[-1] = nodes[-1].outputs[0]
+    if len(parts) == 2:
+        nodes.append(ir.node("Add", parts))
+    return nodes
+
+
+def _every_byte(bits: int) -> Tensor:
+    """(256 * 8 // bits,) int16: the codes of all bytes, in order."""
+    return unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
+
+
+def _integers(grid: Grid, part: str, bits: int) -> Array:
+    """(256, 8 // bits) int8: the integers that every byte of a grid's packed codes stands for."""
+    every = _every_byte(bits)
+    if part == "high":  # worth 4, or -4 where the codes are two's complement
+        integers = every * 8 - 7 if grid.odd else every * -4
+    elif part == "low":
+        integers = every * 2 if grid.odd else every
+    elif grid.odd:
+        integers = every * 2 - (2**bits - 1)
+    else:
+        integers = torch.where(every >= 2 ** (bits - 1), every - 2**bits, every)
+    return integers.reshape(256, 8 // bits).to(torch.int8).numpy()
+
+
+def _indices(part: str, bits: int) -> Array:
+    """(256, 8 // bits) int8: the codes themselves, those of the high plane worth 4."""
+    every = _every_byte(bits) * (4 if part == "high" else 1)
+    return every.reshape(256, 8 // bits).to(torch.int8).numpy()
+
+
+# --- initializers --------------------------------------------------------------------------------------------------
+
+
+def _shape(graph: ir.Graph, shared: Tables, sizes: tuple[int, ...]) -> ir.Value:
+    name = "shape." + "x".join(map(str, sizes))
+    if name not in shared:
+        shared[name] = initializer(graph, name, np.array(sizes, dtype=np.int64))
+    return shared[name]
+
+
+def _four_bits(codes: Tensor, dtype: ir.DataType) -> "ir.PackedTensor[Any]":
+    """Codes (any shape, four bits) as an ONNX INT4 or UINT4 tensor: our packing is ONNX's."""
+    return ir.PackedTensor(pack(codes, 4).numpy(), dtype, shape=ir.Shape(codes.shape))
+
+
+def initializer(graph: ir.Graph, name: str, content: "Array | ir.PackedTensor[Any]") -> ir.Value:
+    """`content` as an initializer of `graph`."""
+    tensor = ir.tensor(content) if isinstance(content, np.ndarray) else content
+    tensor.name = name
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
+    graph.initializers[name] = value
+    return value

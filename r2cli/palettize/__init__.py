@@ -1,0 +1,268 @@
+"""Palettes: a float checkpoint to one whose weights are indices into small tables of centroids.
+
+make BatchNorm's factors positive -> a palette for every weight as trained, by k-means or by training -> BatchNorm's
+statistics again, on the palettized network -> BatchNorm into the scale behind the table -> activations on grids. The
+codes never change after they are chosen: folding multiplies scales only.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli import activations, attach, graph
+from r2cli.checkpoint import Checkpoint
+from r2cli.codec import Coded, Grid, Palette
+from r2cli.counts import usable
+from r2cli.data import Batch
+from r2cli.errors import InputError, R2Error, unknown
+from r2cli.palettize import learners, tables
+from r2cli.palettize.tables import Form
+
+KMEANS, DKM, SHARED = "kmeans", "dkm", "shared"
+METHODS = (KMEANS, *learners.LEARNERS)
+
+# A channel with less variance than this share of its BatchNorm's epsilon varies by less than a hundredth of gamma.
+DEAD = 1e-4
+
+Batches = Callable[[], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`keep` maps layer-name patterns to other (bits, dim); `act_bits` None leaves activations float."""
+
+    method: str
+    bits: int
+    dim: int
+    group_size: int | None
+    lut_bits: int
+    act_bits: int | None
+    keep: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one layer. Sizes in bits a weight, table and scale included; `sqnr` in dB of the weights."""
+
+    layer: str
+    shape: tuple[int, ...]
+    bits: int
+    dim: int
+    tables: int
+    size: float
+    entropy_coded: float
+    sqnr: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A float checkpoint, and what is to become of it.
+
+    `batches` gives training images, which set BatchNorm's statistics again and the ranges of activations; None leaves
+    both alone.
+    """
+
+    checkpoint: Checkpoint
+    settings: Settings
+    batches: Batches | None
+    device: torch.device
+    seed: int
+
+    @property
+    def generator(self) -> torch.Generator:
+        """For k-means: a new one, so that nothing else moves its draws."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def by_kmeans(work: Work, *, weigh: bool, advance: Callable[[int], None]) -> tuple[Checkpoint, list[Row]]:
+    """Palettes without training; `weigh` by sensitivity. `advance` is told of layers that are done.
+
+    Raises InputError for settings that do not fit the network, R2Error where something is not finite.
+    """
+    model, net = trace(work.checkpoint)
+    wanted = forms(net, work.settings)
+    importance: Mapping[str, Tensor] = {}
+    if weigh:
+        assert work.batches is not None
+        importance = {k: v.cpu() for k, v in sensitivity(model.to(work.device), net, work.batches()).items()}
+        model.cpu()
+    coded, notes = {}, {}
+    with torch.no_grad():
+        for layer, module in graph.named_layers(net):
+            weight, form = module.weight, wanted[layer.name]
+            assert isinstance(weight, Tensor)
+            centroids, used = tables.start(weight, form, importance.get(layer.name), work.generator)
+            palette = tables.palette(centroids, weight.shape, form)
+            coded[layer.name] = Coded(palette, palette.encode(weight))
+            notes[layer.name] = few(used, form)
+            advance(1)
+    return finish(work, net, coded, notes)
+
+
+def trace(checkpoint: Checkpoint) -> tuple[nn.Module, fx.GraphModule]:
+    """The checkpoint's network ready for palettes, and its graph over the same modules.
+
+    Raises InputError for a coded checkpoint, or a graph that cannot be read.
+    """
+    if checkpoint.coded:
+        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    model = attach.network(checkpoint)
+    net = graph.trace(model)
+    graph.make_factors_positive(net)
+    if not graph.layers(net):
+        raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to palettize")
+    return model, net
+
+
+def forms(net: fx.GraphModule, settings: Settings) -> dict[str, Form]:
+    """The palette's form of every layer by name, `keep` applied.
+
+    Raises InputError for a pattern that matches no layer, a vector longer than a layer has channels, and a group that
+    divides no layer's channels.
+    """
+    names = [layer.name for layer in graph.layers(net)]
+    shapes = {layer.name: tuple(module.weight.shape) for layer, module in graph.named_layers(net)}  # type: ignore[arg-type]
+    found = with_exceptions(names, settings)
+    for name, form in found.items():
+        tables.require_fit(f"{name}.weight", shapes[name], form)
+    size = settings.group_size
+    if size and not any(shape[0] % size == 0 for shape in shapes.values()):
+        raise InputError(f"--group-size {size} divides no layer's output channels: give a smaller power of two")
+    return found
+
+
+def with_exceptions(names: Iterable[str], settings: Settings) -> dict[str, Form]:
+    """The form of every named layer, `keep` applied, which must name layers. Raises InputError."""
+    known = list(names)
+    usual = Form(settings.bits, settings.dim, settings.group_size, settings.lut_bits)
+    found = dict.fromkeys(known, usual)
+    for pattern, (bits, dim) in settings.keep.items():
+        matched = [name for name in known if fnmatchcase(name, pattern)]
+        if not matched:
+            raise unknown("layer in --keep", pattern, known)
+        found |= dict.fromkeys(matched, replace(usual, bits=bits, dim=dim))
+    for form in found.values():
+        if form.group and form.group % form.dim:
+            raise InputError(f"--group-size {form.group} is no multiple of the {form.dim} channels of a vector")
+    return found
+
+
+def few(used: int, form: Form) -> str:
+    """What to say of a layer with fewer different weights than centroids."""
+    what = "weights" if form.dim == 1 else "vectors"
+    return f"{used} different {what} for {form.rows} centroids" if used < form.rows else ""
+
+
+def sensitivity(model: nn.Module, net: fx.GraphModule, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """How much the loss minds a change of each weight, by layer: the sum over batches of the squared gradient.
+
+    It is the Fisher information's diagonal, of batches where that has images. Raises R2Error where it is not finite.
+    """
+    model.eval()
+    total = {layer.name: torch.zeros_like(module.weight) for layer, module in graph.named_layers(net)}  # type: ignore[arg-type]
+    for images, labels in batches:
+        model.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        for layer, module in graph.named_layers(net):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            if weight.grad is not None:
+                total[layer.name] += weight.grad.square()
+    model.zero_grad(set_to_none=True)
+    for name, each in total.items():
+        if not bool(torch.isfinite(each).all()):
+            raise R2Error(f"the gradient of '{name}' is NaN or infinite on the training images: leave --weigh out")
+    return total
+
+
+@torch.no_grad()
+def finish(
+    work: Work, net: fx.GraphModule, coded: Mapping[str, Coded], notes: Mapping[str, str]
+) -> tuple[Checkpoint, list[Row]]:
+    """The coded checkpoint of palettes by layer name, on the graph that they were made for; `notes` go to the rows.
+
+    Raises R2Error where a value is not finite.
+    """
+    batches, device = work.batches, work.device
+    before = {layer.name: module.weight.detach().clone() for layer, module in graph.named_layers(net)}  # type: ignore[operator]
+    for layer, module in graph.named_layers(net):
+        module.weight.copy_(coded[layer.name].decode())  # type: ignore[operator]
+    if batches is not None:
+        attach.reestimate_norms(net.to(device), (images for images, _ in batches()))
+        net.cpu()
+    constant = {name: f"{count} dead channels made constant" for name, count in _make_constant(net).items()}
+    factors = graph.remove_norms(net)
+    folded: dict[str, Coded] = {}
+    rows = []
+    for layer, module in graph.named_layers(net):
+        one = _with_factor(coded[layer.name], factors.get(layer.name))
+        folded[layer.weight] = one
+        module.weight.copy_(one.decode())  # type: ignore[operator]
+        note = "; ".join(told[layer.name] for told in (notes, constant) if told.get(layer.name))
+        rows.append(_row(layer.name, one, before[layer.name], coded[layer.name], note))
+    found: dict[str, Grid] = {}
+    if work.settings.act_bits is not None:
+        assert batches is not None
+        net.to(device)
+        images = (images for images, _ in batches())
+        found = activations.calibrate(net, work.checkpoint.input.shape, work.settings.act_bits, images)
+        attach.put_on_grids(net, found)
+        net.cpu()
+        activations.round_biases(net, folded, found)
+    floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
+    return replace(work.checkpoint, floats=floats, coded=folded, activations=found, folded=True), rows
+
+
+def _make_constant(net: fx.GraphModule) -> dict[str, int]:
+    """Set gamma to zero in channels whose output never varies; in place. Returns how many, by layer.
+
+    Their variance is far below BatchNorm's epsilon: folded, their scale would be some 300 times that of the others.
+    """
+    made = {}
+    for layer, _ in graph.named_layers(net):
+        norm = net.get_submodule(layer.norm) if layer.norm else None
+        if norm is None or norm.weight is None:
+            continue
+        assert isinstance(norm, graph.NORMS) and norm.running_var is not None
+        dead = norm.running_var < DEAD * norm.eps
+        if bool(dead.any()):
+            norm.weight[dead] = 0.0
+            made[layer.name] = int(dead.sum())
+    return made
+
+
+def _with_factor(coded: Coded, factor: Tensor | None) -> Coded:
+    """A palette with BatchNorm's factor (channels,) >= 0 in its scale. The codes stay as they are.
+
+    Where the factor is zero the scale is the least that is of use: what is left of the channel is 1e-5 of the others.
+    """
+    palette = coded.codec
+    assert isinstance(palette, Palette)
+    if factor is None:
+        return coded
+    scale = usable((palette.scale.double() * factor).float())
+    return Coded(replace(palette, scale=scale, axis=0), coded.codes)
+
+
+def _row(name: str, folded: Coded, weight: Tensor, raw: Coded, note: str) -> Row:
+    palette = folded.codec
+    assert isinstance(palette, Palette)
+    error = (raw.decode() - weight).double().square().sum()
+    signal = weight.double().square().sum()
+    sqnr = float(10 * torch.log10(signal / error)) if error > 0 and signal > 0 else float("inf")
+    count = weight.numel()
+    return Row(
+        name,
+        tuple(weight.shape),
+        palette.bits,
+        palette.dim,
+        len(palette.lut),
+        8 * folded.payload_bytes() / count,
+        8 * tables.entropy_coded_bytes(palette, torch.bincount(folded.codes.reshape(-1).long()).tolist()) / count,
+        sqnr,
+        note,
+    )

@@ -1,0 +1,172 @@
+"""From centroids to a palette: how many tables a layer has, tables of distinct rows, int8 tables, sizes."""
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r2cli.codec import Palette
+from r2cli.errors import InputError
+from r2cli.palettize import kmeans
+
+DIMS, LUT_BITS = (1, 2, 4, 8), (8, 32)
+TOP = 127  # of an int8 table: symmetric, so that no centroid is clipped
+LEAST_SCALE = 2.0**-120
+
+
+@dataclass(frozen=True)
+class Form:
+    """The palette of one layer: 2**bits centroids of `dim` values for every `group` output channels; None: for all."""
+
+    bits: int
+    dim: int
+    group: int | None
+    lut_bits: int  # 8: an int8 table with a scale; 32: float32
+
+    @property
+    def rows(self) -> int:
+        return int(2**self.bits)
+
+    def groups(self, channels: int) -> int:
+        """Tables of a layer; one where `group` does not divide its channels."""
+        return channels // self.group if self.group and channels % self.group == 0 else 1
+
+
+def require_fit(name: str, shape: Sequence[int], form: Form) -> None:
+    """Raises InputError for a layer with fewer channels than a vector has values."""
+    if shape[0] < form.dim:
+        lower = max(dim for dim in DIMS if dim <= shape[0])
+        raise InputError(
+            f"--dim {form.dim} is more than the {shape[0]} output channels of '{name}': "
+            f"give --keep '{name.removesuffix('.weight')}={form.bits}x{lower}', or a lower --dim"
+        )
+
+
+def start(w: Tensor, form: Form, importance: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
+    """k-means centroids of a weight (channels, ...): (groups, 2**bits, dim) float32, and how many are of use at least.
+
+    Where a group has fewer different vectors than rows, the others are distinct fillers that no vector is nearest to.
+    """
+    groups = form.groups(w.shape[0])
+    found = []
+    for part, weights in zip(
+        w.detach().chunk(groups), [None] * groups if importance is None else importance.chunk(groups), strict=True
+    ):
+        if form.dim == 1:
+            own = torch.from_numpy(kmeans.scalar(kmeans.points(part, weights), form.rows)).float().reshape(-1, 1)
+        else:
+            vectors, each = kmeans.vectors(part, weights, form.dim)
+            own = kmeans.vector(vectors, each, form.rows, generator).cpu()
+        found.append(distinct(own))
+    return torch.stack([filled(own, form.rows) for own in found]).to(w.device), min(map(len, found))
+
+
+def distinct(centroids: Tensor) -> Tensor:
+    """The different rows of (n, dim), in ascending order."""
+    found: Tensor = torch.unique(centroids, dim=0)
+    return found
+
+
+def filled(centroids: Tensor, rows: int) -> Tensor:
+    """Distinct `centroids` (n, dim) with more distinct rows between them, up to `rows`, in ascending order."""
+    if len(centroids) == rows:
+        return centroids
+    low, high = centroids.aminmax(dim=0)
+    reach = torch.where(high > low, high - low, 1.0)
+    share = (torch.arange(4 * rows, dtype=centroids.dtype, device=centroids.device) + 0.5) / (4 * rows)
+    between = low + share[:, None] * reach
+    fresh = between[~(between[:, None] == centroids).all(2).any(1)]
+    step = len(fresh) // (rows - len(centroids))
+    return distinct(torch.cat([centroids, fresh[::step][: rows - len(centroids)]]))
+
+
+def palette(centroids: Tensor, shape: Sequence[int], form: Form) -> Palette:
+    """The palette that is stored of `centroids` (groups, rows, dim): distinct rows, int8 where the form says so.
+
+    Scalar tables ascend. The scale is () for one table, (channels,) for several; 1 for a float table.
+    """
+    groups = len(centroids)
+    if form.dim == 1:
+        centroids = centroids.sort(dim=1).values
+    if form.lut_bits == 8:
+        scale = (centroids.abs().amax((1, 2)).float() / TOP).clamp_min(LEAST_SCALE)
+        lut = torch.round(centroids / scale[:, None, None]).nan_to_num_().clamp_(-TOP, TOP).long()
+        lut = torch.stack([_apart(table) for table in lut.cpu()]).to(torch.int8).to(centroids.device)
+    else:
+        scale = torch.ones(groups, device=centroids.device)
+        lut = torch.stack([_apart_floats(table) for table in centroids.float()])
+    if groups == 1:
+        return Palette(lut, scale[0], form.bits, tuple(shape))
+    return Palette(lut, scale.repeat_interleave(shape[0] // groups), form.bits, tuple(shape), axis=0)
+
+
+def _apart(rows: Tensor) -> Tensor:
+    """Integer rows (n, dim) in -128 .. 127 made distinct by the least moves; scalars stay in ascending order."""
+    if len(torch.unique(rows, dim=0)) == len(rows):
+        return rows
+    if rows.shape[1] == 1:
+        flat = rows[:, 0].tolist()
+        up, down = list(flat), list(flat)
+        for i in range(1, len(flat)):
+            up[i] = max(up[i], up[i - 1] + 1)
+            down[-i - 1] = min(down[-i - 1], down[-i] - 1)
+        # Both rise by at least 1 a step, and so does their mean; it is as far below as above.
+        lowest, highest = -TOP - 1, TOP
+        means = [(a + b) // 2 for a, b in zip(up, down, strict=True)]
+        last = len(means) - 1
+        kept = [min(max(value, lowest + i), highest - last + i) for i, value in enumerate(means)]
+        return torch.tensor(kept).reshape(-1, 1)
+    taken: set[tuple[int, ...]] = set()
+    steps = sorted((a, b) for a in range(-16, 17) for b in range(-16, 17))  # from a corner too, enough for 256
+    steps.sort(key=lambda step: (step[0] ** 2 + step[1] ** 2, step))
+    out = []
+    for row in rows.tolist():
+        moved = ((row[0] + a, row[1] + b, *row[2:]) for a, b in steps)
+        free = next(m for m in moved if m not in taken and max(map(abs, m[:2])) <= TOP)
+        taken.add(free)
+        out.append(list(free))
+    return torch.tensor(out)
+
+
+def _apart_floats(rows: Tensor) -> Tensor:
+    """Float rows (n, dim) made distinct: what coincides becomes a filler."""
+    different = distinct(rows)
+    return rows if len(different) == len(rows) else filled(different, len(rows))
+
+
+def coinciding(centroids: Tensor) -> Tensor:
+    """(groups,): whether two of a group's (groups, rows, dim) centroids are closer than 1e-4 of their range."""
+    reach = (centroids.amax(1) - centroids.amin(1)).amax(1)
+    distance = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    return distance.amin((1, 2)) <= 1e-4 * reach
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def huffman_bits(occurrences: Iterable[int]) -> int:
+    """Bits of codes that occur so often under one Huffman code (Huffman 1952), without the code's own table."""
+    counts = [n for n in occurrences if n]
+    if len(counts) <= 1:
+        return sum(counts)
+    heapq.heapify(counts)
+    total = 0
+    while len(counts) > 1:  # every merge is one more bit for all that is under it
+        merged = heapq.heappop(counts) + heapq.heappop(counts)
+        total += merged
+        heapq.heappush(counts, merged)
+    return int(total)
+
+
+def entropy_coded_bytes(palette: Palette, occurrences: Iterable[int]) -> int:
+    """Bytes of a weight with Huffman-coded indices: a byte a row for the lengths of the code, the table, the scale."""
+    return -(-huffman_bits(occurrences) // 8) + palette.lut.shape[1] + own_bytes(palette)
+
+
+def own_bytes(palette: Palette) -> int:
+    """Bytes of table and scale."""
+    lut, scale = palette.lut, palette.scale
+    return lut.numel() * lut.element_size() + scale.numel() * scale.element_size()

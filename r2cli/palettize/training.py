@@ -1,0 +1,134 @@
+"""Training with palettes: what their learners do before an epoch, and what is measured after it.
+
+The temperature falls from epoch to epoch by equal factors, in units of each layer's own mean squared distance; the last
+epochs train hard. Before every evaluation BatchNorm's statistics are collected again with the hard weights, so that the
+accuracy that is reported is that of the hard network.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli import attach, graph, palettize, train
+from r2cli.checkpoint import Checkpoint
+from r2cli.data import Data
+from r2cli.errors import R2Error
+from r2cli.palettize import Row, Settings, Work, learners
+from r2cli.palettize.learners import LEARNERS, Learner
+from r2cli.train import Epoch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs, of which the last `hard` train hard, and the temperature of the first and the last soft one."""
+
+    epochs: int
+    hard: int
+    warm: float
+    cold: float
+
+    def share(self, number: int) -> float | None:
+        """The temperature of epoch `number` (from 1), as a share of a layer's mean squared distance; None: hard."""
+        soft = self.epochs - self.hard
+        if number > soft:
+            return None
+        return float(self.warm * (self.cold / self.warm) ** ((number - 1) / max(1, soft - 1)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run with palettes. `lut_lr` steps the centroids that are parameters; `iterations` are DKM's."""
+
+    loop: train.Settings
+    schedule: Schedule
+    iterations: int
+    lut_lr: float
+
+    def identity(self, settings: Settings) -> dict[str, Any]:
+        """What a resumed run must share, beside the loop's settings, by the names of options."""
+        keep = {name: list(form) for name, form in settings.keep.items()}
+        own = {"hard_epochs": self.schedule.hard, "temperature": self.schedule.warm, "iterations": self.iterations}
+        return {**asdict(settings), "keep": keep, **own, "lut_lr": self.lut_lr}
+
+
+@dataclass(frozen=True)
+class Following:
+    """Where the state of a run is, whether to go on from it, and whom to tell: steps, and epochs with their gap."""
+
+    state: Path
+    resume: bool
+    step: Callable[[int], None]
+    epoch: Callable[[Epoch, float], None]
+
+
+def by_training(work: Work, plan: Plan, source: Data, following: Following) -> tuple[Checkpoint, list[Row]]:
+    """Palettes by training on `source`, with the method of `work.settings`.
+
+    Raises InputError for settings that do not fit the network, R2Error where training diverges.
+    """
+    model, net = palettize.trace(work.checkpoint)
+    wanted = palettize.forms(net, work.settings)
+    made: dict[str, Learner] = {}
+    for name, form in wanted.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        made[name] = LEARNERS[work.settings.method](weight.detach(), form, plan.iterations, work.generator)
+    learners.put_on(model, made)
+    gaps: dict[int, float] = {}
+    method = _method(work, plan, model, net, made, gaps)
+    watch = train.Watch(following.step, lambda epoch: following.epoch(epoch, gaps[epoch.epoch]))
+    train.fit(
+        model,
+        source,
+        plan.loop,
+        device=work.device,
+        setting=method,
+        state=following.state,
+        resume=following.resume,
+        watch=watch,
+    )
+    model.cpu()
+    notes = {name: _note(learner) for name, learner in made.items()}
+    coded = learners.take_off(model, made)
+    return palettize.finish(work, net, coded, notes)
+
+
+def _note(learner: Learner) -> str:
+    found = [palettize.few(learner.least_used, learner.form)]
+    if learner.reseeded:
+        found.append(f"{learner.reseeded} collapsed tables started again")
+    return "; ".join(filter(None, found))
+
+
+def _method(
+    work: Work, plan: Plan, model: nn.Module, net: fx.GraphModule, made: Mapping[str, Learner], gaps: dict[int, float]
+) -> attach.Method:
+    """What the learners ask of the loop; the soft-to-hard gap of every epoch comes into `gaps`."""
+    norms = [net.get_submodule(layer.norm) for layer in graph.layers(net) if layer.norm]
+
+    @torch.no_grad()
+    def before_epoch(number: int) -> None:
+        for learner, weight in learners.each(model, made):
+            learner.before_epoch(weight, plan.schedule.share(number))
+
+    @torch.no_grad()
+    def before_evaluation(number: int) -> None:
+        for norm in norms:  # a palette has no room for a sign that comes with the scale
+            if norm.weight is not None:
+                norm.weight.clamp_(min=0)  # type: ignore[operator]
+        found = []
+        for learner, weight in learners.each(model, made):
+            if not bool(torch.isfinite(learner.centroids).all() and torch.isfinite(weight).all()):
+                raise R2Error(f"training diverged in epoch {number}: a palette is not finite; use a lower --lr")
+            found.append(learner.gap(weight))
+        gaps[number] = sum(found) / len(found)
+        assert work.batches is not None
+        attach.reestimate_norms(model, (images for images, _ in work.batches()))
+
+    own = [learner.centroids for learner in made.values() if isinstance(learner.centroids, nn.Parameter)]
+    groups = [{"params": own, "weight_decay": 0.0, "base_lr": plan.lut_lr}] if own else []
+    return attach.Method(plan.identity(work.settings), groups, before_epoch, before_evaluation)

@@ -1,0 +1,186 @@
+"""DKM: the fact sheet's cases, gradients against the unrolled iterations in float64, learners against their codes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from r2cli.codec import Coded, to_vectors
+from r2cli.palettize import dkm, learners, tables
+from r2cli.palettize.tables import Form
+
+# w, first centroids and incoming gradient of the fact sheet, 5.5.
+W = [-0.9, -0.7, 0.1, 0.2, 0.8, 1.0]
+START = [-0.5, 0.5]
+G = [1.0, -1.0, 0.5, 0.5, -0.5, 1.0]
+CASES = [
+    (
+        *(0.1, 1, [-0.74138610, 0.53962812]),
+        [-0.74138608, -0.74138504, 0.38692749, 0.51658753, 0.53962798, 0.53962812],
+        [0.03209629, 0.03206738, 1.27640230, 0.53560292, 0.37055894, 0.37056037],
+    ),
+    (
+        *(0.1, 5, [-0.79908919, 0.52521038]),
+        [-0.79908918, -0.79908874, 0.52272308, 0.52503409, 0.52521038, 0.52521038],
+        [-0.00884163, -0.00885727, 0.39746754, 0.37466879, 0.37278147, 0.37278147],
+    ),
+    (
+        *(0.1, 200, [-0.79908920, 0.52521037]),
+        [-0.79908919, -0.79908876, 0.52272311, 0.52503409, 0.52521037, 0.52521037],
+        [-0.00884122, -0.00885685, 0.39746615, 0.37466875, 0.37278158, 0.37278158],
+    ),
+    (
+        *(0.5, 5, [-0.51131983, 0.58853493]),
+        [-0.49387624, -0.47017954, 0.11315084, 0.22671802, 0.55137420, 0.57281272],
+        [-0.04337378, -0.31490108, 0.62587567, 0.65305233, 0.23057259, 0.37538596],
+    ),
+]
+
+
+def _naive(v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """The paper's loop, through autograd."""
+    for _ in range(iterations):
+        a = torch.softmax(-(v[:, None] - centroids).square().sum(2) / tau, 1)
+        centroids = (a.T @ v) / a.sum(0)[:, None]
+    return a @ centroids, centroids
+
+
+@pytest.mark.parametrize("form", ["scalar", "vector"])
+@pytest.mark.parametrize(("tau", "iterations", "centroids", "out", "gradient"), CASES)
+def test_the_fact_sheets_cases(
+    form: str, tau: float, iterations: int, centroids: list[float], out: list[float], gradient: list[float]
+) -> None:
+    w = torch.tensor(W, dtype=torch.float64, requires_grad=True)
+    start, g = torch.tensor(START, dtype=torch.float64), torch.tensor(G, dtype=torch.float64)
+    if form == "scalar":
+        found, after = dkm.scalar(w, start, tau, iterations)
+    else:
+        found, after = (t[:, 0] for t in dkm.vector(w[:, None], start[:, None], tau, iterations))
+    (dw,) = torch.autograd.grad(found, w, g)
+    assert after.tolist() == pytest.approx(centroids, abs=1e-8)
+    assert found.tolist() == pytest.approx(out, abs=1e-8)
+    assert dw.tolist() == pytest.approx(gradient, abs=1e-8)
+
+
+@pytest.mark.parametrize(("k", "tau"), [(2, 1e-4), (4, 1e-4), (4, 2e-5), (16, 1e-5), (16, 2e-6)])
+def test_a_large_layers_scalars_are_the_naive_ones_to_the_interpolation(k: int, tau: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(30_000, generator=generator) * 0.02
+    w[:5] *= 4
+    start, g = torch.linspace(-0.04, 0.04, k), torch.randn(30_000, generator=generator)
+    one, other = w.clone().requires_grad_(), w.double()[:, None].requires_grad_()
+    found, after = dkm.scalar(one, start, tau, 3)
+    expected, centroids = _naive(other, start.double()[:, None], tau, 3)
+    (dw,) = torch.autograd.grad(found, one, g)
+    (exact,) = torch.autograd.grad(expected, other, g.double()[:, None])
+    found, expected = found.detach(), expected.detach()
+    # A node is a quarter as wide as the step between two clusters' attention; the error falls with its square.
+    assert float((dw - exact[:, 0]).norm() / exact.norm()) < 1e-2
+    assert float((found - expected[:, 0]).norm() / expected.norm()) < 3e-4
+    assert after.tolist() == pytest.approx(centroids[:, 0].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("k", "dim", "tau"), [(4, 2, 2e-5), (16, 4, 4e-5), (2, 8, 1e-3)])
+def test_vectors_in_chunks_have_the_naive_gradient(
+    k: int, dim: int, tau: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dkm, "ROWS", 100)
+    generator = torch.Generator().manual_seed(0)
+    v = (0.02 * torch.randn(450, dim, generator=generator, dtype=torch.float64)).requires_grad_()
+    start = 0.02 * torch.randn(k, dim, generator=generator, dtype=torch.float64)
+    into = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((450, dim), (k, dim))]
+    found, expected = dkm.vector(v, start, tau, 3), _naive(v, start, tau, 3)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-14)
+    (dv,), (exact,) = torch.autograd.grad(found, v, into), torch.autograd.grad(expected, v, into)
+    assert float((dv - exact).norm() / exact.norm()) < 1e-11
+
+
+def test_a_centroid_that_nothing_is_near_stays_and_is_finite() -> None:
+    w = torch.randn(6000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found, after = dkm.scalar(w, torch.tensor([-1.0, 1.0, 500.0]), 0.1, 3)
+    (dw,) = torch.autograd.grad(found.sum(), w)
+    assert after[2] == 500 and bool(torch.isfinite(dw).all())
+
+
+def test_a_constant_layer_stays_what_it_is() -> None:
+    w = torch.full((5000,), 0.25).requires_grad_()
+    found, _ = dkm.scalar(w, torch.tensor([0.25, 1.0]), 1e-3, 3)
+    (dw,) = torch.autograd.grad(found.sum(), w)
+    assert torch.allclose(found, w) and bool(torch.isfinite(dw).all())
+
+
+SHAPES = [(6, 5, 3, 3), (10, 70), (8, 1, 3, 3), (96, 64, 1, 1)]
+FORMS = [Form(2, 1, None, 8), Form(2, 2, None, 8), Form(4, 4, None, 32), Form(1, 1, 2, 8), Form(3, 2, 2, 32)]
+
+
+@pytest.mark.parametrize("method", sorted(learners.LEARNERS))
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_hard_weight_is_what_is_frozen(method: str, form: Form, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(shape, generator=generator)
+    if len(shape) == 4:
+        w = w.to(memory_format=torch.channels_last)
+    learner = learners.LEARNERS[method](w, form, 3, generator)
+    for share in (0.5, None):
+        learner.train().before_epoch(w, share)
+        trained = w.clone(memory_format=torch.preserve_format).requires_grad_()
+        soft = learner(trained)
+        assert soft.shape == w.shape and soft.dtype == w.dtype
+        if method == "dkm":
+            (dw,) = torch.autograd.grad(soft.square().sum(), trained)
+            assert bool(torch.isfinite(dw).all()) and float(dw.abs().max()) > 0
+        frozen: Coded = learner.freeze(w)
+        assert torch.equal(learner.eval()(w), frozen.decode())
+        assert torch.equal(frozen.codec.encode(frozen.decode()), frozen.codes)
+        assert len({tuple(v) for v in to_vectors(frozen.decode()[: form.dim], form.dim).tolist()}) <= 2**form.bits
+
+
+def test_soft_scalars_of_a_learner_are_the_naive_ones_in_either_memory_format() -> None:
+    w = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    made = [learners.Dkm(w, Form(2, 1, None, 8), 3, torch.Generator()) for _ in range(2)]
+    for learner in made:
+        learner.train().before_epoch(w, 0.5)
+    tau = float(made[0].spread) * 0.5
+    expected, _ = _naive(w.reshape(-1, 1), made[0].centroids[0].clone(), tau, 3)
+    plain, last = made[0](w), made[1](w.to(memory_format=torch.channels_last))
+    assert torch.allclose(plain, expected.reshape(w.shape), atol=1e-5)
+    assert torch.allclose(plain, last, atol=1e-6)
+
+
+def test_the_tails_vectors_are_near_in_what_they_have_and_do_not_vote() -> None:
+    w = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    learner = learners.Dkm(w, Form(2, 2, None, 32), 3, torch.Generator())
+    learner.train().before_epoch(w, 0.5)
+    tau, start = float(learner.spread) * 0.5, learner.centroids[0].clone()
+    whole, centroids = _naive(to_vectors(w[:4], 2), start, tau, 3)
+    soft = learner(w)
+    assert torch.allclose(to_vectors(soft[:4], 2), whole, atol=1e-5)
+    a = torch.softmax(-(w[4][:, None] - centroids[:, 0]).square() / tau, 1)
+    assert torch.allclose(soft[4], a @ centroids[:, 0], atol=1e-5)
+
+
+def test_a_hard_cluster_moves_by_its_members_mean_and_a_shared_one_by_their_sum() -> None:
+    v = torch.zeros(4, 1, requires_grad=True)
+    codes, g = torch.tensor([0, 1, 0, 0]), torch.tensor([[1.0], [5.0], [2.0], [6.0]])
+    (dv,) = torch.autograd.grad(dkm.hard(v, torch.ones(4, 1), codes, 2), v, g)
+    assert dv[:, 0].tolist() == [3, 5, 3, 3]
+    # Deep Compression's figure: the fact sheet, 5.7.
+    indices = torch.tensor([3, 0, 2, 1, 1, 1, 0, 3, 0, 3, 1, 0, 3, 1, 2, 2])
+    w = torch.tensor([-1.0, 0.0, 1.5, 2.0])[indices].reshape(4, 4)
+    learner = learners.Shared(w, Form(2, 1, None, 32), 3, torch.Generator())
+    assert learner.codes[0].tolist() == indices.tolist()
+    gradient = (torch.arange(16) / 10).reshape(4, 4)
+    learner.train()(w).backward(gradient)
+    assert learner.centroids.grad is not None
+    assert learner.centroids.grad.flatten().tolist() == pytest.approx([2.6, 3.5, 3.1, 2.8])
+
+
+def test_a_collapsed_palette_is_found_and_started_again() -> None:
+    w = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+    for form in (Form(2, 1, None, 8), Form(2, 2, 20, 8)):
+        learner = learners.Dkm(w, form, 3, torch.Generator())
+        learner.centroids[0, 1] = learner.centroids[0, 0]
+        assert tables.coinciding(learner.centroids).tolist() == [True, *[False] * (len(learner.centroids) - 1)]
+        learner.train().before_epoch(w, 0.5)
+        assert learner.reseeded == 1 and not bool(tables.coinciding(learner.centroids).any())
