@@ -25,7 +25,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -200,8 +200,12 @@ class Table:
 
     def markdown(self) -> str:
         head = list(self.rows[0]) if self.rows else []
-        lines = [f"**{self.title}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in self.rows), ""])
+        lines = [f"**{self.title}**", "", _line(head), "|---" * len(head) + "|"]
+        return "\n".join([*lines, *(_line(row.values()) for row in self.rows), ""])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[Table]:

@@ -527,3 +527,8 @@ def test_a_lost_onnx_file_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "coded.onnx").unlink()
     execute(two(), commands)
     assert commands.names() == ["coded!"]
+
+
+def test_a_bar_in_a_name_is_no_column() -> None:
+    table = recipe.Table("t", [{"reg": "none", "max|w|/std": "4.0"}])
+    assert table.markdown().splitlines()[2:] == ["| reg | max\\|w\\|/std |", "|---|---|", "| none | 4.0 |"]
