@@ -28,7 +28,7 @@ def analyze(
         list[Path] | None,
         typer.Argument(
             help="Weights: any .safetensors file, an index of shards or their directory, or .onnx; several are "
-            "compared. [default: model.safetensors]",
+            "compared. (default: model.safetensors)",
             show_default=False,
         ),
     ] = None,
@@ -49,16 +49,16 @@ def analyze(
     ] = "tensor",
     sort: Annotated[
         str | None,
-        _option("--sort", help="sqnr, range, outliers, kurtosis, size or name. [default: sqnr; quick: range]"),
+        _option("--sort", help="sqnr, range, outliers, kurtosis, size or name. (default: sqnr; quick: range)"),
     ] = None,
     limit: Annotated[
         int | None,
-        _option("--limit", help="Layers in a table or picture; 0: all. [default: 12, several tables 8]", min=0),
+        _option("--limit", help="Layers in a table or picture; 0: all. (default: 12, several tables 8)", min=0),
     ] = None,
     everything: Annotated[bool, _option("--all", help="Biases and other vectors too.")] = False,
     quick: Annotated[bool, _option("--quick", help="Ranges and outliers only: no SQNR, no channels.")] = False,
     threads: Annotated[
-        int | None, _option("--threads", help="Tensors side by side. [default: one a core]", min=1)
+        int | None, _option("--threads", help="Tensors side by side. (default: one a core)", min=1)
     ] = None,
     output: Annotated[
         list[Path] | None,

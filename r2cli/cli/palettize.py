@@ -56,21 +56,21 @@ def palettize(
         _option(
             "--method",
             help="kmeans: no training; dkm: through soft assignments; shared: k-means' codes, centroids trained. "
-            "[default: dkm; kmeans for a file without a network of r2's]",
+            "(default: dkm; kmeans for a file without a network of r2's)",
         ),
     ] = None,
     group_size: Annotated[
         int | None,
         _option(
             "--group-size",
-            help="Output channels that share a table; a layer that it does not divide has one. [default: all]",
+            help="Output channels that share a table; a layer that it does not divide has one. (default: all)",
             min=1,
         ),
     ] = None,
     lut_bits: Annotated[int, _option("--lut-bits", help="8: tables of int8 with a scale; 32: of float32.")] = 8,
     act_bits: Annotated[
         str | None,
-        _option("--act-bits", help="8, or none to leave activations float. [default: 8; none with --lut-bits 32]"),
+        _option("--act-bits", help="8, or none to leave activations float. (default: 8; none with --lut-bits 32)"),
     ] = None,
     keep: Annotated[
         list[str] | None,
@@ -97,7 +97,7 @@ def palettize(
     ] = 3,
     batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=2, panel=TRAINING)] = 64,
     lr: Annotated[
-        float | None, _option("--lr", help="Peak learning rate. [default: 0.02]", min=0, panel=TRAINING)
+        float | None, _option("--lr", help="Peak learning rate. (default: 0.02)", min=0, panel=TRAINING)
     ] = None,
     lut_lr: Annotated[
         float, _option("--lut-lr", help="shared: peak rate of the centroids.", min=0, panel=TRAINING)
@@ -117,7 +117,7 @@ def palettize(
         int | None,
         _option(
             "--calibration",
-            help="Training images for BatchNorm's statistics and activation ranges; 0: none. [default: 512]",
+            help="Training images for BatchNorm's statistics and activation ranges; 0: none. (default: 512)",
             min=0,
         ),
     ] = None,
@@ -127,7 +127,7 @@ def palettize(
     output: Annotated[
         Path | None,
         _option(
-            "--output", "-o", help="The checkpoint; .onnx goes beside it. [default: SOURCE.b4d1-dkm...]", panel="Output"
+            "--output", "-o", help="The checkpoint; .onnx goes beside it. (default: SOURCE.b4d1-dkm...)", panel="Output"
         ),
     ] = None,
     resume: Annotated[bool, _option("--resume", help="Go on where a stopped run left off.", panel="Output")] = False,
