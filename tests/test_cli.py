@@ -408,7 +408,15 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(model: Path) -> None:
 
 def test_ctrl_c_exits_130_and_leaves_a_state_to_resume(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "r2cli", "pretrain", "--model", "resnet8", "--size", "8", "--epochs", "500"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background with the signal ignored, and so would we.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     state = tmp_path / "model.resume.safetensors"
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:

@@ -110,10 +110,10 @@ def test_statistics_again_are_worth_more_than_any_method(model: Path) -> None:
     from r2cli import train
 
     found = [
-        train.evaluate(attach.network(_palettized(model, Form(2, 1, None, 8), None, images)), source.test, CPU)
+        train.evaluate(attach.network(_palettized(model, Form(1, 1, None, 8), None, images)), source.test, CPU)
         for images in (False, True)
     ]
-    assert found[1] > found[0] + 5 and found[1] > 80
+    assert found[1] > found[0] + 30 and found[1] > 80
 
 
 def test_a_channel_that_never_varies_becomes_constant(model: Path) -> None:
