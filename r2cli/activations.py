@@ -23,6 +23,20 @@ def activation_grid(low: float, high: float, bits: int) -> Grid:
     return Grid(torch.tensor(scale), torch.tensor(zero, dtype=torch.int32), bits, signed=False)
 
 
+def put_on_grids(
+    net: fx.GraphModule, coded: Mapping[str, Coded], shape: tuple[int, ...], bits: int, images: Iterable[Tensor]
+) -> dict[str, Grid]:
+    """Set the grids of all values over `images`, round to them from now on, and round the biases; in place.
+
+    `net` is on the images' device before, and on the CPU after. Raises R2Error for what is not finite, or does not fit.
+    """
+    grids = calibrate(net, shape, bits, images)
+    attach.put_on_grids(net, grids)
+    net.cpu()
+    round_biases(net, coded, grids)
+    return grids
+
+
 def calibrate(net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor]) -> dict[str, Grid]:
     """The grid of every value that needs one for inputs of `shape`, over all `images`; its watchers stay in `net`.
 

@@ -5,19 +5,22 @@ that produces it, so that a checkpoint finds its edges again.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from r2cli.errors import InputError, R2Error
+from r2cli.errors import InputError, R2Error, unknown
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+# A channel with less variance than this share of its BatchNorm's epsilon varies by less than a hundredth of gamma.
+DEAD = 1e-4
 GRIDS = "grids."  # the modules on edges, by the name of the node whose value they round
 
 # Fused into the layer or the sum before them, by us and by every runtime.
@@ -32,6 +35,9 @@ PASSING: tuple[Any, ...] = (
 )
 # They read a value's shape and not the value.
 SHAPES: tuple[Any, ...] = (getattr, "size", "dim")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,27 @@ def repeat_grids(net: fx.GraphModule) -> None:
                 call = net.graph.call_module(f"{GRIDS}{where}", (node,))
             node.replace_all_uses_with(call, delete_user_cb=lambda user, own=call: user is not own)
     net.recompile()
+
+
+def dead(norm: nn.Module) -> Tensor:
+    """Which channels never vary, (channels,) bool: folding would multiply their filters by some 300."""
+    assert isinstance(norm, NORMS) and norm.running_var is not None
+    return norm.running_var < DEAD * norm.eps
+
+
+def by_pattern(names: Iterable[str], usual: T, exceptions: Mapping[str, T]) -> dict[str, T]:
+    """What every layer gets: `usual`, or that of the last pattern that it matches.
+
+    Raises InputError for a pattern that no layer matches.
+    """
+    known = list(names)
+    found = dict.fromkeys(known, usual)
+    for pattern, own in exceptions.items():
+        matched = [name for name in known if fnmatchcase(name, pattern)]
+        if not matched:
+            raise unknown("layer in --keep", pattern, known)
+        found |= dict.fromkeys(matched, own)
+    return found
 
 
 def bound(net: fx.GraphModule, node: fx.Node) -> float | None:

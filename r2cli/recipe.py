@@ -34,6 +34,7 @@ from typing import Any
 from r2cli import __version__
 from r2cli.checkpoint import write_atomically
 from r2cli.errors import InputError, unknown
+from r2cli.options import resume_state
 
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 COMMANDS = ("pretrain", "ptq", "palettize", "export", "evaluate")
@@ -174,7 +175,7 @@ def execute(
         if report is None:
             tell(f"[{number}/{len(todo)}] {shell(step, folder)}")
             ours = overwrite or name in done  # a file of the recipe's own, which it may replace
-            goes_on = not overwrite and known.get("key") == key and any(_state(file).exists() for file in files)
+            goes_on = not overwrite and known.get("key") == key and any(resume_state(file).exists() for file in files)
             for other in done.values():
                 if output is not None and other["source"] == output:
                     other["report"] = None  # made from a file that is about to change
@@ -273,11 +274,6 @@ def _look_up(path: str, values: Mapping[str, Any]) -> Any:
     if key and not isinstance(values[name], Mapping):
         raise InputError(f"{{{path}}} asks for a key of '{values[name]}', which is not a table")
     return values[name].get(key) if key else values[name]
-
-
-def _state(output: Path) -> Path:
-    """Where a training step that was stopped keeps its last whole epoch."""
-    return output.with_name(f"{output.stem}.resume.safetensors")
 
 
 def _recorded(record: Path) -> dict[str, Any]:

@@ -55,6 +55,15 @@ def require_bits(option: str, bits: int, low: int = 1) -> None:
         raise InputError(f"{option} {bits} is impossible: give {low} to 8")
 
 
+def act_bits(text: str) -> int | None:
+    """`--act-bits` as a number; None where activations stay float. Raises InputError for anything else."""
+    if text == "none":
+        return None
+    if text != "8":
+        raise InputError(f"--act-bits {text} is impossible here: give 8, or none to leave activations float")
+    return 8
+
+
 def keep(patterns: Sequence[str]) -> dict[str, int]:
     """`PATTERN=BITS` options as a mapping. Raises InputError for anything else."""
     kept = {}

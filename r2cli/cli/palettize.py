@@ -31,6 +31,7 @@ from r2cli.options import (
     Weights,
     Workers,
     _option,
+    resume_state,
 )
 from r2cli.options import Device as DeviceName
 
@@ -152,7 +153,7 @@ def palettize(
     suffix = f"b{bits}d{dim}{f'g{group_size}' if group_size else ''}-{method}"
     output = output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
-    onnx, state = output.with_suffix(".onnx"), output.with_name(f"{output.stem}.resume.safetensors")
+    onnx, state = output.with_suffix(".onnx"), resume_state(output)
     gates.require_free([output, onnx] if is_network else [output], overwrite=overwrite)
     _require_consistent(method, is_network=is_network, resume=resume, weigh=weigh, soft=epochs - hard_epochs)
 
@@ -327,13 +328,10 @@ def _is_checkpoint(source: Path) -> bool:
 def _act_bits(text: str | None, lut_bits: int) -> int | None:
     if text is None:
         return 8 if lut_bits == 8 else None
-    if text == "none":
-        return None
-    if text != "8":
-        raise InputError(f"--act-bits {text} is impossible here: give 8, or none to leave activations float")
-    if lut_bits != 8:
+    bits = gates.act_bits(text)
+    if bits and lut_bits != 8:
         raise InputError("--act-bits 8 needs integer weights: give --lut-bits 8, or --act-bits none")
-    return 8
+    return bits
 
 
 def _require_one_of(option: str, value: int, choices: Sequence[int]) -> None:

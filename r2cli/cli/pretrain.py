@@ -22,6 +22,7 @@ from r2cli.options import (
     Weights,
     Workers,
     _option,
+    resume_state,
 )
 from r2cli.options import Device as DeviceName
 
@@ -128,7 +129,7 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train a float network, with a regularizer of its weights' range."""
     gates.require_output(output, ".safetensors")
-    state = output.with_name(f"{output.stem}.resume.safetensors")
+    state = resume_state(output)
     gates.require_free([output], overwrite=overwrite)
     gates.require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure"))
     gates.require_known("--reg-form", reg_form, ("stable", "paper"))

@@ -87,7 +87,7 @@ def ptq(
 ) -> dict[str, Any]:
     """Quantize without training: codes, an ONNX file, and its proof."""
     gates.require_bits("--weight-bits", weight_bits)
-    acts = _act_bits(act_bits)
+    acts = gates.act_bits(act_bits)
     kept = gates.keep(keep or [])
     source = gates.source(source, weights, DEFAULT_SOURCE)
     suffix = f"w{weight_bits}{f'a{acts}' if acts else ''}-{method}" + (
@@ -158,14 +158,6 @@ def ptq(
         size=report["bytes"],
     )
     return report
-
-
-def _act_bits(text: str) -> int | None:
-    if text == "none":
-        return None
-    if text != "8":
-        raise InputError(f"--act-bits {text} is impossible here: give 8, or none to leave activations float")
-    return 8
 
 
 def _layers(rows: Sequence[Any]) -> Any:

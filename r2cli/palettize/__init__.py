@@ -7,25 +7,21 @@ codes never change after they are chosen: folding multiplies scales only.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, fx, nn
 
 from r2cli import activations, attach, graph
 from r2cli.checkpoint import Checkpoint
-from r2cli.codec import Coded, Grid, Palette
+from r2cli.codec import Coded, Grid, Palette, sqnr
 from r2cli.counts import usable
 from r2cli.data import Batch
-from r2cli.errors import InputError, R2Error, unknown
+from r2cli.errors import InputError, R2Error
 from r2cli.palettize import learners, tables
 from r2cli.palettize.tables import Form
 
 KMEANS, DKM, SHARED = "kmeans", "dkm", "shared"
 METHODS = (KMEANS, *learners.LEARNERS)
-
-# A channel with less variance than this share of its BatchNorm's epsilon varies by less than a hundredth of gamma.
-DEAD = 1e-4
 
 Batches = Callable[[], Iterable[Batch]]
 
@@ -137,14 +133,9 @@ def forms(net: fx.GraphModule, settings: Settings) -> dict[str, Form]:
 
 def with_exceptions(names: Iterable[str], settings: Settings) -> dict[str, Form]:
     """The form of every named layer, `keep` applied, which must name layers. Raises InputError."""
-    known = list(names)
     usual = Form(settings.bits, settings.dim, settings.group_size, settings.lut_bits)
-    found = dict.fromkeys(known, usual)
-    for pattern, (bits, dim) in settings.keep.items():
-        matched = [name for name in known if fnmatchcase(name, pattern)]
-        if not matched:
-            raise unknown("layer in --keep", pattern, known)
-        found |= dict.fromkeys(matched, replace(usual, bits=bits, dim=dim))
+    kept = {pattern: replace(usual, bits=bits, dim=dim) for pattern, (bits, dim) in settings.keep.items()}
+    found = graph.by_pattern(names, usual, kept)
     for form in found.values():
         if form.group and form.group % form.dim:
             raise InputError(f"--group-size {form.group} is no multiple of the {form.dim} channels of a vector")
@@ -207,12 +198,8 @@ def finish(
     found: dict[str, Grid] = {}
     if work.settings.act_bits is not None:
         assert batches is not None
-        net.to(device)
-        images = (images for images, _ in batches())
-        found = activations.calibrate(net, work.checkpoint.input.shape, work.settings.act_bits, images)
-        attach.put_on_grids(net, found)
-        net.cpu()
-        activations.round_biases(net, folded, found)
+        images, shape = (images for images, _ in batches()), work.checkpoint.input.shape
+        found = activations.put_on_grids(net.to(device), folded, shape, work.settings.act_bits, images)
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
     return replace(work.checkpoint, floats=floats, coded=folded, activations=found, folded=True), rows
 
@@ -228,7 +215,7 @@ def _make_constant(net: fx.GraphModule) -> dict[str, int]:
         if norm is None or norm.weight is None:
             continue
         assert isinstance(norm, graph.NORMS) and norm.running_var is not None
-        dead = norm.running_var < DEAD * norm.eps
+        dead = graph.dead(norm)
         if bool(dead.any()):
             norm.weight[dead] = 0.0
             made[layer.name] = int(dead.sum())
@@ -251,9 +238,6 @@ def _with_factor(coded: Coded, factor: Tensor | None) -> Coded:
 def _row(name: str, folded: Coded, weight: Tensor, raw: Coded, note: str) -> Row:
     palette = folded.codec
     assert isinstance(palette, Palette)
-    error = (raw.decode() - weight).double().square().sum()
-    signal = weight.double().square().sum()
-    sqnr = float(10 * torch.log10(signal / error)) if error > 0 and signal > 0 else float("inf")
     count = weight.numel()
     return Row(
         name,
@@ -263,6 +247,6 @@ def _row(name: str, folded: Coded, weight: Tensor, raw: Coded, note: str) -> Row
         len(palette.lut),
         8 * folded.payload_bytes() / count,
         8 * tables.entropy_coded_bytes(palette, torch.bincount(folded.codes.reshape(-1).long()).tolist()) / count,
-        sqnr,
+        sqnr(raw.decode(), weight),
         note,
     )

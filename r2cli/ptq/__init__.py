@@ -6,7 +6,6 @@ calibration images -> biases onto their int32 grid. A method chooses the codes o
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, fx
@@ -14,17 +13,14 @@ from torch import Tensor, fx
 from r2cli import activations as grids
 from r2cli import attach, graph
 from r2cli.checkpoint import Checkpoint
-from r2cli.codec import Coded, Grid
+from r2cli.codec import Coded, Grid, sqnr
 from r2cli.counts import usable
-from r2cli.errors import InputError, unknown
+from r2cli.errors import InputError
 from r2cli.ptq import adaround, ranges, sweep
 from r2cli.ptq.sweep import Seen
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
-
-# A channel with less variance than this share of its BatchNorm's epsilon varies by less than a hundredth of gamma.
-DEAD = 1e-4
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def quantize(
     if settings.granularity == TENSOR:
         notes |= {name: f"{count} quiet channels lowered" for name, count in lower_quiet_channels(net).items()}
     factors = graph.remove_norms(net)
-    bits = layer_bits(net, settings)
+    bits = graph.by_pattern([layer.name for layer in graph.layers(net)], settings.weight_bits, settings.keep)
     coded = {}
     for layer, module in graph.named_layers(net):
         weight = module.weight
@@ -84,10 +80,11 @@ def quantize(
     if not coded:
         raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
     net.to(device)
-    if METHODS[settings.method] is not None:
+    method = METHODS[settings.method]
+    if method is not None:
         images = list(images)
         fit = sweep.images_that_fit(net, checkpoint.input.shape, device)
-        coded = _rounded(net, METHODS[settings.method], coded, torch.cat(images)[:fit], advance)
+        coded = _rounded(net, method, coded, torch.cat(images)[:fit], advance)
     rows = []
     for layer, module in graph.named_layers(net):
         one, weight = coded[layer.weight], module.weight
@@ -96,10 +93,7 @@ def quantize(
         weight.copy_(one.decode())
     activations: dict[str, Grid] = {}
     if settings.act_bits is not None:
-        activations = grids.calibrate(net, checkpoint.input.shape, settings.act_bits, images)
-        attach.put_on_grids(net, activations)
-        net.cpu()
-        grids.round_biases(net, coded, activations)
+        activations = grids.put_on_grids(net, coded, checkpoint.input.shape, settings.act_bits, images)
     net.cpu()
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
     return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
@@ -107,13 +101,12 @@ def quantize(
 
 def _rounded(
     net: fx.GraphModule,
-    method: Callable[[Seen, Coded], Coded] | None,
+    method: Callable[[Seen, Coded], Coded],
     nearest: Mapping[str, Coded],
     images: Tensor,
     advance: Callable[[], None],
 ) -> dict[str, Coded]:
     """The codes that a method chooses, layer by layer, over `images`."""
-    assert method is not None
 
     def visit(seen: Seen) -> tuple[Coded, Tensor | None]:
         bias, chosen = seen.module.bias, method(seen, nearest[seen.layer.weight])
@@ -121,18 +114,6 @@ def _rounded(
         return chosen, bias if isinstance(bias, Tensor) else None
 
     return sweep.sweep(net, images, visit)[0]
-
-
-def layer_bits(net: fx.GraphModule, settings: Settings) -> dict[str, int]:
-    """Weight bits of every layer, `keep` applied. Raises InputError for a pattern that matches no layer."""
-    names = [layer.name for layer in graph.layers(net)]
-    bits = dict.fromkeys(names, settings.weight_bits)
-    for pattern, own in settings.keep.items():
-        matched = [name for name in names if fnmatchcase(name, pattern)]
-        if not matched:
-            raise unknown("layer in --keep", pattern, names)
-        bits |= dict.fromkeys(matched, own)
-    return bits
 
 
 def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:
@@ -148,7 +129,7 @@ def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:
         norm = net.get_submodule(layer.norm)
         assert isinstance(norm, graph.NORMS) and norm.running_var is not None and norm.running_mean is not None
         assert isinstance(module, graph.LAYERS)
-        dead = norm.running_var < DEAD * norm.eps
+        dead = graph.dead(norm)
         if bool(dead.any()):
             module.weight[dead] = 0.0
             # The layer now gives its bias alone: shift the mean so that the output stays at beta.
@@ -207,7 +188,4 @@ def _on_grid(weight: Tensor, bits: int, settings: Settings, factor: Tensor | Non
 
 
 def _row(name: str, coded: Coded, weight: Tensor, granularity: str, note: str) -> Row:
-    error = (coded.decode() - weight).double().square().sum()
-    signal = weight.double().square().sum()
-    sqnr = float(10 * torch.log10(signal / error)) if error > 0 and signal > 0 else float("inf")
-    return Row(name, tuple(weight.shape), coded.codec.bits, granularity, sqnr, note)
+    return Row(name, tuple(weight.shape), coded.codec.bits, granularity, sqnr(coded.decode(), weight), note)

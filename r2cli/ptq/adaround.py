@@ -44,9 +44,10 @@ class Settings:
     seed: int = 0
 
 
-def rectified(v: Tensor) -> Tensor:
-    """h(V), 0 to 1: any shape."""
-    return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+def stretched(v: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(V), and 1.2 times it less 0.1, which h(V) clips to 0 and 1: any shape."""
+    sigmoid = torch.sigmoid(v)
+    return sigmoid, sigmoid * (ZETA - GAMMA) + GAMMA
 
 
 def start(fraction: Tensor) -> Tensor:
@@ -59,15 +60,11 @@ def beta_at(progress: float) -> float:
     return BETA_END + 0.5 * (BETA_START - BETA_END) * (1 + math.cos(math.pi * progress))
 
 
-def push(v: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """sum(1 - |2 h(V) - 1|^beta), and its gradient by V, of the shape of V."""
-    sigmoid = torch.sigmoid(v)
-    raw = sigmoid * (ZETA - GAMMA) + GAMMA
-    h = raw.clamp(0, 1)
-    centred = 2 * h - 1
-    size = centred.abs()
+def push(sigmoid: Tensor, raw: Tensor, beta: float) -> Tensor:
+    """The gradient of sum(1 - |2 h(V) - 1|^beta) by V, of what `stretched` gives of V: any shape."""
+    centred = 2 * raw.clamp(0, 1) - 1
     slope = (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * ((raw > 0) & (raw < 1))
-    return (1 - size**beta).sum(), -2 * beta * size ** (beta - 1) * centred.sign() * slope
+    return -2 * beta * centred.abs() ** (beta - 1) * centred.sign() * slope
 
 
 @torch.no_grad()
@@ -119,15 +116,14 @@ def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Sett
     warm, weight = int(WARM_UP * settings.steps), settings.weight * unit
     for number in range(1, settings.steps + 1):
         index = torch.randint(count, (min(settings.batch, count),), generator=draw).to(v.device)
-        sigmoid = torch.sigmoid(v)
-        raw = sigmoid * (ZETA - GAMMA) + GAMMA
+        sigmoid, raw = stretched(v)
         soft = base + raw.clamp(0, 1)
         inside = (raw > 0) & (raw < 1) & (soft < grid.highest)
         gradient = _slope(rows, index, (soft.clamp(grid.lowest, grid.highest) * size + offset))
         gradient = gradient * size * (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * inside
         if number > warm:
             beta = beta_at((number - warm) / (settings.steps - warm))
-            gradient += weight * push(v, beta)[1]
+            gradient += weight * push(sigmoid, raw, beta)
         first.lerp_(gradient, 0.1)  # Adam
         second.lerp_(gradient.square(), 0.001)
         rate = settings.lr * math.sqrt(1 - 0.999**number) / (1 - 0.9**number)
