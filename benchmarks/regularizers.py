@@ -96,7 +96,7 @@ class Variant:
     model: nn.Module
     regularizer: Regularizer | None
     autograd: bool
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
 
     def gradients(self, images: Tensor, labels: Tensor) -> None:
         loss = criterion(self.model(images), labels)
@@ -122,7 +122,7 @@ def variant(model: nn.Module, name: str, dim: int, *, autograd: bool) -> Variant
     if name != "none":
         setting = Setting(name, default_strength(name, size=SIZE, images=50_000), dim=dim)
         regularizer = Regularizer(setting, model)
-    return Variant(model, regularizer, autograd, train._optimizer(model, regularizer, SETTINGS))
+    return Variant(model, regularizer, autograd, train._optimizers(model, regularizer, SETTINGS, None)[0])
 
 
 def require_equal(ours: Variant, theirs: Variant, images: Tensor, labels: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from r2cli import graph, models
+from r2cli import graph, models, regularizers
 from r2cli.checkpoint import Checkpoint
 from r2cli.codec import Grid
 from r2cli.errors import InputError
@@ -55,13 +55,18 @@ class Method:
     """What a method of compression, whose learners are modules of the network, asks of the loop.
 
     A learner's own state is in its buffers and parameters, which the resume state has. `groups` are the optimizer's
-    groups of such parameters, with a `base_lr` each; `identity` are the options that a resumed run must share.
+    groups of such parameters, with a `base_lr` each, and `adam` those that Adam steps instead; they do not decay.
+    `identity` are the options that a resumed run must share.
     """
 
     identity: Mapping[str, Any]
     groups: Sequence[Mapping[str, Any]] = ()
     before_epoch: Callable[[int], None] = lambda number: None
     before_evaluation: Callable[[int], None] = lambda number: None
+    adam: Sequence[Mapping[str, Any]] = ()
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None  # of images and logits, added to the task's
+    add_gradients: Callable[[], None] = lambda: None  # after the backward pass, to `.grad`
+    regularizer: regularizers.Setting | None = None
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ With --json, standard output holds one JSON object and nothing else.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from rich.text import Text
 
 _out = Console(soft_wrap=True, highlight=False, markup=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-
+RANK = int(os.environ.get("RANK", "0"))  # under torchrun the first process prints, the others only what stops them
 
 Line = str | Text | Table
 
@@ -42,7 +43,8 @@ class Bar:
         self._progress.advance(self._task, steps)
 
     def line(self, text: str) -> None:
-        self._progress.console.print(text)
+        if not RANK:
+            self._progress.console.print(text)
 
 
 @contextmanager
@@ -50,17 +52,20 @@ def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Bar]:
     """A bar over `total` steps, or bytes, with the time left, on standard error."""
     done = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(None), done, TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+    with Progress(*columns, console=_err, transient=True, disable=RANK > 0 or not _err.is_terminal) as progress:
         yield Bar(progress, progress.add_task(what, total=total))
 
 
 def note(text: str) -> None:
     """One line for a person who is waiting."""
-    _err.print(text, style="dim")
+    if not RANK:
+        _err.print(text, style="dim")
 
 
 def emit(report: Mapping[str, Any], *, as_json: bool, lines: Sequence[Line] = ()) -> None:
     """The result of a command: `report` for machines, or `lines` and tables for people."""
+    if RANK:
+        return
     if as_json:
         sys.stdout.write(json.dumps(_plain(report), indent=2) + "\n")
         return
@@ -104,8 +109,9 @@ def next_step(command: str) -> Text:
 
 def fail(message: str, code: int, *, as_json: bool) -> None:
     """An error, as one sentence; for machines also on standard output."""
-    _err.print(Text.assemble(("r2:", "bold red"), f" {message}"))
-    if as_json:
+    which = f" (process {RANK})" if RANK else ""
+    _err.print(Text.assemble(("r2:", "bold red"), f"{which} {message}"))
+    if as_json and not RANK:
         sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
 
 

@@ -9,7 +9,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,16 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from r2cli import checkpoint, data, regularizers
+from r2cli import data, distributed, regularizers
+from r2cli import resume as states
 from r2cli.attach import Method
 from r2cli.errors import InputError, R2Error, unknown
 
-STATE_FORMAT = 1
 EVALUATION_BATCH = 256
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
-
-# Options whose names differ from those of the settings that they fill.
-OPTIONS = {"name": "reg", "strength": "reg-weight", "stable": "reg-form", "dim": "reg-dim"}
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,14 @@ def seed_everything(seed: int) -> None:
 
 
 def device(name: str) -> torch.device:
-    """The device `name`; 'auto' is a GPU when there is one. Raises InputError for one that is not there."""
+    """The device `name`; 'auto' is a GPU when there is one, each process's own under torchrun.
+
+    Raises InputError for one that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         found = torch.device(name)
     except RuntimeError as error:
@@ -104,9 +107,9 @@ def precision(name: str, where: torch.device) -> str:
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Batches of an epoch; a last batch of one image is left out, because BatchNorm cannot train on it."""
+    """Batches of an epoch; a last batch of one image a process is left out, because BatchNorm cannot train on it."""
     whole, rest = divmod(examples, batch_size)
-    return whole + (rest > 1 or not whole)
+    return whole + (rest >= 2 * distributed.share().world or not whole)
 
 
 def hash_of(shapes: Mapping[str, Any]) -> str:
@@ -124,36 +127,23 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything that a run holds; `identity` is what must be equal for a stopped run to go on."""
+    """Everything that a run holds."""
 
     model: nn.Module
-    forward: nn.Module  # `model` itself, or compiled
+    forward: nn.Module  # `model` itself, or compiled, or in step with other processes
     average: AveragedModel | None  # of the model's weights and statistics, where Settings.ema asks for it
     source: data.Data
     settings: Settings
     device: torch.device
     regularizer: regularizers.Regularizer | None
     method: Method | None
-    optimizer: torch.optim.SGD
-    state: Path
+    optimizers: tuple[torch.optim.Optimizer, ...]
     watch: Watch
 
     @property
     def result(self) -> nn.Module:
         """The network that is evaluated and kept."""
         return self.model if self.average is None else self.average.module
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        setting = self.regularizer.setting if self.regularizer else None
-        shapes = {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        source = {"data": self.source.name, "size": self.source.input.size, "images": len(self.source.train)}
-        return {
-            "settings": asdict(self.settings),
-            "regularizer": asdict(setting) if setting else None,
-            "source": source,
-            "model": {"model": f"of {len(shapes)} tensors, {hash_of(shapes)}"},
-        } | ({"method": dict(self.method.identity)} if self.method else {})
 
     @property
     def steps_per_epoch(self) -> int:
@@ -173,71 +163,110 @@ def fit(
 ) -> list[Epoch]:
     """Train `model` in place. After every epoch the whole state is in the file `state`; `resume` starts from it.
 
-    `setting` is what comes to the task: a range regularizer, or a method of compression.
+    `setting` is what comes to the task: a range regularizer, or a method of compression. Under torchrun the processes
+    train together, with `settings.batch_size` images a step over all of them.
 
     Raises R2Error where the loss is no longer finite (the last good epoch's state is kept), and where the network
     cannot be compiled.
     """
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    forward: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
+    with distributed.together(device):
+        run = _run(model, source, settings, device, setting, watch)
+        history = _epochs(run, _state(run, state), resume=resume)
+    if run.average is not None:
+        model.load_state_dict(run.average.module.state_dict())
+    return history
+
+
+def _run(
+    model: nn.Module,
+    source: data.Data,
+    settings: Settings,
+    device: torch.device,
+    setting: regularizers.Setting | Method | None,
+    watch: Watch,
+) -> _Run:
+    """Everything that training `model`, which is on `device`, needs."""
     average = None
     if settings.ema is not None:
         average = AveragedModel(model, multi_avg_fn=_running_average(settings.ema), use_buffers=True)
     method = setting if isinstance(setting, Method) else None
-    regularizer = regularizers.Regularizer(setting, model) if isinstance(setting, regularizers.Setting) else None
-    optimizer = _optimizer(model, regularizer, settings, method.groups if method else ())
-    run = _Run(model, forward, average, source, settings, device, regularizer, method, optimizer, state, watch)
-    history = _restore(run) if resume and state.exists() else []
-    watch.step(len(history) * run.steps_per_epoch)
-    for number in range(len(history) + 1, settings.epochs + 1):
-        if method is not None:
-            method.before_epoch(number)
+    penalty = method.regularizer if method else setting
+    regularizer = regularizers.Regularizer(penalty, model) if isinstance(penalty, regularizers.Setting) else None
+    optimizers = _optimizers(model, regularizer, settings, method)
+    forward = distributed.wrapped(model, device)
+    if settings.compile:
+        forward = torch.compile(forward)  # type: ignore[assignment]
+    return _Run(model, forward, average, source, settings, device, regularizer, method, optimizers, watch)
+
+
+def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
+    """Train, measure and keep, epoch by epoch, from where the state stands."""
+    history = [Epoch(**epoch) for epoch in states.restore(state)] if resume and state.path.exists() else []
+    run.watch.step(len(history) * run.steps_per_epoch)
+    for number in range(len(history) + 1, run.settings.epochs + 1):
+        if run.method is not None:
+            run.method.before_epoch(number)
         loss, penalty, speed = _one_epoch(run, number)
         if not math.isfinite(loss):
-            kept = f"; {state} holds the end of epoch {number - 1}" if number > 1 else ""
+            kept = f"; {state.path} holds the end of epoch {number - 1}" if number > 1 else ""
             raise R2Error(f"training diverged in epoch {number} (loss {loss}): use a lower --lr or --reg-weight{kept}")
-        if method is not None:
-            method.before_evaluation(number)
+        distributed.spread_buffers(run.model, run.average)
+        if run.method is not None:
+            run.method.before_evaluation(number)
         ratios = list(range_ratios(run.result).values()) or [0.0]
-        accuracy = evaluate(run.result, source.test, device)
+        accuracy = evaluate(run.result, run.source.test, run.device)
         mean = sum(ratios) / len(ratios)
         history.append(Epoch(number, loss, penalty, accuracy, max(ratios), mean, speed))
-        _save(run, history)
-        watch.epoch(history[-1])
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
+        if distributed.share().rank == 0:
+            states.save(state, [asdict(epoch) for epoch in history])
+        run.watch.epoch(history[-1])
     return history
 
 
 def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
     """Mean task loss over epoch `number` (from 1), the penalty at its last step, and images a second."""
-    settings = run.settings
+    settings, share = run.settings, distributed.share()
     run.forward.train()
+    if share.world > 1:  # dropout draws otherwise the same in every process
+        torch.manual_seed((settings.seed * 1_000_003 + number) * share.world + share.rank)
     order = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     step = (number - 1) * run.steps_per_epoch
     total, penalty, seen = torch.zeros((), device=run.device), torch.zeros(()), 0
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     started = perf_counter()
-    batches = run.source.train.batches(settings.batch_size, run.device, order, augment=True)
-    for images, labels in itertools.islice(batches, run.steps_per_epoch):
+    batches = run.source.train.batches(settings.batch_size, run.device, order, augment=True, share=share)
+    for index, (images, labels) in enumerate(itertools.islice(batches, run.steps_per_epoch)):
         factor = learning_rate(step, settings.epochs * run.steps_per_epoch, settings.warmup)
-        for group in run.optimizer.param_groups:
+        for group in groups:
             group["lr"] = group["base_lr"] * factor
         loss = _loss(run, images, labels)
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        _weighed(loss, len(labels), index, run).backward()  # type: ignore[no-untyped-call]
+        if run.method is not None:
+            run.method.add_gradients()
         if run.regularizer:
             penalty = run.regularizer.add_gradients()
         if settings.clip_grad is not None:
             nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_grad)
-        run.optimizer.step()
+        for optimizer in run.optimizers:
+            optimizer.step()
         if run.average is not None:
             run.average.update_parameters(run.model)
         total += loss.detach() * len(labels)
         seen += len(labels)
         step += 1
         run.watch.step(1)
-    mean = float(total) / max(1, seen)  # waits for the device, so that the time is the work's
-    return mean, float(penalty), seen / (perf_counter() - started)
+    total, count = distributed.add_up(total, torch.tensor(seen, device=run.device))
+    mean = float(total) / max(1, int(count))  # waits for the device, so that the time is the work's
+    return mean, float(penalty), int(count) / (perf_counter() - started)
+
+
+def _weighed(loss: Tensor, own: int, index: int, run: _Run) -> Tensor:
+    """The mean loss of a process's `own` images of batch `index`, so that the processes' mean is that of all images."""
+    world, size = distributed.share().world, run.settings.batch_size
+    return loss if world == 1 else loss * (own * world / min(size, len(run.source.train) - index * size))
 
 
 def _running_average(decay: float) -> Callable[[Any, Any, Any], None]:
@@ -252,14 +281,15 @@ def _running_average(decay: float) -> Callable[[Any, Any, Any], None]:
 
 
 def _loss(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
-    """The task loss of one batch. Raises R2Error where the network cannot be compiled."""
+    """The task's and the method's loss of one batch. Raises R2Error where the network cannot be compiled."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == BFLOAT16):
         try:
             logits = run.forward(images)
         except torch._dynamo.exc.TorchDynamoException as error:
             told = " ".join(str(error).split())[:300]
             raise R2Error(f"the network cannot be compiled ({told}): leave --compile out") from error
-        return nn.functional.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+        return loss if run.method is None or run.method.loss is None else loss + run.method.loss(images, logits)
 
 
 def evaluate(model: nn.Module, split: data.Split, device: torch.device) -> float:
@@ -278,11 +308,12 @@ def top1(
 ) -> float:
     """Top-1 accuracy on `split`, in percent, of a function from images (n, c, s, s) to logits (n, classes)."""
     correct, seen = 0, 0
-    for images, labels in split.batches(EVALUATION_BATCH, device):
+    for images, labels in split.batches(EVALUATION_BATCH, device, share=distributed.share()):
         correct += int((predict(images).argmax(1).to(device) == labels).sum())
         seen += len(labels)
         advance(len(labels))
-    return 100 * correct / seen
+    right, of = distributed.add_up(torch.tensor(correct, device=device), torch.tensor(seen, device=device))
+    return 100 * int(right) / int(of)
 
 
 def range_ratios(model: nn.Module) -> dict[str, float]:
@@ -294,103 +325,46 @@ def range_ratios(model: nn.Module) -> dict[str, float]:
     return ratios
 
 
-def _optimizer(
-    model: nn.Module,
-    regularizer: regularizers.Regularizer | None,
-    settings: Settings,
-    more: Sequence[Mapping[str, Any]] = (),
-) -> torch.optim.SGD:
-    """Weights decay; biases and norms do not; the regularizer's own parameters neither, and they have no momentum."""
-    own = {id(p) for group in more for p in group["params"]}
-    decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in own]
-    plain = [p for p in model.parameters() if p.ndim <= 1 and id(p) not in own]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": settings.weight_decay, "base_lr": settings.lr},
-        {"params": plain, "weight_decay": 0.0, "base_lr": settings.lr},
+def _optimizers(
+    model: nn.Module, regularizer: regularizers.Regularizer | None, settings: Settings, method: Method | None
+) -> tuple[torch.optim.Optimizer, ...]:
+    """SGD, in which weights decay and biases and norms do not, nor parameters of a method or a regularizer; and Adam.
+
+    The regularizer's own parameters have no momentum. Adam steps those parameters of a method that ask for it.
+    """
+    groups, adam = (list(method.groups), list(method.adam)) if method else ([], [])
+    own = {id(p) for group in [*groups, *adam] for p in group["params"]}
+    usual = [p for p in model.parameters() if id(p) not in own]
+    sgd: list[dict[str, Any]] = [
+        {"params": [p for p in usual if p.ndim > 1], "weight_decay": settings.weight_decay, "base_lr": settings.lr},
+        {"params": [p for p in usual if p.ndim <= 1], "weight_decay": 0.0, "base_lr": settings.lr},
+        *({"weight_decay": 0.0, **group} for group in groups),
     ]
-    groups += [dict(group) for group in more]
     if regularizer and regularizer.parameters:
-        groups.append(
-            {
-                "params": list(regularizer.parameters.values()),
-                "weight_decay": 0.0,
-                "base_lr": settings.reg_lr,
-                "momentum": 0.0,
-                "nesterov": False,
-            }
-        )
+        plain = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+        sgd.append({"params": list(regularizer.parameters.values()), "base_lr": settings.reg_lr, **plain})
     nesterov = settings.momentum > 0
     # Fused: one pass over weights, gradients and momenta, where the plain form makes five.
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
+    main = torch.optim.SGD(sgd, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
+    if not adam:
+        return (main,)
+    return main, torch.optim.Adam([{"weight_decay": 0.0, **group} for group in adam], lr=settings.lr)
 
 
-# --- the resume state ----------------------------------------------------------------------------------------------
-
-
-def _save(run: _Run, history: list[Epoch]) -> None:
-    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in run.model.state_dict().items()}
-    if run.average is not None:
-        tensors |= {f"average.{name}": t for name, t in run.average.state_dict().items()}
-    tensors["rng"] = torch.get_rng_state()
-    if run.device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(run.device)
-    for name, parameter in _named(run).items():
-        momentum = run.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
-    if run.regularizer:
-        tensors |= {f"regularizer.{name}": p for name, p in run.regularizer.parameters.items()}
-    meta = {"format": STATE_FORMAT, "identity": run.identity, "history": [asdict(epoch) for epoch in history]}
-    checkpoint.save_tensors(run.state, tensors, {"r2_resume": json.dumps(meta)})
-
-
-def _restore(run: _Run) -> list[Epoch]:
-    tensors, metadata = checkpoint.load_tensors(run.state)
-    if "r2_resume" not in metadata:
-        raise InputError(f"{run.state} is not a resume state: remove it, or start again with --overwrite")
-    try:
-        meta = json.loads(metadata["r2_resume"])
-        _require_same(run.state, meta["identity"], json.loads(json.dumps(run.identity)))
-        _load(run, tensors)
-        return [Epoch(**epoch) for epoch in meta["history"]]
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{run.state} is damaged ({error}): remove it, or start again with --overwrite") from error
-
-
-@torch.no_grad()
-def _load(run: _Run, tensors: Mapping[str, Tensor]) -> None:
-    run.model.load_state_dict(_part(tensors, "model."))
-    if run.average is not None:
-        run.average.load_state_dict(_part(tensors, "average."))
-    for name, parameter in (run.regularizer.parameters if run.regularizer else {}).items():
-        parameter.copy_(tensors[f"regularizer.{name}"])
-    for name, parameter in _named(run).items():
-        if f"momentum.{name}" in tensors:
-            # In the parameter's own layout: sums over memory then run in the same order as in an unbroken run.
-            momentum = torch.empty_like(parameter.detach()).copy_(tensors[f"momentum.{name}"])
-            run.optimizer.state[parameter]["momentum_buffer"] = momentum
-    torch.set_rng_state(tensors["rng"])
-    if "rng.cuda" in tensors and run.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng.cuda"], run.device)
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _named(run: _Run) -> dict[str, nn.Parameter]:
+def _state(run: _Run, path: Path) -> states.State:
+    """What the run's resume state holds."""
+    setting = run.regularizer.setting if run.regularizer else None
+    shapes = {name: list(tensor.shape) for name, tensor in run.model.state_dict().items()}
+    identity = {
+        "settings": asdict(run.settings),
+        "regularizer": asdict(setting) if setting else None,
+        "source": {
+            "data": run.source.name,
+            "size": run.source.input.size,
+            "images": len(run.source.train),
+        },
+        "model": {"model": f"of {len(shapes)} tensors, {hash_of(shapes)}"},
+    } | ({"method": dict(run.method.identity)} if run.method else {})
+    modules = {"model": run.model} | ({"average": run.average} if run.average is not None else {})
     own = run.regularizer.parameters if run.regularizer else {}
-    return dict(run.model.named_parameters()) | {f"regularizer of {name}": p for name, p in own.items()}
-
-
-def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for part, value in wanted.items():
-        if stored.get(part) == value:
-            continue
-        old, new = stored.get(part) or {}, value or {}
-        changed = next(key for key in {**old, **new} if old.get(key) != new.get(key))
-        option = OPTIONS.get(changed, changed.replace("_", "-"))
-        raise InputError(
-            f"{path} was made with --{option} {old.get(changed)}, not {new.get(changed)}: "
-            "resume with the same options, or start again with --overwrite"
-        )
+    return states.State(path, identity, modules, own, run.optimizers, run.device)

@@ -170,10 +170,10 @@ def test_calibration_is_a_fixed_choice_of_training_images(digits: Data, count: i
 def test_an_augmented_image_is_a_shifted_mirrored_original(size: int, reach: int) -> None:
     count = 2000
     images = torch.randint(1, 256, (count, 2, size, size), generator=seeded(0)).to(torch.uint8)
-    out = data.shift_and_flip(images, seeded(1))
+    out = data.shift_and_flip(images, data.draw_shifts(count, size, seeded(1)))
     assert out.shape == images.shape and out.dtype == torch.uint8
-    assert out.equal(data.shift_and_flip(images, seeded(1)))
-    assert not out.equal(data.shift_and_flip(images, seeded(2)))
+    assert out.equal(data.shift_and_flip(images, data.draw_shifts(count, size, seeded(1))))
+    assert not out.equal(data.shift_and_flip(images, data.draw_shifts(count, size, seeded(2))))
     padded = torch.zeros(count, 2, size + 2 * reach, size + 2 * reach, dtype=torch.uint8)
     padded[:, :, reach : reach + size, reach : reach + size] = images
     explained = torch.zeros(count, dtype=torch.int64)

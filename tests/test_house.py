@@ -19,6 +19,7 @@ LAYERS = [
     ["codec", "counts", "tensors"],
     ["checkpoint"],
     ["models", "data", "graph", "regularizers", "weights"],
+    ["distributed", "resume"],
     ["train", "attach", "activations", "analyze"],
     ["ptq", "palettize", "onnx_codes", "export", "verify", "report"],
     ["onnx_weights"],

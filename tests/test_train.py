@@ -43,7 +43,7 @@ def test_the_rate_rises_and_falls() -> None:
 def test_weights_decay_and_the_rest_does_not() -> None:
     network = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
     regularizer = regularizers.Regularizer(regularizers.Setting("margin", 0.1), network)
-    decayed, plain, own = train._optimizer(network, regularizer, _settings()).param_groups
+    decayed, plain, own = train._optimizers(network, regularizer, _settings(), None)[0].param_groups
     assert {p.ndim for p in decayed["params"]} == {2, 4} and decayed["weight_decay"] == 1e-4
     assert {p.ndim for p in plain["params"]} == {1} and plain["weight_decay"] == 0
     assert len(own["params"]) == 10 and own["weight_decay"] == 0 and own["momentum"] == 0
@@ -183,7 +183,7 @@ def test_fused_steps_are_plain_steps() -> None:
         train.seed_everything(0)
         model = models.build(models.spec("mobilenet_v1", classes=10, channels=3, size=16))
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = train._optimizer(model, None, _settings())
+        optimizer = train._optimizers(model, None, _settings(), None)[0]
         for group in optimizer.param_groups:
             group["fused"] = fused
         images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ import typer
 
 from r2cli import __version__, console
 from r2cli.cli import analyze, evaluate, export, palettize, pretrain, ptq, run
-from r2cli.errors import R2Error
+from r2cli.errors import InputError, R2Error
 
 app = typer.Typer(
     name="r2",
@@ -27,6 +27,7 @@ app.command()(evaluate.evaluate)
 app.command()(run.run)
 
 INTERRUPTED = 130
+TRAINING = ("pretrain", "palettize")  # the commands that several processes may run together
 
 # What the parser raises for a wrong command line, whichever module of typer's defines it.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -40,9 +41,11 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    pass
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in TRAINING:
+        raise InputError(f"r2 {context.invoked_subcommand} runs in one process: start it without torchrun")
 
 
 def invoke(arguments: list[str]) -> Any:

@@ -157,7 +157,7 @@ def palettize(
     gates.require_free([output, onnx] if is_network else [output], overwrite=overwrite)
     _require_consistent(method, is_network=is_network, resume=resume, weigh=weigh, soft=epochs - hard_epochs)
 
-    from r2cli import attach, checkpoint, train
+    from r2cli import attach, checkpoint, distributed, train
     from r2cli import data as datasets
     from r2cli import palettize as worker
     from r2cli.cli import deliver, subject
@@ -213,6 +213,7 @@ def palettize(
 
             following = training.Following(state, resume, progress.advance, told)
             coded, rows = training.by_training(work, plan, loaded, following)
+    distributed.end_others()
     coded = coded.then("palettize", options, {"float_top1": before})
     checkpoint.save(coded, output)
     proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))

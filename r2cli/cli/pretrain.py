@@ -136,7 +136,7 @@ def pretrain(
     gates.require_known("--precision", precision, ("auto", "float32", "bfloat16"))
     gates.require_no_state(state, resume=resume, overwrite=overwrite)
 
-    from r2cli import checkpoint, models, regularizers, train
+    from r2cli import checkpoint, distributed, models, regularizers, train
     from r2cli import data as datasets
     from r2cli import weights as foreign
     from r2cli.cli import subject
@@ -199,6 +199,7 @@ def pretrain(
         if state.exists():
             console.note(f"{state} holds the last whole epoch: go on with --resume")
         raise
+    distributed.end_others()
     last = history[-1]
     metrics = {"top1": last.top1, "range_max": last.range_max, "range_mean": last.range_mean}
     floats = {name: tensor.cpu() for name, tensor in network.state_dict().items()}

@@ -22,11 +22,14 @@ from r2cli.data.decoding import decode
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import (
     LARGE_IMAGE,
+    WHOLE,
     Batch,
     FolderSplit,
     KeptSplit,
     MemorySplit,
+    Share,
     Split,
+    draw_shifts,
     normalise,
     shift_and_flip,
 )
@@ -46,6 +49,9 @@ __all__ = [
     "load",
     "normalise",
     "recorded",
+    "WHOLE",
+    "Share",
+    "draw_shifts",
     "shift_and_flip",
 ]
 

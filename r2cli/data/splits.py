@@ -1,6 +1,7 @@
 """Halves of data sets: images held in memory, decoded from files when first needed, or decoded by workers each time.
 
-Every split gives the same batches for the same generator, whatever the device and however many workers.
+Every split gives the same batches for the same generator, whatever the device and however many workers; of several
+processes each gets its own images of the same batches.
 """
 
 import os
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from r2cli.checkpoint import InputSpec
 from r2cli.data.decoding import decode
-from r2cli.errors import InputError
+from r2cli.errors import InputError, R2Error
 
 LARGE_IMAGE = 96  # pixels; from here on a training image is a random crop, and decoded each time by workers
 UNREADABLE_LIMIT = 0.01  # share of a split's images that may fail to decode
@@ -22,8 +23,26 @@ UNREADABLE_LIMIT = 0.01  # share of a split's images that may fail to decode
 Batch = tuple[Tensor, Tensor]  # images float32 (n, channels, size, size), labels int64 (n,)
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes gets of every batch: its images at `rank`, `rank` + `world`, ..."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, count: int) -> Tensor:
+        """Positions of its own in a batch of `count` images."""
+        return torch.arange(self.rank, count, self.world)
+
+
+WHOLE = Share()
+
+
 class Split(Protocol):
-    """One half of a data set. `batches` yields every image once, in the order of `shuffle`'s generator if given."""
+    """One half of a data set. `batches` yields every image once, in the order of `shuffle`'s generator if given.
+
+    `size` is that of a batch of all processes together; each yields its `share` of it.
+    """
 
     name: str
     unreadable: list[str]  # files that could not be decoded so far, and were left out
@@ -31,7 +50,12 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def batches(
-        self, size: int, device: torch.device, shuffle: torch.Generator | None = None, augment: bool = False
+        self,
+        size: int,
+        device: torch.device,
+        shuffle: torch.Generator | None = None,
+        augment: bool = False,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]: ...
 
 
@@ -43,21 +67,29 @@ def normalise(images: Tensor, spec: InputSpec, device: torch.device) -> Tensor:
     return pixels.div_(255).sub_(mean).div_(std)
 
 
-def shift_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """CIFAR's augmentation: shift by up to an eighth over a zero border, mirror half of them. uint8 (n, c, s, s).
-
-    The draws are the CPU generator's and the pixels move on the images' own device: a GPU sees the same images.
-    """
-    n, _, size, _ = images.shape
-    pad = max(1, size // 8)
-    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
+def draw_shifts(n: int, size: int, generator: torch.Generator) -> Tensor:
+    """CIFAR's augmentation for n images: shifts of up to an eighth, and whether to mirror. (n, 3) int64, on the CPU."""
+    pad = _border(size)
+    shifts = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
     mirror = torch.rand(n, 1, generator=generator) < 0.5
+    return torch.cat([*shifts, mirror.long()], 1)
+
+
+def shift_and_flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Shift uint8 (n, c, s, s) over a zero border and mirror it as drawn, (n, 3), on the images' own device."""
+    n, _, size, _ = images.shape
+    pad = _border(size)
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    top, left, mirror = torch.split(draws, 1, 1)
     steps = torch.arange(size).expand(n, size)
-    rows, cols = top + steps, left + torch.where(mirror, size - 1 - steps, steps)
+    rows, cols = top + steps, left + torch.where(mirror > 0, size - 1 - steps, steps)
     rows, cols = rows.to(images.device, non_blocking=True), cols.to(images.device, non_blocking=True)
     each = torch.arange(n, device=images.device)[:, None, None]
     return padded[each, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _border(size: int) -> int:
+    return max(1, size // 8)
 
 
 @dataclass
@@ -75,24 +107,33 @@ class MemorySplit:
         return len(self.labels)
 
     def batches(
-        self, size: int, device: torch.device, shuffle: torch.Generator | None = None, augment: bool = False
+        self,
+        size: int,
+        device: torch.device,
+        shuffle: torch.Generator | None = None,
+        augment: bool = False,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]:
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
         if device.type != "cpu" and self.images.device != device:
             self.require(order)
             self.images = self.images.to(device)
         for wanted in torch.split(order, size):
-            index = self.require(wanted)
+            # Drawn for the whole batch, so that every process draws the same.
+            shifts = shuffle if augment and self.augments else None
+            draws = None if shifts is None else draw_shifts(len(wanted), self.spec.size, shifts)
+            own = share.of(len(wanted))
+            own = own[self.require(wanted[own])]
+            index = wanted[own]
             images = self.images[index.to(self.images.device)]
-            if augment and self.augments:
-                assert shuffle is not None
-                images = shift_and_flip(images, shuffle)
-            if len(index):
+            if draws is not None:
+                images = shift_and_flip(images, draws[own])
+            if _any(index, share, len(wanted), self.name):
                 yield normalise(images, self.spec, device), self.labels[index].to(device, non_blocking=True)
 
     def require(self, index: Tensor) -> Tensor:
-        """Those of the images at `index` that there are, decoded by now."""
-        return index
+        """Which of the images at `index` there are, (n,) bool; they are decoded by now."""
+        return torch.ones_like(index, dtype=torch.bool)
 
 
 @dataclass
@@ -106,7 +147,7 @@ class KeptSplit(MemorySplit):
         todo = index[self.state[index] == 0].tolist()
         if todo:
             self._decode(todo)
-        return index[self.state[index] == 1]
+        return self.state[index] == 1
 
     def _decode(self, todo: Sequence[int]) -> None:
         threads = torch.get_num_threads()
@@ -146,31 +187,33 @@ class FolderSplit:
         return len(self.files)
 
     def batches(
-        self, size: int, device: torch.device, shuffle: torch.Generator | None = None, augment: bool = False
+        self,
+        size: int,
+        device: torch.device,
+        shuffle: torch.Generator | None = None,
+        augment: bool = False,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]:
-        crops = augment and self.spec.size >= LARGE_IMAGE
-        seed = 0 if shuffle is None else int(torch.randint(2**31, (), generator=shuffle))
+        order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
+        seed = None if shuffle is None or not augment else int(torch.randint(2**31, (), generator=shuffle))
+        batches = [wanted[share.of(len(wanted))].tolist() for wanted in torch.split(order, size)]
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-            _Decoder(self.files, self.spec, seed if crops else None),
-            batch_size=size,
-            shuffle=shuffle is not None,
+            _Decoder(self.files, self.spec, seed),
+            batch_sampler=[own for own in batches if own],
             generator=shuffle,
             num_workers=self.workers,
             collate_fn=_stack,
             pin_memory=device.type == "cuda",
         )
-        shifts = torch.Generator().manual_seed(seed)  # of its own: the loader's workers draw from the other one
         for images, labels, unreadable in loader:
             self.unreadable += unreadable
             require_readable(self.unreadable, len(self), self.name)
-            if len(images):
-                images = images.to(device, non_blocking=True)
-                images = shift_and_flip(images, shifts) if augment and not crops else images
+            if _any(labels, share, share.world, self.name):
                 yield normalise(images, self.spec, device), labels.to(device, non_blocking=True)
 
 
 class _Decoder(torch.utils.data.Dataset[tuple[Tensor | str, int]]):
-    """Item i: the decoded image (the file's path where it cannot be decoded) and its label."""
+    """Item i: the decoded image (the file's path where it cannot be decoded) and its label; augmented for a `seed`."""
 
     def __init__(self, files: Sequence[tuple[str, int]], spec: InputSpec, seed: int | None) -> None:
         self.files, self.spec, self.seed = files, spec, seed
@@ -180,10 +223,23 @@ class _Decoder(torch.utils.data.Dataset[tuple[Tensor | str, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
         path, label = self.files[index]
-        crop = None
-        if self.seed is not None:  # an image's crop depends on the epoch's seed and its index, not on the worker
-            crop = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        return decode(path, self.spec, crop), label
+        if self.seed is None:
+            return decode(path, self.spec), label
+        # An image's augmentation depends on the epoch's seed and its index, not on the worker.
+        own = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        if self.spec.size >= LARGE_IMAGE:
+            return decode(path, self.spec, own), label
+        image = decode(path, self.spec)
+        if isinstance(image, Tensor):
+            image = shift_and_flip(image[None], draw_shifts(1, self.spec.size, own))[0]
+        return image, label
+
+
+def _any(found: Tensor, share: Share, size: int, split: str) -> bool:
+    """Whether anything of a batch of `size` was found. Raises R2Error where other processes would wait for this one."""
+    if not len(found) and 1 < share.world <= size:
+        raise R2Error(f"no image of a batch's share of {split} can be decoded: remove the files that cannot be decoded")
+    return len(found) > 0
 
 
 def _stack(samples: list[tuple[Tensor | str, int]]) -> tuple[Tensor, Tensor, list[str]]:
