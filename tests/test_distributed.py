@@ -1,0 +1,128 @@
+"""Several processes that train together: the same result as one process, one writer, and a stop that ends the job."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from r2cli import checkpoint, data, regularizers, train
+from r2cli.data import Share
+
+CPU = torch.device("cpu")
+
+
+class Double(nn.Module):
+    """A small convolutional network in float64, without BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.linear = nn.Linear(8 * 36, 10)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.conv(x.double()).relu().flatten(1))
+        return out
+
+
+def fit(folder: Path, resume: bool = False, epochs: int = 2) -> nn.Module:
+    train.seed_everything(0)
+    network = Double()
+    settings = train.Settings(epochs, 70, 0.1, 0.9, 1e-4, 0.1, 0.1, 0.1, 0, clip_grad=1.0, ema=0.9)
+    watch = train.Watch(lambda steps: None, lambda epoch: None)
+    train.fit(
+        network,
+        data.load("digits", size=8),
+        settings,
+        device=CPU,
+        setting=regularizers.Setting("margin", 0.1),
+        state=folder / "state.safetensors",
+        resume=resume,
+        watch=watch,
+    )
+    return network
+
+
+def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run([*start, *arguments], capture_output=True, text=True)
+
+
+def test_shares_make_up_the_batch() -> None:
+    for count in (1, 2, 7, 64):
+        parts = torch.cat([Share(rank, 3).of(count) for rank in range(3)])
+        assert parts.sort().values.equal(torch.arange(count))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_every_process_gets_its_images_of_the_same_batches(augment: bool) -> None:
+    def batches(share: Share) -> list[tuple[Tensor, Tensor]]:
+        shuffle = torch.Generator().manual_seed(3)
+        return list(source.train.batches(64, CPU, shuffle, augment=augment, share=share))
+
+    source = data.load("fake:1x8x8:4")
+    whole, parts = batches(Share()), [batches(Share(rank, 2)) for rank in range(2)]
+    for batch, (images, labels) in enumerate(whole):
+        for rank, part in enumerate(parts):
+            assert part[batch][0].equal(images[rank::2]) and part[batch][1].equal(labels[rank::2])
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    # Batches of 70 of 1,200 images: the last one has 10, and each process half of it.
+    one = fit(tmp_path).state_dict()
+    (tmp_path / "together").mkdir()
+    done = torchrun(__file__, str(tmp_path / "together"))
+    assert done.returncode == 0, done.stderr
+    two, _ = checkpoint.load_tensors(tmp_path / "together" / "result.safetensors")
+    assert set(one) == set(two)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-9)
+    first, second = (
+        json.loads(checkpoint.load_tensors(folder / "state.safetensors")[1]["r2_resume"])["history"]
+        for folder in (tmp_path, tmp_path / "together")
+    )
+    assert [epoch["top1"] for epoch in first] == [epoch["top1"] for epoch in second]
+    assert [epoch["loss"] for epoch in first] == pytest.approx([epoch["loss"] for epoch in second], rel=1e-6)
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    options = ["--model", "resnet8", "--size", "8", "--epochs", "2", "--device", "cpu"]
+    return ["-m", "r2cli", "pretrain", *options, "-o", str(folder / "model.safetensors"), *more]
+
+
+def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_number(tmp_path: Path) -> None:
+    done = torchrun(*command(tmp_path, "--json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)  # one object: the other process printed nothing
+    assert report["top1"] > 50
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    # A run of two processes that was stopped after its first epoch goes on in one.
+    stop = "import sys; from r2cli import resume, train\nreal = resume.save\n"
+    stop += "def once(*given):\n    real(*given)\n    sys.exit(9)\nresume.save = once\n"
+    script = tmp_path / "stopping.py"
+    script.write_text(stop + "from r2cli.cli import main\nmain()\n")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    assert torchrun(str(script), *command(broken)[2:]).returncode != 0  # one that dies ends the job
+    assert [path.name for path in broken.iterdir()] == ["model.resume.safetensors"]
+    alone = subprocess.run([sys.executable, *command(broken, "--resume", "--json")], capture_output=True, text=True)
+    assert alone.returncode == 0 and len(json.loads(alone.stdout)["epochs"]) == 2
+    assert [path.name for path in broken.iterdir()] == ["model.safetensors"]
+
+
+def test_a_command_for_one_process_says_so(tmp_path: Path) -> None:
+    alone = [sys.executable, "-m", "r2cli", "evaluate", str(tmp_path / "none.onnx")]
+    done = subprocess.run(alone, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "2", "RANK": "1"})
+    assert done.returncode == 2 and "(process 1) r2 evaluate runs in one process" in done.stderr
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    network = fit(folder)
+    if os.environ["RANK"] == "0":
+        checkpoint.save_tensors(folder / "result.safetensors", network.state_dict(), {})
