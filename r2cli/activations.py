@@ -31,10 +31,15 @@ def put_on_grids(
     `net` is on the images' device before, and on the CPU after. Raises R2Error for what is not finite, or does not fit.
     """
     grids = calibrate(net, shape, bits, images)
+    use(net, coded, grids)
+    return grids
+
+
+def use(net: fx.GraphModule, coded: Mapping[str, Coded], grids: Mapping[str, Grid]) -> None:
+    """Round values to their grids from now on, and the biases to theirs; in place, and on the CPU."""
     attach.put_on_grids(net, grids)
     net.cpu()
     round_biases(net, coded, grids)
-    return grids
 
 
 def calibrate(net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor]) -> dict[str, Grid]:

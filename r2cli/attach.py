@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from r2cli import graph, models, regularizers
+from r2cli import clip, graph, models, regularizers
 from r2cli.checkpoint import Checkpoint
 from r2cli.codec import Grid
 from r2cli.errors import InputError
@@ -114,6 +114,7 @@ def network(checkpoint: Checkpoint) -> nn.Module:
     if checkpoint.folded or checkpoint.activations:
         model = graph.trace(model)
         graph.remove_norms(model)
+        clip.put(model, clip.stored(checkpoint.floats))
     state = {**checkpoint.floats, **{name: coded.decode() for name, coded in checkpoint.coded.items()}}
     load_state(model, state, f"{checkpoint.origin} ({checkpoint.model.name})")
     if checkpoint.activations:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from r2cli import attach, graph, onnx_codes
 from r2cli.checkpoint import Checkpoint
+from r2cli.clip import Clip
 from r2cli.codec import Codec, Coded, Grid
 from r2cli.errors import R2Error
 from r2cli.onnx_codes import initializer
@@ -58,26 +59,35 @@ class _GlobalAveragePool(nn.Module):
 
 
 class _QuantizeDequantize(nn.Module):
-    """An `OnGrid` as QuantizeLinear, for less than 8 bits a Clip of the codes, and DequantizeLinear."""
+    """An `OnGrid` as QuantizeLinear, for less than 8 bits a Clip of the codes, and DequantizeLinear.
+
+    `most` (channels,) are bounds of a `Clip` before it: rounding keeps order, so codes are clipped in their place, and
+    runtimes stay in integers.
+    """
 
     scale: Tensor
     zero_point: Tensor
     lowest: Tensor
     highest: Tensor
+    most: Tensor
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, most: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("scale", grid.scale)
         self.register_buffer("zero_point", grid.zero_point.to(torch.uint8))
         self.register_buffer("lowest", torch.tensor(grid.lowest, dtype=torch.uint8))
         self.register_buffer("highest", torch.tensor(grid.highest, dtype=torch.uint8))
-        self.clips = grid.bits < 8
+        self.register_buffer("most", torch.tensor(grid.highest) if most is None else grid.encode(most))
+        self.clips, self.bounds = grid.bits < 8, bool((self.most < grid.highest).any())
 
     def forward(self, x: Tensor) -> Tensor:
         symbolic, shape = torch.onnx.ops.symbolic, x.shape
         codes = symbolic("QuantizeLinear", (x, self.scale, self.zero_point), dtype=torch.uint8, shape=shape)
         if self.clips:
             codes = symbolic("Clip", (codes, self.lowest, self.highest), dtype=torch.uint8, shape=shape)
+        if self.bounds:
+            most = self.most.reshape(-1, *[1] * (x.ndim - 2))
+            codes = symbolic("Min", (codes, most), dtype=torch.uint8, shape=shape)
         return symbolic("DequantizeLinear", (codes, self.scale, self.zero_point), dtype=torch.float32, shape=shape)
 
 
@@ -102,7 +112,9 @@ def _standard_operators(net: fx.GraphModule) -> None:
     def replacement(node: fx.Node) -> nn.Module | None:
         module = graph.module_of(net, node)
         if isinstance(module, attach.OnGrid):
-            return _QuantizeDequantize(module.grid)
+            return _QuantizeDequantize(module.grid, bounds.get(node))
+        if isinstance(module, Clip) and all(user in bounds for user in node.users):
+            return nn.ReLU()
         if graph.is_a(net, node, (nn.ReLU6, F.relu6)):
             return _Relu6()
         if _is_global_mean(net, node):
@@ -110,6 +122,9 @@ def _standard_operators(net: fx.GraphModule) -> None:
         return None
 
     graph.repeat_grids(net)
+    clips = {node: graph.module_of(net, node) for node in net.graph.nodes}
+    on_grids = [node for node, module in clips.items() if isinstance(module, attach.OnGrid)]
+    bounds = {n: c.high for n in on_grids if isinstance(c := clips[n.all_input_nodes[0]], Clip)}
     graph.replace_calls(net, replacement)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from r2cli.clip import Clip
 from r2cli.errors import InputError, R2Error, unknown
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -24,7 +25,7 @@ DEAD = 1e-4
 GRIDS = "grids."  # the modules on edges, by the name of the node whose value they round
 
 # Fused into the layer or the sum before them, by us and by every runtime.
-ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_")
+ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, Clip, F.relu, F.relu6, torch.relu, "relu", "relu_")
 # They do nothing in evaluation.
 NOTHING: tuple[Any, ...] = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout)
 # They choose, move or copy values that are on a grid already, so their output needs no grid of its own.
@@ -77,7 +78,7 @@ def layers(net: fx.GraphModule) -> list[Layer]:
             calls.setdefault(node.target, []).append(node)
     found = []
     for name, nodes in calls.items():
-        norm = _only_user(nodes[0]) if len(nodes) == 1 else None
+        norm = only_user(nodes[0]) if len(nodes) == 1 else None
         own = str(norm.target) if norm is not None and _follows(net, norm) else None
         found.append(Layer(name, nodes[0].name, own))
     return found
@@ -149,7 +150,7 @@ def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
         computes = node.op != "output" and not is_a(net, node, PASSING)
         if not computes or not hasattr(meta, "dtype") or meta.dtype != torch.float32:
             continue
-        user = _only_user(node)
+        user = only_user(node)
         fused = user is not None and is_a(net, user, ACTIVATIONS) and node.op != "placeholder"
         if not fused and not _is_result(net, node):
             found.append(node.name)
@@ -223,7 +224,7 @@ def by_pattern(names: Iterable[str], usual: T, exceptions: Mapping[str, T]) -> d
 
 def bound(net: fx.GraphModule, node: fx.Node) -> float | None:
     """What the ReLU that alone reads `node` clips at: infinity, or 6 for ReLU6; None where none does."""
-    user = _only_user(node)
+    user = only_user(node)
     if user is None or not is_a(net, user, ACTIVATIONS):
         return None
     return 6.0 if is_a(net, user, (nn.ReLU6, F.relu6)) else torch.inf
@@ -255,7 +256,7 @@ def replace_calls(net: fx.GraphModule, match: Callable[[fx.Node], nn.Module | No
     net.recompile()
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
     """The one node that reads the value of `node`; None if there are more, or none."""
     users = [user for user in node.users if user.target not in SHAPES]
     return users[0] if len(users) == 1 else None

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "r2cli"
 # Imports go down only: a module may import from its own row and from the rows above it.
 LAYERS = [
     ["errors", "options", "console"],
-    ["codec", "counts", "tensors"],
+    ["codec", "counts", "tensors", "clip"],
     ["checkpoint"],
     ["models", "data", "graph", "regularizers", "weights"],
     ["distributed", "resume"],

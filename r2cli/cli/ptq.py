@@ -40,7 +40,12 @@ def ptq(
     weight_bits: Annotated[int, _option("--weight-bits", help="8 to 1; 1 is two levels without a zero.")] = 8,
     act_bits: Annotated[str, _option("--act-bits", help="8, or none to leave activations float.")] = "8",
     method: Annotated[
-        str, _option("--method", help="none: to the nearest level; adaround: by each layer's output.")
+        str,
+        _option(
+            "--method",
+            help="none: to the nearest level; dfq: channels equalized, biases corrected, without data unless --data or "
+            "--calibration is given; adaround: by each layer's output.",
+        ),
     ] = "none",
     granularity: Annotated[
         str,
@@ -54,6 +59,10 @@ def ptq(
         list[str] | None,
         _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable."),
     ] = None,
+    relu6: Annotated[
+        str,
+        _option("--relu6", help="dfq: clip: the same function, a bound for each channel; relu: ReLU in its place."),
+    ] = "clip",
     data: DataName = None,
     data_dir: DataDir = None,
     model: ModelName = None,
@@ -64,7 +73,13 @@ def ptq(
     mean: Mean = None,
     std: Std = None,
     calibration: Annotated[
-        int | None, _option("--calibration", help="Training images that set activation ranges. (default: 512)", min=1)
+        int | None,
+        _option(
+            "--calibration",
+            help="Training images that set activation ranges; 0: none, BatchNorm's statistics do. "
+            "(default: 512; 0 for dfq without --data)",
+            min=0,
+        ),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -98,7 +113,9 @@ def ptq(
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
     gates.require_known("--granularity", granularity, ("channel", "tensor", "unfolded"))
-    gates.require_known("method", method, ("none", "adaround"))
+    gates.require_known("method", method, ("none", "dfq", "adaround"))
+    gates.require_known("--relu6", relu6, ("clip", "relu"))
+    without = calibration == 0 or (method == "dfq" and data is None and calibration is None)
 
     from r2cli import attach, checkpoint, train
     from r2cli import data as datasets
@@ -107,8 +124,10 @@ def ptq(
 
     started = perf_counter()
     network = subject.Network(model, weights, model_arg, stem)
-    made, loaded = subject.load(source, network, subject.Images(data, data_dir, workers, size, mean, std))
-    settings = worker.Settings(method, weight_bits, acts, granularity, kept)
+    images = subject.Images(data, data_dir, workers, size, mean, std)
+    made, loaded = subject.load(source, network, images, needed=not without)
+    measured = not loaded.name.startswith("fake")
+    settings = worker.Settings(method, weight_bits, acts, granularity, kept, relu6=relu6)
     if dry_run:
         options = {**settings.__dict__, "calibration": calibration, "seed": seed}
         lines = [f"would quantize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
@@ -118,13 +137,13 @@ def ptq(
     there = len(loaded.train)
     if acts and calibration is not None and calibration > there:
         raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")
-    calibration = calibration or min(CALIBRATION, there)
+    calibration = 0 if without else calibration or min(CALIBRATION, there)
     options = {**settings.__dict__, "calibration": calibration, "seed": seed}
     before = train.evaluate(attach.network(made).to(where), loaded.test, where)
     console.note(f"quantizing {source} to {suffix}: float top-1 {before:.2f} %")
-    images = (batch for batch, _ in datasets.calibration(loaded, calibration, where, seed))
+    batches = None if without else (batch for batch, _ in datasets.calibration(loaded, calibration, where, seed))
     with console.bar(method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
-        coded, rows = worker.quantize(made, settings, images, where, progress.advance)
+        coded, rows = worker.quantize(made, settings, batches, where, progress.advance)
     coded = coded.then("ptq", options, {"float_top1": before})
     checkpoint.save(coded, output)
     proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))

@@ -1,7 +1,8 @@
 """Post-training quantization: a float checkpoint to one of codes, in one pass and with no training.
 
-fold (or keep the factor of BatchNorm for the scale) -> grid and codes of every weight -> ranges of the activations over
-calibration images -> biases onto their int32 grid. A method chooses the codes of one layer; it is one dict line.
+fold (or keep the factor of BatchNorm for the scale) -> equalize -> grid and codes of every weight -> absorb, correct ->
+ranges of the activations over calibration images, or from the BatchNorms where there are none -> biases onto their
+int32 grid. A method is one dict line: how it rounds a layer, and which parts of DFQ it has.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,22 +17,47 @@ from r2cli.checkpoint import Checkpoint
 from r2cli.codec import Coded, Grid, sqnr
 from r2cli.counts import usable
 from r2cli.errors import InputError
-from r2cli.ptq import adaround, ranges, sweep
+from r2cli.ptq import adaround, bias, equalize, normal, ranges, sweep
 from r2cli.ptq.sweep import Seen
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
+EQUALIZE, ABSORB, CORRECT = "equalize", "absorb", "correct"
+DFQ = (EQUALIZE, ABSORB, CORRECT)
+CLIP, RELU = "clip", "relu"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method rounds one layer, given what the layer sees and the nearest codes (None keeps those), and what of
+    DFQ it does."""
+
+    rounds: Callable[[Seen, Coded], Coded] | None = None
+    parts: tuple[str, ...] = ()
+
+
+METHODS: Mapping[str, Method] = {
+    "none": Method(),
+    "dfq": Method(parts=DFQ),
+    "adaround": Method(adaround.round_layer),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`act_bits` None leaves activations float. `keep` maps layer-name patterns to other weight bits."""
+    """`act_bits` None leaves activations float. `keep` maps layer-name patterns to other weight bits.
+
+    `parts` of DFQ stand in the place of the method's own. `relu6` is what equalization makes of one: 'clip' (the same
+    function) or 'relu' (another one).
+    """
 
     method: str
     weight_bits: int
     act_bits: int | None
     granularity: str
     keep: Mapping[str, int]
+    parts: tuple[str, ...] | None = None
+    relu6: str = CLIP
 
 
 @dataclass(frozen=True)
@@ -46,30 +72,69 @@ class Row:
     note: str = ""
 
 
-# A method rounds one layer, given what the layer sees and the nearest codes; None keeps those.
-METHODS: Mapping[str, Callable[[Seen, Coded], Coded] | None] = {"none": None, "adaround": adaround.round_layer}
-
-
 @torch.no_grad()
 def quantize(
     checkpoint: Checkpoint,
     settings: Settings,
-    images: Iterable[Tensor],
+    images: Iterable[Tensor] | None,
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[Checkpoint, list[Row]]:
     """Every convolution and linear weight of `checkpoint` as codes, activations on grids set over `images`.
 
-    `advance` is called after each layer that a method has rounded.
-    Raises InputError for a coded checkpoint, a pattern that names no layer, or a graph that cannot be read.
+    Without images the BatchNorms' statistics stand in for them. `advance` is called after each layer that a method has
+    rounded. Raises InputError for a coded checkpoint, a pattern that names no layer, a graph that cannot be read, and
+    for what is not known without images.
     """
+    method = METHODS[settings.method]
+    parts = method.parts if settings.parts is None else settings.parts
     if checkpoint.coded:
         raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    if method.rounds is not None and images is None:
+        raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
     net = graph.trace(attach.network(checkpoint))
-    notes = {name: f"{count} dead channels made constant" for name, count in silence_dead_channels(net).items()}
+    notes = [{name: f"{count} dead channels made constant" for name, count in silence_dead_channels(net).items()}]
     if settings.granularity == TENSOR:
-        notes |= {name: f"{count} quiet channels lowered" for name, count in lower_quiet_channels(net).items()}
+        notes.append({name: f"{count} quiet channels lowered" for name, count in lower_quiet_channels(net).items()})
+    normals = normal.statistics(net)
     factors = graph.remove_norms(net)
+    if EQUALIZE in parts:
+        if settings.relu6 == RELU:
+            equalize.without_relu6(net)
+        notes.append(equalize.equalize(net, factors, normals))
+    coded = _nearest(net, checkpoint.model.name, settings, factors)
+    if ABSORB in parts:
+        notes.append(equalize.absorb(net, normals))
+    if CORRECT in parts and images is None:
+        notes.append(bias.analytic(net, coded, normal.values(net, normals, checkpoint.input)))
+    ends = None if images is not None or settings.act_bits is None else normal.ranges(net, normals, checkpoint.input)
+    net.to(device)
+    if images is not None and (method.rounds is not None or CORRECT in parts):
+        images = list(images)
+        fit = sweep.images_that_fit(net, checkpoint.input.shape, device)
+        visit = _visit(method.rounds, coded, corrects=CORRECT in parts, advance=advance)
+        coded, biases = sweep.sweep(net, torch.cat(images)[:fit], visit)
+        notes.append(_set_biases(net, biases) if CORRECT in parts else {})
+    rows = []
+    for layer, module in graph.named_layers(net):
+        one, weight = coded[layer.weight], module.weight
+        assert isinstance(weight, Tensor)
+        note = "; ".join(told[layer.name] for told in notes if layer.name in told)
+        rows.append(_row(layer.name, one, weight.cpu(), settings.granularity, note))
+        weight.copy_(one.decode())
+    activations: dict[str, Grid] = {}
+    if settings.act_bits is not None and images is not None:
+        activations = grids.put_on_grids(net, coded, checkpoint.input.shape, settings.act_bits, images)
+    elif settings.act_bits is not None and ends is not None:
+        activations = {name: grids.activation_grid(*both, settings.act_bits) for name, both in ends.items()}
+        grids.use(net, coded, activations)
+    net.cpu()
+    floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
+    return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
+
+
+def _nearest(net: fx.GraphModule, name: str, settings: Settings, factors: Mapping[str, Tensor]) -> dict[str, Coded]:
+    """The nearest codes of every weight; the weights are folded, in place. Raises InputError where there is none."""
     bits = graph.by_pattern([layer.name for layer in graph.layers(net)], settings.weight_bits, settings.keep)
     coded = {}
     for layer, module in graph.named_layers(net):
@@ -78,42 +143,36 @@ def quantize(
         coded[layer.weight], folded = _on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
         weight.copy_(folded)
     if not coded:
-        raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
-    net.to(device)
-    method = METHODS[settings.method]
-    if method is not None:
-        images = list(images)
-        fit = sweep.images_that_fit(net, checkpoint.input.shape, device)
-        coded = _rounded(net, method, coded, torch.cat(images)[:fit], advance)
-    rows = []
-    for layer, module in graph.named_layers(net):
-        one, weight = coded[layer.weight], module.weight
-        assert isinstance(weight, Tensor)
-        rows.append(_row(layer.name, one, weight.cpu(), settings.granularity, notes.get(layer.name, "")))
-        weight.copy_(one.decode())
-    activations: dict[str, Grid] = {}
-    if settings.act_bits is not None:
-        activations = grids.put_on_grids(net, coded, checkpoint.input.shape, settings.act_bits, images)
-    net.cpu()
-    floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
-    return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
+        raise InputError(f"{name} has no convolution or linear layer to quantize")
+    return coded
 
 
-def _rounded(
-    net: fx.GraphModule,
-    method: Callable[[Seen, Coded], Coded],
+def _visit(
+    rounds: Callable[[Seen, Coded], Coded] | None,
     nearest: Mapping[str, Coded],
-    images: Tensor,
+    *,
+    corrects: bool,
     advance: Callable[[], None],
-) -> dict[str, Coded]:
-    """The codes that a method chooses, layer by layer, over `images`."""
+) -> sweep.Visit:
+    """What happens to a layer over images: a method chooses its codes, and its bias is corrected for them."""
 
     def visit(seen: Seen) -> tuple[Coded, Tensor | None]:
-        bias, chosen = seen.module.bias, method(seen, nearest[seen.layer.weight])
+        own, chosen = seen.module.bias, nearest[seen.layer.weight]
+        if rounds is not None:
+            chosen = rounds(seen, chosen)
         advance()
-        return chosen, bias if isinstance(bias, Tensor) else None
+        return chosen, bias.empirical(seen, chosen) if corrects else own if isinstance(own, Tensor) else None
 
-    return sweep.sweep(net, images, visit)[0]
+    return visit
+
+
+def _set_biases(net: fx.GraphModule, biases: Mapping[str, Tensor | None]) -> dict[str, str]:
+    """Give each layer its corrected bias; in place. Returns what became of it, by the layer's name."""
+    for name, corrected in biases.items():
+        own = net.get_submodule(name).bias
+        if corrected is not None and isinstance(own, Tensor):
+            own.copy_(corrected)
+    return {n: "not corrected: it has no bias" if b is None else "bias corrected" for n, b in biases.items()}
 
 
 def silence_dead_channels(net: fx.GraphModule) -> dict[str, int]:

@@ -1,0 +1,266 @@
+"""Cross-layer equalization and high-bias absorption: the same function with weights that one grid per tensor can hold.
+
+Paper: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), sections 4.1 and
+4.2 and appendix B. With ReLU between two layers, channel i of the first divided and of the second multiplied by
+
+    s_i = sqrt(r1_i / r2_i)         r1_i = max|W1[i, :]|,  r2_i = max|W2[:, i]|
+
+is the same network, and both ranges become sqrt(r1_i r2_i). Depthwise layers between two others share their channels:
+all ranges of such a run become their geometric mean at once. Runs are repeated until nothing changes. A channel that a
+layer does not use (a range of 0) keeps s = 1.
+
+Absorption: with a pre-activation x of N(beta, gamma^2) and c = max(0, beta - 3|gamma|), ReLU(x) is c + ReLU(x - c) but
+for one value in 740; c goes from the first bias, through the weights, to the second.
+
+Ours: ReLU6 stays exact by a bound of 6 / s for each channel (clip.py). A consumer may have any groups. What follows a
+zero padding is not absorbed: at the borders it would be another function.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from r2cli import clip, graph
+from r2cli.ptq.normal import Normal
+
+CONVERGED = 1e-3  # largest |ln s| of a last pass
+PASSES = 200  # at most
+ABSORBED = 3.0  # deviations below the mean that stay
+
+RELU6: tuple[Any, ...] = (nn.ReLU6, F.relu6)
+RELUS: tuple[Any, ...] = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
+# f(s x) = s f(x) for s > 0 in each channel, and f(x + c) = f(x) + c where x and c are positive.
+SHIFTED: tuple[Any, ...] = (
+    *(*RELUS, clip.Clip, nn.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, F.max_pool2d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d),
+)
+# Only the first of the two: what they average may be padding.
+SCALED: tuple[Any, ...] = (*SHIFTED, nn.AvgPool1d, nn.AvgPool2d, F.avg_pool2d)
+FLATTEN: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A layer whose output one other layer alone reads, and the nodes between the two, in order."""
+
+    first: graph.Layer
+    second: graph.Layer
+    between: tuple[fx.Node, ...]
+
+
+def links(net: fx.GraphModule) -> dict[str, Link]:
+    """The links of `net` over which channels can be scaled, by their first layer's name."""
+    weights = [module.weight for _, module in graph.named_layers(net)]
+    found = {}
+    usable = {layer.node: layer for layer in graph.layers(net) if _stands_alone(net, layer, weights)}
+    for layer in usable.values():
+        between = []
+        node = graph.only_user(graph.node_of(net, layer))
+        while node is not None and graph.is_a(net, node, (*SCALED, *RELU6, *FLATTEN)):
+            between.append(node)
+            node = graph.only_user(node)
+        second = usable.get(node.name) if node is not None else None
+        if second is not None and _channels_match(net, layer, second, between):
+            found[layer.name] = Link(layer, second, tuple(between))
+    return found
+
+
+def runs(net: fx.GraphModule) -> list[list[Link]]:
+    """Links behind one another through depthwise layers, whose rows and columns are the same filters."""
+    joined = links(net)
+    inner = {link.second.name for link in joined.values() if _is_depthwise(net.get_submodule(link.second.name))}
+    found = []
+    for name, link in joined.items():
+        if name in inner:
+            continue
+        run = [link]
+        while run[-1].second.name in inner and run[-1].second.name in joined:
+            run.append(joined[run[-1].second.name])
+        found.append(run)
+    return found
+
+
+@torch.no_grad()
+def equalize(net: fx.GraphModule, factors: dict[str, Tensor], normals: dict[str, Normal]) -> dict[str, str]:
+    """Equalize all runs of `net`, whose BatchNorms are removed; in place, the same function.
+
+    `factors` multiply the outputs of layers beside their weights (`graph.remove_norms`), `normals` are their outputs'
+    statistics; both are scaled along. Returns what became of each layer that was scaled, by its name.
+    """
+    found = runs(net)
+    reach = _reaches(net, found, factors)
+    total: dict[str, Tensor] = {}
+    for _ in range(PASSES):
+        largest = 0.0
+        for run in found:
+            for link, s in zip(run, scales(run, reach), strict=True):
+                first, second = reach[link.first.name], reach[link.second.name]
+                first /= s.reshape(first.shape[0], -1, 1)
+                second *= s.reshape(second.shape[0], 1, -1)
+                total[link.first.name] = s * total.get(link.first.name, torch.ones_like(s))
+                largest = max(largest, float(s.log().abs().max()))
+        if largest < CONVERGED:
+            break
+    for run in found:
+        for link in run:
+            _scale(net, link, total[link.first.name], factors)
+    bounds: dict[str, Tensor] = {}
+    notes = {}
+    for run in found:
+        for link in run:
+            s = total[link.first.name]
+            notes[link.first.name] = f"equalized, 1/s {float(1 / s.max()):.2g} to {float(1 / s.min()):.2g}"
+            if link.first.name in normals:
+                own = normals[link.first.name]
+                normals[link.first.name] = Normal(own.mean / s.cpu(), own.std / s.cpu())
+            bounds |= {node.name: (6 / s).float().cpu() for node in link.between if graph.is_a(net, node, RELU6)}
+    clip.put(net, bounds)
+    return notes
+
+
+@torch.no_grad()
+def absorb(net: fx.GraphModule, normals: dict[str, Normal]) -> dict[str, str]:
+    """Move what a ReLU hardly ever cuts from each layer's bias to the next one's; in place.
+
+    The weights of `net` are folded. `normals` lose what is absorbed. Returns how many channels were, by layer.
+    """
+    notes = {}
+    for name, link in links(net).items():
+        first, second = net.get_submodule(name), net.get_submodule(link.second.name)
+        assert isinstance(first, graph.LAYERS) and isinstance(second, graph.LAYERS)
+        whole = all(graph.is_a(net, node, (*SHIFTED, *FLATTEN)) for node in link.between) and not _pads(second)
+        if name not in normals or first.bias is None or second.bias is None or not whole:
+            continue
+        own = normals[name]
+        high = (own.mean - ABSORBED * own.std).clamp(min=0).to(first.weight.device)
+        clips = _bounds(net, link)
+        for one in clips:
+            high = torch.minimum(high, one.high.double())
+        if not bool(high.any()):
+            continue
+        for one in clips:
+            one.high.copy_((one.high.double() - high).float())
+        weight = by_channel(second, len(high)).double()
+        first.bias -= high.float()
+        second.bias += torch.einsum("goik,gi->go", weight, high.reshape(len(weight), -1)).flatten().float()
+        normals[name] = Normal(own.mean - high.cpu(), own.std)
+        notes[name] = f"{int((high > 0).sum())} of {len(high)} high biases absorbed"
+    return notes
+
+
+def without_relu6(net: fx.GraphModule) -> int:
+    """Put ReLU in the place of every ReLU6; in place, another function. Returns how many."""
+    found = [node for node in net.graph.nodes if graph.is_a(net, node, RELU6)]
+    clip.put(net, {node.name: torch.tensor(clip.NEVER) for node in found})
+    return len(found)
+
+
+def scales(run: Sequence[Link], reach: Mapping[str, Tensor]) -> list[Tensor]:
+    """s of every link of a run, (channels,) float64 each, that makes all ranges their geometric mean.
+
+    `reach` has by layer the greatest |w| that connects an input and an output, (groups, outputs, inputs of a group).
+    """
+    ranges = [reach[run[0].first.name].amax(2).flatten(), *(reach[link.second.name].amax(1).flatten() for link in run)]
+    stacked = torch.stack(ranges)  # (layers, channels)
+    mean = stacked.log().mean(0).exp()
+    found, s = [], torch.ones_like(mean)
+    for own in ranges[:-1]:
+        s = s * own / mean
+        found.append(torch.where((stacked > 0).all(0) & s.isfinite() & (s > 0), s, 1.0))
+    return found
+
+
+def _reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `reach` of every layer in the runs that were found."""
+    reach: dict[str, Tensor] = {}
+    links = [link for run in found for link in run]
+    # A linear layer's inputs are the channels before the flatten, where another layer feeds it.
+    inputs = {link.second.name: _outputs(net, link.first) for link in links}
+    for name in {layer.name for link in links for layer in (link.first, link.second)}:
+        module = net.get_submodule(name)
+        assert isinstance(module, graph.LAYERS)
+        channels = inputs.get(name, module.weight.shape[1] * _groups(module))
+        own = by_channel(module, channels).abs().amax(3).double()
+        if name in factors:
+            own = own * factors[name].to(own.device).reshape(own.shape[0], -1, 1)
+        reach[name] = own
+    return reach
+
+
+def _outputs(net: fx.GraphModule, layer: graph.Layer) -> int:
+    module = net.get_submodule(layer.name)
+    assert isinstance(module, graph.LAYERS)
+    return int(module.weight.shape[0])
+
+
+def by_channel(module: nn.Module, channels: int) -> Tensor:
+    """A layer's weight as (groups, outputs, inputs, positions of one input channel)."""
+    assert isinstance(module, graph.LAYERS)
+    groups, weight = _groups(module), module.weight
+    return weight.reshape(groups, weight.shape[0] // groups, channels // groups, -1)
+
+
+def _scale(net: fx.GraphModule, link: Link, s: Tensor, factors: dict[str, Tensor]) -> None:
+    """Divide the first layer's channels by `s` and multiply what reads them; in place."""
+    first, second = net.get_submodule(link.first.name), net.get_submodule(link.second.name)
+    assert isinstance(first, graph.LAYERS) and isinstance(second, graph.LAYERS)
+    if link.first.name in factors:
+        factors[link.first.name] = factors[link.first.name] / s.to(factors[link.first.name].device)
+    else:
+        first.weight.copy_((first.weight.double() / s.reshape(-1, *[1] * (first.weight.ndim - 1))).float())
+    if first.bias is not None:
+        first.bias.copy_((first.bias.double() / s).float())
+    for one in _bounds(net, link):
+        one.high.copy_((one.high.double() / s).float())
+    parts = by_channel(second, len(s)).double()
+    second.weight.copy_((parts * s.reshape(len(parts), 1, -1, 1)).reshape(second.weight.shape).float())
+
+
+def _bounds(net: fx.GraphModule, link: Link) -> list[clip.Clip]:
+    """The clips of a link that bound every channel on its own."""
+    modules = [graph.module_of(net, node) for node in link.between]
+    return [module for module in modules if isinstance(module, clip.Clip) and module.high.ndim]
+
+
+def _groups(module: nn.Module) -> int:
+    return 1 if isinstance(module, nn.Linear) else int(module.groups)  # type: ignore[arg-type]
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Linear) and module.groups == module.in_channels == module.out_channels
+
+
+def _pads(module: nn.Module) -> bool:
+    """Whether a layer reads zeros around its input."""
+    return not isinstance(module, nn.Linear) and any(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+
+
+def _stands_alone(net: fx.GraphModule, layer: graph.Layer, weights: Sequence[Any]) -> bool:
+    """Whether the layer runs once, and no other has its weights."""
+    own = net.get_submodule(layer.name).weight
+    calls = sum(node.target == layer.name for node in net.graph.nodes)
+    return calls == 1 and sum(weight is own for weight in weights) == 1
+
+
+def _channels_match(net: fx.GraphModule, first: graph.Layer, second: graph.Layer, between: Sequence[fx.Node]) -> bool:
+    """Whether the second layer's inputs are the first one's channels, each of them in one piece."""
+    one, other = net.get_submodule(first.name), net.get_submodule(second.name)
+    flattened = any(graph.is_a(net, node, FLATTEN) for node in between)
+    if not isinstance(other, nn.Linear):
+        return not isinstance(one, nn.Linear) and not flattened
+    if isinstance(one, nn.Linear):
+        # A pool or a bound for each channel of (n, channels, ...) is none of (n, ..., channels).
+        return not flattened and all(graph.is_a(net, node, (*RELUS, nn.LeakyReLU)) for node in between)
+    return flattened and all(_from_channels_on(net, node) for node in between if graph.is_a(net, node, FLATTEN))
+
+
+def _from_channels_on(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a flatten keeps the batch apart, and nothing else."""
+    module = graph.module_of(net, node)
+    if isinstance(module, nn.Flatten):
+        return module.start_dim == 1 and module.end_dim == -1
+    return [*node.args[1:], *node.kwargs.values()] in ([1], [1, -1])

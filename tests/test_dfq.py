@@ -1,0 +1,404 @@
+"""Data-free quantization: the fact sheet's numbers, the same function, and a network that was spread on purpose."""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from r2cli import attach, checkpoint, clip, data, export, graph, models, ptq, train, verify
+from r2cli.codec import Coded, Grid
+from r2cli.errors import InputError
+from r2cli.ptq import bias, equalize, normal
+from r2cli.ptq.normal import Normal
+from r2cli.ptq.sweep import Seen
+from tests.test_graph import _warm
+
+CPU = torch.device("cpu")
+
+
+def column(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def stack(*modules: nn.Module) -> torch.fx.GraphModule:
+    return graph.trace(nn.Sequential(*modules))
+
+
+def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
+    made = nn.Linear(len(weight[0]), len(weight), bias=bias is not None)
+    with torch.no_grad():
+        made.weight.copy_(torch.tensor(weight))
+        if bias is not None:
+            made.bias.copy_(torch.tensor(bias))
+    return made
+
+
+def pointwise(weight: list[list[float]], bias: list[float]) -> nn.Conv2d:
+    made = nn.Conv2d(len(weight[0]), len(weight), 1)
+    with torch.no_grad():
+        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.bias.copy_(torch.tensor(bias))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# --- equalization ----------------------------------------------------------------------------------------------------
+
+W1, B1, W2 = [[2.0, -4.0], [0.5, 0.25]], [1.0, -0.5], [[1.0, 0.5], [-0.25, 2.0]]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Identity(), nn.LeakyReLU(), nn.PReLU(2), nn.ReLU6()])
+def test_a_pair_as_the_fact_sheet_has_it(activation: nn.Module) -> None:
+    net = stack(pointwise(W1, B1), activation, pointwise(W2, [0.0, 0.0]))
+    images = torch.tensor([[1.0, -2.0], [0.3, 0.7], [-1.0, 2.0]])[:, :, None, None]
+    before = net(images).detach()
+    equalize.equalize(net, {}, {})
+    first, second = net.get_submodule("0"), net.get_submodule("2")
+    torch.testing.assert_close(first.weight.flatten(1), torch.tensor([[1.0, -2.0], [1.0, 0.5]]))
+    torch.testing.assert_close(first.bias, torch.tensor([0.5, -1.0]))
+    torch.testing.assert_close(second.weight.flatten(1), torch.tensor([[2.0, 0.25], [-0.5, 1.0]]))
+    torch.testing.assert_close(net(images), before)
+    if isinstance(activation, nn.ReLU6):
+        torch.testing.assert_close(net.get_submodule("clips._1").high, torch.tensor([3.0, 12.0]))
+        plain = stack(first, nn.ReLU6(), second)
+        assert float((plain(images).detach() - before).abs().max()) == pytest.approx(5.0)
+
+
+def test_a_depthwise_layer_between_two_others_shares_their_channels() -> None:
+    convs = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1, groups=1), nn.Conv2d(1, 1, 1)
+    with torch.no_grad():
+        for conv, reach in zip(convs, (4.0, 0.5, 2.0), strict=True):
+            conv.weight.fill_(reach)
+    net = stack(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+    run = equalize.runs(net)
+    assert [[link.second.name for link in links] for links in run] == [["2", "4"]]
+    scales = [float(s) for s in equalize.scales(run[0], equalize._reaches(net, run, {}))]
+    assert scales == pytest.approx([2.5198420998, 0.7937005260], rel=1e-9)
+    equalize.equalize(net, {}, {})
+    assert [float(conv.weight.abs().max()) for conv in convs] == pytest.approx([1.5874010520] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("mobilenet_v1", 16), ("mobilenet_v2", 16), ("resnet8", 16), ("resnet18", 16), ("squeezenet1_1", 32)],
+)
+def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: int) -> None:
+    spec = models.spec(name, classes=10, channels=3, size=size)
+    net = graph.trace(_warm(models.build(spec), 3, size))
+    normals = normal.statistics(net)
+    graph_factors = graph.remove_norms(net)
+    for layer, module in graph.named_layers(net):
+        if layer.name in graph_factors:
+            with torch.no_grad():
+                module.weight.mul_(graph_factors[layer.name].float().reshape(-1, 1, 1, 1))
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        before = net(images)
+        notes = equalize.equalize(net, {}, normals)
+        after = net(images)
+    assert notes
+    assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
+    runs = equalize.runs(net)
+    reach = equalize._reaches(net, runs, {})
+    assert all(float(s.log().abs().max()) < 0.01 for run in runs for s in equalize.scales(run, reach))
+    # Nothing beside the runs was touched, and statistics were scaled as what they describe.
+    again = normal.statistics(graph.trace(_warm(models.build(spec), 3, size)))
+    scaled = {name for name in normals if not torch.allclose(normals[name].std, again[name].std, rtol=1e-3)}
+    assert scaled <= set(notes)
+
+
+class Residual(nn.Module):
+    """Two readers, a sum, a concatenation, and a layer that runs twice: none of them may be scaled on one side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.c, self.twice, self.head = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = torch.relu(self.a(x)) + self.b(x)
+        y = self.c(torch.cat([x, y], 1))
+        return self.head(torch.relu(self.twice(torch.relu(self.twice(y)))))
+
+
+def test_only_what_one_layer_alone_reads_is_scaled() -> None:
+    assert equalize.links(graph.trace(Residual())) == {}
+
+
+def test_a_flatten_between_is_only_of_whole_channels() -> None:
+    def joined(*modules: nn.Module) -> int:
+        return len(equalize.links(stack(*modules)))
+
+    conv = nn.Conv2d(3, 4, 3)
+    assert joined(conv, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 9, 2)) == 1
+    assert joined(conv, nn.ReLU(), nn.Linear(6, 2)) == 0
+    assert joined(conv, nn.Flatten(2), nn.Linear(36, 2)) == 0
+    assert joined(conv, nn.Sigmoid(), nn.Conv2d(4, 2, 1)) == 0
+    net = stack(conv, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    images = torch.randn(2, 3, 8, 8)
+    before = net(images)
+    equalize.equalize(net, {}, {})
+    torch.testing.assert_close(net(images), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dead_channel_is_left_as_it_is() -> None:
+    net = stack(linear([[0.0, 0.0], [2.0, 1.0]], [3.0, 1.0]), nn.ReLU(), linear([[1.0, 8.0]], [0.0]))
+    equalize.equalize(net, {}, {})
+    assert net.get_submodule("2").weight.tolist() == [[1.0, 4.0]]
+    assert net.get_submodule("0").bias.tolist() == [3.0, 0.5]
+
+
+def test_factors_beside_the_weights_are_scaled_instead_of_the_weights() -> None:
+    net = stack(linear([[1.0], [1.0]], [1.0, 1.0]), nn.ReLU(), linear([[1.0, 1.0]], [0.0]))
+    factors = {"0": column(4.0, 0.25)}
+    equalize.equalize(net, factors, {})
+    assert net.get_submodule("0").weight.tolist() == [[1.0], [1.0]]
+    assert factors["0"].tolist() == [2.0, 0.5]
+    assert net.get_submodule("2").weight.tolist() == [[2.0, 0.5]]
+
+
+def test_relu6_may_be_replaced_instead() -> None:
+    net = stack(nn.Conv2d(1, 1, 1), nn.ReLU6(), nn.Conv2d(1, 1, 1))
+    assert equalize.without_relu6(net) == 1
+    assert float(net.get_submodule("clips._1")(torch.tensor([[[[9.0]]]]))) == 9.0
+
+
+# --- absorption ------------------------------------------------------------------------------------------------------
+
+
+def test_high_biases_are_absorbed_as_the_fact_sheet_has_it() -> None:
+    weight = [[1.0, -2.0, 0.5], [0.25, 1.0, 1.0]]
+    net = stack(linear([[0.0], [0.0], [0.0]], [4.0, 1.0, -1.0]), nn.ReLU(), linear(weight, [0.1, -0.1]))
+    normals = {"0": Normal(column(4, 1, -1), column(1, 0.5, 0.2))}
+    notes = equalize.absorb(net, normals)
+    torch.testing.assert_close(net.get_submodule("0").bias, torch.tensor([3.0, 1.0, -1.0]))
+    torch.testing.assert_close(net.get_submodule("2").bias, torch.tensor([1.1, 0.15]))
+    assert normals["0"].mean.tolist() == [3, 1, -1]
+    assert notes == {"0": "1 of 3 high biases absorbed"}
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
+def test_absorption_keeps_the_function_where_values_are_high(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    net = stack(nn.Conv2d(4, 4, 1, groups=4), activation, nn.Conv2d(4, 6, 1, groups=2))
+    with torch.no_grad():
+        net.get_submodule("0").weight.fill_(1.0)
+        net.get_submodule("0").bias.copy_(torch.tensor([5.0, 9.0, 0.0, -4.0]))
+    normals = {"0": Normal(column(5, 9, 0, -4), column(1, 1, 1, 1))}
+    equalize.equalize(net, {}, normals)
+    images = torch.rand(8, 4, 3, 3) * 2 - 1  # within three deviations
+    before = net(images)
+    assert equalize.absorb(net, normals) == {"0": "2 of 4 high biases absorbed"}
+    torch.testing.assert_close(net(images), before, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_absorbed_into_a_padded_layer() -> None:
+    net = stack(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 3, padding=1))
+    assert equalize.absorb(net, {"0": Normal(column(9), column(1))}) == {}
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("beta", "gamma", "relu", "relu6"),
+    [
+        (0.5, 1.0, 0.6977965574, 0.6977965541),
+        (-1.0, 0.5, 0.0042453513, 0.0042453513),
+        (5.0, 2.0, 5.0040082744, 4.6084151596),
+        (3.0, 0.0, 3.0, 3.0),
+        (-3.0, 0.0, 0.0, 0.0),
+        (9.0, 0.0, 9.0, 6.0),
+    ],
+)
+def test_the_mean_behind_an_activation(beta: float, gamma: float, relu: float, relu6: float) -> None:
+    for most, expected in ((torch.inf, relu), (6.0, relu6)):
+        mean, _ = normal.rectified(column(beta), column(gamma), column(most))
+        assert float(mean) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("most", [torch.inf, 6.0])
+def test_the_deviation_behind_an_activation(most: float) -> None:
+    mean, std = column(0.5, -1.0, 5.0, 20.0), column(1.0, 0.5, 2.0, 1.0)
+    drawn = torch.randn(1_000_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * std + mean
+    found = drawn.clamp(0, most).std(0)
+    # A million samples: a thousandth of the deviation before the activation.
+    torch.testing.assert_close(normal.rectified(mean, std, column(most).expand(4))[1], found, rtol=0, atol=5e-3)
+
+
+def test_a_negative_gamma_counts_as_its_size() -> None:
+    net = stack(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())
+    norm = net.get_submodule("1")
+    with torch.no_grad():
+        norm.weight.fill_(-1.0), norm.bias.fill_(0.5), norm.running_var.fill_(4.0)
+    own = normal.statistics(net)["0"]
+    assert float(normal.rectified(own.mean, own.std, column(torch.inf))[0]) == pytest.approx(0.6977965574, rel=1e-4)
+
+
+def test_statistics_go_on_through_the_graph(float_one: checkpoint.Checkpoint) -> None:
+    net = graph.trace(attach.network(float_one))
+    normals = normal.statistics(net)
+    for layer, factor in graph.remove_norms(net).items():
+        with torch.no_grad():
+            net.get_submodule(layer).weight.mul_(factor.float().reshape(-1, 1, 1, 1))
+    known = normal.values(net, normals, float_one.input)
+    seen = attach.observe(net, graph.values(net, float_one.input.shape), [images_of(float_one, 512)])
+    for name, (low, high) in normal.ranges(net, normals, float_one.input).items():
+        assert low <= seen[name][0] and seen[name][1] <= high, name
+        assert high - low < 12 * (seen[name][1] - seen[name][0]), name
+    assert known["pool"].mean.shape == (64,)
+    assert known["stages_1_0_relu2"].low.min() >= 0
+
+
+def test_what_no_batchnorm_describes_is_refused_by_name() -> None:
+    net = stack(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    with pytest.raises(InputError, match="value '_1' is not known without data.*--data"):
+        normal.ranges(net, {}, checkpoint.InputSpec(3, 8, 8, (0.5,) * 3, (0.25,) * 3))
+
+
+# --- bias correction -------------------------------------------------------------------------------------------------
+
+
+def test_the_analytic_correction_as_the_fact_sheet_has_it() -> None:
+    layer = linear([[0.3, -0.7], [1.1, 0.2]], [0.0, 0.0])
+    grid = Grid(torch.tensor(1.1 / 7), torch.tensor(0, dtype=torch.int32), 4, signed=True)
+    coded = Coded(grid, grid.encode(layer.weight))
+    assert coded.codes.tolist() == [[2, -4], [7, 1]]
+    mean, _ = normal.rectified(column(0.5, -1), column(1, 0.5), column(torch.inf, torch.inf))
+    shift = bias.mean_shift(layer, coded, mean.float(), (2,))
+    assert (-shift).tolist() == pytest.approx([-0.0102717618, 0.0001819436], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4), nn.Linear(4, 6)],
+)
+def test_correction_takes_the_shift_of_the_mean_back(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    shape = (64, 4) if isinstance(module, nn.Linear) else (64, 4, 5, 5)
+    mean = torch.rand(4)
+    images = torch.randn(shape).add_(mean.reshape(1, 4, *[1] * (len(shape) - 2)))
+    grid = ptq.ranges.weight_grid(module.weight, 3, per_channel=False)
+    coded = Coded(grid, grid.encode(module.weight))
+    layer = graph.Layer("module", "module", None)
+    corrected = bias.empirical(Seen(layer, module, None, images, images + 0.1), coded)
+    assert corrected is not None
+    state = {"weight": coded.decode(), "bias": corrected}
+    with torch.no_grad():
+        gap = torch.func.functional_call(module, state, (images + 0.1,)) - module(images)
+        assert float(bias._per_channel(module, gap).abs().max()) < 1e-5
+        # The analytic shift is that of an input which has this mean everywhere.
+        flat = mean.reshape(1, 4, *[1] * (len(shape) - 2)).expand(shape)
+        rounded = torch.func.functional_call(module, {"weight": coded.decode()}, (flat,))
+        shift = bias.mean_shift(module, coded, mean, shape[1:])
+        torch.testing.assert_close(shift, bias._per_channel(module, rounded - module(flat)), rtol=1e-3, atol=1e-5)
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def float_one(trained: Path) -> checkpoint.Checkpoint:
+    return checkpoint.load(trained)
+
+
+@pytest.fixture(scope="module")
+def spreading() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "spread.py"
+    found = importlib.util.spec_from_file_location("spread", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def images_of(made: checkpoint.Checkpoint, count: int) -> Tensor:
+    return next(iter(data.calibration(data.load("digits", spec=made.input), count, CPU, 0, batch=count)))[0]
+
+
+def top1(made: checkpoint.Checkpoint) -> float:
+    return train.evaluate(attach.network(made), data.load("digits", spec=made.input).test, CPU)
+
+
+@pytest.mark.parametrize("granularity", ptq.GRANULARITIES)
+@pytest.mark.parametrize("with_data", [False, True])
+def test_dfq_costs_next_to_nothing_at_eight_bits(
+    float_one: checkpoint.Checkpoint, granularity: str, with_data: bool
+) -> None:
+    images = [images_of(float_one, 256)] if with_data else None
+    coded, rows = ptq.quantize(float_one, ptq.Settings("dfq", 8, 8, granularity, {}), images, CPU)
+    assert top1(coded) > top1(float_one) - 1
+    assert all("bias corrected" in row.note for row in rows)
+    assert sum("equalized" in row.note for row in rows) == 3
+
+
+def test_dfq_restores_a_network_that_was_spread(
+    float_one: checkpoint.Checkpoint, spreading: ModuleType, tmp_path: Path
+) -> None:
+    spread = spreading.spread(float_one, 0)
+    before = top1(float_one)
+    assert top1(spread) == pytest.approx(before, abs=0.2)
+    images = [images_of(spread, 256)]
+    settings = ptq.Settings("none", 4, 8, "tensor", {})
+    plain = ptq.quantize(spread, settings, images, CPU)[0]
+    restored = ptq.quantize(spread, replace(settings, method="dfq"), None, CPU)[0]
+    assert top1(plain) < top1(restored) - 20
+    assert top1(restored) > before - 10
+
+
+def mobile(activation: type[nn.Module]) -> checkpoint.Checkpoint:
+    """A small network with ReLU6, its statistics as after training."""
+    spec = models.spec("mobilenet_v2", classes=10, channels=1, size=16, width=0.25)
+    model = _warm(models.build(spec), 1, 16)
+    assert activation is nn.ReLU6
+    source = data.load("digits", size=16)
+    attach.reestimate_norms(model, [source.train.batches(256, CPU).__iter__().__next__()[0]])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return checkpoint.Checkpoint(spec, source.input, source.class_names, state)
+
+
+def test_relu6_with_bounds_of_its_own_survives_the_file_and_runs_on_integers(tmp_path: Path) -> None:
+    made = mobile(nn.ReLU6)
+    parts = (ptq.EQUALIZE, ptq.ABSORB)
+    settings = ptq.Settings("none", 8, 8, "channel", {}, parts=parts)
+    coded, _ = ptq.quantize(made, settings, [images_of(made, 64)], CPU)
+    assert len(clip.stored(coded.floats)) == 35
+    path = tmp_path / "coded.safetensors"
+    checkpoint.save(coded, path)
+    again = checkpoint.load(path)
+    images = images_of(made, 32)
+    with torch.no_grad():
+        assert torch.equal(attach.network(coded)(images), attach.network(again)(images))
+    onnx = tmp_path / "coded.onnx"
+    onnx.write_bytes(export.to_bytes(again))
+    batches = data.load("digits", spec=made.input).test.batches(128, CPU)
+    proof = verify.prove(onnx, again, attach.network(again), batches)
+    assert proof.passed, proof.checks
+    nodes = proof.measures["nodes"]
+    assert nodes["QLinearConv"] == 52 and nodes["QGemm"] == 1 and nodes["Min"] > 0
+    assert not {"Conv", "FusedConv", "Relu", "Clip"} & set(nodes)
+
+
+def test_a_float_clip_is_exported_too(tmp_path: Path) -> None:
+    made = mobile(nn.ReLU6)
+    settings = ptq.Settings("none", 8, None, "channel", {}, parts=(ptq.EQUALIZE,))
+    coded, _ = ptq.quantize(made, settings, None, CPU)
+    onnx = tmp_path / "coded.onnx"
+    onnx.write_bytes(export.to_bytes(coded))
+    batches = data.load("digits", spec=made.input).test.batches(128, CPU)
+    assert verify.prove(onnx, coded, attach.network(coded), batches).passed
+
+
+def test_adaround_without_data_is_refused(float_one: checkpoint.Checkpoint) -> None:
+    with pytest.raises(InputError, match="adaround needs data.*dfq"):
+        ptq.quantize(float_one, ptq.Settings("adaround", 4, 8, "channel", {}), None, CPU)
