@@ -3,8 +3,8 @@
     python benchmarks/spread.py model.safetensors spread.safetensors [--seed 0]
 
 Channel i of every convolution-BatchNorm-ReLU-convolution pair is multiplied by exp(N(0, 1)) in the BatchNorm and
-divided by as much where it is read. One grid per tensor cannot hold such weights, and cross-layer equalization undoes it
-without data.
+divided by as much where it is read. One grid per tensor cannot hold such weights, and cross-layer equalization undoes
+it without data.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Data-free quantization: the fact sheet's numbers, the same function, and a network that was spread on purpose."""
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from r2cli.errors import InputError
 from r2cli.ptq import bias, equalize, normal
 from r2cli.ptq.normal import Normal
 from r2cli.ptq.sweep import Seen
+from tests.conftest import R2
 from tests.test_graph import _warm
 
 CPU = torch.device("cpu")
@@ -402,3 +404,39 @@ def test_a_float_clip_is_exported_too(tmp_path: Path) -> None:
 def test_adaround_without_data_is_refused(float_one: checkpoint.Checkpoint) -> None:
     with pytest.raises(InputError, match="adaround needs data.*dfq"):
         ptq.quantize(float_one, ptq.Settings("adaround", 4, 8, "channel", {}), None, CPU)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_needs_no_data_and_says_what_it_did(
+    r2: R2, float_one: checkpoint.Checkpoint, tmp_path: Path
+) -> None:
+    # A folder is not recorded with its path, so that nothing but the checkpoint is there.
+    first, *rest = float_one.history
+    history = ({**first, "options": {**first["options"], "data": "imagefolder"}}, *rest)
+    source = tmp_path / "model.safetensors"
+    checkpoint.save(replace(float_one, history=history), source)
+    assert r2("ptq", source, "--min-accuracy", 50, "--method", "dfq").code == 2
+    told = r2("ptq", source).err
+    assert "imagefolder" in told and "--data" in told
+    told = r2("ptq", source, "--method", "adaround", "--calibration", 0, "--data", "digits").err
+    assert "adaround needs data" in told and "dfq" in told
+    ran = r2("ptq", source, "--method", "dfq", "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert report["ranges"] == "batchnorm" and report["top1"] is None and report["passed"]
+    assert report["options"]["calibration"] == 0
+    assert sum("equalized" in row["note"] for row in report["layers"]) == 3
+    again = checkpoint.load(tmp_path / "model.w8a8-dfq.safetensors")
+    assert top1(again) > top1(float_one) - 1
+
+
+def test_the_command_takes_data_where_it_is_given(r2: R2, float_one: checkpoint.Checkpoint, tmp_path: Path) -> None:
+    source = tmp_path / "model.safetensors"
+    checkpoint.save(float_one, source)
+    ran = r2("ptq", source, "--method", "dfq", "--data", "digits", "--calibration", 64, "--relu6", "relu", "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert report["ranges"] == "calibration" and report["options"]["calibration"] == 64
+    assert report["relu_top1"] == report["float_top1"]  # it has no ReLU6

@@ -1,9 +1,9 @@
 """`r2 ptq`: quantize a trained network without training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from r2cli import console
 from r2cli.cli import gates
@@ -31,6 +31,12 @@ from r2cli.options import (
     Workers,
     _option,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from r2cli import checkpoint
+    from r2cli import data as datasets
 
 CALIBRATION = 512  # images
 
@@ -126,7 +132,9 @@ def ptq(
     network = subject.Network(model, weights, model_arg, stem)
     images = subject.Images(data, data_dir, workers, size, mean, std)
     made, loaded = subject.load(source, network, images, needed=not without)
-    measured = not loaded.name.startswith("fake")
+    measured = loaded.name != subject.NOISE
+    if not measured and (min_accuracy is not None or max_drop is not None):
+        raise InputError("--min-accuracy and --max-drop need images: give --data")
     settings = worker.Settings(method, weight_bits, acts, granularity, kept, relu6=relu6)
     if dry_run:
         options = {**settings.__dict__, "calibration": calibration, "seed": seed}
@@ -139,12 +147,13 @@ def ptq(
         raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")
     calibration = 0 if without else calibration or min(CALIBRATION, there)
     options = {**settings.__dict__, "calibration": calibration, "seed": seed}
-    before = train.evaluate(attach.network(made).to(where), loaded.test, where)
-    console.note(f"quantizing {source} to {suffix}: float top-1 {before:.2f} %")
+    before = train.evaluate(attach.network(made).to(where), loaded.test, where) if measured else None
+    note = f"float top-1 {before:.2f} %" if before is not None else "no images, so accuracy is not measured"
+    console.note(f"quantizing {source} to {suffix}: {note}")
     batches = None if without else (batch for batch, _ in datasets.calibration(loaded, calibration, where, seed))
     with console.bar(method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
         coded, rows = worker.quantize(made, settings, batches, where, progress.advance)
-    coded = coded.then("ptq", options, {"float_top1": before})
+    coded = coded.then("ptq", options, {} if before is None else {"float_top1": before})
     checkpoint.save(coded, output)
     proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))
     report = {
@@ -152,18 +161,21 @@ def ptq(
         "checkpoint": output,
         **report,
         "float_top1": before,
+        "ranges": "batchnorm" if without else "calibration",
         "layers": [row.__dict__ for row in rows],
         "options": options,
         "seconds": round(perf_counter() - started, 1),
     }
-    summary = (
-        f"{onnx}: top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f}), "
-        f"{report['bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight"
-    )
+    if not measured:
+        report |= {"top1": None, "torch_top1": None}
+    if method == "dfq" and relu6 == "relu":
+        report["relu_top1"] = _top1_with_relu(made, loaded, where) if measured else None
+    top1 = f"top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f})" if measured else "accuracy not measured"
     shown = [
         _layers(rows),
         *deliver.told(proof),
-        summary,
+        *_origins(report, calibration),
+        f"{onnx}: {top1}, {report['bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight",
         console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}"),
     ]
     console.emit(report, as_json=json, lines=shown)
@@ -172,11 +184,32 @@ def ptq(
         min_accuracy=min_accuracy,
         top1=report["top1"],
         max_drop=max_drop,
-        drop=before - report["top1"],
+        drop=None if before is None else before - report["top1"],
         max_bytes=max_bytes,
         size=report["bytes"],
     )
     return report
+
+
+def _top1_with_relu(made: "checkpoint.Checkpoint", loaded: "datasets.Data", where: "torch.device") -> float:
+    """Top-1 of the float network with ReLU in the place of ReLU6, in percent."""
+    from r2cli import attach, graph, train
+    from r2cli.ptq import equalize
+
+    net = graph.trace(attach.network(made))
+    equalize.without_relu6(net)
+    return train.evaluate(net.to(where), loaded.test, where)
+
+
+def _origins(report: Mapping[str, Any], calibration: int) -> list[str]:
+    """Lines on where ranges and biases come from, and what ReLU6 became."""
+    lines = []
+    if report["options"]["method"] == "dfq" or not calibration:
+        shown = f"{calibration} images" if calibration else "the BatchNorms' statistics, without an image"
+        lines.append(f"ranges and corrections: from {shown}")
+    if report.get("relu_top1") is not None:
+        lines.append(f"ReLU6 became ReLU: float top-1 {report['relu_top1']:.2f} %, {report['float_top1']:.2f} before")
+    return lines
 
 
 def _layers(rows: Sequence[Any]) -> Any:

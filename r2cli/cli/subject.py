@@ -59,9 +59,15 @@ class Network:
         )
 
 
-def load(source: Path, network: Network, images: Images) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+NOISE = "noise"  # the images of a network whose data is not there
+
+
+def load(
+    source: Path, network: Network, images: Images, *, needed: bool = True
+) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """The checkpoint at `source` with its data; with --weights, those weights in the named network as a checkpoint.
 
+    Where data is not `needed` and the checkpoint only says that it was a folder, images of noise stand in for it.
     Raises InputError for options that contradict each other, weights of another architecture, data of other classes.
     """
     if network.weights is not None:
@@ -73,6 +79,9 @@ def load(source: Path, network: Network, images: Images) -> tuple[checkpoint.Che
     if network.model is not None:
         made = _with_code(made, network.model)
     own = str(made.history[0]["options"].get("data", "digits")) if made.history else "digits"
+    if not needed and images.data is None and own == "imagefolder":
+        spec = f"fake:{made.input.channels}x{made.input.size}x{made.input.size}:{len(made.class_names)}"
+        return made, replace(datasets.load(spec, spec=made.input), name=NOISE)
     loaded = images.load(own, made.input)
     require_classes(made.origin, made.class_names, loaded)
     return made, loaded
