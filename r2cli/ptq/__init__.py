@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from r2cli import activations as grids
 from r2cli import attach, graph
-from r2cli.checkpoint import Checkpoint
+from r2cli.checkpoint import Checkpoint, InputSpec
 from r2cli.codec import Coded, Grid, sqnr
 from r2cli.counts import usable
 from r2cli.errors import InputError
@@ -107,7 +107,6 @@ def quantize(
         notes.append(equalize.absorb(net, normals))
     if CORRECT in parts and images is None:
         notes.append(bias.analytic(net, coded, normal.values(net, normals, checkpoint.input)))
-    ends = None if images is not None or settings.act_bits is None else normal.ranges(net, normals, checkpoint.input)
     net.to(device)
     if images is not None and (method.rounds is not None or CORRECT in parts):
         images = list(images)
@@ -122,15 +121,28 @@ def quantize(
         note = "; ".join(told[layer.name] for told in notes if layer.name in told)
         rows.append(_row(layer.name, one, weight.cpu(), settings.granularity, note))
         weight.copy_(one.decode())
-    activations: dict[str, Grid] = {}
-    if settings.act_bits is not None and images is not None:
-        activations = grids.put_on_grids(net, coded, checkpoint.input.shape, settings.act_bits, images)
-    elif settings.act_bits is not None and ends is not None:
-        activations = {name: grids.activation_grid(*both, settings.act_bits) for name, both in ends.items()}
-        grids.use(net, coded, activations)
+    activations = _activations(net, coded, settings, checkpoint.input, normals if images is None else images)
     net.cpu()
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
     return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
+
+
+def _activations(
+    net: fx.GraphModule,
+    coded: Mapping[str, Coded],
+    settings: Settings,
+    spec: InputSpec,
+    known: Iterable[Tensor] | Mapping[str, normal.Normal],
+) -> dict[str, Grid]:
+    """Put activations on grids from what is known, images or layers' statistics, and biases on theirs; in place."""
+    if settings.act_bits is None:
+        return {}
+    if not isinstance(known, Mapping):
+        return grids.put_on_grids(net, coded, spec.shape, settings.act_bits, known)
+    ends = normal.ranges(net, known, spec)
+    activations = {name: grids.activation_grid(*both, settings.act_bits) for name, both in ends.items()}
+    grids.use(net, coded, activations)
+    return activations
 
 
 def _nearest(net: fx.GraphModule, name: str, settings: Settings, factors: Mapping[str, Tensor]) -> dict[str, Coded]:

@@ -41,7 +41,7 @@ def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str
             shape = read.meta["tensor_meta"].shape[1:]
             shift = mean_shift(module, coded[layer.weight], value.mean.float().to(module.bias.device), shape)
             module.bias -= shift
-            notes[layer.name] = "bias corrected"
+            notes[layer.name] = "bias corrected" if bool(shift.any()) else "not corrected: its input has mean 0"
     return notes
 
 
