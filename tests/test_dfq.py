@@ -157,7 +157,7 @@ def test_a_dead_channel_is_left_as_it_is() -> None:
     net = stack(linear([[0.0, 0.0], [2.0, 1.0]], [3.0, 1.0]), nn.ReLU(), linear([[1.0, 8.0]], [0.0]))
     equalize.equalize(net, {}, {})
     assert net.get_submodule("2").weight.tolist() == [[1.0, 4.0]]
-    assert net.get_submodule("0").bias.tolist() == [3.0, 0.5]
+    assert net.get_submodule("0").bias.tolist() == [3.0, 2.0]
 
 
 def test_factors_beside_the_weights_are_scaled_instead_of_the_weights() -> None:
