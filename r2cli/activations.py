@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
-from r2cli import attach, graph
+from r2cli import attach, graph, observers
 from r2cli.codec import Coded, Grid
 from r2cli.errors import R2Error
 
@@ -24,13 +24,18 @@ def activation_grid(low: float, high: float, bits: int) -> Grid:
 
 
 def put_on_grids(
-    net: fx.GraphModule, coded: Mapping[str, Coded], shape: tuple[int, ...], bits: int, images: Iterable[Tensor]
+    net: fx.GraphModule,
+    coded: Mapping[str, Coded],
+    shape: tuple[int, ...],
+    bits: int,
+    images: Iterable[Tensor],
+    rule: str = "minmax",
 ) -> dict[str, Grid]:
     """Set the grids of all values over `images`, round to them from now on, and round the biases; in place.
 
     `net` is on the images' device before, and on the CPU after. Raises R2Error for what is not finite, or does not fit.
     """
-    grids = calibrate(net, shape, bits, images)
+    grids = calibrate(net, shape, bits, images, rule)
     use(net, coded, grids)
     return grids
 
@@ -42,16 +47,18 @@ def use(net: fx.GraphModule, coded: Mapping[str, Coded], grids: Mapping[str, Gri
     round_biases(net, coded, grids)
 
 
-def calibrate(net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor]) -> dict[str, Grid]:
+def calibrate(
+    net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor], rule: str = "minmax"
+) -> dict[str, Grid]:
     """The grid of every value that needs one for inputs of `shape`, over all `images`; its watchers stay in `net`.
 
-    Raises R2Error for a value that is not finite.
+    Raises InputError where there is no image, R2Error for a value that is not finite.
     """
-    seen = attach.observe(net, graph.values(net, shape), images)
-    for name, (low, high) in seen.items():
-        if not (abs(low) < torch.inf and abs(high) < torch.inf):
+    seen = attach.observe(net, graph.values(net, shape), images, observers.observer(rule))
+    for name, watch in seen.items():
+        if not watch.finite:
             raise R2Error(f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged")
-    return {name: activation_grid(low, high, bits) for name, (low, high) in seen.items()}
+    return {name: activation_grid(*watch.range(bits), bits) for name, watch in seen.items()}
 
 
 def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> None:

@@ -1,8 +1,7 @@
 """What sits on a network's edges, and the network that a checkpoint stands for.
 
-`Observe` watches the range of a value while calibration images pass and keeps nothing else; `OnGrid` rounds a value to
-its grid. `Method` is what learners on the layers ask of training. `network` rebuilds a checkpoint's model, float or
-coded, ready to run.
+`observe` watches values while calibration images pass; `OnGrid` rounds a value to its grid. `Method` is what learners
+on the layers ask of training. `network` rebuilds a checkpoint's model, float or coded, ready to run.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,20 +15,7 @@ from r2cli import clip, graph, models, regularizers
 from r2cli.checkpoint import Checkpoint
 from r2cli.codec import Grid
 from r2cli.errors import InputError
-
-
-class Observe(nn.Module):
-    """The least and the greatest value seen: passes x on unchanged, any shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-
-    def forward(self, x: Tensor) -> Tensor:
-        low, high = torch.aminmax(x.detach())
-        self.low = torch.minimum(self.low.to(low.device), low)
-        self.high = torch.maximum(self.high.to(high.device), high)
-        return x
+from r2cli.observers import Observer
 
 
 class OnGrid(nn.Module):
@@ -70,13 +56,22 @@ class Method:
 
 
 @torch.inference_mode()
-def observe(net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
-    """The (least, greatest) value of each node over `batches` of images; the watchers stay until grids replace them."""
-    watching = {name: Observe() for name in nodes}
+def observe(
+    net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor], make: Callable[[], Observer] = Observer
+) -> dict[str, Observer]:
+    """What watched each node over `batches` of images, one of `make`'s each; they stay until grids replace them.
+
+    Raises InputError where there is no image.
+    """
+    watching = {name: make() for name in nodes}
     graph.insert(net, watching)
+    seen = 0
     for images in batches:
         net(images)
-    return {name: (float(watch.low), float(watch.high)) for name, watch in watching.items()}
+        seen += len(images)
+    if not seen:
+        raise InputError("the ranges of activations need calibration images, and there are none: give --act-bits none")
+    return watching
 
 
 def put_on_grids(net: fx.GraphModule, grids: Mapping[str, Grid]) -> None:

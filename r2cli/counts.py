@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r2cli import grid_search
 from r2cli.tensors import scratch
 
 PATTERNS = 1 << 16
@@ -248,25 +249,6 @@ def best_scale(counts: Counts, start: float, bits: int, octaves: int = 16) -> fl
 
     Chosen on the buckets' middles, exactly so for a whole count.
     """
-    middle, number = counts.middle, counts.number.double()
-    zero = middle.new_zeros(1)
-    running = torch.cat([zero, number.cumsum(0)])
-    moment = torch.cat([zero, (number * middle).cumsum(0)])
-    level = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, dtype=torch.float64)
-    top = 2 ** (bits - 1) - 1
-
-    def loss(octave: Tensor) -> Tensor:  # (candidates,), without the sum of squares that all have
-        scale = start * 2.0**-octave
-        index = torch.searchsorted(middle, scale[:, None] * (level + 0.5))
-        # sum over levels of v * (-2 sum(w) + v * number), summed by parts: one look-up for each edge between levels.
-        linear = scale * (top * moment[-1] - moment[index].sum(1))
-        square = scale.square() * (top**2 * running[-1] - ((2 * level + 1) * running[index]).sum(1))
-        lost: Tensor = square - 2 * linear
-        return lost
-
-    tried = torch.arange(0, octaves + 0.1, 0.25, dtype=torch.float64)
-    best = float(tried[loss(tried).argmin()])
-    for width in (1 / 8, 1 / 16, 1 / 32):
-        tried = torch.tensor([best - width, best, best + width], dtype=torch.float64).clamp_min(0)
-        best = float(tried[loss(tried).argmin()])
-    return float(start * 2.0**-best)
+    middle, number = counts.middle[None], counts.number.double()[None]
+    spread = grid_search.spread(middle, number)
+    return float(grid_search.symmetric_scale(spread, torch.tensor([start]), bits, octaves))

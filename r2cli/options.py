@@ -32,6 +32,16 @@ Seed = Annotated[int, _option("--seed", help="The same seed gives the same bytes
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int, _option("--workers", help="Processes that decode large images.", min=0)]
 
+ActBits = Annotated[str, _option("--act-bits", help="8 to 4, or none to leave activations float.")]
+ActRange = Annotated[
+    str | None,
+    _option(
+        "--act-range",
+        help="Of activations: minmax, moving-average, percentile[:99.99], mse or entropy. "
+        "(default: minmax at 8 bits, mse below)",
+    ),
+]
+
 # A network that r2 did not train, and how its images are prepared.
 ModelName = Annotated[
     str | None,

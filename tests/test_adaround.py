@@ -235,7 +235,7 @@ def test_adaround_gives_back_what_rounding_takes(made: checkpoint.Checkpoint, gr
     source = data.load("digits", spec=made.input)
 
     def top1(method: str) -> float:
-        images = (batch for batch, _ in data.calibration(source, 256, CPU, 0))
+        images = [batch for batch, _ in data.calibration(source, 256, CPU, 0)]
         coded, rows = ptq.quantize(made, ptq.Settings(method, 2, 8, granularity, {}), images, CPU)
         assert len(rows) == 10 and len(coded.coded) == 10
         return train.evaluate(attach.network(coded), source.test, CPU)

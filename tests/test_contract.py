@@ -18,7 +18,7 @@ def test_codes_survive_decoding_and_the_disk(
     method: str, bits: int, granularity: str, trained: Path, tmp_path: Path
 ) -> None:
     source = data.load("digits", size=8)
-    images = (batch for batch, _ in data.calibration(source, 64, CPU, 0))
+    images = [batch for batch, _ in data.calibration(source, 64, CPU, 0)]
     made = checkpoint.load(trained)
     coded, _ = ptq.quantize(made, ptq.Settings(method, bits, 8, granularity, {}), images, CPU)
     _require_contract(coded, source, tmp_path)

@@ -257,8 +257,8 @@ def test_statistics_go_on_through_the_graph(float_one: checkpoint.Checkpoint) ->
     seen = attach.observe(net, graph.values(net, float_one.input.shape), [images_of(float_one, 512)])
     for name, (low, high) in normal.ranges(net, normals, float_one.input).items():
         rounding = 1e-5 * (high - low)  # the image reaches its ends exactly, in float32
-        assert low - rounding <= seen[name][0] and seen[name][1] <= high + rounding, name
-        assert high - low < 12 * (seen[name][1] - seen[name][0]), name
+        assert low - rounding <= seen[name].low and seen[name].high <= high + rounding, name
+        assert high - low < 12 * (seen[name].high - seen[name].low), name
     assert known["pool"].mean.shape == (64,)
     assert known["stages_1_0_relu2"].low.min() >= 0
 

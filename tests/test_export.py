@@ -21,16 +21,47 @@ def _batches(made: checkpoint.Checkpoint) -> Iterator[data.Batch]:
 
 
 def _coded(
-    trained: Path, bits: int, *, granularity: str = "channel", act_bits: int | None = 8
+    trained: Path, bits: int, *, granularity: str = "channel", act_bits: int | None = 8, symmetric: bool = True
 ) -> checkpoint.Checkpoint:
     made = checkpoint.load(trained)
-    images = (batch for batch, _ in data.calibration(data.load("digits", spec=made.input), 128, CPU, 0))
-    return ptq.quantize(made, ptq.Settings("none", bits, act_bits, granularity, {}), images, CPU)[0]
+    images = [batch for batch, _ in data.calibration(data.load("digits", spec=made.input), 128, CPU, 0)]
+    settings = ptq.Settings("none", bits, act_bits, granularity, {}, symmetric=symmetric)
+    return ptq.quantize(made, settings, images, CPU)[0]
 
 
 def _prove(made: checkpoint.Checkpoint, path: Path, content: bytes) -> verify.Proof:
     path.write_bytes(content)
     return verify.prove(path, made, attach.network(made), _batches(made))
+
+
+INTEGER_NODES = {"QLinearConv": 9, "QLinearAdd": 3, "QGemm": 1}
+FLOAT_NODES = {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "ReduceMean"}
+
+
+@pytest.mark.parametrize(("bits", "granularity"), [(8, "channel"), (4, "unfolded"), (3, "tensor"), (2, "channel")])
+def test_weights_with_zero_points_run_on_integers(bits: int, granularity: str, trained: Path, tmp_path: Path) -> None:
+    made = _coded(trained, bits, granularity=granularity, symmetric=False)
+    zeros = [one.codec.zero_point for one in made.coded.values() if isinstance(one.codec, codec.Grid)]
+    assert sum(bool(zero.any()) for zero in zeros) > 3
+    assert any(len(zero.unique()) > 1 for zero in zeros if zero.ndim) == (granularity == "channel")
+    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    assert proof.passed, proof.checks
+    nodes = proof.measures["nodes"]
+    assert nodes.items() >= INTEGER_NODES.items() and not FLOAT_NODES & set(nodes)
+
+
+@pytest.mark.parametrize("act_bits", [6, 4])
+def test_activations_of_few_bits_ride_in_uint8(act_bits: int, trained: Path, tmp_path: Path) -> None:
+    made = _coded(trained, 4, act_bits=act_bits)
+    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    assert proof.passed, proof.checks
+    nodes = proof.measures["nodes"]
+    assert nodes.items() >= INTEGER_NODES.items() and not FLOAT_NODES & set(nodes)
+    file = onnx.load(tmp_path / "model.onnx")
+    clips = [node for node in file.graph.node if node.op_type == "Clip"]
+    constants = {each.name: numpy_helper.to_array(each) for each in file.graph.initializer}
+    assert clips and all(int(constants[node.input[2]]) == 2**act_bits - 1 for node in clips)
+    assert all(constants[node.input[2]].dtype == "uint8" for node in clips)
 
 
 # Codes' container, and the nodes between it and DequantizeLinear.

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "r2cli"
 # Imports go down only: a module may import from its own row and from the rows above it.
 LAYERS = [
     ["errors", "options", "console"],
-    ["codec", "counts", "tensors", "clip"],
+    ["codec", "counts", "grid_search", "tensors", "clip"],
     ["checkpoint"],
-    ["models", "data", "graph", "regularizers", "weights"],
+    ["models", "data", "graph", "observers", "regularizers", "weights"],
     ["distributed", "resume"],
     ["train", "attach", "activations", "analyze"],
     ["ptq", "palettize", "onnx_codes", "export", "verify", "report"],

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import activations, attach, checkpoint, data, graph, ptq, train
+from r2cli import activations, attach, checkpoint, data, graph, observers, ptq, train
 from r2cli.codec import Grid
-from r2cli.errors import InputError
+from r2cli.errors import InputError, R2Error
 from r2cli.ptq import ranges
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def _settings(bits: int, granularity: str = "channel", act_bits: int | None = 8,
 
 def _quantize(made: checkpoint.Checkpoint, settings: ptq.Settings) -> tuple[checkpoint.Checkpoint, list[ptq.Row]]:
     source = data.load("digits", spec=made.input)
-    images = (batch for batch, _ in data.calibration(source, 256, CPU, 0))
+    images = [batch for batch, _ in data.calibration(source, 256, CPU, 0)]
     return ptq.quantize(made, settings, images, CPU)
 
 
@@ -162,10 +162,37 @@ def test_a_channel_without_variance_does_not_take_the_grid(float_one: checkpoint
     assert train.evaluate(attach.network(coded), source.test, CPU) > before - 5
 
 
+@pytest.mark.parametrize("rule", sorted(observers.OBSERVERS))
+@pytest.mark.parametrize("act_bits", [8, 6, 4])
+def test_every_range_of_activations_keeps_the_network_working(
+    float_one: checkpoint.Checkpoint, rule: str, act_bits: int
+) -> None:
+    coded, _ = _quantize(float_one, replace(_settings(8), act_bits=act_bits, act_range=rule))
+    assert {grid.bits for grid in coded.activations.values()} == {act_bits}
+    source = data.load("digits", spec=float_one.input)
+    before = train.evaluate(attach.network(float_one), source.test, CPU)
+    assert train.evaluate(attach.network(coded), source.test, CPU) > before - {8: 1, 6: 2, 4: 15}[act_bits]
+
+
+def test_activations_that_are_not_finite_are_named(float_one: checkpoint.Checkpoint) -> None:
+    net = graph.trace(attach.network(float_one))
+    images = torch.randn(4, 1, 8, 8)
+    images[1, 0, 2, 2] = torch.nan
+    with pytest.raises(R2Error, match="'x' is NaN or infinite"):
+        activations.calibrate(net, (1, 8, 8), 8, [images], "mse")
+
+
+def test_ranges_need_images_and_say_so(float_one: checkpoint.Checkpoint) -> None:
+    for method, act_bits, way_out in (("none", 8, "--act-bits none"), ("adaround", None, "--method none")):
+        with pytest.raises(InputError, match=f"there are none: give {way_out}"):
+            ptq.quantize(float_one, replace(_settings(4), method=method, act_bits=act_bits), [], CPU)
+    assert ptq.quantize(float_one, _settings(4, act_bits=None), [], CPU)[0].coded
+
+
 def test_calibration_keeps_no_activations(float_one: checkpoint.Checkpoint) -> None:
     net = graph.trace(attach.network(float_one))
     graph.remove_norms(net)
     images = torch.randn(8, 1, 8, 8)
     seen = attach.observe(net, ["x", "relu"], [images, 2 * images])
-    assert seen["x"] == (2 * float(images.min()), 2 * float(images.max()))
-    assert seen["relu"][0] == 0.0
+    assert seen["x"].range(8) == (2 * float(images.min()), 2 * float(images.max()))
+    assert seen["relu"].low == 0.0

@@ -59,9 +59,9 @@ def act_bits(text: str) -> int | None:
     """`--act-bits` as a number; None where activations stay float. Raises InputError for anything else."""
     if text == "none":
         return None
-    if text != "8":
-        raise InputError(f"--act-bits {text} is impossible here: give 8, or none to leave activations float")
-    return 8
+    if text not in ("8", "7", "6", "5", "4"):
+        raise InputError(f"--act-bits {text} is impossible here: give 8 to 4, or none to leave activations float")
+    return int(text)
 
 
 def keep(patterns: Sequence[str]) -> dict[str, int]:

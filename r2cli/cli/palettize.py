@@ -12,6 +12,7 @@ from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
     DEFAULT_SOURCE,
+    ActRange,
     DataDir,
     DataName,
     DryRun,
@@ -71,8 +72,9 @@ def palettize(
     lut_bits: Annotated[int, _option("--lut-bits", help="8: tables of int8 with a scale; 32: of float32.")] = 8,
     act_bits: Annotated[
         str | None,
-        _option("--act-bits", help="8, or none to leave activations float. (default: 8; none with --lut-bits 32)"),
+        _option("--act-bits", help="8 to 4, or none to leave activations float. (default: 8; none with --lut-bits 32)"),
     ] = None,
+    act_range: ActRange = None,
     keep: Annotated[
         list[str] | None,
         _option("--keep", help="PATTERN=BITS or PATTERN=BITSxDIM: another palette for some layers; repeatable."),
@@ -157,13 +159,15 @@ def palettize(
     gates.require_free([output, onnx] if is_network else [output], overwrite=overwrite)
     _require_consistent(method, is_network=is_network, resume=resume, weigh=weigh, soft=epochs - hard_epochs)
 
-    from r2cli import attach, checkpoint, distributed, train
+    from r2cli import attach, checkpoint, distributed, observers, train
     from r2cli import data as datasets
     from r2cli import palettize as worker
     from r2cli.cli import deliver, subject
     from r2cli.palettize import training
 
-    settings = worker.Settings(method, bits, dim, group_size, lut_bits, acts, kept)
+    act_range = act_range or observers.usual(acts or 8)
+    observers.observer(act_range)
+    settings = worker.Settings(method, bits, dim, group_size, lut_bits, acts, kept, act_range)
     if not is_network:
         return _file(source, output, settings, seed=seed, dry_run=dry_run, max_bytes=max_bytes, json=json)
     if method != "kmeans":
@@ -331,7 +335,7 @@ def _act_bits(text: str | None, lut_bits: int) -> int | None:
         return 8 if lut_bits == 8 else None
     bits = gates.act_bits(text)
     if bits and lut_bits != 8:
-        raise InputError("--act-bits 8 needs integer weights: give --lut-bits 8, or --act-bits none")
+        raise InputError(f"--act-bits {bits} needs integer weights: give --lut-bits 8, or --act-bits none")
     return bits
 
 

@@ -1,5 +1,6 @@
 """`r2 ptq`: quantize a trained network without training."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -10,6 +11,8 @@ from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
     DEFAULT_SOURCE,
+    ActBits,
+    ActRange,
     DataDir,
     DataName,
     Device,
@@ -37,14 +40,27 @@ if TYPE_CHECKING:
 
     from r2cli import checkpoint
     from r2cli import data as datasets
+    from r2cli import ptq as worker
 
 CALIBRATION = 512  # images
 
 
 def ptq(
     source: Source = None,
-    weight_bits: Annotated[int, _option("--weight-bits", help="8 to 1; 1 is two levels without a zero.")] = 8,
-    act_bits: Annotated[str, _option("--act-bits", help="8, or none to leave activations float.")] = "8",
+    weight_bits: Annotated[
+        int | None, _option("--weight-bits", help="8 to 1; 1 is two levels without a zero. (default: 8)")
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        _option("--target-bits", help="Mixed precision: bits a weight on average, as 3.2."),
+    ] = None,
+    target_bytes: Annotated[
+        int | None, _option("--target-bytes", help="Mixed precision: bytes of all codes and scales.", min=1)
+    ] = None,
+    sensitivity: Annotated[
+        str, _option("--sensitivity", help="What mixed precision goes by: hessian, or sqnr, which needs no data.")
+    ] = "hessian",
+    act_bits: ActBits = "8",
     method: Annotated[
         str,
         _option(
@@ -61,6 +77,13 @@ def ptq(
             "with BatchNorm in per-channel scales.",
         ),
     ] = "channel",
+    weight_range: Annotated[
+        str, _option("--weight-range", help="Of weights: minmax, percentile[:99.99] or mse.")
+    ] = "minmax",
+    symmetric: Annotated[
+        bool, _option("--symmetric/--asymmetric", help="Weight grids with zero point 0, or with one of their own.")
+    ] = True,
+    act_range: ActRange = None,
     keep: Annotated[
         list[str] | None,
         _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable."),
@@ -107,27 +130,33 @@ def ptq(
     json: Json = False,
 ) -> dict[str, Any]:
     """Quantize without training: codes, an ONNX file, and its proof."""
+    wanted = _require_one_target(weight_bits, target_bits, target_bytes)
+    weight_bits = 8 if weight_bits is None else weight_bits
     gates.require_bits("--weight-bits", weight_bits)
     acts = gates.act_bits(act_bits)
     kept = gates.keep(keep or [])
     source = gates.source(source, weights, DEFAULT_SOURCE)
-    suffix = f"w{weight_bits}{f'a{acts}' if acts else ''}-{method}" + (
-        "" if granularity == "channel" else f"-{granularity}"
-    )
+    suffix = f"w{wanted}{f'a{acts}' if acts else ''}-{method}" + ("" if granularity == "channel" else f"-{granularity}")
     output = output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
     gates.require_known("--granularity", granularity, ("channel", "tensor", "unfolded"))
     gates.require_known("method", method, ("none", "dfq", "adaround"))
+    gates.require_known("--sensitivity", sensitivity, ("hessian", "sqnr"))
     gates.require_known("--relu6", relu6, ("clip", "relu"))
     without = calibration == 0 or (method == "dfq" and data is None and calibration is None)
+    if without and act_range is not None:
+        raise InputError(f"--act-range {act_range} looks at images: give --calibration, or leave it to the BatchNorms")
 
-    from r2cli import attach, checkpoint, train
+    from r2cli import attach, checkpoint, observers, train
     from r2cli import data as datasets
     from r2cli import ptq as worker
     from r2cli.cli import deliver, subject
 
+    act_range = act_range or observers.usual(acts or 8)
+    observers.observer(act_range)
+    worker.ranges.weight_range(weight_range)
     started = perf_counter()
     network = subject.Network(model, weights, model_arg, stem)
     images = subject.Images(data, data_dir, workers, size, mean, std)
@@ -135,24 +164,34 @@ def ptq(
     measured = loaded.name != subject.NOISE
     if not measured and (min_accuracy is not None or max_drop is not None):
         raise InputError("--min-accuracy and --max-drop need images: give --data")
-    settings = worker.Settings(method, weight_bits, acts, granularity, kept, relu6=relu6)
+    settings = worker.Settings(
+        method, weight_bits, acts, granularity, kept, None, relu6, weight_range, act_range, symmetric
+    )
     if dry_run:
         options = {**settings.__dict__, "calibration": calibration, "seed": seed}
+        if target_bits or target_bytes:
+            options |= {"target_bits": target_bits, "target_bytes": target_bytes, "sensitivity": sensitivity}
         lines = [f"would quantize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
         console.emit({"command": "ptq", "options": options}, as_json=json, lines=lines)
         return options
     where = train.device(device)
     there = len(loaded.train)
-    if acts and calibration is not None and calibration > there:
+    if calibration is not None and calibration > there:
         raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")
     calibration = 0 if without else calibration or min(CALIBRATION, there)
+    batches = datasets.Again(lambda: datasets.calibration(loaded, calibration, where, seed))
+    choice: list[worker.Chosen] = []
+    if target_bits or target_bytes:
+        target = worker.Target(target_bits, target_bytes, sensitivity)
+        settings, choice = worker.choose_bits(made, settings, target, batches, where, seed)
+    # What was chosen is recorded, and not what was asked for: the same bits are the same bytes, however they came.
     options = {**settings.__dict__, "calibration": calibration, "seed": seed}
     before = train.evaluate(attach.network(made).to(where), loaded.test, where) if measured else None
     note = f"float top-1 {before:.2f} %" if before is not None else "no images, so accuracy is not measured"
     console.note(f"quantizing {source} to {suffix}: {note}")
-    batches = None if without else (batch for batch, _ in datasets.calibration(loaded, calibration, where, seed))
+    shown_to = None if without else datasets.Again(lambda: (batch for batch, _ in batches))
     with console.bar(method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
-        coded, rows = worker.quantize(made, settings, batches, where, progress.advance)
+        coded, rows = worker.quantize(made, settings, shown_to, where, progress.advance)
     coded = coded.then("ptq", options, {} if before is None else {"float_top1": before})
     checkpoint.save(coded, output)
     proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))
@@ -164,6 +203,7 @@ def ptq(
         "ranges": "batchnorm" if without else "calibration",
         "layers": [row.__dict__ for row in rows],
         "options": options,
+        "mixed": [row.__dict__ for row in choice],
         "seconds": round(perf_counter() - started, 1),
     }
     if not measured:
@@ -174,6 +214,7 @@ def ptq(
     shown = [
         _layers(rows),
         *deliver.told(proof),
+        *([_again(settings, rows)] if choice else []),
         *_origins(report, calibration),
         f"{onnx}: {top1}, {report['bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight",
         console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}"),
@@ -210,6 +251,25 @@ def _origins(report: Mapping[str, Any], calibration: int) -> list[str]:
     if report.get("relu_top1") is not None:
         lines.append(f"ReLU6 became ReLU: float top-1 {report['relu_top1']:.2f} %, {report['float_top1']:.2f} before")
     return lines
+
+
+def _require_one_target(weight_bits: int | None, bits: float | None, size: int | None) -> str:
+    """How the output's name tells the weights' bits. Raises InputError for more than one wish, or one out of range."""
+    asked = {"--weight-bits": weight_bits, "--target-bits": bits, "--target-bytes": size}
+    given = [f"{option} {value}" for option, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are two wishes: give one of them")
+    if bits is not None and not 1 <= bits <= 8:
+        raise InputError(f"--target-bits {bits:g} is impossible: give 1 to 8")
+    return f"{bits:g}" if bits else f"{size}B" if size else str(8 if weight_bits is None else weight_bits)
+
+
+def _again(settings: "worker.Settings", rows: "Sequence[worker.Row]") -> str:
+    """The choice of mixed precision as options that give the same bytes."""
+    count = sum(math.prod(row.shape) for row in rows)
+    mean = sum(row.bits * math.prod(row.shape) for row in rows) / count
+    kept = "".join(f" --keep {name}={bits}" for name, bits in settings.keep.items())
+    return f"{mean:.2f} bits a weight on average; the same again: --weight-bits {settings.weight_bits}{kept}"
 
 
 def _layers(rows: Sequence[Any]) -> Any:

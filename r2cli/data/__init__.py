@@ -10,8 +10,10 @@ Images are kept as uint8 where they fit in memory, decoded once; otherwise worke
 preprocessing was used is an `InputSpec`, which the checkpoint records and every later command applies.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -38,6 +40,7 @@ from r2cli.errors import InputError, unknown
 __all__ = [
     "KINDS",
     "LARGE_IMAGE",
+    "Again",
     "Batch",
     "Data",
     "FolderSplit",
@@ -93,6 +96,19 @@ def load(
     return KINDS[kind](Request(kind, where, size, mean, std, spec, directory, workers))
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Again(Iterable[T]):
+    """What `make` gives, from its beginning each time that it is gone through: nothing is kept in between."""
+
+    make: Callable[[], Iterator[T]]
+
+    def __iter__(self) -> Iterator[T]:
+        return self.make()
+
+
 def recorded(name: str) -> str:
     """`name` as a checkpoint holds it: without the path of a folder, so that the same work gives the same bytes."""
     return "imagefolder" if name.startswith("imagefolder:") else name
@@ -100,6 +116,8 @@ def recorded(name: str) -> str:
 
 def calibration(data: Data, count: int, device: torch.device, seed: int, batch: int = 64) -> Iterator[Batch]:
     """`count` training images in a fixed random order, without augmentation, as batches: what ranges are set on."""
+    if not count:
+        return
     seen = 0
     for images, labels in data.train.batches(batch, device, shuffle=torch.Generator().manual_seed(seed)):
         take = min(len(labels), count - seen)

@@ -37,6 +37,7 @@ class Settings:
     lut_bits: int
     act_bits: int | None
     keep: Mapping[str, tuple[int, int]]
+    act_range: str = "minmax"
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def finish(
     if work.settings.act_bits is not None:
         assert batches is not None
         images, shape = (images for images, _ in batches()), work.checkpoint.input.shape
-        found = activations.put_on_grids(net.to(device), folded, shape, work.settings.act_bits, images)
+        bits, rule = work.settings.act_bits, work.settings.act_range
+        found = activations.put_on_grids(net.to(device), folded, shape, bits, images, rule)
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
     return replace(work.checkpoint, floats=floats, coded=folded, activations=found, folded=True), rows
 

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from r2cli import activations as grids
 from r2cli import attach, graph
 from r2cli.checkpoint import Checkpoint, InputSpec
-from r2cli.codec import Coded, Grid, sqnr
+from r2cli.codec import Coded, Grid, packed_bytes, sqnr
 from r2cli.counts import usable
+from r2cli.data import Batch
 from r2cli.errors import InputError
-from r2cli.ptq import adaround, bias, equalize, normal, ranges, sweep
+from r2cli.ptq import adaround, bias, equalize, mixed, normal, ranges, sweep
 from r2cli.ptq.sweep import Seen
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
@@ -48,7 +49,8 @@ class Settings:
     """`act_bits` None leaves activations float. `keep` maps layer-name patterns to other weight bits.
 
     `parts` of DFQ stand in the place of the method's own. `relu6` is what equalization makes of one: 'clip' (the same
-    function) or 'relu' (another one).
+    function) or 'relu' (another one). `weight_range` is a rule of `ranges.RANGES`, `act_range` one of
+    `observers.OBSERVERS` for what images show.
     """
 
     method: str
@@ -58,6 +60,9 @@ class Settings:
     keep: Mapping[str, int]
     parts: tuple[str, ...] | None = None
     relu6: str = CLIP
+    weight_range: str = "minmax"
+    act_range: str = "minmax"
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,37 +87,26 @@ def quantize(
 ) -> tuple[Checkpoint, list[Row]]:
     """Every convolution and linear weight of `checkpoint` as codes, activations on grids set over `images`.
 
-    Without images the BatchNorms' statistics stand in for them. `advance` is called after each layer that a method has
+    Without images the BatchNorms' statistics stand in for them. `images` are gone through more than once, and not kept
+    but for what a method's memory bound allows. `advance` is called after each layer that a method has
     rounded. Raises InputError for a coded checkpoint, a pattern that names no layer, a graph that cannot be read, and
     for what is not known without images.
     """
     method = METHODS[settings.method]
-    parts = method.parts if settings.parts is None else settings.parts
-    if checkpoint.coded:
-        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    parts = _parts(settings)
     if method.rounds is not None and images is None:
         raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
-    net = graph.trace(attach.network(checkpoint))
-    notes = [{name: f"{count} dead channels made constant" for name, count in silence_dead_channels(net).items()}]
-    if settings.granularity == TENSOR:
-        notes.append({name: f"{count} quiet channels lowered" for name, count in lower_quiet_channels(net).items()})
-    normals = normal.statistics(net)
-    factors = graph.remove_norms(net)
-    if EQUALIZE in parts:
-        if settings.relu6 == RELU:
-            equalize.without_relu6(net)
-        notes.append(equalize.equalize(net, factors, normals))
-    coded = _nearest(net, checkpoint.model.name, settings, factors)
+    net, factors, normals, notes = _prepare(checkpoint, settings)
+    coded = _nearest(net, settings, factors)
     if ABSORB in parts:
         notes.append(equalize.absorb(net, normals))
     if CORRECT in parts and images is None:
         notes.append(bias.analytic(net, coded, normal.values(net, normals, checkpoint.input)))
     net.to(device)
     if images is not None and (method.rounds is not None or CORRECT in parts):
-        images = list(images)
         fit = sweep.images_that_fit(net, checkpoint.input.shape, device)
         visit = _visit(method.rounds, coded, corrects=CORRECT in parts, advance=advance)
-        coded, biases = sweep.sweep(net, torch.cat(images)[:fit], visit)
+        coded, biases = sweep.sweep(net, sweep.first(images, fit), visit)
         notes.append(_set_biases(net, biases) if CORRECT in parts else {})
     rows = []
     for layer, module in graph.named_layers(net):
@@ -127,6 +121,99 @@ def quantize(
     return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """One layer of a mixed-precision choice: its bits, and the sensitivity at every width tried."""
+
+    layer: str
+    bits: int
+    sensitivity: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The mean `bits` of a weight, or the `size` of codes, scales and zero points in bytes; by a `sensitivity`."""
+
+    bits: float | None
+    size: int | None
+    sensitivity: str
+
+
+@torch.no_grad()
+def choose_bits(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    target: Target,
+    batches: Iterable[Batch],
+    device: torch.device,
+    seed: int,
+) -> tuple[Settings, list[Chosen]]:
+    """`settings` with the bits that keep the loss lowest within `target`: the most common as `weight_bits`, the others
+    as `keep`. Layers that `settings.keep` names have their bits already, and count.
+
+    `batches` of labelled images are looked at for 'hessian' alone. Raises InputError as `quantize` does, and for a
+    target that is out of reach.
+    """
+    net, factors, *_ = _prepare(checkpoint, settings)
+    fixed = graph.by_pattern([layer.name for layer in graph.layers(net)], 0, settings.keep)
+    usual = [bits for bits in mixed.WIDTHS if settings.symmetric or bits > 1]
+    weights, tried = {}, {}
+    for layer, module in graph.named_layers(net):
+        weight, own = module.weight, {}
+        assert isinstance(weight, nn.Parameter)
+        for bits in [fixed[layer.name]] if fixed[layer.name] else usual:
+            coded, folded = _on_grid(weight, bits, settings, factors.get(layer.name))
+            size = coded.payload_bytes() if target.size else packed_bytes(weight.numel(), bits)
+            own[bits] = size, mixed.noise(coded.decode(), folded)
+        weight.copy_(folded)
+        weights[layer.name], tried[layer.name] = weight, own
+    if target.sensitivity == "hessian":
+        net.to(device)
+        factor = mixed.mean_curvature(net, weights, batches, seed)
+    else:
+        factor = {name: 1 / max(float(w.double().square().sum()), 1e-30) for name, w in weights.items()}
+    costs = {
+        name: {bits: (size, factor[name] * lost) for bits, (size, lost) in own.items()} for name, own in tried.items()
+    }
+    count = sum(w.numel() for w in weights.values())
+    budget = target.size or int((target.bits or 0) * count / 8)
+    chosen = mixed.choose({name: mixed.front(own) for name, own in costs.items()}, budget)
+    common = max(mixed.WIDTHS, key=lambda width: sum(own == width for own in chosen.values()))
+    keep = {name: own for name, own in chosen.items() if own != common}
+    rows = [Chosen(name, own, {b: cost for b, (_, cost) in costs[name].items()}) for name, own in chosen.items()]
+    return replace(settings, weight_bits=common, keep=keep), rows
+
+
+def _parts(settings: Settings) -> tuple[str, ...]:
+    """What of DFQ is done."""
+    return METHODS[settings.method].parts if settings.parts is None else settings.parts
+
+
+Notes = list[dict[str, str]]
+
+
+def _prepare(
+    checkpoint: Checkpoint, settings: Settings
+) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, normal.Normal], Notes]:
+    """The float network without BatchNorms, equalized where it is to be; the factor that is left to apply and the
+    statistics of each layer's BatchNorm, and notes by layer."""
+    if checkpoint.coded:
+        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    net = graph.trace(attach.network(checkpoint))
+    notes = [{name: f"{count} dead channels made constant" for name, count in silence_dead_channels(net).items()}]
+    if settings.granularity == TENSOR:
+        notes.append({name: f"{count} quiet channels lowered" for name, count in lower_quiet_channels(net).items()})
+    if not graph.layers(net):
+        raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
+    normals = normal.statistics(net)
+    factors = graph.remove_norms(net)
+    if EQUALIZE in _parts(settings):
+        if settings.relu6 == RELU:
+            equalize.without_relu6(net)
+        notes.append(equalize.equalize(net, factors, normals))
+    return net, factors, normals, notes
+
+
 def _activations(
     net: fx.GraphModule,
     coded: Mapping[str, Coded],
@@ -138,24 +225,24 @@ def _activations(
     if settings.act_bits is None:
         return {}
     if not isinstance(known, Mapping):
-        return grids.put_on_grids(net, coded, spec.shape, settings.act_bits, known)
+        return grids.put_on_grids(net, coded, spec.shape, settings.act_bits, known, settings.act_range)
     ends = normal.ranges(net, known, spec)
     activations = {name: grids.activation_grid(*both, settings.act_bits) for name, both in ends.items()}
     grids.use(net, coded, activations)
     return activations
 
 
-def _nearest(net: fx.GraphModule, name: str, settings: Settings, factors: Mapping[str, Tensor]) -> dict[str, Coded]:
-    """The nearest codes of every weight; the weights are folded, in place. Raises InputError where there is none."""
+def _nearest(net: fx.GraphModule, settings: Settings, factors: Mapping[str, Tensor]) -> dict[str, Coded]:
+    """The nearest codes of every weight; the weights are folded, in place."""
     bits = graph.by_pattern([layer.name for layer in graph.layers(net)], settings.weight_bits, settings.keep)
+    if not settings.symmetric and 1 in bits.values():
+        raise InputError("one bit has two levels, -s and +s, which no zero point moves: give --symmetric, or 2 bits")
     coded = {}
     for layer, module in graph.named_layers(net):
         weight = module.weight
         assert isinstance(weight, Tensor)
         coded[layer.weight], folded = _on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
         weight.copy_(folded)
-    if not coded:
-        raise InputError(f"{name} has no convolution or linear layer to quantize")
     return coded
 
 
@@ -238,7 +325,8 @@ def _on_grid(weight: Tensor, bits: int, settings: Settings, factor: Tensor | Non
     """The weight as it is deployed, on the nearest levels of its grid, and the float weight that it stands for."""
 
     def nearest(w: Tensor, *, per_channel: bool) -> Coded:
-        grid = ranges.weight_grid(w, bits, per_channel=per_channel)
+        rule, symmetric = settings.weight_range, settings.symmetric
+        grid = ranges.weight_grid(w, bits, per_channel=per_channel, rule=rule, symmetric=symmetric)
         return Coded(grid, grid.encode(w))
 
     column = None if factor is None else factor.reshape(-1, *[1] * (weight.ndim - 1))
@@ -252,7 +340,7 @@ def _on_grid(weight: Tensor, bits: int, settings: Settings, factor: Tensor | Non
     assert isinstance(grid, Grid)
     exact = (grid.scale.double() * factor).float()
     scale = usable(exact)
-    own = replace(grid, scale=scale, zero_point=torch.zeros_like(scale, dtype=torch.int32), axis=0)
+    own = replace(grid, scale=scale, zero_point=grid.zero_point.expand(len(scale)).contiguous(), axis=0)
     # Where a scale was lifted to a usable one the codes are found again: multiplied by it as they are, they would grow.
     lifted = (scale != exact).reshape(column.shape)  # type: ignore[union-attr]
     return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded

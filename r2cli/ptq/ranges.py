@@ -1,22 +1,78 @@
-"""Ranges of weight grids: from the least and the greatest value to a scale and a zero point.
+"""Grids of weights: from the range that a rule finds to a scale and a zero point.
 
-Weights get zero point 0 and the rule that measured best over two CIFAR networks and both granularities, 4 bits,
-nearest rounding (mean top-1): max(max / 7, -min / 8) 75.5, max|w| / 7 on -7..7 74.9, max|w| / 7.5 71.5. At 1 bit the
-levels are -s and +s with s = mean|w|, the least-squares pair (Rastegari et al., "XNOR-Net", 2016).
+    minmax           from the least to the greatest weight
+    percentile[:P]   without (100 - P) % of the weights at each end; P = 99.99 unless given
+    mse              the range whose grid loses least squared error
+
+A symmetric grid has zero point 0 and the scale max(greatest / qmax, -least / 2^(b-1)), qmax = 2^(b-1) - 1: measured
+better than max|w| / qmax and than max|w| / (qmax + 0.5). At 1 bit the levels are -s and +s with s = mean|w|, the
+least-squares pair (Rastegari et al., "XNOR-Net", 2016), whatever the rule.
 """
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from r2cli import grid_search
 from r2cli.codec import Grid
 from r2cli.counts import min_max_scale, usable
+from r2cli.errors import unknown
+from r2cli.observers import PERCENTILE, percentile
+
+Range = tuple[Tensor, Tensor]  # least and greatest, (grids,) each
 
 
-def weight_grid(w: Tensor, bits: int, *, per_channel: bool) -> Grid:
-    """A min-max grid for the weight (channels, ...): one for the tensor, or one per output channel (axis 0)."""
+def _minmax(w: Tensor, bits: int, symmetric: bool) -> Range:
+    return w.amin(1), w.amax(1)
+
+
+def _percentile(percent: float) -> Callable[[Tensor, int, bool], Range]:
+    def rule(w: Tensor, bits: int, symmetric: bool) -> Range:
+        ordered = w.sort(1).values
+        place = (w.shape[1] - 1) * (100 - percent) / 100
+        below, share = int(place), place - int(place)  # linear between neighbours, as NumPy has it
+        low, high = (x[:, below].lerp(x[:, min(below + 1, w.shape[1] - 1)], share) for x in (ordered, ordered.flip(1)))
+        return low, high
+
+    return rule
+
+
+def _mse(w: Tensor, bits: int, symmetric: bool) -> Range:
+    x = grid_search.spread(w)
+    if not symmetric:
+        return grid_search.asymmetric_range(x, bits)
+    scale = grid_search.symmetric_scale(x, min_max_scale(w.amin(1), w.amax(1), w.abs().mean(1), bits), bits)
+    return -scale * 2 ** (bits - 1), scale * (2 ** (bits - 1) - 1)
+
+
+# From weights (grids, n), bits, and whether the grid is symmetric, to the range of each grid.
+RANGES: Mapping[str, Callable[[Tensor, int, bool], Range]] = {
+    "minmax": _minmax,
+    "percentile": _percentile(PERCENTILE),
+    "mse": _mse,
+}
+
+
+def weight_range(rule: str) -> Callable[[Tensor, int, bool], Range]:
+    """The function of `rule`, for example 'mse' or 'percentile:99.9'. Raises InputError for another."""
+    name, _, percent = rule.partition(":")
+    if name not in RANGES or (percent and name != "percentile"):
+        raise unknown("--weight-range", rule, list(RANGES))
+    return _percentile(percentile(percent)) if percent else RANGES[name]
+
+
+def weight_grid(w: Tensor, bits: int, *, per_channel: bool, rule: str = "minmax", symmetric: bool = True) -> Grid:
+    """A grid for the weight (channels, ...): one for the tensor, or one per output channel (axis 0)."""
     flat = w.detach().reshape(w.shape[0], -1) if per_channel else w.detach().reshape(1, -1)
-    scale = usable(min_max_scale(flat.amin(1), flat.amax(1), flat.abs().mean(1), bits).float())
+    low, high = weight_range(rule)(flat, bits, symmetric)
+    if symmetric or bits == 1:
+        scale = usable(min_max_scale(low, high, flat.abs().mean(1), bits).float())
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        low, high = low.double().clamp_max(0), high.double().clamp_min(0)
+        scale = usable(((high - low) / (2**bits - 1)).float())
+        zero = torch.round(-low / scale).clamp(0, 2**bits - 1).int() - 2 ** (bits - 1)
     if not per_channel:
-        scale = scale.squeeze(0)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
+        scale, zero = scale.squeeze(0), zero.squeeze(0)
     return Grid(scale, zero, bits, signed=True, axis=0 if per_channel else None, odd=bits == 1)

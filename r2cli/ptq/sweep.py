@@ -5,7 +5,7 @@ method that looks at one layer at a time (AdaRound, bias correction) sees that l
 running the network once for each layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from r2cli import graph
 from r2cli.codec import Coded
+from r2cli.errors import InputError
 
 MEMORY = 2 * 2**30  # bytes that the values of both networks may take together
 
@@ -80,6 +81,18 @@ def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...], device: torch.d
         most = max(most, live)
         live -= sum(_bytes(source) for source in last.get(node, ()))
     return max(1, MEMORY // (2 * most))
+
+
+def first(batches: Iterable[Tensor], count: int) -> Tensor:
+    """The first `count` images of `batches`, or all: (n, c, s, s). Raises InputError where there is none."""
+    taken: list[Tensor] = []
+    for images in batches:
+        taken.append(images[: count - sum(map(len, taken))])
+        if sum(map(len, taken)) >= count:
+            break
+    if not taken:
+        raise InputError("this method looks at calibration images, and there are none: give --method none")
+    return torch.cat(taken)
 
 
 def _bytes(node: fx.Node) -> int:

@@ -1,0 +1,107 @@
+"""Mixed precision: bits for every layer by what each would cost the loss, within a budget of bytes.
+
+Paper: Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks" (2020).
+
+    sensitivity of a layer at b bits = mean of the Hessian's diagonal * |Q_b(w) - w|^2
+
+The mean of the diagonal is trace / n, and the trace Hutchinson's: the mean of v' H v over v of random signs. Without
+labels, `sqnr`: |Q_b(w) - w|^2 / |w|^2, the noise that a layer's output gets from rounding.
+
+Ours: Q_b is the grid that the layer will really have, and sizes are packed ones, so that only widths that take less
+room are tried. Every layer starts at the widest of its Pareto front (the lower hull of sensitivity over bytes); the
+step down that costs least for a byte is taken until the budget is met, and what is then left is spent again.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from r2cli.data import Batch
+from r2cli.errors import InputError
+
+WIDTHS = (8, 4, 3, 2, 1)  # 7 to 5 bits take a byte, as 8 do
+SENSITIVITIES = ("hessian", "sqnr")
+IMAGES = 256  # that the trace is averaged over, at most
+DRAWS = 2  # of signs, for each batch
+
+Front = list[tuple[int, int, float]]  # (bits, bytes, sensitivity) from the widest to the narrowest
+
+
+def mean_curvature(
+    net: fx.GraphModule, weights: Mapping[str, nn.Parameter], batches: Iterable[Batch], seed: int
+) -> dict[str, float]:
+    """Mean of the diagonal of the loss's Hessian by each of `weights`, by name; `net` is on the images' device.
+
+    An estimate below zero becomes the least of the others. Raises InputError where there is no image.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    found, seen = dict.fromkeys(weights, 0.0), 0
+    own = list(weights.values())
+    for images, labels in batches:
+        with torch.enable_grad():
+            loss = F.cross_entropy(net(images), labels, reduction="sum")
+            slopes = torch.autograd.grad(loss, own, create_graph=True)
+            for _ in range(DRAWS):
+                signs = [(2 * torch.randint(2, w.shape, generator=draw) - 1).to(w) for w in own]
+                bent = torch.autograd.grad(slopes, own, signs, retain_graph=True)
+                for name, sign, product in zip(weights, signs, bent, strict=True):
+                    found[name] += float((sign * product).sum(dtype=torch.float64)) / sign.numel()
+        seen += len(labels)
+        if seen >= IMAGES:
+            break
+    if not seen:
+        raise InputError("--sensitivity hessian needs labelled images, and there are none: give --sensitivity sqnr")
+    means = {name: value / (seen * DRAWS) for name, value in found.items()}
+    least = min((value for value in means.values() if value > 0), default=1.0)
+    return {name: max(value, least) for name, value in means.items()}
+
+
+def noise(rounded: Tensor, weight: Tensor) -> float:
+    """|Q(w) - w|^2."""
+    return float((rounded - weight).double().square().sum())
+
+
+def front(widths: Mapping[int, tuple[int, float]]) -> Front:
+    """The lower hull of `widths`, bits to (bytes, sensitivity): each step down costs more for a byte than the last."""
+    hull: Front = []
+    for bits, (size, cost) in sorted(widths.items(), key=lambda item: (item[1][0], item[1][1])):
+        if hull and cost >= hull[-1][2]:
+            continue  # it takes more room, and is no better
+        while len(hull) > 1 and _price(hull[-1], hull[-2]) <= _price((bits, size, cost), hull[-1]):
+            hull.pop()
+        hull.append((bits, size, cost))
+    return hull[::-1]
+
+
+def choose(fronts: Mapping[str, Front], budget: int) -> dict[str, int]:
+    """Bits for every layer, whose sizes sum up to `budget` bytes at most.
+
+    Raises InputError for a budget that the narrowest widths exceed.
+    """
+    least = sum(own[-1][1] for own in fronts.values())
+    if least > budget:
+        raise InputError(f"the target of {budget:,} bytes is out of reach: the layers take {least:,} bytes at least")
+    place = dict.fromkeys(fronts, 0)
+    left = budget - sum(own[0][1] for own in fronts.values())
+    while left < 0:
+        down = [name for name, own in fronts.items() if place[name] + 1 < len(own)]
+        name = min(down, key=lambda n: _price(fronts[n][place[n]], fronts[n][place[n] + 1]))
+        left += _saved(fronts[name], place[name])
+        place[name] += 1
+    while up := [n for n, own in fronts.items() if place[n] and _saved(own, place[n] - 1) <= left]:
+        name = max(up, key=lambda n: _price(fronts[n][place[n] - 1], fronts[n][place[n]]))
+        place[name] -= 1
+        left -= _saved(fronts[name], place[name])
+    return {name: own[place[name]][0] for name, own in fronts.items()}
+
+
+def _saved(own: Front, place: int) -> int:
+    """Bytes that the step down from `place` saves."""
+    return own[place][1] - own[place + 1][1]
+
+
+def _price(wide: tuple[int, int, float], narrow: tuple[int, int, float]) -> float:
+    """What the step down costs for a byte."""
+    return (narrow[2] - wide[2]) / (wide[1] - narrow[1])

@@ -1,0 +1,126 @@
+"""Mixed precision: the choice against every other, the trace against the Hessian itself, and the way back by --keep."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from conftest import R2
+from r2cli import checkpoint, data, ptq
+from r2cli.codec import packed_bytes
+from r2cli.errors import InputError
+from r2cli.ptq import mixed
+
+CPU = torch.device("cpu")
+COSTS = st.lists(st.floats(0, 100), min_size=5, max_size=5)
+
+
+def _total(fronts: dict[str, mixed.Front], bits: dict[str, int]) -> tuple[int, float]:
+    own = [next((size, cost) for b, size, cost in fronts[name] if b == chosen) for name, chosen in bits.items()]
+    return sum(size for size, _ in own), sum(cost for _, cost in own)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(8, 400), COSTS), min_size=1, max_size=4), st.floats(0, 1))
+def test_the_budget_is_met_and_little_better_could_be_had(layers: list[tuple[int, list[float]]], share: float) -> None:
+    fronts = {
+        f"layer{i}": mixed.front(
+            {b: (packed_bytes(8 * n, b), cost) for b, cost in zip(mixed.WIDTHS, costs, strict=True)}
+        )
+        for i, (n, costs) in enumerate(layers)
+    }
+    least = sum(own[-1][1] for own in fronts.values())
+    most = sum(own[0][1] for own in fronts.values())
+    budget = least + int(share * (most - least))
+    chosen = mixed.choose(fronts, budget)
+    size, cost = _total(fronts, chosen)
+    assert size <= budget
+    every = itertools.product(*([b for b, _, _ in own] for own in fronts.values()))
+    best = min(
+        (_total(fronts, dict(zip(fronts, bits, strict=True))) for bits in every),
+        key=lambda found: found[1] if found[0] <= budget else float("inf"),
+    )
+    # Greedy on convex fronts is off by no more than its last step.
+    steps = [narrow[2] - wide[2] for own in fronts.values() for wide, narrow in itertools.pairwise(own)]
+    assert cost <= best[1] + max(steps, default=0.0) + 1e-9
+
+
+def test_a_front_leaves_out_what_another_width_beats() -> None:
+    # Two bits lose more than one: min-max ranges do. Three bits lie above the line from four to one.
+    widths = {8: (80, 0.0), 4: (40, 1.0), 3: (30, 50.0), 2: (20, 90.0), 1: (10, 60.0)}
+    assert [bits for bits, _, _ in mixed.front(widths)] == [8, 4, 1]
+
+
+def test_a_budget_that_is_too_small_says_what_is_needed() -> None:
+    with pytest.raises(InputError, match="9 bytes is out of reach.*10 bytes at least"):
+        mixed.choose({"only": mixed.front({8: (80, 0.0), 1: (10, 1.0)})}, 9)
+
+
+def test_hutchinsons_mean_is_the_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean of diag d2 loss / dw2, against torch's own Hessian of the mean cross-entropy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    weights = {name: module.weight for name, module in model.named_children() if isinstance(module, nn.Linear)}
+    monkeypatch.setattr(mixed, "DRAWS", 2000)
+    found = mixed.mean_curvature(fx.symbolic_trace(model), weights, [(x, y)], seed=0)
+    for name, weight in weights.items():
+
+        def loss(w: Tensor, name: str = name) -> Tensor:
+            out = torch.func.functional_call(model, {f"{name}.weight": w}, (x,))
+            return nn.functional.cross_entropy(out, y)
+
+        hessian = torch.autograd.functional.hessian(loss, weight.detach()).reshape(weight.numel(), -1)
+        assert found[name] == pytest.approx(float(hessian.diagonal().mean()), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def made(trained: Path) -> checkpoint.Checkpoint:
+    return checkpoint.load(trained)
+
+
+def _choose(made: checkpoint.Checkpoint, target: ptq.Target, **how: object) -> tuple[ptq.Settings, dict[str, int]]:
+    settings = replace(ptq.Settings("none", 8, None, "channel", {}, weight_range="mse"), **how)  # type: ignore[arg-type]
+    batches = list(data.calibration(data.load("digits", spec=made.input), 64, CPU, 0))
+    chosen, rows = ptq.choose_bits(made, settings, target, batches, CPU, 0)
+    return chosen, {row.layer: row.bits for row in rows}
+
+
+@pytest.mark.parametrize("sensitivity", mixed.SENSITIVITIES)
+@pytest.mark.parametrize("target", [3.2, 2.1])
+def test_the_average_is_met_and_the_same_seed_chooses_the_same(
+    made: checkpoint.Checkpoint, sensitivity: str, target: float
+) -> None:
+    chosen, bits = _choose(made, ptq.Target(target, None, sensitivity))
+    assert (chosen, bits) == _choose(made, ptq.Target(target, None, sensitivity))
+    coded, rows = ptq.quantize(made, chosen, [], CPU)
+    assert {row.layer: row.bits for row in rows} == bits and len(set(bits.values())) > 1
+    size = {name: one.codes.numel() for name, one in coded.coded.items()}
+    mean = sum(one.codec.bits * size[name] for name, one in coded.coded.items()) / sum(size.values())
+    assert target - 0.5 < mean <= target
+
+
+def test_bytes_are_those_of_codes_and_scales_and_named_layers_keep_their_bits(made: checkpoint.Checkpoint) -> None:
+    chosen, bits = _choose(made, ptq.Target(None, 12_000, "sqnr"), keep={"classifier": 8, "conv": 6})
+    assert bits["classifier"] == 8 and bits["conv"] == 6
+    coded, _ = ptq.quantize(made, chosen, [], CPU)
+    assert 10_000 < sum(one.payload_bytes() for one in coded.coded.values()) <= 12_000
+
+
+def test_what_was_chosen_feeds_back_to_the_same_bytes(
+    r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(trained.read_bytes())
+    first = r2("ptq", "--target-bits", 3.2, "--calibration", 64, "-o", "first.safetensors")
+    assert first.code == 0, first.err
+    line = next(line for line in first.out.splitlines() if "the same again: " in line)
+    again = r2("ptq", *line.split("the same again: ")[1].split(), "--calibration", 64, "-o", "again.safetensors")
+    assert again.code == 0, again.err
+    for ending in ("safetensors", "onnx"):
+        assert Path(f"first.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()
