@@ -142,7 +142,7 @@ def test_the_noise_of_a_whole_count_is_that_of_really_rounding(dtype: torch.dtyp
         )
 
 
-def test_the_best_scale_of_the_fact_sheets_example() -> None:
+def test_the_best_scale_of_an_example_worked_by_hand() -> None:
     """16 weights with one outlier: min-max 3.0 / 3 loses 0.08109375 on average, the best scale 0.91 0.07479375."""
     w = [-0.9, -0.5, -0.4, -0.35, -0.3, -0.2, -0.1, 0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 3]
     x = torch.tensor(w)

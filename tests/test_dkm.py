@@ -1,4 +1,4 @@
-"""DKM: the fact sheet's cases, gradients against the unrolled iterations in float64, learners against their codes."""
+"""DKM: cases worked by hand, gradients against the unrolled iterations in float64, learners against their codes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from r2cli.codec import Coded, to_vectors
 from r2cli.palettize import dkm, learners, tables
 from r2cli.palettize.tables import Form
 
-# w, first centroids and incoming gradient of the fact sheet, 5.5.
+# w, first centroids and incoming gradient, worked by hand.
 W = [-0.9, -0.7, 0.1, 0.2, 0.8, 1.0]
 START = [-0.5, 0.5]
 G = [1.0, -1.0, 0.5, 0.5, -0.5, 1.0]
@@ -46,7 +46,7 @@ def _naive(v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[T
 
 @pytest.mark.parametrize("form", ["scalar", "vector"])
 @pytest.mark.parametrize(("tau", "iterations", "centroids", "out", "gradient"), CASES)
-def test_the_fact_sheets_cases(
+def test_cases_worked_by_hand(
     form: str, tau: float, iterations: int, centroids: list[float], out: list[float], gradient: list[float]
 ) -> None:
     w = torch.tensor(W, dtype=torch.float64, requires_grad=True)
@@ -165,7 +165,7 @@ def test_a_hard_cluster_moves_by_its_members_mean_and_a_shared_one_by_their_sum(
     codes, g = torch.tensor([0, 1, 0, 0]), torch.tensor([[1.0], [5.0], [2.0], [6.0]])
     (dv,) = torch.autograd.grad(dkm.hard(v, torch.ones(4, 1), codes, 2), v, g)
     assert dv[:, 0].tolist() == [3, 5, 3, 3]
-    # Deep Compression's figure: the fact sheet, 5.7.
+    # Deep Compression's figure.
     indices = torch.tensor([3, 0, 2, 1, 1, 1, 0, 3, 0, 3, 1, 0, 3, 1, 2, 2])
     w = torch.tensor([-1.0, 0.0, 1.5, 2.0])[indices].reshape(4, 4)
     learner = learners.Shared(w, Form(2, 1, None, 32), 3, torch.Generator())

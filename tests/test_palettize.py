@@ -71,7 +71,7 @@ def test_zero_and_constant_weights_have_palettes() -> None:
         assert torch.allclose(palette.decode(palette.encode(w)), w, atol=0.05)
 
 
-def test_huffman_as_in_the_fact_sheet() -> None:
+def test_huffman_as_worked_by_hand() -> None:
     assert tables.huffman_bits([4, 5, 3, 4]) == 32  # four lengths of 2 for 16 codes
     assert tables.huffman_bits([8, 4, 2, 2]) == 8 + 2 * 4 + 3 * 4
     assert tables.huffman_bits([0, 7]) == 7

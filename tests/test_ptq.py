@@ -12,7 +12,7 @@ from r2cli.errors import InputError, R2Error
 from r2cli.ptq import ranges
 
 CPU = torch.device("cpu")
-# The 16 weights of the fact sheet: one outlier takes the range of all others.
+# 16 weights: one outlier takes the range of all others.
 OUTLIER = [-0.9, -0.5, -0.4, -0.35, -0.3, -0.2, -0.1, 0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 3]
 
 
@@ -50,7 +50,7 @@ def test_the_scale_rule(weights: list[float], bits: int, scale: float) -> None:
 
 
 def test_one_outlier_costs_a_factor_of_twenty() -> None:
-    # The fact sheet's MSE at scale 1.0; without the outlier its max|w|/3 gives 0.0058333.
+    # The MSE at scale 1.0; without the outlier its max|w|/3 gives 0.0058333.
     w = torch.tensor([OUTLIER])
     grid = ranges.weight_grid(w, 3, per_channel=False)
     assert float((grid.decode(grid.encode(w)) - w).square().mean()) == pytest.approx(0.08109375, rel=1e-5)
