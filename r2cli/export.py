@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from r2cli import attach, graph, onnx_codes
+from r2cli import attach, graph, onnx_codes, onnx_text
 from r2cli.checkpoint import Checkpoint
 from r2cli.clip import Clip
 from r2cli.codec import Codec, Coded, Grid
@@ -36,7 +36,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     The same bytes for equal checkpoints. Raises R2Error where torch cannot export the network, or a weight is lost.
     """
     net = attach.network(checkpoint)
-    coded = dict(sorted(checkpoint.coded.items()))  # the same order whether it was just made or read from a file
+    coded = checkpoint.coded
     if isinstance(net, fx.GraphModule):
         _standard_operators(net)
     model = _export(net, checkpoint.input.shape)
@@ -177,20 +177,24 @@ def _simplify(model: ir.Model, coded: Mapping[str, Coded]) -> None:
 
 
 def _put_codes(model: ir.Model, coded: Mapping[str, Coded]) -> None:
-    """Replace the initializer of each coded weight by the graph that makes it from its codes."""
+    """Put the graph that makes each coded weight from its codes in place of its initializer, before its layer."""
     tables: dict[str, ir.Value] = {}
-    for name, one in coded.items():
-        value = model.graph.initializers.get(name)
-        if value is None or value.const_value is None or not value.uses():
-            raise R2Error(f"the weight '{name}' was lost in torch's export: report this with the model's name")
-        written = torch.from_numpy(value.const_value.numpy().copy())
-        if not torch.equal(written, one.decode()):
-            raise R2Error(f"torch's export changed the weight '{name}': it is not the decoded codes any more")
-        decoded, nodes = onnx_codes.emit(model.graph, name, one, tables)
-        value.replace_all_uses_with(decoded)
-        del model.graph.initializers[name]
-        first = next(iter(model.graph))
-        model.graph.insert_before(first, nodes)
+    initializers = model.graph.initializers
+    for node in list(model.graph):
+        for name in [value.name for value in node.inputs if value is not None]:
+            if name is not None and name in coded and name in initializers:
+                value, one = initializers.pop(name), coded[name]
+                assert value.const_value is not None
+                if not torch.equal(torch.from_numpy(value.const_value.numpy().copy()), one.decode()):
+                    raise R2Error(f"torch's export changed the weight '{name}': it is not the decoded codes any more")
+                decoded, nodes = onnx_codes.emit(model.graph, name, one, tables)
+                value.replace_all_uses_with(decoded)
+                decoded.name = name
+                model.graph.insert_before(node, nodes)
+    made = {value.name for node in model.graph for value in node.outputs}
+    lost = [name for name in coded if name not in made]
+    if lost:
+        raise R2Error(f"the weight '{lost[0]}' was lost in torch's export: report this with the model's name")
 
 
 def _round_last_bias(model: ir.Model) -> None:
@@ -232,15 +236,7 @@ def _scale_of(value: ir.Value | None) -> "np.ndarray[Any, Any] | None":
 
 def _clean(model: ir.Model, checkpoint: Checkpoint) -> None:
     """Drop what torch notes of its own run (stack traces, paths), so that bytes depend on the checkpoint alone."""
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        node.metadata_props.clear()
-        node.doc_string = None
-        for output in node.outputs:
-            output.metadata_props.clear()
-            if not output.is_graph_output():  # runtimes infer types and shapes; here they are a tenth of a small file
-                output.type, output.shape = None, None
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
+    onnx_text.shorten(model, checkpoint.coded.keys())
     model.graph.metadata_props.clear()
     model.graph.name, model.graph.doc_string, model.doc_string = "r2", None, None
     model.ir_version, model.producer_name, model.producer_version = IR_VERSION, "r2cli", None

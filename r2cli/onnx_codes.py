@@ -6,6 +6,8 @@
     palette              UINT8, UINT4 or packed UINT8 -> Gather in the layer's own table of centroids -> channels of
                          vectors apart -> DequantizeLinear for an int8 table, Mul by the scale for a float one
 
+What layers share is there once: the tables of bytes' codes, and the shapes, in which the first dimension is left open.
+
 Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into
 DequantizeLinear would be unpacked at every inference. A float table is folded whole: memory and speed are fp32's.
 """
@@ -26,7 +28,7 @@ Array = np.ndarray[Any, Any]
 
 
 def emit(graph: ir.Graph, name: str, coded: Coded, tables: Tables) -> tuple[ir.Value, list[ir.Node]]:
-    """The float value of the coded weight `name`, called `name.decoded`, and the nodes that make it.
+    """The float value of the coded weight `name`, and the nodes that make it.
 
     Raises R2Error for a grid whose integers leave int8.
     """
@@ -36,9 +38,7 @@ def emit(graph: ir.Graph, name: str, coded: Coded, tables: Tables) -> tuple[ir.V
     else:
         nodes = _grid(graph, name, coded, codec, tables)
     for position, node in enumerate(nodes):
-        # Short names: in a small network at few bits the text of the graph is most of what is left of the file.
-        node.name, node.outputs[0].name = "", f"w{len(tables)}.{len(graph)}.{position}"
-    nodes[-1].outputs[0].name = f"{name}.decoded"
+        node.outputs[0].name = f"{name}.{position}"
     return nodes[-1].outputs[0], nodes
 
 
@@ -64,30 +64,26 @@ def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) 
 def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables: Tables) -> list[ir.Node]:
     groups, count = coded.codes.shape
     dim, shape = palette.dim, palette.shape
-    # With one table of scalars the index has the weight's shape, and so has what is gathered.
-    index_shape = shape if groups == dim == 1 else (groups, count)
+    # Only an index that is added to must have the groups apart; four and more bits have their shape for nothing.
+    index_shape = (groups, count) if groups > 1 else shape if dim == 1 else (count,)
     nodes = _index(graph, name, coded, index_shape, tables)
     if groups > 1:
+        nodes.append(_reshape(graph, tables, nodes[-1], index_shape))
         offset = np.arange(groups, dtype=np.int32).reshape(-1, 1) << palette.bits
-        own = initializer(graph, f"{name}.offset", offset)
-        nodes.append(ir.node("Add", [nodes[-1].outputs[0], own]))
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], initializer(graph, f"{name}.offset", offset)]))
     rows = palette.lut.reshape(-1, dim) if dim > 1 else palette.lut.reshape(-1)
     lut = initializer(graph, f"{name}.lut", rows.numpy())
     nodes.append(ir.node("Gather", [lut, nodes[-1].outputs[0]], {"axis": 0}))
-
-    def reshape(*sizes: int) -> None:
-        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], _shape(graph, tables, sizes)]))
-
     if dim > 1:  # `codec.from_vectors`
         positions = palette.positions
-        reshape(-1, positions, dim)
+        nodes.append(_reshape(graph, tables, nodes[-1], (-1, positions, dim)))
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1]}))
         if shape[0] % dim:
-            reshape(-1, positions)
+            nodes.append(_reshape(graph, tables, nodes[-1], (-1, positions)))
             ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (shape[0],))]
             nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
-    if index_shape != shape:
-        reshape(*shape)
+    if dim > 1 or groups > 1 or palette.bits <= 3:
+        nodes.append(_reshape(graph, tables, nodes[-1], shape))
     if not palette.lut.is_floating_point():
         nodes.append(_dequantize(graph, name, nodes[-1].outputs[0], palette, linear=len(shape) == 2))
     elif bool((palette.scale != 1).any()):
@@ -98,17 +94,13 @@ def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables:
 
 
 def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tables: Tables) -> list[ir.Node]:
-    """A palette's codes as INT32 of `shape`: what Gather reads."""
+    """A palette's codes as INT32: what Gather reads. In order, and of `shape` from four bits on."""
     bits = coded.codec.bits
-    nodes: list[ir.Node] = []
     if bits <= 3:
-        nodes = _packed(graph, name, coded, shape, "index", _indices, tables)
-        value = nodes[-1].outputs[0]
-    else:
-        codes = coded.codes.reshape(shape)
-        content = _four_bits(codes, ir.DataType.UINT4) if bits == 4 else codes.numpy()
-        value = initializer(graph, f"{name}.codes", content)
-    return [*nodes, ir.node("Cast", [value], {"to": ir.DataType.INT32})]
+        return _packed(graph, name, coded, None, "index", _indices, tables)
+    codes = coded.codes.reshape(shape)
+    content = _four_bits(codes, ir.DataType.UINT4) if bits == 4 else codes.numpy()
+    return [ir.node("Cast", [initializer(graph, f"{name}.codes", content)], {"to": ir.DataType.INT32})]
 
 
 def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, *, linear: bool) -> ir.Node:
@@ -126,12 +118,15 @@ def _packed(
     graph: ir.Graph,
     name: str,
     coded: Coded,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
     kind: str,
     table: Callable[[str, int], Array],
     tables: Tables,
 ) -> list[ir.Node]:
-    """Packed codes as int8 of `shape`, through the `table` of a kind. Three bits are the sum of two planes."""
+    """Packed codes through the `table` of a kind, in its type: of `shape`, or in order, however they come.
+
+    Three bits are the sum of two planes.
+    """
     width = coded.codec.bits
     count, planes = coded.codes.numel(), coded.packed()
     nodes: list[ir.Node] = []
@@ -140,22 +135,22 @@ def _packed(
     for part, bits, content in (
         [("high", 1, planes[:split]), ("low", 2, planes[split:])] if width == 3 else [("codes", width, planes)]
     ):
-        own = f"{kind}{width}.{part}"
-        if own not in tables:
-            tables[own] = initializer(graph, f"table.{own}", table(part, bits))
+        every = f"every.{kind}{width}.{part}"
+        if every not in tables:
+            tables[every] = initializer(graph, every, table(part, bits))
+            if kind == "index":
+                nodes.append(ir.node("Cast", [tables[every]], {"to": ir.DataType.INT32}))
+                tables[every] = nodes[-1].outputs[0]
         packed = initializer(graph, f"{name}.{part}", content.numpy())
         index = ir.node("Cast", [packed], {"to": ir.DataType.INT32})
-        gather = ir.node("Gather", [tables[own], index.outputs[0]], {"axis": 0})
-        nodes += [index, gather]
-        parts.append(gather.outputs[0])
+        nodes += [index, ir.node("Gather", [tables[every], index.outputs[0]], {"axis": 0})]
         if content.numel() * (8 // bits) != count:  # drop the zeros that filled the last byte
-            flat = _shape(graph, tables, (-1,))
+            nodes.append(_reshape(graph, tables, nodes[-1], (count,)))
             ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (count,))]
-            nodes.append(ir.node("Reshape", [parts[-1], flat]))
             nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
-            parts[-1] = nodes[-1].outputs[0]
-        nodes.append(ir.node("Reshape", [parts[-1], _shape(graph, tables, shape)]))
-        parts[-1] = nodes[-1].outputs[0]
+        if shape is not None or width == 3:
+            nodes.append(_reshape(graph, tables, nodes[-1], shape or (count,)))
+        parts.append(nodes[-1].outputs[0])
     if len(parts) == 2:
         nodes.append(ir.node("Add", parts))
     return nodes
@@ -187,6 +182,11 @@ def _indices(part: str, bits: int) -> Array:
 
 
 # --- initializers --------------------------------------------------------------------------------------------------
+
+
+def _reshape(graph: ir.Graph, shared: Tables, node: ir.Node, sizes: tuple[int, ...]) -> ir.Node:
+    """What `node` makes, of the shape `sizes`: written with an open first dimension, as more layers have it."""
+    return ir.node("Reshape", [node.outputs[0], _shape(graph, shared, (-1, *sizes[1:]))])
 
 
 def _shape(graph: ir.Graph, shared: Tables, sizes: tuple[int, ...]) -> ir.Value:

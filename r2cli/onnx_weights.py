@@ -37,7 +37,7 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[Other]]:
     decoded = []
     for name, array in zip(computed, arrays, strict=True):
         values = _channels_first(torch.from_numpy(np.asarray(array, dtype=np.float32)), weights[name])
-        decoded.append(held(name.removesuffix(".decoded"), values, str(path)))
+        decoded.append(held(name, values, str(path)))
     parts = {name for value in computed for name in above[value]}
     floats, others = [], []
     for name, each in initializers.items():

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,7 +24,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from r2cli import checkpoint as checkpoints
-from r2cli import export
+from r2cli import export, onnx_text
 from r2cli.checkpoint import Checkpoint, InputSpec
 from r2cli.codec import Coded, Palette, packed_bytes
 from r2cli.data import Batch
@@ -191,20 +192,22 @@ def _all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
     made_from = sources(file)
     initializers = {i.name: i for i in file.graph.initializer}
     for name, one in coded.items():
-        parts = made_from.get(f"{name}.decoded", [])
-        floats = {f"{name}.scale"} | ({f"{name}.lut"} if has_float_table(one) else set())
-        content = [p for p in parts if p in initializers and p not in floats]
-        if not content:
+        if not _codes(name, made_from, initializers):
             return Check("integer weights", False, f"{name} has no codes in the file")
-        wrong = [p for p in content if initializers[p].data_type not in (*INTEGERS, *INDICES)]
-        if wrong:
-            return Check("integer weights", False, f"{name} is made from the float initializer {wrong[0]}")
+        floats = {"s": one.codec.scale.numel()}
+        if isinstance(one.codec, Palette) and has_float_table(one):
+            floats["t"] = one.codec.lut.numel()
+        for part in (p for p in made_from[name] if p in initializers):
+            is_integer = initializers[part].data_type in (*INTEGERS, *INDICES)
+            if not is_integer and floats.get(onnx_text.letter(part)) != prod(initializers[part].dims):
+                return Check("integer weights", False, f"{name} is made from the float initializer {part}")
     for node in file.graph.node:
         for used in node.input:
             if node.op_type in ("Conv", "Gemm", "MatMul") and used in initializers and len(initializers[used].dims) > 1:
                 if initializers[used].data_type == TensorProto.FLOAT and coded:
                     return Check("integer weights", False, f"{used} is float32")
-    kinds = Counter(TensorProto.DataType.Name(i.data_type) for i in file.graph.initializer if _is_code(i, coded))
+    codes = [part for name in coded for part in _codes(name, made_from, initializers)]
+    kinds = Counter(TensorProto.DataType.Name(part.data_type) for part in codes)
     held = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "float network"
     if any(has_float_table(one) for one in coded.values()):
         held += " of codes, float tables"
@@ -220,7 +223,7 @@ def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
     """ONNX Runtime's own decoding of every weight, without optimisation, equals the checkpoint's bit for bit."""
     if not coded:
         return Check("same codes", True, "float network")
-    shapes = {f"{name}.decoded": list(one.decode().shape) for name, one in coded.items()}
+    shapes = {name: list(one.decode().shape) for name, one in coded.items()}
     decoded_weights = run_constants(file, shapes)
     for (name, one), found in zip(coded.items(), decoded_weights, strict=True):
         if not np.array_equal(found, one.decode().numpy()):
@@ -255,22 +258,23 @@ def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | No
 
 
 def _size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check:
-    """Bytes of every layer's codes against the least that its container can hold, and of the file against the ideal."""
-    initializers = {i.name: i for i in file.graph.initializer}
-    ideal = 0
+    """Bytes of every layer's codes against the least that its container can hold, and of the file against the ideal.
+
+    The ideal: codes, scales, tables, and the floats that stay, which are biases most of all.
+    """
+    initializers, made_from = {i.name: i for i in file.graph.initializer}, sources(file)
+    ideal, parts = 0, {name for name in coded for name in made_from.get(name, [])}
     for name, one in coded.items():
-        parts = [
-            initializers[f"{name}.{kind}"] for kind in ("codes", "high", "low") if f"{name}.{kind}" in initializers
-        ]
-        held = sum(len(part.raw_data) for part in parts)
+        held = sum(len(part.raw_data) for part in _codes(name, made_from, initializers))
         least = packed_bytes(one.codes.numel(), export.stored_bits(one.codec))
         if held != least:
             return Check("size", False, f"{name} takes {held} bytes of codes, {least} are enough")
         ideal += one.payload_bytes()
-    if not coded:
-        return Check("size", True, f"{path.stat().st_size:,} bytes, float network")
     total = path.stat().st_size
-    return Check("size", True, f"{total:,} bytes; codes and scales alone {ideal:,}")
+    if not coded:
+        return Check("size", True, f"{total:,} bytes, float network")
+    ideal += sum(len(one.raw_data) for name, one in initializers.items() if name not in parts)
+    return Check("size", True, f"{total:,} bytes; codes, scales and biases alone {ideal:,}")
 
 
 def sources(file: onnx.ModelProto) -> dict[str, list[str]]:
@@ -282,9 +286,11 @@ def sources(file: onnx.ModelProto) -> dict[str, list[str]]:
     return above
 
 
-def _is_code(initializer: TensorProto, coded: Mapping[str, Coded]) -> bool:
-    name, _, kind = initializer.name.rpartition(".")
-    return name in coded and kind in ("codes", "high", "low")
+def _codes(
+    name: str, made_from: Mapping[str, Sequence[str]], initializers: Mapping[str, TensorProto]
+) -> list[TensorProto]:
+    """The initializers that hold the codes of the weight `name`."""
+    return [initializers[part] for part in made_from.get(name, []) if onnx_text.letter(part) in onnx_text.CODES]
 
 
 # --- runs and parity -----------------------------------------------------------------------------------------------

@@ -64,6 +64,11 @@ def test_activations_of_few_bits_ride_in_uint8(act_bits: int, trained: Path, tmp
     assert all(constants[node.input[2]].dtype == "uint8" for node in clips)
 
 
+def _codes(file: onnx.ModelProto, name: str) -> list[TensorProto]:
+    """The initializers that hold the codes of a weight."""
+    return verify._codes(name, verify.sources(file), {i.name: i for i in file.graph.initializer})
+
+
 # Codes' container, and the nodes between it and DequantizeLinear.
 FORMS = {
     8: (TensorProto.INT8, set()),
@@ -86,9 +91,9 @@ def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: P
     file = onnx.load(tmp_path / "model.onnx")
     assert file.ir_version == 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 21)]
     container, between = FORMS[bits]
-    codes = {i.data_type for i in file.graph.initializer if i.name.endswith((".weight.codes", ".high", ".low"))}
-    tables = {i.data_type for i in file.graph.initializer if i.name.startswith("table.")}
-    assert codes - tables == {container} and tables == ({TensorProto.INT8} if bits < 4 else set())
+    codes = {i.data_type for name in made.coded for i in _codes(file, name)}
+    tables = {i.data_type for i in file.graph.initializer if i.name.startswith("e")}
+    assert codes == {container} and tables == ({TensorProto.INT8} if bits < 4 else set())
     assert {n.op_type for n in file.graph.node} - {
         *("QuantizeLinear", "DequantizeLinear", "Conv", "Relu", "Add", "GlobalAveragePool", "Gemm", "Reshape")
     } == between - {"Add", "Reshape"}
@@ -205,7 +210,7 @@ def _failed(proof: verify.Proof) -> set[str]:
 def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
     file = onnx.load_from_string(export.to_bytes(made))
-    codes = next(i for i in file.graph.initializer if i.name == "conv.weight.codes")
+    (codes,) = _codes(file, "conv.weight")
     changed = bytearray(codes.raw_data)
     changed[0] ^= 1
     codes.raw_data = bytes(changed)
@@ -217,7 +222,7 @@ def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -
 def test_the_proof_sees_a_weight_left_in_float(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
     file = onnx.load_from_string(export.to_bytes(made))
-    node = next(node for node in file.graph.node if node.output[0] == "stages.1.0.conv1.weight.decoded")
+    node = next(node for node in file.graph.node if node.output[0] == "stages.1.0.conv1.weight")
     weight = made.coded["stages.1.0.conv1.weight"].decode().numpy()
     file.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
     file.graph.node.remove(node)
@@ -232,7 +237,7 @@ def _prove_audit(made: checkpoint.Checkpoint, path: Path, file: onnx.ModelProto)
 def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 4), tmp_path / "model.onnx"
     file = onnx.load_from_string(export.to_bytes(made))
-    codes = next(i for i in file.graph.initializer if i.name == "conv.weight.codes")
+    (codes,) = _codes(file, "conv.weight")
     wide = numpy_helper.from_array(made.coded["conv.weight"].codes.numpy(), codes.name)
     codes.CopyFrom(wide)
     assert _failed(_prove(made, path, file.SerializeToString())) == {"size"}
@@ -241,7 +246,8 @@ def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: 
 def test_the_proof_sees_logits_that_are_not_torchs(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
     file = onnx.load_from_string(export.to_bytes(made))
-    bias = next(i for i in file.graph.initializer if i.name == "stages.2.0.conv2.bias")
+    layer = next(node for node in file.graph.node if "stages.2.0.conv2.weight" in node.input)
+    bias = next(i for i in file.graph.initializer if i.name == layer.input[2])
     noise = np.random.default_rng(0).normal(0, 1, 64).astype(np.float32)
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + noise, bias.name))
     assert "parity" in _failed(_prove(made, path, file.SerializeToString()))
