@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2cli.codec import Coded, to_vectors
+from r2cli.codec import Coded, from_vectors, to_vectors
 from r2cli.palettize import dkm, learners, tables
 from r2cli.palettize.tables import Form
 
@@ -54,7 +54,7 @@ def test_cases_worked_by_hand(
     if form == "scalar":
         found, after = dkm.scalar(w, start, tau, iterations)
     else:
-        found, after = (t[:, 0] for t in dkm.vector(w[:, None], start[:, None], tau, iterations))
+        found, after = (t.flatten() for t in dkm.vector(w.reshape(2, 1, 3), start[:, None], tau, iterations))
     (dw,) = torch.autograd.grad(found, w, g)
     assert after.tolist() == pytest.approx(centroids, abs=1e-8)
     assert found.tolist() == pytest.approx(out, abs=1e-8)
@@ -79,20 +79,24 @@ def test_a_large_layers_scalars_are_the_naive_ones_to_the_interpolation(k: int, 
     assert after.tolist() == pytest.approx(centroids[:, 0].tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("kept", [0, 4])
 @pytest.mark.parametrize(("k", "dim", "tau"), [(4, 2, 2e-5), (16, 4, 4e-5), (2, 8, 1e-3)])
 def test_vectors_in_chunks_have_the_naive_gradient(
-    k: int, dim: int, tau: float, monkeypatch: pytest.MonkeyPatch
+    k: int, dim: int, tau: float, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dkm, "ROWS", 100)
+    monkeypatch.setattr(dkm, "CELLS", 100 * k)
+    monkeypatch.setattr(dkm, "KEPT", kept)
     generator = torch.Generator().manual_seed(0)
-    v = (0.02 * torch.randn(450, dim, generator=generator, dtype=torch.float64)).requires_grad_()
+    w = (0.02 * torch.randn(90 * dim, 5, generator=generator, dtype=torch.float64)).requires_grad_()
     start = 0.02 * torch.randn(k, dim, generator=generator, dtype=torch.float64)
-    into = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((450, dim), (k, dim))]
-    found, expected = dkm.vector(v, start, tau, 3), _naive(v, start, tau, 3)
-    for one, other in zip(found, expected, strict=True):
+    into = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((90 * dim, 5), (k, dim))]
+    soft, after = dkm.vector(w.reshape(90, dim, 5), start, tau, 3)
+    vectors, expected = _naive(to_vectors(w, dim), start, tau, 3)
+    found, naive = (soft.reshape(w.shape), after), (from_vectors(vectors, tuple(w.shape)), expected)
+    for one, other in zip(found, naive, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-14)
-    (dv,), (exact,) = torch.autograd.grad(found, v, into), torch.autograd.grad(expected, v, into)
-    assert float((dv - exact).norm() / exact.norm()) < 1e-11
+    (dw,), (exact,) = torch.autograd.grad(found, w, into), torch.autograd.grad(naive, w, into)
+    assert float((dw - exact).norm() / exact.norm()) < 1e-11
 
 
 def test_a_centroid_that_nothing_is_near_stays_and_is_finite() -> None:

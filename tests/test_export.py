@@ -99,6 +99,19 @@ def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: P
     } == between - {"Add", "Reshape"}
 
 
+def test_a_file_has_little_text_and_its_weights_have_their_names(trained: Path) -> None:
+    made = _coded(trained, 2)
+    content = export.to_bytes(made)
+    file = onnx.load_from_string(content)
+    assert set(made.coded) <= {value for node in file.graph.node for value in node.output}
+    assert not file.graph.value_info and not any(node.name or node.doc_string for node in file.graph.node)
+    held = sum(len(each.raw_data) for each in file.graph.initializer)
+    noted = sum(entry.ByteSize() for entry in file.metadata_props)
+    assert len(content) - held - noted < 55 * len(file.graph.node)
+    graph = onnx.load_from_string(export.to_bytes(checkpoint.load(trained))).graph
+    assert {"conv.weight", "conv.bias"} <= {each.name for each in graph.initializer}
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "unfolded"])
 def test_one_grid_per_tensor_passes_too(granularity: str, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 4, granularity=granularity)

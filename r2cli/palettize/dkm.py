@@ -8,7 +8,8 @@ The gradient is that of the unrolled iterations. Neither form holds the n x k at
 Scalars. Everything is a function of one number: the output F(w), its slope, and what flows back through the
 centroids. They are worked out in float64 on nodes and read off by linear interpolation; weights are put onto nodes by
 splitting each between its two neighbours. A small layer's nodes are its weights, and nothing is interpolated.
-Vectors. The attention is computed again, chunk by chunk, in every pass. |w|^2 cancels in the softmax and is left out.
+Vectors. The attention is computed chunk by chunk, and but for that of the last iteration again in every pass. |w|^2
+cancels in the softmax and is left out.
 
 Where we differ: squared distances (the authors' code uses them too), a fixed number of iterations, and the temperature
 is a share of the layer's mean squared distance to its nearest centroid, because tau is in units of the weights squared:
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 16  # scalars of a chunk
-ROWS = 1 << 14  # vectors of a chunk
+CELLS = 1 << 16  # values of the attention of a chunk of vectors
+KEPT = 4  # times the weights is as large as an attention may be that is kept for the gradient
 EXACT = 1 << 12  # up to so many scalars are their own nodes
 LEAST_NODES, MOST_NODES = 1 << 10, 1 << 16
 FINENESS = 0.25  # of a node's width in that of the step between two clusters' attention
@@ -35,48 +37,52 @@ EMPTY = 1e-30  # attention below it moves no centroid
 def attention(x: Tensor, centroids: Tensor, tau: float) -> Tensor:
     """(k, n): softmax over `centroids` (k,) of minus the squared distance to `x` (n,), over tau."""
     c = centroids[:, None]
-    return torch.softmax((2 * c * x - c * c) / tau, 0)
+    return torch.addcmul(-c * c / tau, c * (2 / tau), x).softmax(0)
 
 
-def iterate(x: Tensor, mass: Tensor, centroids: Tensor, tau: float, iterations: int) -> Tensor:
-    """The centroids before and after each iteration (iterations + 1, k) on nodes `x` (n,) of `mass` (n,), float64."""
+def iterate(x: Tensor, mass: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """On nodes `x` (n,) of `mass` (n,), float64: the centroids before and after each iteration, and F.
+
+    Of shapes (iterations + 1, k) and (n,): F is the last attention on the updated centroids.
+    """
     found = [centroids]
+    moments = torch.stack([mass, mass * x], 1)
     for _ in range(iterations):
         a = attention(x, found[-1], tau)
-        total = a @ mass
-        found.append(torch.where(total > EMPTY, (a @ (mass * x)) / total.clamp_min(EMPTY), found[-1]))
-    return torch.stack(found)
-
-
-def output(x: Tensor, centroids: Tensor, tau: float) -> Tensor:
-    """F (n,): the last attention on the updated centroids."""
-    return centroids[-1] @ attention(x, centroids[-2], tau)
+        total, sums = (a @ moments).unbind(1)
+        found.append(torch.where(total > EMPTY, sums / total.clamp_min(EMPTY), found[-1]))
+    return torch.stack(found), found[-1] @ a
 
 
 def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """The slope F' (n,), and h (n,), the gradient through the centroids; dL/dw = g F'(w) + h(w).
 
-    `g` (n,) is the incoming gradient put onto the nodes.
+    `g` (n,) is the incoming gradient put onto the nodes. With p_j the gradient of sum_i A_ij w_i, and c'_j the centroid
+    after the iteration, that of A_ij is mass_i p_j (x_i - c'_j), in the last one + g_i c'_j, and dA_ij/dx_i is
+    2/tau A_ij (c_j - sum_j A_ij c_j). So all is products of A with a few vectors, and A is all that is as large as k n.
     """
-    last = centroids[-1][:, None]
     h, slope, gc = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(centroids[-1])
+    nodes = torch.stack([mass, mass * x, mass * x * x, g, g * x], 1)
     for t in range(len(centroids) - 2, -1, -1):
-        c = centroids[t][:, None]
-        a = attention(x, centroids[t], tau)
-        steep = a * (c - (a * c).sum(0)) * (2 / tau)  # dA/dx
-        into = torch.zeros_like(a)
-        if t == len(centroids) - 2:
-            gc = a @ g
-            slope = (last * steep).sum(0)
-            into = last * g
-        total = a @ mass
-        alive = total > EMPTY
-        g_sum = torch.where(alive, gc / total.clamp_min(EMPTY), 0.0)[:, None]  # of sum A w
-        line = g_sum * (x - centroids[t + 1][:, None])  # and of sum A, at every node
-        h += (a * g_sum).sum(0) + (steep * line).sum(0)
-        into = into + mass * line
-        gz = a * (into - (a * into).sum(0))
-        gc = torch.where(alive, 0.0, gc) + (2 / tau) * ((gz @ x) - centroids[t] * gz.sum(1))
+        c, after, last = centroids[t], centroids[t + 1], t == len(centroids) - 2
+        a = attention(x, c, tau)
+        mass_0, mass_1, mass_2, g_0, g_1 = (a @ nodes).unbind(1)
+        if last:
+            gc = g_0
+        alive = mass_0 > EMPTY
+        p = torch.where(alive, gc / mass_0.clamp_min(EMPTY), 0.0)
+        each = torch.stack([c, p, p * after, p * c, p * after * c, after, after * c]) @ a
+        mean, own, own_after, own_c, own_both, out, out_c = each
+        into = x * own - own_after
+        h += own + (2 / tau) * (x * own_c - own_both - mean * into)
+        into = mass * into  # sum_j A_ij of what A_ij's gradient is
+        gz, gz_x = p * (mass_1 - after * mass_0), p * (mass_2 - after * mass_1)
+        if last:
+            slope = (2 / tau) * (out_c - mean * out)
+            into = into + g * out
+            gz, gz_x = gz + after * g_0, gz_x + after * g_1
+        less, less_x = (a @ torch.stack([into, into * x], 1)).unbind(1)
+        gc = torch.where(alive, 0.0, gc) + (2 / tau) * (gz_x - less_x - c * (gz - less))
     return slope, h
 
 
@@ -149,14 +155,14 @@ class _Scalar(torch.autograd.Function):
         start = centroids.double()
         if w.numel() <= EXACT:
             x = w.double()
-            found = iterate(x, torch.ones_like(x), start, tau, iterations)
+            found, out = iterate(x, torch.ones_like(x), start, tau, iterations)
             ctx.save_for_backward(w, found)
             ctx.nodes = ctx.mass = None
-            return output(x, found, tau).to(w.dtype), found[-1]
+            return out.to(w.dtype), found[-1]
         nodes = Nodes(w, nodes_for(w, centroids, tau))
         mass = nodes.deposit(w, None)
-        found = iterate(nodes.used, mass, start, tau, iterations)
-        value, rise = nodes.table(output(nodes.used, found, tau))
+        found, values = iterate(nodes.used, mass, start, tau, iterations)
+        value, rise = nodes.table(values)
         out = torch.empty_like(w)
         for begin in range(0, w.numel(), CHUNK):
             index, share = nodes.place(w[begin : begin + CHUNK])
@@ -194,61 +200,89 @@ def scalar(w: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[T
 
 
 def _attend(v: Tensor, centroids: Tensor, tau: float) -> Tensor:
-    """(k, n) attention of vectors `v` (n, dim), in their dtype."""
+    """(k, n) attention of vectors `v` (dim, n), in their dtype."""
     c = centroids.to(v.dtype)
-    return torch.addmm(-c.square().sum(1, keepdim=True) / tau, c * (2 / tau), v.T).softmax(0)
+    return torch.addmm(-c.square().sum(1, keepdim=True) / tau, c * (2 / tau), v).softmax(0)
+
+
+def _pieces(blocks: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """`blocks` (m, dim, positions) in pieces whose attention to `rows` centroids is small."""
+    return torch.split(blocks, max(1, CELLS // (rows * blocks.shape[2])))
+
+
+def _columns(piece: Tensor) -> Tensor:
+    """The vectors of a piece (m, dim, positions): (dim, n), a copy."""
+    return piece.transpose(0, 1).reshape(piece.shape[1], -1)
+
+
+def _back(columns: Tensor, piece: Tensor) -> Tensor:
+    """Undo `_columns`: (dim, n) in the shape of the `piece`."""
+    count, dim, positions = piece.shape
+    return columns.reshape(dim, count, positions).transpose(0, 1)
 
 
 class _Vector(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, blocks: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
+        rows, dim = centroids.shape
         found, totals = [centroids.double()], []
-        for _ in range(iterations):
+        kept: list[Tensor] = []  # the last attention: it serves the output and twice the gradient
+        for t in range(iterations):
             total, sums = torch.zeros_like(found[0][:, :1]), torch.zeros_like(found[0])
-            for part in torch.split(v, ROWS):
-                a = _attend(part, found[-1], tau)
+            for piece in _pieces(blocks, rows):
+                v = _columns(piece)
+                a = _attend(v, found[-1], tau)
                 total += a.sum(1, keepdim=True)
-                sums += a @ part
+                sums += a @ v.T
+                if t == iterations - 1 and rows <= KEPT * dim:
+                    kept.append(a)
             totals.append(total)
             found.append(torch.where(total > EMPTY, sums / total.clamp_min(EMPTY), found[-1]))
-        out, last = torch.empty_like(v), found[-1].to(v.dtype)
-        for start, part in zip(range(0, len(v), ROWS), torch.split(v, ROWS), strict=True):
-            torch.mm(_attend(part, found[-2], tau).T, last, out=out[start : start + ROWS])
-        ctx.save_for_backward(v, torch.stack(found), torch.stack(totals))
+        out, last = torch.empty_like(blocks), found[-1].to(blocks.dtype).T
+        for i, (piece, own) in enumerate(zip(_pieces(blocks, rows), _pieces(out, rows), strict=True)):
+            a = kept[i] if kept else _attend(_columns(piece), found[-2], tau)
+            own.copy_(_back(last @ a, own))
+        ctx.save_for_backward(blocks, torch.stack(found), torch.stack(totals), *kept)
         ctx.tau = tau
-        return out, found[-1].to(v.dtype)
+        return out, found[-1].to(blocks.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, g_last: Tensor) -> tuple[Tensor, None, None, None]:
-        v, found, totals = ctx.saved_tensors
-        gv = torch.zeros_like(v)
-        last, gc = found[-1].to(v.dtype), g_last.double()
+        blocks, found, totals, *kept = ctx.saved_tensors
+        gw, rows, tau = torch.zeros_like(blocks), found.shape[1], ctx.tau
+        last, gc = found[-1].to(blocks.dtype), g_last.double()
         for t in range(len(found) - 2, -1, -1):
-            is_last = t == len(found) - 2
-            alive = totals[t] > EMPTY
+            is_last, alive = t == len(found) - 2, totals[t] > EMPTY
             if is_last:  # the centroids' own gradient comes first: what flows on needs its sum
-                for part, own in zip(torch.split(v, ROWS), torch.split(g, ROWS), strict=True):
-                    gc = gc + _attend(part, found[t], ctx.tau) @ own
+                for i, (piece, own) in enumerate(zip(_pieces(blocks, rows), _pieces(g, rows), strict=True)):
+                    a = kept[i] if kept else _attend(_columns(piece), found[t], tau)
+                    gc = gc + a @ _columns(own).T
             g_sum = torch.where(alive, gc / totals[t].clamp_min(EMPTY), 0.0)
-            g_total = -(g_sum * found[t + 1]).sum(1, keepdim=True).to(v.dtype)
-            own_sum, c = g_sum.to(v.dtype), found[t].to(v.dtype)
+            g_total = -(g_sum * found[t + 1]).sum(1, keepdim=True).to(blocks.dtype)
+            own_sum, c = g_sum.to(blocks.dtype), found[t].to(blocks.dtype)
             gz_v, gz_1 = torch.zeros_like(gc), torch.zeros_like(gc[:, :1])
-            for part, own, into in zip(*(torch.split(t, ROWS) for t in (v, g, gv)), strict=True):
-                a = _attend(part, found[t], ctx.tau)
-                ga = torch.addmm(g_total, own_sum, part.T)
+            for i, (piece, own, into) in enumerate(
+                zip(*(_pieces(each, rows) for each in (blocks, g, gw)), strict=True)
+            ):
+                v = _columns(piece)
+                a = kept[i] if kept and is_last else _attend(v, found[t], tau)
+                ga = torch.addmm(g_total, own_sum, v)
                 if is_last:
-                    ga.addmm_(last, own.T)
+                    ga.addmm_(last, _columns(own))
                 gz = ga.sub_((a * ga).sum(0)).mul_(a)
-                into.addmm_(gz.T, c, alpha=2 / ctx.tau).addmm_(a.T, own_sum)
-                gz_v += gz @ part
+                into += _back((own_sum.T @ a).addmm_(c.T, gz, alpha=2 / tau), into)
+                gz_v += gz @ v.T
                 gz_1 += gz.sum(1, keepdim=True)
-            gc = torch.where(alive, 0.0, gc) + (2 / ctx.tau) * (gz_v - found[t] * gz_1)
-        return gv, None, None, None
+            gc = torch.where(alive, 0.0, gc) + (2 / tau) * (gz_v - found[t] * gz_1)
+        return gw, None, None, None
 
 
-def vector(v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """Soft vectors (n, dim) of `v`, and the centroids (k, dim) after `iterations`, which carry their gradient too."""
-    out, after = _Vector.apply(v, centroids.detach(), tau, iterations)
+def vector(blocks: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """Soft vectors in place of those in `blocks`, and the centroids (k, dim) after `iterations`, with their gradient.
+
+    `blocks` (m, dim, positions) are m times `dim` neighbouring output channels: a vector is what stands at a position.
+    """
+    out, after = _Vector.apply(blocks, centroids.detach(), tau, iterations)
     return out, after
 
 

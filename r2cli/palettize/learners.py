@@ -89,26 +89,24 @@ class Dkm(Learner):
 
     def _soft(self, w: Tensor) -> Tensor:
         taus = (self.spread * self.share).clamp_min(LEAST_TAU**2).tolist()
-        groups = len(taus)
-        if self.form.dim == 1:
-            flat = _in_memory(w)
-            parts = []
+        groups, dim = len(taus), self.form.dim
+        flat, parts = _in_memory(w), []
+        if dim == 1:
             for group, part in enumerate(flat.reshape(groups, -1)):
                 own, after = dkm.scalar(part, self.centroids[group, :, 0], taus[group], self.iterations)
                 self.centroids[group, :, 0] = after
                 parts.append(own)
-            return _as_before(torch.cat(parts) if groups > 1 else parts[0], w)
-        vectors = to_vectors(w, self.form.dim)
-        short = w.shape[0] % self.form.dim
-        tail = w[0].numel() if short else 0
-        parts = []
-        for group, part in enumerate(vectors[: len(vectors) - tail].chunk(groups)):
-            own, after = dkm.vector(part, self.centroids[group], taus[group], self.iterations)
-            self.centroids[group] = after.detach()
-            parts.append(own)
-        if short:
-            parts.append(_filled_up(vectors[-tail:], short, after, taus[0]))
-        return from_vectors(torch.cat(parts), self.shape)
+        else:
+            channels = flat.reshape(w.shape[0], -1)
+            short = w.shape[0] % dim
+            blocks = channels[: w.shape[0] - short].reshape(-1, dim, channels.shape[1])
+            for group, part in enumerate(blocks.chunk(groups)):
+                own, after = dkm.vector(part, self.centroids[group], taus[group], self.iterations)
+                self.centroids[group] = after.detach()
+                parts.append(own.reshape(-1))
+            if short:
+                parts.append(_filled_up(channels[-short:], after, taus[0]).reshape(-1))
+        return _as_before(torch.cat(parts) if len(parts) > 1 else parts[0], w)
 
     def _hard(self, w: Tensor) -> Tensor:
         """The nearest centroids, moved to the means of what is nearest to them; a gradient for each cluster."""
@@ -192,11 +190,11 @@ def each(model: nn.Module, learners: Mapping[str, Learner]) -> Iterator[tuple[Le
         yield learner, original(model.get_submodule(name)).detach()
 
 
-def _filled_up(v: Tensor, short: int, centroids: Tensor, tau: float) -> Tensor:
-    """Soft vectors of the last block, of which only `short` values are weights: near in those, and without a vote."""
-    own = centroids[:, :short]
-    distance = (v[:, None, :short] - own).square().sum(2)
-    return torch.softmax(-distance / tau, 1) @ centroids
+def _filled_up(v: Tensor, centroids: Tensor, tau: float) -> Tensor:
+    """Soft channels of a last block (channels, positions) that is short: near in what they have, and without a vote."""
+    own = centroids[:, : len(v)]
+    distance = (v.T[:, None] - own).square().sum(2)
+    return (torch.softmax(-distance / tau, 1) @ own).T
 
 
 def _in_memory(w: Tensor) -> Tensor:
