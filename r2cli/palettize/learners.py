@@ -22,6 +22,7 @@ class Learner(nn.Module):
     """What the learners of all methods have: centroids (groups, rows, dim) and a hard weight."""
 
     centroids: Tensor
+    trains_weight = True  # whether the float weight has a gradient
 
     def __init__(self, shape: tuple[int, ...], form: Form) -> None:
         super().__init__()
@@ -135,6 +136,7 @@ class Shared(Learner):
     """
 
     codes: Tensor
+    trains_weight = False
 
     def __init__(self, w: Tensor, form: Form, iterations: int, generator: torch.Generator) -> None:
         super().__init__(tuple(w.shape), form)
@@ -164,7 +166,9 @@ LEARNERS: Mapping[str, Any] = {"dkm": Dkm, "shared": Shared}
 def put_on(model: nn.Module, learners: Mapping[str, Learner]) -> None:
     """Let every named layer of `model` compute with what its learner makes of its weight; in place."""
     for name, learner in learners.items():
-        parametrize.register_parametrization(model.get_submodule(name), "weight", learner)
+        module = model.get_submodule(name)
+        parametrize.register_parametrization(module, "weight", learner)
+        original(module).requires_grad_(learner.trains_weight)
 
 
 def take_off(model: nn.Module, learners: Mapping[str, Learner]) -> dict[str, Coded]:
