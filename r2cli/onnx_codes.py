@@ -68,7 +68,8 @@ def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables:
     index_shape = (groups, count) if groups > 1 else shape if dim == 1 else (count,)
     nodes = _index(graph, name, coded, index_shape, tables)
     if groups > 1:
-        nodes.append(_reshape(graph, tables, nodes[-1], index_shape))
+        if palette.bits <= 3:
+            nodes.append(_reshape(graph, tables, nodes[-1], index_shape))
         offset = np.arange(groups, dtype=np.int32).reshape(-1, 1) << palette.bits
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], initializer(graph, f"{name}.offset", offset)]))
     rows = palette.lut.reshape(-1, dim) if dim > 1 else palette.lut.reshape(-1)
