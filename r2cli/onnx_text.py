@@ -20,6 +20,8 @@ LETTERS = {
     "scale": "s",
     "zero_point": "z",
     "bias": "b",
+    "lowest": "f",  # code of an activation below 8 bits, and highest
+    "highest": "g",
 }
 CODES = ("c", "h", "l")
 SHARED = {"shape": "d", "every": "e"}  # the first part of a name that no layer owns
