@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2cli import checkpoint, data, models, regularizers, train
+from r2cli import checkpoint, data, regularizers, train
 from r2cli.data import Share
 
 CPU = torch.device("cpu")
@@ -113,23 +113,6 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
     alone = subprocess.run([sys.executable, *command(broken, "--resume", "--json")], capture_output=True, text=True)
     assert alone.returncode == 0 and len(json.loads(alone.stdout)["epochs"]) == 2
     assert [path.name for path in broken.iterdir()] == ["model.safetensors"]
-
-
-@pytest.mark.parametrize("method", ["dkm", "shared"])
-def test_two_processes_train_palettes(method: str, tmp_path: Path) -> None:
-    source, output = tmp_path / "model.safetensors", tmp_path / "palette.safetensors"
-    train.seed_everything(0)
-    spec = models.spec("resnet8", classes=10, channels=1, size=8)
-    floats = {name: tensor.contiguous() for name, tensor in models.build(spec).state_dict().items()}
-    images = checkpoint.InputSpec(1, 8, 8, (0.5,), (0.5,))
-    checkpoint.save(checkpoint.Checkpoint(spec, images, tuple("0123456789"), floats), source)
-    options = ["--bits", "2", "--epochs", "2", "--hard-epochs", "1", "--batch-size", "200", "--calibration", "200"]
-    options += ["--method", method, "--data", "digits", "--device", "cpu", "--json"]
-    done = torchrun("-m", "r2cli", "palettize", str(source), *options, "-o", str(output))
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)  # one object: the other process printed nothing
-    assert report["passed"] and len(report["epochs"]) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {source.name, output.name, "palette.onnx"}
 
 
 def test_a_command_for_one_process_says_so(tmp_path: Path) -> None:
