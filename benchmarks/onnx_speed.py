@@ -109,9 +109,8 @@ def files(name: str, folder: Path) -> tuple[dict[str, Path], dict[str, verify.Pr
     return paths, proofs
 
 
-def least_ms(runs: Mapping[str, Callable[[Tensor], Tensor]], rounds: int) -> dict[str, float]:
+def least_ms(runs: Mapping[str, Callable[[Tensor], Tensor]], rounds: int, image: Tensor) -> dict[str, float]:
     """The least time of one image, in ms, of functions that take turns; the first five rounds do not count."""
-    image = noise(1, seed=4)[0][:1]
     least = dict.fromkeys(runs, float("inf"))
     order = random.Random(0)
     for number in range(rounds + 5):
@@ -125,7 +124,7 @@ def least_ms(runs: Mapping[str, Callable[[Tensor], Tensor]], rounds: int) -> dic
 
 def rows(name: str, paths: Mapping[str, Path], rounds: int) -> list[list[str]]:
     """The speed table's rows of one network."""
-    least = least_ms({what: verify.runner(path, threads=1) for what, path in paths.items()}, rounds)
+    least = least_ms({what: verify.runner(path, threads=1) for what, path in paths.items()}, rounds, noise(1, 4)[0][:1])
     found = []
     for what, path in paths.items():
         counts = verify.node_counts(path)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
-from r2cli import attach, graph, observers
+from r2cli import attach, graph, observers, placement
 from r2cli.codec import Coded, Grid
 from r2cli.errors import R2Error
 
@@ -54,7 +54,7 @@ def calibrate(
 
     Raises InputError where there is no image, R2Error for a value that is not finite.
     """
-    seen = attach.observe(net, graph.values(net, shape), images, observers.observer(rule))
+    seen = attach.observe(net, placement.values(net, shape), images, observers.observer(rule))
     for name, watch in seen.items():
         if not watch.finite:
             raise R2Error(f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged")

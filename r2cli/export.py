@@ -52,10 +52,20 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 class _GlobalAveragePool(nn.Module):
-    """The mean of every channel: (n, c, h, w) to (n, c, 1, 1). torch would write a ReduceMean, which stays float."""
+    """The mean of every channel: (n, c, h, w) to (n, c, 1, 1), or to (n, c) where `flat`.
+
+    torch would write a ReduceMean, which stays float.
+    """
+
+    def __init__(self, *, flat: bool = False) -> None:
+        super().__init__()
+        self.flat = flat
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic("GlobalAveragePool", (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1))
+        if x.ndim != 4:
+            return x.mean((2, 3))
+        mean = torch.onnx.ops.symbolic("GlobalAveragePool", (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1))
+        return mean.flatten(1) if self.flat else mean
 
 
 class _QuantizeDequantize(nn.Module):
@@ -106,6 +116,35 @@ class _Relu6(nn.Module):
         return torch.onnx.ops.symbolic("Clip", (x, self.low, self.high), dtype=x.dtype, shape=x.shape)
 
 
+class _HardSigmoid(nn.Module):
+    """min(max(x / 6 + 1 / 2, 0), 1), any shape. On a grid: the sum x + 3 on six times that grid, which clips it."""
+
+    three: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    sixfold: Tensor
+
+    def __init__(self, grid: Grid | None) -> None:
+        super().__init__()
+        self.on_grid = grid is not None
+        if grid is not None:
+            self.register_buffer("three", torch.tensor(255, dtype=torch.uint8))
+            self.register_buffer("third", torch.tensor(3 / 255))
+            self.register_buffer("scale", grid.scale)
+            self.register_buffer("zero_point", grid.zero_point.to(torch.uint8))
+            self.register_buffer("sixfold", 6 * grid.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        symbolic, shape = torch.onnx.ops.symbolic, x.shape
+        if not self.on_grid:
+            return symbolic("HardSigmoid", (x,), {"alpha": 1 / 6}, dtype=x.dtype, shape=shape)
+        zero = self.zero_point
+        three = symbolic("DequantizeLinear", (self.three, self.third, zero), dtype=torch.float32, shape=())
+        total = symbolic("Add", (x, three), dtype=torch.float32, shape=shape)
+        codes = symbolic("QuantizeLinear", (total, self.sixfold, zero), dtype=torch.uint8, shape=shape)
+        return symbolic("DequantizeLinear", (codes, self.scale, zero), dtype=torch.float32, shape=shape)
+
+
 def _standard_operators(net: fx.GraphModule) -> None:
     """Put in place of modules the operators that runtimes have integer kernels for; in place."""
 
@@ -117,24 +156,42 @@ def _standard_operators(net: fx.GraphModule) -> None:
             return nn.ReLU()
         if graph.is_a(net, node, (nn.ReLU6, F.relu6)):
             return _Relu6()
+        if graph.is_a(net, node, (nn.Hardsigmoid, F.hardsigmoid)):
+            return _HardSigmoid(None)
         if _is_global_mean(net, node):
-            return _GlobalAveragePool()
+            return _GlobalAveragePool(flat=not graph.is_a(net, node, (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)))
         return None
 
     graph.repeat_grids(net)
+    _join_hard_sigmoids(net)
     clips = {node: graph.module_of(net, node) for node in net.graph.nodes}
     on_grids = [node for node, module in clips.items() if isinstance(module, attach.OnGrid)]
     bounds = {n: c.high for n in on_grids if isinstance(c := clips[n.all_input_nodes[0]], Clip)}
     graph.replace_calls(net, replacement)
 
 
+def _join_hard_sigmoids(net: fx.GraphModule) -> None:
+    """Make one of every hard sigmoid and the 8-bit grid that alone reads it; in place."""
+    for node in list(net.graph.nodes):
+        user = graph.only_user(node)
+        if user is None or not graph.is_a(net, node, (nn.Hardsigmoid, F.hardsigmoid)):
+            continue
+        module = graph.module_of(net, user)
+        if isinstance(module, attach.OnGrid) and module.grid.bits == 8 and graph.is_grid(node.all_input_nodes[0]):
+            user.replace_input_with(node, node.all_input_nodes[0])
+            net.graph.erase_node(node)
+            net.add_submodule(f"replaced.{node.name}", _HardSigmoid(module.grid))
+            user.target = f"replaced.{node.name}"
+
+
 def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
-    module = graph.module_of(net, node)
+    """Whether `node` takes the mean of every channel of an image (n, c, h, w)."""
+    module, given = graph.module_of(net, node), (*node.args[1:], *node.kwargs.values())
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return module.output_size in (1, (1, 1))
     if graph.is_a(net, node, (F.adaptive_avg_pool2d,)):
-        return (*node.args[1:], *node.kwargs.values())[0] in (1, (1, 1), [1, 1])
-    return False
+        return given[0] in (1, (1, 1), [1, 1])
+    return graph.is_a(net, node, (torch.mean, "mean")) and given in (([2, 3],), ((2, 3),))
 
 
 def _export(net: nn.Module, shape: tuple[int, ...]) -> ir.Model:

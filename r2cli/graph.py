@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torchvision.ops import stochastic_depth
 
+from r2cli.attention import REWRITTEN, cut, pad_to_windows
 from r2cli.clip import Clip
 from r2cli.errors import InputError, R2Error, unknown
 
@@ -27,13 +28,17 @@ GRIDS = "grids."  # the modules on edges, by the name of the node whose value th
 # Fused into the layer or the sum before them, by us and by every runtime.
 ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, Clip, F.relu, F.relu6, torch.relu, "relu", "relu_")
 # They do nothing in evaluation.
-NOTHING: tuple[Any, ...] = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout)
+NOTHING: tuple[Any, ...] = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, stochastic_depth)
 # They choose, move or copy values that are on a grid already, so their output needs no grid of its own.
 PASSING: tuple[Any, ...] = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.Flatten),
     *(F.max_pool2d, torch.flatten, torch.reshape, torch.permute, torch.transpose),
     *(operator.getitem, "flatten", "view", "reshape", "permute", "transpose", "contiguous"),
+    *(torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze", "expand", "roll", pad_to_windows, cut),
+    *(torch.chunk, torch.split, "chunk", "split"),
 )
+# Their values are tuples.
+TUPLES: tuple[Any, ...] = (torch.chunk, torch.split, "chunk", "split")
 # They read a value's shape and not the value.
 SHAPES: tuple[Any, ...] = (getattr, "size", "dim")
 
@@ -54,20 +59,50 @@ class Layer:
         return f"{self.name}.weight"
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in REWRITTEN or super().is_leaf_module(m, module_qualified_name)
+
+
+class Unreadable(InputError):
+    """A network whose graph torch.fx cannot trace."""
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
-    """`model` as a graph over the same modules, in evaluation mode. Raises InputError naming what cannot be traced."""
+    """`model` as a graph over the same modules, in evaluation mode. Raises Unreadable naming what cannot be traced."""
+    tracer = _Tracer()
     try:
-        net = fx.symbolic_trace(model.eval())
+        net = fx.GraphModule(model.eval(), tracer.trace(model))
+        rewritten = {name: REWRITTEN[type(m)](m, name) for name, m in net.named_modules() if type(m) in REWRITTEN}
+        for name, module in rewritten.items():
+            net.set_submodule(name, module.eval())
+        net = fx.symbolic_trace(net) if rewritten else net
     except Exception as error:
-        raise InputError(
-            f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}): "
-            "torch.fx must be able to trace it, so take out what depends on the values of tensors"
+        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
+        raise Unreadable(
+            f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}"
+            f"{f', at the node {last.name!r}' if last is not None else ''}): "
+            "torch.fx must be able to trace it, so take out what depends on the values of tensors, or quantize the "
+            "weights alone: r2 ptq --method none --act-bits none"
         ) from error
     for node in list(net.graph.nodes):
         if is_a(net, node, NOTHING):
             _bypass(net, node)
+        elif is_a(net, node, (nn.SiLU, F.silu)):
+            _as_product(net, node, torch.sigmoid)
+        elif is_a(net, node, (nn.Hardswish, F.hardswish)):
+            _as_product(net, node, F.hardsigmoid)
     net.recompile()
     return net
+
+
+def _as_product(net: fx.GraphModule, node: fx.Node, factor: Callable[..., Tensor]) -> None:
+    """Write an activation x * factor(x) as that: its parts can run on integers."""
+    with net.graph.inserting_before(node):
+        gate = net.graph.call_function(factor, (node.args[0],))
+        product = net.graph.call_function(operator.mul, (node.args[0], gate))
+    node.replace_all_uses_with(product)
+    net.graph.erase_node(node)
 
 
 def layers(net: fx.GraphModule) -> list[Layer]:
@@ -135,28 +170,6 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return factor, (shift if norm.bias is None else shift + norm.bias.detach().double())
 
 
-def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
-    """The nodes whose values need a grid for the whole graph to run on integers, for inputs of `shape` (without batch).
-
-    They are the input, and the outputs of whatever computes: a layer with the activation that follows it, a sum, a
-    pooled mean. The network's own output stays float.
-    """
-    with torch.no_grad():
-        # Two images, so that nothing mistakes the batch for a dimension of size one.
-        ShapeProp(net).propagate(torch.zeros(2, *shape, device=_device(net)))
-    found = []
-    for node in net.graph.nodes:
-        meta = node.meta.get("tensor_meta")
-        computes = node.op != "output" and not is_a(net, node, PASSING)
-        if not computes or not hasattr(meta, "dtype") or meta.dtype != torch.float32:
-            continue
-        user = only_user(node)
-        fused = user is not None and is_a(net, user, ACTIVATIONS) and node.op != "placeholder"
-        if not fused and not _is_result(net, node):
-            found.append(node.name)
-    return found
-
-
 def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
     """Put a module on the value of each named node, in the place of one that is there: all then read the module.
 
@@ -182,8 +195,12 @@ def source(net: fx.GraphModule, node: fx.Node) -> str | None:
     read = node.args[0] if node.args else None
     while isinstance(read, fx.Node) and is_a(net, read, PASSING):
         read = read.args[0] if read.args else None
-    on_grid = isinstance(read, fx.Node) and read.op == "call_module" and str(read.target).startswith(GRIDS)
-    return str(read.target).removeprefix(GRIDS) if on_grid and isinstance(read, fx.Node) else None
+    return str(read.target).removeprefix(GRIDS) if isinstance(read, fx.Node) and is_grid(read) else None
+
+
+def is_grid(node: fx.Node) -> bool:
+    """Whether `node` rounds a value to its grid."""
+    return node.op == "call_module" and str(node.target).startswith(GRIDS)
 
 
 def repeat_grids(net: fx.GraphModule) -> None:
@@ -193,7 +210,7 @@ def repeat_grids(net: fx.GraphModule) -> None:
     where they find the grid on both of its sides.
     """
     for node in list(net.graph.nodes):
-        where = source(net, node) if is_a(net, node, PASSING) else None
+        where = source(net, node) if is_a(net, node, PASSING) and not is_a(net, node, TUPLES) else None
         if where is not None:
             with net.graph.inserting_after(node):
                 call = net.graph.call_module(f"{GRIDS}{where}", (node,))
@@ -274,19 +291,6 @@ def _bypass(net: fx.GraphModule, node: fx.Node) -> None:
     assert isinstance(before, fx.Node)
     node.replace_all_uses_with(before)
     net.graph.erase_node(node)
-
-
-def _is_result(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` reaches the output through nothing that computes."""
-    return any(_leads_out(net, user) for user in node.users)
-
-
-def _leads_out(net: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "output" or (is_a(net, node, PASSING) and _is_result(net, node))
-
-
-def _device(net: nn.Module) -> torch.device:
-    return next((p.device for p in net.parameters()), torch.device("cpu"))
 
 
 def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:

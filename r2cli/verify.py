@@ -9,7 +9,7 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -21,10 +21,10 @@ import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from r2cli import checkpoint as checkpoints
-from r2cli import export, onnx_text
+from r2cli import export, onnx_floats, onnx_text, placement
 from r2cli.checkpoint import Checkpoint, InputSpec
 from r2cli.codec import Coded, Palette, packed_bytes
 from r2cli.data import Batch
@@ -64,8 +64,10 @@ def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterabl
     Raises InputError where the file is not a readable ONNX model.
     """
     file = read(path)
+    on_grids = isinstance(model, fx.GraphModule) and bool(checkpoint.activations)
+    left = placement.left_in_float(model, checkpoint.input.shape) if on_grids else None  # type: ignore[arg-type]
     checks = [
-        _all_integer(file, checkpoint.coded),
+        _announced(file, _all_integer(file, checkpoint.coded), left),
         _same_codes(file, checkpoint.coded),
         _size(file, path, checkpoint.coded),
     ]
@@ -82,6 +84,7 @@ def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterabl
         "sqnr_db": compared["default"].sqnr,
         "samples": compared["default"].samples,
         "nodes": node_counts(path),
+        "float_operations": [each.__dict__ for each in left or ()],
         "ticks": f"{sum(check.passed for check in checks)}/{len(checks)}",
         "cpu": cpu(),
     }
@@ -212,6 +215,21 @@ def _all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
     if any(has_float_table(one) for one in coded.values()):
         held += " of codes, float tables"
     return Check("integer weights", True, f"{len(coded)} layers ({held})")
+
+
+def _announced(file: onnx.ModelProto, weights: Check, left: Sequence[placement.Left] | None) -> Check:
+    """`weights`, and that between grids the file computes in float only what the network says that it leaves there."""
+    if left is None or not weights.passed:
+        return weights
+    found = onnx_floats.operators(file)
+    foreign = any(not each.operators for each in left)  # what r2 does not know may be any operator, but no layer
+    allowed = {operator for each in left for operator in each.operators}
+    unsaid = {op: n for op, n in found.items() if op not in allowed and (not foreign or op.startswith("layer"))}
+    if unsaid:
+        told = ", ".join(f"{count} {op}" for op, count in sorted(unsaid.items()))
+        return replace(weights, passed=False, detail=f"{told} in float that the network does not leave there")
+    told = f"; {len(left)} operations stay float, as announced" if left else "; nothing stays float"
+    return replace(weights, detail=weights.detail + told)
 
 
 def has_float_table(coded: Coded) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2cli import graph, models
+from r2cli import graph, models, placement
 from r2cli.errors import InputError
 
 
@@ -50,7 +50,7 @@ def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
     model = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
     net = graph.trace(model)
     graph.remove_norms(net)
-    assert graph.values(net, (1, 8, 8)) == [
+    assert placement.values(net, (1, 8, 8)) == [
         *["x", "relu", "stages_0_0_relu1", "stages_0_0_conv2", "stages_0_0_relu2"],
         *["stages_1_0_relu1", "stages_1_0_conv2", "stages_1_0_shortcut_0", "stages_1_0_relu2"],
         *["stages_2_0_relu1", "stages_2_0_conv2", "stages_2_0_shortcut_0", "stages_2_0_relu2", "pool"],
@@ -60,7 +60,7 @@ def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
 def test_a_shared_relu_is_two_places() -> None:
     net = graph.trace(models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None)))
     graph.remove_norms(net)
-    names = graph.values(net, (3, 32, 32))
+    names = placement.values(net, (3, 32, 32))
     assert "layer1_0_relu" in names and "layer1_0_relu_1" in names
 
 
@@ -114,7 +114,7 @@ def test_a_shape_that_is_read_is_no_value_on_a_grid() -> None:
     net = graph.trace(ByHand())
     assert [layer.norm for layer in graph.layers(net)] == ["norm", None]
     graph.remove_norms(net)
-    assert graph.values(net, (3, 8, 8)) == ["x", "relu", "avg_pool2d"]
+    assert placement.values(net, (3, 8, 8)) == ["x", "relu", "avg_pool2d"]
     graph.insert(net, {name: nn.Identity() for name in ("x", "relu", "avg_pool2d")})
     graph.repeat_grids(net)
     on_grids = [node for node in net.graph.nodes if str(node.target).startswith(graph.GRIDS)]

@@ -18,15 +18,16 @@ LAYERS = [
     ["errors", "options", "console"],
     ["codec", "counts", "grid_search", "tensors", "clip"],
     ["checkpoint"],
-    ["models", "data", "graph", "observers", "regularizers", "weights"],
+    ["attention"],
+    ["models", "data", "graph", "observers", "placement", "regularizers", "weights"],
     ["distributed", "resume"],
     ["train", "attach", "activations", "analyze"],
-    ["ptq", "palettize", "onnx_codes", "onnx_text", "export", "verify", "report"],
+    ["ptq", "palettize", "onnx_codes", "onnx_floats", "onnx_text", "export", "verify", "report"],
     ["onnx_weights"],
     ["recipe", "cli"],
 ]
 # Methods know nothing of each other, and neither do the places that results go to.
-METHODS, PLACES = ("ptq", "palettize"), ("export", "onnx_codes", "onnx_text", "verify")
+METHODS, PLACES = ("ptq", "palettize"), ("export", "onnx_codes", "onnx_floats", "onnx_text", "verify")
 STRANGERS = [
     *((one, other) for one in METHODS for other in METHODS if one != other),
     *(pair for one in METHODS for place in PLACES for pair in ((one, place), (place, one))),
@@ -35,7 +36,7 @@ FOLDERS = ("models", "data", "ptq", "palettize", "cli", "analyze", "report")
 OWNERS = {
     "rich": {"console"},
     "safetensors": {"checkpoint"},
-    "onnx": {"verify", "onnx_weights"},
+    "onnx": {"verify", "onnx_floats", "onnx_weights"},
     "onnx_ir": {"export", "onnx_codes", "onnx_text"},
     "onnxruntime": {"verify"},
     "typer": {"options", "cli"},

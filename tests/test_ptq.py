@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import activations, attach, checkpoint, data, graph, observers, ptq, train
+from r2cli import activations, attach, checkpoint, data, graph, observers, placement, ptq, train
 from r2cli.codec import Grid
 from r2cli.errors import InputError, R2Error
 from r2cli.ptq import ranges
@@ -88,7 +88,7 @@ def test_every_weight_is_coded_and_every_edge_has_a_grid(float_one: checkpoint.C
     coded, rows = _quantize(float_one, _settings(4))
     net = graph.trace(attach.network(replace(coded, activations={})))
     assert set(coded.coded) == {layer.weight for layer in graph.layers(net)} == {f"{row.layer}.weight" for row in rows}
-    assert set(coded.activations) == set(graph.values(net, coded.input.shape))
+    assert set(coded.activations) == set(placement.values(net, coded.input.shape))
     assert not any("norm" in name or "running" in name for name in coded.floats)
 
 

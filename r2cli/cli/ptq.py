@@ -212,7 +212,7 @@ def ptq(
         report["relu_top1"] = _top1_with_relu(made, loaded, where) if measured else None
     top1 = f"top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f})" if measured else "accuracy not measured"
     shown = [
-        _layers(rows),
+        _layers(rows, report["float_operations"]),
         *deliver.told(proof),
         *([_again(settings, rows)] if choice else []),
         *_origins(report, calibration),
@@ -272,8 +272,15 @@ def _again(settings: "worker.Settings", rows: "Sequence[worker.Row]") -> str:
     return f"{mean:.2f} bits a weight on average; the same again: --weight-bits {settings.weight_bits}{kept}"
 
 
-def _layers(rows: Sequence[Any]) -> Any:
+def _layers(rows: Sequence[Any], left: Sequence[Mapping[str, Any]]) -> Any:
+    """A row for every layer, and one for every kind of operation that stays float, with the reason."""
     cells = [
         (row.layer, "x".join(map(str, row.shape)), row.bits, row.grid, f"{row.sqnr:.1f}", row.note) for row in rows
     ]
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for each in left:
+        kinds.setdefault((each["kind"], each["reason"]), []).append(each["node"])
+    for (kind, reason), nodes in kinds.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        cells.append((f"{nodes[0]}{more}", "", "", "float", "", f"{kind}: {reason}"))
     return console.table(("layer", "shape", "bits", "grid", "dB", "note"), cells)

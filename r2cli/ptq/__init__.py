@@ -96,7 +96,12 @@ def quantize(
     parts = _parts(settings)
     if method.rounds is not None and images is None:
         raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
-    net, factors, normals, notes = _prepare(checkpoint, settings)
+    try:
+        net, factors, normals, notes = _prepare(checkpoint, settings)
+    except graph.Unreadable:
+        if settings.act_bits is not None or method.rounds is not None or parts:
+            raise
+        return _weights_alone(checkpoint, settings)
     coded = _nearest(net, settings, factors)
     if ABSORB in parts:
         notes.append(equalize.absorb(net, normals))
@@ -244,6 +249,26 @@ def _nearest(net: fx.GraphModule, settings: Settings, factors: Mapping[str, Tens
         coded[layer.weight], folded = _on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
         weight.copy_(folded)
     return coded
+
+
+def _weights_alone(checkpoint: Checkpoint, settings: Settings) -> tuple[Checkpoint, list[Row]]:
+    """Codes of the weights of all layers, BatchNorm left where it is: what needs no graph.
+
+    Raises InputError for attention whose weights are in no layer.
+    """
+    model = attach.network(checkpoint)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, graph.LAYERS)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            raise InputError(f"the weights of the attention '{name}' are in no layer: use linear layers there")
+    bits = graph.by_pattern(modules, settings.weight_bits, settings.keep)
+    coded, rows = {}, []
+    for name, module in modules.items():
+        one, weight = _on_grid(module.weight, bits[name], settings, None)
+        coded[f"{name}.weight"] = one
+        rows.append(_row(name, one, weight, settings.granularity, "BatchNorm not folded: the graph was not read"))
+    floats = {name: tensor for name, tensor in checkpoint.floats.items() if name not in coded}
+    return replace(checkpoint, floats=floats, coded=coded), rows
 
 
 def _visit(

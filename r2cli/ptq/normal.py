@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from r2cli import graph
+from r2cli import graph, placement
 from r2cli.checkpoint import InputSpec
 from r2cli.clip import Clip
 from r2cli.errors import InputError
@@ -112,7 +112,7 @@ def ranges(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) 
     """The (least, greatest) value of each node that needs a grid. Raises InputError naming one that is not known."""
     known = values(net, normals, spec)
     found = {}
-    for name in graph.values(net, spec.shape):
+    for name in placement.values(net, spec.shape):
         if name not in known:
             raise InputError(
                 f"the range of the value '{name}' is not known without data, because no BatchNorm gives its "

@@ -1,0 +1,144 @@
+"""Attention, and Swin's merging of patches, as a graph can show them: linear layers as layers, the rest as functions.
+
+torch.fx takes `nn.MultiheadAttention` as one module, with the projections' weights hidden in it, and Swin's windowed
+attention (Liu et al., "Swin Transformer", 2021) as one function of those weights. `REWRITTEN` says what stands for
+each: a module of the same function in evaluation, over the same parameters. Names stay, but for `in_proj_weight` and
+`in_proj_bias`, which become `in_proj.weight` and `in_proj.bias`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torchvision.models.swin_transformer import PatchMerging, ShiftedWindowAttention
+
+from r2cli.errors import InputError
+
+
+@fx.wrap  # type: ignore[misc]
+def attend(projected: Tensor, heads: int) -> Tensor:
+    """Softmax attention of (n, tokens, 3 * width) = queries, keys, values: (n, tokens, width)."""
+    split = projected.unflatten(2, (3, heads, -1))  # n, tokens, 3, heads, width of a head
+    query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+@fx.wrap  # type: ignore[misc]
+def attend_in_windows(projected: Tensor, bias: Tensor, window: list[int], shift: list[int], heads: int) -> Tensor:
+    """Softmax attention within windows of a map (n, h, w, 3 * width), h and w multiples of `window`: (n, h, w, width).
+
+    `bias` (1, heads, tokens, tokens) is added to the scores; the map is rolled by `shift` before, and back after.
+    """
+    _, height, width, _ = projected.shape
+    # A window as large as the map sees all of it already.
+    rolled = [0 if size >= whole else by for size, whole, by in zip(window, (height, width), shift, strict=True)]
+    if any(rolled):
+        projected = projected.roll((-rolled[0], -rolled[1]), (1, 2))
+    rows, columns = height // window[0], width // window[1]
+    tokens = window[0] * window[1]
+    split = projected.reshape(-1, rows, window[0], columns, window[1], 3, heads, projected.shape[3] // (3 * heads))
+    # three, n, row, column, heads, position in the window, width of a head
+    query, key, value = split.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, tokens, split.shape[-1]).unbind(0)
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1) + bias
+    if any(rolled):
+        mask = _apart(height, width, window, rolled).to(scores)
+        scores = (scores.reshape(-1, len(mask), heads, tokens, tokens) + mask.unsqueeze(1)).flatten(0, 1)
+    mixed = (scores.softmax(-1) @ value).reshape(-1, rows, columns, heads, *window, split.shape[-1])
+    whole = mixed.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads * split.shape[-1])
+    return whole.roll((rolled[0], rolled[1]), (1, 2)) if any(rolled) else whole
+
+
+def _apart(height: int, width: int, window: list[int], shift: list[int]) -> Tensor:
+    """-100 between positions of a window that only the roll made neighbours, else 0: (windows, tokens, tokens)."""
+    regions = []
+    for whole, size, by in zip((height, width), window, shift, strict=True):
+        position = torch.arange(whole)
+        regions.append((position >= whole - size).int() + (position >= whole - by).int())
+    region = 3 * regions[0].unsqueeze(1) + regions[1]
+    region = region.reshape(height // window[0], window[0], width // window[1], window[1])
+    region = region.transpose(1, 2).reshape(-1, window[0] * window[1])
+    return -100.0 * (region.unsqueeze(1) != region.unsqueeze(2)).float()
+
+
+@fx.wrap  # type: ignore[misc]
+def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:
+    """(n, h, w, c) with zeros after it, h and w multiples of `window`."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
+
+
+@fx.wrap  # type: ignore[misc]
+def cut(x: Tensor, like: Tensor) -> Tensor:
+    """(n, h, w, c) without what `pad_to_windows` added to `like`."""
+    return x[:, : like.shape[1], : like.shape[2]]
+
+
+@fx.wrap  # type: ignore[misc]
+def gather_patches(x: Tensor) -> Tensor:
+    """The four neighbours of every second position side by side: (n, h, w, c) to (n, ceil(h/2), ceil(w/2), 4 * c)."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    return torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
+
+
+class SelfAttention(nn.Module):
+    """An `nn.MultiheadAttention` that attends to its own input without a mask: (n, tokens, width) to the same."""
+
+    def __init__(self, old: nn.MultiheadAttention, name: str) -> None:
+        super().__init__()
+        width = old.embed_dim
+        if not old.batch_first or not old._qkv_same_embed_dim or old.bias_k is not None or old.add_zero_attn:
+            raise InputError(_refused(name, "its input is not (n, tokens, width), or has keys of their own"))
+        self.name, self.heads, self.out_proj = name, old.num_heads, old.out_proj
+        self.in_proj = nn.Linear(width, 3 * width, bias=old.in_proj_bias is not None, device="meta")
+        self.in_proj.weight = old.in_proj_weight
+        self.in_proj.bias = old.in_proj_bias
+
+    def forward(self, query: Any, key: Any, value: Any, *masks: Any, **options: Any) -> Any:
+        given = [*masks, *(options.get(kind) for kind in ("key_padding_mask", "attn_mask"))]
+        if query is not key or key is not value or any(each is not None for each in given):
+            raise InputError(_refused(self.name, "it attends to other values than its own, or through a mask"))
+        return self.out_proj(attend(self.in_proj(query), self.heads)), None
+
+
+class WindowAttention(nn.Module):
+    """torchvision's `ShiftedWindowAttention`: (n, h, w, width) to the same."""
+
+    def __init__(self, old: ShiftedWindowAttention, name: str) -> None:
+        super().__init__()
+        self.window, self.shift, self.heads = list(old.window_size), list(old.shift_size), old.num_heads
+        self.qkv, self.proj = old.qkv, old.proj
+        self.relative_position_bias_table = old.relative_position_bias_table
+        self.register_buffer("relative_position_index", old.relative_position_index)
+
+    def forward(self, x: Any) -> Any:
+        tokens = self.window[0] * self.window[1]
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        bias = table[index].reshape(tokens, tokens, -1).permute(2, 0, 1).unsqueeze(0)  # type: ignore[index]
+        padded = pad_to_windows(x, self.window)
+        mixed = attend_in_windows(self.qkv(padded), bias, self.window, self.shift, self.heads)
+        return cut(self.proj(mixed), x)
+
+
+class Merging(nn.Module):
+    """torchvision's `PatchMerging`: (n, h, w, width) to (n, ceil(h/2), ceil(w/2), 2 * width)."""
+
+    def __init__(self, old: PatchMerging, name: str) -> None:
+        super().__init__()
+        self.norm, self.reduction = old.norm, old.reduction
+
+    def forward(self, x: Any) -> Any:
+        return self.reduction(self.norm(gather_patches(x)))
+
+
+# What reads a module of each class; called with the module and its path.
+REWRITTEN: Mapping[type[nn.Module], Callable[[Any, str], nn.Module]] = {
+    nn.MultiheadAttention: SelfAttention,
+    ShiftedWindowAttention: WindowAttention,
+    PatchMerging: Merging,
+}
+
+
+def _refused(name: str, why: str) -> str:
+    return f"the attention '{name}' cannot be read ({why})"

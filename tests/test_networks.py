@@ -1,0 +1,234 @@
+"""Networks of every shape through `ptq`: gates, attention, windows, dense blocks; what stays float is said."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig
+
+from r2cli import attach, export, graph, models, onnx_floats, placement, ptq, verify
+from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
+from r2cli.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+class Mixed(nn.Module):
+    """Hard-swish, SiLU, halves that are joined and shuffled, squeeze and excitation, a functional mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.swish = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish()
+        self.half, self.silu = nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()
+        self.squeeze, self.excite, self.gate = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Hardsigmoid()
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.swish(self.norm(self.stem(x)))
+        first, second = x.chunk(2, 1)
+        y = torch.cat([self.silu(self.half(first)), second], 1)
+        n, c, h, w = y.shape
+        y = y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        gate = self.gate(self.excite(torch.relu(self.squeeze(nn.functional.adaptive_avg_pool2d(y, 1)))))
+        return self.head((x + y * gate).mean([2, 3]))
+
+
+def vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(16, 8, 1, 2, 24, 48, num_classes=10)
+
+
+def swin() -> nn.Module:
+    return torchvision.models.SwinTransformer([4, 4], 16, [2, 1], [2, 2], [3, 3], num_classes=10)
+
+
+def convnext() -> nn.Module:
+    blocks = [CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 1)]
+    return torchvision.models.ConvNeXt(blocks, layer_scale=0.5, num_classes=10)
+
+
+def densenet() -> nn.Module:
+    return torchvision.models.DenseNet(4, (2, 1), 8, num_classes=10)
+
+
+def _images(seed: int, count: int, size: int) -> Tensor:
+    """Each of its own contrast and colour: white noise all looks alike to a network."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, size, size, generator=generator)
+    contrast = 2 * torch.rand(count, 3, 1, 1, generator=generator)
+    return pixels * contrast + torch.randn(count, 3, 1, 1, generator=generator)
+
+
+def _made(factory: Callable[[], nn.Module] | str, size: int) -> Checkpoint:
+    """Random weights, BatchNorms that have seen images, and no parameter that is zero all over."""
+    torch.manual_seed(0)
+    named = isinstance(factory, str)
+    spec = ModelSpec(factory, 10) if named else ModelSpec("networks.py:factory", 10, factory=factory)  # type: ignore[arg-type]
+    model = models.build(spec)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.fill_(1.0)  # a deep random network is chaotic without
+                module.momentum = None
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.1)
+        model.train()
+        for seed in range(2):
+            model(_images(seed, 16, size))
+    state = {name: tensor.contiguous() for name, tensor in model.eval().state_dict().items()}
+    return Checkpoint(spec, InputSpec(3, size, size, (0.0,) * 3, (1.0,) * 3), tuple("0123456789"), state)
+
+
+def _quantized(made: Checkpoint, *, bits: int = 8, method: str = "none", act_bits: int | None = 8) -> Checkpoint:
+    images = [_images(seed, 16, made.input.size) for seed in (2, 3)]
+    return ptq.quantize(made, ptq.Settings(method, bits, act_bits, ptq.CHANNEL, {}), images, CPU)[0]
+
+
+def _network(made: Checkpoint) -> torch.fx.GraphModule:
+    net = attach.network(made)
+    assert isinstance(net, torch.fx.GraphModule)
+    return net
+
+
+SIZES = {Mixed: 16, vit: 16, swin: 40, convnext: 32, densenet: 32}
+# What stays float, by kind and how often.
+LEFT: dict[Callable[[], nn.Module], dict[str, int]] = {
+    Mixed: {},
+    vit: {"concatenation": 1, "sum": 3, "layer norm": 3, "attention": 1, "GELU": 1},
+    swin: {"layer norm": 9, "attention": 3, "sum": 6, "GELU": 3, "concatenation": 1, "mean": 1},
+    convnext: {"layer norm": 6, "GELU": 3, "product": 3, "sum": 3, "mean": 1},
+    densenet: {"BatchNorm": 5},
+}
+
+
+@pytest.mark.parametrize("factory", SIZES, ids=lambda factory: factory.__name__)
+@torch.no_grad()
+def test_every_weight_is_coded_and_what_stays_float_is_said(factory: Callable[[], nn.Module]) -> None:
+    made = _made(factory, SIZES[factory])
+    coded = _quantized(made)
+    weights = {
+        name.replace("in_proj_weight", "in_proj.weight")
+        for name, module in attach.network(made).named_parameters()
+        if module.ndim > 1 and not any(part in name for part in ("token", "pos_embedding", "bias_table", "layer_scale"))
+    }
+    assert set(coded.coded) == weights
+    net = _network(coded)
+    left = placement.left_in_float(net, made.input.shape)
+    kinds = [each.kind for each in left]
+    assert {kind: kinds.count(kind) for kind in kinds} == LEFT[factory]
+    assert all(each.reason and each.operators for each in left)
+    images = _images(4, 16, made.input.size)
+    expected, found = attach.network(made)(images), net(images)
+    noise = (found - expected).square().sum() / expected.square().sum()
+    assert float(10 * torch.log10(noise)) < -20  # 8 bits a value, through a few layers
+
+
+@pytest.mark.parametrize("factory", [vit, swin], ids=lambda factory: factory.__name__)
+@torch.no_grad()
+def test_attention_as_layers_is_the_same_function(factory: Callable[[], nn.Module]) -> None:
+    model = attach.network(_made(factory, SIZES[factory])).eval()
+    images = _images(4, 4, SIZES[factory])
+    expected = model(images)
+    assert torch.allclose(graph.trace(model)(images), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("factory", SIZES, ids=lambda factory: factory.__name__)
+def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    visited = []
+
+    def as_it_is(seen: ptq.sweep.Seen, nearest: ptq.Coded) -> ptq.Coded:
+        assert seen.inputs.shape == seen.rounded_inputs.shape
+        visited.append(seen.layer.weight)
+        return nearest
+
+    monkeypatch.setattr(ptq, "METHODS", {"none": None, "adaround": as_it_is})
+    coded = _quantized(_made(factory, SIZES[factory]), bits=4, method="adaround", act_bits=None)
+    assert sorted(visited) == sorted(coded.coded)
+
+
+@pytest.mark.parametrize("factory", [Mixed, vit, "mobilenet_v3_small"], ids=str)
+def test_the_file_runs_and_holds_no_float_that_was_not_announced(
+    factory: Callable[[], nn.Module] | str, tmp_path: Path
+) -> None:
+    size = 32 if isinstance(factory, str) else SIZES[factory]
+    coded = _quantized(_made(factory, size))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.to_bytes(coded))
+    batches = [(_images(seed, 16, size), torch.zeros(16, dtype=torch.int64)) for seed in (5, 6)]
+    proof = verify.prove(path, coded, attach.network(coded), batches)
+    assert proof.passed, proof.checks
+    nodes = proof.measures["nodes"]
+    assert not {"Conv", "FusedConv", "Gemm", "HardSwish", "HardSigmoid", "Sigmoid", "ReduceMean"} & set(nodes)
+    if factory is not vit:
+        assert not {"Mul", "Add", "MatMul"} & set(nodes)
+        assert not onnx_floats.operators(onnx.load(path))
+
+
+def test_the_audit_sees_a_sum_in_float(tmp_path: Path) -> None:
+    helper = onnx.helper
+    value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in ("x", "z")]
+    scale = onnx.numpy_helper.from_array(torch.tensor(0.1).numpy(), "s")
+    zero = onnx.numpy_helper.from_array(torch.tensor(0, dtype=torch.uint8).numpy(), "o")
+    rounding = [
+        helper.make_node("QuantizeLinear", ["x", "s", "o"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "o"], ["d"]),
+    ]
+    back = [
+        helper.make_node("QuantizeLinear", ["y", "s", "o"], ["r"]),
+        helper.make_node("DequantizeLinear", ["r", "s", "o"], ["z"]),
+    ]
+
+    def file(nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
+        own = helper.make_graph(nodes, "g", value[:1], value[1:], [scale, zero])
+        return helper.make_model(own, opset_imports=[helper.make_opsetid("", 21)])
+
+    on_grids = helper.make_node("Add", ["d", "d"], ["y"])
+    assert not onnx_floats.operators(file([*rounding, on_grids, *back]))
+    of_a_float = helper.make_node("Add", ["d", "x"], ["y"])
+    assert onnx_floats.operators(file([*rounding, of_a_float, *back])) == {"Add": 1}
+    not_rounded = helper.make_node("Add", ["d", "d"], ["z"])
+    assert onnx_floats.operators(file([*rounding, not_rounded])) == {"Add": 1}
+
+
+class Branch(nn.Module):
+    """Reads a shape to decide: torch.fx cannot, torch.export can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] > 4:
+            x = nn.functional.avg_pool2d(x, 2)
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_a_network_without_a_graph_gets_its_weights_quantized_alone(tmp_path: Path) -> None:
+    made = _made(Branch, 16)
+    with pytest.raises(InputError, match="Branch cannot be read.*at the node 'gt'.*--act-bits none"):
+        _quantized(made)
+    coded = _quantized(made, bits=4, act_bits=None)
+    assert set(coded.coded) == {"conv.weight", "head.weight"} and not coded.folded
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.to_bytes(coded))
+    batches = [(_images(5, 16, 16), torch.zeros(16, dtype=torch.int64))]
+    proof = verify.prove(path, coded, attach.network(coded), batches)
+    assert proof.passed, proof.checks
+
+
+def test_attention_that_reads_something_else_is_refused_by_name() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.cross = nn.Linear(16, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x)
+            return self.cross(x, x + 1, x)[0]
+
+    with pytest.raises(InputError, match="the attention 'cross' cannot be read"):
+        graph.trace(Cross())
