@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from r2cli import verify
+from r2cli import audit, verify
 from r2cli.analyze import Other
 from r2cli.tensors import Stored, held
 
@@ -30,7 +30,7 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[Other]]:
     file = verify.read(path)
     initializers = {each.name: each for each in file.graph.initializer}
     weights = dict(_weights(file))
-    above = verify.sources(file)
+    above = audit.sources(file)
     given = {value.name for value in file.graph.input} - set(initializers)
     computed = [name for name in weights if name in above and not given & {name, *above[name]}]
     arrays = verify.run_constants(file, dict.fromkeys(computed)) if computed else []

@@ -1,7 +1,7 @@
 """The proof of an ONNX file: it is opened again, audited, run in ONNX Runtime and compared with the checkpoint.
 
-Nothing here trusts the exporter: types and sizes are read from the written file, the weights are decoded by ONNX
-Runtime itself, and the logits are those of sessions with optimisation off and at its default.
+Nothing here trusts the exporter: the file is audited as it was written, the weights are decoded by ONNX Runtime itself,
+and the logits are those of sessions with optimisation off and at its default.
 """
 
 import json
@@ -9,8 +9,7 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,15 +22,13 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, fx, nn
 
+from r2cli import audit, placement
 from r2cli import checkpoint as checkpoints
-from r2cli import export, onnx_floats, onnx_text, placement
 from r2cli.checkpoint import Checkpoint, InputSpec
-from r2cli.codec import Coded, Palette, packed_bytes
+from r2cli.codec import Coded
 from r2cli.data import Batch
 from r2cli.errors import InputError
 
-INTEGERS = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
-INDICES = (TensorProto.INT32, TensorProto.INT64)  # shapes, and where a group's table begins
 WEIGHT_ONLY_TOLERANCE = 1e-5  # relative: the order of float sums is all that may differ
 AGREEMENT = 0.99  # share of equal decisions: a value on the edge of two codes may round either way
 SQNR_DB = 30.0
@@ -40,17 +37,8 @@ OFF_SAMPLES = 512  # images for the slow session without optimisation
 
 
 @dataclass(frozen=True)
-class Check:
-    """One tick: what was checked, whether it holds, and the numbers."""
-
-    name: str
-    passed: bool
-    detail: str
-
-
-@dataclass(frozen=True)
 class Proof:
-    checks: tuple[Check, ...]
+    checks: tuple[audit.Check, ...]
     measures: Mapping[str, Any]
 
     @property
@@ -67,9 +55,9 @@ def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterabl
     on_grids = isinstance(model, fx.GraphModule) and bool(checkpoint.activations)
     left = placement.left_in_float(model, checkpoint.input.shape) if on_grids else None  # type: ignore[arg-type]
     checks = [
-        _announced(file, _all_integer(file, checkpoint.coded), left),
+        audit.announced(file, audit.all_integer(file, checkpoint.coded), left),
         _same_codes(file, checkpoint.coded),
-        _size(file, path, checkpoint.coded),
+        audit.size(file, path, checkpoint.coded),
     ]
     compared = _compare(path, model, batches)
     checks += [_runs(file, path, compared), _parity(compared, exact=not checkpoint.activations)]
@@ -187,66 +175,16 @@ def cpu() -> str:
     return f"{platform.machine()} {' '.join(vnni) or 'without VNNI'}"
 
 
-# --- the audit -----------------------------------------------------------------------------------------------------
-
-
-def _all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
-    """Every coded weight comes from integers, a float table of centroids at most, and no layer reads a float one."""
-    made_from = sources(file)
-    initializers = {i.name: i for i in file.graph.initializer}
-    for name, one in coded.items():
-        if not _codes(name, made_from, initializers):
-            return Check("integer weights", False, f"{name} has no codes in the file")
-        floats = {"s": one.codec.scale.numel()}
-        if isinstance(one.codec, Palette) and has_float_table(one):
-            floats["t"] = one.codec.lut.numel()
-        for part in (p for p in made_from[name] if p in initializers):
-            is_integer = initializers[part].data_type in (*INTEGERS, *INDICES)
-            if not is_integer and floats.get(onnx_text.letter(part)) != prod(initializers[part].dims):
-                return Check("integer weights", False, f"{name} is made from the float initializer {part}")
-    for node in file.graph.node:
-        for used in node.input:
-            if node.op_type in ("Conv", "Gemm", "MatMul") and used in initializers and len(initializers[used].dims) > 1:
-                if initializers[used].data_type == TensorProto.FLOAT and coded:
-                    return Check("integer weights", False, f"{used} is float32")
-    codes = [part for name in coded for part in _codes(name, made_from, initializers)]
-    kinds = Counter(TensorProto.DataType.Name(part.data_type) for part in codes)
-    held = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "float network"
-    if any(has_float_table(one) for one in coded.values()):
-        held += " of codes, float tables"
-    return Check("integer weights", True, f"{len(coded)} layers ({held})")
-
-
-def _announced(file: onnx.ModelProto, weights: Check, left: Sequence[placement.Left] | None) -> Check:
-    """`weights`, and that between grids the file computes in float only what the network says that it leaves there."""
-    if left is None or not weights.passed:
-        return weights
-    found = onnx_floats.operators(file)
-    foreign = any(not each.operators for each in left)  # what r2 does not know may be any operator, but no layer
-    allowed = {operator for each in left for operator in each.operators}
-    unsaid = {op: n for op, n in found.items() if op not in allowed and (not foreign or op.startswith("layer"))}
-    if unsaid:
-        told = ", ".join(f"{count} {op}" for op, count in sorted(unsaid.items()))
-        return replace(weights, passed=False, detail=f"{told} in float that the network does not leave there")
-    told = f"; {len(left)} operations stay float, as announced" if left else "; nothing stays float"
-    return replace(weights, detail=weights.detail + told)
-
-
-def has_float_table(coded: Coded) -> bool:
-    """Whether the weight is a palette of float centroids: its codes are integers, what they stand for is not."""
-    return isinstance(coded.codec, Palette) and coded.codec.lut.is_floating_point()
-
-
-def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
+def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> audit.Check:
     """ONNX Runtime's own decoding of every weight, without optimisation, equals the checkpoint's bit for bit."""
     if not coded:
-        return Check("same codes", True, "float network")
+        return audit.Check("same codes", True, "float network")
     shapes = {name: list(one.decode().shape) for name, one in coded.items()}
     decoded_weights = run_constants(file, shapes)
     for (name, one), found in zip(coded.items(), decoded_weights, strict=True):
         if not np.array_equal(found, one.decode().numpy()):
-            return Check("same codes", False, f"{name} decodes to other values than the checkpoint's")
-    return Check(
+            return audit.Check("same codes", False, f"{name} decodes to other values than the checkpoint's")
+    return audit.Check(
         "same codes",
         True,
         f"{sum(w.size for w in decoded_weights):,} weights decoded by ONNX Runtime, all equal",
@@ -258,7 +196,7 @@ def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | No
 
     `shapes` names them; a shape may be None where it is not known. Raises InputError where ONNX Runtime cannot.
     """
-    above = sources(file)
+    above = audit.sources(file)
     needed = {value for name in shapes for value in (name, *above.get(name, []))}
     kinds = {info.name: info.type.tensor_type.elem_type for info in file.graph.value_info}
     part = onnx.ModelProto()
@@ -273,42 +211,6 @@ def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | No
         onnx.save(part, path)
         found: list[Any] = session(path, optimise=False).run(list(shapes), {})
     return found
-
-
-def _size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check:
-    """Bytes of every layer's codes against the least that its container can hold, and of the file against the ideal.
-
-    The ideal: codes, scales, tables, and the floats that stay, which are biases most of all.
-    """
-    initializers, made_from = {i.name: i for i in file.graph.initializer}, sources(file)
-    ideal, parts = 0, {name for name in coded for name in made_from.get(name, [])}
-    for name, one in coded.items():
-        held = sum(len(part.raw_data) for part in _codes(name, made_from, initializers))
-        least = packed_bytes(one.codes.numel(), export.stored_bits(one.codec))
-        if held != least:
-            return Check("size", False, f"{name} takes {held} bytes of codes, {least} are enough")
-        ideal += one.payload_bytes()
-    total = path.stat().st_size
-    if not coded:
-        return Check("size", True, f"{total:,} bytes, float network")
-    ideal += sum(len(one.raw_data) for name, one in initializers.items() if name not in parts)
-    return Check("size", True, f"{total:,} bytes; codes, scales and biases alone {ideal:,}")
-
-
-def sources(file: onnx.ModelProto) -> dict[str, list[str]]:
-    """For every value: the values that it is made from, however far up, in the file's order of nodes."""
-    above: dict[str, list[str]] = {}
-    for node in file.graph.node:
-        own = list(dict.fromkeys(v for used in node.input if used for v in (used, *above.get(used, []))))
-        above |= dict.fromkeys(node.output, own)
-    return above
-
-
-def _codes(
-    name: str, made_from: Mapping[str, Sequence[str]], initializers: Mapping[str, TensorProto]
-) -> list[TensorProto]:
-    """The initializers that hold the codes of the weight `name`."""
-    return [initializers[part] for part in made_from.get(name, []) if onnx_text.letter(part) in onnx_text.CODES]
 
 
 # --- runs and parity -----------------------------------------------------------------------------------------------
@@ -372,10 +274,10 @@ def _compare(path: Path, model: nn.Module, batches: Iterable[Batch]) -> dict[str
     return runs
 
 
-def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, _Run]) -> Check:
+def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, _Run]) -> audit.Check:
     foreign = next((node for node in file.graph.node if node.domain not in ("", "ai.onnx")), None)
     if foreign is not None:
-        return Check("runs", False, f"{foreign.op_type} is not a standard operator, but of {foreign.domain}")
+        return audit.Check("runs", False, f"{foreign.op_type} is not a standard operator, but of {foreign.domain}")
     finite = all(np.isfinite(runs[name].worst) for name in ("default", "off"))
     counts = node_counts(path)
     integer = sum(n for op, n in counts.items() if op.startswith("QLinear") or op == "QGemm")
@@ -383,13 +285,13 @@ def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, _Run]) -> Check:
     detail = (
         f"ONNX Runtime {ort.__version__}, optimisation off and default; {integer} integer nodes, {left} float layers"
     )
-    return Check("runs", finite, detail if finite else "logits are not finite")
+    return audit.Check("runs", finite, detail if finite else "logits are not finite")
 
 
-def _parity(runs: Mapping[str, _Run], *, exact: bool) -> Check:
+def _parity(runs: Mapping[str, _Run], *, exact: bool) -> audit.Check:
     if exact:
         worst = max(runs["default"].worst, runs["off"].worst)
-        return Check("parity", worst <= WEIGHT_ONLY_TOLERANCE, f"logits within {worst:.1e} of torch's, relative")
+        return audit.Check("parity", worst <= WEIGHT_ONLY_TOLERANCE, f"logits within {worst:.1e} of torch's, relative")
     told, passed = [], True
     for name in ("default", "off"):
         run = runs[name]
@@ -399,4 +301,4 @@ def _parity(runs: Mapping[str, _Run], *, exact: bool) -> Check:
     gap = runs["default"].top1 - runs["torch"].top1
     one_image = 100 / runs["default"].samples
     passed &= abs(gap) <= max(TOP1_POINTS, one_image)
-    return Check("parity", passed, f"argmax and logits as torch's: {', '.join(told)}; top-1 {gap:+.2f}")
+    return audit.Check("parity", passed, f"argmax and logits as torch's: {', '.join(told)}; top-1 {gap:+.2f}")

@@ -13,7 +13,7 @@ from test_graph import _warm
 from torch import Tensor, nn
 
 from conftest import R2
-from r2cli import attach, checkpoint, clip, data, export, graph, models, placement, ptq, train, verify
+from r2cli import attach, checkpoint, clip, data, export, graph, models, ptq, train, verify
 from r2cli.codec import Coded, Grid
 from r2cli.errors import InputError
 from r2cli.ptq import bias, equalize, normal

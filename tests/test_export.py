@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from r2cli import attach, checkpoint, codec, data, export, models, ptq, verify
+from r2cli import attach, audit, checkpoint, codec, data, export, models, ptq, verify
 from r2cli.errors import InputError
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_activations_of_few_bits_ride_in_uint8(act_bits: int, trained: Path, tmp
 
 def _codes(file: onnx.ModelProto, name: str) -> list[TensorProto]:
     """The initializers that hold the codes of a weight."""
-    return verify._codes(name, verify.sources(file), {i.name: i for i in file.graph.initializer})
+    return audit.codes(name, audit.sources(file), {i.name: i for i in file.graph.initializer})
 
 
 # Codes' container, and the nodes between it and DequantizeLinear.
@@ -244,7 +244,7 @@ def test_the_proof_sees_a_weight_left_in_float(trained: Path, tmp_path: Path) ->
 
 def _prove_audit(made: checkpoint.Checkpoint, path: Path, file: onnx.ModelProto) -> verify.Proof:
     onnx.save(file, path)
-    return verify.Proof((verify._all_integer(onnx.load(path), made.coded),), {})
+    return verify.Proof((audit.all_integer(onnx.load(path), made.coded),), {})
 
 
 def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ LAYERS = [
     ["models", "data", "graph", "observers", "placement", "regularizers", "weights"],
     ["distributed", "resume"],
     ["train", "attach", "activations", "analyze"],
-    ["ptq", "palettize", "onnx_codes", "onnx_floats", "onnx_text", "export", "verify", "report"],
+    ["ptq", "palettize", "onnx_codes", "onnx_floats", "onnx_text", "export", "audit", "verify", "report"],
     ["onnx_weights"],
     ["recipe", "cli"],
 ]
 # Methods know nothing of each other, and neither do the places that results go to.
-METHODS, PLACES = ("ptq", "palettize"), ("export", "onnx_codes", "onnx_floats", "onnx_text", "verify")
+METHODS, PLACES = ("ptq", "palettize"), ("export", "onnx_codes", "onnx_floats", "onnx_text", "audit", "verify")
 STRANGERS = [
     *((one, other) for one in METHODS for other in METHODS if one != other),
     *(pair for one in METHODS for place in PLACES for pair in ((one, place), (place, one))),
@@ -36,7 +36,7 @@ FOLDERS = ("models", "data", "ptq", "palettize", "cli", "analyze", "report")
 OWNERS = {
     "rich": {"console"},
     "safetensors": {"checkpoint"},
-    "onnx": {"verify", "onnx_floats", "onnx_weights"},
+    "onnx": {"audit", "verify", "onnx_floats", "onnx_weights"},
     "onnx_ir": {"export", "onnx_codes", "onnx_text"},
     "onnxruntime": {"verify"},
     "typer": {"options", "cli"},

@@ -16,7 +16,7 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from conftest import R2
-from r2cli import attach, checkpoint, codec, data, export, graph, onnx_text, palettize, verify
+from r2cli import attach, audit, checkpoint, codec, data, export, graph, onnx_text, palettize, verify
 from r2cli.errors import InputError
 from r2cli.palettize import tables
 from r2cli.palettize.tables import Form
@@ -159,12 +159,12 @@ def test_float_tables_pass_and_are_folded_when_they_are_loaded(form: Form, model
 def test_the_proof_sees_a_float_table_where_integers_were_promised(model: Path, tmp_path: Path) -> None:
     made, path = _palettized(model, Form(2, 1, None, 8), None), tmp_path / "model.onnx"
     file = onnx.load_from_string(export.to_bytes(made))
-    parts = verify.sources(file)["conv.weight"]
+    parts = audit.sources(file)["conv.weight"]
     lut = next(i for i in file.graph.initializer if i.name in parts and onnx_text.letter(i.name) == "t")
     assert lut.data_type == TensorProto.INT8
     lut.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(lut).astype("float32"), lut.name))
     onnx.save(file, path)
-    assert not verify._all_integer(onnx.load(path), made.coded).passed
+    assert not audit.all_integer(onnx.load(path), made.coded).passed
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
