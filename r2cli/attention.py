@@ -17,16 +17,18 @@ from torchvision.models.swin_transformer import PatchMerging, ShiftedWindowAtten
 from r2cli.errors import InputError
 
 
-@fx.wrap  # type: ignore[misc]
+@fx.wrap
 def attend(projected: Tensor, heads: int) -> Tensor:
     """Softmax attention of (n, tokens, 3 * width) = queries, keys, values: (n, tokens, width)."""
-    split = projected.unflatten(2, (3, heads, -1))  # n, tokens, 3, heads, width of a head
+    n, tokens, width = projected.shape
+    split = projected.reshape(n, tokens, 3, heads, width // (3 * heads))  # n, tokens, 3, heads, width of a head
     query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
-    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    mixed: Tensor = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    return mixed
 
 
-@fx.wrap  # type: ignore[misc]
+@fx.wrap
 def attend_in_windows(projected: Tensor, bias: Tensor, window: list[int], shift: list[int], heads: int) -> Tensor:
     """Softmax attention within windows of a map (n, h, w, 3 * width), h and w multiples of `window`: (n, h, w, width).
 
@@ -47,7 +49,7 @@ def attend_in_windows(projected: Tensor, bias: Tensor, window: list[int], shift:
         mask = _apart(height, width, window, rolled).to(scores)
         scores = (scores.reshape(-1, len(mask), heads, tokens, tokens) + mask.unsqueeze(1)).flatten(0, 1)
     mixed = (scores.softmax(-1) @ value).reshape(-1, rows, columns, heads, *window, split.shape[-1])
-    whole = mixed.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads * split.shape[-1])
+    whole: Tensor = mixed.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads * split.shape[-1])
     return whole.roll((rolled[0], rolled[1]), (1, 2)) if any(rolled) else whole
 
 
@@ -63,19 +65,19 @@ def _apart(height: int, width: int, window: list[int], shift: list[int]) -> Tens
     return -100.0 * (region.unsqueeze(1) != region.unsqueeze(2)).float()
 
 
-@fx.wrap  # type: ignore[misc]
+@fx.wrap
 def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:
     """(n, h, w, c) with zeros after it, h and w multiples of `window`."""
     return F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
 
 
-@fx.wrap  # type: ignore[misc]
+@fx.wrap
 def cut(x: Tensor, like: Tensor) -> Tensor:
     """(n, h, w, c) without what `pad_to_windows` added to `like`."""
     return x[:, : like.shape[1], : like.shape[2]]
 
 
-@fx.wrap  # type: ignore[misc]
+@fx.wrap
 def gather_patches(x: Tensor) -> Tensor:
     """The four neighbours of every second position side by side: (n, h, w, c) to (n, ceil(h/2), ceil(w/2), 4 * c)."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
@@ -115,7 +117,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Any) -> Any:
         tokens = self.window[0] * self.window[1]
         table, index = self.relative_position_bias_table, self.relative_position_index
-        bias = table[index].reshape(tokens, tokens, -1).permute(2, 0, 1).unsqueeze(0)  # type: ignore[index]
+        bias = table[index].reshape(tokens, tokens, -1).permute(2, 0, 1).unsqueeze(0)
         padded = pad_to_windows(x, self.window)
         mixed = attend_in_windows(self.qkv(padded), bias, self.window, self.shift, self.heads)
         return cut(self.proj(mixed), x)

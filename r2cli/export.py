@@ -120,6 +120,7 @@ class _HardSigmoid(nn.Module):
     """min(max(x / 6 + 1 / 2, 0), 1), any shape. On a grid: the sum x + 3 on six times that grid, which clips it."""
 
     three: Tensor
+    third: Tensor
     scale: Tensor
     zero_point: Tensor
     sixfold: Tensor
@@ -138,7 +139,7 @@ class _HardSigmoid(nn.Module):
         symbolic, shape = torch.onnx.ops.symbolic, x.shape
         if not self.on_grid:
             return symbolic("HardSigmoid", (x,), {"alpha": 1 / 6}, dtype=x.dtype, shape=shape)
-        zero = self.zero_point
+        zero: Tensor = self.zero_point
         three = symbolic("DequantizeLinear", (self.three, self.third, zero), dtype=torch.float32, shape=())
         total = symbolic("Add", (x, three), dtype=torch.float32, shape=shape)
         codes = symbolic("QuantizeLinear", (total, self.sixfold, zero), dtype=torch.uint8, shape=shape)
