@@ -68,7 +68,8 @@ def network(name: str, size: int) -> Checkpoint:
             nn.init.ones_(module.bias)
             module.momentum = None  # average over the batches
     if isinstance(getattr(model, "heads", None), nn.Sequential):
-        nn.init.normal_(list(model.get_submodule("heads").parameters())[-2], 0, 0.02)  # torchvision's is zero: logits that say nothing
+        # torchvision's is zero: logits that say nothing.
+        nn.init.normal_(list(model.get_submodule("heads").parameters())[-2], 0, 0.02)
     with torch.no_grad():
         for images in noise(4, 1, size):
             model(images)
