@@ -163,12 +163,30 @@ def _standard_operators(net: fx.GraphModule) -> None:
             return _GlobalAveragePool(flat=not graph.is_a(net, node, (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)))
         return None
 
+    _pool_on_grids(net)
     graph.repeat_grids(net)
     _join_hard_sigmoids(net)
     clips = {node: graph.module_of(net, node) for node in net.graph.nodes}
     on_grids = [node for node, module in clips.items() if isinstance(module, attach.OnGrid)]
     bounds = {n: c.high for n in on_grids if isinstance(c := clips[n.all_input_nodes[0]], Clip)}
     graph.replace_calls(net, replacement)
+
+
+def _pool_on_grids(net: fx.GraphModule) -> None:
+    """Write a mean over an image that goes to a grid as a pooling, its grid, and a flatten: runtimes have the first on
+    integers; in place."""
+    for node in list(net.graph.nodes):
+        user = graph.only_user(node)
+        if user is None or not graph.is_grid(user) or not graph.is_a(net, node, (torch.mean, "mean")):
+            continue
+        if _is_global_mean(net, node):
+            with net.graph.inserting_before(node):
+                pooled = net.graph.call_function(F.adaptive_avg_pool2d, (node.args[0], 1))
+                on_grid = net.graph.call_module(str(user.target), (pooled,))
+                flat = net.graph.call_function(torch.flatten, (on_grid, 1))
+            user.replace_all_uses_with(flat)
+            net.graph.erase_node(user)
+            net.graph.erase_node(node)
 
 
 def _join_hard_sigmoids(net: fx.GraphModule) -> None:

@@ -23,14 +23,14 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm, self.swish = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish()
-        self.half, self.silu = nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()
+        self.narrow, self.silu = nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()
         self.squeeze, self.excite, self.gate = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Hardsigmoid()
         self.head = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.swish(self.norm(self.stem(x)))
         first, second = x.chunk(2, 1)
-        y = torch.cat([self.silu(self.half(first)), second], 1)
+        y = torch.cat([self.silu(self.narrow(first)), second], 1)
         n, c, h, w = y.shape
         y = y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
         gate = self.gate(self.excite(torch.relu(self.squeeze(nn.functional.adaptive_avg_pool2d(y, 1)))))
@@ -145,7 +145,7 @@ def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypat
         visited.append(seen.layer.weight)
         return nearest
 
-    monkeypatch.setattr(ptq, "METHODS", {"none": None, "adaround": as_it_is})
+    monkeypatch.setattr(ptq, "METHODS", {"adaround": ptq.Method(as_it_is)})
     coded = _quantized(_made(factory, SIZES[factory]), bits=4, method="adaround", act_bits=None)
     assert sorted(visited) == sorted(coded.coded)
 
