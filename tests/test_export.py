@@ -109,7 +109,7 @@ def test_a_file_has_little_text_and_its_weights_have_their_names(trained: Path) 
     noted = sum(entry.ByteSize() for entry in file.metadata_props)
     assert len(content) - held - noted < 55 * len(file.graph.node)
     graph = onnx.load_from_string(export.to_bytes(checkpoint.load(trained))).graph
-    assert {"conv.weight", "conv.bias"} <= {each.name for each in graph.initializer}
+    assert "conv.weight" in {each.name for each in graph.initializer}
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "unfolded"])
