@@ -70,7 +70,8 @@ def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: M
         where = graph.source(net, graph.node_of(net, layer))
         if where is None or module.bias is None:
             continue
-        scale = activations[where].scale * coded[layer.weight].codec.scale
+        codec = coded[layer.weight].codec
+        scale = activations[where].scale * (codec.scale / codec.raised)
         bias = module.bias
         assert isinstance(bias, Tensor)
         codes = torch.round(bias.double() / scale.double())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 MAX_BITS = 8
 FEW = 64  # centroids
+RAISED = 64  # the greatest integer that a table of few bits gives
 NEAREST_ROWS = 1 << 16  # vectors whose distances to all centroids are in memory together
 
 
@@ -46,6 +47,19 @@ class Grid:
     @property
     def dtype(self) -> torch.dtype:
         return torch.int8 if self.lowest < 0 else torch.uint8
+
+    @property
+    def raised(self) -> int:
+        """What an ONNX file multiplies the integers by, and divides the scale by: a power of two, the same values.
+
+        A bias is an integer in units of scale_x * scale_w, and with two or four levels such a unit is a large part of
+        what a channel gives. Where integers come out of a table they may as well be large; up to 64, two products with
+        8-bit activations fit the 16 bits that processors without VNNI add them in.
+        """
+        if self.bits > 4 or (self.bits == 4 and not self.odd):
+            return 1
+        most = 2**self.bits - 1 if self.odd else -self.lowest
+        return 1 << (RAISED // most).bit_length() - 1 if most else 1
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest levels, ties to even as ONNX QuantizeLinear has it. Shape of `x`, int8 or uint8."""
@@ -92,6 +106,11 @@ class Palette:
     @property
     def dim(self) -> int:
         return int(self.lut.shape[2])
+
+    @property
+    def raised(self) -> int:
+        """As a grid's: an int8 table has large integers already."""
+        return 1
 
     @property
     def positions(self) -> int:

@@ -24,6 +24,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # A channel with less variance than this share of its BatchNorm's epsilon varies by less than a hundredth of gamma.
 DEAD = 1e-4
 GRIDS = "grids."  # the modules on edges, by the name of the node whose value they round
+# The end of a name of a second grid on a value, behind the first, which the layers that read the value read alone.
+FOR_LAYERS, LAYER_GRIDS = "/layers", "layer_grids."
 
 # Fused into the layer or the sum before them, by us and by every runtime.
 ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, Clip, F.relu, F.relu6, torch.relu, "relu", "relu_")
@@ -173,20 +175,26 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
     """Put a module on the value of each named node, in the place of one that is there: all then read the module.
 
+    With `FOR_LAYERS` at the end of its name the layers alone read it, and it reads what they read before.
     Raises R2Error for a name that no node has.
     """
     nodes = {node.name: node for node in net.graph.nodes}
-    there = {str(node.target) for node in net.graph.nodes}
-    for name, module in modules.items():
-        if f"{GRIDS}{name}" in there:
-            net.set_submodule(f"{GRIDS}{name}", module)
+    there = {str(node.target): node for node in net.graph.nodes if node.op == "call_module"}
+    for name in sorted(modules, key=lambda name: name.endswith(FOR_LAYERS)):
+        value = name.removesuffix(FOR_LAYERS)
+        target = f"{GRIDS if value == name else LAYER_GRIDS}{value}"
+        if target in there:
+            net.set_submodule(target, modules[name])
             continue
-        if name not in nodes:
-            raise R2Error(f"the network has no value '{name}' to put a grid on: the checkpoint is of another network")
-        net.add_submodule(f"{GRIDS}{name}", module)
-        with net.graph.inserting_after(nodes[name]):
-            call = net.graph.call_module(f"{GRIDS}{name}", (nodes[name],))
-        nodes[name].replace_all_uses_with(call, delete_user_cb=lambda user, own=call: user is not own)
+        if value not in nodes:
+            raise R2Error(f"the network has no value '{value}' to put a grid on: the checkpoint is of another network")
+        net.add_submodule(target, modules[name])
+        read = nodes[value] if value == name else there.get(f"{GRIDS}{value}", nodes[value])
+        users = [user for user in read.users if value == name or isinstance(module_of(net, user), LAYERS)]
+        with net.graph.inserting_after(read):
+            there[target] = net.graph.call_module(target, (read,))
+        for user in users:
+            user.replace_input_with(read, there[target])
     net.recompile()
 
 
@@ -195,12 +203,17 @@ def source(net: fx.GraphModule, node: fx.Node) -> str | None:
     read = node.args[0] if node.args else None
     while isinstance(read, fx.Node) and is_a(net, read, PASSING):
         read = read.args[0] if read.args else None
-    return str(read.target).removeprefix(GRIDS) if isinstance(read, fx.Node) and is_grid(read) else None
+    if not isinstance(read, fx.Node) or not is_grid(read):
+        return None
+    target = str(read.target)
+    if target.startswith(LAYER_GRIDS):
+        return f"{target.removeprefix(LAYER_GRIDS)}{FOR_LAYERS}"
+    return target.removeprefix(GRIDS)
 
 
 def is_grid(node: fx.Node) -> bool:
     """Whether `node` rounds a value to its grid."""
-    return node.op == "call_module" and str(node.target).startswith(GRIDS)
+    return node.op == "call_module" and str(node.target).startswith((GRIDS, LAYER_GRIDS))
 
 
 def repeat_grids(net: fx.GraphModule) -> None:

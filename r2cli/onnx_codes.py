@@ -105,10 +105,10 @@ def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tab
 
 
 def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, *, linear: bool) -> ir.Node:
-    inputs = [integers, initializer(graph, f"{name}.scale", codec.scale.numpy())]
+    inputs = [integers, initializer(graph, f"{name}.scale", (codec.scale / codec.raised).numpy())]
     zero = codec.zero_point if isinstance(codec, Grid) else torch.zeros_like(codec.scale, dtype=torch.int32)
     if bool(zero.any()) or linear:  # ONNX Runtime's QGemm wants one, though it be zero
-        inputs.append(initializer(graph, f"{name}.zero_point", zero.to(torch.int8).numpy()))
+        inputs.append(initializer(graph, f"{name}.zero_point", (zero * codec.raised).to(torch.int8).numpy()))
     return ir.node("DequantizeLinear", inputs, {} if codec.axis is None else {"axis": codec.axis})
 
 
@@ -173,7 +173,7 @@ def _integers(grid: Grid, part: str, bits: int) -> Array:
         integers = every * 2 - (2**bits - 1)
     else:
         integers = torch.where(every >= 2 ** (bits - 1), every - 2**bits, every)
-    return integers.reshape(256, 8 // bits).to(torch.int8).numpy()
+    return (integers * grid.raised).reshape(256, 8 // bits).to(torch.int8).numpy()
 
 
 def _indices(part: str, bits: int) -> Array:

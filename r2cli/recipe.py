@@ -37,7 +37,7 @@ from r2cli.errors import InputError, unknown
 from r2cli.options import resume_state
 
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
-COMMANDS = ("pretrain", "ptq", "palettize", "export", "evaluate")
+COMMANDS = ("pretrain", "ptq", "qat", "palettize", "export", "evaluate")
 FILES = ("source", "output")
 
 

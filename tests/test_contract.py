@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import attach, checkpoint, data, palettize, ptq, train
+from r2cli import attach, checkpoint, data, palettize, ptq, qat, train
 from r2cli.palettize import training
 
 CPU = torch.device("cpu")
@@ -44,6 +44,22 @@ def test_palettes_survive_decoding_and_the_disk(
         plan = training.Plan(loop, training.Schedule(1, 0, 0.5, 0.05), 2, 1e-4)
         following = training.Following(tmp_path / "state", False, lambda steps: None, lambda epoch, gap: None)
         coded, _ = training.by_training(work, plan, source, following)
+    _require_contract(coded, source, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1])
+@pytest.mark.parametrize("method", sorted(qat.METHODS))
+def test_learned_codes_survive_folding_and_the_disk(method: str, bits: int, trained: Path, tmp_path: Path) -> None:
+    kind = qat.METHODS[method].weight
+    bits = min(max(bits, kind.least), kind.most)
+    made = checkpoint.load(trained)
+    source = data.load("digits", spec=made.input)
+    settings = qat.Settings(method, bits, bits, {})
+    work = qat.Work(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU)
+    prepared = qat.prepare(work)
+    for _, learner, weight in prepared.each():
+        assert torch.equal(learner(weight), learner.freeze(weight).decode())
+    coded, _ = qat.finish(work, prepared)
     _require_contract(coded, source, tmp_path)
 
 

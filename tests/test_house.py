@@ -19,20 +19,20 @@ LAYERS = [
     ["codec", "counts", "grid_search", "tensors", "clip"],
     ["checkpoint"],
     ["attention"],
-    ["models", "data", "graph", "observers", "placement", "regularizers", "weights"],
+    ["models", "data", "graph", "observers", "placement", "regularizers", "rounding", "weights"],
     ["distributed", "resume"],
     ["train", "attach", "activations", "analyze"],
-    ["ptq", "palettize", "onnx_codes", "onnx_floats", "onnx_text", "export", "audit", "verify", "report"],
+    ["ptq", "qat", "palettize", "onnx_codes", "onnx_floats", "onnx_text", "export", "audit", "verify", "report"],
     ["onnx_weights"],
     ["recipe", "cli"],
 ]
 # Methods know nothing of each other, and neither do the places that results go to.
-METHODS, PLACES = ("ptq", "palettize"), ("export", "onnx_codes", "onnx_floats", "onnx_text", "audit", "verify")
+METHODS, PLACES = ("ptq", "qat", "palettize"), ("export", "onnx_codes", "onnx_floats", "onnx_text", "audit", "verify")
 STRANGERS = [
     *((one, other) for one in METHODS for other in METHODS if one != other),
     *(pair for one in METHODS for place in PLACES for pair in ((one, place), (place, one))),
 ]
-FOLDERS = ("models", "data", "ptq", "palettize", "cli", "analyze", "report")
+FOLDERS = ("models", "data", "ptq", "qat", "palettize", "cli", "analyze", "report")
 OWNERS = {
     "rich": {"console"},
     "safetensors": {"checkpoint"},

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from r2cli import __version__, console
-from r2cli.cli import analyze, evaluate, export, palettize, pretrain, ptq, run
+from r2cli.cli import analyze, evaluate, export, palettize, pretrain, ptq, qat, run
 from r2cli.errors import InputError, R2Error
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command()(pretrain.pretrain)
 app.command()(analyze.analyze)
 app.command()(ptq.ptq)
+app.command()(qat.qat)
 app.command()(palettize.palettize)
 app.command()(export.export)
 app.command()(evaluate.evaluate)

@@ -1,8 +1,10 @@
 """What every command checks before it starts and after it is done."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from r2cli import console
 from r2cli.errors import CheckFailed, InputError, unknown
 
 
@@ -43,6 +45,17 @@ def require_no_state(state: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"{state} holds a stopped run: go on with --resume, or start again with --overwrite")
     if resume and not state.exists():
         raise InputError(f"{state} does not exist, so there is nothing to resume: start without --resume")
+
+
+@contextmanager
+def told_of(state: Path) -> Iterator[None]:
+    """Say where a run that is interrupted can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state.exists():
+            console.note(f"{state} holds the last whole epoch: go on with --resume")
+        raise
 
 
 def require_known(kind: str, name: str, choices: Sequence[str]) -> None:

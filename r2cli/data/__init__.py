@@ -11,7 +11,7 @@ preprocessing was used is an `InputSpec`, which the checkpoint records and every
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ from r2cli.data.splits import (
     draw_shifts,
     normalise,
     shift_and_flip,
+    subset,
 )
 from r2cli.errors import InputError, unknown
 
@@ -56,6 +57,7 @@ __all__ = [
     "Share",
     "draw_shifts",
     "shift_and_flip",
+    "with_fewer",
 ]
 
 KINDS: Mapping[str, Callable[[Request], Data]] = {
@@ -112,6 +114,15 @@ class Again(Iterable[T]):
 def recorded(name: str) -> str:
     """`name` as a checkpoint holds it: without the path of a folder, so that the same work gives the same bytes."""
     return "imagefolder" if name.startswith("imagefolder:") else name
+
+
+def with_fewer(data: Data, count: int, seed: int) -> Data:
+    """`data` with `count` of its training images, drawn by `seed`. Raises InputError where there are not so many."""
+    there = len(data.train)
+    if count > there:
+        raise InputError(f"--images {count} is more than {data.name} has: give at most {there}")
+    index = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:count]
+    return replace(data, train=subset(data.train, index.sort().values))
 
 
 def calibration(data: Data, count: int, device: torch.device, seed: int, batch: int = 64) -> Iterator[Batch]:

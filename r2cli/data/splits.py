@@ -7,7 +7,7 @@ processes each gets its own images of the same batches.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -171,6 +171,16 @@ def kept(name: str, files: Sequence[tuple[str, int]], spec: InputSpec) -> KeptSp
     images = torch.empty(len(files), *spec.shape, dtype=torch.uint8)  # no page is touched before its image is there
     labels = torch.tensor([label for _, label in files])
     return KeptSplit(name, images, labels, spec, files=files, state=torch.zeros(len(files), dtype=torch.int8))
+
+
+def subset(split: Split, index: Tensor) -> Split:
+    """The images of `split` at `index` (n,) int64, in that order, as a split of their own."""
+    if isinstance(split, KeptSplit):
+        return kept(split.name, [split.files[i] for i in index.tolist()], split.spec)
+    if isinstance(split, MemorySplit):
+        return replace(split, images=split.images[index], labels=split.labels[index])
+    assert isinstance(split, FolderSplit)
+    return replace(split, files=[split.files[i] for i in index.tolist()])
 
 
 @dataclass

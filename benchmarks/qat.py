@@ -1,0 +1,185 @@
+"""One training step with quantizers, against a float step and against Brevitas' in one run.
+
+ResNet-18 with the CIFAR stem, 32x32, batch 64, SGD with momentum, one thread, weights and activations at 2 bits. Every
+variant runs in a process of its own. Time is CPU time, the least of a few steps after a warm-up; memory is what the
+process's peak grows by in a step, over what it held before (Linux only). Variants alternate with float steps, so that
+a machine that slows down slows both. `inputs` are quantizers on what layers read, as Brevitas has them; `outputs` is
+what r2 does by itself, with 8-bit grids on what enters a sum.
+
+    python benchmarks/qat.py --brevitas ENVIRONMENT --output benchmarks/qat-step.md
+
+ENVIRONMENT is a folder; a virtual environment with Brevitas is made there where there is none. Without the option its
+column stays empty.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+VARIANTS = tuple((method, place) for method in ("lsq", "pact", "dorefa", "ewgs") for place in ("inputs", "outputs"))
+BATCH, SIZE, STEPS, BITS = 64, 32, 3, 2
+BREVITAS = ("brevitas==0.12.1", "torch==2.9.1", "torchvision==0.24.1", "setuptools<70")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def mark(what: str) -> int:
+    """Bytes that the process holds (VmRSS), or held at most since `forget` (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def forget() -> int:
+    """Give free memory back, begin the high-water mark again; bytes that the process holds."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return mark("VmRSS")
+
+
+def measured(model: Any) -> dict[str, float]:
+    """CPU milliseconds of a whole training step, and MB that memory grows by in it."""
+    import torch
+
+    torch.set_num_threads(1)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    images = torch.randn(BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (BATCH,))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return timed(step)
+
+
+def timed(step: Callable[[], None]) -> dict[str, float]:
+    step()
+    step()
+    times, before = [], forget()
+    for _ in range(STEPS):
+        start = process_time()
+        step()
+        times.append(process_time() - start)
+    return {"ms": 1000 * min(times), "mb": (mark("VmHWM") - before) / 2**20}
+
+
+def ours(method: str, place: str) -> dict[str, float]:
+    """A step of r2's, or of the float network where `method` is 'float'."""
+    import torch
+
+    from r2cli import models, qat
+    from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
+
+    torch.manual_seed(0)
+    spec = ModelSpec("resnet18", 10, stem="small")
+    model = models.build(spec)
+    if method == "float":
+        return measured(model.to(memory_format=torch.channels_last))
+    given = InputSpec(3, SIZE, SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    made = Checkpoint(spec, given, tuple("0123456789"), model.state_dict())
+    settings = qat.Settings(method, BITS, BITS, {}, place)
+    images = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(10, (BATCH,))
+    work = qat.Work(made, settings, lambda: [images], torch.device("cpu"))
+    return measured(qat.prepare(work).net.to(memory_format=torch.channels_last))
+
+
+def brevitas() -> dict[str, float]:
+    """A step of Brevitas' learned-scale quantizers in torchvision's network; runs in its own environment."""
+    import torch
+
+    if not hasattr(torch.Tensor, "rename"):  # Brevitas looks for it, and torch has dropped it
+        torch.Tensor.rename = lambda self, *names: self  # type: ignore[attr-defined]
+    from brevitas import nn as qnn  # type: ignore[import-not-found]
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat  # type: ignore[import-not-found]
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10)
+    model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    learned = {"scaling_impl_type": "parameter_from_stats", "restrict_scaling_type": "fp"}
+    weight = type("Weight", (Int8WeightPerTensorFloat,), {"bit_width": BITS, **learned})
+    act = type(
+        "Act", (Int8ActPerTensorFloat,), {"bit_width": BITS, "signed": False, "collect_stats_steps": 1, **learned}
+    )
+    common = {"weight_quant": weight, "input_quant": act}
+    for name, module in list(model.named_modules()):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, torch.nn.Conv2d) and name != "conv1":
+            sizes = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+            own = qnn.QuantConv2d(*sizes, bias=False, **common)
+        elif isinstance(module, torch.nn.Linear):
+            own = qnn.QuantLinear(module.in_features, module.out_features, bias=True, **common)
+        else:
+            continue
+        setattr(parent, name.rpartition(".")[2], own)
+    return measured(model.to(memory_format=torch.channels_last))
+
+
+def environment(folder: Path) -> Path | None:
+    """The Python of an environment with Brevitas; None, and why on standard error, where it cannot be made."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        install = [str(python), "-m", "pip", "install", "-q", "--extra-index-url", CPU_INDEX, *BREVITAS]
+        done = subprocess.run(install, capture_output=True, text=True)
+        if done.returncode:
+            print(f"Brevitas cannot be installed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            return None
+    return python
+
+
+def run(python: Path | str, *arguments: str) -> dict[str, float] | None:
+    """One variant in a process of its own; None where it fails."""
+    command = [str(python), __file__, "--one", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        print(f"{' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def row(name: str, own: dict[str, float] | None, base: dict[str, float]) -> str:
+    if own is None:
+        return f"| {name} | not run | | | |"
+    time, memory = own["ms"] / base["ms"], own["mb"] / base["mb"]
+    return f"| {name} | {own['ms']:.0f} ms | {time:.2f} | {own['mb']:.0f} MB | {memory:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--brevitas", type=Path, help="the folder of its environment")
+    parser.add_argument("--methods", nargs="*", default=["lsq", "pact", "dorefa", "ewgs"])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--one", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(brevitas() if options.one[0] == "brevitas" else ours(*options.one)))
+        return
+    base = run(sys.executable, "float", "-")
+    assert base is not None
+    lines = ["| | step | of float steps | memory | of float's |", "|---|---|---|---|---|", row("float", base, base)]
+    for method, place in VARIANTS:
+        if method in options.methods:
+            lines.append(row(f"{method}, {place}", run(sys.executable, method, place), base))
+    python = environment(options.brevitas) if options.brevitas else None
+    if python is not None:
+        lines.append(row("Brevitas, inputs", run(python, "brevitas"), base))
+    lines.append(row("float again", run(sys.executable, "float", "-"), base))
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.output:
+        options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

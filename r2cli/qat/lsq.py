@@ -1,0 +1,101 @@
+"""LSQ: the step of the levels is learned with the weights.
+
+Paper: Esser et al., "Learned Step Size Quantization" (2020), equations 1 to 3 and section 2.2.
+
+    y = s * round(clip(x / s, -Qn, Qp))       weights: Qn = 2**(b-1), Qp = Qn - 1; activations: Qn = 0, Qp = 2**b - 1
+    dy/dx = 1 inside, 0 at the bounds and outside
+    dy/ds = round(x / s) - x / s inside, -Qn below, Qp above, times 1 / sqrt(N * Qp)
+
+N is the number of a layer's weights, or of a sample's activations. The sum over dy/ds is that of g * y less that of
+g * x inside, over s: two dot products, no mask is kept. s starts as 2 * mean|x| / sqrt(Qp).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from r2cli import rounding
+from r2cli.codec import Coded, Grid
+from r2cli.qat import learners
+from r2cli.rounding import Bound, Codes, Rule
+
+
+def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
+    """s times the sum of g * dy/ds."""
+    rounding.inside(g, x, low, high, out)
+    return torch.dot(g, y) - torch.dot(out, x)
+
+
+def first_step(x: Tensor, highest: int) -> Tensor:
+    """The step () to start from, for values of any shape and Qp."""
+    found: Tensor = (2 * x.abs().mean() / max(highest, 1) ** 0.5).clamp_min(rounding.FLOOR)
+    return found
+
+
+def rule(count: int, highest: int, step: Tensor) -> Rule:
+    return Rule(slope, 1 / (step * max(count * highest, 1) ** 0.5))
+
+
+class Weight(learners.Weight):
+    least, why = 2, "at 1 bit its highest level is 0"
+
+    def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
+        super().__init__(w, bits, fitted)
+        self.step = nn.Parameter(torch.empty((), dtype=w.dtype, device=w.device))
+        self.start(w)
+
+    @torch.no_grad()
+    def start(self, w: Tensor) -> None:
+        if self.fitted:
+            self.step.copy_(learners.best_range(w, self.bits, -self.codes[0]) / (2**self.bits - 1))
+        else:
+            self.step.copy_(first_step(w, self.codes[1]))
+
+    @property
+    def codes(self) -> Codes:
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def freeze(self, w: Tensor) -> Coded:
+        step = learners.positive(self.step)
+        grid = Grid(step, torch.zeros_like(step, dtype=torch.int32), self.bits, signed=True)
+        return Coded(grid, grid.encode(w.detach()))
+
+    def forward(self, w: Tensor) -> Tensor:
+        step = learners.positive(self.step)
+        return rounding.quantize(w, self.step, step, self.codes, rule(w.numel(), self.codes[1], step))
+
+
+class Activation(learners.Activation):
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.parameter = nn.Parameter(torch.ones(()))
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        super().start(x)
+        if self.fitted:
+            self.parameter.copy_(learners.best_range(x, self.bits, self.zero) / (2**self.bits - 1))
+        else:
+            self.parameter.copy_(first_step(x, self.codes[1]))
+
+    def step(self) -> Tensor:
+        return learners.positive(self.parameter)
+
+    def rule(self, x: Tensor) -> Rule:
+        return rule(x[0].numel(), self.codes[1], self.step())
+
+
+# --- bin regularization --------------------------------------------------------------------------------------------
+
+
+def bins(w: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+    """Bin regularization of a weight of any shape, (), and its gradient by the weight.
+
+    Paper: Han et al., "Improving Low-Precision Network Quantization via Bin Regularization" (2021), equation 5. Every
+    code's weights are drawn to its level t: (mean(w) - t)**2 + var(w), which is their mean of (w - t)**2. Levels are
+    constants to the gradient; codes that no weight has count for nothing.
+    """
+    away = w - rounding.to_levels(w, step, codes, torch.empty_like(w))
+    index = ((w - away) / step).round_().sub_(codes[0]).long().flatten()
+    count = torch.bincount(index, minlength=codes[1] - codes[0] + 1).clamp_min_(1).to(w.dtype)
+    share = away / count[index].reshape(w.shape)
+    return (away * share).sum(), 2 * share

@@ -1,0 +1,402 @@
+"""Training with quantizers: where they stand, what is frozen, and that the ONNX file is what was trained."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import R2
+from r2cli import attach, checkpoint, codec, data, export, graph, models, qat, train, verify
+from r2cli.checkpoint import Checkpoint, ModelSpec
+from r2cli.errors import InputError, R2Error
+from r2cli.qat import ewgs, lsq, placement, training
+from r2cli.qat.learners import Activation, Wide
+
+CPU = torch.device("cpu")
+LOOP = train.Settings(2, 64, 0.02, 0.9, 2.5e-5, 0.05, 0.0, 0.0, 0)
+
+
+@pytest.fixture
+def model(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(trained, tmp_path / "model.safetensors"))
+
+
+def work_on(path: Path, method: str, bits: int, acts: int | None, **more: object) -> tuple[qat.Work, data.Data]:
+    made = checkpoint.load(path)
+    source = data.load("digits", spec=made.input)
+    settings = qat.Settings(method, bits, acts, {}, **more)  # type: ignore[arg-type]
+    return qat.Work(made, settings, lambda: data.calibration(source, 256, CPU, 0), CPU), source
+
+
+def trained_to(
+    path: Path, method: str, bits: int, acts: int | None, tmp_path: Path, plan: training.Plan | None = None
+) -> tuple[Checkpoint, float, list[qat.Row]]:
+    work, source = work_on(path, method, bits, acts)
+    plan = plan or training.Plan(LOOP, 1e-3 if method == "ewgs" else 0.02)
+    watch = train.Watch(lambda steps: None, lambda epoch: None)
+    following = training.Following(tmp_path / "state.safetensors", False, watch)
+    coded, rows, history = training.by_training(work, plan, source, following)
+    return coded, history[-1].top1, rows
+
+
+# --- where quantizers stand ----------------------------------------------------------------------------------------
+
+
+def placed(
+    name: str, *, inputs: bool, shape: tuple[int, ...] = (3, 32, 32), bits: int = 2
+) -> dict[str, placement.Place]:
+    net = graph.trace(models.build(ModelSpec(name, 10, channels=shape[0], stem="small")))
+    graph.remove_norms(net)
+    each = {layer.name: bits for layer in graph.layers(net)}
+    return {place.value: place for place in placement.places(net, shape, each, inputs=inputs)}
+
+
+def test_what_enters_a_sum_is_wide_and_layers_read_their_levels_behind_it() -> None:
+    found = placed("resnet18", inputs=False)
+    assert found["x"] == placement.Place("x", wide=True)
+    block = found["layer1_0_relu_1"]  # what the next block's first layer reads, and its sum
+    assert block.wide and block.low == 2 and block.shared
+    inner = found["layer1_0_relu"]
+    assert not inner.wide and inner.low == 2 and not inner.shared
+    assert found["layer1_0_conv2"] == placement.Place("layer1_0_conv2", wide=True)
+    assert found["avgpool"].low == 2 and found["layer4_1_relu_1"] == placement.Place("layer4_1_relu_1", wide=True)
+
+
+def test_the_papers_placement_is_on_what_layers_read() -> None:
+    found = placed("resnet18", inputs=True)
+    assert {place.value for place in found.values() if place.wide} == {"x"}
+    assert "layer1_0_conv2" not in found and found["layer1_0_relu_1"].shared and found["layer1_0_relu"].low == 2
+
+
+def test_at_8_bits_a_sums_grid_serves_layers_too() -> None:
+    found = placed("resnet18", inputs=False, bits=8)
+    assert found["layer1_0_relu_1"] == placement.Place("layer1_0_relu_1", wide=True)
+    assert found["layer1_0_relu"] == placement.Place("layer1_0_relu", low=8)
+
+
+def test_a_max_pool_between_keeps_both_grids_where_they_belong() -> None:
+    net = graph.trace(models.build(ModelSpec("resnet18", 10, channels=3, stem="imagenet")))
+    graph.remove_norms(net)
+    each = {layer.name: 2 for layer in graph.layers(net)}
+    found = {p.value: p for p in placement.places(net, (3, 64, 64), each, inputs=False)}
+    assert found["relu"] == placement.Place("relu", wide=True)
+    assert found["maxpool"] == placement.Place("maxpool", low=2, shared=True)
+
+
+def test_quantizers_take_over_the_relus_before_them(model: Path) -> None:
+    work, _ = work_on(model, "lsq", 2, 2)
+    prepared = qat.prepare(work)
+    first = prepared.net.get_submodule("learners.relu")
+    assert first.wide.rectifies and prepared.edges["stages_0_0_relu1"].rectifies  # type: ignore[union-attr]
+    left = [node for node in prepared.net.graph.nodes if placement._is_relu(prepared.net, node)]
+    assert len(left) == 1  # the last block's, which the wide grid alone reads
+
+
+def test_a_range_below_zero_has_a_zero_point_and_the_input_is_never_cut_at_zero(tmp_path: Path) -> None:
+    source = data.load("digits", size=16)
+    model = models.build(ModelSpec("mobilenet_v2", 10, channels=1, stem="small", width=0.25))
+    made = Checkpoint(
+        ModelSpec("mobilenet_v2", 10, 1, "small", 0.25), source.input, source.class_names, model.state_dict()
+    )
+    work = qat.Work(made, qat.Settings("lsq", 4, 4, {}), lambda: data.calibration(source, 64, CPU, 0), CPU)
+    prepared = qat.prepare(work)
+    given = prepared.edges["x"]
+    assert isinstance(given, Wide) and given.zero > 0
+    signed = [edge for edge in prepared.edges.values() if isinstance(edge, Activation) and edge.zero > 0]
+    assert signed and all(0 < edge.zero < 15 for edge in signed)
+
+
+# --- what is trained is what is frozen, and what is exported -------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(qat.METHODS))
+def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: Path) -> None:
+    coded, top1, rows = trained_to(model, method, 2, 2, tmp_path)
+    source, path = data.load("digits", spec=coded.input), tmp_path / "model.onnx"
+    assert top1 > 80
+    path.write_bytes(export.to_bytes(coded))
+    proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
+    assert proof.passed, proof.checks
+    one_image = 100 / len(source.test)
+    assert proof.measures["agreement"] >= 99.5
+    assert abs(proof.measures["top1"] - proof.measures["torch_top1"]) <= one_image + 1e-9
+    nodes = proof.measures["nodes"]
+    assert nodes["QLinearConv"] == 9 and nodes["QLinearAdd"] == 3
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Relu"} & set(nodes)
+    assert {row.bits for row in rows} == {2} and {row.act_bits for row in rows} == {8, 2}
+
+
+@pytest.mark.parametrize("method", sorted(qat.METHODS))
+def test_the_network_that_trained_is_the_one_that_is_frozen(
+    method: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation: weights are their codes', values their grids', logits the same but for the biases' int32 grid."""
+    monkeypatch.setattr(qat.activations, "round_biases", lambda net, coded, grids: None)
+    work, source = work_on(model, method, 2, 2)
+    prepared = qat.prepare(work)
+    placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
+    images, _ = next(source.test.batches(64, CPU))
+    with torch.no_grad():
+        expected = prepared.net.eval()(images)
+        for layer, learner, weight in prepared.each():
+            module = prepared.model.get_submodule(layer.name)
+            assert torch.equal(module.weight, learner.freeze(weight).decode())  # type: ignore[arg-type]
+        coded, _ = qat.finish(work, prepared)
+        found = attach.network(coded)(images)
+    # Sums are in another order: a level here and there.
+    assert codec.sqnr(found, expected) > 60
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["plain", "odd"])
+def test_folding_changes_no_integer_but_its_sign(odd: bool) -> None:
+    codes = torch.randint(0, 4, (6, 3, 3, 3), generator=torch.Generator().manual_seed(0)) - (0 if odd else 2)
+    codes[1] = codes[1].clamp_min(1 if odd else -1)  # a channel without the lowest code
+    grid = codec.Grid(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), 2, signed=True, odd=odd)
+    coded = codec.Coded(grid, codes.to(torch.uint8 if odd else torch.int8))
+    factor = torch.tensor([0.1, 2.0, 3.0, 0.5, 1.0, 4.0], dtype=torch.float64)
+    negative = torch.tensor([True, True, False, True, False, False])
+    folded = qat.fold(coded, factor, negative)
+    signed = torch.where(negative, -factor, factor).reshape(-1, 1, 1, 1)
+    assert torch.allclose(folded.decode().double(), coded.decode() * signed, rtol=1e-6)
+    assert bool((folded.codec.scale > 0).all()) and torch.equal(folded.codec.encode(folded.decode()), folded.codes)
+    assert isinstance(folded.codec, codec.Grid)
+    assert torch.equal(folded.codec.integers(folded.codes).abs(), grid.integers(coded.codes).abs())
+    assert (folded.codec.zero_point != 0).tolist() == [not odd, False, False, not odd, False, False]
+
+
+@pytest.mark.parametrize("method", ["lsq", "ewgs"])
+def test_a_gamma_that_turned_negative_in_training_is_exported(method: str, model: Path, tmp_path: Path) -> None:
+    work, source = work_on(model, method, 2, 4)
+    prepared = qat.prepare(work)
+    with torch.no_grad():
+        for layer in prepared.layers:
+            if layer.norm:
+                prepared.net.get_submodule(layer.norm).weight[::3] *= -1  # type: ignore[operator]
+    placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
+    images, _ = next(source.test.batches(64, CPU))
+    expected = prepared.net.eval()(images).detach()
+    coded, rows = qat.finish(work, prepared)
+    assert codec.sqnr(attach.network(coded)(images).detach(), expected) > 15
+    assert any("turned around" in row.note for row in rows)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.to_bytes(coded))
+    proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
+    assert proof.passed and proof.measures["nodes"]["QLinearConv"] == 9
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "acts"), [("lsq", 8, 8), ("pact", 4, 4), ("ewgs", 1, 1), ("dorefa", 3, None)]
+)
+def test_other_bits_pass_their_proof(method: str, bits: int, acts: int | None, model: Path, tmp_path: Path) -> None:
+    work, source = work_on(model, method, bits, acts)
+    prepared = qat.prepare(work)
+    placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
+    coded, _ = qat.finish(work, prepared)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.to_bytes(coded))
+    proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
+    assert proof.passed, proof.checks
+    assert bool(coded.activations) == (acts is not None)
+
+
+# --- the options ---------------------------------------------------------------------------------------------------
+
+
+def test_kept_layers_have_their_bits_and_read_as_many(model: Path) -> None:
+    work, _ = work_on(model, "lsq", 2, 2)
+    work = replace(work, settings=replace(work.settings, keep={"conv": 8, "classifier": 8}))
+    _, rows = qat.finish(work, qat.prepare(work))
+    bits = {row.layer: (row.bits, row.act_bits) for row in rows}
+    assert bits["conv"] == (8, 8) and bits["classifier"] == (8, 8) and bits["stages.1.0.conv1"] == (2, 2)
+
+
+def test_bits_come_down_by_stages() -> None:
+    assert [training.bits_at(number, 6, 2) for number in range(1, 7)] == [8, 8, 4, 4, 2, 2]
+    assert [training.bits_at(number, 4, 4) for number in range(1, 5)] == [8, 8, 4, 4]
+    assert [training.bits_at(number, 3, 8) for number in range(1, 4)] == [8, 8, 8]
+
+
+def test_bin_regularization_draws_weights_to_their_levels() -> None:
+    w = torch.tensor([0.5, -1.25, 0.2, 1.0, -0.4, -0.6, 0.1], dtype=torch.float64)
+    value, gradient = lsq.bins(w, torch.tensor(0.5, dtype=torch.float64), (-2, 1))
+    assert value.item() == pytest.approx(0.2225)
+    assert gradient.tolist() == pytest.approx([0, -0.5, 0.2, 0.5, 0.1, -0.1, 0.1])
+
+
+def test_the_hessians_trace_sets_delta() -> None:
+    hessian = torch.tensor([[2, 0.5, 0], [0.5, 1, 0], [0, 0, 3.0]])
+    x = torch.tensor([0.2, -0.4, 1.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(0.5 * x @ hessian @ x, x, create_graph=True)
+    assert gradient.tolist() == pytest.approx([0.2, -0.3, 3.0])
+    assert ewgs.delta_of(6.0, gradient.detach()) == pytest.approx(0.3748316564)
+    found = ewgs.traces([gradient], [x], torch.Generator().manual_seed(0))
+    assert found[0] == pytest.approx(6.0, abs=0.6)
+
+
+def test_deltas_from_the_hessian_of_a_network(model: Path) -> None:
+    work, _ = work_on(model, "ewgs", 2, 2)
+    prepared = qat.prepare(work)
+    plan = training.Plan(LOOP, 1e-3, delta=None)
+    learners = [*prepared.weights.values(), *prepared.activations]
+    training._set_deltas(work, plan, prepared, 1)
+    assert all(float(learner.delta) == 0 for learner in learners)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ewgs, "PROBES", 2)
+        training._set_deltas(work, plan, prepared, 2)
+    deltas = [float(learner.delta) for learner in learners]  # type: ignore[arg-type]
+    assert max(deltas) > 0 and min(deltas) >= 0 and all(torch.isfinite(torch.tensor(deltas)))
+    images, _ = next(iter(work.batches()))
+    assert prepared.net(images).requires_grad  # back in the usual operations
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_proved_file(r2: R2, model: Path, tmp_path: Path) -> None:
+    arguments = ("--weight-bits", 2, "--act-bits", 2, "--epochs", 3, "--distill", 1, "--progressive", "--bin-reg", 1e-4)
+    ran = r2("qat", model, *arguments, "--json")
+    report = json.loads(ran.out)
+    assert ran.code == 0 and report["passed"] and report["top1"] > 80
+    assert (tmp_path / "model.w2a2-lsq.onnx").stat().st_size == report["bytes"]
+    assert report["options"]["distill"] == 1 and 2 < report["bits_per_weight"] < 3
+    assert not list(tmp_path.glob("*resume*"))
+    again = r2("qat", tmp_path / "model.w2a2-lsq.safetensors")
+    assert again.code == 2 and "is quantized already" in again.err
+    assert "is there already" in r2("qat", model, *arguments).err
+
+
+def test_from_scratch_with_a_regularizer(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scratch = ("--from-scratch", "--model", "resnet8", "--size", 8, "--reg", "linf", "--method", "pact")
+    ran = r2("qat", *scratch, "--act-bits", 4, "--epochs", 3, "--lr", 0.1, "--json")
+    report = json.loads(ran.out)
+    assert ran.code == 0 and report["top1"] > 50 and report["float_top1"] is None
+    assert report["epochs"][0]["penalty"] > 0
+
+
+def test_the_same_seed_gives_the_same_bytes_also_after_a_kill(model: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "r2cli",
+        "qat",
+        str(model),
+        "--weight-bits",
+        "2",
+        "--act-bits",
+        "2",
+        "--epochs",
+        "3",
+    ]
+    command += ["--method", "ewgs"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(output: Path, *more: str) -> None:
+        subprocess.run([*command, "-o", str(output), *more], check=True, capture_output=True, env=environment)
+
+    run(tmp_path / "a.safetensors")
+    state = tmp_path / "b.resume.safetensors"
+    with subprocess.Popen([*command, "-o", str(tmp_path / "b.safetensors")], env=environment) as process:
+        while not state.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert state.exists() and not (tmp_path / "b.safetensors").exists()
+    run(tmp_path / "b.safetensors", "--resume")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes() and not state.exists()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_a_resumed_run_goes_on_with_its_quantizers(method: str, progressive: bool, model: Path, tmp_path: Path) -> None:
+    loop = replace(LOOP, epochs=3)
+    plan = training.Plan(loop, 0.02, progressive=progressive)
+    whole, _, _ = trained_to(model, method, 2, 2, tmp_path, plan)
+
+    class Stop(Exception):
+        pass
+
+    def stop(epoch: train.Epoch) -> None:
+        raise Stop
+
+    work, source = work_on(model, method, 2, 2)
+    state = tmp_path / "stopped.safetensors"
+    for _ in range(2):
+        with pytest.raises(Stop):
+            watch = train.Watch(lambda steps: None, stop)
+            training.by_training(work, plan, source, training.Following(state, True, watch))
+    watch = train.Watch(lambda steps: None, lambda epoch: None)
+    resumed, _, _ = training.by_training(work, plan, source, training.Following(state, True, watch))
+    assert checkpoint.to_bytes(resumed) == checkpoint.to_bytes(whole)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    (("--weight-bits", 1), "is impossible with lsq: at 1 bit its highest level is 0; give 2 to 8"),
+    (("--weight-bits", 8, "--method", "dorefa"), "have no zero and leave int8 at 8 bits; give 1 to 7"),
+    (("--weight-bits", 8, "--method", "pact"), "leave int8 at 8 bits"),
+    (("--weight-bits", 8, "--method", "ewgs"), "leave int8 at 8 bits"),
+    (("--weight-bits", 9), "--weight-bits 9 is impossible"),
+    (("--act-bits", 0), "--act-bits 0 is impossible"),
+    (("--act-bits", "two"), "--act-bits two is impossible"),
+    (("--keep", "classifier=8", "--method", "ewgs"), "--keep classifier=8 is impossible with ewgs"),
+    (("--keep", "clasifier=8"), "did you mean 'classifier'"),
+    (("--method", "lqs"), "did you mean 'lsq'"),
+    (("--activations", "both"), "unknown --activations"),
+    (("--bin-reg", 0.1, "--method", "ewgs"), "--bin-reg belongs to --method lsq"),
+    (("--delta", "hessian"), "--delta belongs to --method ewgs"),
+    (("--delta", "-1", "--method", "ewgs"), "--delta -1 is impossible"),
+    (("--reg", "linf"), "--reg linf belongs to --from-scratch"),
+    (("--images", 5000), "--images 5000 is more than digits has"),
+    (("--calibration", 5000), "is more than digits has"),
+    (("--resume",), "there is nothing to resume"),
+    (("-o", "x.onnx"), "must end in .safetensors"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value))
+def test_what_cannot_be_done_is_one_sentence(
+    arguments: tuple[object, ...], message: str, r2: R2, model: Path, tmp_path: Path
+) -> None:
+    ran = r2("qat", model, *arguments)
+    assert ran.code == 2 and message in ran.err.replace("\n", " ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def test_a_layer_without_a_quantizer_is_named() -> None:
+    net = graph.trace(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 1, 3)))
+    with pytest.raises(InputError, match="the layer '1' is a ConvTranspose2d, which has no quantizer"):
+        placement.require_known(net, activations=True)
+    layer = nn.Conv2d(1, 1, 3)
+    with pytest.raises(InputError, match="runs twice"):
+        placement.require_known(graph.trace(nn.Sequential(layer, nn.ReLU(), layer)), activations=True)
+
+
+def test_training_that_diverges_keeps_the_last_good_epoch(model: Path, tmp_path: Path) -> None:
+    work, source = work_on(model, "lsq", 2, 2)
+    plan, state = training.Plan(replace(LOOP, epochs=3), 0.02), tmp_path / "state.safetensors"
+    kept: list[bytes] = []
+    prepare = qat.prepare
+
+    def spoil(epoch: train.Epoch) -> None:
+        kept.append(state.read_bytes())
+        with torch.no_grad():
+            made[0].weights["classifier"].step.fill_(float("nan"))  # type: ignore[union-attr,operator]
+
+    made: list[placement.Prepared] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qat, "prepare", lambda work: made.append(prepare(work)) or made[0])  # type: ignore[func-returns-value]
+        watch = train.Watch(lambda steps: None, spoil)
+        with pytest.raises(R2Error, match=r"diverged in epoch 2 .*holds the end of epoch 1"):
+            training.by_training(work, plan, source, training.Following(state, False, watch))
+    assert kept == [state.read_bytes()]

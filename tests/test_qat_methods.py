@@ -1,0 +1,242 @@
+"""The quantizers alone: the numbers of their papers, gradients at the bounds, and codes that are what training saw."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from r2cli import rounding
+from r2cli.qat import dorefa, ewgs, lsq, pact
+from r2cli.qat.learners import Activation, Both, Wide
+
+W = [0.5, -1.25, 0.25, 1.0]
+X = [-0.3, 0.4, 0.9, 1.7]
+G = [1.0, -2.0, 0.5, 3.0]
+
+
+def vector(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def grads(out: Tensor, *inputs: Tensor) -> list[list[float]]:
+    """The gradients of `inputs` for the upstream gradient G, or what of it there is."""
+    found = torch.autograd.grad(out, inputs, vector(G[: len(out)]))
+    return [each.reshape(-1).tolist() for each in found]
+
+
+def exactly(values: list[float]) -> object:
+    return pytest.approx(values, rel=1e-6, abs=1e-9)
+
+
+def learner_of(kind: type[Activation], bits: int, parameter: float) -> Activation:
+    learner = kind(bits).double()
+    learner.parameter.data.fill_(parameter)
+    return learner
+
+
+# --- LSQ: equations 1 to 3 -----------------------------------------------------------------------------------------
+
+
+def test_lsq_weights() -> None:
+    w = vector(W).requires_grad_()
+    learner = lsq.Weight(w, 2)
+    assert learner.step.item() == pytest.approx(1.5)
+    learner.step.data.fill_(0.6)
+    out = learner(w)
+    assert out.tolist() == exactly([0.6, -1.2, 0, 0.6])
+    gw, gs = grads(out, w, learner.step)
+    assert gw == exactly([1, 0, 0.5, 0]) and gs == exactly([3.4791666667])
+
+
+def test_lsq_activations() -> None:
+    x, learner = vector(X).requires_grad_(), learner_of(lsq.Activation, 2, 0.4)
+    out = learner(x.unsqueeze(0))  # one sample of four features
+    assert out.flatten().tolist() == exactly([0, 0.4, 0.8, 1.2])
+    gx, gs = torch.autograd.grad(out, (x, learner.parameter), vector(G).unsqueeze(0))
+    assert gx.tolist() == exactly([0, -2, 0.5, 0]) and gs.item() == pytest.approx(2.5619918195)
+
+
+@pytest.mark.parametrize(("bits", "step"), [(2, 1.5), (3, 0.8660254038), (4, 0.5669467095), (8, 0.1331034764)], ids=str)
+def test_lsq_starts_where_the_paper_does(bits: int, step: float) -> None:
+    assert lsq.Weight(vector(W), bits).step.item() == pytest.approx(step)
+
+
+# --- PACT: equation 3 ----------------------------------------------------------------------------------------------
+
+
+def test_pact_has_its_own_gradient_and_not_lsqs() -> None:
+    x, learner = vector(X).requires_grad_(), learner_of(pact.Activation, 2, 1.0)
+    out = learner(x)
+    assert out.tolist() == exactly([0, 1 / 3, 1, 1])
+    gx, ga = grads(out, x, learner.parameter)
+    assert gx == exactly([0, -2, 0.5, 0]) and ga == exactly([3.0])
+
+
+def test_pact_with_something_negative_has_a_bound_on_both_sides() -> None:
+    learner = learner_of(pact.Activation, 2, 3.0)  # levels -1, 0, 1, 2
+    learner.zero = 1
+    x = vector([-1.7, -0.4, 1.2, 2.5]).requires_grad_()
+    out = learner(x)
+    assert out.tolist() == exactly([-1, 0, 1, 2])
+    gx, ga = grads(out, x, learner.parameter)
+    assert gx == exactly([0, -2, 0.5, 0]) and ga == exactly([3 * 2 / 3 - 1 / 3])
+
+
+# --- DoReFa: equations 5 to 10 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "values"), [(2, [1 / 3, -1, 1 / 3, 1]), (4, [0.6, -1, 1 / 3, 0.8666666667])], ids=str)
+def test_dorefa_weights(bits: int, values: list[float]) -> None:
+    w = vector(W).requires_grad_()
+    out = dorefa.quantized(w, bits, torch.ones((), dtype=torch.float64))
+    assert out.tolist() == exactly(values)
+    assert grads(out, w)[0] == exactly([0.9271046805, -0.6611346794, 0.5540687127, 1.4852614921])
+
+
+def test_dorefa_at_one_bit_is_the_sign_times_the_mean() -> None:
+    w = vector(W).requires_grad_()
+    out = dorefa.quantized(w, 1, torch.ones((), dtype=torch.float64))
+    assert out.tolist() == exactly([0.75, -0.75, 0.75, 0.75]) and grads(out, w)[0] == exactly(G)
+
+
+def test_dorefa_activations_are_clipped_at_a_constant() -> None:
+    x, learner = vector(X).requires_grad_(), learner_of(dorefa.Activation, 2, 1.0)
+    out = learner(x)
+    assert out.tolist() == exactly([0, 1 / 3, 1, 1]) and grads(out, x)[0] == exactly([0, -2, 0.5, 0])
+    assert not list(learner.parameters())
+
+
+def test_dorefas_factor_is_the_least_squares_one() -> None:
+    w = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 0.02
+    learner = dorefa.Weight(w, 2)
+    learner.keep_scale(w)
+    errors = [float((w - learner(w) * s).square().sum()) for s in (0.99, 1.0, 1.01)]
+    assert min(errors) == errors[1]
+
+
+# --- EWGS: equations 1 to 5 ----------------------------------------------------------------------------------------
+
+EWGS = [
+    (1.4, 0.0, [0.7142857143, -1.4285714286, 0.3571428571, 2.1428571429], 0.6696428571, -2.4553571429),
+    (1.4, 0.2, [0.7159863946, -1.4132653061, 0.3516156463, 2.0816326531], 0.6656265185, -2.4015959062),
+    (0.9, 0.0, [1.1111111111, 0, 0.5555555556, 0], -0.4475308642, -1.2191358025),
+]
+
+
+@pytest.mark.parametrize(("end", "delta", "dw", "dl", "du"), EWGS, ids=str)
+def test_ewgs_weights(end: float, delta: float, dw: list[float], dl: float, du: float) -> None:
+    w = vector(W).requires_grad_()
+    learner = ewgs.Weight(w, 2)
+    for parameter, value in ((learner.low, -end), (learner.high, end), (learner.output, 1.0), (learner.delta, delta)):
+        parameter.data.fill_(value)
+    both = learner(w), learner.written_out(w)[1]
+    for out in both:
+        assert out.tolist() == exactly([1 / 3, -1, 1 / 3, 1])
+        gw, gl, gu, go = grads(out, w, learner.low, learner.high, learner.output)
+        assert gw == exactly(dw) and gl == exactly([dl]) and gu == exactly([du])
+        assert go == exactly([1 / 3 + 2 + 0.5 / 3 + 3])
+
+
+def test_ewgs_layer_is_one_of_integers() -> None:
+    x, learner = vector([0.1, 0.8, 2.3, 0.45]), learner_of(ewgs.Activation, 2, 2.0)
+    w = vector(W)
+    weight = ewgs.Weight(w, 2)
+    weight.reads = (learner,)
+    for parameter, value in ((weight.low, -1.4), (weight.high, 1.4), (weight.output, 0.7)):
+        parameter.data.fill_(value)
+    frozen, grid = weight.freeze(w), learner.grid()
+    assert grid.encode(x).tolist() == [0, 1, 3, 1] and frozen.codec.integers(frozen.codes).tolist() == [1, -3, 1, 3]  # type: ignore[union-attr]
+    assert frozen.codec.scale.item() == pytest.approx(0.1166666667) and grid.scale.item() == pytest.approx(0.6666666667)
+    assert (learner(x) @ weight(w)).item() == pytest.approx(0.2333333333)
+
+
+def test_ewgs_activations_start_and_step_as_the_authors_have_it() -> None:
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0)).double().clamp_min(0)
+    learner = ewgs.Activation(2).double()
+    learner.start(x)
+    assert learner.parameter.item() == pytest.approx(4.9766902 * x.std().item(), rel=1e-6) and learner.zero == 0
+    # The gradient of u - l, through the operations of the paper.
+    learner.delta.fill_(0.2)
+    g = torch.randn(4000, generator=torch.Generator().manual_seed(1)).double()
+    x = (x + 0.01).requires_grad_()
+    found = [torch.autograd.grad(out, (x, learner.parameter), g) for out in (learner(x), learner.written_out(x)[1])]
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+# --- what holds for all --------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {"lsq": lsq.Activation, "pact": pact.Activation, "dorefa": dorefa.Activation, "ewgs": ewgs.Activation}
+WEIGHTS = {"lsq": lsq.Weight, "dorefa": dorefa.Weight, "ewgs": ewgs.Weight}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("bits", [8, 7, 4, 3, 2, 1])
+@pytest.mark.parametrize("name", sorted(WEIGHTS))
+def test_training_computes_with_what_the_codes_decode_to(name: str, bits: int, layout: torch.memory_format) -> None:
+    kind = WEIGHTS[name]
+    if not kind.least <= bits <= kind.most:
+        return
+    w = torch.randn(20, 30, 9, 8, generator=torch.Generator().manual_seed(bits)).mul(0.1).to(memory_format=layout)
+    learner = kind(w, bits)
+    frozen = learner.freeze(w)
+    assert torch.equal(learner(w.requires_grad_()), frozen.decode()) and learner(w).stride() == w.stride()
+    assert torch.equal(frozen.codec.encode(frozen.decode()), frozen.codes)
+    assert 2**bits / 7 < len(frozen.codes.unique()) <= 2**bits
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["rectified", "signed"])
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_are_what_their_grid_makes_of_them(name: str, bits: int, signed: bool) -> None:
+    x = torch.randn(16, 30, 12, 12, generator=torch.Generator().manual_seed(bits))
+    x = x if signed else x.relu()
+    learner = ACTIVATIONS[name](bits)
+    learner.start(x)
+    grid = learner.grid()
+    assert torch.equal(learner(x), grid.decode(grid.encode(x))) and (int(grid.zero_point) > 0) == signed
+    assert learner(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_gradients_at_the_bounds_are_written_out(name: str) -> None:
+    """At 0 and at the highest level, which half of all rectified values are on: clamp's own changed with torch."""
+    learner = learner_of(ACTIVATIONS[name], 2, 0.75 if name == "lsq" else 2.25)
+    if name == "ewgs":
+        learner.delta.fill_(0)  # type: ignore[union-attr,operator]
+    x = vector([0.0, 2.25, 1.0, -0.0]).requires_grad_()
+    gx = grads(learner(x), x)[0]
+    inclusive = name in ("pact", "dorefa")  # 0 <= x < a; the others: 0 < x < the highest level
+    assert gx == [1.0 if inclusive else 0.0, 0.0, 0.5, 3.0 if inclusive else 0.0]
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_a_range_that_left_the_positive_side_is_held(name: str) -> None:
+    learner = learner_of(ACTIVATIONS[name], 2, -1.0)
+    assert learner.grid().scale.item() > 0 and bool(torch.isfinite(learner(vector(X))).all())
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_low_levels_behind_a_wide_grid_are_the_two_one_after_the_other(name: str) -> None:
+    x = torch.randn(4, 8, 9, 9, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    wide, low = Wide().double(), ACTIVATIONS[name](2).double()
+    wide.watching = wide.rectifies = True
+    low.start(wide(x.detach()))
+    wide.settle()
+    first, second = Both(wide, low)(x)
+    one = rounding.quantize_straight(x.relu(), wide.size, wide.codes)
+    other = low(one)
+    assert torch.equal(first, one) and torch.equal(second, other)
+    g, own = (torch.randn_like(x) for _ in range(2))
+    inputs = (x, *low.parameters())
+    found = torch.autograd.grad((first, second), inputs, (g, own), retain_graph=True)
+    wanted = torch.autograd.grad((one, other), inputs, (g, own))
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_rounding_passes_a_gradient_scaled_by_what_it_took_away() -> None:
+    x = vector([0.2, 0.7, -1.4, 2.5]).requires_grad_()
+    assert grads(rounding.round_with_gradient(x), x)[0] == G
+    out = rounding.round_with_gradient(x, 0.5)
+    assert out.tolist() == [0, 1, -1, 2]
+    assert grads(out, x)[0] == exactly([1 + 0.5 * 0.2, -2 - 0.5 * 2 * 0.3, 0.5 - 0.5 * 0.5 * 0.4, 3 + 0.5 * 3 * 0.5])
