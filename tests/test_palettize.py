@@ -288,7 +288,7 @@ REFUSED = [
     (("--group-size", 7), "--group-size 7 divides no layer's output channels"),
     (("--group-size", 2, "--dim", 4), "--group-size 2 is no multiple of the 4 channels"),
     (("--lut-bits", 32, "--act-bits", 8), "--act-bits 8 needs integer weights"),
-    (("--act-bits", 4), "--act-bits 4 is impossible"),
+    (("--act-bits", 3), "--act-bits 3 is impossible"),
     (("--calibration", 0), "--calibration 0 leaves no images"),
     (("--calibration", 5000), "is more than digits has"),
     (("--weigh", "fisher"), "--weigh fisher belongs to --method kmeans"),
