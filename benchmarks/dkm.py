@@ -9,7 +9,6 @@ ResNet-18 with the CIFAR stem, 32x32, batch 64, SGD with momentum. All palettes 
 """
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
@@ -18,23 +17,12 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
+from memory import forget, mark
+
 FORMS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
 NETWORK_STEPS = (("ours", 2, 1), ("ours", 4, 1), ("naive", 2, 1))
 SHAPE = (512, 512, 3, 3)
 BATCH, SIZE, STEPS, ITERATIONS, SHARE = 64, 32, 2, 3, 0.15
-
-
-def mark(what: str) -> int:
-    """Bytes that the process holds (VmRSS), or held at most since `forget` (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
-
-
-def forget() -> int:
-    """Give free memory back, begin the high-water mark again; bytes that the process holds."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return mark("VmRSS")
 
 
 def measured(step: Callable[[], None], unit: int) -> dict[str, float]:

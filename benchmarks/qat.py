@@ -13,7 +13,6 @@ column stays empty.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import subprocess
@@ -24,23 +23,12 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
+from memory import forget, mark
+
 VARIANTS = tuple((method, place) for method in ("lsq", "pact", "dorefa", "ewgs") for place in ("inputs", "outputs"))
 BATCH, SIZE, STEPS, BITS = 64, 32, 3, 2
 BREVITAS = ("brevitas==0.12.1", "torch==2.9.1", "torchvision==0.24.1", "setuptools<70")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-
-
-def mark(what: str) -> int:
-    """Bytes that the process holds (VmRSS), or held at most since `forget` (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
-
-
-def forget() -> int:
-    """Give free memory back, begin the high-water mark again; bytes that the process holds."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return mark("VmRSS")
 
 
 def measured(model: Any) -> dict[str, float]:

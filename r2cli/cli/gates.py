@@ -63,6 +63,12 @@ def require_known(kind: str, name: str, choices: Sequence[str]) -> None:
         raise unknown(kind, name, choices)
 
 
+def require_training(reg: str, precision: str) -> None:
+    """Raises InputError for a regularizer or a precision that does not exist."""
+    require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure"))
+    require_known("--precision", precision, ("auto", "float32", "bfloat16"))
+
+
 def require_bits(option: str, bits: int, low: int = 1) -> None:
     if not low <= bits <= 8:
         raise InputError(f"{option} {bits} is impossible: give {low} to 8")

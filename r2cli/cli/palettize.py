@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
 METHODS = ("kmeans", "dkm", "shared")
 TRAINING = "Training (dkm, shared)"
-CALIBRATION = 512  # images
 LR = {"dkm": 0.02, "shared": 0.02}
 LUT_LR = 1e-4
 WARM_UP = 0.05  # of the steps
@@ -175,9 +173,7 @@ def palettize(
     network = subject.Network(model, weights, model_arg, stem)
     made, loaded = subject.load(source, network, subject.Images(data, data_dir, workers, size, mean, std))
     where, there = train.device(device), len(loaded.train)
-    calibration = min(CALIBRATION, there) if calibration is None else calibration
-    if calibration > there:
-        raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")
+    calibration = subject.calibration(calibration, loaded)
     if not calibration and (acts or method != "kmeans" or weigh != "none"):
         raise InputError("--calibration 0 leaves no images to work on: give --method kmeans and --act-bits none")
     options: dict[str, Any] = {**settings.__dict__, "calibration": calibration, "seed": seed}
@@ -209,7 +205,7 @@ def palettize(
         schedule = training.Schedule(epochs, hard_epochs if method == "dkm" else 0, temperature, temperature / 10)
         plan = training.Plan(loop, schedule, iterations, lut_lr)
         total = epochs * train.steps_per_epoch(there, batch_size)
-        with _told_of(state), console.bar(method, total) as progress:
+        with gates.told_of(state), console.bar(method, total) as progress:
 
             def told(epoch: "train.Epoch", gap: float) -> None:
                 epochs_told.append({**epoch.__dict__, "gap": gap})
@@ -249,17 +245,6 @@ def palettize(
         size=report["bytes"],
     )
     return report
-
-
-@contextmanager
-def _told_of(state: Path) -> Iterator[None]:
-    """Say where a run that is interrupted can go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if state.exists():
-            console.note(f"{state} holds the last whole epoch: go on with --resume")
-        raise
 
 
 def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: str, soft: int) -> None:

@@ -131,9 +131,8 @@ def pretrain(
     gates.require_output(output, ".safetensors")
     state = resume_state(output)
     gates.require_free([output], overwrite=overwrite)
-    gates.require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure"))
+    gates.require_training(reg, precision)
     gates.require_known("--reg-form", reg_form, ("stable", "paper"))
-    gates.require_known("--precision", precision, ("auto", "float32", "bfloat16"))
     gates.require_no_state(state, resume=resume, overwrite=overwrite)
 
     from r2cli import checkpoint, distributed, models, regularizers, train
@@ -189,16 +188,11 @@ def pretrain(
         network.load_state_dict(tensors)
         subject.tell_beside(weights, beside)
     total = epochs * train.steps_per_epoch(len(source.train), batch_size)
-    try:
-        with console.bar("pretrain", total) as progress:
-            watch = train.Watch(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
-            history = train.fit(
-                network, source, settings, device=where, setting=setting, state=state, resume=resume, watch=watch
-            )
-    except KeyboardInterrupt:
-        if state.exists():
-            console.note(f"{state} holds the last whole epoch: go on with --resume")
-        raise
+    with gates.told_of(state), console.bar("pretrain", total) as progress:
+        watch = train.Watch(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
+        history = train.fit(
+            network, source, settings, device=where, setting=setting, state=state, resume=resume, watch=watch
+        )
     distributed.end_others()
     last = history[-1]
     metrics = {"top1": last.top1, "range_max": last.range_max, "range_mean": last.range_mean}

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from r2cli import data as datasets
     from r2cli import ptq as worker
 
-CALIBRATION = 512  # images
-
 
 def ptq(
     source: Source = None,
@@ -175,10 +173,7 @@ def ptq(
         console.emit({"command": "ptq", "options": options}, as_json=json, lines=lines)
         return options
     where = train.device(device)
-    there = len(loaded.train)
-    if calibration is not None and calibration > there:
-        raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")
-    calibration = 0 if without else calibration or min(CALIBRATION, there)
+    calibration = 0 if without else subject.calibration(calibration, loaded)
     batches = datasets.Again(lambda: datasets.calibration(loaded, calibration, where, seed))
     choice: list[worker.Chosen] = []
     if target_bits or target_bytes:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 METHODS = ("dorefa", "pact", "lsq", "ewgs")
 EXTRAS, SCRATCH = "What comes to the training", "From scratch"
-CALIBRATION = 512  # images
 LR = 0.05
 EWGS_LR = 1e-3  # of the quantizers, by Adam: the authors' 1e-5 is for 400 epochs
 CLIP = 1.0
@@ -199,9 +198,7 @@ def qat(
     made, loaded = _fresh(network, wanted, seed) if fresh else subject.load(source, network, wanted)
     loaded = loaded if images is None else datasets.with_fewer(loaded, images, seed)
     where, there = train.device(device), len(loaded.train)
-    calibration = min(CALIBRATION, there) if calibration is None else calibration
-    if calibration > there:
-        raise InputError(f"--calibration {calibration} is more than {loaded.name} has: give at most {there}")
+    calibration = subject.calibration(calibration, loaded)
     decay = 1e-4 * {3: 0.5, 2: 0.25, 1: 0.25}.get(weight_bits, 1.0) if weight_decay is None else weight_decay
     setting = None
     if reg != "none":
@@ -297,8 +294,7 @@ def _act_bits(text: str) -> int | None:
 def _require_known(activations: str, norms: str, reg: str, precision: str) -> None:
     gates.require_known("--activations", activations, ("outputs", "inputs"))
     gates.require_known("--norms", norms, ("again", "running"))
-    gates.require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure"))
-    gates.require_known("--precision", precision, ("auto", "float32", "bfloat16"))
+    gates.require_training(reg, precision)
 
 
 def _require_consistent(method: str, *, delta: str, bin_reg: float, from_scratch: bool, reg: str) -> None:

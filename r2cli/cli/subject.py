@@ -59,6 +59,17 @@ class Network:
         )
 
 
+CALIBRATION = 512  # training images that calibrate, where no number is given
+
+
+def calibration(asked: int | None, loaded: datasets.Data) -> int:
+    """How many training images calibrate. Raises InputError for more than there are."""
+    there = len(loaded.train)
+    if asked is not None and asked > there:
+        raise InputError(f"--calibration {asked} is more than {loaded.name} has: give at most {there}")
+    return min(CALIBRATION, there) if asked is None else asked
+
+
 NOISE = "noise"  # the images of a network whose data is not there
 
 
