@@ -3,9 +3,10 @@
 Two files are made, float32 and bfloat16, of 4096 x 4096 tensors of normal weights with some outliers, and read once so
 that they are in the page cache. Then, each the least of some runs in turn, CPU time: `cat FILE >/dev/null`; the
 obvious torch code for least, greatest, mean, standard deviation, kurtosis, 256 bins and outliers (whole tensors, by
-safetensors); the same statistics by r2 (`--quick`, exact histogram and outliers); and everything that r2 analyzes, with
-rounding at five bit widths, per tensor and per channel. Memory is the growth of the greatest resident size over the
-interpreter with torch and r2 loaded, in a process of its own.
+safetensors); one bare pass of counting, the least that r2's method can take; the same statistics by r2 (`--quick`,
+exact histogram and outliers); and everything that r2 analyzes, with rounding at five bit widths, per tensor and per
+channel. Memory is the growth of the greatest resident size over the interpreter with torch and r2 loaded, in a process
+of its own.
 
     python benchmarks/analyze.py --output benchmarks/analyze.md        # some minutes
 """
@@ -57,6 +58,29 @@ def cat(path: Path) -> None:
     subprocess.run(f"cat '{path}' > /dev/null", shell=True, check=True)
 
 
+def bare(path: Path, dtype: torch.dtype) -> None:
+    """The least that the method needs: one pass that counts 16-bit patterns, and for float32 extremes and moments too.
+
+    What it takes here is what this machine allows. For float32 its outliers and histogram are inexact: a count of the
+    upper halves cannot tell where in a bucket a value lies.
+    """
+    counts, extremes, moments = torch.zeros(1 << 16, dtype=torch.int64), [], [0.0] * 4
+    buffer = torch.empty(1 << 16, dtype=dtype)
+    patterns = buffer.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    target = memoryview(patterns.numpy()).cast("B")
+    with path.open("rb", buffering=0) as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while read := file.readinto(target):
+            x, bits = buffer[: read // dtype.itemsize], patterns[: read // dtype.itemsize]
+            bits = (bits if dtype.itemsize == 2 else bits >> 16).int() & 0xFFFF
+            counts += torch.bincount(bits, minlength=1 << 16)
+            if dtype.itemsize == 4:
+                square = x * x
+                extremes.append(torch.aminmax(x))
+                powers = (x.sum(), x.dot(x), x.dot(square), square.dot(square))
+                moments = [m + float(power) for m, power in zip(moments, powers, strict=True)]
+
+
 def ours(path: Path, *, quick: bool, threads: int = 1) -> None:
     layers, _ = analyze.split(tensors.of_model(path), everything=False)
     analyze.rows(layers, Settings(quick=quick), threads=threads, advance=lambda _: None)
@@ -105,13 +129,14 @@ def growth(path: Path, threads: int) -> float:
     return float(ran.stdout)
 
 
-def measure(kind: str, path: Path) -> list[str]:
+def measure(kind: str, path: Path, dtype: torch.dtype) -> list[str]:
     """One line of the table."""
     cores = os.cpu_count() or 1
     times = least(
         {
             "cat": (lambda: cat(path), 5),
             "obvious": (lambda: obvious(path), 2),
+            "bare": (lambda: bare(path, dtype), 3),
             "quick": (lambda: ours(path, quick=True), 3),
             "all": (lambda: ours(path, quick=False), 1),
             "quick, threads": (lambda: ours(path, quick=True, threads=cores), 2),
@@ -119,9 +144,11 @@ def measure(kind: str, path: Path) -> list[str]:
         }
     )
     told = [kind, f"{path.stat().st_size / 1e9:.2f}", f"{times['cat'][0]:.2f}", f"{times['obvious'][0]:.1f}"]
-    for name in ("quick", "all"):
+    for name in ("bare", "quick", "all"):
         own = times[name][0]
         told.append(f"{own:.2f}: {own / times['cat'][0]:.1f} x cat, {times['obvious'][0] / own:.1f} x faster")
+        if name == "bare":
+            continue
         told.append(f"{times[name][1] / times[f'{name}, threads'][1]:.2f} x")
     return [*told, f"{growth(path, 1):.0f} and {growth(path, cores):.0f} MB"]
 
@@ -142,21 +169,23 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{kind}.safetensors"
             make(path, dtype, int(arguments.gigabytes * 1e9))
-            rows.append(measure(kind, path))
+            rows.append(measure(kind, path, dtype))
     cores = os.cpu_count() or 1
-    columns = ["file", "GB", "cat, s", "obvious torch, s", "quick, s", f"{cores} threads", "all, s", f"{cores} threads"]
-    columns.append(f"memory, 1 and {cores} threads")
+    columns = ["file", "GB", "cat, s", "obvious torch, s", "bare count, s", "quick, s", f"{cores} threads"]
+    columns += ["all, s", f"{cores} threads", f"memory, 1 and {cores} threads"]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
     text = "\n\n".join(
         [
             "# `r2 analyze` on large files",
             f"{machine()}, {cores} cores with a load of {os.getloadavg()[1]:.1f}, files in the page cache; r2cli "
             f"{__version__}, torch {torch.__version__}. CPU time on one thread, the least of some runs in turn: other "
-            "work on the machine falls on all, if not alike. *quick* is `r2 analyze --quick`, what the obvious code "
-            "computes, with exact histograms and outliers; *all* rounds every weight at 8, 4, 3, 2 and 1 bit as well, "
-            "to min-max and best ranges, per tensor and per channel. Under threads: how much less wall time than on "
-            "one. Memory: what the greatest resident size grows by over the interpreter with torch and r2 loaded, for "
-            "*all*.",
+            "work on the machine falls on all, if not alike. *Bare count* is the least that the method needs, a count "
+            "of 16-bit patterns (and for float32 extremes and moments) in one pass over 64 K values at a time, with "
+            "outliers and histogram of float32 inexact: what this machine allows. *quick* is `r2 analyze --quick`, "
+            "what the obvious code computes, with exact histograms and outliers; *all* rounds every weight at 8, 4, 3, "
+            "2 and 1 bit as well, to min-max and best ranges, per tensor and per channel. Under threads: how much less "
+            "wall time than on one. Memory: what the greatest resident size grows by over the interpreter with torch "
+            "and r2 loaded, for *all*.",
             table,
         ]
     )
