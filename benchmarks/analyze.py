@@ -67,7 +67,7 @@ def bare(path: Path, dtype: torch.dtype) -> None:
     counts, extremes, moments = torch.zeros(1 << 16, dtype=torch.int64), [], [0.0] * 4
     buffer = torch.empty(1 << 16, dtype=dtype)
     patterns = buffer.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
-    target = memoryview(patterns.numpy()).cast("B")
+    target = patterns.numpy().data.cast("B")
     with path.open("rb", buffering=0) as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         while read := file.readinto(target):

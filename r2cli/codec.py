@@ -63,12 +63,12 @@ class Grid:
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest levels, ties to even as ONNX QuantizeLinear has it. Shape of `x`, int8 or uint8."""
-        levels = x / self._along(self.scale, x.ndim)
+        levels = x / self.along(self.scale, x.ndim)
         if self.odd:
             # The shift is a half-integer multiple of 2, so it is added before the rounding.
             codes = torch.round((levels + (2**self.bits - 1)) / 2)
         else:
-            codes = torch.round(levels) + self._along(self.zero_point, x.ndim)
+            codes = torch.round(levels) + self.along(self.zero_point, x.ndim)
         return codes.clamp_(self.lowest, self.highest).to(self.dtype)
 
     def integers(self, codes: Tensor) -> Tensor:
@@ -76,13 +76,14 @@ class Grid:
         wide = codes.to(torch.int32)
         if self.odd:
             return 2 * wide - ((1 << self.bits) - 1)
-        return wide - self._along(self.zero_point, codes.ndim)
+        return wide - self.along(self.zero_point, codes.ndim)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of `codes`: float32, the shape of `codes`."""
-        return self.integers(codes).to(torch.float32) * self._along(self.scale, codes.ndim)
+        return self.integers(codes).to(torch.float32) * self.along(self.scale, codes.ndim)
 
-    def _along(self, parameter: Tensor, ndim: int) -> Tensor:
+    def along(self, parameter: Tensor, ndim: int) -> Tensor:
+        """`parameter`, of the shape of the scale, in a shape that goes with values of `ndim` axes."""
         if self.axis is None:
             return parameter
         shape = [1] * ndim

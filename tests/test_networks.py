@@ -13,6 +13,7 @@ from torchvision.models.convnext import CNBlockConfig
 from r2cli import attach, export, graph, models, onnx_floats, placement, ptq, verify
 from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
 from r2cli.errors import InputError
+from r2cli.ptq import brecq
 
 CPU = torch.device("cpu")
 
@@ -148,6 +149,23 @@ def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypat
     monkeypatch.setattr(ptq, "METHODS", {"adaround": ptq.Method(as_it_is)})
     coded = _quantized(_made(factory, SIZES[factory]), bits=4, method="adaround", act_bits=None)
     assert sorted(visited) == sorted(coded.coded)
+
+
+@pytest.mark.parametrize("factory", SIZES, ids=lambda factory: factory.__name__)
+@torch.no_grad()
+def test_the_blocks_of_every_graph_are_the_graph(factory: Callable[[], nn.Module]) -> None:
+    made = _made(factory, SIZES[factory])
+    net = graph.trace(attach.network(made))
+    graph.remove_norms(net)
+    blocks, x = brecq.blocks(net), _images(4, 2, SIZES[factory])
+    expected = net(x)
+    for block in blocks:
+        assert block.layers
+        x = brecq.run(net, block, x, {})
+    assert x.equal(expected)
+    assert [name for block in blocks for name in block.layers] == [layer.name for layer in graph.layers(net)]
+    coded = _quantized(made, bits=3, method="brecq", act_bits=None) if factory is Mixed else None
+    assert coded is None or len(coded.coded) == 5
 
 
 @pytest.mark.parametrize("factory", [Mixed, vit, "mobilenet_v3_small"], ids=str)

@@ -64,7 +64,7 @@ def ptq(
         _option(
             "--method",
             help="none: to the nearest level; dfq: channels equalized, biases corrected, without data unless --data or "
-            "--calibration is given; adaround: by each layer's output.",
+            "--calibration is given; adaround: by each layer's output; brecq: by each block's, with scales and biases.",
         ),
     ] = "none",
     granularity: Annotated[
@@ -140,7 +140,7 @@ def ptq(
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
     gates.require_known("--granularity", granularity, ("channel", "tensor", "unfolded"))
-    gates.require_known("method", method, ("none", "dfq", "adaround"))
+    gates.require_known("method", method, ("none", "dfq", "adaround", "brecq"))
     gates.require_known("--sensitivity", sensitivity, ("hessian", "sqnr"))
     gates.require_known("--relu6", relu6, ("clip", "relu"))
     without = calibration == 0 or (method == "dfq" and data is None and calibration is None)

@@ -18,7 +18,7 @@ from r2cli.codec import Coded, Grid, packed_bytes, sqnr
 from r2cli.counts import usable
 from r2cli.data import Batch
 from r2cli.errors import InputError
-from r2cli.ptq import adaround, bias, equalize, mixed, normal, ranges, sweep
+from r2cli.ptq import adaround, bias, brecq, equalize, mixed, normal, ranges, sweep
 from r2cli.ptq.sweep import Seen
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
@@ -26,21 +26,29 @@ GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
 EQUALIZE, ABSORB, CORRECT = "equalize", "absorb", "correct"
 DFQ = (EQUALIZE, ABSORB, CORRECT)
 CLIP, RELU = "clip", "relu"
+Rounded = tuple[dict[str, Coded], dict[str, Tensor]]  # codes by the weight's name, biases by the layer's
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a method rounds one layer, given what the layer sees and the nearest codes (None keeps those), and what of
-    DFQ it does."""
+    """How a method rounds one layer, given what the layer sees and the nearest codes, or `whole`, the network, given
+    images and the nearest codes of all; None of them keeps those. `parts` is what of DFQ it does."""
 
     rounds: Callable[[Seen, Coded], Coded] | None = None
+    whole: Callable[[fx.GraphModule, Tensor, Mapping[str, Coded], Callable[[], None]], Rounded] | None = None
     parts: tuple[str, ...] = ()
+
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at images."""
+        return self.rounds is not None or self.whole is not None
 
 
 METHODS: Mapping[str, Method] = {
     "none": Method(),
     "dfq": Method(parts=DFQ),
     "adaround": Method(adaround.round_layer),
+    "brecq": Method(whole=brecq.round_network),
 }
 
 
@@ -94,12 +102,12 @@ def quantize(
     """
     method = METHODS[settings.method]
     parts = _parts(settings)
-    if method.rounds is not None and images is None:
+    if method.looks and images is None:
         raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
     try:
         net, factors, normals, notes = _prepare(checkpoint, settings)
     except graph.Unreadable:
-        if settings.act_bits is not None or method.rounds is not None or parts:
+        if settings.act_bits is not None or method.looks or parts:
             raise
         return _weights_alone(checkpoint, settings)
     coded = _nearest(net, settings, factors)
@@ -108,16 +116,15 @@ def quantize(
     if CORRECT in parts and images is None:
         notes.append(bias.analytic(net, coded, normal.values(net, normals, checkpoint.input)))
     net.to(device)
-    if images is not None and (method.rounds is not None or CORRECT in parts):
-        fit = sweep.images_that_fit(net, checkpoint.input.shape, device)
-        visit = _visit(method.rounds, coded, corrects=CORRECT in parts, advance=advance)
-        coded, biases = sweep.sweep(net, sweep.first(images, fit), visit)
-        notes.append(_set_biases(net, biases) if CORRECT in parts else {})
+    if images is not None and (method.looks or CORRECT in parts):
+        shown = sweep.first(images, sweep.images_that_fit(net, checkpoint.input.shape, device))
+        coded, told = _look(method, net, shown, coded, corrects=CORRECT in parts, advance=advance)
+        notes.append(told)
     rows = []
     for layer, module in graph.named_layers(net):
         one, weight = coded[layer.weight], module.weight
         assert isinstance(weight, Tensor)
-        note = "; ".join(told[layer.name] for told in notes if layer.name in told)
+        note = "; ".join(each[layer.name] for each in notes if layer.name in each)
         rows.append(_row(layer.name, one, weight.cpu(), settings.granularity, note))
         weight.copy_(one.decode())
     activations = _activations(net, coded, settings, checkpoint.input, normals if images is None else images)
@@ -271,23 +278,30 @@ def _weights_alone(checkpoint: Checkpoint, settings: Settings) -> tuple[Checkpoi
     return replace(checkpoint, floats=floats, coded=coded), rows
 
 
-def _visit(
-    rounds: Callable[[Seen, Coded], Coded] | None,
+def _look(
+    method: Method,
+    net: fx.GraphModule,
+    images: Tensor,
     nearest: Mapping[str, Coded],
     *,
     corrects: bool,
     advance: Callable[[], None],
-) -> sweep.Visit:
-    """What happens to a layer over images: a method chooses its codes, and its bias is corrected for them."""
+) -> tuple[dict[str, Coded], dict[str, str]]:
+    """What a method makes of the layers over images: codes, and notes by layer; biases in place."""
+    if method.whole is not None:
+        coded, learned = method.whole(net, images, nearest, advance)
+        _set_biases(net, learned)
+        return coded, dict.fromkeys(learned, "bias learned")
 
     def visit(seen: Seen) -> tuple[Coded, Tensor | None]:
         own, chosen = seen.module.bias, nearest[seen.layer.weight]
-        if rounds is not None:
-            chosen = rounds(seen, chosen)
+        if method.rounds is not None:
+            chosen = method.rounds(seen, chosen)
         advance()
         return chosen, bias.empirical(seen, chosen) if corrects else own if isinstance(own, Tensor) else None
 
-    return visit
+    coded, biases = sweep.sweep(net, images, visit)
+    return coded, _set_biases(net, biases) if corrects else {}
 
 
 def _set_biases(net: fx.GraphModule, biases: Mapping[str, Tensor | None]) -> dict[str, str]:

@@ -48,15 +48,15 @@ def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, 
     biases: dict[str, Tensor | None] = {}
     plain: dict[fx.Node, Any] = {}
     rounded: dict[fx.Node, Any] = {}
-    last = _last_readers(net)
+    last = last_readers(net)
     for node in net.graph.nodes:
         if node.op == "output":
             break
         layer = own.get(str(node.target)) if node.op == "call_module" else None
         if layer is None:
-            plain[node] = images if node.op == "placeholder" else _run(net, node, plain)
+            plain[node] = images if node.op == "placeholder" else run(net, node, plain)
             same = all(plain[source] is rounded[source] for source in node.all_input_nodes)
-            rounded[node] = plain[node] if same else _run(net, node, rounded)
+            rounded[node] = plain[node] if same else run(net, node, rounded)
         else:
             module, source = net.get_submodule(layer.name), node.all_input_nodes[0]
             if layer.weight not in coded:
@@ -75,7 +75,7 @@ def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, 
 def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...], device: torch.device) -> int:
     """How many images of `shape` both networks' values hold within `MEMORY`."""
     ShapeProp(net).propagate(torch.zeros(2, *shape, device=device))
-    last, live, most = _last_readers(net), 0, 1
+    last, live, most = last_readers(net), 0, 1
     for node in net.graph.nodes:
         live += _bytes(node)
         most = max(most, live)
@@ -102,7 +102,7 @@ def _bytes(node: fx.Node) -> int:
     return 0 if shape is None else 4 * int(shape.numel()) // 2
 
 
-def _last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+def last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     """By node, the values that nobody reads after it has run."""
     found: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
@@ -114,7 +114,7 @@ def _last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _run(net: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def run(net: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """The value of one node that is no layer, from the values of others."""
     args = map_arg(node.args, lambda source: values[source])
     kwargs = map_arg(node.kwargs, lambda source: values[source])

@@ -1,0 +1,240 @@
+"""BRECQ: weights rounded up or down together, block by block, so that what a block gives stays near.
+
+Paper: Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (2021), section 3.
+Rounding is AdaRound's: h(V), its start and the push towards whole numbers (`adaround.py`).
+
+    loss = |block(x) - block_q(x^)|^2 / |block(x) - block_nearest(x^)|^2 + weight * mean(1 - |2 h(V) - 1|^beta)
+
+x is the block's input in the float network, x^ in the one whose earlier blocks are rounded already.
+
+Ours: a block is the shortest run of operations with one value in, one value out and two layers, in any graph: a
+residual block, a depthwise pair. The error is plain, not weighted by the Fisher information, which wants labels. Each
+grid's scale and each bias is learned with the rounding: at 2 bits that is worth as much as the blocks are. The loss is
+relative to the error of nearest rounding, and where that is not beaten its codes are kept.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli import graph
+from r2cli.codec import Coded, Grid
+from r2cli.ptq import adaround, sweep
+
+LEAST = 2  # layers of a block
+BATCH = 64  # images at once where nothing is learned
+
+State = dict[str, Tensor]  # a layer's weight and bias
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`lr` of V, `fine_lr` of the scales' logarithms and of the biases; `batch` images a step; `weight` of the push."""
+
+    steps: int = 300
+    lr: float = 0.02
+    fine_lr: float = 1e-3
+    weight: float = 20.0
+    batch: int = 32
+    seed: int = 0
+
+
+# --- blocks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes that read one value, `entry`, from outside; the last one's value is all that is read of theirs."""
+
+    entry: fx.Node
+    nodes: tuple[fx.Node, ...]
+    layers: tuple[str, ...]
+
+
+def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
+    """`net` cut before layers where one value is all that the rest reads; each with `least` layers, but for the last.
+
+    What lies between a layer and the next cut (activations, sums, pooling) is in the layer's block.
+    """
+    own = {layer.name for layer in graph.layers(net)}
+    last = sweep.last_readers(net)
+    found: list[Block] = []
+    live: set[fx.Node] = set()
+    nodes: list[fx.Node] = []
+    names: list[str] = []
+    entry = next(iter(net.graph.nodes))
+    for node in net.graph.nodes:
+        name = str(node.target) if node.op == "call_module" and str(node.target) in own else None
+        if node.op == "output" or (name and len(names) >= least and live == {nodes[-1]}):
+            found.append(Block(entry, tuple(nodes), tuple(dict.fromkeys(names))))
+            if node.op == "output":
+                break
+            entry, nodes, names = nodes[-1], [], []
+        if node.op == "get_attr":  # there whenever it is read
+            continue
+        nodes.append(node)
+        names += [name] if name else []
+        live = (live | {node}) - set(last.get(node, ()))
+    return found
+
+
+def run(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State]) -> Tensor:
+    """What `block` gives for `x` (n, ...), its layers with weights and biases of `states` where they are there."""
+    values: dict[fx.Node, Any] = {block.entry: x}
+    for node in block.nodes:
+        if node is block.entry:
+            continue
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                values[source] = sweep.run(net, source, values)
+        name = str(node.target)
+        if node.op == "call_module" and name in states:
+            module = net.get_submodule(name)
+            values[node] = torch.func.functional_call(module, states[name], (values[node.all_input_nodes[0]],))
+        else:
+            values[node] = sweep.run(net, node, values)
+    found: Tensor = values[block.nodes[-1]]
+    return found
+
+
+def _run_all(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State]) -> Tensor:
+    return torch.cat([run(net, block, part, states) for part in torch.split(x, BATCH)])
+
+
+# --- what is learned -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A layer while it is learned: codes `low` + h(`v`) of its weight's shape, exp(`size`) times each scale, a bias."""
+
+    grid: Grid
+    low: Tensor
+    v: Tensor
+    size: Tensor  # the shape of the grid's scale
+    bias: Tensor | None
+
+    def soft(self) -> State:
+        """Weight and bias with codes between two whole numbers."""
+        return self._state(adaround.stretched(self.v)[1].clamp(0, 1))
+
+    def hard(self) -> Coded:
+        scale = (self.grid.scale * self.size.detach().exp()).float()
+        codes = (self.low + (self.v.detach() >= 0)).clamp(self.grid.lowest, self.grid.highest)
+        return Coded(replace(self.grid, scale=scale), codes.to(self.grid.dtype))
+
+    def _state(self, up: Tensor) -> State:
+        grid, codes = self.grid, (self.low + up).clamp(self.grid.lowest, self.grid.highest)
+        integers = 2 * codes - (2**grid.bits - 1) if grid.odd else codes - grid.along(grid.zero_point, codes.ndim)
+        return state(integers * grid.along(grid.scale * self.size.exp(), codes.ndim), self.bias)
+
+
+def learned(module: nn.Module, coded: Coded) -> Learned:
+    """What starts at the float weight and bias of `module`, on the grid of `coded`."""
+    grid, weight, bias = coded.codec, module.weight, module.bias
+    assert isinstance(grid, Grid) and isinstance(weight, Tensor)
+    real = adaround.on_codes(weight.detach(), grid)
+    low = real.floor().clamp(grid.lowest, grid.highest)
+    v = adaround.start((real - low).clamp(0, 1 - 1e-6)).requires_grad_()
+    own = bias.detach().clone().requires_grad_() if isinstance(bias, Tensor) else None
+    return Learned(grid, low, v, torch.zeros_like(grid.scale).requires_grad_(), own)
+
+
+def state(weight: Tensor, bias: Tensor | None) -> State:
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+# --- the network ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def round_network(
+    net: fx.GraphModule,
+    images: Tensor,
+    nearest: Mapping[str, Coded],
+    advance: Callable[[], None] = lambda: None,
+    settings: Settings = Settings(),
+) -> tuple[dict[str, Coded], dict[str, Tensor]]:
+    """Codes by the weight's name, on the grids of `nearest` or on such with other scales, and biases by the layer's.
+
+    The float `net` is not changed. `images` is (n, c, s, s) on its device. `advance` is called for each layer.
+    """
+    own = {layer.name: layer for layer in graph.layers(net)}
+    coded, biases = dict(nearest), dict[str, Tensor]()
+    states: dict[str, State] = {}
+    plain = rounded = images
+    for block in blocks(net):
+        # A layer of an earlier block that runs here again has its codes.
+        fresh = {name: net.get_submodule(name) for name in block.layers if name not in states}
+        found = {name: nearest[own[name].weight] for name in fresh}
+        states |= {name: state(found[name].decode(), _bias(module)) for name, module in fresh.items()}
+        targets = _run_all(net, block, plain, {})
+        before = _error(net, block, rounded, targets, states)
+        if fresh and before > 0:
+            parts = {name: learned(module, found[name]) for name, module in fresh.items()}
+            forward = functools.partial(run, net, block)
+            _learn(forward, rounded, targets, parts, states, before, settings)
+            better = {name: part.hard() for name, part in parts.items()}
+            tried = {
+                name: state(better[name].decode(), None if part.bias is None else part.bias.detach())
+                for name, part in parts.items()
+            }
+            if _error(net, block, rounded, targets, {**states, **tried}) <= before:
+                found, states = better, {**states, **tried}
+        for name, one in found.items():
+            coded[own[name].weight] = one
+            biases |= {name: states[name]["bias"]} if "bias" in states[name] else {}
+            advance()
+        plain, rounded = targets, _run_all(net, block, rounded, states)
+    return coded, biases
+
+
+def _learn(
+    forward: Callable[[Tensor, Mapping[str, State]], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    parts: Mapping[str, Learned],
+    states: Mapping[str, State],
+    before: float,
+    settings: Settings,
+) -> None:
+    """Learn `parts` so that `forward` gives `targets`; `before` is the squared error of nearest codes; in place."""
+    each = list(parts.values())
+    rounding = [part.v for part in each]
+    fine = [part.size for part in each] + [part.bias for part in each if part.bias is not None]
+    adam = torch.optim.Adam([{"params": rounding, "lr": settings.lr}, {"params": fine, "lr": settings.fine_lr}])
+    weight = settings.weight / sum(v.numel() for v in rounding)
+    draw = torch.Generator().manual_seed(settings.seed)
+    warm = int(adaround.WARM_UP * settings.steps)
+    for number in range(1, settings.steps + 1):
+        index = torch.randint(len(inputs), (min(settings.batch, len(inputs)),), generator=draw).to(inputs.device)
+        with torch.enable_grad():
+            outputs = forward(inputs[index], {**states, **{name: part.soft() for name, part in parts.items()}})
+            loss = (outputs - targets[index]).square().mean() / before
+        adam.zero_grad()
+        torch.autograd.backward(loss)
+        if number > warm:
+            beta, whole = adaround.beta_at((number - warm) / (settings.steps - warm)), True
+            for v in rounding:
+                sigmoid, raw = adaround.stretched(v)
+                assert v.grad is not None
+                v.grad += weight * adaround.push(sigmoid, raw, beta)
+                whole = whole and number % 50 == 0 and bool(((raw <= 0) | (raw >= 1)).all())
+            if whole:
+                break
+        adam.step()
+
+
+def _error(net: fx.GraphModule, block: Block, x: Tensor, targets: Tensor, states: Mapping[str, State]) -> float:
+    """The mean squared error of what `block` gives, over all images."""
+    parts = zip(torch.split(x, BATCH), torch.split(targets, BATCH), strict=True)
+    total = sum(float((run(net, block, part, states) - target).double().square().sum()) for part, target in parts)
+    return total / targets.numel()
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return module.bias.detach() if isinstance(module.bias, Tensor) else None
