@@ -49,10 +49,12 @@ class Refused(Exception):
 
 @dataclass
 class Made:
-    """What a tool leaves where it writes no file: its own simulation (images to logits), and why."""
+    """What a tool leaves where it writes no file: its own simulation (images to logits), and why; and its choice, where
+    it makes one."""
 
     simulate: Callable[[Any], Any] | None = None
     no_file: str = ""
+    chosen: str = ""
 
 
 @dataclass
@@ -106,6 +108,8 @@ def main(quantize: Callable[[Job, Clock], Made], *packages: str) -> None:
     found = clock.read()
     found |= {"peak_mb": round(memory("VmHWM")), "grown_mb": round(memory("VmHWM") - before)}
     found["versions"] = {name: version(name) for name in packages}
+    if made.chosen:
+        found["chosen"] = made.chosen
     if made.simulate is not None:
         found["no_file"] = made.no_file
         found["simulated_top1"] = top1(made.simulate, np.load(job.images), np.load(job.labels))

@@ -6,17 +6,29 @@ import torch
 from common import Clock, Job, Made, main
 
 from r2cli import checkpoint, export, ptq
+from r2cli.ptq import auto, ranges
+
+CPU = torch.device("cpu")
 
 
 def quantize(job: Job, clock: Clock) -> Made:
     made = checkpoint.load(Path(job.checkpoint))
-    images = [torch.from_numpy(batch) for batch in job.batches()]
-    settings = ptq.Settings(job.method, job.weight_bits, 8, job.granularity, keep={})
-    coded, _ = ptq.quantize(made, settings, images, torch.device("cpu"))
+    # As `r2 ptq` has it, dfq looks at no image.
+    images = None if job.method == "dfq" else [torch.from_numpy(batch) for batch in job.batches()]
+    rule = ranges.usual(job.method, job.weight_bits)
+    settings = ptq.Settings(job.method, job.weight_bits, 8, job.granularity, keep={}, weight_range=rule)
+    chosen = ""
+    if job.method == "auto":
+        assert images is not None
+        grids = auto.GRIDS if job.granularity == ptq.CHANNEL else (job.granularity,)
+        coded, _, own, _ = auto.choose(made, settings, images, CPU, grids=grids)
+        chosen = f"{own.method}, {own.granularity}, {own.weight_range}, {' '.join(own.parts or ()) or 'no part of dfq'}"
+    else:
+        coded, _ = ptq.quantize(made, settings, images, CPU)
     clock.lap("quantize")
     Path(job.output).write_bytes(export.to_bytes(coded))
     clock.lap("export")
-    return Made()
+    return Made(chosen=chosen)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from r2cli import checkpoint, data, export, verify
 from r2cli.checkpoint import InputSpec
 
 HERE = Path(__file__).parent
-CHANNEL, TENSOR = "channel", "tensor"
+CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 R2 = "r2"
 
 
@@ -67,7 +67,12 @@ ADAROUND = [
 CELLS: Mapping[str, Sequence[Cell]] = {
     "ort": every(["nearest"]),
     "aimet": [*every(["nearest", "cle"]), *every(["seqmse"], bits=(4, 3, 2)), *ADAROUND, Cell(4, CHANNEL, "adaround")],
-    R2: [*every(["none"]), *every(["adaround"], bits=(4, 3, 2))],
+    R2: [
+        *every(["none", "dfq"]),
+        *(Cell(bits, UNFOLDED, method) for method in ("none", "brecq") for bits in (8, 4, 3, 2)),
+        *every(["brecq", "adaround"], bits=(4, 3, 2)),
+        *(Cell(bits, granularity, "auto") for granularity in (CHANNEL, TENSOR) for bits in (8, 4, 3, 2)),
+    ],
 }
 
 
@@ -271,6 +276,8 @@ def accuracy(record: Mapping[str, Any]) -> float | None:
 
 
 def method(record: Mapping[str, Any]) -> str:
+    if record.get("chosen"):
+        return f"{record['method']}: {record['chosen']}"
     return f"{record['method']}, {record['steps']} steps" if record["steps"] else str(record["method"])
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from r2cli import checkpoint
     from r2cli import data as datasets
     from r2cli import ptq as worker
+    from r2cli.ptq import auto
 
 
 def ptq(
@@ -64,20 +66,25 @@ def ptq(
         _option(
             "--method",
             help="none: to the nearest level; dfq: channels equalized, biases corrected, without data unless --data or "
-            "--calibration is given; adaround: by each layer's output; brecq: by each block's, with scales and biases.",
+            "--calibration is given; adaround: by each layer's output; brecq: by each block's, with scales and biases; "
+            "auto: the best of these.",
         ),
     ] = "none",
     granularity: Annotated[
-        str,
+        str | None,
         _option(
             "--granularity",
             help="channel; tensor: one grid after folding BatchNorm; unfolded: one grid on the weights as trained, "
-            "with BatchNorm in per-channel scales.",
+            "with BatchNorm in per-channel scales. (default: channel; auto tries unfolded too)",
         ),
-    ] = "channel",
+    ] = None,
     weight_range: Annotated[
-        str, _option("--weight-range", help="Of weights: minmax, percentile[:99.99] or mse.")
-    ] = "minmax",
+        str | None,
+        _option(
+            "--weight-range",
+            help="Of weights: minmax, percentile[:99.99] or mse. (default: minmax; mse for brecq at 3 bits and below)",
+        ),
+    ] = None,
     symmetric: Annotated[
         bool, _option("--symmetric/--asymmetric", help="Weight grids with zero point 0, or with one of their own.")
     ] = True,
@@ -85,6 +92,10 @@ def ptq(
     keep: Annotated[
         list[str] | None,
         _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable."),
+    ] = None,
+    parts: Annotated[
+        str | None,
+        _option("--parts", help="What of dfq comes before rounding: equalize,absorb,correct or some, or none."),
     ] = None,
     relu6: Annotated[
         str,
@@ -134,13 +145,15 @@ def ptq(
     acts = gates.act_bits(act_bits)
     kept = gates.keep(keep or [])
     source = gates.source(source, weights, DEFAULT_SOURCE)
-    suffix = f"w{wanted}{f'a{acts}' if acts else ''}-{method}" + ("" if granularity == "channel" else f"-{granularity}")
+    grid = "" if granularity in (None, "channel") else f"-{granularity}"
+    suffix = f"w{wanted}{f'a{acts}' if acts else ''}-{method}{grid}"
     output = output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
-    gates.require_known("--granularity", granularity, ("channel", "tensor", "unfolded"))
-    gates.require_known("method", method, ("none", "dfq", "adaround", "brecq"))
+    gates.require_known("--granularity", granularity or "channel", ("channel", "tensor", "unfolded"))
+    gates.require_known("method", method, ("none", "dfq", "adaround", "brecq", "auto"))
+    prepared = _parts(parts, method)
     gates.require_known("--sensitivity", sensitivity, ("hessian", "sqnr"))
     gates.require_known("--relu6", relu6, ("clip", "relu"))
     without = calibration == 0 or (method == "dfq" and data is None and calibration is None)
@@ -151,9 +164,11 @@ def ptq(
     from r2cli import data as datasets
     from r2cli import ptq as worker
     from r2cli.cli import deliver, subject
+    from r2cli.ptq import auto
 
     act_range = act_range or observers.usual(acts or 8)
     observers.observer(act_range)
+    asked, weight_range = weight_range, weight_range or worker.ranges.usual(method, weight_bits)
     worker.ranges.weight_range(weight_range)
     started = perf_counter()
     network = subject.Network(model, weights, model_arg, stem)
@@ -163,7 +178,7 @@ def ptq(
     if not measured and (min_accuracy is not None or max_drop is not None):
         raise InputError("--min-accuracy and --max-drop need images: give --data")
     settings = worker.Settings(
-        method, weight_bits, acts, granularity, kept, None, relu6, weight_range, act_range, symmetric
+        method, weight_bits, acts, granularity or "channel", kept, prepared, relu6, weight_range, act_range, symmetric
     )
     if dry_run:
         options = {**settings.__dict__, "calibration": calibration, "seed": seed}
@@ -178,15 +193,26 @@ def ptq(
     choice: list[worker.Chosen] = []
     if target_bits or target_bytes:
         target = worker.Target(target_bits, target_bytes, sensitivity)
-        settings, choice = worker.choose_bits(made, settings, target, batches, where, seed)
-    # What was chosen is recorded, and not what was asked for: the same bits are the same bytes, however they came.
-    options = {**settings.__dict__, "calibration": calibration, "seed": seed}
+        plain = replace(settings, method="none") if method == "auto" else settings
+        plain, choice = worker.choose_bits(made, plain, target, batches, where, seed)
+        settings = replace(plain, method=method)
     before = train.evaluate(attach.network(made).to(where), loaded.test, where) if measured else None
     note = f"float top-1 {before:.2f} %" if before is not None else "no images, so accuracy is not measured"
     console.note(f"quantizing {source} to {suffix}: {note}")
     shown_to = None if without else datasets.Again(lambda: (batch for batch, _ in batches))
-    with console.bar(method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
-        coded, rows = worker.quantize(made, settings, shown_to, where, progress.advance)
+    trials: list[auto.Trial] = []
+    if method == "auto":
+        if shown_to is None:
+            raise InputError("--method auto needs images: give --calibration, or --method dfq, which needs none")
+        grids, rules = (granularity,) if granularity else auto.GRIDS, (asked,) if asked else ()
+        coded, rows, settings, trials = auto.choose(
+            made, settings, shown_to, where, grids=grids, rules=rules, told=_tried
+        )
+    else:
+        with console.bar(method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
+            coded, rows = worker.quantize(made, settings, shown_to, where, progress.advance)
+    # What was chosen is recorded, and not what was asked for: the same choice is the same bytes, however it came.
+    options = {**settings.__dict__, "calibration": calibration, "seed": seed}
     coded = coded.then("ptq", options, {} if before is None else {"float_top1": before})
     checkpoint.save(coded, output)
     proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))
@@ -199,6 +225,7 @@ def ptq(
         "layers": [row.__dict__ for row in rows],
         "options": options,
         "mixed": [row.__dict__ for row in choice],
+        "trials": [trial.__dict__ for trial in trials],
         "seconds": round(perf_counter() - started, 1),
     }
     if not measured:
@@ -210,6 +237,7 @@ def ptq(
         _layers(rows, report["float_operations"]),
         *deliver.told(proof),
         *([_again(settings, rows)] if choice else []),
+        *([_chosen(settings, trials)] if trials else []),
         *_origins(report, calibration),
         f"{onnx}: {top1}, {report['bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight",
         console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}"),
@@ -257,6 +285,35 @@ def _require_one_target(weight_bits: int | None, bits: float | None, size: int |
     if bits is not None and not 1 <= bits <= 8:
         raise InputError(f"--target-bits {bits:g} is impossible: give 1 to 8")
     return f"{bits:g}" if bits else f"{size}B" if size else str(8 if weight_bits is None else weight_bits)
+
+
+def _parts(text: str | None, method: str) -> tuple[str, ...] | None:
+    """`--parts` as names; None where the method's own stand. Raises InputError for what does not exist."""
+    if text is None:
+        return None
+    if method == "auto":
+        raise InputError("--method auto tries which --parts help: leave one of the two out")
+    names = [] if text == "none" else text.split(",")
+    for name in names:
+        gates.require_known("--parts", name, ("equalize", "absorb", "correct"))
+    return tuple(names)
+
+
+def _tried(trial: "auto.Trial") -> None:
+    console.note(f"{trial}: outputs at {trial.sqnr:.1f} dB, {trial.seconds:.1f} s")
+
+
+def _chosen(settings: "worker.Settings", trials: "Sequence[auto.Trial]") -> str:
+    """What was chosen and why, as options that give the same bytes."""
+    best = max(trials, key=lambda trial: trial.sqnr)
+    plain = max((trial for trial in trials if trial.method == "none"), key=lambda trial: trial.sqnr)
+    against = "" if plain is best else f", {plain.sqnr:.1f} with nearest rounding at its best"
+    parts = ",".join(best.parts) or "none"
+    again = f"--method {best.method} --granularity {best.granularity} --weight-range {best.weight_range}"
+    return (
+        f"chosen of {len(trials)} trials, for outputs {best.sqnr:.1f} dB from the float network's{against}; "
+        f"the same again: {again} --parts {parts}"
+    )
 
 
 def _again(settings: "worker.Settings", rows: "Sequence[worker.Row]") -> str:

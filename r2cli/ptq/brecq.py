@@ -33,11 +33,12 @@ State = dict[str, Tensor]  # a layer's weight and bias
 
 @dataclass(frozen=True)
 class Settings:
-    """`lr` of V, `fine_lr` of the scales' logarithms and of the biases; `batch` images a step; `weight` of the push."""
+    """`lr` of V; `fine_lr` of the scales' logarithms and of the biases, falling to 0; `batch` images a step; `weight`
+    of the push."""
 
     steps: int = 300
     lr: float = 0.02
-    fine_lr: float = 1e-3
+    fine_lr: float = 3e-3
     weight: float = 20.0
     batch: int = 32
     seed: int = 0
@@ -226,6 +227,7 @@ def _learn(
                 whole = whole and number % 50 == 0 and bool(((raw <= 0) | (raw >= 1)).all())
             if whole:
                 break
+        adam.param_groups[1]["lr"] = settings.fine_lr * (1 - number / settings.steps)
         adam.step()
 
 

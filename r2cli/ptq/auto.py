@@ -1,0 +1,113 @@
+"""`--method auto`: what the other methods give, tried on calibration images and judged by the network's outputs.
+
+First what costs a pass over some images: every grid, with min-max and least-squares ranges, rounded to the nearest
+level, without and with DFQ's bias correction, and with all of DFQ. Equalization is kept where it is measured to help,
+which is not everywhere. Where the best of them still changes the outputs audibly (under `ENOUGH` dB), BRECQ learns the
+rounding on each grid, equalized where that was better. What leaves the outputs nearest to the float network's is kept.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from r2cli import attach
+from r2cli.checkpoint import Checkpoint
+from r2cli.codec import sqnr
+from r2cli.ptq import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, Row, Settings, quantize, sweep
+
+ENOUGH = 30.0  # dB of the outputs
+FEW = 4  # bits
+SOME = 128  # images for what is not learned
+BATCH = 64
+GRIDS = (CHANNEL, UNFOLDED)
+RANGES = ("minmax", "mse")
+PARTS: tuple[tuple[str, ...], ...] = ((), (CORRECT,), DFQ)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings that were tried, `sqnr` of the outputs on calibration images in dB, and the time in s."""
+
+    method: str
+    granularity: str
+    weight_range: str
+    parts: tuple[str, ...]
+    sqnr: float
+    seconds: float
+
+    def __str__(self) -> str:
+        parts = f", {' and '.join(self.parts)}" if self.parts else ""
+        return f"{self.method} on {self.granularity} grids, {self.weight_range}{parts}"
+
+
+def choose(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    images: Iterable[Tensor],
+    device: torch.device,
+    *,
+    grids: Sequence[str] = GRIDS,
+    rules: Sequence[str] = (),
+    told: Callable[[Trial], None] = lambda trial: None,
+) -> tuple[Checkpoint, list[Row], Settings, list[Trial]]:
+    """The best that `settings` gives with one of `grids`, of `rules` for ranges, some method and parts; the trials.
+
+    `images` are gone through more than once. Each trial is told as it ends. Raises InputError as `quantize` does.
+    """
+    few = torch.split(sweep.first(images, SOME), BATCH)
+    expected = _outputs(checkpoint, images, device)
+    trials: list[Trial] = []
+    best: tuple[Checkpoint, list[Row], Settings] | None = None
+
+    def attempt(own: Settings, shown: Iterable[Tensor]) -> None:
+        nonlocal best
+        started = perf_counter()
+        made, rows = quantize(checkpoint, own, shown, device)
+        reached = sqnr(_outputs(made, images, device), expected)
+        if best is None or reached > max(trial.sqnr for trial in trials):
+            best = made, rows, own
+        assert own.parts is not None
+        seconds = round(perf_counter() - started, 1)
+        trials.append(Trial(own.method, own.granularity, own.weight_range, own.parts, reached, seconds))
+        told(trials[-1])
+
+    # With many levels the range of least squares is that of all weights.
+    rules = rules or (RANGES if settings.weight_bits <= FEW else RANGES[:1])
+    for own in _plain(settings, grids, rules):
+        attempt(own, few)
+    if max(trial.sqnr for trial in trials) < ENOUGH:
+        for own in _learned(settings, grids, rules, trials):
+            attempt(own, images)
+    assert best is not None
+    made, rows, own = best
+    if own.method == "none":  # its ranges are of some images yet
+        made, rows = quantize(checkpoint, own, images, device)
+    return made, rows, own, trials
+
+
+def _plain(settings: Settings, grids: Sequence[str], rules: Sequence[str]) -> Iterator[Settings]:
+    for granularity in grids:
+        for rule in rules:
+            for parts in PARTS:
+                yield replace(settings, method="none", granularity=granularity, weight_range=rule, parts=parts)
+
+
+def _learned(settings: Settings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]) -> list[Settings]:
+    """BRECQ on every grid, equalized where the best without it was."""
+    found = []
+    for granularity in grids:
+        for rule in rules:
+            own = [trial for trial in trials if (trial.granularity, trial.weight_range) == (granularity, rule)]
+            parts = (EQUALIZE,) if EQUALIZE in max(own, key=lambda trial: trial.sqnr).parts else ()
+            found.append(replace(settings, method="brecq", granularity=granularity, weight_range=rule, parts=parts))
+    return found
+
+
+@torch.inference_mode()
+def _outputs(checkpoint: Checkpoint, images: Iterable[Tensor], device: torch.device) -> Tensor:
+    """What the network gives for all images: (n, classes)."""
+    model = attach.network(checkpoint).to(device).eval()
+    return torch.cat([model(batch.to(device)).cpu() for batch in images])
