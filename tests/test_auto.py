@@ -1,0 +1,119 @@
+"""`--method auto`: what is kept is the best of what was tried, for a reason that it gives, and can be had again."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import R2
+from r2cli import attach, checkpoint, data, ptq
+from r2cli.codec import sqnr
+from r2cli.ptq import auto, brecq
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = functools.partial(brecq.round_network, settings=brecq.Settings(steps=20))
+    monkeypatch.setattr(ptq, "METHODS", {**ptq.METHODS, "brecq": ptq.Method(whole=rounds)})
+
+
+def _shown(made: checkpoint.Checkpoint) -> list[torch.Tensor]:
+    return [images for images, _ in data.calibration(data.load("digits", spec=made.input), 160, CPU, 0)]
+
+
+def _settings(bits: int) -> ptq.Settings:
+    return ptq.Settings("auto", bits, 8, "channel", {})
+
+
+def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
+    made = checkpoint.load(trained)
+    shown, told = _shown(made), list[auto.Trial]()
+    coded, rows, own, trials = auto.choose(made, _settings(8), shown, CPU, told=told.append)
+    assert told == trials and len(rows) == 10
+    forms = [(trial.granularity, trial.weight_range, trial.parts) for trial in trials]
+    assert forms == [(grid, "minmax", parts) for grid in ("channel", "unfolded") for parts in auto.PARTS]
+    best = max(trials, key=lambda trial: trial.sqnr)
+    assert best.sqnr > auto.ENOUGH and {trial.method for trial in trials} == {"none"}
+    assert (own.method, own.granularity, own.weight_range, own.parts) == (
+        best.method,
+        best.granularity,
+        best.weight_range,
+        best.parts,
+    )
+    same, _ = ptq.quantize(made, own, shown, CPU)
+    assert all(coded.coded[name].codes.equal(same.coded[name].codes) for name in coded.coded)
+    assert all(coded.activations[name].scale.equal(same.activations[name].scale) for name in coded.activations)
+
+
+def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path, quick: None) -> None:
+    made = checkpoint.load(trained)
+    shown = _shown(made)
+    coded, _, own, trials = auto.choose(made, _settings(2), shown, CPU)
+    learned = [trial for trial in trials if trial.method == "brecq"]
+    assert len(trials) == 16 and len(learned) == 4
+    best = max(trials, key=lambda trial: trial.sqnr)
+    assert best in learned and own.granularity == best.granularity and own.weight_range == best.weight_range
+    with torch.inference_mode():
+        outputs, expected = (torch.cat([attach.network(one)(x) for x in shown]) for one in (coded, made))
+    assert sqnr(outputs, expected) == pytest.approx(best.sqnr, abs=1e-3)
+
+
+def test_one_grid_and_one_range_where_they_are_asked_for(trained: Path, quick: None) -> None:
+    made = checkpoint.load(trained)
+    *_, own, trials = auto.choose(made, _settings(2), _shown(made), CPU, grids=["tensor"], rules=["minmax"])
+    assert {(trial.granularity, trial.weight_range) for trial in trials} == {("tensor", "minmax")}
+    assert len(trials) == 4 and own.granularity == "tensor"
+
+
+def test_equalization_is_learned_on_where_it_helped() -> None:
+    def trial(parts: tuple[str, ...], sqnr: float) -> auto.Trial:
+        return auto.Trial("none", "tensor", "minmax", parts, sqnr, 0.1)
+
+    helped = [trial((), 3.0), trial(("correct",), 4.0), trial(ptq.DFQ, 9.0)]
+    hurt = [trial((), 3.0), trial(("correct",), 9.0), trial(ptq.DFQ, 4.0)]
+    for trials, parts in ((helped, ("equalize",)), (hurt, ())):
+        (own,) = auto._learned(_settings(4), ["tensor"], ["minmax"], trials)
+        assert own.method == "brecq" and own.parts == parts
+
+
+def test_the_command_says_what_it_chose_and_how_to_have_it_again(
+    r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(trained.read_bytes())
+    common = ("--weight-bits", 2, "--calibration", 128)
+    first = r2("ptq", "--method", "auto", *common, "-o", "first.safetensors")
+    assert first.code == 0, first.err
+    assert first.err.count("outputs at") == 16
+    line = next(line for line in first.out.splitlines() if "the same again: " in line)
+    assert "chosen of 16 trials" in line and "brecq" in line
+    again = r2("ptq", *line.split("the same again: ")[1].split(), *common, "-o", "again.safetensors")
+    assert again.code == 0, again.err
+    for ending in ("safetensors", "onnx"):
+        assert Path(f"first.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()
+
+
+def test_the_report_lists_the_trials_and_wishes_that_clash_are_refused(
+    r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(trained.read_bytes())
+    ran = r2("ptq", "--method", "auto", "--granularity", "tensor", "--calibration", 64, "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert [trial["granularity"] for trial in report["trials"]] == ["tensor"] * 3
+    assert report["options"]["method"] == "none" and Path("model.w8a8-auto-tensor.onnx").exists()
+    for wish, told in (
+        (("--parts", "equalize"), "--method auto tries which --parts help"),
+        (("--calibration", 0), "--method auto needs images"),
+    ):
+        refused = r2("ptq", "--method", "auto", *wish, "--overwrite")
+        assert refused.code == 2 and told in refused.err, refused.err
+    wrong = r2("ptq", "--parts", "equalize,colour")
+    assert wrong.code == 2 and "colour" in wrong.err
+    mixed = r2("ptq", "--method", "auto", "--target-bits", 4.5, "--sensitivity", "sqnr", "--dry-run")
+    assert mixed.code == 0, mixed.err
