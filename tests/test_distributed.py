@@ -115,6 +115,22 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
     assert [path.name for path in broken.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("method", ["lsq", "ewgs"])
+def test_quantizers_are_trained_by_two_processes(trained: Path, tmp_path: Path, method: str) -> None:
+    """BatchNorm sees a process's own images, so that the weights are not those of one process; their accuracy is."""
+    reached = {}
+    for count in (1, 2):
+        output = tmp_path / f"{count}.safetensors"
+        options = ["--method", method, "--weight-bits", "4", "--act-bits", "4", "--epochs", "2", "--device", "cpu"]
+        done = torchrun("-m", "r2cli", "qat", str(trained), *options, "-o", str(output), "--json", count=count)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert report["passed"]
+        reached[count] = report["top1"]
+    assert reached[2] > 85 and abs(reached[1] - reached[2]) < 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.onnx", "1.safetensors", "2.onnx", "2.safetensors"]
+
+
 def test_a_command_for_one_process_says_so(tmp_path: Path) -> None:
     alone = [sys.executable, "-m", "r2cli", "evaluate", str(tmp_path / "none.onnx")]
     done = subprocess.run(alone, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "2", "RANK": "1"})

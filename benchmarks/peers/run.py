@@ -11,7 +11,7 @@ them.
     python benchmarks/peers/run.py --peer aimet --checkpoint *.safetensors --data imagefolder:cifar10 --work-dir peers
     python benchmarks/peers/run.py --table --work-dir peers
 
---beside-r2 runs `r2 ptq`'s work in the same minute, behind each cell of AdaRound, and records the ratio of the times.
+--beside-r2 runs `r2 ptq --method brecq`'s work in the same minute, behind each cell of AdaRound, and records the ratio of the times.
 """
 
 import argparse
@@ -240,8 +240,8 @@ def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def beside_r2(record: Mapping[str, Any], own: Network, cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
-    """r2's AdaRound on the same cell, right behind the peer's, and how many times longer the peer took."""
-    ours = run(R2, own, replace(cell, method="adaround", steps=None), arguments)
+    """r2's BRECQ on the same cell, right behind the peer's AdaRound, and how many times longer the peer took."""
+    ours = run(R2, own, replace(cell, method="brecq", steps=None), arguments)
     ratio = {
         what: round(record[what] / ours[what], 2)
         for what in ("seconds", "cpu_seconds")
@@ -314,7 +314,10 @@ def told(records: Sequence[Mapping[str, Any]]) -> str:
         parts += [f"## {name}, float {top1:.2f}", table(COLUMNS, [row(record) for record in own])]
     pairs = [record for record in records if len(record.get("times_r2", {})) == 2]
     if pairs:
-        parts += ["## AdaRound, r2's right behind the peer's", table(PAIRS, [pair(record) for record in pairs])]
+        parts += [
+            "## A peer's AdaRound, and r2's BRECQ right behind it",
+            table(PAIRS, [pair(record) for record in pairs]),
+        ]
     return "\n\n".join(parts)
 
 
@@ -330,7 +333,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True, help="environments, images, files")
     parser.add_argument("--output", type=Path, help="JSON lines (default: results.jsonl in the work dir)")
     parser.add_argument("--only", nargs="+", default=[""], help="cells whose 'NETWORK PEER CELL' has one of these")
-    parser.add_argument("--beside-r2", action="store_true", help="r2's AdaRound right behind each of the peer's")
+    parser.add_argument("--beside-r2", action="store_true", help="r2's BRECQ right behind each AdaRound of the peer's")
     parser.add_argument("--table", action="store_true", help="print all results as Markdown")
     parser.add_argument("--calibration", type=int, default=512, help="images")
     parser.add_argument("--seed", type=int, default=0)

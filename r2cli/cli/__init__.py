@@ -28,7 +28,7 @@ app.command()(evaluate.evaluate)
 app.command()(run.run)
 
 INTERRUPTED = 130
-TRAINING = ("pretrain", "palettize")  # the commands that several processes may run together
+TRAINING = ("pretrain", "palettize", "qat")  # the commands that several processes may run together
 
 # What the parser raises for a wrong command line, whichever module of typer's defines it.
 _UsageError: Any = typer.BadParameter.__mro__[1]
