@@ -11,7 +11,8 @@ them.
     python benchmarks/peers/run.py --peer aimet --checkpoint *.safetensors --data imagefolder:cifar10 --work-dir peers
     python benchmarks/peers/run.py --table --work-dir peers
 
---beside-r2 runs `r2 ptq --method brecq`'s work in the same minute, behind each cell of AdaRound, and records the ratio of the times.
+--beside-r2 runs `r2 ptq --method brecq`'s work in the same minute, behind each cell of AdaRound, and records the ratio
+of the times.
 """
 
 import argparse

@@ -34,12 +34,16 @@ MEMORY = 256 * 2**20  # bytes of a layer's rows
 
 @dataclass(frozen=True)
 class Settings:
-    """`weight` is lambda, in units of the nearest codes' error a weight; `batch` rows a step, of `rows` in all."""
+    """`weight` is lambda, in units of the nearest codes' error a weight; `batch` rows a step, of `rows` in all.
+
+    `grouped` are the rows a step of a grouped convolution, whose filters have few weights each.
+    """
 
     steps: int = 500
     lr: float = 0.02
     weight: float = 20.0
     batch: int = 1024
+    grouped: int = 128
     rows: int = 32768
     seed: int = 0
 
@@ -113,9 +117,10 @@ def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Sett
     first, second = torch.zeros_like(v), torch.zeros_like(v)
     draw = torch.Generator().manual_seed(settings.seed)
     count = rows.inputs.shape[1]
+    batch = min(settings.batch if groups == 1 else settings.grouped, count)
     warm, weight = int(WARM_UP * settings.steps), settings.weight * unit
     for number in range(1, settings.steps + 1):
-        index = torch.randint(count, (min(settings.batch, count),), generator=draw).to(v.device)
+        index = torch.randint(count, (batch,), generator=draw).to(v.device)
         sigmoid, raw = stretched(v)
         soft = base + raw.clamp(0, 1)
         inside = (raw > 0) & (raw < 1) & (soft < grid.highest)
