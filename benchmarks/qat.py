@@ -27,8 +27,7 @@ from memory import forget, mark
 
 VARIANTS = tuple((method, place) for method in ("lsq", "pact", "dorefa", "ewgs") for place in ("inputs", "outputs"))
 BATCH, SIZE, STEPS, BITS = 64, 32, 3, 2
-BREVITAS = ("brevitas==0.12.1", "torch==2.9.1", "torchvision==0.24.1", "setuptools<70")
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+BREVITAS = ("brevitas==0.12.1", "torch", "torchvision", "setuptools<70")
 
 
 def measured(model: Any) -> dict[str, float]:
@@ -117,7 +116,7 @@ def environment(folder: Path) -> Path | None:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "-q", "--extra-index-url", CPU_INDEX, *BREVITAS]
+        install = [str(python), "-m", "pip", "install", "-q", *BREVITAS]
         done = subprocess.run(install, capture_output=True, text=True)
         if done.returncode:
             print(f"Brevitas cannot be installed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
