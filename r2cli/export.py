@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from r2cli import attach, graph, onnx_codes, onnx_text
+from r2cli import attach, graph, onnx_codes, onnx_functions, onnx_text
 from r2cli.checkpoint import Checkpoint
 from r2cli.clip import Clip
 from r2cli.codec import Codec, Coded, Grid
@@ -44,7 +44,10 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     _put_codes(model, coded)
     _round_last_bias(model)
     _clean(model, checkpoint)
-    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    file = ir.to_proto(model)
+    onnx_text.shorten_integers(file)
+    onnx_functions.outline(file, checkpoint.coded.keys())
+    content: bytes = file.SerializeToString(deterministic=True)
     return content
 
 
@@ -328,12 +331,16 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """What the file says of itself: how to feed it, what its outputs are, and how it was made. Sorted by key."""
     spec = checkpoint.input
     entries = {
-        "r2.class_names": json.dumps(checkpoint.class_names),
-        "r2.history": json.dumps(checkpoint.history, sort_keys=True),
-        "r2.input": json.dumps({k: getattr(spec, k) for k in ("channels", "size", "resize", "mean", "std")}),
-        "r2.model": json.dumps(checkpoint.model.described(), sort_keys=True),
+        "r2.class_names": _json(checkpoint.class_names),
+        "r2.history": _json(checkpoint.history),
+        "r2.input": _json({k: getattr(spec, k) for k in ("channels", "size", "resize", "mean", "std")}),
+        "r2.model": _json(checkpoint.model.described()),
     }
     return dict(sorted(entries.items()))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def stored_bits(codec: Codec) -> int:

@@ -3,10 +3,12 @@
     8 to 5 bits          INT8 -> DequantizeLinear
     4 bits               INT4 -> Cast INT8 -> DequantizeLinear
     3 to 1 bits, odd     packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
-    palette              UINT8, UINT4 or packed UINT8 -> Gather in the layer's own table of centroids -> channels of
-                         vectors apart -> DequantizeLinear for an int8 table, Mul by the scale for a float one
+    palette              UINT8, up to 4 bits packed -> Div and Mod, its digits -> Gather in the layer's own table of
+                         centroids -> channels of vectors apart -> DequantizeLinear for an int8 table, Mul by the scale
+                         for a float one
 
 What layers share is there once: the tables of bytes' codes, and the shapes, in which the first dimension is left open.
+A palette does without the table, one or two KB: the file of a small network is hardly larger than its codes.
 
 Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into
 DequantizeLinear would be unpacked at every inference. A float table is folded whole: memory and speed are fp32's.
@@ -45,12 +47,10 @@ def emit(graph: ir.Graph, name: str, coded: Coded, tables: Tables) -> tuple[ir.V
 def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) -> list[ir.Node]:
     nodes: list[ir.Node]
     if grid.bits <= 3 or (grid.odd and grid.bits <= 4):
-        kind = "odd" if grid.odd else "plain"
-        shape = tuple(coded.codes.shape)
-        nodes = _packed(graph, name, coded, shape, kind, lambda part, bits: _integers(grid, part, bits), tables)
+        nodes = _packed(graph, name, coded, tuple(coded.codes.shape), _integers(graph, grid, tables), tables)
         integers = nodes[-1].outputs[0]
     elif grid.bits == 4:
-        narrow = initializer(graph, f"{name}.codes", _four_bits(coded.codes, ir.DataType.INT4))
+        narrow = initializer(graph, f"{name}.codes", _four_bits(coded.codes))
         nodes = [ir.node("Cast", [narrow], {"to": ir.DataType.INT8})]
         integers = nodes[-1].outputs[0]
     elif grid.odd and grid.bits == 8:
@@ -64,11 +64,11 @@ def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) 
 def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables: Tables) -> list[ir.Node]:
     groups, count = coded.codes.shape
     dim, shape = palette.dim, palette.shape
-    # Only an index that is added to must have the groups apart; four and more bits have their shape for nothing.
+    # Only an index that is added to must have the groups apart; five and more bits have their shape for nothing.
     index_shape = (groups, count) if groups > 1 else shape if dim == 1 else (count,)
     nodes = _index(graph, name, coded, index_shape, tables)
     if groups > 1:
-        if palette.bits <= 3:
+        if palette.bits <= 4:
             nodes.append(_reshape(graph, tables, nodes[-1], index_shape))
         offset = np.arange(groups, dtype=np.int32).reshape(-1, 1) << palette.bits
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], initializer(graph, f"{name}.offset", offset)]))
@@ -83,7 +83,7 @@ def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables:
             nodes.append(_reshape(graph, tables, nodes[-1], (-1, positions)))
             ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (shape[0],))]
             nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
-    if dim > 1 or groups > 1 or palette.bits <= 3:
+    if dim > 1 or groups > 1 or palette.bits <= 4:
         nodes.append(_reshape(graph, tables, nodes[-1], shape))
     if not palette.lut.is_floating_point():
         nodes.append(_dequantize(graph, name, nodes[-1].outputs[0], palette, linear=len(shape) == 2))
@@ -95,13 +95,12 @@ def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables:
 
 
 def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tables: Tables) -> list[ir.Node]:
-    """A palette's codes as INT32: what Gather reads. In order, and of `shape` from four bits on."""
+    """A palette's codes as INT32: what Gather reads. In order, and of `shape` from five bits on."""
     bits = coded.codec.bits
-    if bits <= 3:
-        return _packed(graph, name, coded, None, "index", _indices, tables)
-    codes = coded.codes.reshape(shape)
-    content = _four_bits(codes, ir.DataType.UINT4) if bits == 4 else codes.numpy()
-    return [ir.node("Cast", [initializer(graph, f"{name}.codes", content)], {"to": ir.DataType.INT32})]
+    if bits <= 4:
+        return _packed(graph, name, coded, None, _indices(graph, tables), tables)
+    codes = initializer(graph, f"{name}.codes", coded.codes.reshape(shape).numpy())
+    return [ir.node("Cast", [codes], {"to": ir.DataType.INT32})]
 
 
 def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, *, linear: bool) -> ir.Node:
@@ -114,17 +113,14 @@ def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Pa
 
 # --- packed codes --------------------------------------------------------------------------------------------------
 
+# From a part's name, its bits and its bytes as INT32 (n,) to nodes of which the last gives (n, 8 // bits).
+Lookup = Callable[[str, int, ir.Value], list[ir.Node]]
+
 
 def _packed(
-    graph: ir.Graph,
-    name: str,
-    coded: Coded,
-    shape: tuple[int, ...] | None,
-    kind: str,
-    table: Callable[[str, int], Array],
-    tables: Tables,
+    graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...] | None, look_up: Lookup, tables: Tables
 ) -> list[ir.Node]:
-    """Packed codes through the `table` of a kind, in its type: of `shape`, or in order, however they come.
+    """Packed codes, byte by byte through `look_up`: of `shape`, or in order, however they come.
 
     Three bits are the sum of two planes.
     """
@@ -136,15 +132,9 @@ def _packed(
     for part, bits, content in (
         [("high", 1, planes[:split]), ("low", 2, planes[split:])] if width == 3 else [("codes", width, planes)]
     ):
-        every = f"every.{kind}{width}.{part}"
-        if every not in tables:
-            tables[every] = initializer(graph, every, table(part, bits))
-            if kind == "index":
-                nodes.append(ir.node("Cast", [tables[every]], {"to": ir.DataType.INT32}))
-                tables[every] = nodes[-1].outputs[0]
         packed = initializer(graph, f"{name}.{part}", content.numpy())
-        index = ir.node("Cast", [packed], {"to": ir.DataType.INT32})
-        nodes += [index, ir.node("Gather", [tables[every], index.outputs[0]], {"axis": 0})]
+        nodes.append(ir.node("Cast", [packed], {"to": ir.DataType.INT32}))
+        nodes += look_up(part, bits, nodes[-1].outputs[0])
         if content.numel() * (8 // bits) != count:  # drop the zeros that filled the last byte
             nodes.append(_reshape(graph, tables, nodes[-1], (count,)))
             ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (count,))]
@@ -157,14 +147,38 @@ def _packed(
     return nodes
 
 
-def _every_byte(bits: int) -> Tensor:
-    """(256 * 8 // bits,) int16: the codes of all bytes, in order."""
-    return unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
+def _integers(graph: ir.Graph, grid: Grid, tables: Tables) -> Lookup:
+    """A grid's integers: of all bytes, in a table (256, 8 // bits) int8 that layers share."""
+
+    def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
+        every = f"every.{'odd' if grid.odd else 'plain'}{grid.bits}.{part}"
+        if every not in tables:
+            tables[every] = initializer(graph, every, _table(grid, part, bits))
+        return [ir.node("Gather", [tables[every], index], {"axis": 0})]
+
+    return look_up
 
 
-def _integers(grid: Grid, part: str, bits: int) -> Array:
+def _indices(graph: ir.Graph, tables: Tables) -> Lookup:
+    """A palette's codes themselves, INT32, those of the high plane worth 4: the digits of every byte, reckoned."""
+
+    def shared(values: list[int]) -> ir.Value:
+        return _shared(graph, tables, "step", np.array(values, dtype=np.int32))
+
+    def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
+        column = ir.node("Reshape", [index, _shape(graph, tables, (-1, 1))])
+        shifted = ir.node("Div", [column.outputs[0], shared([2**low for low in range(0, 8, bits)])])
+        nodes = [column, shifted, ir.node("Mod", [shifted.outputs[0], shared([2**bits])])]
+        if part == "high":
+            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], shared([4])]))
+        return nodes
+
+    return look_up
+
+
+def _table(grid: Grid, part: str, bits: int) -> Array:
     """(256, 8 // bits) int8: the integers that every byte of a grid's packed codes stands for."""
-    every = _every_byte(bits)
+    every = unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
     if part == "high":  # worth 4, or -4 where the codes are two's complement
         integers = every * 8 - 7 if grid.odd else every * -4
     elif part == "low":
@@ -176,12 +190,6 @@ def _integers(grid: Grid, part: str, bits: int) -> Array:
     return (integers * grid.raised).reshape(256, 8 // bits).to(torch.int8).numpy()
 
 
-def _indices(part: str, bits: int) -> Array:
-    """(256, 8 // bits) int8: the codes themselves, those of the high plane worth 4."""
-    every = _every_byte(bits) * (4 if part == "high" else 1)
-    return every.reshape(256, 8 // bits).to(torch.int8).numpy()
-
-
 # --- initializers --------------------------------------------------------------------------------------------------
 
 
@@ -191,15 +199,19 @@ def _reshape(graph: ir.Graph, shared: Tables, node: ir.Node, sizes: tuple[int, .
 
 
 def _shape(graph: ir.Graph, shared: Tables, sizes: tuple[int, ...]) -> ir.Value:
-    name = "shape." + "x".join(map(str, sizes))
+    return _shared(graph, shared, "shape", np.array(sizes, dtype=np.int64))
+
+
+def _shared(graph: ir.Graph, shared: Tables, kind: str, values: Array) -> ir.Value:
+    name = f"{kind}.{'x'.join(map(str, values.tolist()))}"
     if name not in shared:
-        shared[name] = initializer(graph, name, np.array(sizes, dtype=np.int64))
+        shared[name] = initializer(graph, name, values)
     return shared[name]
 
 
-def _four_bits(codes: Tensor, dtype: ir.DataType) -> "ir.PackedTensor[Any]":
-    """Codes (any shape, four bits) as an ONNX INT4 or UINT4 tensor: our packing is ONNX's."""
-    return ir.PackedTensor(pack(codes, 4).numpy(), dtype, shape=ir.Shape(codes.shape))
+def _four_bits(codes: Tensor) -> "ir.PackedTensor[Any]":
+    """Codes (any shape, four bits) as an ONNX INT4 tensor: our packing is ONNX's."""
+    return ir.PackedTensor(pack(codes, 4).numpy(), ir.DataType.INT4, shape=ir.Shape(codes.shape))
 
 
 def initializer(graph: ir.Graph, name: str, content: "Array | ir.PackedTensor[Any]") -> ir.Value:

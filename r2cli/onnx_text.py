@@ -8,7 +8,9 @@ take for granted is left out: types and shapes between input and output, attribu
 from collections.abc import Iterator, Set
 from typing import Any
 
+import onnx
 import onnx_ir as ir
+from onnx import TensorProto
 
 # The last part of an initializer's name before, and its letter after.
 LETTERS = {
@@ -24,7 +26,8 @@ LETTERS = {
     "highest": "g",
 }
 CODES = ("c", "h", "l")
-SHARED = {"shape": "d", "every": "e"}  # the first part of a name that no layer owns
+SHARED = {"shape": "d", "every": "e", "step": "p"}  # the first part of a name that no layer owns
+MADE_BY_TORCH = "val_"  # constants of its exporter's own
 
 ONES, ZEROS = object(), object()
 POOLS = ("AveragePool", "MaxPool")
@@ -66,6 +69,18 @@ def shorten(model: ir.Model, weights: Set[str]) -> None:
             value.name = next(free)
 
 
+def shorten_integers(file: onnx.ModelProto) -> None:
+    """Write what shapes and the like hold as numbers of varying length, where that is shorter; in place."""
+    for tensor in file.graph.initializer:
+        if tensor.data_type not in (TensorProto.INT64, TensorProto.INT32):
+            continue
+        short = TensorProto(dims=tensor.dims, data_type=tensor.data_type, name=tensor.name)
+        values = onnx.numpy_helper.to_array(tensor).reshape(-1).tolist()
+        (short.int64_data if tensor.data_type == TensorProto.INT64 else short.int32_data).extend(values)
+        if short.ByteSize() < tensor.ByteSize():
+            tensor.CopyFrom(short)
+
+
 def letter(name: str) -> str:
     """What an initializer of a coded network is, as the values of LETTERS; empty for one that kept its name."""
     first = name[:1]
@@ -82,6 +97,9 @@ def _rename_initializers(graph: ir.Graph) -> None:
         if first in SHARED:
             shared[first] += 1
             own = f"{SHARED[first]}{shared[first] - 1}"
+        elif first.startswith(MADE_BY_TORCH):
+            shared["shape"] += 1
+            own = f"d{shared['shape'] - 1}"
         elif kind in LETTERS and owner:
             owner = owner.removesuffix(".weight")
             own = f"{LETTERS[kind]}{owners.setdefault(owner, len(owners))}"

@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, fx, nn
 
-from r2cli import audit, placement
+from r2cli import audit, onnx_functions, placement
 from r2cli import checkpoint as checkpoints
 from r2cli.checkpoint import Checkpoint, InputSpec
 from r2cli.codec import Coded
@@ -80,7 +80,7 @@ def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterabl
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """The ONNX model at `path`. Raises InputError for a missing or corrupt one."""
+    """The ONNX model at `path`, with its functions inlined. Raises InputError for a missing or corrupt one."""
     if not path.is_file():
         raise InputError(f"{path} does not exist: name an .onnx file, or make one with `r2 ptq`")
     try:
@@ -88,7 +88,7 @@ def read(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's and the checker's own classes share no base
         raise InputError(f"{path} is not a valid ONNX model ({type(error).__name__}): write it again") from error
-    return model
+    return onnx_functions.inline(model)
 
 
 def session(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from r2cli import attach, audit, checkpoint, codec, data, export, models, ptq, verify
+from r2cli import attach, audit, checkpoint, codec, data, export, models, onnx_functions, ptq, verify
 from r2cli.errors import InputError
 
 CPU = torch.device("cpu")
@@ -57,11 +57,16 @@ def test_activations_of_few_bits_ride_in_uint8(act_bits: int, trained: Path, tmp
     assert proof.passed, proof.checks
     nodes = proof.measures["nodes"]
     assert nodes.items() >= INTEGER_NODES.items() and not FLOAT_NODES & set(nodes)
-    file = onnx.load(tmp_path / "model.onnx")
+    file = verify.read(tmp_path / "model.onnx")
     clips = [node for node in file.graph.node if node.op_type == "Clip"]
     constants = {each.name: numpy_helper.to_array(each) for each in file.graph.initializer}
     assert clips and all(int(constants[node.input[2]]) == 2**act_bits - 1 for node in clips)
     assert all(constants[node.input[2]].dtype == "uint8" for node in clips)
+
+
+def _flat(content: bytes) -> onnx.ModelProto:
+    """A file with its functions inlined."""
+    return onnx_functions.inline(onnx.load_from_string(content))
 
 
 def _codes(file: onnx.ModelProto, name: str) -> list[TensorProto]:
@@ -88,7 +93,7 @@ def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: P
     nodes = proof.measures["nodes"]
     assert nodes["QLinearConv"] == 9 and nodes["QLinearAdd"] == 3 and nodes["QGemm"] == 1
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "ReduceMean"} & set(nodes)
-    file = onnx.load(tmp_path / "model.onnx")
+    file = verify.read(tmp_path / "model.onnx")
     assert file.ir_version == 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 21)]
     container, between = FORMS[bits]
     codes = {i.data_type for name in made.coded for i in _codes(file, name)}
@@ -103,11 +108,12 @@ def test_a_file_has_little_text_and_its_weights_have_their_names(trained: Path) 
     made = _coded(trained, 2)
     content = export.to_bytes(made)
     file = onnx.load_from_string(content)
-    assert set(made.coded) <= {value for node in file.graph.node for value in node.output}
-    assert not file.graph.value_info and not any(node.name or node.doc_string for node in file.graph.node)
+    assert set(made.coded) <= {value for node in _flat(content).graph.node for value in node.output}
+    assert not file.graph.value_info and not any(node.doc_string for node in file.graph.node)
+    assert {node.name for node in file.graph.node if node.name} <= {n.removesuffix(".weight") for n in made.coded}
     held = sum(len(each.raw_data) for each in file.graph.initializer)
     noted = sum(entry.ByteSize() for entry in file.metadata_props)
-    assert len(content) - held - noted < 55 * len(file.graph.node)
+    assert len(content) - held - noted < 3000 + 130 * len(made.coded)
     graph = onnx.load_from_string(export.to_bytes(checkpoint.load(trained))).graph
     assert "conv.weight" in {each.name for each in graph.initializer}
 
@@ -174,7 +180,7 @@ def test_activations_below_eight_bits_are_clipped_in_their_codes(bits: int, trai
     # Biases are off their grid here, so only the session without optimisation computes the same function.
     found = verify.runner(path, optimise=False)(batch)
     assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
-    assert sum(node.op_type == "Clip" for node in onnx.load(path).graph.node) >= len(narrow)
+    assert sum(node.op_type == "Clip" for node in verify.read(path).graph.node) >= len(narrow)
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(trained: Path) -> None:
@@ -222,7 +228,7 @@ def _failed(proof: verify.Proof) -> set[str]:
 
 def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = onnx.load_from_string(export.to_bytes(made))
+    file = _flat(export.to_bytes(made))
     (codes,) = _codes(file, "conv.weight")
     changed = bytearray(codes.raw_data)
     changed[0] ^= 1
@@ -234,7 +240,7 @@ def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -
 
 def test_the_proof_sees_a_weight_left_in_float(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = onnx.load_from_string(export.to_bytes(made))
+    file = _flat(export.to_bytes(made))
     node = next(node for node in file.graph.node if node.output[0] == "stages.1.0.conv1.weight")
     weight = made.coded["stages.1.0.conv1.weight"].decode().numpy()
     file.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
@@ -249,7 +255,7 @@ def _prove_audit(made: checkpoint.Checkpoint, path: Path, file: onnx.ModelProto)
 
 def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 4), tmp_path / "model.onnx"
-    file = onnx.load_from_string(export.to_bytes(made))
+    file = _flat(export.to_bytes(made))
     (codes,) = _codes(file, "conv.weight")
     wide = numpy_helper.from_array(made.coded["conv.weight"].codes.numpy(), codes.name)
     codes.CopyFrom(wide)
@@ -258,7 +264,7 @@ def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: 
 
 def test_the_proof_sees_logits_that_are_not_torchs(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = onnx.load_from_string(export.to_bytes(made))
+    file = _flat(export.to_bytes(made))
     layer = next(node for node in file.graph.node if "stages.2.0.conv2.weight" in node.input)
     bias = next(i for i in file.graph.initializer if i.name == layer.input[2])
     noise = np.random.default_rng(0).normal(0, 1, 64).astype(np.float32)

@@ -22,12 +22,14 @@ LAYERS = [
     ["models", "data", "graph", "observers", "placement", "regularizers", "rounding", "weights"],
     ["distributed", "resume"],
     ["train", "attach", "activations", "analyze"],
-    ["ptq", "qat", "palettize", "onnx_codes", "onnx_floats", "onnx_text", "export", "audit", "verify", "report"],
+    ["onnx_codes", "onnx_floats", "onnx_functions", "onnx_text"],
+    ["ptq", "qat", "palettize", "export", "audit", "verify", "report"],
     ["onnx_weights"],
     ["recipe", "cli"],
 ]
 # Methods know nothing of each other, and neither do the places that results go to.
-METHODS, PLACES = ("ptq", "qat", "palettize"), ("export", "onnx_codes", "onnx_floats", "onnx_text", "audit", "verify")
+METHODS = ("ptq", "qat", "palettize")
+PLACES = ("export", "onnx_codes", "onnx_floats", "onnx_functions", "onnx_text", "audit", "verify")
 STRANGERS = [
     *((one, other) for one in METHODS for other in METHODS if one != other),
     *(pair for one in METHODS for place in PLACES for pair in ((one, place), (place, one))),
@@ -36,7 +38,7 @@ FOLDERS = ("models", "data", "ptq", "qat", "palettize", "cli", "analyze", "repor
 OWNERS = {
     "rich": {"console"},
     "safetensors": {"checkpoint"},
-    "onnx": {"audit", "verify", "onnx_floats", "onnx_weights"},
+    "onnx": {"audit", "verify", "onnx_floats", "onnx_functions", "onnx_text", "onnx_weights"},
     "onnx_ir": {"export", "onnx_codes", "onnx_text"},
     "onnxruntime": {"verify"},
     "typer": {"options", "cli"},

@@ -16,7 +16,19 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from conftest import R2
-from r2cli import attach, audit, checkpoint, codec, data, export, graph, onnx_text, palettize, verify
+from r2cli import (
+    attach,
+    audit,
+    checkpoint,
+    codec,
+    data,
+    export,
+    graph,
+    onnx_functions,
+    onnx_text,
+    palettize,
+    verify,
+)
 from r2cli.errors import InputError
 from r2cli.palettize import tables
 from r2cli.palettize.tables import Form
@@ -146,6 +158,20 @@ def test_int8_tables_pass_their_proof_and_run_on_integers(form: Form, model: Pat
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "Gather"} & set(nodes)
 
 
+@pytest.mark.parametrize("form", FORMS[:3], ids=str)
+def test_a_file_is_little_more_than_its_palettes(form: Form, model: Path, tmp_path: Path) -> None:
+    # 3 KB and 2 % over what decodes and what biases are, and 150 bytes for the text of a layer (benchmarks/file_size.md).
+    made = _palettized(model, form, 8, images=True)
+    content = export.to_bytes(made)
+    file, parts = onnx.load_from_string(content), sum(one.payload_bytes() for one in made.coded.values())
+    biases = sum(len(each.raw_data) for each in file.graph.initializer if onnx_text.letter(each.name) == "b")
+    assert parts + biases < len(content) <= 1.02 * (parts + biases) + 3072 + 150 * len(made.coded)
+    # Weights have their names, and the values of the checkpoint, however the functions are inlined.
+    flat = onnx_functions.inline(file)
+    assert not flat.functions and file.functions and {node.domain for node in flat.graph.node} == {""}
+    assert set(made.coded) <= {name for node in flat.graph.node for name in node.output}
+
+
 @pytest.mark.parametrize("form", [replace(form, lut_bits=32) for form in FORMS[2:]], ids=str)
 def test_float_tables_pass_and_are_folded_when_they_are_loaded(form: Form, model: Path, tmp_path: Path) -> None:
     made, path = _palettized(model, form, None), tmp_path / "model.onnx"
@@ -158,7 +184,7 @@ def test_float_tables_pass_and_are_folded_when_they_are_loaded(form: Form, model
 
 def test_the_proof_sees_a_float_table_where_integers_were_promised(model: Path, tmp_path: Path) -> None:
     made, path = _palettized(model, Form(2, 1, None, 8), None), tmp_path / "model.onnx"
-    file = onnx.load_from_string(export.to_bytes(made))
+    file = onnx_functions.inline(onnx.load_from_string(export.to_bytes(made)))
     parts = audit.sources(file)["conv.weight"]
     lut = next(i for i in file.graph.initializer if i.name in parts and onnx_text.letter(i.name) == "t")
     assert lut.data_type == TensorProto.INT8
