@@ -19,6 +19,7 @@ DOMAIN = "r"
 LAYERS = ("Conv", "Gemm", "MatMul")
 VARYING = {"Conv": "group"}  # attributes of which a function leaves the value to its calls
 NARROW = (TensorProto.INT4, TensorProto.UINT4)  # ONNX Runtime's functions do not take them: their Cast stays outside
+INTEGERS = (TensorProto.INT64, TensorProto.INT32, TensorProto.UINT8, TensorProto.INT8)
 SMALL = 64  # bytes of a constant that may stand in a body: ONNX Runtime copies a body for every call
 
 
@@ -136,13 +137,13 @@ def _replace(file: ModelProto, regions: Iterable[Region], weights: Set[str]) -> 
 
 
 def _common(group: list[Region], constants: Mapping[str, TensorProto]) -> dict[int, TensorProto]:
-    """The small constants that all regions of a group read at the same place of their inputs."""
+    """The small integers that all regions of a group read at the same place of their inputs."""
     columns = zip(*(region.inputs for region in group), strict=True)
     same = {place: column[0] for place, column in enumerate(columns) if len(set(column)) == 1}
     return {
         place: constants[name]
         for place, name in same.items()
-        if name in constants and constants[name].ByteSize() <= SMALL
+        if name in constants and constants[name].ByteSize() <= SMALL and constants[name].data_type in INTEGERS
     }
 
 
@@ -216,16 +217,27 @@ def _part(weight: str) -> str:
 def inline(file: ModelProto) -> ModelProto:
     """`file` with the bodies of its functions in place of their calls, whoever wrote it.
 
-    What a call with a name makes inside is called by that name, a dot and its name in the body.
+    What a call with a name makes inside is called by that name, a dot and its name in the body. Constants of bodies
+    become initializers.
     """
     functions = {(each.domain, each.name): each for each in file.functions}
+    if not file.functions:
+        return file
     flat = ModelProto()
     flat.CopyFrom(file)
     flat.ClearField("functions")
+    flat.ClearField("opset_import")
+    own = {domain for domain, _ in functions}
+    flat.opset_import.extend(each for each in file.opset_import if each.domain not in own)
     while any((node.domain, node.op_type) in functions for node in flat.graph.node):
         nodes = [part for node in flat.graph.node for part in _inlined(node, functions)]
         flat.graph.ClearField("node")
-        flat.graph.node.extend(nodes)
+        for node in nodes:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                flat.graph.initializer.append(node.attribute[0].t)
+                flat.graph.initializer[-1].name = node.output[0]
+            else:
+                flat.graph.node.append(node)
     return flat
 
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2cli import checkpoint, data, regularizers, train
+from r2cli import attach, checkpoint, codec, data, regularizers, train
 from r2cli.data import Share
+from r2cli.palettize import learners, tables
 
 CPU = torch.device("cpu")
 
 
 class Double(nn.Module):
-    """A small convolutional network in float64, without BatchNorm."""
+    """A small convolutional network without BatchNorm, in float64 as it is made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +27,7 @@ class Double(nn.Module):
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(self.conv(x.double()).relu().flatten(1))
+        out: Tensor = self.linear(self.conv(x.to(self.linear.bias.dtype)).relu().flatten(1))
         return out
 
 
@@ -46,6 +47,38 @@ def fit(folder: Path, resume: bool = False, epochs: int = 2) -> nn.Module:
         watch=watch,
     )
     return network
+
+
+def fit_palettes(folder: Path, method: str) -> dict[str, Tensor]:
+    """The tables and codes that training with `method` gives `Double`, soft in one epoch and hard in another."""
+    train.seed_everything(0)
+    network = Double().float()  # hard weights are float32
+    made: dict[str, learners.Learner] = {}
+    for name in ("conv", "linear"):
+        weight, form = network.get_submodule(name).weight, tables.Form(2, 1, None, 32)
+        assert isinstance(weight, Tensor)
+        made[name] = learners.LEARNERS[method](weight.detach(), form, 3, torch.Generator().manual_seed(0))
+    learners.put_on(network, made)
+
+    def before_epoch(number: int) -> None:
+        for learner, weight in learners.each(network, made):
+            learner.before_epoch(weight, 0.5 if number == 1 else None)
+
+    own = [learner.centroids for learner in made.values() if isinstance(learner.centroids, nn.Parameter)]
+    groups = [{"params": own, "weight_decay": 0.0, "base_lr": 1e-3}] if own else []
+    train.fit(
+        network,
+        data.load("digits", size=8),
+        train.Settings(2, 70, 0.02, 0.9, 1e-4, 0.1, 0.0, 0.0, 0),
+        device=CPU,
+        setting=attach.Method({}, groups, before_epoch, lambda number: None),
+        state=folder / "state.safetensors",
+        resume=False,
+        watch=train.Watch(lambda steps: None, lambda epoch: None),
+    )
+    coded = learners.take_off(network, made)
+    found = {f"{name}.lut": one.codec.lut for name, one in coded.items() if isinstance(one.codec, codec.Palette)}
+    return found | {f"{name}.codes": one.codes for name, one in coded.items()}
 
 
 def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:
@@ -88,6 +121,21 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     )
     assert [epoch["top1"] for epoch in first] == [epoch["top1"] for epoch in second]
     assert [epoch["loss"] for epoch in first] == pytest.approx([epoch["loss"] for epoch in second], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dkm", "shared"])
+def test_two_processes_train_the_palettes_that_one_does(method: str, tmp_path: Path) -> None:
+    one = fit_palettes(tmp_path, method)
+    (tmp_path / "together").mkdir()
+    done = torchrun(__file__, str(tmp_path / "together"), method)
+    assert done.returncode == 0, done.stderr
+    two, _ = checkpoint.load_tensors(tmp_path / "together" / "result.safetensors")
+    assert set(one) == set(two)
+    for name, tensor in one.items():
+        if name.endswith("lut"):  # of float32: the mean of two halves' gradients rounds otherwise
+            torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+        else:  # a weight in the middle of two centroids may go to either
+            assert float((two[name] == tensor).double().mean()) > 0.995
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -139,6 +187,7 @@ def test_a_command_for_one_process_says_so(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    network = fit(folder)
+    method = sys.argv[2] if len(sys.argv) > 2 else None
+    result = fit(folder).state_dict() if method is None else fit_palettes(folder, method)
     if os.environ["RANK"] == "0":
-        checkpoint.save_tensors(folder / "result.safetensors", network.state_dict(), {})
+        checkpoint.save_tensors(folder / "result.safetensors", result, {})

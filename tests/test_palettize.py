@@ -160,7 +160,7 @@ def test_int8_tables_pass_their_proof_and_run_on_integers(form: Form, model: Pat
 
 @pytest.mark.parametrize("form", FORMS[:3], ids=str)
 def test_a_file_is_little_more_than_its_palettes(form: Form, model: Path, tmp_path: Path) -> None:
-    # 3 KB and 2 % over what decodes and what biases are, and 150 bytes for the text of a layer (benchmarks/file_size.md).
+    # 2 % and 3 KB over codes, what decodes them, and biases; 150 bytes a layer more (benchmarks/file_size.md).
     made = _palettized(model, form, 8, images=True)
     content = export.to_bytes(made)
     file, parts = onnx.load_from_string(content), sum(one.payload_bytes() for one in made.coded.values())
