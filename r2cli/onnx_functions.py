@@ -229,7 +229,7 @@ def inline(file: ModelProto) -> ModelProto:
     flat.ClearField("opset_import")
     own = {domain for domain, _ in functions}
     flat.opset_import.extend(each for each in file.opset_import if each.domain not in own)
-    while any((node.domain, node.op_type) in functions for node in flat.graph.node):
+    for _ in functions:  # no deeper than that: a function does not call itself
         nodes = [part for node in flat.graph.node for part in _inlined(node, functions)]
         flat.graph.ClearField("node")
         for node in nodes:
