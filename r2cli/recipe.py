@@ -25,37 +25,40 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from r2cli import __version__
-from r2cli.checkpoint import write_atomically
 from r2cli.errors import InputError, unknown
-from r2cli.options import resume_state
 
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
-COMMANDS = ("pretrain", "ptq", "qat", "palettize", "export", "evaluate")
+KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
+COMMANDS = ("pretrain", "analyze", "ptq", "qat", "palettize", "export", "evaluate")
 FILES = ("source", "output")
+HEAD = ""  # under this key `lines` has the line of a step's own head
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """What the file says; `lines` has, for every step, the line of each key, counted from 1."""
+
     path: Path
     matrix: Mapping[str, Sequence[Any]]
     steps: Sequence[Mapping[str, Any]]
     tables: Sequence[Mapping[str, Any]]
+    lines: Sequence[Mapping[str, int]] = ()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command to run, and the matrix values that it was made for."""
+    """One command to run, the matrix values that it was made for, and where it stands: `FILE:LINE` of every key."""
 
     command: str
     options: Mapping[str, Any]
     values: Mapping[str, Any]
+    places: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, folder: Path) -> list[str]:
         """The command line after `r2`."""
@@ -72,23 +75,66 @@ class Step:
                     out += [f"--{key}", str(one)]
         return out
 
+    def blame(self, message: str) -> str:
+        """`message` behind the place that it is about: the option that it names, the value in quotes, or the step."""
+        named = [key for key in self.options if re.search(rf"--{re.escape(key)}(?![\w-])", message)]
+        quoted = [key for key, value in self.options.items() if f"'{value}'" in message]
+        place = next((self.places[key] for key in [*named, *quoted, HEAD] if key in self.places), None)
+        output = f" -> {self.options['output']}" if "output" in self.options else ""
+        return f"{f'{place}: ' if place else ''}r2 {self.command}{output}: {message}"
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with r2, by name: `quickstart`, `cpu/digits`."""
+    inside = Path(__file__).with_name("recipes")  # of an installed package; in a checkout they stand beside it
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.toml"))}
+
+
+def find(name: str) -> Path:
+    """The recipe at the path `name`, or the shipped one of that name. Raises InputError where there is neither."""
+    path, known = Path(name), shipped()
+    short = path.as_posix().removeprefix("recipes/").removesuffix(".toml")
+    if path.is_file() or (path.exists() and short not in known):
+        return path
+    if short not in known:
+        error = unknown("recipe", short, known)
+        raise InputError(f"{name} does not exist: give a file, or the name of a shipped recipe ({error})")
+    return known[short]
+
 
 def load(path: Path) -> Recipe:
     """Read a recipe. Raises InputError for a missing or malformed one."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist: name a recipe, for example recipes/quickstart.toml")
+        raise InputError(f"{path} does not exist: name a recipe, for example quickstart, or see `r2 recipe ls`")
     try:
-        content = tomllib.loads(path.read_text())
+        text = path.read_text()
+        content = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     for key in content:
         if key not in ("matrix", "step", "table"):
             raise unknown(f"key in {path}", key, ("matrix", "step", "table"))
-    recipe = Recipe(path, content.get("matrix", {}), content.get("step", []), content.get("table", []))
+    matrix, steps, tables = content.get("matrix", {}), content.get("step", []), content.get("table", [])
+    recipe = Recipe(path, matrix, steps, tables, _lines(text))
     _require_shapes(recipe)
     for table in recipe.tables:
-        _require_complete(recipe, table)
+        require_complete(recipe, table)
     return recipe
+
+
+def _lines(text: str) -> list[dict[str, int]]:
+    """The line of every key of every [[step]], counted from 1: a reader of TOML forgets where it read."""
+    steps: list[dict[str, int]] = []
+    inside = False
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.lstrip().startswith("["):
+            inside = re.match(r"\s*\[\[\s*step\s*\]\]", line) is not None
+            if inside:
+                steps.append({HEAD: number})
+        elif inside and (key := KEY.match(line)):
+            steps[-1].setdefault(key[1], number)
+    return steps
 
 
 def _require_shapes(recipe: Recipe) -> None:
@@ -112,7 +158,7 @@ def _are_tables(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
+def require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
     """Raises InputError, before any work is done, for a [[table]] that lacks a key or names no variable."""
     for key, kind in (("run", str), ("rows", list), ("metrics", dict)):
         if not isinstance(table.get(key), kind):
@@ -125,8 +171,10 @@ def _require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
 def steps(recipe: Recipe) -> list[Step]:
     """Every command of the recipe, in order. Raises InputError for a variable that the matrix does not have."""
     out = []
-    for step in recipe.steps:
+    for number, step in enumerate(recipe.steps):
         options = {key: value for key, value in step.items() if key != "run"}
+        lines = recipe.lines[number] if len(recipe.lines) == len(recipe.steps) else {}  # not for steps written inline
+        places = {key: f"{recipe.path}:{line}" for key, line in lines.items()}
         mentioned = {name.split(".")[0] for name in PLACEHOLDER.findall(json.dumps(options, default=str))}
         for name in mentioned:
             if name not in recipe.matrix:
@@ -138,7 +186,7 @@ def steps(recipe: Recipe) -> list[Step]:
                 filled = {key: _fill(value, values) for key, value in options.items()}
             except InputError as error:
                 raise InputError(f"{recipe.path}: {error}") from error
-            out.append(Step(step["run"], {k: v for k, v in filled.items() if v is not None}, values))
+            out.append(Step(step["run"], {k: v for k, v in filled.items() if v is not None}, values, places))
     return out
 
 
@@ -147,105 +195,80 @@ def shell(step: Step, folder: Path) -> str:
     return shlex.join(["r2", *step.arguments(folder)])
 
 
-def execute(
-    todo: Sequence[Step],
-    folder: Path,
-    invoke: Callable[[list[str]], Any],
-    tell: Callable[[str], None],
-    *,
-    overwrite: bool,
-) -> list[dict[str, Any]]:
-    """Run the steps in order; returns each step's values and report. What is done is kept in results.json.
+def reads_from(step: Step, earlier: Step) -> bool:
+    """Whether `step` reads what `earlier` writes: its checkpoint, or the ONNX file beside that."""
+    source, output = step.options.get("source"), earlier.options.get("output")
+    return None not in (source, output) and _stem(source) == _stem(output)
 
-    A step is skipped that was done with the same options by the same version, whose output is still there and whose
-    source was not made again. One that was stopped half way goes on from its last epoch, or runs again over its own
-    files.
+
+def _stem(name: Any) -> str:
+    return re.sub(r"\.(safetensors|onnx)$", "", str(name))
+
+
+def only(todo: Sequence[Step], pattern: str) -> list[Step]:
+    """The steps whose output matches `pattern`, or whose command line has it in it, and those that these read from.
+
+    Raises InputError where no step does.
     """
-    record = folder / "results.json"
-    done, results = _recorded(record), []
-    for number, step in enumerate(todo, start=1):
-        key = json.dumps([__version__, step.command, step.options], sort_keys=True, default=str)
-        output = step.options.get("output")
-        name = key if output is None else str(output)
-        files = [] if output is None else [folder / name]
-        if step.command == "ptq":
-            files += [file.with_suffix(".onnx") for file in files]
-        known, exists = done.get(name, {}), all(file.exists() for file in files)
-        report = known.get("report") if known.get("key") == key and exists and not overwrite else None
-        if report is None:
-            tell(f"[{number}/{len(todo)}] {shell(step, folder)}")
-            ours = overwrite or name in done  # a file of the recipe's own, which it may replace
-            goes_on = not overwrite and known.get("key") == key and any(resume_state(file).exists() for file in files)
-            for other in done.values():
-                if output is not None and other["source"] == output:
-                    other["report"] = None  # made from a file that is about to change
-            entry = {"key": key, "source": step.options.get("source"), "report": None}
-            if ours or not exists:
-                done[name] = entry
-                _record(record, done)
-            more = ["--resume"] if goes_on else ["--overwrite"] if ours and output is not None else []
-            made = invoke([*step.arguments(folder), *more, "--json"])
-            report = json.loads(json.dumps(made, default=str))
-            done[name] = {**entry, "report": report}
-            _record(record, done)
-        results.append({"command": step.command, "values": step.values, "report": report})
-    return results
+    wanted = {
+        number
+        for number, step in enumerate(todo)
+        if fnmatch(str(step.options.get("output", "")), pattern) or pattern in shell(step, Path())
+    }
+    if not wanted:
+        raise InputError(f"--only {pattern} matches none of the {len(todo)} steps: --dry-run prints them")
+    for number in reversed(range(len(todo))):
+        wanted |= {before for before in range(number) if number in wanted and reads_from(todo[number], todo[before])}
+    return [todo[number] for number in sorted(wanted)]
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of text by column, in the order of the steps."""
+def override(recipe: Recipe, texts: Iterable[str]) -> Recipe:
+    """`recipe` with `KEY=VALUE` in every step that has the key, `COMMAND.KEY=VALUE` in all steps of a command, and
+    `matrix.NAME=VALUE` for a variable; VALUE as TOML writes it, or plain text.
 
-    title: str
-    rows: Sequence[Mapping[str, str]]
-
-    def markdown(self) -> str:
-        head = list(self.rows[0]) if self.rows else []
-        lines = [f"**{self.title}**", "", _line(head), "|---" * len(head) + "|"]
-        return "\n".join([*lines, *(_line(row.values()) for row in self.rows), ""])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """The recipe's tables. Raises InputError for a metric that no report has."""
-    return [Table(table.get("title", ""), _rows(recipe, table, results)) for table in recipe.tables]
-
-
-def _rows(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    _require_complete(recipe, table)
-    names, column = table["rows"], table.get("column")
-    needed = {*names, *([column] if column else [])}
-    cells: dict[tuple[str, ...], dict[str, list[Any]]] = {}
-    for result in results:
-        if result["command"] != table["run"] or not needed <= result["values"].keys():
+    Raises InputError for a text of another form, and for a key that no step, or a variable that the matrix, has.
+    """
+    for text in texts:
+        key, sign, value = text.partition("=")
+        scope, _, name = key.rpartition(".")
+        if not sign or not name:
+            raise InputError(f"--set {text} is not KEY=VALUE, for example --set epochs=1 or --set matrix.seed=0")
+        if scope == "matrix":
+            if name not in recipe.matrix:
+                raise unknown(f"variable of {recipe.path}", name, recipe.matrix)
+            recipe = replace(recipe, matrix={**recipe.matrix, name: _chosen(recipe.matrix[name], _parsed(value))})
             continue
-        row = tuple(_label(result["values"][name]) for name in names)
-        for title, metric in table["metrics"].items():
-            if metric not in result["report"]:
-                raise unknown(f"metric of {recipe.path}", metric, result["report"])
-            head = title if column is None else f"{_label(result['values'][column])} {title}".strip()
-            cells.setdefault(row, {}).setdefault(head, []).append(result["report"][metric])
-    heads = list(dict.fromkeys(head for own in cells.values() for head in own))
-    return [
-        dict(zip(names, row, strict=True)) | {head: _cell(own[head]) if head in own else "-" for head in heads}
-        for row, own in cells.items()
-    ]
+        touched = [n for n, step in enumerate(recipe.steps) if (step["run"] == scope if scope else name in step)]
+        if name in ("run", *FILES):
+            raise InputError(f"--set {text} would make all steps the same: change {name} in the recipe")
+        if not touched:
+            keys = {f"{step['run']}.{own}" if scope else own for step in recipe.steps for own in step}
+            error = unknown(f"option of the steps of {recipe.path}", key, keys)
+            raise InputError(f"{error}; COMMAND.{name}=VALUE, as ptq.{name}, gives it to all steps of a command")
+        steps = [{**step, name: _parsed(value)} if n in touched else step for n, step in enumerate(recipe.steps)]
+        lines = [
+            {k: at for k, at in own.items() if k != name or n not in touched} for n, own in enumerate(recipe.lines)
+        ]
+        recipe = replace(recipe, steps=steps, lines=lines)
+    _require_shapes(recipe)
+    return recipe
 
 
-def _cell(values: Sequence[Any]) -> str:
-    """One value, or the mean of several with their least and greatest."""
-    if not all(isinstance(value, int | float) for value in values):
-        return ", ".join(dict.fromkeys(map(str, values)))
-    shape = ".0f" if all(isinstance(value, int) for value in values) else ".2f"
-    if len(values) == 1:
-        return f"{values[0]:,{shape}}"
-    return f"{mean(values):,{shape}} [{min(values):,{shape}}-{max(values):,{shape}}]"
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
 
 
-def _label(value: Any) -> str:
+def _chosen(there: Sequence[Any], value: Any) -> list[Any]:
+    """`value` as a list of a variable's values; one that is called as a value of the recipe is that value."""
+    named = {label(own): own for own in there}
+    return [named.get(label(own), own) for own in (value if isinstance(value, list) else [value])]
+
+
+def label(value: Any) -> str:
+    """What a value of the matrix is called."""
     return str(value.get("name", value)) if isinstance(value, Mapping) else str(value)
 
 
@@ -263,7 +286,7 @@ def _fill(value: Any, values: Mapping[str, Any]) -> Any:
         found = _look_up(match[1], values)
         if found is None:
             raise InputError(f"'{value}' has nothing to put for {match[0]}: give every value of the matrix that key")
-        return _label(found)
+        return label(found)
 
     return PLACEHOLDER.sub(text, value)
 
@@ -274,17 +297,3 @@ def _look_up(path: str, values: Mapping[str, Any]) -> Any:
     if key and not isinstance(values[name], Mapping):
         raise InputError(f"{{{path}}} asks for a key of '{values[name]}', which is not a table")
     return values[name].get(key) if key else values[name]
-
-
-def _recorded(record: Path) -> dict[str, Any]:
-    try:
-        return {
-            str(name): {**entry, "key": entry["key"], "source": entry["source"]}
-            for name, entry in json.loads(record.read_text()).items()
-        }
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return {}
-
-
-def _record(record: Path, done: Mapping[str, Any]) -> None:
-    write_atomically(record, json.dumps(done, indent=1).encode())

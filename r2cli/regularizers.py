@@ -10,6 +10,8 @@ step, which costs up to three times a small step. Weights are walked in chunks t
 Where we differ: in the stable form the margin's own gradient is clamped to [-strength, strength] (as written it is
 minus the number of weights outside, and throws M out of the layer), and soft-min-max's exponent is in units of the
 layer's standard deviation (as written, a layer of small weights never gets beyond a weak variance penalty).
+
+`clip` is the baseline that they are compared with, and no penalty: weights are clamped after every optimizer step.
 """
 
 import math
@@ -27,6 +29,8 @@ CHUNK = 65536  # elements: five fp32 temporaries of this size fit a core's L2 ca
 KURE_TARGET = 1.8  # the kurtosis of the uniform distribution
 ALPHA_START = 0.1
 MARGIN_START = 2.0  # standard deviations of the initial weights
+CLIP = "clip"
+CLIP_AT = 2.0  # deviations: where the margin starts, between what L-inf (1.7) and KURE (2.5) leave of digits' networks
 
 
 class Term(Protocol):
@@ -37,7 +41,10 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What to add to the loss: `strength` is lambda; `dim` is the vector length of a later palette (1: scalars)."""
+    """What to add to the loss: `strength` is lambda; `dim` is the vector length of a later palette (1: scalars).
+
+    For clip, which adds nothing, `strength` is the number of deviations that weights are clamped to.
+    """
 
     name: str
     strength: float
@@ -123,6 +130,16 @@ def kure(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, setting: S
     return value, torch.zeros_like(parameter)
 
 
+def clip(w: Tensor, strength: float) -> None:
+    """Clamp `w`, of any shape and in place, to `strength` deviations from zero on both sides.
+
+    The deviation is the root mean square, which is the standard deviation where the mean is zero: the symmetric grid of
+    a later quantizer is centred on zero, and a filter that is constant stays as it is.
+    """
+    bound = strength * w.square().mean().sqrt()
+    w.clamp_(-bound, bound)
+
+
 REGULARIZERS: Mapping[str, Term] = {"linf": linf, "margin": margin, "soft-minmax": soft_minmax, "kure": kure}
 
 
@@ -133,8 +150,13 @@ class Regularizer:
     """
 
     def __init__(self, setting: Setting, model: nn.Module) -> None:
-        if setting.name not in REGULARIZERS:
-            raise unknown("regularizer", setting.name, ["none", *REGULARIZERS])
+        if setting.name not in (*REGULARIZERS, CLIP):
+            raise unknown("regularizer", setting.name, ["none", *REGULARIZERS, CLIP])
+        if setting.name == CLIP and setting.strength < 1:
+            raise InputError(
+                f"--reg-weight {setting.strength:g} is below one deviation, so that clip would shrink all weights to "
+                "nothing: give 1 or more"
+            )
         self.setting = setting
         self.weights = regularized(model)
         self.parameters: dict[str, nn.Parameter] = {}
@@ -154,6 +176,8 @@ class Regularizer:
         """Add the penalty's gradients to `.grad` of weights and parameters; returns strength * R, a scalar."""
         strength = self.setting.strength
         total = torch.zeros((), dtype=torch.float64)
+        if self.setting.name == CLIP:
+            return total
         for name, w in self.weights.items():
             if w.grad is None:  # a layer that the loss does not reach
                 w.grad = torch.zeros_like(w)
@@ -164,6 +188,14 @@ class Regularizer:
                 self.parameters[name].grad = strength * slope
             total = total.to(value.device) + strength * value
         return total
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """What comes after the optimizer's step: clip clamps the weights, per column of vectors as the others do."""
+        if self.setting.name == CLIP:
+            for w in self.weights.values():
+                for column in columns(w.detach(), self.setting.dim):
+                    clip(column, self.setting.strength)
 
 
 def penalty(
@@ -216,6 +248,8 @@ def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def default_strength(name: str, *, size: int, images: int) -> float:
     """The paper's 0.01 for ImageNet-size training; for small images what measured best (`--reg-weight` overrides)."""
+    if name == CLIP:
+        return CLIP_AT
     small = {"linf": 0.1, "margin": 0.1 if images < 10_000 else 0.03, "soft-minmax": 0.1, "kure": 0.01}
     return small[name] if size <= 64 else 0.01
 

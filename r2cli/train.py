@@ -252,6 +252,8 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
             nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_grad)
         for optimizer in run.optimizers:
             optimizer.step()
+        if run.regularizer:
+            run.regularizer.after_step()
         if run.average is not None:
             run.average.update_parameters(run.model)
         total += loss.detach() * len(labels)

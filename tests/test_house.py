@@ -25,7 +25,8 @@ LAYERS = [
     ["onnx_codes", "onnx_floats", "onnx_functions", "onnx_text"],
     ["ptq", "qat", "palettize", "export", "audit", "verify", "report"],
     ["onnx_weights"],
-    ["recipe", "cli"],
+    ["recipe"],
+    ["jobs", "results", "smoke", "cli"],
 ]
 # Methods know nothing of each other, and neither do the places that results go to.
 METHODS = ("ptq", "qat", "palettize")

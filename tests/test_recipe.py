@@ -1,13 +1,14 @@
 """Recipes: what a matrix makes of the steps, what runs again and what does not, and what the tables hold."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from r2cli import recipe
+from r2cli import jobs, recipe, smoke
+from r2cli import results as tabled
 from r2cli.errors import CheckFailed, InputError
 from r2cli.recipe import Recipe, Step
 
@@ -227,8 +228,14 @@ def two(lr: float = 0.1, bits: int = 4, **more: Any) -> list[Step]:
     ]
 
 
+def run(
+    steps: Sequence[Step], folder: Path, invoke: Any, tell: Callable[[str], None], *, overwrite: bool = False
+) -> list[dict[str, Any]]:
+    return jobs.execute(steps, folder, lambda number, line: jobs.Here(invoke, line), tell, overwrite=overwrite)
+
+
 def execute(steps: Sequence[Step], commands: Commands, *, overwrite: bool = False) -> list[dict[str, Any]]:
-    return recipe.execute(steps, commands.folder, commands, commands.told.append, overwrite=overwrite)
+    return run(steps, commands.folder, commands, commands.told.append, overwrite=overwrite)
 
 
 def test_steps_run_in_order_and_once(tmp_path: Path) -> None:
@@ -256,7 +263,7 @@ def test_a_changed_step_runs_alone(tmp_path: Path) -> None:
     assert commands.names() == ["other"]
 
 
-def test_what_is_gone_is_made_again_with_what_depends_on_it(tmp_path: Path) -> None:
+def test_what_is_gone_is_made_again(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     execute(two(), commands)
     commands.names()
@@ -265,7 +272,7 @@ def test_what_is_gone_is_made_again_with_what_depends_on_it(tmp_path: Path) -> N
     assert commands.names() == ["coded!"]
     (tmp_path / "model").unlink()
     execute(two(), commands)
-    assert commands.names() == ["model!", "coded!"]
+    assert commands.names() == ["model!"]  # it has the same bytes again, so what reads it is as it was
 
 
 def test_a_changed_option_replaces_the_output_and_what_depends_on_it(tmp_path: Path) -> None:
@@ -296,7 +303,7 @@ def test_a_training_step_that_was_stopped_goes_on_from_its_last_epoch(tmp_path: 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recipe.execute(two(), tmp_path, stopped, commands.told.append, overwrite=False)
+        run(two(), tmp_path, stopped, commands.told.append, overwrite=False)
     execute(two(), commands)
     assert "--resume" in commands.ran[0] and "--overwrite" not in commands.ran[0]
     assert "--resume" not in commands.ran[1]
@@ -363,7 +370,7 @@ def test_a_failed_gate_is_not_done(tmp_path: Path) -> None:
         raise CheckFailed("gate failed")
 
     with pytest.raises(CheckFailed):
-        recipe.execute(two(), tmp_path, gated, commands.told.append, overwrite=False)
+        run(two(), tmp_path, gated, commands.told.append, overwrite=False)
     assert commands.names() == ["model"]
     execute(two(), commands)
     assert commands.names() == ["model!", "coded"]
@@ -404,7 +411,7 @@ def test_another_version_s_work_is_done_again(tmp_path: Path, monkeypatch: pytes
     execute(steps, commands)
     execute(steps, commands)
     assert commands.names() == ["evaluate"]
-    monkeypatch.setattr(recipe, "__version__", "999")
+    monkeypatch.setattr(jobs, "__version__", "999")
     execute(steps, commands)
     assert commands.names() == ["evaluate"]
 
@@ -437,7 +444,7 @@ def results(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> lis
 
 def table(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], **layout: Any) -> list[dict[str, str]]:
     asked = Recipe(Path("recipe.toml"), {}, [], [{"run": "ptq", **layout}])
-    (made,) = recipe.tables(asked, results(found))
+    (made,) = tabled.tables(asked, results(found))
     return [dict(row) for row in made.rows]
 
 
@@ -459,8 +466,8 @@ def test_what_a_table_does_not_list_is_averaged() -> None:
         for seed, value in enumerate(own)
     ]
     assert table(rows, rows=["reg"], metrics=METRICS) == [
-        {"reg": "none", "top-1": "30.00 [10.00-60.00]", "bytes": "1,001 [1,000-1,002]"},
-        {"reg": "margin", "top-1": "97.83 [97.00-98.50]", "bytes": "1,001 [1,000-1,002]"},
+        {"reg": "none", "top-1": "30.00 ± 26.46", "bytes": "1,001 ± 1"},
+        {"reg": "margin", "top-1": "97.83 ± 0.76", "bytes": "1,001 ± 1"},
     ]
 
 
@@ -471,8 +478,8 @@ def test_a_column_turns_a_variable_across() -> None:
         for seed in (0, 2)
     ]
     assert table(rows, rows=["reg"], column="bits", metrics={"top-1": "top1"}) == [
-        {"reg": "none", "8 top-1": "98.00 [97.00-99.00]", "4 top-1": "51.00 [50.00-52.00]"},
-        {"reg": "margin", "8 top-1": "97.00 [96.00-98.00]", "4 top-1": "96.00 [95.00-97.00]"},
+        {"reg": "none", "8 top-1": "98.00 ± 1.41", "4 top-1": "51.00 ± 1.41"},
+        {"reg": "margin", "8 top-1": "97.00 ± 1.41", "4 top-1": "96.00 ± 1.41"},
     ]
     # Without a title the column's value is the whole head.
     assert table(rows[:1], rows=["reg"], column="bits", metrics={"": "top1"}) == [{"reg": "none", "8": "97.00"}]
@@ -482,7 +489,7 @@ def test_a_step_without_a_table_s_variables_is_not_in_it() -> None:
     rows = [({"reg": "none"}, {"top1": 97.0}), ({"reg": "none", "bits": 4}, {"top1": 50.0})]
     assert table(rows, rows=["bits"], metrics={"top-1": "top1"}) == [{"bits": "4", "top-1": "50.00"}]
     assert table(rows, rows=["reg"], column="bits", metrics={"": "top1"}) == [{"reg": "none", "4": "50.00"}]
-    assert table(rows, rows=["reg"], metrics={"top-1": "top1"}) == [{"reg": "none", "top-1": "73.50 [50.00-97.00]"}]
+    assert table(rows, rows=["reg"], metrics={"top-1": "top1"}) == [{"reg": "none", "top-1": "73.50 ± 33.23"}]
 
 
 def test_every_row_has_every_column() -> None:
@@ -494,7 +501,7 @@ def test_every_row_has_every_column() -> None:
 
 def test_a_table_as_markdown() -> None:
     rows = [{"reg": "none", "top-1": "97.00"}, {"reg": "margin", "top-1": "98.00"}]
-    assert recipe.Table("what it buys", rows).markdown() == (
+    assert tabled.Table("what it buys", rows).markdown() == (
         "**what it buys**\n\n| reg | top-1 |\n|---|---|\n| none | 97.00 |\n| margin | 98.00 |\n"
     )
 
@@ -517,7 +524,7 @@ def test_a_table_without_a_key_is_refused(missing: str) -> None:
     del layout[missing]
     asked = Recipe(Path("recipe.toml"), {}, [], [layout])
     with pytest.raises(InputError, match=missing):
-        recipe.tables(asked, results([({"reg": "none"}, {"top1": 1.0})]))
+        tabled.tables(asked, results([({"reg": "none"}, {"top1": 1.0})]))
 
 
 def test_a_lost_onnx_file_is_made_again(tmp_path: Path) -> None:
@@ -530,5 +537,257 @@ def test_a_lost_onnx_file_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_bar_in_a_name_is_no_column() -> None:
-    table = recipe.Table("t", [{"reg": "none", "max|w|/std": "4.0"}])
+    table = tabled.Table("t", [{"reg": "none", "max|w|/std": "4.0"}])
     assert table.markdown().splitlines()[2:] == ["| reg | max\\|w\\|/std |", "|---|---|", "| none | 4.0 |"]
+
+
+# --- spread, CSV ---------------------------------------------------------------------------------------------------
+
+
+def test_a_table_as_numbers() -> None:
+    rows = [({"reg": "none", "seed": n}, {"top1": value, "proof": "ok"}) for n, value in enumerate((10.0, 20.0, 60.0))]
+    layout = {"run": "ptq", "rows": ["reg"], "metrics": {"top-1": "top1", "proof": "proof"}}
+    (made,) = tabled.tables(Recipe(Path("recipe.toml"), {}, [], [{"title": "t", **layout}]), results(rows))
+    number, text = made.records
+    # The sample's deviation: sqrt((20^2 + 10^2 + 30^2) / 2).
+    assert number == {
+        "reg": "none",
+        "column": "top-1",
+        "n": 3,
+        "mean": 30.0,
+        "sd": pytest.approx(700**0.5),
+        "least": 10.0,
+        "greatest": 60.0,
+        "values": [10.0, 20.0, 60.0],
+    }
+    assert text["n"] == 3 and text["mean"] is text["sd"] is None and text["values"] == ["ok"] * 3
+    assert tabled.as_csv([made]).splitlines() == [
+        "table,reg,column,n,mean,sd,least,greatest,values",
+        f"t,none,top-1,3,30.0,{700**0.5},10.0,60.0,10.0 20.0 60.0",
+        "t,none,proof,3,,,,,ok ok ok",
+    ]
+
+
+def test_one_value_has_no_spread() -> None:
+    asked = Recipe(Path("recipe.toml"), {}, [], [{"run": "ptq", "rows": ["reg"], "metrics": {"top-1": "top1"}}])
+    (made,) = tabled.tables(asked, results([({"reg": "none"}, {"top1": 10.0})]))
+    assert made.records[0]["sd"] is None and made.records[0]["n"] == 1
+
+
+# --- places, --set, --only -----------------------------------------------------------------------------------------
+
+PLACED = """# a comment
+[matrix]
+seed = [0, 1]
+pre = [{ name = "plain", reg = "none" }, { name = "strong", reg = "margin" }]
+
+[[step]]
+run = "pretrain"
+reg = "{pre.reg}"
+seed = "{seed}"
+output = "{pre}-{seed}.safetensors"
+
+[[step]]
+run = "ptq"
+"weight-bits" = 4
+source = "{pre}-{seed}.safetensors"
+output = "{pre}-{seed}.w4.safetensors"
+"""
+
+
+def test_an_error_has_its_place(tmp_path: Path) -> None:
+    step = recipe.steps(read(tmp_path, PLACED))[4]
+    path = tmp_path / "recipe.toml"
+    assert step.blame("No such option: --weight-bits").startswith(f"{path}:14: r2 ptq -> plain-0.w4.safetensors: No")
+    assert step.blame("'plain-0.safetensors' is gone").startswith(f"{path}:15: ")
+    assert step.blame("--weight-bits-more is another").startswith(f"{path}:12: ")
+    assert Step("ptq", {}, {}).blame("it failed") == "r2 ptq: it failed"
+
+
+def test_set_changes_the_steps_that_have_the_key(tmp_path: Path) -> None:
+    def made(*texts: str) -> list[dict[str, Any]]:
+        return [dict(step.options) for step in recipe.steps(recipe.override(read(tmp_path, PLACED), texts))]
+
+    assert [own.get("weight-bits") for own in made("weight-bits=2")] == [None] * 4 + [2] * 4
+    assert {own.get("epochs") for own in made("pretrain.epochs=1")[:4]} == {1}
+    assert "epochs" not in made("pretrain.epochs=1")[4]
+    assert [own["seed"] for own in made("matrix.seed=7")[:2]] == [7, 7]
+    assert [own["seed"] for own in made("matrix.seed=[5, 6]")[:4]] == [5, 5, 6, 6]
+    assert [own["reg"] for own in made("matrix.pre=strong", "matrix.seed=0")[:1]] == ["margin"]
+    assert made("weight-bits=imagefolder:a=b")[4]["weight-bits"] == "imagefolder:a=b"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("epochs=1", "'epochs'"),
+        ("matrix.sed=1", "'seed'"),
+        ("qat.epochs=1", "'qat.epochs'"),
+        ("epochs", "KEY=VALUE"),
+        ("output=a", "output"),
+    ],
+)
+def test_what_cannot_be_set_is_named(text: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        recipe.steps(recipe.override(read(tmp_path, PLACED), [text]))
+    assert named in str(caught.value)
+
+
+def test_only_takes_along_what_is_read(tmp_path: Path) -> None:
+    todo = recipe.steps(read(tmp_path, PLACED))
+
+    def outputs(pattern: str) -> list[str]:
+        return [step.options["output"].removesuffix(".safetensors") for step in recipe.only(todo, pattern)]
+
+    assert outputs("plain-1.w4*") == ["plain-1", "plain-1.w4"]
+    assert outputs("pretrain --reg margin") == ["strong-0", "strong-1"]
+    assert len(outputs("*")) == 8
+    with pytest.raises(InputError, match="8 steps"):
+        outputs("nothing such")
+
+
+# --- what was read, and side by side -------------------------------------------------------------------------------
+
+
+def test_other_bytes_of_a_source_are_another_input(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    (tmp_path / "model").write_text("one")
+    steps = two()[1:]
+    execute(steps, commands)
+    (tmp_path / "model").write_text("one")
+    execute(steps, commands)
+    assert commands.names() == ["coded"]
+    (tmp_path / "model").write_text("two")
+    execute(steps, commands)
+    assert commands.names() == ["coded!"]
+
+
+@pytest.mark.parametrize("command", ["ptq", "qat", "palettize"])
+def test_every_command_that_writes_an_onnx_file_makes_it_again(command: str, tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    step = Step(command, {"output": "coded.safetensors"}, {})
+    execute([step], commands)
+    (tmp_path / "coded.onnx").write_text("")
+    execute([step], commands)
+    commands.names()
+    (tmp_path / "coded.onnx").unlink()
+    execute([step], commands)
+    assert commands.names() == ["coded.safetensors!"]
+
+
+class Slow:
+    """A job that is done when it has been looked at so many times; notes who runs beside whom."""
+
+    def __init__(
+        self, name: str, looks: int, running: list[str], seen: list[set[str]], error: Exception | None
+    ) -> None:
+        self.name, self.looks, self.running, self.error, self.stopped = name, looks, running, error, False
+        running.append(name)
+        seen.append(set(running))
+
+    def done(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def report(self) -> Any:
+        self.running.remove(self.name)
+        if self.error:
+            raise self.error
+        return {"made": self.name}
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def side_by_side(
+    folder: Path, looks: Mapping[str, int], number: int, errors: Mapping[str, Exception] = {}
+) -> tuple[list[set[str]], Any, list[Slow]]:
+    """Who ran beside whom as each began, what came of it, and the jobs: a and b, c that reads a, d that reads b."""
+    steps = [
+        Step("pretrain", {"output": "a.safetensors"}, {}),
+        Step("ptq", {"output": "b.safetensors"}, {}),
+        Step("ptq", {"source": "a.safetensors", "output": "c.safetensors"}, {}),
+        Step("evaluate", {"source": "b.onnx"}, {}),
+    ]
+    running: list[str] = []
+    seen: list[set[str]] = []
+    made: list[Slow] = []
+
+    def start(at: int, arguments: list[str]) -> Slow:
+        name = "abcd"[at - 1]
+        made.append(Slow(name, looks.get(name, 0), running, seen, errors.get(name)))
+        return made[-1]
+
+    try:
+        out: Any = [own["report"]["made"] for own in jobs.execute(steps, folder, start, lambda text: None, jobs=number)]
+    except (Exception, KeyboardInterrupt) as error:
+        out = error
+    return seen, out, made
+
+
+def test_independent_steps_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "PAUSE", 0)
+    seen, out, _ = side_by_side(tmp_path / "1", {"b": 5}, 2)
+    assert seen == [{"a"}, {"a", "b"}, {"b", "c"}, {"d"}] and out == list("abcd")
+    seen, out, _ = side_by_side(tmp_path / "2", {}, 1)
+    assert seen == [{"a"}, {"b"}, {"c"}, {"d"}] and out == list("abcd")
+    seen, _, _ = side_by_side(tmp_path / "3", {"a": 5}, 9)
+    assert seen == [{"a"}, {"a", "b"}, {"a", "d"}, {"c"}]
+
+
+@pytest.mark.parametrize("kind", [InputError, CheckFailed])
+def test_a_step_that_fails_names_itself_and_starts_no_other(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "PAUSE", 0)
+    seen, error, made = side_by_side(tmp_path, {"b": 5}, 2, {"a": kind("no luck")})
+    assert isinstance(error, kind) and str(error) == "r2 pretrain -> a.safetensors: no luck"
+    assert len(seen) == 2 and not any(job.stopped for job in made)  # b comes to its end
+
+
+def test_an_interrupt_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "PAUSE", 0)
+    _, error, made = side_by_side(tmp_path, {"b": 5}, 2, {"a": KeyboardInterrupt()})  # type: ignore[dict-item]
+    assert isinstance(error, KeyboardInterrupt) and [job.stopped for job in made] == [False, True]
+
+
+def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [jobs.threads_each(number) for number in (1, 2, 3, 9)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert jobs.threads_each(2) == 2
+
+
+def test_a_process_gives_its_report_or_its_error(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "1.log"
+    report = jobs.Process(["pretrain", "--dry-run", "--json"], 1, log).report()
+    assert report["command"] == "pretrain"
+    with pytest.raises(InputError, match="'lnf'.*'linf'"):
+        jobs.Process(["pretrain", "--reg", "lnf", "--json"], 1, log).report()
+    assert "linf" in log.read_text()
+
+
+# --- smoke ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_has_every_step_once_on_little_data(tmp_path: Path) -> None:
+    text = PLACED.replace('run = "pretrain"', 'run = "pretrain"\ndata = "imagefolder:x"\nepochs = 90\nsize = 224')
+    text = text.replace('run = "ptq"', 'run = "ptq"\ncalibration = 512\nmin-accuracy = 90')
+    text += '\n[[step]]\nrun = "palettize"\nsource = "../other/net.safetensors"\ndata = "imagefolder:x"\nbits = 2\n'
+    todo, told = smoke.small(recipe.steps(smoke.reduced(read(tmp_path, text))))
+    assert [(step.command, dict(step.options)) for step in todo] == [
+        (
+            "pretrain",
+            {"data": "digits:64", "epochs": 1, "reg": "margin", "seed": 1, "output": "strong-1.safetensors"}
+            | {"batch-size": 32},
+        ),
+        ("ptq", {"weight-bits": 4, "source": "strong-1.safetensors", "output": "strong-1.w4.safetensors"}),
+        ("pretrain", {"data": "digits:64", "epochs": 1, "batch-size": 32, "output": "stand-in.safetensors"}),
+        (
+            "palettize",
+            {"source": "stand-in.safetensors", "data": "digits:64", "bits": 2}
+            | {"epochs": 1, "batch-size": 32, "hard-epochs": 0},
+        ),
+    ]
+    assert "imagefolder:x is digits:64" in told and any("net.safetensors" in line for line in told)

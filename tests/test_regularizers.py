@@ -469,3 +469,67 @@ def test_default_strengths() -> None:
     }
     default: Callable[..., float] = regularizers.default_strength
     assert {key: default(key[0], size=key[1], images=key[2]) for key in table} == table
+
+
+# --- clip ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "clipped"),
+    [  # the root mean square of W is sqrt(2.875 / 4)
+        (1.0, [0.5, -(0.71875**0.5), 0.25, 0.71875**0.5]),
+        (1.2, [0.5, -1.2 * 0.71875**0.5, 0.25, 1.0]),
+        (2.0, W),
+    ],
+)
+def test_clip_clamps_to_deviations(k: float, clipped: list[float]) -> None:
+    w = torch.tensor(W, dtype=torch.float64).view(4, 1)
+    regularizers.clip(w, k)
+    close(w, clipped, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3, -2.0])
+def test_clip_leaves_a_constant(constant: float) -> None:
+    w = torch.full((3, 3), constant)
+    regularizers.clip(w, 1.0)
+    close(w, [[constant] * 3] * 3, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_clip_acts_after_the_step_on_every_layer_and_adds_no_gradient(memory: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
+    model.to(memory_format=memory)  # type: ignore[call-overload]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    regularizer = Regularizer(Setting("clip", 1.5), model)
+    assert not regularizer.parameters and float(regularizer.add_gradients()) == 0
+    assert all(p.grad is None for p in model.parameters())
+    regularizer.after_step()
+    for name, p in model.named_parameters():
+        bound = 1.5 * before[name].square().mean().sqrt()
+        wanted = before[name].clamp(-bound, bound) if p.ndim > 1 else before[name]
+        torch.testing.assert_close(p.detach(), wanted)
+        assert p.ndim == 1 or not torch.equal(p, before[name])
+
+
+def test_clip_of_vectors_is_per_column() -> None:
+    layer = nn.Linear(2, 5, bias=False)
+    weight = torch.tensor([[1.0, 1], [9, 9], [1, 5], [9, 9], [7, 7]])
+    layer.weight.data.copy_(weight)
+    Regularizer(Setting("clip", 1.0, dim=2), nn.Sequential(layer)).after_step()
+    # Columns are channels 0, 2 and 1, 3; channel 4 fills no vector.
+    close(layer.weight.detach(), [[1, 1], [9, 9], [1, 7**0.5], [9, 9], [7, 7]], rtol=1e-6, atol=0)
+
+
+def test_the_others_do_nothing_after_the_step() -> None:
+    for name in NAMES:
+        layer = nn.Linear(4, 4)
+        before = layer.weight.detach().clone()
+        Regularizer(Setting(name, 1.0), nn.Sequential(layer)).after_step()
+        assert torch.equal(layer.weight, before)
+
+
+def test_clip_below_one_deviation_is_refused() -> None:
+    with pytest.raises(InputError, match="--reg-weight 0.5"):
+        Regularizer(Setting("clip", 0.5), nn.Sequential(nn.Linear(2, 2)))
+    assert regularizers.default_strength("clip", size=224, images=10**6) == 2

@@ -66,6 +66,15 @@ def test_every_regularizer_lowers_the_range_measurably(name: str, tmp_path: Path
     assert regular[-1].top1 > 90
 
 
+def test_clip_holds_every_layer_s_range(tmp_path: Path) -> None:
+    network, history = _fit(tmp_path / "a", _settings(epochs=4), regularizers.Setting("clip", 1.8))
+    for weight in regularizers.regularized(network).values():
+        # Beyond 1.8 by the little that the last clamp took from the root mean square itself.
+        w = weight.detach()
+        assert float(w.abs().max() / w.square().mean().sqrt()) < 1.85
+    assert history[-1].top1 > 85 and history[-1].penalty == 0
+
+
 def test_margin_is_stable_at_a_high_rate(tmp_path: Path) -> None:
     network, history = _fit(
         tmp_path / "a", _settings(lr=0.4, reg_lr=0.4, epochs=4), regularizers.Setting("margin", 0.1)

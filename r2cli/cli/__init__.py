@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from r2cli import __version__, console
-from r2cli.cli import analyze, evaluate, export, palettize, pretrain, ptq, qat, run
+from r2cli.cli import analyze, evaluate, export, palettize, pretrain, ptq, qat, recipe, run
 from r2cli.errors import InputError, R2Error
 
 app = typer.Typer(
@@ -26,12 +26,13 @@ app.command()(palettize.palettize)
 app.command()(export.export)
 app.command()(evaluate.evaluate)
 app.command()(run.run)
+app.add_typer(recipe.recipe, name="recipe")
 
 INTERRUPTED = 130
 TRAINING = ("pretrain", "palettize", "qat")  # the commands that several processes may run together
 
 # What the parser raises for a wrong command line, whichever module of typer's defines it.
-_UsageError: Any = typer.BadParameter.__mro__[1]
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def _version(value: bool) -> None:
@@ -70,7 +71,7 @@ def main() -> NoReturn:
         message, code = str(error), error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted; no file is left half written", INTERRUPTED
-    except _UsageError as error:
+    except UsageError as error:
         command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
         message, code = f"{error.format_message()} Try `{command} --help`.", 2
     except BrokenPipeError:  # the reader of our output has gone

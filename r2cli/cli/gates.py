@@ -65,7 +65,7 @@ def require_known(kind: str, name: str, choices: Sequence[str]) -> None:
 
 def require_training(reg: str, precision: str) -> None:
     """Raises InputError for a regularizer or a precision that does not exist."""
-    require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure"))
+    require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure", "clip"))
     require_known("--precision", precision, ("auto", "float32", "bfloat16"))
 
 

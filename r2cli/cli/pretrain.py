@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LR, LR_BATCH = 0.1, 64  # the default rate grows with the batch (Goyal et al. 2017)
 
-REG = "none, linf, margin, soft-minmax or kure."
+REG = "none, linf, margin, soft-minmax, kure, or clip: weights are clamped after every step."
 
 
 def pretrain(
@@ -58,7 +58,7 @@ def pretrain(
         float | None,
         _option(
             "--reg-weight",
-            help="Strength. (default: 0.01, for small images what measured best)",
+            help="Strength; of clip, how many deviations. (default: 0.01, for small images what measured best; clip 2)",
             panel="Regularization",
             min=0,
         ),

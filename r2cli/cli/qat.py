@@ -125,7 +125,7 @@ def qat(
         _option("--from-scratch", help="Fresh weights, of the checkpoint's network or of --model.", panel=SCRATCH),
     ] = False,
     reg: Annotated[
-        str, _option("--reg", help="none, linf, margin, soft-minmax or kure, as in pretrain.", panel=SCRATCH)
+        str, _option("--reg", help="none, linf, margin, soft-minmax, kure or clip, as in pretrain.", panel=SCRATCH)
     ] = "none",
     reg_weight: Annotated[
         float | None, _option("--reg-weight", help="Strength. (default: as in pretrain)", min=0, panel=SCRATCH)

@@ -1,18 +1,44 @@
-"""`r2 run`: the steps of a recipe, in order, and its table."""
+"""`r2 run`: the steps of a recipe, in order or side by side, and its tables."""
 
-from contextlib import redirect_stdout
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from r2cli import console
+from r2cli.errors import InputError
 from r2cli.options import DryRun, Json, Overwrite, _option
+
+if TYPE_CHECKING:
+    from r2cli import jobs as worker
+    from r2cli import recipe as recipes
+    from r2cli import results
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, recipes/*.toml.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe, FILE.toml or the name of a shipped one: `r2 recipe ls`.")],
+    jobs: Annotated[
+        int, _option("--jobs", "-j", help="Steps side by side, in processes that share the threads.", min=1)
+    ] = 1,
+    only: Annotated[
+        str | None,
+        _option("--only", help="Steps whose output matches this, or whose line has it; and what they read from."),
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        _option(
+            "--set",
+            help="KEY=VALUE in steps that have KEY, COMMAND.KEY=VALUE in a command's, matrix.NAME=VALUE; repeatable.",
+        ),
+    ] = None,
+    smoke: Annotated[
+        bool, _option("--smoke", help="Try the recipe in a minute: 64 digits, one epoch, one combination.")
+    ] = False,
     work_dir: Annotated[
         Path | None,
         _option("--work-dir", help="Where the steps' files go. (default: runs/RECIPE)", panel="Output"),
@@ -21,36 +47,121 @@ def run(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> dict[str, Any]:
-    """Run a recipe's commands in order and print its tables; what was done with the same options is not done again."""
-    from r2cli import recipe as worker
-    from r2cli.checkpoint import write_atomically
+    """Run a recipe's commands and print its tables; what was done with the same options is not done again."""
+    from r2cli import jobs as worker
+    from r2cli import recipe as recipes
+    from r2cli import results
+    from r2cli import smoke as trial
     from r2cli.cli import invoke
 
-    read = worker.load(recipe)
-    folder = work_dir or Path("runs") / recipe.stem
-    steps = worker.steps(read)
+    path = recipes.find(recipe)
+    read = recipes.override(recipes.load(path), set or [])
+    _require_options(recipes.steps(read))
+    folder = work_dir or _folder(path, smoke=smoke)
+    missing = trial.missing(read) if smoke else None
+    if missing:
+        console.emit({"command": "run", "recipe": path, "skipped": missing}, as_json=json, lines=[f"{path}: {missing}"])
+        return {"skipped": missing}
+    if smoke:
+        read = trial.reduced(read)
+    todo = recipes.steps(read)
+    if smoke:
+        todo, replaced = trial.small(todo)
+        console.note(f"smoke, whose numbers mean nothing: {'; '.join(replaced)}")
+    todo = recipes.only(todo, only) if only else todo
     if dry_run:
-        lines = [worker.shell(step, folder) for step in steps]
+        lines = [recipes.shell(step, folder) for step in todo]
         console.emit({"command": "run", "steps": lines}, as_json=json, lines=lines)
         return {"steps": lines}
 
-    def quietly(arguments: list[str]) -> Any:
-        with redirect_stdout(StringIO()):
-            return invoke(arguments)
+    def start(number: int, arguments: list[str]) -> "worker.Job":
+        if jobs == 1:
+            return worker.Here(_quietly(invoke), arguments)
+        return worker.Process(arguments, worker.threads_each(jobs), folder / "logs" / f"{number}.log")
 
-    results = worker.execute(steps, folder, quietly, console.note, overwrite=overwrite)
-    tables = worker.tables(read, results)
-    written = folder / "tables.md"
-    write_atomically(written, "\n".join(table.markdown() for table in tables).encode())
+    with _ended_as_interrupted():
+        done = worker.execute(todo, folder, start, console.note, overwrite=overwrite, jobs=jobs)
+    tables = results.tables(read, done)
+    written = _write(tables, folder)
     report = {
         "command": "run",
-        "recipe": recipe,
+        "recipe": path,
         "folder": folder,
         "tables": [table.__dict__ for table in tables],
-        "results": results,
+        "results": done,
     }
     shown: list[Any] = []
     for table in (table for table in tables if table.rows):
         shown += [table.title, console.table(tuple(table.rows[0]), [tuple(row.values()) for row in table.rows])]
-    console.emit(report, as_json=json, lines=[*shown, f"{folder} has the files, {written} the tables"])
+    told = f"{folder} has the files, {written} the tables, with .csv and .json beside it"
+    console.emit(report, as_json=json, lines=[*shown, told])
     return report
+
+
+def _folder(path: Path, *, smoke: bool) -> Path:
+    """Where the files of the recipe at `path` go: runs/STEM, with the folder of a shipped one between."""
+    from r2cli import recipe as recipes
+
+    name = next((name for name, own in recipes.shipped().items() if own.samefile(path)), path.stem)
+    return Path("runs") / (f"{name}-smoke" if smoke else name)
+
+
+def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
+    """The tables as tables.md, .csv and .json in `folder`; the first of them."""
+    from r2cli import results
+    from r2cli.checkpoint import write_atomically
+
+    written = folder / "tables.md"
+    write_atomically(written, "\n".join(table.markdown() for table in tables).encode())
+    write_atomically(written.with_suffix(".csv"), results.as_csv(tables).encode())
+    told = [{"title": table.title, "records": table.records} for table in tables]
+    write_atomically(written.with_suffix(".json"), dumps(told, indent=1, default=str).encode())
+    return written
+
+
+def _quietly(invoke: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+    def silent(arguments: list[str]) -> Any:
+        with redirect_stdout(StringIO()):
+            return invoke(arguments)
+
+    return silent
+
+
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """A request to end stops as Ctrl-C does, so that no step goes on alone."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _require_options(steps: "Sequence[recipes.Step]") -> None:
+    """Raises InputError, before any work is done, for what a step's own command line would not take, at its place."""
+    from r2cli.cli import UsageError, app
+
+    commands: Any = typer.main.get_command(app)
+    for step in steps:
+        command = commands.commands[step.command]
+        flags = {name: flag for flag in command.params for name in (*flag.opts, *flag.secondary_opts)}
+        for key, value in step.options.items():
+            if value is False and key != "source":
+                option = flags.get(f"--{key}")
+                if option is not None and option.default is not False:
+                    raise InputError(
+                        step.blame(f"--{key} cannot be false: write {_opposite(option, key)} or leave it out")
+                    )
+        arguments = step.arguments(Path()) + [f"--{key}" for key, value in step.options.items() if value is False]
+        try:
+            command.make_context(f"r2 {step.command}", arguments[1:])
+        except UsageError as error:
+            raise InputError(step.blame(f"{error.format_message()} Try `r2 {step.command} --help`.")) from error
+        except typer.Exit as error:
+            raise InputError(step.blame("--help is no option of a step: see it on the command line")) from error
+
+
+def _opposite(option: Any, key: str) -> str:
+    """How a recipe says the opposite of a flag: its other name."""
+    other = next((name for name in (*option.opts, *option.secondary_opts) if name != f"--{key}"), "")
+    return f"{other.removeprefix('--')} = true" if other else "its value"

@@ -1,6 +1,7 @@
 """Data sets by name, and the one path from an image to the network's input.
 
-    digits                          scikit-learn's 1,797 real 8x8 scans, embedded; a fixed split of 1,200 and 597
+    digits                          scikit-learn's 1,797 real 8x8 scans, embedded; a fixed split of 1,200 and 597;
+                                    digits:64 is so many of each
     mnist, fashion_mnist,           torchvision's, downloaded once
     cifar10, cifar100
     imagefolder:DIR                 DIR/train/CLASS/* and DIR/val/CLASS/* (or DIR/test/CLASS/*), ImageNet's layout
@@ -89,7 +90,7 @@ def load(
     preprocessing; reading the images, for more than 1 % that cannot be decoded.
     """
     kind, _, where = name.partition(":")
-    if kind not in KINDS or (where and kind not in WHERE):
+    if kind not in KINDS or (where and kind not in {*WHERE, "digits"}):
         raise unknown("data set", name, [WHERE.get(known, known) for known in KINDS])
     if kind in WHERE and not where:
         raise InputError(f"{kind} says too little: give --data {WHERE[kind]}")

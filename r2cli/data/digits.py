@@ -1,8 +1,12 @@
-"""scikit-learn's digits: 1,797 real 8x8 scans (UCI ML hand-written digits, test part), embedded, so always there."""
+"""scikit-learn's digits: 1,797 real 8x8 scans (UCI ML hand-written digits, test part), embedded, so always there.
+
+`digits:COUNT` is so many of each half, for trying things out.
+"""
 
 import torch
 
 from r2cli.data.request import Data, Request, in_memory
+from r2cli.errors import InputError
 
 TEST = 597  # scans that are held out, stratified
 SIZE = 16  # pixels; at the scans' own 8x8 a MobileNet has nothing left after its strides
@@ -13,6 +17,9 @@ def load(request: Request) -> Data:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    if request.where and not (request.where.isdecimal() and 10 <= int(request.where) <= TEST):
+        raise InputError(f"digits:{request.where} is not digits:COUNT: give 10 to {TEST}")
+    count = int(request.where) if request.where else None
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64) of 0 .. 16
     spec = request.input(1, SIZE, mean=MEAN, std=STD)
     scans = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
@@ -21,5 +28,6 @@ def load(request: Request) -> Data:
     images = scans.round().to(torch.uint8)
     target = torch.from_numpy(labels).long()
     halves = train_test_split(torch.arange(len(target)), test_size=TEST, stratify=labels, random_state=0)
-    train, test = ((images[index], target[index]) for index in halves)
-    return in_memory("digits", [str(digit) for digit in range(10)], spec, train=train, test=test, augments=False)
+    train, test = ((images[index[:count]], target[index[:count]]) for index in halves)
+    name = f"digits:{count}" if count else "digits"
+    return in_memory(name, [str(digit) for digit in range(10)], spec, train=train, test=test, augments=False)

@@ -1,0 +1,167 @@
+"""`r2 run` and `r2 recipe` as commands, and the shipped recipes in the wheel."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import R2
+from r2cli import resume
+
+ROOT = Path(__file__).parent.parent
+
+SMALL = """# Two small networks.
+[matrix]
+reg = ["none", "linf"]
+
+[[step]]
+run = "pretrain"
+model = "resnet8"
+data = "digits:64"
+size = 8
+epochs = 1
+reg = "{reg}"
+output = "{reg}.safetensors"
+
+[[step]]
+run = "ptq"
+source = "{reg}.safetensors"
+output = "{reg}.w8.safetensors"
+
+[[table]]
+title = "small"
+run = "ptq"
+rows = ["reg"]
+metrics = { "top-1" = "top1" }
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "named"),
+    [
+        ("epochs = 1", "epoch = 1", 10, "--epochs"),
+        ("epochs = 1", 'epochs = "one"', 10, "--epochs"),
+        ("epochs = 1", "epochs = 0", 10, "--epochs"),
+        ("epochs = 1", "resume = true\nsymetric = true", 11, "--symetric"),
+        ("source =", "symmetric = false\nsource =", 16, "asymmetric = true"),
+        ("source =", "nosuch = false\nsource =", 16, "--nosuch"),
+    ],
+)
+def test_what_a_command_does_not_take_has_its_line(
+    old: str, new: str, line: int, named: str, small: Path, r2: R2
+) -> None:
+    small.write_text(SMALL.replace(old, new))
+    ran = r2("run", "small.toml", "--json")
+    assert ran.code == 2 and json.loads(ran.out)["exit_code"] == 2
+    assert f"small.toml:{line}: r2 p" in ran.err and named in ran.err
+    assert not Path("runs").exists()
+
+
+def test_what_only_the_step_can_see_has_its_line_too(small: Path, r2: R2) -> None:
+    small.write_text(SMALL.replace("source =", 'method = "adarond"\nsource ='))
+    ran = r2("run", "small.toml")
+    assert ran.code == 2
+    assert "small.toml:16: r2 ptq -> none.w8.safetensors: unknown method 'adarond': did you mean 'adaround'" in ran.err
+
+
+def test_side_by_side_gives_the_same_files_and_tables(small: Path, r2: R2) -> None:
+    one = r2("run", "small.toml", "--work-dir", "one", "--json")
+    two = r2("run", "small.toml", "--work-dir", "two", "--jobs", 2, "--json")
+    assert one.code == two.code == 0, one.err + two.err
+    assert json.loads(one.out)["tables"] == json.loads(two.out)["tables"]
+    for name in ("none.w8.onnx", "linf.w8.safetensors", "tables.md", "tables.csv", "tables.json"):
+        assert (Path("one") / name).read_bytes() == (Path("two") / name).read_bytes()
+    (table,) = json.loads(Path("one/tables.json").read_text())
+    assert [(row["reg"], row["n"]) for row in table["records"]] == [("none", 1), ("linf", 1)]
+
+
+def test_a_step_s_exit_code_is_the_run_s(small: Path, r2: R2) -> None:
+    small.write_text(SMALL.replace("source =", "min-accuracy = 100\nsource ="))
+    ran = r2("run", "small.toml", "--set", "matrix.reg=none")
+    assert ran.code == 1 and "small.toml:16: r2 ptq -> none.w8.safetensors: gate failed" in ran.err
+
+
+def test_a_stopped_run_goes_on_within_the_step(small: Path, r2: R2, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.write_text(SMALL.replace("epochs = 1", "epochs = 3"))
+    command = ("run", "small.toml", "--only", "linf.safetensors", "--work-dir")
+    save = resume.save
+
+    def stop(state: resume.State, history: Sequence[Mapping[str, Any]]) -> None:
+        save(state, history)
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    assert r2(*command, "whole").code == 0
+    monkeypatch.setattr(resume, "save", stop)
+    assert r2(*command, "stopped").code == 130
+    assert Path("stopped/linf.resume.safetensors").exists() and not Path("stopped/linf.safetensors").exists()
+    monkeypatch.setattr(resume, "save", save)
+    again = r2(*command, "stopped")
+    assert again.code == 0 and "epoch 3/3" in again.err and "epoch 2/3" not in again.err
+    assert Path("whole/linf.safetensors").read_bytes() == Path("stopped/linf.safetensors").read_bytes()
+
+
+def test_a_trial_writes_elsewhere_and_says_so(small: Path, r2: R2) -> None:
+    ran = r2("run", "small.toml", "--smoke")
+    assert ran.code == 0, ran.err
+    assert "SMOKE" in ran.out and "64" in ran.err
+    assert Path("runs/small-smoke/linf.w8.onnx").exists() and not Path("runs/small").exists()
+
+
+# --- r2 recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_listed_shown_and_copied(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = {own["name"]: own for own in json.loads(r2("recipe", "ls", "--json").out)["recipes"]}
+    names = {str(path.relative_to(ROOT / "recipes").with_suffix("")) for path in (ROOT / "recipes").rglob("*.toml")}
+    assert listed.keys() == names and all(own["about"] for own in listed.values())
+    text = (ROOT / "recipes/quickstart.toml").read_text()
+    assert r2("recipe", "show", "quickstart").out == text
+    assert r2("recipe", "cp", "quickstart").code == 0 and Path("quickstart.toml").read_text() == text
+    assert r2("recipe", "cp", "quickstart").code == 2
+    assert r2("recipe", "cp", "cpu/digits", "mine.toml").code == 0 and Path("mine.toml").exists()
+    assert r2("recipe", "cp", "cpu/digits", "mine").code == 2
+    wrong = r2("recipe", "show", "quikstart")
+    assert wrong.code == 2 and "'quickstart'" in wrong.err
+
+
+def test_a_shipped_recipe_runs_by_its_name(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [r2("run", name, "--dry-run").out for name in ("cpu/digits", "recipes/cpu/digits.toml")]
+    assert lines[0] == lines[1] and "runs/cpu/digits/" in lines[0]
+    shutil.copy(ROOT / "recipes/quickstart.toml", "cpu.toml")
+    assert "runs/cpu/none" in r2("run", "cpu.toml", "--dry-run").out  # a file of one's own
+
+
+def test_the_wheel_has_the_recipes(tmp_path: Path) -> None:
+    for name in ("r2cli", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    made = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", *options, str(tmp_path)], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for folder, suffix in (("r2cli", ".py"), ("recipes", ".toml")):
+        for path in (tmp_path / folder).rglob(f"*{suffix}"):
+            name = str(path.relative_to(tmp_path))
+            assert name in inside or f"r2cli/{name}" in inside, name
+    assert "r2cli/recipes/cpu/digits.toml" in inside and "r2cli/report/page.html" in inside
