@@ -165,6 +165,20 @@ class Regularizer:
             total = total.to(value.device) + strength * value
         return total
 
+    @torch.no_grad()
+    def step(self, rate: float) -> Tensor:
+        """Move weights and parameters by -`rate` times the penalty's gradients alone; returns strength * R, a scalar.
+
+        What is in `.grad` is lost.
+        """
+        for w in self.weights.values():
+            if w.grad is not None:
+                w.grad.zero_()
+        total = self.add_gradients()
+        for moved in (*self.weights.values(), *self.parameters.values()):
+            moved.sub_(moved.grad, alpha=rate)  # type: ignore[arg-type]
+        return total
+
 
 def penalty(
     w: Tensor, parameter: Tensor | None, grad: Tensor, strength: float, setting: Setting
