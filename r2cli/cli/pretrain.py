@@ -226,7 +226,8 @@ def pretrain(
     }
     ratio = f"max|w|/std {last.range_mean:.2f} mean, {last.range_max:.2f} worst layer"
     summary = f"{output}: top-1 {last.top1:.2f} %, {ratio}, {report['parameters']:,} parameters"
-    follow = console.next_step(f"r2 ptq {output} --weight-bits 4{'' if data == 'digits' else f' --data {data}'}")
+    more = f"{' --act-bits none' if source.input.is_text else ''}{'' if data == 'digits' else f' --data {data}'}"
+    follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")
     console.emit(report, as_json=json, lines=[summary, *gates.unreadable(unreadable), follow])
     gates.require(min_accuracy=min_accuracy, top1=last.top1)
     return report

@@ -7,7 +7,6 @@ architecture's configuration and never the name of code: transformers' own class
 import importlib.util
 from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,11 +47,6 @@ class _Stacked(nn.Module):
         return logits
 
 
-@cache
-def _stacked(own: Any) -> Any:
-    return type(own.__name__, (_Stacked, own), {})
-
-
 def architecture(name: str, args: Mapping[str, Any], size: int) -> tuple[str, dict[str, Any]]:
     """What a checkpoint records of `name` for texts of `size` tokens: its family, and its configuration with `args` in
     the place of its own.
@@ -80,7 +74,8 @@ def build(spec: ModelSpec) -> nn.Module:
         made = transformers.AutoConfig.for_model(family, **config, num_labels=spec.classes)
         model = transformers.AutoModelForSequenceClassification.from_config(made, trust_remote_code=False)
     assert isinstance(model, nn.Module)
-    model.__class__ = _stacked(type(model))
+    own = type(model)
+    model.__class__ = type(own.__name__, (_Stacked, own), {})
     return model
 
 
