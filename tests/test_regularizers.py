@@ -477,10 +477,10 @@ def test_a_step_by_itself_is_the_penalty_s_gradient_and_nothing_of_the_task_s() 
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(W).reshape(2, 2))
     regularizer = Regularizer(Setting("margin", 0.5), layer)
-    regularizer.parameters["weight"].data.fill_(0.75)
+    regularizer.parameters[".weight"].data.fill_(0.75)
     layer.weight.grad = torch.full_like(layer.weight, 9.0)
     value = regularizer.step(0.1)
     # R = 0.75 + 0.5 + 0.25; two weights are outside, so dR/dM is 1 - 2.
     assert float(value) == pytest.approx(0.75)
     close(layer.weight.detach(), [0.5, -1.25 + 0.05, 0.25, 1.0 - 0.05], rtol=1e-6, atol=0)
-    close(regularizer.parameters["weight"].detach(), [0.75 + 0.05], rtol=1e-6, atol=0)
+    close(regularizer.parameters[".weight"].detach(), [0.75 + 0.05], rtol=1e-6, atol=0)

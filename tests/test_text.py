@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from conftest import R2
 
+from conftest import R2
 from r2cli import attach, checkpoint, data, models
 from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError
@@ -198,7 +198,8 @@ def test_tokens_are_those_of_the_network_s_own_tokenizer(mobilebert: Path, tsv: 
         assert (len(loaded.train), len(loaded.test)) == (60, 15)
         found = {tuple(row.flatten().tolist()) for split in (loaded.train, loaded.test) for row in split.tokens}  # type: ignore[attr-defined]
         questions, sentences, _ = zip(*_rows(), strict=True)
-        wanted = own(list(questions), list(sentences), truncation=True, max_length=size, padding="max_length")
+        asked = {"truncation": True, "max_length": size, "padding": "max_length", "return_token_type_ids": True}
+        wanted = own(list(questions), list(sentences), **asked)
         keys = ("input_ids", "attention_mask", "token_type_ids")
         assert found == {tuple(sum((wanted[k][i] for k in keys), [])) for i in range(len(questions))}
 

@@ -241,7 +241,11 @@ def test_weights_that_two_layers_share_are_saved(tmp_path: Path) -> None:
     assert back["one"].equal(back["two"]) and back["part"].equal(shared[:2])
 
 
-@pytest.mark.parametrize("more", [["none"], ["margin"], ["linf", "--ema", "0.99", "--clip-grad", "5"], ["margin", "--optimizer", "adamw"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "more",
+    [["none"], ["margin"], ["linf", "--ema", "0.99", "--clip-grad", "5"], ["margin", "--optimizer", "adamw"]],
+    ids=" ".join,
+)
 def test_a_killed_run_resumes_to_the_same_bytes(more: list[str], tmp_path: Path) -> None:
     own = more
 
