@@ -52,23 +52,45 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How an image becomes the network's input: resized, cropped, and (pixel / 255 - mean) / std per channel."""
+    """How an image becomes the network's input: resized, cropped, and (pixel / 255 - mean) / std per channel.
+
+    A text becomes `size` tokens by `tokenizer`, a tokenizer.json as `data.text.packed` keeps it; its three channels are
+    the tokens' ids, their mask, and which of two texts they are of.
+    """
 
     channels: int
     size: int  # pixels, height and width after the crop
     resize: int  # pixels, shorter side before the crop
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    tokenizer: str = ""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.size, self.size
+    def is_text(self) -> bool:
+        return bool(self.tokenizer)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.channels, self.size) if self.is_text else (self.channels, self.size, self.size)
+
+    def blank(self, count: int) -> Tensor:
+        """`count` inputs without content: images of zeros float32, or int64 tokens that are all of id 0 and there."""
+        if not self.is_text:
+            return torch.zeros(count, *self.shape)
+        tokens = torch.zeros(count, *self.shape, dtype=torch.int64)
+        tokens[:, 1] = 1
+        return tokens
+
+    def described(self) -> dict[str, Any]:
+        """The spec as JSON holds it."""
+        return {name: value for name, value in asdict(self).items() if name != "tokenizer" or self.is_text}
 
 
 def input_spec(stored: Mapping[str, Any]) -> InputSpec:
     """An `InputSpec` from the JSON that a checkpoint or an ONNX file of ours holds."""
     mean, std = tuple(stored["mean"]), tuple(stored["std"])
-    return InputSpec(int(stored["channels"]), int(stored["size"]), int(stored["resize"]), mean, std)
+    sizes = int(stored["channels"]), int(stored["size"]), int(stored["resize"])
+    return InputSpec(*sizes, mean, std, str(stored.get("tokenizer", "")))
 
 
 @dataclass(frozen=True)
@@ -120,7 +142,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     meta = {
         "format": FORMAT,
         "model": checkpoint.model.described(),
-        "input": asdict(checkpoint.input),
+        "input": checkpoint.input.described(),
         "class_names": checkpoint.class_names,
         "codecs": codecs,
         "activations": activations,

@@ -31,7 +31,8 @@ INPUT, OUTPUT = "input", "logits"
 
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """The ONNX file of `checkpoint`: input float32 (batch, channels, size, size), logits float32 (batch, classes).
+    """The ONNX file of `checkpoint`: input float32 (batch, channels, size, size), of text int64 (batch, 3, size) of
+    tokens; logits float32 (batch, classes).
 
     The same bytes for equal checkpoints. Raises R2Error where torch cannot export the network, or a weight is lost.
     """
@@ -39,7 +40,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     coded = checkpoint.coded
     if isinstance(net, fx.GraphModule):
         _standard_operators(net)
-    model = _export(net, checkpoint.input.shape)
+    model = _export(net, checkpoint.input.blank(2))
     _simplify(model, coded)
     _put_codes(model, coded)
     _round_last_bias(model)
@@ -216,8 +217,7 @@ def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
     return graph.is_a(net, node, (torch.mean, "mean")) and given in (([2, 3],), ((2, 3),))
 
 
-def _export(net: nn.Module, shape: tuple[int, ...]) -> ir.Model:
-    images = torch.zeros(2, *shape)
+def _export(net: nn.Module, images: Tensor) -> ir.Model:
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")  # of torch's exporter about its own parts
         try:
@@ -329,11 +329,10 @@ def _clean(model: ir.Model, checkpoint: Checkpoint) -> None:
 
 def metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """What the file says of itself: how to feed it, what its outputs are, and how it was made. Sorted by key."""
-    spec = checkpoint.input
     entries = {
         "r2.class_names": _json(checkpoint.class_names),
         "r2.history": _json(checkpoint.history),
-        "r2.input": _json({k: getattr(spec, k) for k in ("channels", "size", "resize", "mean", "std")}),
+        "r2.input": _json(checkpoint.input.described()),
         "r2.model": _json(checkpoint.model.described()),
     }
     return dict(sorted(entries.items()))

@@ -85,7 +85,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
             f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}"
             f"{f', at the node {last.name!r}' if last is not None else ''}): "
             "torch.fx must be able to trace it, so take out what depends on the values of tensors, or quantize the "
-            "weights alone: r2 ptq --method none --act-bits none"
+            "weights alone: --act-bits none, and for r2 ptq --method none"
         ) from error
     for node in list(net.graph.nodes):
         if is_a(net, node, NOTHING):
@@ -118,6 +118,24 @@ def layers(net: fx.GraphModule) -> list[Layer]:
         norm = only_user(nodes[0]) if len(nodes) == 1 else None
         own = str(norm.target) if norm is not None and _follows(net, norm) else None
         found.append(Layer(name, nodes[0].name, own))
+    return found
+
+
+def weighted(model: nn.Module, *, embeddings: bool) -> dict[str, nn.Module]:
+    """The modules of `model` that hold weights to compress, by name, in no graph's order: its layers, and its
+    `embeddings` where they are wanted.
+
+    Raises InputError where there is none of what is wanted, and for attention whose weights are in no layer.
+    """
+    kinds = (*LAYERS, nn.Embedding) if embeddings else LAYERS
+    found: dict[str, nn.Module] = {n: module for n, module in model.named_modules() if isinstance(module, kinds)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            raise InputError(f"the weights of the attention '{name}' are in no layer: use linear layers there")
+    if embeddings and not any(isinstance(module, nn.Embedding) for module in found.values()):
+        raise InputError(f"{type(model).__name__} has no embeddings: leave --embeddings out")
+    if not found:
+        raise InputError(f"{type(model).__name__} has no convolution or linear layer")
     return found
 
 

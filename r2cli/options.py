@@ -23,12 +23,23 @@ def resume_state(output: Path) -> Path:
 Source = Annotated[
     Path | None, typer.Argument(help="The checkpoint to read. (default: model.safetensors)", show_default=False)
 ]
-DATA = "digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder:DIR or fake:CxHxW:CLASSES."
+DATA = "digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder:DIR, qnli:FILE.tsv (text) or fake:CxHxW:CLASSES."
 DataName = Annotated[str | None, _option("--data", help=f"{DATA} (default: the checkpoint's)")]
 DataDir = Annotated[
     Path | None, _option("--data-dir", help="Where downloaded data sets are. (default: ~/.cache/r2cli)")
 ]
+Embeddings = Annotated[
+    bool,
+    _option(
+        "--embeddings/--no-embeddings",
+        help="Embeddings as codes too, as the layers', or as floats. Needs --act-bits none.",
+    ),
+]
+Precision = Annotated[
+    str, _option("--precision", help="float32, bfloat16 (mixed), or auto: bfloat16 on a GPU that has it.")
+]
 Seed = Annotated[int, _option("--seed", help="The same seed gives the same bytes.", min=0)]
+Optimizer = Annotated[str | None, _option("--optimizer", help="sgd or adamw. (default: adamw for text, else sgd)")]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int, _option("--workers", help="Processes that decode large images.", min=0)]
 
@@ -63,7 +74,11 @@ Stem = Annotated[
 ]
 Size = Annotated[
     int | None,
-    _option("--size", help="Image size in pixels. (default: 16 for digits, else the images' or 224)", panel=FOREIGN),
+    _option(
+        "--size",
+        help="Pixels of an image, or tokens of a text. (default: 16 for digits, else the images' or 224; text 128)",
+        panel=FOREIGN,
+    ),
 ]
 Mean = Annotated[
     str | None,

@@ -197,6 +197,21 @@ class Regularizer:
                 for column in columns(w.detach(), self.setting.dim):
                     clip(column, self.setting.strength)
 
+    @torch.no_grad()
+    def step(self, rate: float) -> Tensor:
+        """Move weights and parameters by -`rate` times the penalty's gradients alone; returns strength * R, a scalar.
+
+        What is in `.grad` is lost.
+        """
+        for w in self.weights.values():
+            if w.grad is not None:
+                w.grad.zero_()
+        total = self.add_gradients()
+        for moved in (*self.weights.values(), *self.parameters.values()):
+            if moved.grad is not None:
+                moved.sub_(moved.grad, alpha=rate)
+        return total
+
 
 def penalty(
     w: Tensor, parameter: Tensor | None, grad: Tensor, strength: float, setting: Setting

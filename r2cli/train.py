@@ -1,4 +1,4 @@
-"""The training loop: SGD with Nesterov momentum, warm-up and a cosine; evaluation; and a state that resumes exactly.
+"""The training loop: SGD with Nesterov momentum or AdamW, warm-up and a cosine; evaluation; an exact resume state.
 
 pretrain runs it on a float network with a range regularizer attached, compression on one whose layers have learners;
 the paper never has both. An unbroken run and one that was killed and
@@ -27,6 +27,7 @@ from r2cli.errors import InputError, R2Error, unknown
 
 EVALUATION_BATCH = 256
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
+SGD, ADAMW = "sgd", "adamw"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Settings:
     ema: float | None = None  # decay of a running average of the weights, which is what is evaluated and kept
     precision: str = FLOAT32  # or BFLOAT16: layers compute in it, weights and their updates stay float32
     compile: bool = False
+    optimizer: str = SGD  # or ADAMW
 
 
 @dataclass(frozen=True)
@@ -246,12 +248,14 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
         _weighed(loss, len(labels), index, run).backward()  # type: ignore[no-untyped-call]
         if run.method is not None:
             run.method.add_gradients()
-        if run.regularizer:
+        if run.regularizer and settings.optimizer == SGD:
             penalty = run.regularizer.add_gradients()
         if settings.clip_grad is not None:
             nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_grad)
         for optimizer in run.optimizers:
             optimizer.step()
+        if run.regularizer and settings.optimizer == ADAMW:
+            penalty = run.regularizer.step(settings.reg_lr * factor)
         if run.regularizer:
             run.regularizer.after_step()
         if run.average is not None:
@@ -330,9 +334,12 @@ def range_ratios(model: nn.Module) -> dict[str, float]:
 def _optimizers(
     model: nn.Module, regularizer: regularizers.Regularizer | None, settings: Settings, method: Method | None
 ) -> tuple[torch.optim.Optimizer, ...]:
-    """SGD, in which weights decay and biases and norms do not, nor parameters of a method or a regularizer; and Adam.
+    """SGD or AdamW, in which weights decay and biases and norms do not, nor parameters of a method or a regularizer;
+    and Adam.
 
-    The regularizer's own parameters have no momentum. Adam steps those parameters of a method that ask for it.
+    The regularizer's own parameters have no momentum. Beside AdamW it steps by itself: Adam would make all its
+    gradients, however weak, as long as the task's (Loshchilov & Hutter 2019, of decay). Adam steps those parameters of
+    a method that ask for it.
     """
     groups, adam = (list(method.groups), list(method.adam)) if method else ([], [])
     own = {id(p) for group in [*groups, *adam] for p in group["params"]}
@@ -342,6 +349,9 @@ def _optimizers(
         {"params": [p for p in usual if p.ndim <= 1], "weight_decay": 0.0, "base_lr": settings.lr},
         *({"weight_decay": 0.0, **group} for group in groups),
     ]
+    if settings.optimizer == ADAMW:
+        weighing = torch.optim.AdamW(sgd, lr=settings.lr, fused=True)
+        return (weighing, *([torch.optim.Adam([{"weight_decay": 0.0, **group} for group in adam])] if adam else []))
     if regularizer and regularizer.parameters:
         plain = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
         sgd.append({"params": list(regularizer.parameters.values()), "base_lr": settings.reg_lr, **plain})

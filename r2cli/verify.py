@@ -147,9 +147,9 @@ def _recorded(path: Path, key: str) -> Any:
         raise InputError(f"{path} has damaged metadata '{key}' ({error}): write it again") from error
 
 
-def latency_ms(run: Callable[[Tensor], Tensor], shape: tuple[int, ...], repeats: int = 30) -> float:
-    """Median time of one image, in ms, after five runs to warm up."""
-    image, times = torch.zeros(1, *shape), []
+def latency_ms(run: Callable[[Tensor], Tensor], image: Tensor, repeats: int = 30) -> float:
+    """Median time of `image`, a batch of one, in ms, after five runs to warm up."""
+    times = []
     for _ in range(repeats + 5):
         start = perf_counter()
         run(image)

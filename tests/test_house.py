@@ -44,6 +44,8 @@ OWNERS = {
     "onnxruntime": {"verify"},
     "typer": {"options", "cli"},
     "matplotlib": {"report"},
+    "transformers": {"models"},
+    "tokenizers": {"data"},
     "pickle": set(),
 }
 

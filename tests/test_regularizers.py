@@ -533,3 +533,18 @@ def test_clip_below_one_deviation_is_refused() -> None:
     with pytest.raises(InputError, match="--reg-weight 0.5"):
         Regularizer(Setting("clip", 0.5), nn.Sequential(nn.Linear(2, 2)))
     assert regularizers.default_strength("clip", size=224, images=10**6) == 2
+
+
+def test_a_step_by_itself_is_the_penalty_s_gradient_and_nothing_of_the_task_s() -> None:
+    """w - rate * strength * dR/dw and M - rate * strength * dR/dM, whatever is in `.grad`."""
+    layer = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(W).reshape(2, 2))
+    regularizer = Regularizer(Setting("margin", 0.5), layer)
+    regularizer.parameters[".weight"].data.fill_(0.75)
+    layer.weight.grad = torch.full_like(layer.weight, 9.0)
+    value = regularizer.step(0.1)
+    # R = 0.75 + 0.5 + 0.25; two weights are outside, so dR/dM is 1 - 2.
+    assert float(value) == pytest.approx(0.75)
+    close(layer.weight.detach(), [0.5, -1.25 + 0.05, 0.25, 1.0 - 0.05], rtol=1e-6, atol=0)
+    close(regularizer.parameters[".weight"].detach(), [0.75 + 0.05], rtol=1e-6, atol=0)

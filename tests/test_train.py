@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
     assert train.learning_rate(0, 100, 0.0) == 1.0
+
+
+def test_adamw_leaves_the_regularizer_s_parameters_alone() -> None:
+    network = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
+    regularizer = regularizers.Regularizer(regularizers.Setting("margin", 0.1), network)
+    (adamw,) = train._optimizers(network, regularizer, replace(_settings(), optimizer="adamw"), None)
+    assert isinstance(adamw, torch.optim.AdamW)
+    stepped = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert stepped == {id(p) for p in network.parameters()}
 
 
 def test_weights_decay_and_the_rest_does_not() -> None:
@@ -240,7 +250,11 @@ def test_weights_that_two_layers_share_are_saved(tmp_path: Path) -> None:
     assert back["one"].equal(back["two"]) and back["part"].equal(shared[:2])
 
 
-@pytest.mark.parametrize("more", [["none"], ["margin"], ["linf", "--ema", "0.99", "--clip-grad", "5"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "more",
+    [["none"], ["margin"], ["linf", "--ema", "0.99", "--clip-grad", "5"], ["margin", "--optimizer", "adamw"]],
+    ids=" ".join,
+)
 def test_a_killed_run_resumes_to_the_same_bytes(more: list[str], tmp_path: Path) -> None:
     own = more
 

@@ -1,10 +1,11 @@
 """What every command that ends in an ONNX file does: write it, prove it, say so."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from r2cli import attach, checkpoint, console, export, verify
 from r2cli import data as datasets
@@ -18,6 +19,7 @@ def to_onnx(
     cpu = torch.device("cpu")
     console.note(f"{what}: exporting to ONNX")
     checkpoint.write_atomically(path, export.to_bytes(made))
+    model = attach.network(made)
     with console.bar("prove", len(source.test)) as progress:
 
         def batches() -> Iterator[datasets.Batch]:
@@ -25,14 +27,36 @@ def to_onnx(
                 yield images, labels
                 progress.advance(len(labels))
 
-        proof = verify.prove(path, made, attach.network(made), batches())
+        proof = verify.prove(path, made, model, batches())
     checks = [check.__dict__ for check in proof.checks]
-    return proof, {"output": path, "passed": proof.passed, "checks": checks, **proof.measures}
+    return proof, {
+        "output": path,
+        "passed": proof.passed,
+        "checks": checks,
+        "embeddings": _embeddings(made, model),
+        **proof.measures,
+    }
 
 
-def told(proof: verify.Proof) -> list[console.Line]:
-    """The proof as ticks, a line each."""
-    return [console.tick(check.name, check.passed, check.detail) for check in proof.checks]
+def _embeddings(made: checkpoint.Checkpoint, model: nn.Module) -> dict[str, int] | None:
+    """How many weights of embeddings the file holds as codes, and how many as floats; None without embeddings."""
+    sizes = {
+        f"{name}.weight": module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    coded = sum(size for name, size in sizes.items() if name in made.coded)
+    return {"coded": coded, "float": sum(sizes.values()) - coded} if sizes else None
+
+
+def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
+    """The proof as ticks, a line each; and what became of embeddings, where there are any."""
+    lines: list[console.Line] = [console.tick(check.name, check.passed, check.detail) for check in proof.checks]
+    own = report["embeddings"]
+    if own is not None:
+        kept = f"{own['coded']:,} weights as codes" if own["coded"] else f"{own['float']:,} weights stay float32"
+        lines.append(f"embeddings: {kept}")
+    return lines
 
 
 def require_proof(proof: verify.Proof, path: Path) -> None:

@@ -83,7 +83,7 @@ def evaluate(
         top1 = train.top1(predict, loaded.test, where, advance=progress.advance)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    latency = verify.latency_ms(lambda image: one_thread(image.to(where)).cpu(), spec.shape)
+    latency = verify.latency_ms(lambda image: one_thread(image.to(where)).cpu(), spec.blank(1))
     torch.set_num_threads(threads)
     size = source.stat().st_size
     report = {

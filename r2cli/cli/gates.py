@@ -69,6 +69,13 @@ def require_training(reg: str, precision: str) -> None:
     require_known("--precision", precision, ("auto", "float32", "bfloat16"))
 
 
+def optimizer(name: str | None, *, is_text: bool) -> str:
+    """The optimizer asked for: by default AdamW for text, as everyone fine-tunes it, and SGD for images."""
+    if name is not None:
+        require_known("--optimizer", name, ("sgd", "adamw"))
+    return name or ("adamw" if is_text else "sgd")
+
+
 def require_bits(option: str, bits: int, low: int = 1) -> None:
     if not low <= bits <= 8:
         raise InputError(f"{option} {bits} is impossible: give {low} to 8")

@@ -15,6 +15,7 @@ from r2cli.options import (
     DataDir,
     DataName,
     DryRun,
+    Embeddings,
     Json,
     MaxBytes,
     MaxDrop,
@@ -22,7 +23,9 @@ from r2cli.options import (
     MinAccuracy,
     ModelArg,
     ModelName,
+    Optimizer,
     Overwrite,
+    Precision,
     Seed,
     Size,
     Source,
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
 METHODS = ("kmeans", "dkm", "shared")
 TRAINING = "Training (dkm, shared)"
 LR = {"dkm": 0.02, "shared": 0.02}
-LUT_LR = 1e-4
+ADAMW_LR = LUT_LR = 1e-4
 WARM_UP = 0.05  # of the steps
 
 
@@ -77,6 +80,7 @@ def palettize(
         list[str] | None,
         _option("--keep", help="PATTERN=BITS or PATTERN=BITSxDIM: another palette for some layers; repeatable."),
     ] = None,
+    embeddings: Embeddings = False,
     weigh: Annotated[
         str, _option("--weigh", help="kmeans: none, or fisher: by squared gradients on training images.")
     ] = "none",
@@ -97,14 +101,16 @@ def palettize(
         int, _option("--iterations", help="dkm: k-means iterations a step.", min=1, max=20, panel=TRAINING)
     ] = 3,
     batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=2, panel=TRAINING)] = 64,
+    optimizer: Optimizer = None,
     lr: Annotated[
-        float | None, _option("--lr", help="Peak learning rate. (default: 0.02)", min=0, panel=TRAINING)
+        float | None, _option("--lr", help="Peak learning rate. (default: 0.02; adamw 1e-4)", min=0, panel=TRAINING)
     ] = None,
     lut_lr: Annotated[
         float, _option("--lut-lr", help="shared: peak rate of the centroids.", min=0, panel=TRAINING)
     ] = LUT_LR,
     momentum: Annotated[float, _option("--momentum", help="Nesterov momentum.", min=0, max=1, panel=TRAINING)] = 0.9,
     weight_decay: Annotated[float, _option("--weight-decay", help="L2 on weights.", min=0, panel=TRAINING)] = 4e-5,
+    precision: Precision = "float32",
     data: DataName = None,
     data_dir: DataDir = None,
     model: ModelName = None,
@@ -165,7 +171,7 @@ def palettize(
 
     act_range = act_range or observers.usual(acts or 8)
     observers.observer(act_range)
-    settings = worker.Settings(method, bits, dim, group_size, lut_bits, acts, kept, act_range)
+    settings = worker.Settings(method, bits, dim, group_size, lut_bits, acts, kept, act_range, embeddings)
     if not is_network:
         return _file(source, output, settings, seed=seed, dry_run=dry_run, max_bytes=max_bytes, json=json)
     if method != "kmeans":
@@ -181,8 +187,13 @@ def palettize(
     if method == "kmeans":
         options["weigh"] = weigh
     else:
-        rate = LR[method] if lr is None else lr
-        loop = train.Settings(epochs, batch_size, rate, momentum, weight_decay, WARM_UP, 0.0, 0.0, seed)
+        steps_by = gates.optimizer(optimizer, is_text=made.input.is_text)
+        usual = ADAMW_LR if steps_by == train.ADAMW else LR[method]
+        loop = train.Settings(
+            *(epochs, batch_size, usual if lr is None else lr, momentum, weight_decay, WARM_UP, 0.0, 0.0, seed),
+            precision=train.precision(precision, where),
+            optimizer=steps_by,
+        )
         options |= {**loop.__dict__, "hard_epochs": hard_epochs, "temperature": temperature}
         options |= {"iterations": iterations, "lut_lr": lut_lr}
     if dry_run:
@@ -234,7 +245,7 @@ def palettize(
         f"{report['bits_per_weight']:.2f} bits a weight with tables ({report['entropy_coded_bits']:.2f} Huffman-coded)"
     )
     follow = console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}")
-    console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof), summary, follow])
+    console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof, report), summary, follow])
     deliver.require_proof(proof, onnx)
     gates.require(
         min_accuracy=min_accuracy,

@@ -14,7 +14,9 @@ from r2cli.options import (
     Mean,
     MinAccuracy,
     ModelArg,
+    Optimizer,
     Overwrite,
+    Precision,
     Seed,
     Size,
     Std,
@@ -27,9 +29,12 @@ from r2cli.options import (
 from r2cli.options import Device as DeviceName
 
 if TYPE_CHECKING:
-    from r2cli import train
+    from r2cli import checkpoint, train
+    from r2cli import data as datasets
 
+PAPER_STRENGTH = 0.01
 LR, LR_BATCH = 0.1, 64  # the default rate grows with the batch (Goyal et al. 2017)
+ADAMW_LR, ADAMW_REG_LR = 1e-4, 0.1
 
 REG = "none, linf, margin, soft-minmax, kure, or clip: weights are clamped after every step."
 
@@ -39,7 +44,8 @@ def pretrain(
         str,
         _option(
             "--model",
-            help="mobilenet_v1, resnet8, 20 to 110, any of torchvision's, timm:NAME, or FILE.py:FACTORY.",
+            help="mobilenet_v1, resnet8, 20 to 110, any of torchvision's, timm:NAME, FILE.py:FACTORY; for text, "
+            "mobilebert or text:DIR, from its pre-trained weights.",
         ),
     ] = "mobilenet_v1",
     width: Annotated[
@@ -75,7 +81,8 @@ def pretrain(
         float | None,
         _option(
             "--reg-lr",
-            help="Rate of margin's M and soft-minmax's alpha. (default: --lr; paper form 0.01)",
+            help="Rate of margin's M and soft-minmax's alpha; with adamw, of what the regularizer does to weights too. "
+            "(default: --lr; paper form 0.01; adamw 0.1)",
             panel="Regularization",
             min=0,
         ),
@@ -91,11 +98,13 @@ def pretrain(
     ] = 1,
     epochs: Annotated[int, _option("--epochs", help="Passes over the data.", min=1)] = 40,
     batch_size: Annotated[int, _option("--batch-size", help="Images a step.", min=2)] = 64,
+    optimizer: Optimizer = None,
     lr: Annotated[
         float | None,
         _option(
             "--lr",
-            help="Peak learning rate; a cosine falls from it to 0. (default: 0.1 for each 64 of --batch-size)",
+            help="Peak learning rate; a cosine falls from it to 0. (default: 0.1 for each 64 of --batch-size; "
+            "adamw 1e-4)",
             min=0,
         ),
     ] = None,
@@ -110,10 +119,7 @@ def pretrain(
         float | None,
         _option("--ema", help="Keep a running average of the weights, 0.999 for example.", min=0, max=1),
     ] = None,
-    precision: Annotated[
-        str,
-        _option("--precision", help="float32, bfloat16 (mixed), or auto: bfloat16 on a GPU that has it."),
-    ] = "auto",
+    precision: Precision = "auto",
     compile: Annotated[bool, _option("--compile", help="Compile the network (torch.compile).")] = False,
     seed: Seed = 0,
     device: DeviceName = "auto",
@@ -141,16 +147,19 @@ def pretrain(
     from r2cli.cli import subject
 
     started = perf_counter()
-    source = subject.Images(data, data_dir, workers, size, mean, std).load(data)
+    source = subject.Images(data, data_dir, workers, size, mean, std).load(data, model=model)
     spec = subject.Network(model, weights, model_arg, stem).spec(model, source, width)
     setting = None
     if reg != "none":
         strength = reg_weight
         if strength is None:
-            strength = regularizers.default_strength(reg, size=source.input.size, images=len(source.train))
+            strength = _strength(reg, source)
         setting = regularizers.Setting(reg, strength, reg_form == "stable", reg_dim, margin_k)
-    rate = LR * batch_size / LR_BATCH if lr is None else lr
-    own_lr = reg_lr if reg_lr is not None else (rate if reg_form == "stable" else 0.01)
+    steps_by = gates.optimizer(optimizer, is_text=source.input.is_text)
+    usual = ADAMW_LR if steps_by == train.ADAMW else LR * batch_size / LR_BATCH
+    rate = usual if lr is None else lr
+    usual = ADAMW_REG_LR if steps_by == train.ADAMW else rate if reg_form == "stable" else 0.01
+    own_lr = usual if reg_lr is None else reg_lr
     where = train.device(device)
     settings = train.Settings(
         epochs=epochs,
@@ -166,10 +175,10 @@ def pretrain(
         ema=ema,
         precision=train.precision(precision, where),
         compile=compile,
+        optimizer=steps_by,
     )
     told = f"{reg} {setting.strength:g} ({reg_form})" if setting else "no regularizer"
-    stem_told = "" if spec.factory else f" ({spec.stem} stem)"
-    plan = f"{spec.name}{stem_told} on {data} at {source.input.size}x{source.input.size}, {told}, {epochs} epochs"
+    plan = f"{spec.name}{_stem(spec, source.input)} on {data} at {_size(source.input)}, {told}, {epochs} epochs"
     options = _options(datasets.recorded(data), spec.described(), setting, settings)
     options |= {} if weights is None else {"weights": weights.name}
     if dry_run:
@@ -183,6 +192,9 @@ def pretrain(
     train.seed_everything(seed)
     network = models.build(spec)
     models.require_fit(network, spec, source.input.shape)
+    if weights is None and models.text.has(model):
+        fresh = models.text.start(network, model)
+        console.note(f"weights of {model}; new are {', '.join(fresh) or 'none'}")
     if weights is not None:
         tensors, beside = foreign.load(weights, network, spec.name)
         network.load_state_dict(tensors)
@@ -214,10 +226,28 @@ def pretrain(
     }
     ratio = f"max|w|/std {last.range_mean:.2f} mean, {last.range_max:.2f} worst layer"
     summary = f"{output}: top-1 {last.top1:.2f} %, {ratio}, {report['parameters']:,} parameters"
-    follow = console.next_step(f"r2 ptq {output} --weight-bits 4{'' if data == 'digits' else f' --data {data}'}")
+    more = f"{' --act-bits none' if source.input.is_text else ''}{'' if data == 'digits' else f' --data {data}'}"
+    follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")
     console.emit(report, as_json=json, lines=[summary, *gates.unreadable(unreadable), follow])
     gates.require(min_accuracy=min_accuracy, top1=last.top1)
     return report
+
+
+def _strength(reg: str, source: "datasets.Data") -> float:
+    """The default strength: for text the paper's 0.01, whatever the size."""
+    from r2cli import regularizers
+
+    if source.input.is_text:
+        return PAPER_STRENGTH
+    return regularizers.default_strength(reg, size=source.input.size, images=len(source.train))
+
+
+def _stem(spec: "checkpoint.ModelSpec", given: "checkpoint.InputSpec") -> str:
+    return "" if spec.factory or given.is_text else f" ({spec.stem} stem)"
+
+
+def _size(given: "checkpoint.InputSpec") -> str:
+    return f"{given.size} tokens" if given.is_text else f"{given.size}x{given.size}"
 
 
 def _line(epoch: "train.Epoch", epochs: int) -> str:

@@ -18,6 +18,7 @@ from r2cli.options import (
     DataName,
     Device,
     DryRun,
+    Embeddings,
     Json,
     MaxBytes,
     MaxDrop,
@@ -93,6 +94,7 @@ def ptq(
         list[str] | None,
         _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable."),
     ] = None,
+    embeddings: Embeddings = False,
     parts: Annotated[
         str | None,
         _option("--parts", help="What of dfq comes before rounding: equalize,absorb,correct or some, or none."),
@@ -180,6 +182,7 @@ def ptq(
     settings = worker.Settings(
         method, weight_bits, acts, granularity or "channel", kept, prepared, relu6, weight_range, act_range, symmetric
     )
+    settings = replace(settings, embeddings=embeddings)
     if dry_run:
         options = {**settings.__dict__, "calibration": calibration, "seed": seed}
         if target_bits or target_bytes:
@@ -235,7 +238,7 @@ def ptq(
     top1 = f"top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f})" if measured else "accuracy not measured"
     shown = [
         _layers(rows, report["float_operations"]),
-        *deliver.told(proof),
+        *deliver.told(proof, report),
         *([_again(settings, rows)] if choice else []),
         *([_chosen(settings, trials)] if trials else []),
         *_origins(report, calibration),

@@ -269,7 +269,7 @@ def qat(
         f"{report['bits_per_weight']:.2f} bits a weight"
     )
     follow = console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}")
-    console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof), summary, follow])
+    console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof, report), summary, follow])
     deliver.require_proof(proof, onnx)
     gates.require(
         min_accuracy=min_accuracy,

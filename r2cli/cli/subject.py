@@ -24,17 +24,20 @@ class Images:
     mean: str | None = None
     std: str | None = None
 
-    def load(self, default: str, spec: checkpoint.InputSpec | None = None) -> datasets.Data:
-        """The data set, by `default` that one, with the preprocessing of `spec` or of these options."""
+    def load(self, default: str, spec: checkpoint.InputSpec | None = None, model: str | None = None) -> datasets.Data:
+        """The data set, by `default` that one, with the preprocessing of `spec` or of these options; text by the
+        tokenizer of `model`."""
         mean, std = numbers("--mean", self.mean), numbers("--std", self.std)
-        more = {"directory": self.directory, "workers": self.workers}
+        more: dict[str, Any] = {"directory": self.directory, "workers": self.workers}
         if spec is not None:
             asked = {"--size": self.size, "--mean": mean, "--std": std}
             for option, value in asked.items():
                 if value is not None:
-                    raise InputError(f"{option} does not apply: the checkpoint says how its images are prepared")
-            return datasets.load(self.data or default, spec=spec, **more)  # type: ignore[arg-type]
-        return datasets.load(self.data or default, size=self.size, mean=mean, std=std, **more)  # type: ignore[arg-type]
+                    raise InputError(f"{option} does not apply: the checkpoint says how its input is prepared")
+            return datasets.load(self.data or default, spec=spec, **more)
+        tokenizer = datasets.packed(models.text.tokenizer(model)) if model and models.text.has(model) else None
+        more |= {"tokenizer": tokenizer}
+        return datasets.load(self.data or default, size=self.size, mean=mean, std=std, **more)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _foreign(network: Network, images: Images) -> tuple[checkpoint.Checkpoint, d
         raise InputError(f"--weights {network.weights} needs its network: give --model NAME or --model FILE.py:FACTORY")
     if images.data is None:
         raise InputError(f"--weights {network.weights} needs the data it is for: give --data, as imagefolder:DIR")
-    loaded = images.load(images.data)
+    loaded = images.load(images.data, model=network.model)
     spec = network.spec(network.model, loaded)
     model = models.build(spec)
     models.require_fit(model, spec, loaded.input.shape)

@@ -87,7 +87,10 @@ def _view(path: Path, name: str, found: Sequence[Stored], more: Sequence[Other],
 @torch.no_grad()
 def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
     """The weights that a BatchNorm is folded into, as `r2 ptq` folds it, by name; and how many channels it silenced."""
-    net = graph.trace(attach.network(made))
+    model = attach.network(made)
+    if not any(isinstance(module, graph.NORMS) for module in model.modules()):
+        return {}, 0
+    net = graph.trace(model)
     silenced = sum(ptq.silence_dead_channels(net).values())
     factors = graph.remove_norms(net)
     found = {}

@@ -5,6 +5,7 @@
     mnist, fashion_mnist,           torchvision's, downloaded once
     cifar10, cifar100
     imagefolder:DIR                 DIR/train/CLASS/* and DIR/val/CLASS/* (or DIR/test/CLASS/*), ImageNet's layout
+    qnli:FILE.tsv, qnli:DIR         pairs of texts with labels, in GLUE's form; DIR has train.tsv and dev.tsv
     fake:CxHxW:CLASSES              noise with a trace of its class: for timing and trying, not for learning
 
 Images are kept as uint8 where they fit in memory, decoded once; otherwise workers decode them as they are needed. What
@@ -19,7 +20,7 @@ from typing import TypeVar
 import torch
 
 from r2cli.checkpoint import InputSpec
-from r2cli.data import digits, fake, imagefolder
+from r2cli.data import digits, fake, imagefolder, text
 from r2cli.data import torchvision as downloaded
 from r2cli.data.decoding import decode
 from r2cli.data.request import Data, Request
@@ -32,11 +33,13 @@ from r2cli.data.splits import (
     MemorySplit,
     Share,
     Split,
+    TextSplit,
     draw_shifts,
     normalise,
     shift_and_flip,
     subset,
 )
+from r2cli.data.text import packed
 from r2cli.errors import InputError, unknown
 
 __all__ = [
@@ -49,10 +52,12 @@ __all__ = [
     "KeptSplit",
     "MemorySplit",
     "Split",
+    "TextSplit",
     "calibration",
     "decode",
     "load",
     "normalise",
+    "packed",
     "recorded",
     "WHOLE",
     "Share",
@@ -68,9 +73,17 @@ KINDS: Mapping[str, Callable[[Request], Data]] = {
     "cifar10": downloaded.load,
     "cifar100": downloaded.load,
     "imagefolder": imagefolder.load,
+    "qnli": text.load,
     "fake": fake.load,
 }
-WHERE = {"imagefolder": "imagefolder:DIR", "fake": "fake:CxHxW:CLASSES"}  # the kinds that need more than their name
+WHERE = {
+    "imagefolder": "imagefolder:DIR",
+    "qnli": "qnli:FILE.tsv",
+    "fake": "fake:CxHxW:CLASSES",
+}  # the kinds that need more than their name
+
+TEXTS = ("qnli",)
+NOT_RECORDED = ("imagefolder", "qnli")  # where they are
 
 
 def load(
@@ -82,9 +95,11 @@ def load(
     spec: InputSpec | None = None,
     directory: Path | None = None,
     workers: int = 2,
+    tokenizer: str | None = None,
 ) -> Data:
     """The data set `name`, at `size` pixels and with `mean` and `std` (of pixels from 0 to 1, one or one a channel), or
     with the preprocessing of a checkpoint's `spec`. `directory` is where downloads are.
+    A text has `size` tokens, by a network's `tokenizer`.
 
     Raises InputError for an unknown name, a set that is not there, a folder without the layout, impossible
     preprocessing; reading the images, for more than 1 % that cannot be decoded.
@@ -96,7 +111,10 @@ def load(
         raise InputError(f"{kind} says too little: give --data {WHERE[kind]}")
     if size is not None and not 4 <= size <= 1024:
         raise InputError(f"--size {size} is out of range: give 4 to 1024 pixels")
-    return KINDS[kind](Request(kind, where, size, mean, std, spec, directory, workers))
+    reads_text = tokenizer is not None or (spec is not None and spec.is_text)
+    if reads_text and kind not in TEXTS:
+        raise InputError(f"{kind} holds images and the network reads text: give --data qnli:FILE.tsv")
+    return KINDS[kind](Request(kind, where, size, mean, std, spec, directory, workers, tokenizer))
 
 
 T = TypeVar("T")
@@ -114,7 +132,8 @@ class Again(Iterable[T]):
 
 def recorded(name: str) -> str:
     """`name` as a checkpoint holds it: without the path of a folder, so that the same work gives the same bytes."""
-    return "imagefolder" if name.startswith("imagefolder:") else name
+    kind = name.partition(":")[0]
+    return kind if kind in NOT_RECORDED else name
 
 
 def with_fewer(data: Data, count: int, seed: int) -> Data:

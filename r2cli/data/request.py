@@ -24,6 +24,7 @@ class Request:
     spec: InputSpec | None = None
     directory: Path | None = None
     workers: int = 2
+    tokenizer: str | None = None  # of the network that reads text, as `text.packed` gives it
 
     def input(
         self, channels: int, size: int, *, mean: Sequence[float], std: Sequence[float], resize: int | None = None

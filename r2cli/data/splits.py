@@ -20,7 +20,9 @@ from r2cli.errors import InputError, R2Error
 LARGE_IMAGE = 96  # pixels; from here on a training image is a random crop, and decoded each time by workers
 UNREADABLE_LIMIT = 0.01  # share of a split's images that may fail to decode
 
-Batch = tuple[Tensor, Tensor]  # images float32 (n, channels, size, size), labels int64 (n,)
+Batch = tuple[
+    Tensor, Tensor
+]  # images float32 (n, channels, size, size) or tokens int64 (n, 3, size), labels int64 (n,)
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,37 @@ def subset(split: Split, index: Tensor) -> Split:
         return kept(split.name, [split.files[i] for i in index.tolist()], split.spec)
     if isinstance(split, MemorySplit):
         return replace(split, images=split.images[index], labels=split.labels[index])
+    if isinstance(split, TextSplit):
+        return replace(split, tokens=split.tokens[index], labels=split.labels[index])
     assert isinstance(split, FolderSplit)
     return replace(split, files=[split.files[i] for i in index.tolist()])
+
+
+@dataclass
+class TextSplit:
+    """Texts as tokens: int32 (n, 3, length), and labels int64 (n,). Batches are int64."""
+
+    name: str
+    tokens: Tensor
+    labels: Tensor
+    unreadable: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(
+        self,
+        size: int,
+        device: torch.device,
+        shuffle: torch.Generator | None = None,
+        augment: bool = False,
+        share: Share = WHOLE,
+    ) -> Iterator[Batch]:
+        order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
+        for wanted in torch.split(order, size):
+            own = wanted[share.of(len(wanted))]
+            if len(own):
+                yield self.tokens[own].to(device).long(), self.labels[own].to(device)
 
 
 @dataclass

@@ -3,6 +3,7 @@
     mobilenet_v1, resnet8 ... resnet110    ours
     resnet18, mobilenet_v2, vit_b_16 ...   every classification model of torchvision
     timm:NAME                              every model of timm, where it is installed
+    mobilebert, text:DIR, text:HUB/NAME    sequence classifiers of transformers, where it is installed
     file.py:FACTORY, package.module:FACTORY    the user's own: imported only when named on the command line
 
 A stem is 'imagenet' as its paper has it, or 'small' for images of at most 64 pixels: stride 1, and no pooling before
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError, unknown
-from r2cli.models import own, timm, torchvision
+from r2cli.models import own, text, timm, torchvision
 from r2cli.models.mobilenet_v1 import mobilenet_v1
 from r2cli.models.resnet_cifar import resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
 
@@ -50,6 +51,12 @@ def spec(
 
     Raises InputError for a name that nobody has, and for options that do not apply to it.
     """
+    if text.has(name):
+        for option, value in (("--width", width), ("--stem", stem)):
+            if value is not None:
+                raise InputError(f"{option} does not apply to {name}: it reads text")
+        family, config = text.architecture(name, args or {}, size)
+        return ModelSpec(family, classes, channels, args=config)
     factory = own.factory(name) if own.is_own(name) else None
     if factory is None:
         _require_known(name)
@@ -77,6 +84,8 @@ def build(spec: ModelSpec) -> nn.Module:
     """
     if spec.factory is not None:
         return own.build(spec)
+    if text.has(spec.name):
+        return text.build(spec)
     if own.is_own(spec.name):
         raise InputError(
             f"the network is made by {spec.name}, which is not r2's and runs only when you name it: "
@@ -89,12 +98,15 @@ def build(spec: ModelSpec) -> nn.Module:
 
 
 @torch.inference_mode()
-def require_fit(model: nn.Module, spec: ModelSpec, shape: tuple[int, int, int]) -> None:
-    """Run one black image of `shape` through `model`. Raises InputError where it cannot pass or gives other logits."""
-    size = "x".join(map(str, shape))
+def require_fit(model: nn.Module, spec: ModelSpec, shape: tuple[int, ...]) -> None:
+    """Run one black image, or an empty text, of `shape` through `model`.
+
+    Raises InputError where it cannot pass or gives other logits.
+    """
+    size, kind = "x".join(map(str, shape)), torch.int64 if text.has(spec.name) else torch.float32
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        logits = model.eval()(torch.zeros(1, *shape, device=device))
+        logits = model.eval()(torch.zeros(1, *shape, device=device, dtype=kind))
     except Exception as error:
         told = " ".join(str(error).split())
         raise InputError(f"{spec.name} cannot take images of {size} ({told}): give another --size or --data") from error
@@ -109,4 +121,6 @@ def require_fit(model: nn.Module, spec: ModelSpec, shape: tuple[int, int, int]) 
 
 def _require_known(name: str) -> None:
     if name not in MODELS and not timm.has(name) and name not in torchvision.names():
-        raise unknown("model", name, [*MODELS, *torchvision.names(), "timm:NAME", "file.py:FACTORY"])
+        raise unknown(
+            "model", name, [*MODELS, *torchvision.names(), "timm:NAME", "mobilebert", "text:DIR", "file.py:FACTORY"]
+        )

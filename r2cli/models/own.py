@@ -21,7 +21,7 @@ from r2cli.errors import InputError, unknown
 
 
 def is_own(name: str) -> bool:
-    return ":" in name and not name.startswith("timm:")
+    return ":" in name and not name.startswith(("timm:", "text:"))
 
 
 def label(name: str) -> str:

@@ -38,6 +38,7 @@ class Settings:
     act_bits: int | None
     keep: Mapping[str, tuple[int, int]]
     act_range: str = "minmax"
+    embeddings: bool = False  # whether embeddings get palettes too, which needs activations in float
 
 
 @dataclass(frozen=True)
@@ -75,55 +76,74 @@ class Work:
         return torch.Generator().manual_seed(self.seed)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A network ready for palettes: its `layers` by name, and the graph over the same modules; None where only weights
+    are worked on, and BatchNorms stay where they are."""
+
+    model: nn.Module
+    net: fx.GraphModule | None
+    layers: Mapping[str, nn.Module]
+
+
 def by_kmeans(work: Work, *, weigh: bool, advance: Callable[[int], None]) -> tuple[Checkpoint, list[Row]]:
     """Palettes without training; `weigh` by sensitivity. `advance` is told of layers that are done.
 
     Raises InputError for settings that do not fit the network, R2Error where something is not finite.
     """
-    model, net = trace(work.checkpoint)
-    wanted = forms(net, work.settings)
+    subject = read(work.checkpoint, work.settings)
+    model, wanted = subject.model, forms(subject.layers, work.settings)
     importance: Mapping[str, Tensor] = {}
     if weigh:
         assert work.batches is not None
-        importance = {k: v.cpu() for k, v in sensitivity(model.to(work.device), net, work.batches()).items()}
+        importance = {k: v.cpu() for k, v in sensitivity(model.to(work.device), subject.layers, work.batches()).items()}
         model.cpu()
     coded, notes = {}, {}
     with torch.no_grad():
-        for layer, module in graph.named_layers(net):
-            weight, form = module.weight, wanted[layer.name]
+        for name, module in subject.layers.items():
+            weight, form = module.weight, wanted[name]
             assert isinstance(weight, Tensor)
-            centroids, used = tables.start(weight, form, importance.get(layer.name), work.generator)
+            centroids, used = tables.start(weight, form, importance.get(name), work.generator)
             palette = tables.palette(centroids, weight.shape, form)
-            coded[layer.name] = Coded(palette, palette.encode(weight))
-            notes[layer.name] = few(used, form)
+            coded[name] = Coded(palette, palette.encode(weight))
+            notes[name] = few(used, form)
             advance(1)
-    return finish(work, net, coded, notes)
+    return finish(work, subject, coded, notes)
 
 
-def trace(checkpoint: Checkpoint) -> tuple[nn.Module, fx.GraphModule]:
-    """The checkpoint's network ready for palettes, and its graph over the same modules.
+def read(checkpoint: Checkpoint, settings: Settings) -> Subject:
+    """The checkpoint's network ready for palettes: its weights alone where activations stay float and its graph cannot
+    be read, or embeddings are wanted.
 
-    Raises InputError for a coded checkpoint, or a graph that cannot be read.
+    Raises InputError for a coded checkpoint, a graph that cannot be read, and embeddings beside activations on grids.
     """
     if checkpoint.coded:
         raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    if settings.embeddings and settings.act_bits is not None:
+        raise InputError("--embeddings is for weights alone: give --act-bits none")
     model = attach.network(checkpoint)
-    net = graph.trace(model)
+    try:
+        net = None if settings.embeddings else graph.trace(model)
+    except graph.Unreadable:
+        if settings.act_bits is not None:
+            raise
+        net = None
+    if net is None:
+        return Subject(model, None, graph.weighted(model, embeddings=settings.embeddings))
     graph.make_factors_positive(net)
     if not graph.layers(net):
         raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to palettize")
-    return model, net
+    return Subject(model, net, {layer.name: module for layer, module in graph.named_layers(net)})
 
 
-def forms(net: fx.GraphModule, settings: Settings) -> dict[str, Form]:
+def forms(layers: Mapping[str, nn.Module], settings: Settings) -> dict[str, Form]:
     """The palette's form of every layer by name, `keep` applied.
 
     Raises InputError for a pattern that matches no layer, a vector longer than a layer has channels, and a group that
     divides no layer's channels.
     """
-    names = [layer.name for layer in graph.layers(net)]
-    shapes = {layer.name: tuple(module.weight.shape) for layer, module in graph.named_layers(net)}  # type: ignore[arg-type]
-    found = with_exceptions(names, settings)
+    shapes = {name: tuple(module.weight.shape) for name, module in layers.items()}  # type: ignore[arg-type]
+    found = with_exceptions(layers, settings)
     for name, form in found.items():
         tables.require_fit(f"{name}.weight", shapes[name], form)
     size = settings.group_size
@@ -149,21 +169,21 @@ def few(used: int, form: Form) -> str:
     return f"{used} different {what} for {form.rows} centroids" if used < form.rows else ""
 
 
-def sensitivity(model: nn.Module, net: fx.GraphModule, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:
     """How much the loss minds a change of each weight, by layer: the sum over batches of the squared gradient.
 
     It is the Fisher information's diagonal, of batches where that has images. Raises R2Error where it is not finite.
     """
     model.eval()
-    total = {layer.name: torch.zeros_like(module.weight) for layer, module in graph.named_layers(net)}  # type: ignore[arg-type]
+    total = {name: torch.zeros_like(module.weight) for name, module in layers.items()}  # type: ignore[arg-type]
     for images, labels in batches:
         model.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
-        for layer, module in graph.named_layers(net):
+        for name, module in layers.items():
             weight = module.weight
             assert isinstance(weight, Tensor)
             if weight.grad is not None:
-                total[layer.name] += weight.grad.square()
+                total[name] += weight.grad.square()
     model.zero_grad(set_to_none=True)
     for name, each in total.items():
         if not bool(torch.isfinite(each).all()):
@@ -173,13 +193,15 @@ def sensitivity(model: nn.Module, net: fx.GraphModule, batches: Iterable[Batch])
 
 @torch.no_grad()
 def finish(
-    work: Work, net: fx.GraphModule, coded: Mapping[str, Coded], notes: Mapping[str, str]
+    work: Work, subject: Subject, coded: Mapping[str, Coded], notes: Mapping[str, str]
 ) -> tuple[Checkpoint, list[Row]]:
-    """The coded checkpoint of palettes by layer name, on the graph that they were made for; `notes` go to the rows.
+    """The coded checkpoint of palettes by layer name, on the network that they were made for; `notes` go to the rows.
 
     Raises R2Error where a value is not finite.
     """
-    batches, device = work.batches, work.device
+    batches, device, net = work.batches, work.device, subject.net
+    if net is None:
+        return _finish_weights(work, subject, coded, notes)
     before = {layer.name: module.weight.detach().clone() for layer, module in graph.named_layers(net)}  # type: ignore[operator]
     for layer, module in graph.named_layers(net):
         module.weight.copy_(coded[layer.name].decode())  # type: ignore[operator]
@@ -204,6 +226,24 @@ def finish(
         found = activations.put_on_grids(net.to(device), folded, shape, bits, images, rule)
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
     return replace(work.checkpoint, floats=floats, coded=folded, activations=found, folded=True), rows
+
+
+def _finish_weights(
+    work: Work, subject: Subject, coded: Mapping[str, Coded], notes: Mapping[str, str]
+) -> tuple[Checkpoint, list[Row]]:
+    """`finish` where no graph was read: BatchNorms stay."""
+    model, rows = subject.model, []
+    for name, module in subject.layers.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows.append(_row(name, coded[name], weight.detach().clone(), coded[name], notes[name]))
+        weight.copy_(coded[name].decode())
+    if work.batches is not None and any(isinstance(module, graph.NORMS) for module in model.modules()):
+        attach.reestimate_norms(model.to(work.device), (images for images, _ in work.batches()))
+        model.cpu()
+    own = {f"{name}.weight": one for name, one in coded.items()}
+    floats = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    return replace(work.checkpoint, floats=floats, coded=own), rows
 
 
 def _make_constant(net: fx.GraphModule) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from r2cli import attach, graph, palettize, train
 from r2cli.checkpoint import Checkpoint
@@ -70,8 +70,8 @@ def by_training(work: Work, plan: Plan, source: Data, following: Following) -> t
 
     Raises InputError for settings that do not fit the network, R2Error where training diverges.
     """
-    model, net = palettize.trace(work.checkpoint)
-    wanted = palettize.forms(net, work.settings)
+    subject = palettize.read(work.checkpoint, work.settings)
+    model, wanted = subject.model, palettize.forms(subject.layers, work.settings)
     made: dict[str, Learner] = {}
     for name, form in wanted.items():
         weight = model.get_submodule(name).weight
@@ -79,7 +79,7 @@ def by_training(work: Work, plan: Plan, source: Data, following: Following) -> t
         made[name] = LEARNERS[work.settings.method](weight.detach(), form, plan.iterations, work.generator)
     learners.put_on(model, made)
     gaps: dict[int, float] = {}
-    method = _method(work, plan, model, net, made, gaps)
+    method = _method(work, plan, subject, made, gaps)
     watch = train.Watch(following.step, lambda epoch: following.epoch(epoch, gaps[epoch.epoch]))
     train.fit(
         model,
@@ -94,7 +94,7 @@ def by_training(work: Work, plan: Plan, source: Data, following: Following) -> t
     model.cpu()
     notes = {name: _note(learner) for name, learner in made.items()}
     coded = learners.take_off(model, made)
-    return palettize.finish(work, net, coded, notes)
+    return palettize.finish(work, subject, coded, notes)
 
 
 def _note(learner: Learner) -> str:
@@ -105,10 +105,11 @@ def _note(learner: Learner) -> str:
 
 
 def _method(
-    work: Work, plan: Plan, model: nn.Module, net: fx.GraphModule, made: Mapping[str, Learner], gaps: dict[int, float]
+    work: Work, plan: Plan, subject: palettize.Subject, made: Mapping[str, Learner], gaps: dict[int, float]
 ) -> attach.Method:
     """What the learners ask of the loop; the soft-to-hard gap of every epoch comes into `gaps`."""
-    norms = [net.get_submodule(layer.norm) for layer in graph.layers(net) if layer.norm]
+    model, net = subject.model, subject.net
+    norms = [] if net is None else [net.get_submodule(layer.norm) for layer in graph.layers(net) if layer.norm]
 
     @torch.no_grad()
     def before_epoch(number: int) -> None:

@@ -71,6 +71,7 @@ class Settings:
     weight_range: str = "minmax"
     act_range: str = "minmax"
     symmetric: bool = True
+    embeddings: bool = False  # whether embeddings get codes too, which needs activations in float
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,17 @@ def quantize(
     """
     method = METHODS[settings.method]
     parts = _parts(settings)
+    weights_alone = settings.act_bits is None and not method.looks and not parts
+    if settings.embeddings and not weights_alone:
+        raise InputError("--embeddings is for weights alone: give --method none --act-bits none")
+    if settings.embeddings:
+        return _weights_alone(checkpoint, settings)
     if method.looks and images is None:
         raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
     try:
         net, factors, normals, notes = _prepare(checkpoint, settings)
     except graph.Unreadable:
-        if settings.act_bits is not None or method.looks or parts:
+        if not weights_alone:
             raise
         return _weights_alone(checkpoint, settings)
     coded = _nearest(net, settings, factors)
@@ -261,19 +267,22 @@ def _nearest(net: fx.GraphModule, settings: Settings, factors: Mapping[str, Tens
 def _weights_alone(checkpoint: Checkpoint, settings: Settings) -> tuple[Checkpoint, list[Row]]:
     """Codes of the weights of all layers, BatchNorm left where it is: what needs no graph.
 
-    Raises InputError for attention whose weights are in no layer.
+    Raises InputError as `quantize` and `graph.weighted` do.
     """
+    if checkpoint.coded:
+        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
     model = attach.network(checkpoint)
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, graph.LAYERS)}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            raise InputError(f"the weights of the attention '{name}' are in no layer: use linear layers there")
+    modules = graph.weighted(model, embeddings=settings.embeddings)
+    normed = any(isinstance(module, graph.NORMS) for module in model.modules())
+    note = "BatchNorm not folded: the graph was not read" if normed else ""
     bits = graph.by_pattern(modules, settings.weight_bits, settings.keep)
     coded, rows = {}, []
     for name, module in modules.items():
-        one, weight = _on_grid(module.weight, bits[name], settings, None)
+        own = module.weight
+        assert isinstance(own, Tensor)
+        one, weight = _on_grid(own, bits[name], settings, None)
         coded[f"{name}.weight"] = one
-        rows.append(_row(name, one, weight, settings.granularity, "BatchNorm not folded: the graph was not read"))
+        rows.append(_row(name, one, weight, settings.granularity, note))
     floats = {name: tensor for name, tensor in checkpoint.floats.items() if name not in coded}
     return replace(checkpoint, floats=floats, coded=coded), rows
 

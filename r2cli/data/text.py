@@ -1,0 +1,110 @@
+"""Texts with labels in GLUE's tab-separated form, as tokens: `qnli:FILE.tsv`, or a folder with train.tsv and dev.tsv.
+
+A file's first line names its columns: `label`, one or two of text, and perhaps `index`. Of a single file the same rows
+are held out in every run. The tokenizer is the network's own, a tokenizer.json that the checkpoint carries: reading it
+runs no code, and a text means the same tokens wherever the checkpoint goes.
+"""
+
+import base64
+import csv
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2cli.checkpoint import InputSpec
+from r2cli.data.request import Data, Request
+from r2cli.data.splits import TextSplit
+from r2cli.errors import InputError
+
+TEST = 1000  # rows of a single file that are held out, but never more than a fifth
+LENGTH = 128  # tokens, GLUE's usual
+ROWS = 3  # of a text's tensor: ids, mask, types
+NOT_TEXT = ("index", "idx", "id", "label")
+
+
+def load(request: Request) -> Data:
+    spec = request.spec or _asked(request)
+    if not spec.is_text:
+        raise InputError(f"{request.kind} holds text and the network reads images: give the data that it was made for")
+    where = Path(request.where)
+    if where.is_dir():
+        halves = [_read(where / name) for name in ("train.tsv", "dev.tsv")]
+    else:
+        rows = _read(where)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        held_out = min(TEST, len(rows) // 5)
+        halves = [[rows[i] for i in sorted(part)] for part in (order[held_out:], order[:held_out])]
+    if not halves[1]:
+        raise InputError(f"{where} has {len(halves[0])} rows, too few to hold some out: give more")
+    names = sorted({label for half in halves for _, label in half})
+    if len(names) < 2:
+        raise InputError(f"{where} has one label, '{names[0]}': a classifier needs at least two")
+    splits = []
+    for name, half in zip(("train", "dev"), halves, strict=True):
+        labels = torch.tensor([names.index(label) for _, label in half])
+        splits.append(TextSplit(name, encoded([texts for texts, _ in half], spec), labels))
+    return Data(f"{request.kind}:{where}", spec, tuple(names), splits[0], splits[1])
+
+
+def _asked(request: Request) -> InputSpec:
+    if request.tokenizer is None:
+        raise InputError(f"{request.kind} holds text: give --model text:DIR, or --model mobilebert")
+    for option, value in (("--mean", request.mean), ("--std", request.std)):
+        if value is not None:
+            raise InputError(f"{option} does not apply to text: only images have one")
+    size = request.size or LENGTH
+    return InputSpec(ROWS, size, size, (), (), request.tokenizer)
+
+
+def _read(path: Path) -> list[tuple[tuple[str, ...], str]]:
+    """The texts and the label of every row. Raises InputError for a file that is missing or not of the form."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read ({error}): give qnli:FILE.tsv, or a folder with train.tsv") from error
+    head = lines[0] if lines else []
+    columns = [i for i, name in enumerate(head) if name not in NOT_TEXT]
+    if "label" not in head or len(columns) not in (1, 2):
+        raise InputError(
+            f"{path} is not in GLUE's form: its first line must name a column label, and one or two of text"
+        )
+    label, rows = head.index("label"), []
+    for number, line in enumerate(lines[1:], start=2):
+        if len(line) != len(head):
+            raise InputError(f"{path}: line {number} has {len(line)} columns, the first line {len(head)}: correct it")
+        rows.append((tuple(line[i] for i in columns), line[label]))
+    if not rows:
+        raise InputError(f"{path} has no rows below its first line: give some")
+    return rows
+
+
+def encoded(texts: Sequence[tuple[str, ...]], spec: InputSpec) -> Tensor:
+    """Texts, each of one or two, as tokens int32 (n, 3, length): cut to the length, or filled up with padding."""
+    tokenizer = _tokenizer(spec.tokenizer)
+    pad: dict[str, Any] = tokenizer.padding or {}
+    tokenizer.enable_truncation(spec.size)
+    tokenizer.enable_padding(length=spec.size, **{key: pad[key] for key in ("pad_id", "pad_token") if key in pad})
+    found = tokenizer.encode_batch([each if len(each) == 2 else each[0] for each in texts])
+    return torch.tensor([[each.ids, each.attention_mask, each.type_ids] for each in found], dtype=torch.int32)
+
+
+def packed(tokenizer: str) -> str:
+    """A tokenizer.json as a checkpoint holds it, at half its size."""
+    return base64.b64encode(zlib.compress(tokenizer.encode(), 9)).decode()
+
+
+def _tokenizer(packed: str) -> Any:
+    """Raises InputError where the library is not there, or the text is not a tokenizer's."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise InputError("text needs transformers, which is not installed: pip install 'r2cli[text]'") from error
+    try:
+        return Tokenizer.from_str(zlib.decompress(base64.b64decode(packed)).decode())
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"the tokenizer in the file is damaged ({error}): write the file again") from error
