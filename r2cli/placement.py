@@ -50,7 +50,7 @@ REASONS: tuple[tuple[tuple[Any, ...], str, str, tuple[str, ...]], ...] = (
     ((nn.GELU, F.gelu), "GELU", "runtimes have no integer kernel for it", ("Gelu", "Erf", "Mul", "Add", "Div")),
     (NORMS, "BatchNorm", "it reads no layer's value alone, so no layer can take it", ("BatchNormalization",)),
     (SIGMOIDS, "sigmoid", "it reads floats", ("Sigmoid", "HardSigmoid")),
-    (ACTIVATIONS, "ReLU", "it reads floats", ("Relu", "Clip")),
+    (ACTIVATIONS, "ReLU", "it reads floats, and not all that reads it rounds it", ("Relu", "Clip")),
     (SUMS, "sum", "no layer reads it, or it adds floats: rounding it costs accuracy and wins no time", ("Add",)),
     (PRODUCTS, "product", "no layer reads it, or it multiplies floats", ("Mul",)),
     (
@@ -108,10 +108,15 @@ def left_in_float(net: fx.GraphModule, shape: tuple[int, ...]) -> list[Left]:
         rounded = all(_on_grid(net, each) for each in _inputs(node)) and any(map(is_grid, behind.users))
         if rounded and is_a(net, node, (*INTEGER, *ACTIVATIONS)):
             continue
-        if is_a(net, node, ACTIVATIONS) and not _is_result(net, node):
-            continue  # fused into what is before it
+        if is_a(net, node, ACTIVATIONS) and not _is_result(net, node) and _is_fused(net, node):
+            continue
         found.append(_left(net, node))
     return found
+
+
+def _is_fused(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an activation is part of the layer before it, or of the grids behind it."""
+    return isinstance(module_of(net, node.all_input_nodes[0]), LAYERS) or all(map(is_grid, node.users))
 
 
 def _left(net: fx.GraphModule, node: fx.Node) -> Left:

@@ -209,6 +209,20 @@ def test_other_bits_pass_their_proof(method: str, bits: int, acts: int | None, m
     assert bool(coded.activations) == (acts is not None)
 
 
+@pytest.mark.parametrize("place", [qat.OUTPUTS, qat.INPUTS])
+def test_what_either_placement_leaves_in_float_is_announced(place: str, model: Path, tmp_path: Path) -> None:
+    work, source = work_on(model, "lsq", 4, 4, activations=place)
+    prepared = qat.prepare(work)
+    placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
+    coded, _ = qat.finish(work, prepared)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.to_bytes(coded))
+    proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
+    assert proof.passed, proof.checks
+    kinds = {each["kind"] for each in proof.measures["float_operations"]}
+    assert kinds == (set() if place == qat.OUTPUTS else {"sum", "ReLU", "mean"})
+
+
 # --- the options ---------------------------------------------------------------------------------------------------
 
 
