@@ -1,7 +1,7 @@
 """What several tests share: hypothesis' profile, `r2` as a function, and one small network that is trained once."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,3 +52,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["pretrain", "--model", "resnet8", "--size", "8", "--epochs", "4", "-o", str(path), "--device", "cpu", "--json"]
     )
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch: sums depend on the number, and threads wait long for each other on cores that are shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """Range regularizers against tables of numbers, and against autograd of the formulas as they are written."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -431,15 +431,6 @@ def widest(*, stable: bool, channels: int, steps: int) -> tuple[float, float]:
         optimizer.step()
         furthest = max(furthest, abs(m.item()))
     return furthest, top
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Many small steps: where other work shares the cores, two threads wait for each other ten times longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The widest layer of a ResNet-18 over the steps that decide, and a narrower one for as long as a short training.
