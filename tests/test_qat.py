@@ -194,11 +194,8 @@ def test_a_gamma_that_turned_negative_in_training_is_exported(method: str, model
     assert proof.passed and proof.measures["nodes"]["QLinearConv"] == 9
 
 
-@pytest.mark.parametrize(
-    ("method", "bits", "acts"), [("lsq", 8, 8), ("pact", 4, 4), ("ewgs", 1, 1), ("dorefa", 3, None)]
-)
-def test_other_bits_pass_their_proof(method: str, bits: int, acts: int | None, model: Path, tmp_path: Path) -> None:
-    work, source = work_on(model, method, bits, acts)
+def proved_untrained(work: qat.Work, source: data.Data, tmp_path: Path) -> tuple[Checkpoint, verify.Proof]:
+    """The codes that learners start with, and the proof of their file, which holds."""
     prepared = qat.prepare(work)
     placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
     coded, _ = qat.finish(work, prepared)
@@ -206,19 +203,20 @@ def test_other_bits_pass_their_proof(method: str, bits: int, acts: int | None, m
     path.write_bytes(export.to_bytes(coded))
     proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
     assert proof.passed, proof.checks
+    return coded, proof
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "acts"), [("lsq", 8, 8), ("pact", 4, 4), ("ewgs", 1, 1), ("dorefa", 3, None)]
+)
+def test_other_bits_pass_their_proof(method: str, bits: int, acts: int | None, model: Path, tmp_path: Path) -> None:
+    coded, _ = proved_untrained(*work_on(model, method, bits, acts), tmp_path)
     assert bool(coded.activations) == (acts is not None)
 
 
 @pytest.mark.parametrize("place", [qat.OUTPUTS, qat.INPUTS])
 def test_what_either_placement_leaves_in_float_is_announced(place: str, model: Path, tmp_path: Path) -> None:
-    work, source = work_on(model, "lsq", 4, 4, activations=place)
-    prepared = qat.prepare(work)
-    placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
-    coded, _ = qat.finish(work, prepared)
-    path = tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(coded))
-    proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
-    assert proof.passed, proof.checks
+    _, proof = proved_untrained(*work_on(model, "lsq", 4, 4, activations=place), tmp_path)
     kinds = {each["kind"] for each in proof.measures["float_operations"]}
     assert kinds == (set() if place == qat.OUTPUTS else {"sum", "ReLU", "mean"})
 

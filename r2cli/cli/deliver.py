@@ -9,6 +9,7 @@ from torch import nn
 
 from r2cli import attach, checkpoint, console, export, verify
 from r2cli import data as datasets
+from r2cli.cli import gates
 from r2cli.errors import CheckFailed
 
 
@@ -59,8 +60,27 @@ def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
     return lines
 
 
-def require_proof(proof: verify.Proof, path: Path) -> None:
-    """Raises CheckFailed naming what the file at `path` failed."""
+def require(
+    proof: verify.Proof,
+    report: Mapping[str, Any],
+    *,
+    min_accuracy: float | None,
+    max_bytes: int | None,
+    max_drop: float | None = None,
+) -> None:
+    """Raises CheckFailed naming what the file of `report` failed of its proof, or else every gate that is not met.
+
+    A drop is from `float_top1` of the report, where that is known.
+    """
     failed = [f"{check.name} ({check.detail})" for check in proof.checks if not check.passed]
     if failed:
-        raise CheckFailed(f"{path} failed its proof: {'; '.join(failed)}")
+        raise CheckFailed(f"{report['output']} failed its proof: {'; '.join(failed)}")
+    top1, before = report["top1"], report.get("float_top1")
+    gates.require(
+        min_accuracy=min_accuracy,
+        top1=top1,
+        max_drop=max_drop,
+        drop=None if before is None else before - top1,
+        max_bytes=max_bytes,
+        size=report["bytes"],
+    )

@@ -72,6 +72,5 @@ def export(
         as_json=json,
         lines=[*deliver.told(proof, report), summary, console.next_step(f"r2 evaluate {output}")],
     )
-    deliver.require_proof(proof, output)
-    gates.require(min_accuracy=min_accuracy, top1=report["top1"], max_bytes=max_bytes, size=report["bytes"])
+    deliver.require(proof, report, min_accuracy=min_accuracy, max_bytes=max_bytes)
     return report

@@ -246,15 +246,7 @@ def palettize(
     )
     follow = console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}")
     console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof, report), summary, follow])
-    deliver.require_proof(proof, onnx)
-    gates.require(
-        min_accuracy=min_accuracy,
-        top1=report["top1"],
-        max_drop=max_drop,
-        drop=before - report["top1"],
-        max_bytes=max_bytes,
-        size=report["bytes"],
-    )
+    deliver.require(proof, report, min_accuracy=min_accuracy, max_drop=max_drop, max_bytes=max_bytes)
     return report
 
 

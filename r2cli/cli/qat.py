@@ -270,15 +270,7 @@ def qat(
     )
     follow = console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}")
     console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof, report), summary, follow])
-    deliver.require_proof(proof, onnx)
-    gates.require(
-        min_accuracy=min_accuracy,
-        top1=report["top1"],
-        max_drop=max_drop,
-        drop=None if before is None else before - report["top1"],
-        max_bytes=max_bytes,
-        size=report["bytes"],
-    )
+    deliver.require(proof, report, min_accuracy=min_accuracy, max_drop=max_drop, max_bytes=max_bytes)
     return report
 
 
