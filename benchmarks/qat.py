@@ -1,10 +1,11 @@
 """One training step with quantizers, against a float step and against Brevitas' in one run.
 
 ResNet-18 with the CIFAR stem, 32x32, batch 64, SGD with momentum, one thread, weights and activations at 2 bits. Every
-variant runs in a process of its own. Time is CPU time, the least of a few steps after a warm-up; memory is what the
-process's peak grows by in a step, over what it held before (Linux only). Variants alternate with float steps, so that
-a machine that slows down slows both. `inputs` are quantizers on what layers read, as Brevitas has them; `outputs` is
-what r2 does by itself, with 8-bit grids on what enters a sum.
+variant runs in a process of its own, a float step beside it, a few rounds over. Time is CPU time, the least of all
+steps after a warm-up. Memory is what the process's peak grows by in a step, over what it held before (Linux only): as
+the system sees it, the median of the rounds, in which the allocator's leftovers count; and exactly, from one more
+process in which every large tensor is mapped by itself. `inputs` are quantizers on what layers read, as Brevitas has
+them; `outputs` is what r2 does by itself, with 8-bit grids on what enters a sum.
 
     python benchmarks/qat.py --brevitas ENVIRONMENT --output benchmarks/qat-step.md
 
@@ -20,6 +21,7 @@ import sys
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from time import process_time
 from typing import Any
 
@@ -124,10 +126,11 @@ def environment(folder: Path) -> Path | None:
     return python
 
 
-def run(python: Path | str, *arguments: str) -> dict[str, float] | None:
-    """One variant in a process of its own; None where it fails."""
+def run(python: Path | str, *arguments: str, exact: bool = False) -> dict[str, float] | None:
+    """One variant in a process of its own; None where it fails. `exact`: tensors are mapped and unmapped one by one."""
     command = [str(python), __file__, "--one", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"MALLOC_MMAP_THRESHOLD_": "65536"} if exact else {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         print(f"{' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
@@ -135,33 +138,53 @@ def run(python: Path | str, *arguments: str) -> dict[str, float] | None:
     return found
 
 
+def measure(python: Path | str, *arguments: str, rounds: int) -> dict[str, float] | None:
+    """The least `ms` and the median `mb` of the rounds, and the `exact` memory; None where a process fails."""
+    found = [run(python, *arguments) for _ in range(rounds)]
+    exact = run(python, *arguments, exact=True)
+    if exact is None or any(each is None for each in found):
+        return None
+    there = [each for each in found if each]
+    return {"ms": min(e["ms"] for e in there), "mb": median(e["mb"] for e in there), "exact": exact["mb"]}
+
+
 def row(name: str, own: dict[str, float] | None, base: dict[str, float]) -> str:
     if own is None:
-        return f"| {name} | not run | | | |"
-    time, memory = own["ms"] / base["ms"], own["mb"] / base["mb"]
-    return f"| {name} | {own['ms']:.0f} ms | {time:.2f} | {own['mb']:.0f} MB | {memory:.2f} |"
+        return f"| {name} | not run | | | | | |"
+    time, memory, exact = (own[key] / base[key] for key in ("ms", "mb", "exact"))
+    cells = f"{own['ms']:.0f} ms | {time:.2f} | {own['mb']:.0f} MB | {memory:.2f}"
+    return f"| {name} | {cells} | {own['exact']:.0f} MB | {exact:.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--brevitas", type=Path, help="the folder of its environment")
     parser.add_argument("--methods", nargs="*", default=["lsq", "pact", "dorefa", "ewgs"])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(brevitas() if options.one[0] == "brevitas" else ours(*options.one)))
         return
-    base = run(sys.executable, "float", "-")
-    assert base is not None
-    lines = ["| | step | of float steps | memory | of float's |", "|---|---|---|---|---|", row("float", base, base)]
-    for method, place in VARIANTS:
-        if method in options.methods:
-            lines.append(row(f"{method}, {place}", run(sys.executable, method, place), base))
+    wanted = {f"{method}, {place}": (method, place) for method, place in VARIANTS if method in options.methods}
     python = environment(options.brevitas) if options.brevitas else None
-    if python is not None:
-        lines.append(row("Brevitas, inputs", run(python, "brevitas"), base))
-    lines.append(row("float again", run(sys.executable, "float", "-"), base))
+    found = dict[str, dict[str, float] | None]()
+    floats = list[dict[str, float]]()
+    for name, variant in [*wanted.items(), *([("Brevitas, inputs", ("brevitas",))] if python else [])]:
+        base = measure(sys.executable, "float", "-", rounds=1)
+        assert base is not None
+        floats.append(base)
+        found[name] = measure(
+            python if python and name not in wanted else sys.executable, *variant, rounds=options.rounds
+        )
+    base = {key: (min if key == "ms" else median)(each[key] for each in floats) for key in ("ms", "mb", "exact")}
+    lines = [
+        "| | step | of float steps | memory, as the system sees it | of float's | exact | of float's |",
+        "|---|---|---|---|---|---|---|",
+        row(f"float ({len(floats)} processes)", base, base),
+        *(row(name, own, base) for name, own in found.items()),
+    ]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.output:

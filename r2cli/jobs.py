@@ -197,7 +197,9 @@ class Record:
         if ours or not (files and all(file.exists() for file in files)):
             self.done[name] = {"key": key, "inputs": inputs, "report": None}
             self._write()
-        more = ["--resume"] if goes_on else ["--overwrite"] if ours and "output" in step.options else []
+        # One that goes on may have written its checkpoint already, and been stopped before its ONNX file.
+        replaces = ours and (any(file.exists() for file in files) if goes_on else bool(files))
+        more = ["--resume"] * goes_on + ["--overwrite"] * replaces
         return [*step.arguments(self.folder), *more, "--json"]
 
     def end(self, step: Step, made: Any) -> Any:

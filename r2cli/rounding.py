@@ -176,14 +176,6 @@ def inside(g: Tensor, x: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor
     return found
 
 
-def from_above(g: Tensor, x: Tensor, high: Bound) -> Tensor:
-    """The sum () of g where x >= high."""
-    if isinstance(high, Tensor):
-        return (g * (x >= high)).sum()
-    found: Tensor = torch.ops.aten.threshold_backward(g, x, below(high, x)).sum()
-    return found
-
-
 def below(bound: Bound, x: Tensor) -> Bound:
     """The next number of the precision of x below `bound`: what is above it is at least the bound."""
     if isinstance(bound, Tensor):

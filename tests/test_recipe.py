@@ -308,6 +308,13 @@ def test_a_training_step_that_was_stopped_goes_on_from_its_last_epoch(tmp_path: 
     assert "--resume" in commands.ran[0] and "--overwrite" not in commands.ran[0]
     assert "--resume" not in commands.ran[1]
     commands.names()
+    # Nor does a file that a run had written before it was stopped stand in its way.
+    record = json.loads((tmp_path / "results.json").read_text())
+    record["model"]["report"] = None
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    execute(two(), commands)
+    assert "--resume" in commands.ran[0] and "--overwrite" in commands.ran[0]
+    commands.names()
     # Not with other options, and not where all is to be done again.
     (tmp_path / "model").unlink()
     execute(two(lr=0.2), commands)

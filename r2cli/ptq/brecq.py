@@ -27,6 +27,8 @@ from r2cli.ptq import adaround, sweep
 
 LEAST = 2  # layers of a block
 BATCH = 64  # images at once where nothing is learned
+# Steps of a block; FEW where all of its layers have FINE bits: there more gain nothing.
+MANY, FEW, FINE = 300, 100, 4
 
 State = dict[str, Tensor]  # a layer's weight and bias
 
@@ -34,9 +36,9 @@ State = dict[str, Tensor]  # a layer's weight and bias
 @dataclass(frozen=True)
 class Settings:
     """`lr` of V; `fine_lr` of the scales' logarithms and of the biases, falling to 0; `batch` images a step; `weight`
-    of the push."""
+    of the push. `steps` None: as many as the layers of a block want."""
 
-    steps: int = 300
+    steps: int | None = None
     lr: float = 0.02
     fine_lr: float = 3e-3
     weight: float = 20.0
@@ -210,8 +212,9 @@ def _learn(
     adam = torch.optim.Adam([{"params": rounding, "lr": settings.lr}, {"params": fine, "lr": settings.fine_lr}])
     weight = settings.weight / sum(v.numel() for v in rounding)
     draw = torch.Generator().manual_seed(settings.seed)
-    warm = int(adaround.WARM_UP * settings.steps)
-    for number in range(1, settings.steps + 1):
+    steps = settings.steps or (FEW if min(part.grid.bits for part in each) >= FINE else MANY)
+    warm = int(adaround.WARM_UP * steps)
+    for number in range(1, steps + 1):
         index = torch.randint(len(inputs), (min(settings.batch, len(inputs)),), generator=draw).to(inputs.device)
         with torch.enable_grad():
             outputs = forward(inputs[index], {**states, **{name: part.soft() for name, part in parts.items()}})
@@ -219,7 +222,7 @@ def _learn(
         adam.zero_grad()
         torch.autograd.backward(loss)
         if number > warm:
-            beta, whole = adaround.beta_at((number - warm) / (settings.steps - warm)), True
+            beta, whole = adaround.beta_at((number - warm) / (steps - warm)), True
             for v in rounding:
                 sigmoid, raw = adaround.stretched(v)
                 assert v.grad is not None
@@ -227,7 +230,7 @@ def _learn(
                 whole = whole and number % 50 == 0 and bool(((raw <= 0) | (raw >= 1)).all())
             if whole:
                 break
-        adam.param_groups[1]["lr"] = settings.fine_lr * (1 - number / settings.steps)
+        adam.param_groups[1]["lr"] = settings.fine_lr * (1 - number / steps)
         adam.step()
 
 

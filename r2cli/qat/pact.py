@@ -20,9 +20,9 @@ FLOOR = 1e-3  # of a
 
 
 def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
-    """The sum of g * dy/da where nothing is negative."""
+    """a times the sum of g * dy/da: y outside is a bound, which is a constant times a."""
     rounding.inside(g, x, rounding.below(low, x), high, out)
-    return rounding.from_above(g, x, high)
+    return torch.dot(g, y) - torch.dot(out, y)
 
 
 class Activation(learners.Activation):
@@ -42,15 +42,4 @@ class Activation(learners.Activation):
         return found
 
     def rule(self, x: Tensor) -> Rule:
-        one = self.parameter.detach().new_ones(())
-        if not self.zero:
-            return Rule(slope, one)
-        share = self.zero / (2**self.bits - 1)
-
-        def two_sided(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
-            above = slope(g, x, y, low, high, out)
-            under = g.sum() - out.sum() - above
-            found: Tensor = (1 - share) * above - share * under
-            return found
-
-        return Rule(two_sided, one)
+        return Rule(slope, 1 / learners.positive(self.parameter, FLOOR))
