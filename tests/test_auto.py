@@ -66,18 +66,22 @@ def test_one_grid_and_one_range_where_they_are_asked_for(trained: Path, quick: N
     made = checkpoint.load(trained)
     *_, own, trials = auto.choose(made, _settings(2), _shown(made), CPU, grids=["tensor"], rules=["minmax"])
     assert {(trial.granularity, trial.weight_range) for trial in trials} == {("tensor", "minmax")}
-    assert len(trials) == 4 and own.granularity == "tensor"
+    assert [trial.method for trial in trials] == ["none"] * 3 + ["brecq"] * 2 and own.granularity == "tensor"
 
 
-def test_equalization_is_learned_on_where_it_helped() -> None:
+def test_rounding_is_learned_on_the_network_as_it_is_and_equalized() -> None:
     def trial(parts: tuple[str, ...], sqnr: float) -> auto.Trial:
         return auto.Trial("none", "tensor", "minmax", parts, sqnr, 0.1)
 
-    helped = [trial((), 3.0), trial(("correct",), 4.0), trial(ptq.DFQ, 9.0)]
-    hurt = [trial((), 3.0), trial(("correct",), 9.0), trial(ptq.DFQ, 4.0)]
-    for trials, parts in ((helped, ("equalize",)), (hurt, ())):
-        (own,) = auto._learned(_settings(4), ["tensor"], ["minmax"], trials)
-        assert own.method == "brecq" and own.parts == parts
+    plain = [trial((), 3.0), trial(("correct",), 9.0)]
+    both = auto._learned(_settings(4), ["tensor"], [], [*plain, trial(ptq.DFQ, 4.0)])
+    assert [(own.method, own.parts, own.weight_range) for own in both] == [
+        ("brecq", (), "minmax"),
+        ("brecq", ("equalize",), "minmax"),
+    ]
+    # Where nothing is equalized the whole of DFQ is its correction.
+    (own,) = auto._learned(_settings(2), ["tensor"], [], [*plain, trial(ptq.DFQ, 9.0)])
+    assert own.parts == () and own.weight_range == "mse"
 
 
 def test_the_command_says_what_it_chose_and_how_to_have_it_again(

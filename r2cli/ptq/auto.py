@@ -1,9 +1,10 @@
 """`--method auto`: what the other methods give, tried on calibration images and judged by the network's outputs.
 
 First what costs a pass over some images: every grid, with min-max and least-squares ranges, rounded to the nearest
-level, without and with DFQ's bias correction, and with all of DFQ. Equalization is kept where it is measured to help,
-which is not everywhere. Where the best of them still changes the outputs audibly (under `ENOUGH` dB), BRECQ learns the
-rounding on each grid, equalized where that was better. What leaves the outputs nearest to the float network's is kept.
+level, without and with DFQ's bias correction, and with all of DFQ. Where the best of them still changes the outputs
+audibly (under `ENOUGH` dB), BRECQ learns the rounding on each grid, of the network as it is and equalized. What leaves
+the outputs nearest to the float network's is kept: equalization only where it is measured to help, which is not
+everywhere.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from r2cli import attach
 from r2cli.checkpoint import Checkpoint
 from r2cli.codec import sqnr
-from r2cli.ptq import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, Row, Settings, quantize, sweep
+from r2cli.ptq import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, Row, Settings, quantize, ranges, sweep
 
 ENOUGH = 30.0  # dB of the outputs
 FEW = 4  # bits
@@ -75,8 +76,8 @@ def choose(
         told(trials[-1])
 
     # With many levels the range of least squares is that of all weights.
-    rules = rules or (RANGES if settings.weight_bits <= FEW else RANGES[:1])
-    for own in _plain(settings, grids, rules):
+    usual = RANGES if settings.weight_bits <= FEW else RANGES[:1]
+    for own in _plain(settings, grids, rules or usual):
         attempt(own, few)
     if max(trial.sqnr for trial in trials) < ENOUGH:
         for own in _learned(settings, grids, rules, trials):
@@ -96,14 +97,19 @@ def _plain(settings: Settings, grids: Sequence[str], rules: Sequence[str]) -> It
 
 
 def _learned(settings: Settings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]) -> list[Settings]:
-    """BRECQ on every grid, equalized where the best without it was."""
+    """BRECQ on every grid, as the network is and equalized: what helps rounding to the nearest may hurt what learns."""
     found = []
     for granularity in grids:
-        for rule in rules:
-            own = [trial for trial in trials if (trial.granularity, trial.weight_range) == (granularity, rule)]
-            parts = (EQUALIZE,) if EQUALIZE in max(own, key=lambda trial: trial.sqnr).parts else ()
-            found.append(replace(settings, method="brecq", granularity=granularity, weight_range=rule, parts=parts))
+        for rule in rules or [ranges.usual("brecq", settings.weight_bits)]:
+            own = replace(settings, method="brecq", granularity=granularity, weight_range=rule, parts=())
+            found += [own, replace(own, parts=(EQUALIZE,))] if _equalizes(granularity, trials) else [own]
     return found
+
+
+def _equalizes(granularity: str, trials: Sequence[Trial]) -> bool:
+    """Whether there is something to equalize: the whole of DFQ gave other outputs than its correction alone."""
+    own = [trial for trial in trials if trial.granularity == granularity]
+    return len({trial.sqnr for trial in own if CORRECT in trial.parts}) > len({trial.weight_range for trial in own})
 
 
 @torch.inference_mode()
