@@ -98,10 +98,10 @@ def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
 def left_in_float(net: fx.GraphModule, shape: tuple[int, ...]) -> list[Left]:
     """What a network with grids on its values computes in float all the same, in the order in which it runs."""
     _propagate(net, shape)
-    found = []
+    found, constants = [], _constants(net)
     for node in net.graph.nodes:
         computes = node.op.startswith("call") and _is_float(node) and not is_a(net, node, PASSING)
-        if not computes or isinstance(module_of(net, node), LAYERS) or is_grid(node) or _varies_with_nothing(node):
+        if not computes or isinstance(module_of(net, node), LAYERS) or is_grid(node) or node in constants:
             continue
         user = only_user(node)
         behind = user if user is not None and is_a(net, user, ACTIVATIONS) else node
@@ -132,11 +132,13 @@ def _on_grid(net: fx.GraphModule, node: fx.Node) -> bool:
     return is_grid(_origin(net, node))
 
 
-def _varies_with_nothing(node: fx.Node) -> bool:
-    """Whether the value is computed from parameters alone: it is a constant of the file."""
-    return all(each.op == "get_attr" or _varies_with_nothing(each) for each in node.all_input_nodes) and (
-        node.op != "placeholder"
-    )
+def _constants(net: fx.GraphModule) -> set[fx.Node]:
+    """What is computed from parameters alone, and parameters: constants of the file."""
+    found: set[fx.Node] = set()
+    for node in net.graph.nodes:
+        if node.op != "placeholder" and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _of_layer(net: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:

@@ -128,6 +128,25 @@ def test_every_weight_is_coded_and_what_stays_float_is_said(factory: Callable[[]
     assert float(10 * torch.log10(noise)) < -20  # 8 bits a value, through a few layers
 
 
+class Long(nn.Module):
+    """More operations in a row than Python calls, and more ways through them than can be counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        for _ in range(600):
+            x = x + x.tanh()
+        return x
+
+
+def test_what_a_long_network_leaves_in_float_is_found() -> None:
+    left = placement.left_in_float(graph.trace(Long()), (4,))
+    assert len(left) == 1200 and {each.kind for each in left} == {"sum", "tanh"}
+
+
 @pytest.mark.parametrize("factory", [vit, swin], ids=lambda factory: factory.__name__)
 @torch.no_grad()
 def test_attention_as_layers_is_the_same_function(factory: Callable[[], nn.Module]) -> None:
