@@ -99,6 +99,15 @@ def test_vectors_in_chunks_have_the_naive_gradient(
     assert float((dw - exact).norm() / exact.norm()) < 1e-11
 
 
+def test_attention_is_none_before_it_is_too_small_for_a_normal_number() -> None:
+    centroids = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    away = torch.tensor([50.0, 58.0, 65.0, 90.0, 200.0])  # logits between the two, tau 1
+    v = torch.stack([(1 - away) / 2, torch.zeros(5)])
+    a = dkm._attend(v, centroids, 1.0)
+    assert a[0].equal(torch.ones(5)) and a[1, 2:].equal(torch.zeros(3))
+    torch.testing.assert_close(a[1, :2], (-away[:2]).exp(), rtol=1e-4, atol=0)
+
+
 def test_a_centroid_that_nothing_is_near_stays_and_is_finite() -> None:
     w = torch.randn(6000, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found, after = dkm.scalar(w, torch.tensor([-1.0, 1.0, 500.0]), 0.1, 3)
