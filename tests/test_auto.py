@@ -76,12 +76,12 @@ def test_rounding_is_learned_on_the_network_as_it_is_and_equalized() -> None:
     plain = [trial((), 3.0), trial(("correct",), 9.0)]
     both = auto._learned(_settings(4), ["tensor"], [], [*plain, trial(ptq.DFQ, 4.0)])
     assert [(own.method, own.parts, own.weight_range) for own in both] == [
-        ("brecq", (), "minmax"),
-        ("brecq", ("equalize",), "minmax"),
+        ("brecq", (), "mse"),
+        ("brecq", ("equalize",), "mse"),
     ]
     # Where nothing is equalized the whole of DFQ is its correction.
-    (own,) = auto._learned(_settings(2), ["tensor"], [], [*plain, trial(ptq.DFQ, 9.0)])
-    assert own.parts == () and own.weight_range == "mse"
+    (own,) = auto._learned(_settings(5), ["tensor"], [], [*plain, trial(ptq.DFQ, 9.0)])
+    assert own.parts == () and own.weight_range == "minmax"
 
 
 def test_the_command_says_what_it_chose_and_how_to_have_it_again(

@@ -62,13 +62,13 @@ def test_a_budget_that_is_too_small_says_what_is_needed() -> None:
 
 
 def test_hutchinsons_mean_is_the_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mean of diag d2 loss / dw2, against torch's own Hessian of the mean cross-entropy."""
+    """Mean of diag d2 loss / dw2, times |w|^2, against torch's own Hessian of the mean cross-entropy."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
     x, y = torch.randn(12, 4), torch.randint(3, (12,))
     weights = {name: module.weight for name, module in model.named_children() if isinstance(module, nn.Linear)}
     monkeypatch.setattr(mixed, "DRAWS", 2000)
-    found = mixed.mean_curvature(fx.symbolic_trace(model), weights, [(x, y)], seed=0)
+    found = mixed.curvature(fx.symbolic_trace(model), weights, [(x, y)], seed=0)
     for name, weight in weights.items():
 
         def loss(w: Tensor, name: str = name) -> Tensor:
@@ -76,7 +76,20 @@ def test_hutchinsons_mean_is_the_hessians(monkeypatch: pytest.MonkeyPatch) -> No
             return nn.functional.cross_entropy(out, y)
 
         hessian = torch.autograd.functional.hessian(loss, weight.detach()).reshape(weight.numel(), -1)
-        assert found[name] == pytest.approx(float(hessian.diagonal().mean()), rel=0.1)
+        expected = hessian.diagonal().mean() * weight.detach().square().sum()
+        assert found[name] == pytest.approx(float(expected), rel=0.1)
+
+
+def test_a_width_that_is_mostly_noise_waits_until_nothing_else_fits() -> None:
+    """A bit that is sign alone can be nearer to the weights than two that outliers stretch; it is no perturbation."""
+    layer = {8: (80, 1e-5), 3: (30, 0.1), 2: (20, 0.45), 1: (10, 0.36)}
+    tried = {"a": layer, "b": layer, "rough": {1: (10, 0.9)}}
+    for budget, expected in ((70, {8, 3}), (55, {8, 3, 2, 1}), (30, {8, 3, 2, 1})):
+        found = mixed.fine(tried, budget)
+        assert set(found["a"]) == set(found["b"]) == expected and set(found["rough"]) == {1}
+    assert mixed.allot(tried, dict.fromkeys(tried, 1.0), 70) == {"a": 3, "b": 3, "rough": 1}
+    with pytest.raises(InputError, match="29 bytes is out of reach.*30 bytes at least"):
+        mixed.allot(tried, dict.fromkeys(tried, 1.0), 29)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def ptq(
         str | None,
         _option(
             "--weight-range",
-            help="Of weights: minmax, percentile[:99.99] or mse. (default: minmax; mse for brecq at 3 bits and below)",
+            help="Of weights: minmax, percentile[:99.99] or mse. (default: minmax; mse for brecq at 4 bits and below)",
         ),
     ] = None,
     symmetric: Annotated[

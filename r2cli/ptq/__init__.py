@@ -185,20 +185,18 @@ def choose_bits(
             own[bits] = size, mixed.noise(coded.decode(), folded)
         weight.copy_(folded)
         weights[layer.name], tried[layer.name] = weight, own
+    factor = dict.fromkeys(weights, 1.0)
     if target.sensitivity == "hessian":
         net.to(device)
-        factor = mixed.mean_curvature(net, weights, batches, seed)
-    else:
-        factor = {name: 1 / max(float(w.double().square().sum()), 1e-30) for name, w in weights.items()}
-    costs = {
-        name: {bits: (size, factor[name] * lost) for bits, (size, lost) in own.items()} for name, own in tried.items()
-    }
+        factor = mixed.curvature(net, weights, batches, seed)
     count = sum(w.numel() for w in weights.values())
-    budget = target.size or int((target.bits or 0) * count / 8)
-    chosen = mixed.choose({name: mixed.front(own) for name, own in costs.items()}, budget)
+    chosen = mixed.allot(tried, factor, target.size or int((target.bits or 0) * count / 8))
     common = max(mixed.WIDTHS, key=lambda width: sum(own == width for own in chosen.values()))
     keep = {name: own for name, own in chosen.items() if own != common}
-    rows = [Chosen(name, own, {b: cost for b, (_, cost) in costs[name].items()}) for name, own in chosen.items()]
+    rows = [
+        Chosen(name, own, {bits: factor[name] * noise for bits, (_, noise) in tried[name].items()})
+        for name, own in chosen.items()
+    ]
     return replace(settings, weight_bits=common, keep=keep), rows
 
 

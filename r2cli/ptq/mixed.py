@@ -9,7 +9,9 @@ labels, `sqnr`: |Q_b(w) - w|^2 / |w|^2, the noise that a layer's output gets fro
 
 Ours: Q_b is the grid that the layer will really have, and sizes are packed ones, so that only widths that take less
 room are tried. Every layer starts at the widest of its Pareto front (the lower hull of sensitivity over bytes); the
-step down that costs least for a byte is taken until the budget is met, and what is then left is spent again.
+step down that costs least for a byte is taken until the budget is met, and what is then left is spent again. A width
+whose noise is a large share of the weights themselves is no small perturbation, which is all that the Hessian tells of:
+it is left out where the budget can be met without.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,16 +27,19 @@ WIDTHS = (8, 4, 3, 2, 1)  # 7 to 5 bits take a byte, as 8 do
 SENSITIVITIES = ("hessian", "sqnr")
 IMAGES = 256  # that the trace is averaged over, at most
 DRAWS = 2  # of signs, for each batch
+LIMITS = (0.2, 0.5)  # of the noise, as a share of |w|^2: the first with which the budget can be met
 
+Widths = Mapping[int, tuple[int, float]]  # bits: (bytes, noise or sensitivity)
 Front = list[tuple[int, int, float]]  # (bits, bytes, sensitivity) from the widest to the narrowest
 
 
-def mean_curvature(
+def curvature(
     net: fx.GraphModule, weights: Mapping[str, nn.Parameter], batches: Iterable[Batch], seed: int
 ) -> dict[str, float]:
-    """Mean of the diagonal of the loss's Hessian by each of `weights`, by name; `net` is on the images' device.
+    """Mean of the diagonal of the loss's Hessian by each of `weights`, times |w|^2, by name.
 
-    An estimate below zero becomes the least of the others. Raises InputError where there is no image.
+    `net` is on the images' device. An estimate below zero becomes the least of the others. Raises InputError where
+    there is no image.
     """
     draw = torch.Generator().manual_seed(seed)
     found, seen = dict.fromkeys(weights, 0.0), 0
@@ -55,15 +60,28 @@ def mean_curvature(
         raise InputError("--sensitivity hessian needs labelled images, and there are none: give --sensitivity sqnr")
     means = {name: value / (seen * DRAWS) for name, value in found.items()}
     least = min((value for value in means.values() if value > 0), default=1.0)
-    return {name: max(value, least) for name, value in means.items()}
+    return {name: max(value, least) * _power(weights[name]) for name, value in means.items()}
 
 
 def noise(rounded: Tensor, weight: Tensor) -> float:
-    """|Q(w) - w|^2."""
-    return float((rounded - weight).double().square().sum())
+    """|Q(w) - w|^2 / |w|^2."""
+    return _power(rounded - weight) / max(_power(weight), 1e-30)
 
 
-def front(widths: Mapping[int, tuple[int, float]]) -> Front:
+def _power(w: Tensor) -> float:
+    return float(w.detach().double().square().sum())
+
+
+def allot(tried: Mapping[str, Widths], factor: Mapping[str, float], budget: int) -> dict[str, int]:
+    """Bits for every layer, for the least sum of `factor` times noise in `budget` bytes. Raises as `choose` does."""
+    costs = {
+        name: {bits: (size, factor[name] * noise) for bits, (size, noise) in own.items()}
+        for name, own in fine(tried, budget).items()
+    }
+    return choose({name: front(own) for name, own in costs.items()}, budget)
+
+
+def front(widths: Widths) -> Front:
     """The lower hull of `widths`, bits to (bytes, sensitivity): each step down costs more for a byte than the last."""
     hull: Front = []
     for bits, (size, cost) in sorted(widths.items(), key=lambda item: (item[1][0], item[1][1])):
@@ -73,6 +91,21 @@ def front(widths: Mapping[int, tuple[int, float]]) -> Front:
             hull.pop()
         hull.append((bits, size, cost))
     return hull[::-1]
+
+
+def fine(tried: Mapping[str, Widths], budget: int) -> dict[str, Widths]:
+    """For every layer the widths whose noise is within the first limit that fits `budget`.
+
+    A layer that no width is fine enough for has its finest.
+    """
+    for limit in LIMITS:
+        found: dict[str, Widths] = {}
+        for name, own in tried.items():
+            finest = min(own, key=lambda bits: own[bits][1])
+            found[name] = {bits: one for bits, one in own.items() if one[1] <= limit or bits == finest}
+        if sum(min(size for size, _ in own.values()) for own in found.values()) <= budget:
+            return found
+    return dict(tried)
 
 
 def choose(fronts: Mapping[str, Front], budget: int) -> dict[str, int]:

@@ -64,7 +64,7 @@ def weight_range(rule: str) -> Callable[[Tensor, int, bool], Range]:
 
 def usual(method: str, bits: int) -> str:
     """The rule for weights of so many bits: what is learned from few levels starts best where they lie best."""
-    return "mse" if method == "brecq" and bits <= 3 else "minmax"
+    return "mse" if method == "brecq" and bits <= 4 else "minmax"
 
 
 def weight_grid(w: Tensor, bits: int, *, per_channel: bool, rule: str = "minmax", symmetric: bool = True) -> Grid:
