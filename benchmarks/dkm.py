@@ -1,26 +1,35 @@
-"""One DKM training step: the paper's loop through autograd, ours, and no palette at all.
+"""One DKM training step: the paper's loop through autograd, coremltools', ours, and no palette at all.
 
 Every variant runs in a process of its own, on one thread. Time is CPU time, the least of a few steps after a warm-up;
 memory is what the process's peak grows by in a step, over what it held before, in copies of the weight (Linux only).
 Layer: the op alone, forward and backward, on a 512x512x3x3 weight with warm centroids. Network: a whole step of
-ResNet-18 with the CIFAR stem, 32x32, batch 64, SGD with momentum. All palettes take three k-means iterations.
+ResNet-18 with the CIFAR stem, 32x32, batch 64, SGD with momentum. All palettes take three k-means iterations at the
+same temperature; coremltools' stopping rule, which would end them early, is off.
 
-    python benchmarks/dkm.py --output benchmarks/dkm.md              # some three minutes
+    python benchmarks/dkm.py --coremltools ENVIRONMENT --output benchmarks/dkm.md    # some ten minutes
+
+ENVIRONMENT is a folder; a virtual environment with coremltools and this project is made there where there is none.
+Without the option its column stays empty.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import process_time
 from typing import Any
 
+from environment import python_of
 from memory import forget, mark
 
+PEER = ("coremltools==9.0", "torch", "torchvision", str(Path(__file__).parents[1]))
 FORMS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
-NETWORK_STEPS = (("ours", 2, 1), ("ours", 4, 1), ("naive", 2, 1))
+NETWORK_STEPS = (
+    *(("ours", bits, dim) for bits, dim in ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))),
+    *(("naive", 2, 1), ("coremltools", 2, 1)),
+)
 SHAPE = (512, 512, 3, 3)
 BATCH, SIZE, STEPS, ITERATIONS, SHARE = 64, 32, 2, 3, 0.15
 
@@ -58,6 +67,8 @@ def learner_of(kind: str, w: Any, bits: int, dim: int) -> Any:
     ours.before_epoch(w.detach(), SHARE)
     if kind == "ours":
         return ours
+    if kind == "coremltools":
+        return coremltools(w.detach(), bits, dim, float(ours.spread) * SHARE)
     state, tau = [ours.centroids[0].clone()], float(ours.spread) * SHARE
 
     def step(weight: Any) -> Any:
@@ -66,6 +77,29 @@ def learner_of(kind: str, w: Any, bits: int, dim: int) -> Any:
         return from_vectors(soft, tuple(weight.shape))
 
     return step
+
+
+def coremltools(w: Any, bits: int, dim: int, tau: float) -> Any:
+    """coremltools' function from a weight to its soft form. It runs in an environment of its own."""
+    import logging
+
+    from torch import nn
+
+    logging.disable(logging.WARNING)
+    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig  # type: ignore
+
+    one = (
+        nn.Conv2d(w.shape[1], w.shape[0], w.shape[2:], bias=False)
+        if w.ndim > 2
+        else nn.Linear(w.shape[1], w.shape[0], bias=False)
+    )
+    one.weight.data.copy_(w)
+    own = {"n_bits": bits, "cluster_dim": dim, "weight_threshold": 0, "palett_tau": tau}
+    own |= {"kmeans_max_iter": ITERATIONS, "palett_epsilon": 0.0, "kmeans_n_init": 1}
+    steps = DKMPalettizer(nn.Sequential(one), DKMPalettizerConfig.from_dict({"global_config": own}))
+    made = steps.prepare()
+    steps.step()
+    return made[0].weight_fake_quant.train()
 
 
 def layer(kind: str, bits: int, dim: int) -> dict[str, float]:
@@ -97,7 +131,7 @@ def network(kind: str, bits: int, dim: int) -> dict[str, float]:
     softs = {}
     for name in names if kind != "float" else []:
         made = learner_of(kind, model.get_submodule(name).weight, bits, dim)
-        softs[name] = made if kind == "ours" else _Module(made)
+        softs[name] = _Module(made) if kind == "naive" else made
     learners.put_on(model, softs)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
@@ -122,9 +156,9 @@ def _Module(step: Any) -> Any:
     return Step()
 
 
-def run(*arguments: object) -> dict[str, float] | None:
+def run(python: Path | str, *arguments: object) -> dict[str, float] | None:
     """One variant in a process of its own; None where it fails."""
-    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    command = [str(python), __file__, "--one", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"left out {arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
@@ -141,39 +175,52 @@ def table(columns: list[str], content: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *content])
 
 
-def report(networks: bool) -> str:
+def layers(pythons: Mapping[str, Path | str]) -> str:
+    rows = []
+    for bits, dim in FORMS:
+        found = {kind: run(python, "layer", kind, bits, dim) for kind, python in pythons.items()}
+        base, own = found["naive"], found["ours"]
+        assert base and own
+        cells = [f"{one['ms']:.0f} ms, {one['copies']:.1f}x" if one else "-" for one in found.values()]
+        ratios = own["ms"] / base["ms"], own["copies"] / base["copies"]
+        rows.append([told(bits, dim), *cells, *(f"{ratio:.3f}" for ratio in ratios)])
+    return table(["palette", *pythons, "ours / naive, time", "memory"], rows)
+
+
+def networks(pythons: Mapping[str, Path | str]) -> str:
+    base = run(sys.executable, "network", "float", 0, 1)
+    assert base
+    rows = [["float", f"{base['ms']:.0f} ms", "", f"{base['copies']:.1f}x", ""]]
+    for kind, bits, dim in NETWORK_STEPS:
+        one = run(pythons[kind], "network", kind, bits, dim) if kind in pythons else None
+        if one:
+            numbers = [f"{one['ms']:.0f} ms", f"{one['ms'] / base['ms']:.2f}", f"{one['copies']:.1f}x"]
+            rows.append([f"{kind}, {told(bits, dim)}", *numbers, f"{one['copies'] - base['copies']:+.1f}"])
+    again = run(sys.executable, "network", "float", 0, 1)
+    assert again
+    rows.append(
+        ["float again", f"{again['ms']:.0f} ms", f"{again['ms'] / base['ms']:.2f}", f"{again['copies']:.1f}x", ""]
+    )
+    return table(["", "step", "of float steps", "memory", "over float's"], rows)
+
+
+def report(pythons: Mapping[str, Path | str], *, whole: bool) -> str:
     """The tables, as Markdown."""
     import torch
 
     from r2cli import __version__
 
-    rows = []
-    for bits, dim in FORMS:
-        found = {kind: run("layer", kind, bits, dim) for kind in ("naive", "ours")}
-        base, own = found["naive"], found["ours"]
-        assert base and own
-        cells = [f"{one['ms']:.0f} ms, {one['copies']:.0f}x" if one else "-" for one in found.values()]
-        ratios = own["ms"] / base["ms"], own["copies"] / base["copies"]
-        rows.append([told(bits, dim), *cells, *(f"{ratio:.3f}" for ratio in ratios)])
     head = f"1 thread, CPU time, least of {STEPS} steps; r2cli {__version__}, torch {torch.__version__}."
     parts = [
         "# A DKM training step",
         f"The op on a {'x'.join(map(str, SHAPE))} weight, forward and backward; memory in copies of the weight. {head}",
-        table(["palette", "naive", "ours", "ours / naive, time", "memory"], rows),
+        layers(pythons),
     ]
-    if networks:
-        base = run("network", "float", 0, 1)
-        assert base
-        rows = [["float", f"{base['ms']:.0f} ms", "", f"{base['copies']:.1f}x"]]
-        for kind, bits, dim in NETWORK_STEPS:
-            one = run("network", kind, bits, dim)
-            if one:
-                ratio = f"{one['ms'] / base['ms']:.2f}"
-                rows.append([f"{kind}, {told(bits, dim)}", f"{one['ms']:.0f} ms", ratio, f"{one['copies']:.1f}x"])
+    if whole:
         parts += [
             f"A whole step of ResNet-18, CIFAR stem, batch {BATCH}, {SIZE}x{SIZE}; memory in copies of its largest "
             "weight.",
-            table(["", "step", "of float steps", "memory"], rows),
+            networks(pythons),
         ]
     return "\n\n".join(parts)
 
@@ -181,6 +228,7 @@ def report(networks: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="One DKM training step, ours and others'.")
     parser.add_argument("--output", type=Path, help="also write the tables to this file")
+    parser.add_argument("--coremltools", type=Path, metavar="ENVIRONMENT", help="the folder of its environment")
     parser.add_argument("--no-network", action="store_true", help="the layer only")
     parser.add_argument("--one", nargs=4, metavar=("WHAT", "KIND", "BITS", "DIM"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -191,7 +239,11 @@ def main() -> None:
         what, kind, bits, dim = arguments.one
         print(json.dumps((layer if what == "layer" else network)(kind, int(bits), int(dim))))
         return
-    text = report(not arguments.no_network)
+    pythons: dict[str, Path | str] = {"naive": sys.executable, "ours": sys.executable}
+    peer = python_of(arguments.coremltools, PEER) if arguments.coremltools else None
+    if peer:
+        pythons["coremltools"] = peer
+    text = report(pythons, whole=not arguments.no_network)
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")

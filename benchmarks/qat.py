@@ -18,13 +18,13 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import process_time
 from typing import Any
 
+from environment import python_of
 from memory import forget, mark
 
 VARIANTS = tuple((method, place) for method in ("lsq", "pact", "dorefa", "ewgs") for place in ("inputs", "outputs"))
@@ -113,19 +113,6 @@ def brevitas() -> dict[str, float]:
     return measured(model.to(memory_format=torch.channels_last))
 
 
-def environment(folder: Path) -> Path | None:
-    """The Python of an environment with Brevitas; None, and why on standard error, where it cannot be made."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "-q", *BREVITAS]
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode:
-            print(f"Brevitas cannot be installed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            return None
-    return python
-
-
 def run(python: Path | str, *arguments: str, exact: bool = False) -> dict[str, float] | None:
     """One variant in a process of its own; None where it fails. `exact`: tensors are mapped and unmapped one by one."""
     command = [str(python), __file__, "--one", *arguments]
@@ -168,7 +155,7 @@ def main() -> None:
         print(json.dumps(brevitas() if options.one[0] == "brevitas" else ours(*options.one)))
         return
     wanted = {f"{method}, {place}": (method, place) for method, place in VARIANTS if method in options.methods}
-    python = environment(options.brevitas) if options.brevitas else None
+    python = python_of(options.brevitas, BREVITAS) if options.brevitas else None
     found = dict[str, dict[str, float] | None]()
     floats = list[dict[str, float]]()
     for name, variant in [*wanted.items(), *([("Brevitas, inputs", ("brevitas",))] if python else [])]:
