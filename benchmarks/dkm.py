@@ -131,7 +131,7 @@ def network(kind: str, bits: int, dim: int) -> dict[str, float]:
     softs = {}
     for name in names if kind != "float" else []:
         made = learner_of(kind, model.get_submodule(name).weight, bits, dim)
-        softs[name] = _Module(made) if kind == "naive" else made
+        softs[name] = made if kind == "ours" else _Module(made)
     learners.put_on(model, softs)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
@@ -150,6 +150,8 @@ def _Module(step: Any) -> Any:
     from torch import nn
 
     class Step(nn.Module):
+        trains_weight = True
+
         def forward(self, w: Any) -> Any:
             return step(w)
 

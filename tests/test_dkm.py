@@ -79,13 +79,11 @@ def test_a_large_layers_scalars_are_the_naive_ones_to_the_interpolation(k: int, 
     assert after.tolist() == pytest.approx(centroids[:, 0].tolist(), abs=1e-6)
 
 
-@pytest.mark.parametrize("kept", [0, 4])
 @pytest.mark.parametrize(("k", "dim", "tau"), [(4, 2, 2e-5), (16, 4, 4e-5), (2, 8, 1e-3)])
 def test_vectors_in_chunks_have_the_naive_gradient(
-    k: int, dim: int, tau: float, kept: int, monkeypatch: pytest.MonkeyPatch
+    k: int, dim: int, tau: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dkm, "CELLS", 100 * k)
-    monkeypatch.setattr(dkm, "KEPT", kept)
     generator = torch.Generator().manual_seed(0)
     w = (0.02 * torch.randn(90 * dim, 5, generator=generator, dtype=torch.float64)).requires_grad_()
     start = 0.02 * torch.randn(k, dim, generator=generator, dtype=torch.float64)

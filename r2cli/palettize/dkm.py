@@ -8,8 +8,8 @@ The gradient is that of the unrolled iterations. Neither form holds the n x k at
 Scalars. Everything is a function of one number: the output F(w), its slope, and what flows back through the
 centroids. They are worked out in float64 on nodes and read off by linear interpolation; weights are put onto nodes by
 splitting each between its two neighbours. A small layer's nodes are its weights, and nothing is interpolated.
-Vectors. The attention is computed chunk by chunk, and but for that of the last iteration again in every pass. |w|^2
-cancels in the softmax and is left out.
+Vectors. The attention is computed chunk by chunk, and again in every pass. |w|^2 cancels in the softmax and is left
+out.
 
 Where we differ: squared distances (the authors' code uses them too), a fixed number of iterations, and the temperature
 is a share of the layer's mean squared distance to its nearest centroid, because tau is in units of the weights squared:
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 CHUNK = 1 << 16  # scalars of a chunk
 CELLS = 1 << 16  # values of the attention of a chunk of vectors
-KEPT = 4  # times the weights is as large as an attention may be that is kept for the gradient
 EXACT = 1 << 12  # up to so many scalars are their own nodes
 LEAST_NODES, MOST_NODES = 1 << 10, 1 << 16
 FINENESS = 0.25  # of a node's width in that of the step between two clusters' attention
@@ -231,48 +230,41 @@ def _back(columns: Tensor, piece: Tensor) -> Tensor:
 class _Vector(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, blocks: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
-        rows, dim = centroids.shape
+        rows = len(centroids)
         found, totals = [centroids.double()], []
-        kept: list[Tensor] = []  # the last attention: it serves the output and twice the gradient
-        for t in range(iterations):
+        for _ in range(iterations):
             total, sums = torch.zeros_like(found[0][:, :1]), torch.zeros_like(found[0])
             for piece in _pieces(blocks, rows):
                 v = _columns(piece)
                 a = _attend(v, found[-1], tau)
                 total += a.sum(1, keepdim=True)
                 sums += a @ v.T
-                if t == iterations - 1 and rows <= KEPT * dim:
-                    kept.append(a)
             totals.append(total)
             found.append(torch.where(total > EMPTY, sums / total.clamp_min(EMPTY), found[-1]))
         out, last = torch.empty_like(blocks), found[-1].to(blocks.dtype).T
-        for i, (piece, own) in enumerate(zip(_pieces(blocks, rows), _pieces(out, rows), strict=True)):
-            a = kept[i] if kept else _attend(_columns(piece), found[-2], tau)
-            own.copy_(_back(last @ a, own))
-        ctx.save_for_backward(blocks, torch.stack(found), torch.stack(totals), *kept)
+        for piece, own in zip(_pieces(blocks, rows), _pieces(out, rows), strict=True):
+            own.copy_(_back(last @ _attend(_columns(piece), found[-2], tau), own))
+        ctx.save_for_backward(blocks, torch.stack(found), torch.stack(totals))
         ctx.tau = tau
         return out, found[-1].to(blocks.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, g_last: Tensor) -> tuple[Tensor, None, None, None]:
-        blocks, found, totals, *kept = ctx.saved_tensors
+        blocks, found, totals = ctx.saved_tensors
         gw, rows, tau = torch.zeros_like(blocks), found.shape[1], ctx.tau
         last, gc = found[-1].to(blocks.dtype), g_last.double()
         for t in range(len(found) - 2, -1, -1):
             is_last, alive = t == len(found) - 2, totals[t] > EMPTY
             if is_last:  # the centroids' own gradient comes first: what flows on needs its sum
-                for i, (piece, own) in enumerate(zip(_pieces(blocks, rows), _pieces(g, rows), strict=True)):
-                    a = kept[i] if kept else _attend(_columns(piece), found[t], tau)
-                    gc = gc + a @ _columns(own).T
+                for piece, own in zip(_pieces(blocks, rows), _pieces(g, rows), strict=True):
+                    gc = gc + _attend(_columns(piece), found[t], tau) @ _columns(own).T
             g_sum = torch.where(alive, gc / totals[t].clamp_min(EMPTY), 0.0)
             g_total = -(g_sum * found[t + 1]).sum(1, keepdim=True).to(blocks.dtype)
             own_sum, c = g_sum.to(blocks.dtype), found[t].to(blocks.dtype)
             gz_v, gz_1 = torch.zeros_like(gc), torch.zeros_like(gc[:, :1])
-            for i, (piece, own, into) in enumerate(
-                zip(*(_pieces(each, rows) for each in (blocks, g, gw)), strict=True)
-            ):
+            for piece, own, into in zip(*(_pieces(each, rows) for each in (blocks, g, gw)), strict=True):
                 v = _columns(piece)
-                a = kept[i] if kept and is_last else _attend(v, found[t], tau)
+                a = _attend(v, found[t], tau)
                 ga = torch.addmm(g_total, own_sum, v)
                 if is_last:
                     ga.addmm_(last, _columns(own))
