@@ -1,7 +1,8 @@
 """One DKM training step: the paper's loop through autograd, coremltools', ours, and no palette at all.
 
-Every variant runs in a process of its own, on one thread. Time is CPU time, the least of a few steps after a warm-up;
-memory is what the process's peak grows by in a step, over what it held before, in copies of the weight (Linux only).
+Every variant runs in processes of its own, on one thread. Time is CPU time, the least of a few steps after a warm-up;
+memory is what the process's peak grows by in a step, over what it held before, in copies of the weight (Linux only), in
+a process in which every large tensor is mapped by itself, so that the allocator's leftovers do not count.
 Layer: the op alone, forward and backward, on a 512x512x3x3 weight with warm centroids. Network: a whole step of
 ResNet-18 with the CIFAR stem, 32x32, batch 64, SGD with momentum. All palettes take three k-means iterations at the
 same temperature; coremltools' stopping rule, which would end them early, is off.
@@ -14,6 +15,7 @@ Without the option its column stays empty.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -159,13 +161,15 @@ def _Module(step: Any) -> Any:
 
 
 def run(python: Path | str, *arguments: object) -> dict[str, float] | None:
-    """One variant in a process of its own; None where it fails."""
-    command = [str(python), __file__, "--one", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"left out {arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    """One variant in two processes of its own, for time and for memory; None where one fails."""
+    found: dict[str, float] = {}
+    for key, more in (("ms", {}), ("copies", {"MALLOC_MMAP_THRESHOLD_": "65536"})):
+        command = [str(python), __file__, "--one", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **more})
+        if done.returncode:
+            print(f"left out {arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            return None
+        found[key] = json.loads(done.stdout.strip().splitlines()[-1])[key]
     return found
 
 
