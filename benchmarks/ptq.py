@@ -102,6 +102,10 @@ def row(record: Mapping[str, Any], floats: Mapping[str, float]) -> list[str]:
     return [record["network"], f"{before:.2f}", record["cell"], " ".join(CELLS[record["cell"]]), *shown, *numbers]
 
 
+def _place(record: Mapping[str, Any]) -> int:
+    return list(CELLS).index(record["cell"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory, mixed precision and a spread network.")
     parser.add_argument("checkpoint", type=Path, nargs="+")
@@ -126,7 +130,8 @@ def main() -> None:
         f"# `r2 ptq`: memory, mixed precision, and a network spread on purpose\n\n{platform.machine()}, one thread."
     ]
     for part, cells in PARTS.items():
-        own = [row(record, known) for record in there if record["cell"] in cells]
+        chosen = [record for record in there if record["cell"] in cells]
+        own = [row(each, known) for each in sorted(chosen, key=lambda r: (list(known).index(r["network"]), _place(r)))]
         table = "\n".join(f"| {' | '.join(each)} |" for each in [COLUMNS, ["---"] * len(COLUMNS), *own])
         text.append(f"## {part}\n\n{table}")
     print("\n\n".join(text))
