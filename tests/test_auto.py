@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
     assert told == trials and len(rows) == 10
     forms = [(trial.granularity, trial.weight_range, trial.parts) for trial in trials]
     assert forms == [(grid, "minmax", parts) for grid in ("channel", "unfolded") for parts in auto.PARTS]
-    best = max(trials, key=lambda trial: trial.sqnr)
+    best = min(trials, key=lambda trial: trial.divergence)
     assert best.sqnr > auto.ENOUGH and {trial.method for trial in trials} == {"none"}
     assert (own.method, own.granularity, own.weight_range, own.parts) == (
         best.method,
@@ -55,11 +56,19 @@ def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path, qu
     coded, _, own, trials = auto.choose(made, _settings(2), shown, CPU)
     learned = [trial for trial in trials if trial.method == "brecq"]
     assert len(trials) == 16 and len(learned) == 4
-    best = max(trials, key=lambda trial: trial.sqnr)
+    best = min(trials, key=lambda trial: trial.divergence)
     assert best in learned and own.granularity == best.granularity and own.weight_range == best.weight_range
     with torch.inference_mode():
         outputs, expected = (torch.cat([attach.network(one)(x) for x in shown]) for one in (coded, made))
     assert sqnr(outputs, expected) == pytest.approx(best.sqnr, abs=1e-3)
+    assert auto.divergence(outputs, expected) == pytest.approx(best.divergence, rel=1e-3)
+
+
+def test_divergence_is_of_probabilities() -> None:
+    expected = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
+    assert auto.divergence(expected + 5, expected) == pytest.approx(0, abs=1e-12)
+    found = torch.tensor([[0.0, 1.0], [1.0, 3.0]])  # 1/2 ln((1 + e)^2 / 4e) in the first row, nothing in the second
+    assert auto.divergence(found, expected) == pytest.approx(0.5 * (0.5 * math.log((1 + math.e) ** 2 / (4 * math.e))))
 
 
 def test_one_grid_and_one_range_where_they_are_asked_for(trained: Path, quick: None) -> None:
@@ -71,7 +80,7 @@ def test_one_grid_and_one_range_where_they_are_asked_for(trained: Path, quick: N
 
 def test_rounding_is_learned_on_the_network_as_it_is_and_equalized() -> None:
     def trial(parts: tuple[str, ...], sqnr: float) -> auto.Trial:
-        return auto.Trial("none", "tensor", "minmax", parts, sqnr, 0.1)
+        return auto.Trial("none", "tensor", "minmax", parts, sqnr, 0.1, 0.1)
 
     plain = [trial((), 3.0), trial(("correct",), 9.0)]
     both = auto._learned(_settings(4), ["tensor"], [], [*plain, trial(ptq.DFQ, 4.0)])

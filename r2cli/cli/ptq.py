@@ -295,19 +295,19 @@ def _parts(text: str | None, method: str) -> tuple[str, ...] | None:
 
 
 def _tried(trial: "auto.Trial") -> None:
-    console.note(f"{trial}: outputs at {trial.sqnr:.1f} dB, {trial.seconds:.1f} s")
+    console.note(f"{trial}: outputs at {trial.sqnr:.1f} dB, {trial.divergence:.2g} nats, {trial.seconds:.1f} s")
 
 
 def _chosen(settings: "worker.Settings", trials: "Sequence[auto.Trial]") -> str:
     """What was chosen and why, as options that give the same bytes."""
-    best = max(trials, key=lambda trial: trial.sqnr)
-    plain = max((trial for trial in trials if trial.method == "none"), key=lambda trial: trial.sqnr)
-    against = "" if plain is best else f", {plain.sqnr:.1f} with nearest rounding at its best"
+    best = min(trials, key=lambda trial: trial.divergence)
+    plain = min((trial for trial in trials if trial.method == "none"), key=lambda trial: trial.divergence)
+    against = "" if plain is best else f", {plain.divergence:.2g} ({plain.sqnr:.1f}) with nearest rounding at its best"
     parts = ",".join(best.parts) or "none"
     again = f"--method {best.method} --granularity {best.granularity} --weight-range {best.weight_range}"
     return (
-        f"chosen of {len(trials)} trials, for outputs {best.sqnr:.1f} dB from the float network's{against}; "
-        f"the same again: {again} --parts {parts}"
+        f"chosen of {len(trials)} trials, for probabilities {best.divergence:.2g} nats (outputs {best.sqnr:.1f} dB) from "
+        f"the float network's{against}; the same again: {again} --parts {parts}"
     )
 
 
