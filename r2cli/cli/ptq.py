@@ -302,12 +302,13 @@ def _chosen(settings: "worker.Settings", trials: "Sequence[auto.Trial]") -> str:
     """What was chosen and why, as options that give the same bytes."""
     best = min(trials, key=lambda trial: trial.divergence)
     plain = min((trial for trial in trials if trial.method == "none"), key=lambda trial: trial.divergence)
-    against = "" if plain is best else f", {plain.divergence:.2g} ({plain.sqnr:.1f}) with nearest rounding at its best"
+    rounded = f", {plain.divergence:.2g} ({plain.sqnr:.1f}) with nearest rounding at its best"
+    against = "" if plain is best else rounded
     parts = ",".join(best.parts) or "none"
     again = f"--method {best.method} --granularity {best.granularity} --weight-range {best.weight_range}"
     return (
-        f"chosen of {len(trials)} trials, for probabilities {best.divergence:.2g} nats (outputs {best.sqnr:.1f} dB) from "
-        f"the float network's{against}; the same again: {again} --parts {parts}"
+        f"chosen of {len(trials)} trials, for probabilities {best.divergence:.2g} nats (outputs {best.sqnr:.1f} dB) "
+        f"from the float network's{against}; the same again: {again} --parts {parts}"
     )
 
 
