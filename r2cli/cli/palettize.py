@@ -48,6 +48,7 @@ TRAINING = "Training (dkm, shared)"
 LR = {"dkm": 0.02, "shared": 0.02}
 ADAMW_LR = LUT_LR = 1e-4
 WARM_UP = 0.05  # of the steps
+CLIP, CLIP_FEW, FEW = 1.0, 5.0, 2  # of dkm; where many centroids share a small layer's weights its softmax is steep
 
 
 def palettize(
@@ -109,6 +110,15 @@ def palettize(
         float, _option("--lut-lr", help="shared: peak rate of the centroids.", min=0, panel=TRAINING)
     ] = LUT_LR,
     momentum: Annotated[float, _option("--momentum", help="Nesterov momentum.", min=0, max=1, panel=TRAINING)] = 0.9,
+    clip_grad: Annotated[
+        float | None,
+        _option(
+            "--clip-grad",
+            help="Most length of the gradient, all weights together. (default: dkm's is 1; 5 at 1 and 2 bits)",
+            min=0,
+            panel=TRAINING,
+        ),
+    ] = None,
     weight_decay: Annotated[float, _option("--weight-decay", help="L2 on weights.", min=0, panel=TRAINING)] = 4e-5,
     precision: Precision = "float32",
     data: DataName = None,
@@ -189,8 +199,11 @@ def palettize(
     else:
         steps_by = gates.optimizer(optimizer, is_text=made.input.is_text)
         usual = ADAMW_LR if steps_by == train.ADAMW else LR[method]
+        if clip_grad is None and method == "dkm":
+            clip_grad = CLIP_FEW if bits <= FEW else CLIP
         loop = train.Settings(
             *(epochs, batch_size, usual if lr is None else lr, momentum, weight_decay, WARM_UP, 0.0, 0.0, seed),
+            clip_grad=clip_grad,
             precision=train.precision(precision, where),
             optimizer=steps_by,
         )
