@@ -1,5 +1,6 @@
 """Mixed precision: the choice against every other, the trace against the Hessian itself, and the way back by --keep."""
 
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import R2
 from r2cli import checkpoint, data, ptq
 from r2cli.codec import packed_bytes
 from r2cli.errors import InputError
-from r2cli.ptq import mixed
+from r2cli.ptq import brecq, mixed
 
 CPU = torch.device("cpu")
 COSTS = st.lists(st.floats(0, 100), min_size=5, max_size=5)
@@ -125,15 +126,20 @@ def test_bytes_are_those_of_codes_and_scales_and_named_layers_keep_their_bits(ma
     assert 10_000 < sum(one.payload_bytes() for one in coded.coded.values()) <= 12_000
 
 
+@pytest.mark.parametrize(("method", "target", "ranges"), [("none", 3.2, False), ("brecq", 7.5, True)])
 def test_what_was_chosen_feeds_back_to_the_same_bytes(
-    r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, target: float, ranges: bool, r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rounds = functools.partial(brecq.round_network, settings=brecq.Settings(steps=2))
+    monkeypatch.setattr(ptq, "METHODS", {**ptq.METHODS, "brecq": ptq.Method(whole=rounds)})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(trained.read_bytes())
-    first = r2("ptq", "--target-bits", 3.2, "--calibration", 64, "-o", "first.safetensors")
+    common = ("--calibration", 64, "--method", method)
+    first = r2("ptq", "--target-bits", target, *common, "-o", "first.safetensors")
     assert first.code == 0, first.err
     line = next(line for line in first.out.splitlines() if "the same again: " in line)
-    again = r2("ptq", *line.split("the same again: ")[1].split(), "--calibration", 64, "-o", "again.safetensors")
+    assert ("--weight-range mse" in line) == ranges  # most layers have 8 bits, for which brecq alone would take minmax
+    again = r2("ptq", *line.split("the same again: ")[1].split(), *common, "-o", "again.safetensors")
     assert again.code == 0, again.err
     for ending in ("safetensors", "onnx"):
         assert Path(f"first.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()

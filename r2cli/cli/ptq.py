@@ -83,7 +83,7 @@ def ptq(
         str | None,
         _option(
             "--weight-range",
-            help="Of weights: minmax, percentile[:99.99] or mse. (default: minmax; mse for brecq at 4 bits and below)",
+            help="Of weights: minmax, percentile[:99.99] or mse. (default: minmax; brecq's: mse to 4 bits, and mixed)",
         ),
     ] = None,
     symmetric: Annotated[
@@ -170,7 +170,8 @@ def ptq(
 
     act_range = act_range or observers.usual(acts or 8)
     observers.observer(act_range)
-    asked, weight_range = weight_range, weight_range or worker.ranges.usual(method, weight_bits)
+    narrow = weight_bits if target_bits is None and target_bytes is None else min(worker.mixed.WIDTHS)
+    asked, weight_range = weight_range, weight_range or worker.ranges.usual(method, narrow)
     worker.ranges.weight_range(weight_range)
     started = perf_counter()
     network = subject.Network(model, weights, model_arg, stem)
@@ -316,7 +317,11 @@ def _again(settings: "worker.Settings", rows: "Sequence[worker.Row]") -> str:
     """The choice of mixed precision as options that give the same bytes."""
     count = sum(math.prod(row.shape) for row in rows)
     mean = sum(row.bits * math.prod(row.shape) for row in rows) / count
+    from r2cli.ptq import ranges
+
     kept = "".join(f" --keep {name}={bits}" for name, bits in settings.keep.items())
+    if settings.weight_range != ranges.usual(settings.method, settings.weight_bits):
+        kept += f" --weight-range {settings.weight_range}"
     return f"{mean:.2f} bits a weight on average; the same again: --weight-bits {settings.weight_bits}{kept}"
 
 
