@@ -372,7 +372,7 @@ def test_a_resumed_run_must_have_the_same_options(r2: R2, model: Path, tmp_path:
     source = data.load("digits", spec=made.input)
     settings = palettize.Settings("dkm", 2, 1, None, 8, 8, {})
     work = palettize.Work(made, settings, lambda: data.calibration(source, 512, CPU, 0), CPU, 0)
-    loop = train.Settings(8, 64, 0.02, 0.9, 4e-5, 0.05, 0.0, 0.0, 0)
+    loop = train.Settings(8, 64, 0.02, 0.9, 4e-5, 0.05, 0.0, 0.0, 0, clip_grad=5.0)
     plan = training.Plan(replace(loop, epochs=1), training.Schedule(1, 0, 0.5, 0.05), 3, 1e-4)
     training.by_training(
         work, plan, source, training.Following(state, False, lambda steps: None, lambda epoch, gap: None)
