@@ -15,21 +15,19 @@ Without the option its column stays empty.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import process_time
 from typing import Any
 
-from environment import python_of
+import environment
 from memory import forget, mark
 
 PEER = ("coremltools==9.0", "torch", "torchvision", str(Path(__file__).parents[1]))
 FORMS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
 NETWORK_STEPS = (
-    *(("ours", bits, dim) for bits, dim in ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))),
+    *(("ours", bits, dim) for bits, dim in FORMS),
     *(("naive", 2, 1), ("coremltools", 2, 1)),
 )
 SHAPE = (512, 512, 3, 3)
@@ -162,15 +160,9 @@ def _Module(step: Any) -> Any:
 
 def run(python: Path | str, *arguments: object) -> dict[str, float] | None:
     """One variant in two processes of its own, for time and for memory; None where one fails."""
-    found: dict[str, float] = {}
-    for key, more in (("ms", {}), ("copies", {"MALLOC_MMAP_THRESHOLD_": "65536"})):
-        command = [str(python), __file__, "--one", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **more})
-        if done.returncode:
-            print(f"left out {arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-            return None
-        found[key] = json.loads(done.stdout.strip().splitlines()[-1])[key]
-    return found
+    timed = environment.one(python, __file__, *arguments)
+    exact = environment.one(python, __file__, *arguments, exact=True) if timed else None
+    return {"ms": timed["ms"], "copies": exact["copies"]} if timed and exact else None
 
 
 def told(bits: int, dim: int) -> str:
@@ -246,7 +238,7 @@ def main() -> None:
         print(json.dumps((layer if what == "layer" else network)(kind, int(bits), int(dim))))
         return
     pythons: dict[str, Path | str] = {"naive": sys.executable, "ours": sys.executable}
-    peer = python_of(arguments.coremltools, PEER) if arguments.coremltools else None
+    peer = environment.python_of(arguments.coremltools, PEER) if arguments.coremltools else None
     if peer:
         pythons["coremltools"] = peer
     text = report(pythons, whole=not arguments.no_network)

@@ -1,5 +1,7 @@
-"""A virtual environment for a peer, made where there is none: for the benchmarks beside this file."""
+"""Processes of the benchmarks beside this file, and virtual environments for peers, made where there are none."""
 
+import json
+import os
 import subprocess
 import sys
 import venv
@@ -17,3 +19,18 @@ def python_of(folder: Path, packages: Sequence[str]) -> Path | None:
             print(f"{packages[0]} cannot be installed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return None
     return python
+
+
+def one(python: Path | str, script: str, *arguments: object, exact: bool = False) -> dict[str, float] | None:
+    """What `script --one ARGUMENTS` prints, on one thread; None, and why on standard error, where it fails.
+
+    `exact`: every large tensor is mapped by itself, so that memory has none of the allocator's leftovers.
+    """
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **({"MALLOC_MMAP_THRESHOLD_": "65536"} if exact else {})}
+    command = [str(python), script, "--one", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    if done.returncode:
+        print(f"left out {arguments}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found

@@ -15,8 +15,6 @@ column stays empty.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from statistics import median
 from time import process_time
 from typing import Any
 
-from environment import python_of
+import environment
 from memory import forget, mark
 
 VARIANTS = tuple((method, place) for method in ("lsq", "pact", "dorefa", "ewgs") for place in ("inputs", "outputs"))
@@ -113,22 +111,10 @@ def brevitas() -> dict[str, float]:
     return measured(model.to(memory_format=torch.channels_last))
 
 
-def run(python: Path | str, *arguments: str, exact: bool = False) -> dict[str, float] | None:
-    """One variant in a process of its own; None where it fails. `exact`: tensors are mapped and unmapped one by one."""
-    command = [str(python), __file__, "--one", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"MALLOC_MMAP_THRESHOLD_": "65536"} if exact else {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        print(f"{' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        return None
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def measure(python: Path | str, *arguments: str, rounds: int) -> dict[str, float] | None:
     """The least `ms` and the median `mb` of the rounds, and the `exact` memory; None where a process fails."""
-    found = [run(python, *arguments) for _ in range(rounds)]
-    exact = run(python, *arguments, exact=True)
+    found = [environment.one(python, __file__, *arguments) for _ in range(rounds)]
+    exact = environment.one(python, __file__, *arguments, exact=True)
     if exact is None or any(each is None for each in found):
         return None
     there = [each for each in found if each]
@@ -155,7 +141,7 @@ def main() -> None:
         print(json.dumps(brevitas() if options.one[0] == "brevitas" else ours(*options.one)))
         return
     wanted = {f"{method}, {place}": (method, place) for method, place in VARIANTS if method in options.methods}
-    python = python_of(options.brevitas, BREVITAS) if options.brevitas else None
+    python = environment.python_of(options.brevitas, BREVITAS) if options.brevitas else None
     found = dict[str, dict[str, float] | None]()
     floats = list[dict[str, float]]()
     for name, variant in [*wanted.items(), *([("Brevitas, inputs", ("brevitas",))] if python else [])]:

@@ -1,5 +1,6 @@
 """What several tests share: hypothesis' profile, `r2` as a function, and one small network that is trained once."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["pretrain", "--model", "resnet8", "--size", "8", "--epochs", "4", "-o", str(path), "--device", "cpu", "--json"]
     )
     return path
+
+
+@pytest.fixture
+def quick_brecq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BRECQ in 20 steps a block."""
+    from r2cli import ptq
+    from r2cli.ptq import brecq
+
+    rounds = functools.partial(brecq.round_network, settings=brecq.Settings(steps=20))
+    monkeypatch.setattr(ptq, "METHODS", {**ptq.METHODS, "brecq": ptq.Method(whole=rounds)})
 
 
 @pytest.fixture

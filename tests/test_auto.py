@@ -1,6 +1,5 @@
 """`--method auto`: what is kept is the best of what was tried, for a reason that it gives, and can be had again."""
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -11,15 +10,9 @@ import torch
 from conftest import R2
 from r2cli import attach, checkpoint, data, ptq
 from r2cli.codec import sqnr
-from r2cli.ptq import auto, brecq
+from r2cli.ptq import auto
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = functools.partial(brecq.round_network, settings=brecq.Settings(steps=20))
-    monkeypatch.setattr(ptq, "METHODS", {**ptq.METHODS, "brecq": ptq.Method(whole=rounds)})
 
 
 def _shown(made: checkpoint.Checkpoint) -> list[torch.Tensor]:
@@ -50,7 +43,7 @@ def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
     assert all(coded.activations[name].scale.equal(same.activations[name].scale) for name in coded.activations)
 
 
-def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path, quick: None) -> None:
+def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path, quick_brecq: None) -> None:
     made = checkpoint.load(trained)
     shown = _shown(made)
     coded, _, own, trials = auto.choose(made, _settings(2), shown, CPU)
@@ -71,7 +64,7 @@ def test_divergence_is_of_probabilities() -> None:
     assert auto.divergence(found, expected) == pytest.approx(0.5 * (0.5 * math.log((1 + math.e) ** 2 / (4 * math.e))))
 
 
-def test_one_grid_and_one_range_where_they_are_asked_for(trained: Path, quick: None) -> None:
+def test_one_grid_and_one_range_where_they_are_asked_for(trained: Path, quick_brecq: None) -> None:
     made = checkpoint.load(trained)
     *_, own, trials = auto.choose(made, _settings(2), _shown(made), CPU, grids=["tensor"], rules=["minmax"])
     assert {(trial.granularity, trial.weight_range) for trial in trials} == {("tensor", "minmax")}
@@ -94,7 +87,7 @@ def test_rounding_is_learned_on_the_network_as_it_is_and_equalized() -> None:
 
 
 def test_the_command_says_what_it_chose_and_how_to_have_it_again(
-    r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+    r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_brecq: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(trained.read_bytes())

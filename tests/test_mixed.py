@@ -1,6 +1,5 @@
 """Mixed precision: the choice against every other, the trace against the Hessian itself, and the way back by --keep."""
 
-import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from conftest import R2
 from r2cli import checkpoint, data, ptq
 from r2cli.codec import packed_bytes
 from r2cli.errors import InputError
-from r2cli.ptq import brecq, mixed
+from r2cli.ptq import mixed
 
 CPU = torch.device("cpu")
 COSTS = st.lists(st.floats(0, 100), min_size=5, max_size=5)
@@ -126,12 +125,11 @@ def test_bytes_are_those_of_codes_and_scales_and_named_layers_keep_their_bits(ma
     assert 10_000 < sum(one.payload_bytes() for one in coded.coded.values()) <= 12_000
 
 
+@pytest.mark.usefixtures("quick_brecq")
 @pytest.mark.parametrize(("method", "target", "ranges"), [("none", 3.2, False), ("brecq", 7.5, True)])
 def test_what_was_chosen_feeds_back_to_the_same_bytes(
     method: str, target: float, ranges: bool, r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounds = functools.partial(brecq.round_network, settings=brecq.Settings(steps=2))
-    monkeypatch.setattr(ptq, "METHODS", {**ptq.METHODS, "brecq": ptq.Method(whole=rounds)})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(trained.read_bytes())
     common = ("--calibration", 64, "--method", method)

@@ -241,7 +241,7 @@ def ptq(
         _layers(rows, report["float_operations"]),
         *deliver.told(proof, report),
         *([_again(settings, rows)] if choice else []),
-        *([_chosen(settings, trials)] if trials else []),
+        *([_chosen(trials)] if trials else []),
         *_origins(report, calibration),
         f"{onnx}: {top1}, {report['bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight",
         console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}"),
@@ -299,7 +299,7 @@ def _tried(trial: "auto.Trial") -> None:
     console.note(f"{trial}: outputs at {trial.sqnr:.1f} dB, {trial.divergence:.2g} nats, {trial.seconds:.1f} s")
 
 
-def _chosen(settings: "worker.Settings", trials: "Sequence[auto.Trial]") -> str:
+def _chosen(trials: "Sequence[auto.Trial]") -> str:
     """What was chosen and why, as options that give the same bytes."""
     best = min(trials, key=lambda trial: trial.divergence)
     plain = min((trial for trial in trials if trial.method == "none"), key=lambda trial: trial.divergence)
@@ -315,10 +315,10 @@ def _chosen(settings: "worker.Settings", trials: "Sequence[auto.Trial]") -> str:
 
 def _again(settings: "worker.Settings", rows: "Sequence[worker.Row]") -> str:
     """The choice of mixed precision as options that give the same bytes."""
-    count = sum(math.prod(row.shape) for row in rows)
-    mean = sum(row.bits * math.prod(row.shape) for row in rows) / count
     from r2cli.ptq import ranges
 
+    count = sum(math.prod(row.shape) for row in rows)
+    mean = sum(row.bits * math.prod(row.shape) for row in rows) / count
     kept = "".join(f" --keep {name}={bits}" for name, bits in settings.keep.items())
     if settings.weight_range != ranges.usual(settings.method, settings.weight_bits):
         kept += f" --weight-range {settings.weight_range}"
