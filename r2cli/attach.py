@@ -107,7 +107,7 @@ def network(checkpoint: Checkpoint) -> nn.Module:
     """
     model = models.build(checkpoint.model)
     if checkpoint.folded or checkpoint.activations:
-        model = graph.trace(model)
+        model = graph.trace(model, checkpoint.input.blank(2))
         graph.remove_norms(model)
         clip.put(model, clip.stored(checkpoint.floats))
     state = {**checkpoint.floats, **{name: coded.decode() for name, coded in checkpoint.coded.items()}}

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torchvision.ops import stochastic_depth
 
+from r2cli import exported
 from r2cli.attention import REWRITTEN, cut, pad_to_windows
 from r2cli.clip import Clip
 from r2cli.errors import InputError, R2Error, unknown
@@ -28,7 +30,7 @@ GRIDS = "grids."  # the modules on edges, by the name of the node whose value th
 FOR_LAYERS, LAYER_GRIDS = "/layers", "layer_grids."
 
 # Fused into the layer or the sum before them, by us and by every runtime.
-ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, Clip, F.relu, F.relu6, torch.relu, "relu", "relu_")
+ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, Clip, F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_")
 # They do nothing in evaluation.
 NOTHING: tuple[Any, ...] = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, stochastic_depth)
 # They choose, move or copy values that are on a grid already, so their output needs no grid of its own.
@@ -37,12 +39,12 @@ PASSING: tuple[Any, ...] = (
     *(F.max_pool2d, torch.flatten, torch.reshape, torch.permute, torch.transpose),
     *(operator.getitem, "flatten", "view", "reshape", "permute", "transpose", "contiguous"),
     *(torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze", "expand", "roll", pad_to_windows, cut),
-    *(torch.chunk, torch.split, "chunk", "split"),
+    *(torch.chunk, torch.split, "chunk", "split", torch.select, torch.ops.aten.slice.Tensor),
 )
 # Their values are tuples.
 TUPLES: tuple[Any, ...] = (torch.chunk, torch.split, "chunk", "split")
 # They read a value's shape and not the value.
-SHAPES: tuple[Any, ...] = (getattr, "size", "dim")
+SHAPES: tuple[Any, ...] = (getattr, "size", "dim", Tensor.size)
 
 
 T = TypeVar("T")
@@ -67,26 +69,25 @@ class _Tracer(fx.Tracer):
 
 
 class Unreadable(InputError):
-    """A network whose graph torch.fx cannot trace."""
+    """A network whose graph torch.fx cannot trace, nor torch.export read where that was tried."""
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """`model` as a graph over the same modules, in evaluation mode. Raises Unreadable naming what cannot be traced."""
-    tracer = _Tracer()
+def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
+    """`model` as a graph over the same modules, in evaluation mode.
+
+    Where torch.fx cannot trace it, torch.export reads it with an `example` of its inputs (n, ...), n > 1, if there is
+    one. Raises Unreadable naming what cannot be traced.
+    """
     try:
-        net = fx.GraphModule(model.eval(), tracer.trace(model))
-        rewritten = {name: REWRITTEN[type(m)](m, name) for name, m in net.named_modules() if type(m) in REWRITTEN}
-        for name, module in rewritten.items():
-            net.set_submodule(name, module.eval())
-        net = fx.symbolic_trace(net) if rewritten else net
-    except Exception as error:
-        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
-        raise Unreadable(
-            f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}"
-            f"{f', at the node {last.name!r}' if last is not None else ''}): "
-            "torch.fx must be able to trace it, so take out what depends on the values of tensors, or quantize the "
-            "weights alone: --act-bits none, and for r2 ptq --method none"
-        ) from error
+        net = _traced(model)
+    except Unreadable as unreadable:
+        if example is None:
+            raise
+        try:
+            net = exported.read(model, example)
+        except Exception as error:  # torch.export passes on whatever the network raises
+            first = next(iter(str(error).strip().splitlines()), "")
+            raise Unreadable(f"{unreadable}; torch.export cannot read it either ({first})") from error
     for node in list(net.graph.nodes):
         if is_a(net, node, NOTHING):
             _bypass(net, node)
@@ -96,6 +97,35 @@ def trace(model: nn.Module) -> fx.GraphModule:
             _as_product(net, node, F.hardsigmoid)
     net.recompile()
     return net
+
+
+def _traced(model: nn.Module) -> fx.GraphModule:
+    tracer = _Tracer()
+    try:
+        net = fx.GraphModule(model.eval(), tracer.trace(model))
+        rewritten = {name: REWRITTEN[type(m)](m, name) for name, m in net.named_modules() if type(m) in REWRITTEN}
+        for name, module in rewritten.items():
+            net.set_submodule(name, module.eval())
+        return fx.symbolic_trace(net) if rewritten else net
+    except Exception as error:
+        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
+        raise Unreadable(
+            f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}"
+            f"{f', at the node {last.name!r}' if last is not None else ''}): "
+            "torch.fx must be able to trace it, so take out what depends on the values of tensors, or quantize the "
+            "weights alone: --act-bits none, and for r2 ptq --method none"
+        ) from error
+
+
+def propagate(net: fx.GraphModule, shape: tuple[int, ...]) -> None:
+    """Note the shape and type of every value in the graph, `tensor_meta`, for two inputs of `shape`.
+
+    Two, so that nothing mistakes the batch for a dimension of size one.
+    """
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    given = next(node for node in net.graph.nodes if node.op == "placeholder")
+    with torch.no_grad():
+        ShapeProp(net).propagate(torch.zeros(2, *shape, device=device, dtype=given.meta.get("dtype")))
 
 
 def _as_product(net: fx.GraphModule, node: fx.Node, factor: Callable[..., Tensor]) -> None:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from r2cli import attention
-from r2cli.graph import ACTIVATIONS, LAYERS, NORMS, PASSING, is_a, is_grid, module_of, only_user
+from r2cli.graph import ACTIVATIONS, LAYERS, NORMS, PASSING, is_a, is_grid, module_of, only_user, propagate
 
 # Runtimes have integer kernels for them.
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -42,12 +41,14 @@ REASONS: tuple[tuple[tuple[Any, ...], str, str, tuple[str, ...]], ...] = (
         ("LayerNormalization",),
     ),
     (
-        (attention.attend, attention.attend_in_windows),
+        (attention.attend, attention.attend_in_windows, F.scaled_dot_product_attention),
         "attention",
         "a softmax between two products of activations, which hold no weights",
-        ("MatMul", "Softmax", "Mul", "Add", "Div", "Concat"),
+        ("MatMul", "Softmax", "Mul", "Add", "Div", "Concat", "Where"),
     ),
+    ((nn.Embedding, F.pad), "embedding", "rows of a table, which no layer has computed", ("Gather", "Pad")),
     ((nn.GELU, F.gelu), "GELU", "runtimes have no integer kernel for it", ("Gelu", "Erf", "Mul", "Add", "Div")),
+    ((nn.Tanh, torch.tanh, "tanh"), "tanh", "runtimes have no integer kernel for it", ("Tanh",)),
     (NORMS, "BatchNorm", "it reads no layer's value alone, so no layer can take it", ("BatchNormalization",)),
     (SIGMOIDS, "sigmoid", "it reads floats", ("Sigmoid", "HardSigmoid")),
     (ACTIVATIONS, "ReLU", "it reads floats, and not all that reads it rounds it", ("Relu", "Clip")),
@@ -80,7 +81,7 @@ class Left:
 
 def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
     """The nodes whose values get a grid, for inputs of `shape` (without batch). The network's result stays float."""
-    _propagate(net, shape)
+    propagate(net, shape)
     able: dict[fx.Node, bool] = {}
     wanted: set[fx.Node] = set()
     todo = [value for node in net.graph.nodes for value in _of_layer(net, node)]
@@ -97,7 +98,7 @@ def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
 
 def left_in_float(net: fx.GraphModule, shape: tuple[int, ...]) -> list[Left]:
     """What a network with grids on its values computes in float all the same, in the order in which it runs."""
-    _propagate(net, shape)
+    propagate(net, shape)
     found, constants = [], _constants(net)
     for node in net.graph.nodes:
         computes = node.op.startswith("call") and _is_float(node) and not is_a(net, node, PASSING)
@@ -201,11 +202,3 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 def _is_result(net: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `node` reaches the output through nothing that computes."""
     return any(user.op == "output" or (is_a(net, user, PASSING) and _is_result(net, user)) for user in node.users)
-
-
-def _propagate(net: fx.GraphModule, shape: tuple[int, ...]) -> None:
-    """Note the shape and type of every value in the graph."""
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    with torch.no_grad():
-        # Two images, so that nothing mistakes the batch for a dimension of size one.
-        ShapeProp(net).propagate(torch.zeros(2, *shape, device=device))

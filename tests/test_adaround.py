@@ -222,9 +222,9 @@ def test_fewer_images_are_taken_where_memory_is_short(
     made: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = folded(made)
-    plenty = images_that_fit(net, (1, 8, 8), CPU)
+    plenty = images_that_fit(net, (1, 8, 8))
     monkeypatch.setattr(ptq.sweep, "MEMORY", MEMORY // 1024)
-    few = images_that_fit(net, (1, 8, 8), CPU)
+    few = images_that_fit(net, (1, 8, 8))
     assert plenty > 50_000 and abs(few - plenty / 1024) <= 1
     # The widest place: the stem's 16 maps of 8x8, the ReLU's, and a convolution's, in float32 and twice.
     assert few == MEMORY // 1024 // (2 * 3 * 4 * 16 * 64)

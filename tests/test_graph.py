@@ -120,3 +120,69 @@ def test_a_shape_that_is_read_is_no_value_on_a_grid() -> None:
     on_grids = [node for node in net.graph.nodes if str(node.target).startswith(graph.GRIDS)]
     assert [str(node.args[0]) for node in on_grids] == ["x", "relu", "avg_pool2d", "view"]
     assert net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
+
+
+# --- graphs that torch.fx cannot trace -------------------------------------------------------------------------------
+
+
+class _Branching(nn.Module):
+    """Control flow on a size, which torch.fx cannot trace; a BatchNorm to fold, and a layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.again, self.drop, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Dropout(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 2:
+            x = torch.relu(self.norm(self.conv(x)))
+        for _ in range(x.shape[-1] // 4):
+            x = x + self.again(x)
+        logits: Tensor = self.head(self.drop(x.mean((2, 3))))
+        return logits
+
+
+def test_torch_export_reads_what_fx_cannot_over_the_same_modules() -> None:
+    model = _warm(_Branching(), 3, 8)
+    with pytest.raises(graph.Unreadable, match="_Branching cannot be read"):
+        graph.trace(model)
+    net = graph.trace(model, torch.zeros(2, 3, 8, 8))
+    assert dict(net.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert all(net.get_submodule(name) is getattr(model, name) for name in ("conv", "norm", "again", "head"))
+    assert [(layer.name, layer.norm) for layer in graph.layers(net)] == [
+        ("conv", "norm"),
+        ("again", None),
+        ("head", None),
+    ]
+    for count in (1, 5):  # not only the example's two
+        images = torch.randn(count, 3, 8, 8)
+        assert torch.equal(net(images), model(images))
+    assert {"x", "relu", "add", "add_2"} <= set(placement.values(net, (3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "convnext_tiny", "resnet18"]
+)
+def test_both_readers_find_the_same_network(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model, shape = models.build(models.spec(name, classes=10, channels=3, size=64)).eval(), (3, 64, 64)
+    traced = graph.trace(model)
+    monkeypatch.setattr(graph, "_traced", lambda model: (_ for _ in ()).throw(graph.Unreadable("not today")))
+    read = graph.trace(model, torch.zeros(2, *shape))
+    images = torch.randn(3, *shape)
+    with torch.no_grad():
+        assert torch.allclose(read(images), model(images), rtol=1e-5, atol=1e-6)
+
+    def found(net: torch.fx.GraphModule) -> tuple[object, ...]:
+        kinds = [left.kind for left in placement.left_in_float(net, shape)]
+        return [(each.name, each.norm) for each in graph.layers(net)], len(placement.values(net, shape)), kinds
+
+    assert found(read) == found(traced)
+
+
+def test_what_neither_can_read_says_why() -> None:
+    class ByValue(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(graph.Unreadable, match=r"ByValue cannot be read.*torch\.export cannot read it either"):
+        graph.trace(ByValue(), torch.zeros(2, 3))

@@ -18,7 +18,7 @@ LAYERS = [
     ["errors", "options", "console"],
     ["codec", "counts", "grid_search", "tensors", "clip"],
     ["checkpoint"],
-    ["attention"],
+    ["attention", "exported"],
     ["models", "data", "graph", "observers", "placement", "regularizers", "rounding", "weights"],
     ["distributed", "resume"],
     ["train", "attach", "activations", "analyze"],

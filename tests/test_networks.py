@@ -246,8 +246,6 @@ class Branch(nn.Module):
 
 def test_a_network_without_a_graph_gets_its_weights_quantized_alone(tmp_path: Path) -> None:
     made = _made(Branch, 16)
-    with pytest.raises(InputError, match="Branch cannot be read.*at the node 'gt'.*--act-bits none"):
-        _quantized(made)
     coded = _quantized(made, bits=4, act_bits=None)
     assert set(coded.coded) == {"conv.weight", "head.weight"} and not coded.folded
     path = tmp_path / "model.onnx"
@@ -255,6 +253,24 @@ def test_a_network_without_a_graph_gets_its_weights_quantized_alone(tmp_path: Pa
     batches = [(_images(5, 16, 16), torch.zeros(16, dtype=torch.int64))]
     proof = verify.prove(path, coded, attach.network(coded), batches)
     assert proof.passed, proof.checks
+
+
+def test_a_network_that_only_torch_export_can_read_gets_grids_too(tmp_path: Path) -> None:
+    coded = _quantized(_made(Branch, 16))
+    assert coded.folded and {"x", "relu"} <= set(coded.activations)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export.to_bytes(coded))
+    proof = verify.prove(path, coded, attach.network(coded), [(_images(5, 16, 16), torch.zeros(16, dtype=torch.int64))])
+    assert proof.passed, proof.checks
+
+
+def test_a_network_that_nobody_can_read_is_refused() -> None:
+    class ByValue(Branch):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    with pytest.raises(InputError, match="ByValue cannot be read.*at the node 'gt'.*--act-bits none"):
+        _quantized(_made(ByValue, 16))
 
 
 def test_attention_that_reads_something_else_is_refused_by_name() -> None:

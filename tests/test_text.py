@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import R2
-from r2cli import attach, checkpoint, data, models
+from r2cli import attach, checkpoint, data, graph, models
 from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError
 
@@ -80,6 +80,33 @@ def made(mobilebert: Path, tsv: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize(
+    ("command", "options"),
+    [("ptq", []), ("ptq", ["--method", "adaround", "--weight-bits", "4"]), ("palettize", ["--method", "kmeans"])],
+    ids=["w8", "w4-adaround", "kmeans"],
+)
+def test_what_layers_read_has_eight_bits(
+    r2: R2, made: tuple[Path, Any], tsv: Path, tmp_path: Path, command: str, options: list[str]
+) -> None:
+    output = tmp_path / "out.safetensors"
+    ran = r2(command, made[0], *options, "--data", f"qnli:{tsv}", "-o", output, "--json")
+    assert ran.code == 0, ran.err
+    report, coded = json.loads(ran.out), checkpoint.load(output)
+    kinds = {each["kind"] for each in report["float_operations"]}
+    assert (
+        report["passed"]
+        and {"attention", "embedding", "sum"} <= kinds
+        and all(each["reason"] != "r2 knows no integer form of it" for each in report["float_operations"])
+    )
+    layers = {n for n, m in attach.network(checkpoint.load(made[0])).named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {name.removesuffix(".weight") for name in coded.coded} == layers
+    net = attach.network(coded)
+    assert isinstance(net, torch.fx.GraphModule)
+    assert all(graph.source(net, graph.node_of(net, layer)) in coded.activations for layer in graph.layers(net))
+    # Values are named by modules: a running number would be another one with the next release of torch.
+    assert any("encoder_layer_1_attention" in name for name in coded.activations)
+
+
+@pytest.mark.parametrize(
     ("command", "options", "coded"),
     [
         ("ptq", ["--method", "none", "--weight-bits", "4", "--embeddings"], 1),
@@ -119,7 +146,11 @@ def test_the_float_network_is_exported_and_analyzed(r2: R2, made: tuple[Path, An
 
 
 def test_what_needs_the_graph_is_refused_with_the_way_out(r2: R2, made: tuple[Path, Any], tsv: Path) -> None:
-    for command, options in (("ptq", []), ("palettize", ["--method", "kmeans"]), ("ptq", ["--embeddings"])):
+    for command, options in (
+        ("qat", []),
+        ("palettize", ["--method", "kmeans", "--embeddings"]),
+        ("ptq", ["--embeddings"]),
+    ):
         ran = r2(command, made[0], "--data", f"qnli:{tsv}", *options)
         assert ran.code == 2 and "--act-bits none" in ran.err and "Traceback" not in ran.err
 

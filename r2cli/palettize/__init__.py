@@ -122,8 +122,9 @@ def read(checkpoint: Checkpoint, settings: Settings) -> Subject:
     if settings.embeddings and settings.act_bits is not None:
         raise InputError("--embeddings is for weights alone: give --act-bits none")
     model = attach.network(checkpoint)
+    example = None if settings.act_bits is None else checkpoint.input.blank(2)
     try:
-        net = None if settings.embeddings else graph.trace(model)
+        net = None if settings.embeddings else graph.trace(model, example)
     except graph.Unreadable:
         if settings.act_bits is not None:
             raise

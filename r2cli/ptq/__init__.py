@@ -123,7 +123,7 @@ def quantize(
         notes.append(bias.analytic(net, coded, normal.values(net, normals, checkpoint.input)))
     net.to(device)
     if images is not None and (method.looks or CORRECT in parts):
-        shown = sweep.first(images, sweep.images_that_fit(net, checkpoint.input.shape, device))
+        shown = sweep.first(images, sweep.images_that_fit(net, checkpoint.input.shape))
         coded, told = _look(method, net, shown, coded, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
     rows = []
@@ -215,7 +215,8 @@ def _prepare(
     statistics of each layer's BatchNorm, and notes by layer."""
     if checkpoint.coded:
         raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
-    net = graph.trace(attach.network(checkpoint))
+    example = None if settings.act_bits is None else checkpoint.input.blank(2)
+    net = graph.trace(attach.network(checkpoint), example)
     notes = [{name: f"{count} dead channels made constant" for name, count in silence_dead_channels(net).items()}]
     if settings.granularity == TENSOR:
         notes.append({name: f"{count} quiet channels lowered" for name, count in lower_quiet_channels(net).items()})

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from r2cli import graph, placement
 from r2cli.checkpoint import InputSpec
@@ -98,8 +97,7 @@ def _cdf(t: Tensor) -> Tensor:
 @torch.no_grad()
 def values(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) -> dict[str, Value]:
     """What is known of every node's value, by the node's name, for images of `spec`; BatchNorms are removed before."""
-    device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
-    ShapeProp(net).propagate(torch.zeros(2, *spec.shape, device=device))
+    graph.propagate(net, spec.shape)
     known: dict[str, Value] = {}
     for node in net.graph.nodes:
         value = _value(net, node, normals, known, spec)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.fx.passes.shape_prop import ShapeProp
 
 from r2cli import graph
 from r2cli.codec import Coded
@@ -72,9 +71,9 @@ def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, 
     return coded, biases
 
 
-def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...], device: torch.device) -> int:
+def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...]) -> int:
     """How many images of `shape` both networks' values hold within `MEMORY`."""
-    ShapeProp(net).propagate(torch.zeros(2, *shape, device=device))
+    graph.propagate(net, shape)
     last, live, most = last_readers(net), 0, 1
     for node in net.graph.nodes:
         live += _bytes(node)
