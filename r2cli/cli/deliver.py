@@ -1,7 +1,9 @@
 """What every command that ends in an ONNX file does: write it, prove it, say so."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -11,6 +13,77 @@ from r2cli import attach, checkpoint, console, export, verify
 from r2cli import data as datasets
 from r2cli.cli import gates
 from r2cli.errors import CheckFailed
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of a command that compresses: where its files go, what they must reach, and how it tells.
+
+    `output` is the checkpoint, beside which the ONNX file goes; `state` is what a stopped run left, to be removed.
+    """
+
+    command: str
+    output: Path
+    options: Mapping[str, Any]
+    data: str | None
+    started: float  # of the clock that `perf_counter` reads
+    json: bool
+    min_accuracy: float | None
+    max_drop: float | None
+    max_bytes: int | None
+    state: Path | None = None
+
+    @property
+    def onnx(self) -> Path:
+        return self.output.with_suffix(".onnx")
+
+
+def compressed(
+    order: Order,
+    made: checkpoint.Checkpoint,
+    source: datasets.Data,
+    before: float | None,
+    *,
+    more: Mapping[str, Any],
+    table: Callable[[Mapping[str, Any]], console.Line],
+    notes: Sequence[console.Line] = (),
+) -> dict[str, Any]:
+    """Write the checkpoint and its ONNX file, prove it, and tell: `table` of the report, the proof, `notes`, the rest.
+
+    `before` is the float network's top-1 in percent, None where it was not measured; the report has `more` as well.
+    Raises CheckFailed as `require` does.
+    """
+    made = made.then(order.command, order.options, {} if before is None else {"float_top1": before})
+    checkpoint.save(made, order.output)
+    proof, proved = to_onnx(made, order.onnx, source, what=str(order.output))
+    if order.state is not None:
+        order.state.unlink(missing_ok=True)
+    report = {
+        "command": order.command,
+        "checkpoint": order.output,
+        **proved,
+        "float_top1": before,
+        **more,
+        "options": order.options,
+        "seconds": round(perf_counter() - order.started, 1),
+    }
+    console.emit(
+        report, as_json=order.json, lines=[table(report), *told(proof, report), *notes, *_result(order, report)]
+    )
+    require(proof, report, min_accuracy=order.min_accuracy, max_drop=order.max_drop, max_bytes=order.max_bytes)
+    return report
+
+
+def _result(order: Order, report: Mapping[str, Any]) -> list[console.Line]:
+    """The file in one line, and the next command."""
+    before, entropy = report["float_top1"], report.get("entropy_coded_bits")
+    top1 = "accuracy not measured"
+    if report["top1"] is not None:
+        top1 = f"top-1 {report['top1']:.2f} % in ONNX Runtime{'' if before is None else f' (float {before:.2f})'}"
+    coded = "" if entropy is None else f" with tables ({entropy:.2f} Huffman-coded)"
+    bits = f"{report['bits_per_weight']:.2f} bits a weight{coded}"
+    follow = f"r2 evaluate {order.onnx}{f' --data {order.data}' if order.data else ''}"
+    return [f"{order.onnx}: {top1}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
 
 
 def to_onnx(

@@ -173,7 +173,7 @@ def palettize(
     gates.require_free([output, onnx] if is_network else [output], overwrite=overwrite)
     _require_consistent(method, is_network=is_network, resume=resume, weigh=weigh, soft=epochs - hard_epochs)
 
-    from r2cli import attach, checkpoint, distributed, observers, train
+    from r2cli import attach, distributed, observers, train
     from r2cli import data as datasets
     from r2cli import palettize as worker
     from r2cli.cli import deliver, subject
@@ -238,29 +238,9 @@ def palettize(
             following = training.Following(state, resume, progress.advance, told)
             coded, rows = training.by_training(work, plan, loaded, following)
     distributed.end_others()
-    coded = coded.then("palettize", options, {"float_top1": before})
-    checkpoint.save(coded, output)
-    proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))
-    state.unlink(missing_ok=True)
-    report = {
-        "command": "palettize",
-        "checkpoint": output,
-        **report,
-        "float_top1": before,
-        **_sizes(rows),
-        "layers": [row.__dict__ for row in rows],
-        "epochs": epochs_told,
-        "options": options,
-        "seconds": round(perf_counter() - started, 1),
-    }
-    summary = (
-        f"{onnx}: top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f}), {report['bytes']:,} bytes, "
-        f"{report['bits_per_weight']:.2f} bits a weight with tables ({report['entropy_coded_bits']:.2f} Huffman-coded)"
-    )
-    follow = console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}")
-    console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof, report), summary, follow])
-    deliver.require(proof, report, min_accuracy=min_accuracy, max_drop=max_drop, max_bytes=max_bytes)
-    return report
+    order = deliver.Order("palettize", output, options, data, started, json, min_accuracy, max_drop, max_bytes, state)
+    more = {**_sizes(rows), "layers": [row.__dict__ for row in rows], "epochs": epochs_told}
+    return deliver.compressed(order, coded, loaded, before, more=more, table=lambda _: _layers(rows))
 
 
 def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: str, soft: int) -> None:

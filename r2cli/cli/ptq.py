@@ -162,7 +162,7 @@ def ptq(
     if without and act_range is not None:
         raise InputError(f"--act-range {act_range} looks at images: give --calibration, or leave it to the BatchNorms")
 
-    from r2cli import attach, checkpoint, observers, train
+    from r2cli import attach, observers, train
     from r2cli import data as datasets
     from r2cli import ptq as worker
     from r2cli.cli import deliver, subject
@@ -217,38 +217,30 @@ def ptq(
             coded, rows = worker.quantize(made, settings, shown_to, where, progress.advance)
     # What was chosen is recorded, and not what was asked for: the same choice is the same bytes, however it came.
     options = {**settings.__dict__, "calibration": calibration, "seed": seed}
-    coded = coded.then("ptq", options, {} if before is None else {"float_top1": before})
-    checkpoint.save(coded, output)
-    proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))
-    report = {
-        "command": "ptq",
-        "checkpoint": output,
-        **report,
-        "float_top1": before,
+    more: dict[str, Any] = {
         "ranges": "batchnorm" if without else "calibration",
         "layers": [row.__dict__ for row in rows],
-        "options": options,
         "mixed": [row.__dict__ for row in choice],
         "trials": [trial.__dict__ for trial in trials],
-        "seconds": round(perf_counter() - started, 1),
     }
     if not measured:
-        report |= {"top1": None, "torch_top1": None}
+        more |= {"top1": None, "torch_top1": None}
+    notes = [*([_again(settings, rows)] if choice else []), *([_chosen(trials)] if trials else [])]
+    if method == "dfq" or not calibration:
+        notes.append(_origin(calibration))
     if method == "dfq" and relu6 == "relu":
-        report["relu_top1"] = _top1_with_relu(made, loaded, where) if measured else None
-    top1 = f"top-1 {report['top1']:.2f} % in ONNX Runtime (float {before:.2f})" if measured else "accuracy not measured"
-    shown = [
-        _layers(rows, report["float_operations"]),
-        *deliver.told(proof, report),
-        *([_again(settings, rows)] if choice else []),
-        *([_chosen(trials)] if trials else []),
-        *_origins(report, calibration),
-        f"{onnx}: {top1}, {report['bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight",
-        console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}"),
-    ]
-    console.emit(report, as_json=json, lines=shown)
-    deliver.require(proof, report, min_accuracy=min_accuracy, max_drop=max_drop, max_bytes=max_bytes)
-    return report
+        more["relu_top1"] = relu = _top1_with_relu(made, loaded, where) if measured else None
+        notes += [f"ReLU6 became ReLU: float top-1 {relu:.2f} %, {before:.2f} before"] if measured else []
+    order = deliver.Order("ptq", output, options, data, started, json, min_accuracy, max_drop, max_bytes)
+    return deliver.compressed(
+        order,
+        coded,
+        loaded,
+        before,
+        more=more,
+        table=lambda report: _layers(rows, report["float_operations"]),
+        notes=notes,
+    )
 
 
 def _top1_with_relu(made: "checkpoint.Checkpoint", loaded: "datasets.Data", where: "torch.device") -> float:
@@ -261,15 +253,9 @@ def _top1_with_relu(made: "checkpoint.Checkpoint", loaded: "datasets.Data", wher
     return train.evaluate(net.to(where), loaded.test, where)
 
 
-def _origins(report: Mapping[str, Any], calibration: int) -> list[str]:
-    """Lines on where ranges and biases come from, and what ReLU6 became."""
-    lines = []
-    if report["options"]["method"] == "dfq" or not calibration:
-        shown = f"{calibration} images" if calibration else "the BatchNorms' statistics, without an image"
-        lines.append(f"ranges and corrections: from {shown}")
-    if report.get("relu_top1") is not None:
-        lines.append(f"ReLU6 became ReLU: float top-1 {report['relu_top1']:.2f} %, {report['float_top1']:.2f} before")
-    return lines
+def _origin(calibration: int) -> str:
+    shown = f"{calibration} images" if calibration else "the BatchNorms' statistics, without an image"
+    return f"ranges and corrections: from {shown}"
 
 
 def _require_one_target(weight_bits: int | None, bits: float | None, size: int | None) -> str:

@@ -185,7 +185,7 @@ def qat(
     gates.require_free([output, onnx], overwrite=overwrite)
     gates.require_no_state(state, resume=resume, overwrite=overwrite)
 
-    from r2cli import attach, checkpoint, distributed, regularizers, train
+    from r2cli import attach, distributed, regularizers, train
     from r2cli import data as datasets
     from r2cli import qat as worker
     from r2cli.cli import deliver, subject
@@ -248,30 +248,13 @@ def qat(
         following = training.Following(state, resume, watch)
         coded, rows, history = training.by_training(work, plan, loaded, following)
     distributed.end_others()
-    coded = coded.then("qat", options, {} if before is None else {"float_top1": before})
-    checkpoint.save(coded, output)
-    proof, report = deliver.to_onnx(coded, onnx, loaded, what=str(output))
-    state.unlink(missing_ok=True)
-    report = {
-        "command": "qat",
-        "checkpoint": output,
-        **report,
-        "float_top1": before,
+    order = deliver.Order("qat", output, options, data, started, json, min_accuracy, max_drop, max_bytes, state)
+    more = {
         "trained_top1": history[-1].top1,
         "layers": [row.__dict__ for row in rows],
         "epochs": [epoch.__dict__ for epoch in history],
-        "options": options,
-        "seconds": round(perf_counter() - started, 1),
     }
-    against = "" if before is None else f" (float {before:.2f})"
-    summary = (
-        f"{onnx}: top-1 {report['top1']:.2f} % in ONNX Runtime{against}, {report['bytes']:,} bytes, "
-        f"{report['bits_per_weight']:.2f} bits a weight"
-    )
-    follow = console.next_step(f"r2 evaluate {onnx}{f' --data {data}' if data else ''}")
-    console.emit(report, as_json=json, lines=[_layers(rows), *deliver.told(proof, report), summary, follow])
-    deliver.require(proof, report, min_accuracy=min_accuracy, max_drop=max_drop, max_bytes=max_bytes)
-    return report
+    return deliver.compressed(order, coded, loaded, before, more=more, table=lambda _: _layers(rows))
 
 
 def _act_bits(text: str) -> int | None:
