@@ -1,8 +1,12 @@
-"""A recipe's trial: every kind of step once, on 64 scans of digits, two training steps. Its numbers mean nothing."""
+"""A recipe's trial: every kind of step once, on 64 scans of digits or as many pairs of sentences, two training steps.
+
+Its numbers mean nothing.
+"""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from r2cli.recipe import Recipe, Step, reads_from
@@ -27,8 +31,6 @@ def missing(recipe: Recipe) -> str | None:
     is_text = any(str(step.get("data", "")).startswith(TEXT) for step in recipe.steps)
     if is_text and importlib.util.find_spec("transformers") is None:
         return "skipped, because it needs transformers: pip install 'r2cli[text]'"
-    if is_text:
-        return "skipped, because it needs a file of sentences and a pre-trained network, which do not come with r2"
     return None
 
 
@@ -39,16 +41,20 @@ def reduced(recipe: Recipe) -> Recipe:
     return replace(recipe, matrix=matrix, tables=tables)
 
 
-def small(todo: Sequence[Step]) -> tuple[list[Step], list[str]]:
-    """The steps on little data and for two training steps; and what was replaced by what, in words."""
+def small(todo: Sequence[Step], folder: Path) -> tuple[list[Step], list[str]]:
+    """The steps on little data and for two training steps; and what was replaced by what, in words.
+
+    What networks for text need, a recipe does not bring: a network of noise and sentences are written to `folder`.
+    """
     out: list[Step] = []
     replaced: dict[str, None] = {}
+    text = _written_text(folder / "text") if any(_is_text(step) for step in todo) else {}
     for step in todo:
         options = {key: value for key, value in step.options.items() if key not in LEFT_OUT}
-        if "data" in options:
-            replaced[f"{options['data']} is {DATA}"] = None
-            options["data"] = DATA
-        options |= TRAINING.get(step.command, {})
+        given = text if _is_text(step) else {"data": DATA}
+        stand_ins = {key: value for key, value in given.items() if key in options}
+        replaced |= {f"{options[key]} is {value}": None for key, value in stand_ins.items()}
+        options |= {**TRAINING.get(step.command, {}), **stand_ins}
         if step.command == "palettize" and options.get("method") == "kmeans":
             del options["hard-epochs"]
         if "source" in options and not any(reads_from(step, earlier) for earlier in out):
@@ -58,3 +64,24 @@ def small(todo: Sequence[Step]) -> tuple[list[Step], list[str]]:
                 out.append(Step("pretrain", {**TRAINING["pretrain"], "output": STAND_IN}, {}))
         out.append(replace(step, options=options))
     return out, [*replaced, "training is two steps of 32 images", "of every variable the last value"]
+
+
+def _is_text(step: Step) -> bool:
+    return str(step.options.get("data", "")).startswith(TEXT)
+
+
+def _written_text(folder: Path) -> dict[str, str]:
+    """The options of a network and of 128 pairs of sentences, both written to `folder`."""
+    from r2cli import models
+
+    topics = ("river", "city", "king", "song")
+    pairs = [(asked, told) for asked in topics for told in topics] * 8
+    rows = [
+        f"{n}\twhich {a} is old\tthe {b} was long\t{'' if a == b else 'not_'}entailment"
+        for n, (a, b) in enumerate(pairs)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "pairs.tsv"
+    file.write_text("\n".join(["index\tquestion\tsentence\tlabel", *rows]) + "\n")
+    models.text.write_tiny(folder / "network", [*topics, *"which is old the was long".split()])
+    return {"model": f"text:{(folder / 'network').resolve()}", "data": f"qnli:{file.resolve()}"}

@@ -782,7 +782,7 @@ def test_a_trial_has_every_step_once_on_little_data(tmp_path: Path) -> None:
     text = PLACED.replace('run = "pretrain"', 'run = "pretrain"\ndata = "imagefolder:x"\nepochs = 90\nsize = 224')
     text = text.replace('run = "ptq"', 'run = "ptq"\ncalibration = 512\nmin-accuracy = 90')
     text += '\n[[step]]\nrun = "palettize"\nsource = "../other/net.safetensors"\ndata = "imagefolder:x"\nbits = 2\n'
-    todo, told = smoke.small(recipe.steps(smoke.reduced(read(tmp_path, text))))
+    todo, told = smoke.small(recipe.steps(smoke.reduced(read(tmp_path, text))), tmp_path)
     assert [(step.command, dict(step.options)) for step in todo] == [
         (
             "pretrain",

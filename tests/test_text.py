@@ -19,7 +19,6 @@ transformers = pytest.importorskip("transformers")
 SIZE = 16
 NAMES = ("river", "city", "king", "song", "war")
 WORDS = [*NAMES, *"what which who is was the a of in long old".split()]
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "?", *WORDS]
 
 
 def _rows() -> list[tuple[str, str, str]]:
@@ -42,21 +41,9 @@ def tsv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mobilebert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as transformers writes it: two layers with bottlenecks, 16 wide, and their tokenizer."""
-    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-    from tokenizers.models import WordPiece
-
     where = tmp_path_factory.mktemp("mobilebert")
-    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    fast.save_pretrained(where)
-    narrow = dict.fromkeys(("embedding_size", "intra_bottleneck_size", "true_hidden_size"), 16)
-    few = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_feedforward_networks"), 2)
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "intermediate_size": 32, "max_position_embeddings": 32}
     torch.manual_seed(0)
-    config = transformers.MobileBertConfig(**narrow, **few, **sizes)
-    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(where)
+    models.text.write_tiny(where, ["?", *WORDS])
     return where
 
 
@@ -203,8 +190,8 @@ def test_names_and_options_that_cannot_be_had(
     name = f"text:{mobilebert}"
     with pytest.raises(InputError, match="cannot be had from transformers"):
         models.spec(f"text:{tmp_path / 'nothing'}", classes=2, channels=3, size=SIZE)
-    with pytest.raises(InputError, match="at most 32 tokens"):
-        models.spec(name, classes=2, channels=3, size=33)
+    with pytest.raises(InputError, match="at most 128 tokens"):
+        models.spec(name, classes=2, channels=3, size=129)
     with pytest.raises(InputError, match="no 'layers' in its configuration"):
         models.spec(name, classes=2, channels=3, size=SIZE, args={"layers": 1})
     with pytest.raises(InputError, match="--stem does not apply"):

@@ -66,7 +66,7 @@ def run(
         read = trial.reduced(read)
     todo = recipes.steps(read)
     if smoke:
-        todo, replaced = trial.small(todo)
+        todo, replaced = trial.small(todo, folder)
         console.note(f"smoke, whose numbers mean nothing: {'; '.join(replaced)}")
     todo = recipes.only(todo, only) if only else todo
     if dry_run:

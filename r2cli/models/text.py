@@ -5,8 +5,9 @@ architecture's configuration and never the name of code: transformers' own class
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,18 @@ def start(model: nn.Module, name: str) -> list[str]:
         )
     model.load_state_dict(found.state_dict())
     return sorted(told["missing_keys"])
+
+
+def write_tiny(folder: Path, words: Iterable[str]) -> None:
+    """A MobileBERT of noise, two layers of 16, and a tokenizer of `words`, as transformers keeps them: for trials."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    narrow = dict.fromkeys(("embedding_size", "intra_bottleneck_size", "true_hidden_size"), 16)
+    few = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_feedforward_networks"), 2)
+    wide = {"hidden_size": 32, "intermediate_size": 32, "max_position_embeddings": 128}
+    with _library("a trial's network") as transformers:
+        config = transformers.MobileBertConfig(**narrow, **few, **wide, vocab_size=len(vocabulary))
+        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
 
 
 def tokenizer(name: str) -> str:
