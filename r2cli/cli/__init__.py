@@ -29,6 +29,7 @@ app.command()(run.run)
 app.add_typer(recipe.recipe, name="recipe")
 
 INTERRUPTED = 130
+SPINS = "10000"  # how often a waiting thread of torch's looks before it sleeps; 300,000 times where nobody says
 TRAINING = ("pretrain", "palettize", "qat")  # the commands that several processes may run together
 
 # What the parser raises for a wrong command line, whichever module of typer's defines it.
@@ -61,6 +62,10 @@ def invoke(arguments: list[str]) -> Any:
 def main() -> NoReturn:
     """`r2`: run the command of `sys.argv`, and map whatever goes wrong to one sentence and an exit code."""
     arguments = sys.argv[1:]
+    # Beside another program on the same cores, threads that spin take away what those need that they wait for
+    # (benchmarks/shared_cores.md). OpenMP reads it when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     as_json = "--json" in arguments
     if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
         app(arguments, standalone_mode=True)
