@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -34,3 +35,25 @@ def one(python: Path | str, script: str, *arguments: object, exact: bool = False
         return None
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
+
+
+def images_per_second(options: Sequence[object], variables: Mapping[str, str], launcher: Sequence[str] = ()) -> float:
+    """Of the last epoch of `python LAUNCHER -m r2cli pretrain OPTIONS`; ends this program where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "net.safetensors")
+        command = [
+            sys.executable,
+            *launcher,
+            "-m",
+            "r2cli",
+            "pretrain",
+            *map(str, options),
+            "--json",
+            "-o",
+            str(output),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(variables))
+    if done.returncode:
+        sys.exit(done.stderr)
+    speed: float = json.loads(done.stdout)["epochs"][-1]["images_per_second"]
+    return speed

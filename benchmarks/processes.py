@@ -9,17 +9,15 @@ the second epoch, decoding included. Runs of one and of two processes take turns
 """
 
 import argparse
-import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import environment
 import torch
 from PIL import Image
 
@@ -53,7 +51,7 @@ def main() -> None:
             speeds: dict[int, list[float]] = {1: [], 2: []}
             for _ in range(chosen.rounds):
                 for processes, found in speeds.items():
-                    found.append(images_per_second(case, where, processes))
+                    found.append(trained(case, where, processes))
             one, two = median(speeds[1]), median(speeds[2])
             rows.append(f"| {case.model} | {one:.1f} | {two:.1f} | {two / one:.2f} |")
     text = "\n".join(
@@ -93,18 +91,13 @@ def photographs(source: Path, where: Path, count: int) -> None:
                 mosaic.save(folder / f"{number}.jpg", quality=90)
 
 
-def images_per_second(case: Case, folder: Path, processes: int) -> float:
-    """Of the second epoch of a run in so many processes."""
+def trained(case: Case, folder: Path, processes: int) -> float:
+    """Images a second in the second epoch of a run in so many processes."""
     options = ["--model", case.model, *case.options, "--data", f"imagefolder:{folder}", "--size", "224"]
-    options += ["--epochs", "2", "--batch-size", str(BATCH), "--reg", "margin", "--overwrite", "--json"]
+    options += ["--epochs", "2", "--batch-size", str(BATCH), "--reg", "margin"]
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "r2cli", "pretrain", *options, "-o", str(folder / "net.safetensors")]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
-    if done.returncode:
-        sys.exit(done.stderr)
-    speed: float = json.loads(done.stdout)["epochs"][-1]["images_per_second"]
-    return speed
+    return environment.images_per_second(options, {**os.environ, "OMP_NUM_THREADS": threads}, launcher)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ wants the cores, it so takes the time that those others need. `r2` makes it 10,0
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+import environment
 import torch
 
 from r2cli import __version__, cli, verify
@@ -32,12 +32,12 @@ def main() -> None:
     speeds: dict[tuple[str, str], list[float]] = {}
     for _ in range(chosen.rounds):
         for whose, spins in SPINS.items():
-            speeds.setdefault((ALONE, whose), []).append(images_per_second(spins))
+            speeds.setdefault((ALONE, whose), []).append(trained(spins))
             with ThreadPoolExecutor(2) as both:
-                speeds.setdefault((TWICE, whose), []).extend(both.map(images_per_second, (spins, spins)))
+                speeds.setdefault((TWICE, whose), []).extend(both.map(trained, (spins, spins)))
             with tempfile.TemporaryDirectory() as folder:
                 others = [endless(Path(folder, f"{core}.safetensors")) for core in os.sched_getaffinity(0)]
-                speeds.setdefault((BESIDE, whose), []).append(images_per_second(spins))
+                speeds.setdefault((BESIDE, whose), []).append(trained(spins))
                 for other in others:
                     other.kill()
                     other.wait()
@@ -68,18 +68,11 @@ def endless(output: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
 
 
-def images_per_second(spins: str) -> float:
-    """Of the last epoch of three."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "r2cli", "pretrain", "--epochs", "3", "--json"]
-        environment = {**os.environ, "GOMP_SPINCOUNT": spins}
-        environment.pop("OMP_NUM_THREADS", None)
-        output = ["-o", str(Path(folder, "net.safetensors"))]
-        done = subprocess.run([*command, *output], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(done.stderr)
-    speed: float = json.loads(done.stdout)["epochs"][-1]["images_per_second"]
-    return speed
+def trained(spins: str) -> float:
+    """Images a second in the last epoch of three."""
+    variables = {**os.environ, "GOMP_SPINCOUNT": spins}
+    variables.pop("OMP_NUM_THREADS", None)
+    return environment.images_per_second(["--epochs", "3"], variables)
 
 
 if __name__ == "__main__":
