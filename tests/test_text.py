@@ -68,8 +68,8 @@ def made(mobilebert: Path, tsv: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize(
     ("command", "options"),
-    [("ptq", []), ("ptq", ["--method", "adaround", "--weight-bits", "4"]), ("palettize", ["--method", "kmeans"])],
-    ids=["w8", "w4-adaround", "kmeans"],
+    [("ptq", []), ("ptq", ["--method", "adaround", "--target-bits", "4.5"]), ("palettize", ["--method", "kmeans"])],
+    ids=["w8", "w4.5-adaround", "kmeans"],
 )
 def test_what_layers_read_has_eight_bits(
     r2: R2, made: tuple[Path, Any], tsv: Path, tmp_path: Path, command: str, options: list[str]

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r2cli.data import Batch
 from r2cli.errors import InputError
@@ -45,7 +46,8 @@ def curvature(
     found, seen = dict.fromkeys(weights, 0.0), 0
     own = list(weights.values())
     for images, labels in batches:
-        with torch.enable_grad():
+        # Of attention, torch's fused kernels have no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = F.cross_entropy(net(images), labels, reduction="sum")
             slopes = torch.autograd.grad(loss, own, create_graph=True)
             for _ in range(DRAWS):
