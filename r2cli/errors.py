@@ -7,8 +7,9 @@
 A message is one sentence that names the file, the tensor and the way out. Success is 0, an interrupt 130.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 
 class R2Error(Exception):
@@ -24,9 +25,16 @@ class InputError(R2Error):
 
 
 class CheckFailed(R2Error):
-    """The result was written, and a gate or a proof on it failed (exit code 1)."""
+    """The result was written, and a gate or a proof on it failed (exit code 1).
+
+    `report` is the command's, where it has one by then.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:

@@ -2,7 +2,8 @@
 
 A step is up to date where it was done with the same options by the same version, its files are still there, and what
 it read (its source, its weights) has the same bytes. One that was stopped half way goes on from its last epoch, or runs
-again over its own files. What is done is kept in the folder's results.json, after every step.
+again over its own files. One whose gate or proof failed has written its files: the others go on, and its failure stands
+beside its report. What is done is kept in the folder's results.json, after every step.
 """
 
 import hashlib
@@ -84,11 +85,11 @@ class Process:
         if code == 130:
             raise KeyboardInterrupt
         # A gate that fails comes after the report, which stands before the error.
-        tail = printed[printed.rfind('{"error"') :]
-        told = (
-            json.loads(tail)["error"] if tail.startswith('{"error"') else f"it ended with {code}, {self.log} says more"
-        )
-        raise {1: CheckFailed, 2: InputError}.get(code, R2Error)(told)
+        start = printed.rfind('{"error"')
+        told = json.loads(printed[start:])["error"] if start >= 0 else f"it ended with {code}, {self.log} says more"
+        if code == 1:
+            raise CheckFailed(told, json.loads(printed[:start]) if start > 0 else None)
+        raise {2: InputError}.get(code, R2Error)(told)
 
     def stop(self) -> None:
         """Interrupt it, so that it keeps its last whole epoch, and wait for its end."""
@@ -113,10 +114,11 @@ def execute(
     overwrite: bool = False,
     jobs: int = 1,
 ) -> list[dict[str, Any]]:
-    """Run the steps, at most `jobs` at a time, each when those that it reads from are done; returns values and reports.
+    """Run the steps, at most `jobs` at a time, each when those that it reads from are done.
 
-    `start` begins a command, given its number and its arguments. Where a step fails, those that run come to their end,
-    no other begins, and its error is raised with its place in the recipe. An interrupt stops all.
+    Returns for each its values, its report, and what gate or proof failed on what it wrote, or None. `start` begins a
+    command, given its number and its arguments. Where a step fails otherwise, those that run come to their end, no
+    other begins, and its error is raised with its place in the recipe. An interrupt stops all.
     """
     record = Record.read(folder)
     before = [{n for n in range(number) if _comes_first(todo[n], step)} for number, step in enumerate(todo)]
@@ -139,7 +141,12 @@ def execute(
                 try:
                     reports[number] = record.end(todo[number], running.pop(number).report())
                 except (R2Error, OSError) as error:
-                    failure, waiting = failure or _named(error, todo[number]), []
+                    if isinstance(error, CheckFailed) and error.report is not None:
+                        told = todo[number].blame(str(error))
+                        reports[number] = record.end(todo[number], error.report, failed=told)
+                        tell(told)
+                    else:
+                        failure, waiting = failure or _named(error, todo[number]), []
             if running and not finished:
                 sleep(PAUSE)
     except BaseException:
@@ -148,7 +155,10 @@ def execute(
         raise
     if failure is not None:
         raise failure
-    return [{"command": s.command, "values": s.values, "report": reports[n]} for n, s in enumerate(todo)]
+    return [
+        {"command": step.command, "values": step.values, "report": reports[number], "failed": record.failed(step)}
+        for number, step in enumerate(todo)
+    ]
 
 
 def _comes_first(earlier: Step, step: Step) -> bool:
@@ -202,11 +212,16 @@ class Record:
         more = ["--resume"] * goes_on + ["--overwrite"] * replaces
         return [*step.arguments(self.folder), *more, "--json"]
 
-    def end(self, step: Step, made: Any) -> Any:
-        """Note what `step` came to; its report, as JSON gives it back."""
+    def failed(self, step: Step) -> str | None:
+        """What gate or proof failed on what `step` wrote; None where none did."""
+        failed: str | None = self.done.get(_name(step), {}).get("failed")
+        return failed
+
+    def end(self, step: Step, made: Any, *, failed: str | None = None) -> Any:
+        """Note what `step` came to, and what failed of it; its report, as JSON gives it back."""
         report = json.loads(json.dumps(made, default=str))
         entry: Mapping[str, Any] = self.done.get(_name(step)) or {"key": _key(step), "inputs": self._inputs(step)}
-        self.done[_name(step)] = {**entry, "report": report}
+        self.done[_name(step)] = {**entry, "report": report, **({"failed": failed} if failed else {})}
         self._write()
         return report
 

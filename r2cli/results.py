@@ -17,16 +17,21 @@ from r2cli.recipe import Recipe, label, require_complete
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text by column, in the order of the steps; `records` has every cell as numbers."""
+    """Rows of text by column, in the order of the steps; `records` has every cell as numbers.
+
+    `failures` are the gates and proofs that failed on what stands in it, in cells with a dagger.
+    """
 
     title: str
     rows: Sequence[Mapping[str, str]]
     records: Sequence[Mapping[str, Any]] = ()
+    failures: Sequence[str] = ()
 
     def markdown(self) -> str:
         head = list(self.rows[0]) if self.rows else []
         lines = [f"**{self.title}**", "", _line(head), "|---" * len(head) + "|"]
-        return "\n".join([*lines, *(_line(row.values()) for row in self.rows), ""])
+        notes = ["", *(f"{DAGGER} {failure}" for failure in self.failures)] if self.failures else []
+        return "\n".join([*lines, *(_line(row.values()) for row in self.rows), *notes, ""])
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -34,8 +39,10 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """The recipe's tables of `results`: dicts of command, values and report. Raises InputError for a metric that no
-    report has."""
+    """The recipe's tables of `results`: dicts of command, values, report and failure, as `jobs.execute` returns them.
+
+    Raises InputError for a metric that no report has.
+    """
     return [_table(recipe, table, results) for table in recipe.tables]
 
 
@@ -51,6 +58,7 @@ def as_csv(tables: Sequence[Table]) -> str:
     return out.getvalue()
 
 
+DAGGER = "†"
 NUMBERS = ("n", "mean", "sd", "least", "greatest", "values")
 
 
@@ -59,6 +67,7 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
     names, column = table["rows"], table.get("column")
     needed = {*names, *([column] if column else [])}
     cells: dict[tuple[str, ...], dict[str, list[Any]]] = {}
+    failures: dict[tuple[tuple[str, ...], str], str] = {}
     for result in results:
         if result["command"] != table["run"] or not needed <= result["values"].keys():
             continue
@@ -68,9 +77,15 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
                 raise unknown(f"metric of {recipe.path}", metric, result["report"])
             head = title if column is None else f"{label(result['values'][column])} {title}".strip()
             cells.setdefault(row, {}).setdefault(head, []).append(result["report"][metric])
+            if result.get("failed"):
+                failures[row, head] = result["failed"]
     heads = list(dict.fromkeys(head for own in cells.values() for head in own))
     rows = [
-        dict(zip(names, row, strict=True)) | {head: _cell(own[head]) if head in own else "-" for head in heads}
+        dict(zip(names, row, strict=True))
+        | {
+            head: f"{_cell(own[head])}{f' {DAGGER}' if (row, head) in failures else ''}" if head in own else "-"
+            for head in heads
+        }
         for row, own in cells.items()
     ]
     records = [
@@ -78,7 +93,7 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
         for row, own in cells.items()
         for head, values in own.items()
     ]
-    return Table(table.get("title", ""), rows, records)
+    return Table(table.get("title", ""), rows, records, tuple(dict.fromkeys(failures.values())))
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:

@@ -732,6 +732,23 @@ def side_by_side(
     return seen, out, made
 
 
+def test_what_failed_a_check_is_done_and_stays_failed(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+
+    def first_fails(arguments: list[str]) -> dict[str, Any]:
+        report = commands(arguments)
+        if arguments[0] == "pretrain":
+            raise CheckFailed("gate failed", report)
+        return report
+
+    done = run(two(), tmp_path, first_fails, commands.told.append, overwrite=False)
+    assert commands.names() == ["model", "coded"]
+    assert [each["failed"] for each in done] == ["r2 pretrain -> model: gate failed", None]
+    assert any("model" in line and "gate failed" in line for line in commands.told)
+    again = run(two(), tmp_path, first_fails, commands.told.append, overwrite=False)
+    assert commands.names() == [] and [each["failed"] for each in again] == [each["failed"] for each in done]
+
+
 def test_independent_steps_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "PAUSE", 0)
     seen, out, _ = side_by_side(tmp_path / "1", {"b": 5}, 2)

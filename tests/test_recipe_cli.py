@@ -78,6 +78,25 @@ def test_what_only_the_step_can_see_has_its_line_too(small: Path, r2: R2) -> Non
     assert "small.toml:16: r2 ptq -> none.w8.safetensors: unknown method 'adarond': did you mean 'adaround'" in ran.err
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_fails_a_check_has_a_dagger_and_stops_nothing(small: Path, r2: R2, one_thread: None, jobs: int) -> None:
+    small.write_text(
+        SMALL.replace("source =", 'max-bytes = "{limit}"\nsource =')
+        .replace(
+            'reg = ["none", "linf"]',
+            'reg = [{ name = "none", reg = "none", limit = 9 }, { name = "linf", reg = "linf" }]',
+        )
+        .replace('reg = "{reg}"', 'reg = "{reg.reg}"')
+        .replace("{limit}", "{reg.limit}")
+    )
+    for _ in range(2):  # made, and remembered
+        ran = r2("run", "small.toml", "--jobs", jobs)
+        assert ran.code == 1 and "1 of 4 steps failed a check: " in ran.err and "-> none.w8.safetensors: " in ran.err
+        rows = {line.split()[0]: line for line in ran.out.splitlines() if line.startswith(("none", "linf", "†"))}
+        assert "†" in rows["none"] and "†" not in rows["linf"] and "--max-bytes 9" in rows["†"]
+        assert "†" in Path("runs/small/tables.md").read_text()
+
+
 def test_side_by_side_gives_the_same_files_and_tables(
     small: Path, r2: R2, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,13 +147,16 @@ def require(
     """
     failed = [f"{check.name} ({check.detail})" for check in proof.checks if not check.passed]
     if failed:
-        raise CheckFailed(f"{report['output']} failed its proof: {'; '.join(failed)}")
+        raise CheckFailed(f"{report['output']} failed its proof: {'; '.join(failed)}", report)
     top1, before = report["top1"], report.get("float_top1")
-    gates.require(
-        min_accuracy=min_accuracy,
-        top1=top1,
-        max_drop=max_drop,
-        drop=None if before is None else before - top1,
-        max_bytes=max_bytes,
-        size=report["bytes"],
-    )
+    try:
+        gates.require(
+            min_accuracy=min_accuracy,
+            top1=top1,
+            max_drop=max_drop,
+            drop=None if before is None else before - top1,
+            max_bytes=max_bytes,
+            size=report["bytes"],
+        )
+    except CheckFailed as gate:
+        raise CheckFailed(str(gate), report) from gate

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from r2cli import console
-from r2cli.errors import InputError
+from r2cli.errors import CheckFailed, InputError
 from r2cli.options import DryRun, Json, Overwrite, _option
 
 if TYPE_CHECKING:
@@ -93,8 +93,13 @@ def run(
     shown: list[Any] = []
     for table in (table for table in tables if table.rows):
         shown += [table.title, console.table(tuple(table.rows[0]), [tuple(row.values()) for row in table.rows])]
+        shown += [f"{results.DAGGER} {failure}" for failure in table.failures]
     told = f"{folder} has the files, {written} the tables, with .csv and .json beside it"
     console.emit(report, as_json=json, lines=[*shown, told])
+    failed = [each["failed"] for each in done if each["failed"]]
+    if failed:
+        rest = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise CheckFailed(f"{len(failed)} of {len(done)} steps failed a check: {failed[0]}{rest}", report)
     return report
 
 
