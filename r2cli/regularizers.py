@@ -9,7 +9,9 @@ step, which costs up to three times a small step. Weights are walked in chunks t
 
 Where we differ: in the stable form the margin's own gradient is clamped to [-strength, strength] (as written it is
 minus the number of weights outside, and throws M out of the layer), and soft-min-max's exponent is in units of the
-layer's standard deviation (as written, a layer of small weights never gets beyond a weak variance penalty).
+layer's standard deviation (as written, a layer of small weights never gets beyond a weak variance penalty) and at least
+1: what alone keeps alpha up is exp(-alpha), and in layers of large weights, or of vectors, it would come to rest below
+zero, where softmax picks the other end and the penalty drives the ends apart.
 
 `clip` is the baseline that they are compared with, and no penalty: weights are clamped after every optimizer step.
 """
@@ -28,6 +30,7 @@ from r2cli.errors import InputError, unknown
 CHUNK = 65536  # elements: five fp32 temporaries of this size fit a core's L2 cache
 KURE_TARGET = 1.8  # the kurtosis of the uniform distribution
 ALPHA_START = 0.1
+ALPHA_LEAST = 1.0  # the least exponent of the stable soft-min-max, for weights in units of their deviation
 MARGIN_START = 2.0  # standard deviations of the initial weights
 CLIP = "clip"
 CLIP_AT = 2.0  # deviations: where the margin starts, between what L-inf (1.7) and KURE (2.5) leave of digits' networks
@@ -222,6 +225,9 @@ def penalty(
     """
     term = REGULARIZERS[setting.name]
     own = w.new_zeros(1) if parameter is None else parameter.detach()
+    floored = setting.name == "soft-minmax" and setting.stable
+    if floored:
+        own = own.clamp(min=ALPHA_LEAST)
     value = torch.zeros((), dtype=torch.float64, device=w.device)
     slopes = []
     for index, (column, column_grad) in enumerate(
@@ -232,7 +238,10 @@ def penalty(
         slopes.append(slope)
     if setting.name != "soft-minmax":
         return value, torch.stack(slopes)
-    return value + torch.exp(-own[0]), torch.stack(slopes).sum(0, keepdim=True) - torch.exp(-own)
+    slope = torch.stack(slopes).sum(0, keepdim=True) - torch.exp(-own)
+    if floored:  # on the floor alpha may only rise
+        slope = torch.where(own > ALPHA_LEAST, slope, slope.clamp(max=0))
+    return value + torch.exp(-own[0]), slope
 
 
 def columns(w: Tensor, dim: int) -> list[Tensor]:

@@ -387,6 +387,18 @@ def test_parameters_start_where_the_paper_starts_them(dim: int) -> None:
     assert not Regularizer(Setting("kure", 0.1), model).parameters
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_soft_minmax_of_large_weights_draws_the_ends_together(dim: int) -> None:
+    model = nn.Conv2d(16, 16, 3)
+    nn.init.normal_(model.weight, std=0.7, generator=torch.Generator().manual_seed(0))
+    regularizer = Regularizer(Setting("soft-minmax", 1.0, dim=dim), model)
+    before = float(model.weight.detach().abs().max())
+    values = [float(regularizer.step(0.5)) for _ in range(200)]
+    # As written alpha rests below zero here: the penalty is negative, and the weights grow.
+    assert min(values) > 0 and values[-1] < values[0]
+    assert float(model.weight.detach().abs().max()) < before
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_s_penalty_is_the_layers_sum(name: str) -> None:
     model = small()  # without gradients: layers that the loss does not reach
