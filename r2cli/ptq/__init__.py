@@ -103,7 +103,7 @@ def quantize(
     """
     method = METHODS[settings.method]
     parts = _parts(settings)
-    weights_alone = settings.act_bits is None and not method.looks and not parts
+    weights_alone = not _needs_graph(settings)
     if settings.embeddings and not weights_alone:
         raise InputError("--embeddings is for weights alone: give --method none --act-bits none")
     if settings.embeddings:
@@ -205,6 +205,10 @@ def _parts(settings: Settings) -> tuple[str, ...]:
     return METHODS[settings.method].parts if settings.parts is None else settings.parts
 
 
+def _needs_graph(settings: Settings) -> bool:
+    return settings.act_bits is not None or METHODS[settings.method].looks or bool(_parts(settings))
+
+
 Notes = list[dict[str, str]]
 
 
@@ -215,7 +219,7 @@ def _prepare(
     statistics of each layer's BatchNorm, and notes by layer."""
     if checkpoint.coded:
         raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
-    example = None if settings.act_bits is None else checkpoint.input.blank(2)
+    example = checkpoint.input.blank(2) if _needs_graph(settings) else None
     net = graph.trace(attach.network(checkpoint), example)
     notes = [{name: f"{count} dead channels made constant" for name, count in silence_dead_channels(net).items()}]
     if settings.granularity == TENSOR:
