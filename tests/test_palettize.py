@@ -29,6 +29,7 @@ from r2cli import (
     palettize,
     verify,
 )
+from r2cli.cli.palettize import _ended_higher
 from r2cli.errors import InputError
 from r2cli.palettize import tables
 from r2cli.palettize.tables import Form
@@ -361,6 +362,13 @@ def test_training_that_diverges_says_so_and_leaves_nothing(r2: R2, model: Path, 
     ran = r2("palettize", model, "--lr", 1e6, "--epochs", 3)
     assert ran.code == 3 and "diverged in epoch" in ran.err and "lower --lr" in ran.err
     assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_training_that_ends_higher_than_it_began_says_so() -> None:
+    assert _ended_higher([{"loss": 2.42}, {"loss": 1.6}, {"loss": 2.53}]) == [
+        "the last epoch's loss is above the first one's (2.53, 2.42): try --clip-grad 1, or a lower --lr"
+    ]
+    assert not _ended_higher([{"loss": 0.7}, {"loss": 0.2}]) and not _ended_higher([])
 
 
 def test_a_resumed_run_must_have_the_same_options(r2: R2, model: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`r2 palettize`: weights as indices into small tables of centroids, by k-means or by training."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -240,7 +240,8 @@ def palettize(
     distributed.end_others()
     order = deliver.Order("palettize", output, options, data, started, json, min_accuracy, max_drop, max_bytes, state)
     more = {**_sizes(rows), "layers": [row.__dict__ for row in rows], "epochs": epochs_told}
-    return deliver.compressed(order, coded, loaded, before, more=more, table=lambda _: _layers(rows))
+    notes = _ended_higher(epochs_told)
+    return deliver.compressed(order, coded, loaded, before, more=more, table=lambda _: _layers(rows), notes=notes)
 
 
 def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: str, soft: int) -> None:
@@ -293,6 +294,16 @@ def _file(
     console.emit(report, as_json=json, lines=[_layers(rows), summary, console.next_step(f"r2 analyze {output}")])
     gates.require(max_bytes=max_bytes, size=written)
     return report
+
+
+def _ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
+    """A line where training ended with more loss than its first epoch had: steps were too large, most likely."""
+    if not epochs or epochs[-1]["loss"] <= epochs[0]["loss"]:
+        return []
+    first, last = epochs[0]["loss"], epochs[-1]["loss"]
+    return [
+        f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): try --clip-grad 1, or a lower --lr"
+    ]
 
 
 def _line(epoch: "train.Epoch", epochs: int, gap: float) -> str:
