@@ -13,6 +13,7 @@ from r2cli.recipe import Recipe, Step, reads_from
 
 DATA = "digits:64"
 TEXT = ("qnli:",)  # data that networks of text read
+NETWORK, PAIRS = "text/network", "text/pairs.tsv"
 STAND_IN = "stand-in.safetensors"  # for a source that another recipe makes
 TRAINING: Mapping[str, Mapping[str, Any]] = {
     "pretrain": {"data": DATA, "epochs": 1, "batch-size": 32},
@@ -44,14 +45,13 @@ def reduced(recipe: Recipe) -> Recipe:
 def small(todo: Sequence[Step], folder: Path) -> tuple[list[Step], list[str]]:
     """The steps on little data and for two training steps; and what was replaced by what, in words.
 
-    What networks for text need, a recipe does not bring: a network of noise and sentences are written to `folder`.
+    What networks for text need, a recipe does not bring: `provide` writes it to `folder`.
     """
     out: list[Step] = []
     replaced: dict[str, None] = {}
-    text = _written_text(folder / "text") if any(_is_text(step) for step in todo) else {}
     for step in todo:
         options = {key: value for key, value in step.options.items() if key not in LEFT_OUT}
-        given = text if _is_text(step) else {"data": DATA}
+        given = _text(folder) if _is_text(step) else {"data": DATA}
         stand_ins = {key: value for key, value in given.items() if key in options}
         replaced |= {f"{options[key]} is {value}": None for key, value in stand_ins.items()}
         options |= {**TRAINING.get(step.command, {}), **stand_ins}
@@ -70,18 +70,23 @@ def _is_text(step: Step) -> bool:
     return str(step.options.get("data", "")).startswith(TEXT)
 
 
-def _written_text(folder: Path) -> dict[str, str]:
-    """The options of a network and of 128 pairs of sentences, both written to `folder`."""
+def _text(folder: Path) -> dict[str, str]:
+    """The options of the network and the sentences that `provide` writes to `folder`."""
+    return {"model": f"text:{(folder / NETWORK).resolve()}", "data": f"qnli:{(folder / PAIRS).resolve()}"}
+
+
+def provide(todo: Sequence[Step], folder: Path) -> None:
+    """Write to `folder` what the steps of a trial for text read: a network of noise, and 128 pairs of sentences."""
     from r2cli import models
 
+    if not any(_is_text(step) for step in todo):
+        return
     topics = ("river", "city", "king", "song")
     pairs = [(asked, told) for asked in topics for told in topics] * 8
     rows = [
         f"{n}\twhich {a} is old\tthe {b} was long\t{'' if a == b else 'not_'}entailment"
         for n, (a, b) in enumerate(pairs)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "pairs.tsv"
-    file.write_text("\n".join(["index\tquestion\tsentence\tlabel", *rows]) + "\n")
-    models.text.write_tiny(folder / "network", [*topics, *"which is old the was long".split()])
-    return {"model": f"text:{(folder / 'network').resolve()}", "data": f"qnli:{file.resolve()}"}
+    (folder / PAIRS).parent.mkdir(parents=True, exist_ok=True)
+    (folder / PAIRS).write_text("\n".join(["index\tquestion\tsentence\tlabel", *rows]) + "\n")
+    models.text.write_tiny(folder / NETWORK, [*topics, *"which is old the was long".split()])

@@ -815,3 +815,15 @@ def test_a_trial_has_every_step_once_on_little_data(tmp_path: Path) -> None:
         ),
     ]
     assert "imagefolder:x is digits:64" in told and any("net.safetensors" in line for line in told)
+
+
+def test_a_trial_of_text_reads_what_it_brings_itself(tmp_path: Path) -> None:
+    text = PLACED.replace('run = "pretrain"', 'run = "pretrain"\nmodel = "text:minilm"\ndata = "qnli:x.tsv"')
+    todo, told = smoke.small(recipe.steps(smoke.reduced(read(tmp_path, text))), tmp_path / "made")
+    options = todo[0].options
+    assert options["model"] == f"text:{tmp_path}/made/text/network" and "text:minilm is " in " ".join(told)
+    assert not (tmp_path / "made").exists()
+    pytest.importorskip("transformers")
+    smoke.provide(todo, tmp_path / "made")
+    assert Path(options["data"].removeprefix("qnli:")).read_text().count("entailment") == 128
+    assert Path(options["model"].removeprefix("text:"), "config.json").exists()

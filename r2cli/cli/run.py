@@ -74,6 +74,9 @@ def run(
         console.emit({"command": "run", "steps": lines}, as_json=json, lines=lines)
         return {"steps": lines}
 
+    if smoke:
+        trial.provide(todo, folder)
+
     def start(number: int, arguments: list[str]) -> "worker.Job":
         if jobs == 1:
             return worker.Here(_quietly(invoke), arguments)
