@@ -97,14 +97,13 @@ def quantize(
     """Every convolution and linear weight of `checkpoint` as codes, activations on grids set over `images`.
 
     Without images the BatchNorms' statistics stand in for them. `images` are gone through more than once, and not kept
-    but for what a method's memory bound allows. `advance` is called after each layer that a method has
-    rounded. Raises InputError for a coded checkpoint, a pattern that names no layer, a graph that cannot be read, and
-    for what is not known without images.
+    but for what a method's memory bound allows. `advance` is called after each layer that a method has rounded. Raises
+    InputError for a coded checkpoint, a pattern that names no layer, a graph that cannot be read, and for what is not
+    known without images.
     """
     method = METHODS[settings.method]
     parts = _parts(settings)
-    weights_alone = not _needs_graph(settings)
-    if settings.embeddings and not weights_alone:
+    if settings.embeddings and _needs_graph(settings):
         raise InputError("--embeddings is for weights alone: give --method none --act-bits none")
     if settings.embeddings:
         return _weights_alone(checkpoint, settings)
@@ -113,7 +112,7 @@ def quantize(
     try:
         net, factors, normals, notes = _prepare(checkpoint, settings)
     except graph.Unreadable:
-        if not weights_alone:
+        if _needs_graph(settings):
             raise
         return _weights_alone(checkpoint, settings)
     coded = _nearest(net, settings, factors)
