@@ -280,7 +280,7 @@ def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, _Run]) -> audit.
         return audit.Check("runs", False, f"{foreign.op_type} is not a standard operator, but of {foreign.domain}")
     finite = all(np.isfinite(runs[name].worst) for name in ("default", "off"))
     counts = node_counts(path)
-    integer = sum(n for op, n in counts.items() if op.startswith("QLinear") or op == "QGemm")
+    integer = sum(n for op, n in counts.items() if op.startswith(("QLinear", "QGemm", "MatMulInteger")))
     left = sum(counts.get(op, 0) for op in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"))
     detail = (
         f"ONNX Runtime {ort.__version__}, optimisation off and default; {integer} integer nodes, {left} float layers"
