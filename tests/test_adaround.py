@@ -1,4 +1,4 @@
-"""AdaRound: the fact sheet's numbers, gradients against autograd, and layers whose best rounding is known."""
+"""AdaRound: numbers worked out beforehand, gradients against autograd, and layers whose best rounding is known."""
 
 import itertools
 from pathlib import Path
@@ -14,7 +14,7 @@ from r2cli.ptq import adaround, ranges
 from r2cli.ptq.sweep import MEMORY, Seen, images_that_fit, sweep
 
 CPU = torch.device("cpu")
-# Four weights of the fact sheet on a grid of a quarter: floors 1, -2, 0, 3.
+# Four weights on a grid of a quarter: floors 1, -2, 0, 3.
 WEIGHTS, SCALE = torch.tensor([[0.26, -0.41, 0.05, 0.98]], dtype=torch.float64), 0.25
 
 
