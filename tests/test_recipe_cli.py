@@ -97,6 +97,14 @@ def test_what_fails_a_check_has_a_dagger_and_stops_nothing(small: Path, r2: R2, 
         assert "†" in Path("runs/small/tables.md").read_text()
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_gate_of_training_stops_nothing_either(small: Path, r2: R2, one_thread: None, jobs: int) -> None:
+    small.write_text(SMALL.replace("epochs = 1", "epochs = 1\nmin-accuracy = 99.9"))
+    ran = r2("run", "small.toml", "--jobs", jobs)
+    assert ran.code == 1 and "2 of 4 steps failed a check: " in ran.err
+    assert "†" not in ran.out and Path("runs/small/linf.w8.onnx").exists()
+
+
 def test_side_by_side_gives_the_same_files_and_tables(
     small: Path, r2: R2, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

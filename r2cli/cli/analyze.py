@@ -1,7 +1,7 @@
 """`r2 analyze`: how wide the weights are, which are outliers, and what that costs at few bits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -141,7 +141,7 @@ def analyze(
     follow = _next(sources, ready if outputs else None, bits, written=bool(outputs))
     shown += [*text.comparison(sheets, bits), line, *(f"wrote {path}" for path in outputs), console.next_step(follow)]
     console.emit(report, as_json=json, lines=shown)
-    _require(sheets, max_range_ratio, max_outliers, floor, granularity)
+    _require(report, sheets, max_range_ratio, max_outliers, floor, granularity)
     return report
 
 
@@ -193,6 +193,7 @@ def _worst(sheets: "Sequence[Sheet]", bits: int) -> "list[Row]":
 
 
 def _require(
+    report: Mapping[str, Any],
     sheets: "Sequence[Sheet]",
     max_range_ratio: float | None,
     max_outliers: float | None,
@@ -217,4 +218,4 @@ def _require(
                 failed.append(f"{sheet.title}: {row.name} ({', '.join(why)})")
     gated = max_range_ratio is not None or max_outliers is not None or floor is not None
     if gated and failed:
-        raise CheckFailed("gate failed: " + "; ".join(failed))
+        raise CheckFailed("gate failed: " + "; ".join(failed), report)

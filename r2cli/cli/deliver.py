@@ -149,14 +149,12 @@ def require(
     if failed:
         raise CheckFailed(f"{report['output']} failed its proof: {'; '.join(failed)}", report)
     top1, before = report["top1"], report.get("float_top1")
-    try:
-        gates.require(
-            min_accuracy=min_accuracy,
-            top1=top1,
-            max_drop=max_drop,
-            drop=None if before is None else before - top1,
-            max_bytes=max_bytes,
-            size=report["bytes"],
-        )
-    except CheckFailed as gate:
-        raise CheckFailed(str(gate), report) from gate
+    gates.require(
+        report,
+        min_accuracy=min_accuracy,
+        top1=top1,
+        max_drop=max_drop,
+        drop=None if before is None else before - top1,
+        max_bytes=max_bytes,
+        size=report["bytes"],
+    )

@@ -99,5 +99,5 @@ def evaluate(
     speed = f"{latency:.2f} ms an image ({engine}{', 1 thread' if where.type == 'cpu' else ''})"
     summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {size:,} bytes"
     console.emit(report, as_json=json, lines=[summary, *gates.unreadable(loaded.test.unreadable)])
-    gates.require(min_accuracy=min_accuracy, top1=top1, max_bytes=max_bytes, size=size)
+    gates.require(report, min_accuracy=min_accuracy, top1=top1, max_bytes=max_bytes, size=size)
     return report

@@ -1,8 +1,9 @@
 """What every command checks before it starts and after it is done."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from r2cli import console
 from r2cli.errors import CheckFailed, InputError, unknown
@@ -119,6 +120,7 @@ def keep_forms(patterns: Sequence[str], usual: tuple[int, int]) -> dict[str, tup
 
 
 def require(
+    report: Mapping[str, Any],
     *,
     min_accuracy: float | None = None,
     top1: float | None = None,
@@ -127,7 +129,7 @@ def require(
     max_bytes: int | None = None,
     size: int | None = None,
 ) -> None:
-    """Raises CheckFailed naming every gate that is not met; a gate that is None is open."""
+    """Raises CheckFailed, with the command's `report`, naming every gate that is not met; one that is None is open."""
     failed = []
     if min_accuracy is not None and top1 is not None and top1 < min_accuracy:
         failed.append(f"top-1 {top1:.2f} % is below --min-accuracy {min_accuracy:g}")
@@ -136,7 +138,7 @@ def require(
     if max_bytes is not None and size is not None and size > max_bytes:
         failed.append(f"{size} bytes are above --max-bytes {max_bytes}")
     if failed:
-        raise CheckFailed("gate failed: " + "; ".join(failed))
+        raise CheckFailed("gate failed: " + "; ".join(failed), report)
 
 
 def unreadable(files: Sequence[str]) -> list[str]:

@@ -292,7 +292,7 @@ def _file(
     }
     summary = f"{output}: {written:,} bytes of {size:,}, {report['bits_per_weight']:.2f} bits a weight with tables"
     console.emit(report, as_json=json, lines=[_layers(rows), summary, console.next_step(f"r2 analyze {output}")])
-    gates.require(max_bytes=max_bytes, size=written)
+    gates.require(report, max_bytes=max_bytes, size=written)
     return report
 
 

@@ -229,7 +229,7 @@ def pretrain(
     more = f"{' --act-bits none' if source.input.is_text else ''}{'' if data == 'digits' else f' --data {data}'}"
     follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")
     console.emit(report, as_json=json, lines=[summary, *gates.unreadable(unreadable), follow])
-    gates.require(min_accuracy=min_accuracy, top1=last.top1)
+    gates.require(report, min_accuracy=min_accuracy, top1=last.top1)
     return report
 
 
