@@ -62,12 +62,9 @@ def note(text: str) -> None:
         _err.print(text, style="dim")
 
 
-def emit(report: Mapping[str, Any], *, as_json: bool, lines: Sequence[Line] = ()) -> None:
-    """The result of a command: `report` for machines, or `lines` and tables for people."""
-    if RANK:
-        return
-    if as_json:
-        sys.stdout.write(json.dumps(_plain(report), indent=2) + "\n")
+def tell(lines: Sequence[Line], *, as_json: bool) -> None:
+    """The result of a command for people, lines and tables; for machines it is the report that the command returns."""
+    if RANK or as_json:
         return
     for line in lines:
         _out.print(line)  # a plain text is printed as it is: a file's name is no markup
@@ -107,12 +104,16 @@ def next_step(command: str) -> Text:
     return Text.assemble(("next:", "bold"), f" {command}")
 
 
-def fail(message: str, code: int, *, as_json: bool) -> None:
-    """An error, as one sentence; for machines also on standard output."""
+def report(told: Mapping[str, Any]) -> None:
+    """The result of a command for machines, on standard output."""
+    if not RANK:
+        sys.stdout.write(json.dumps(_plain(told), indent=2) + "\n")
+
+
+def fail(message: str) -> None:
+    """An error, as one sentence."""
     which = f" (process {RANK})" if RANK else ""
     _err.print(Text.assemble(("r2:", "bold red"), f"{which} {message}"))
-    if as_json and not RANK:
-        sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
 
 
 def _is_numeric(cell: object) -> bool:

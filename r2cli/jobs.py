@@ -80,15 +80,15 @@ class Process:
         self.out.seek(0)
         printed = self.out.read().decode(errors="replace")
         self.out.close()
+        found = json.loads(printed) if printed else {}
         if code == 0:
-            return json.loads(printed)
+            return found
         if code == 130:
             raise KeyboardInterrupt
-        # A gate that fails comes after the report, which stands before the error.
-        start = printed.rfind('{"error"')
-        told = json.loads(printed[start:])["error"] if start >= 0 else f"it ended with {code}, {self.log} says more"
+        told = found.pop("error", f"it ended with {code}, {self.log} says more")
         if code == 1:
-            raise CheckFailed(told, json.loads(printed[:start]) if start > 0 else None)
+            found.pop("exit_code", None)
+            raise CheckFailed(told, found or None)
         raise {2: InputError}.get(code, R2Error)(told)
 
     def stop(self) -> None:

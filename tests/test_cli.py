@@ -370,6 +370,20 @@ def test_errors_are_json_too(r2: R2, model: Path) -> None:
     assert json.loads(ran.out) == {"error": ran.err.removeprefix("r2: ").strip(), "exit_code": 2}
 
 
+def test_a_failed_gate_is_in_the_one_object_of_the_report(r2: R2, model: Path) -> None:
+    gate = ("--json", "--max-bytes", 10)
+    for ran in (r2("evaluate", *gate), r2("ptq", *gate), r2("run", _recipe_with_a_gate(), "--json")):
+        told = json.loads(ran.out)
+        assert ran.code == 1 == told["exit_code"] and "--max-bytes 10" in told["error"] and told["error"] in ran.err
+        assert told["command"] in ("evaluate", "ptq", "run") and ("bytes" in told or told["results"][0]["failed"])
+
+
+def _recipe_with_a_gate() -> Path:
+    recipe = Path("gate.toml")
+    recipe.write_text('[[step]]\nrun = "evaluate"\nsource = "../../model.safetensors"\nmax-bytes = 10\n')
+    return recipe
+
+
 def test_damaged_checkpoints_are_named(r2: R2, model: Path) -> None:
     Path("cut.safetensors").write_bytes(model.read_bytes()[:2000])
     Path("noise.safetensors").write_bytes(os.urandom(5000))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import typer
@@ -69,11 +70,15 @@ def main() -> NoReturn:
     as_json = "--json" in arguments
     if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
         app(arguments, standalone_mode=True)
+    found: Mapping[str, Any] = {}
     try:
         result = invoke(arguments)
+        if as_json and isinstance(result, Mapping):
+            console.report(result)
         sys.exit(result if isinstance(result, int) else 0)
     except R2Error as error:
         message, code = str(error), error.exit_code
+        found = getattr(error, "report", None) or {}
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted; no file is left half written", INTERRUPTED
     except UsageError as error:
@@ -88,5 +93,8 @@ def main() -> NoReturn:
         told = f"internal error ({type(error).__name__}: {error})"
         message = f"{told}: run it again with R2_TRACEBACK=1 and report what that prints"
         code = 3
-    console.fail(" ".join(message.split()), code, as_json=as_json)
+    message = " ".join(message.split())
+    console.fail(message)
+    if as_json:
+        console.report({"error": message, "exit_code": code, **found})
     sys.exit(code)

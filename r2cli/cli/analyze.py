@@ -106,8 +106,8 @@ def analyze(
     total = sum(worker.total(each) for each in layers)
     if dry_run:
         told = f"would analyze {sum(map(len, layers))} layers, {total:,} bytes, of {', '.join(map(str, sources))}"
-        console.emit({"command": "analyze"}, as_json=json, lines=[told])
-        return {}
+        console.tell([told], as_json=json)
+        return {"command": "analyze"}
     sheets = []
     with console.bar("analyze", total, of_bytes=True) as progress:
         for each, chosen in zip(found, layers, strict=True):
@@ -140,7 +140,7 @@ def analyze(
     ready = next((each.file for each in found if each.is_float_checkpoint), None)
     follow = _next(sources, ready if outputs else None, bits, written=bool(outputs))
     shown += [*text.comparison(sheets, bits), line, *(f"wrote {path}" for path in outputs), console.next_step(follow)]
-    console.emit(report, as_json=json, lines=shown)
+    console.tell(shown, as_json=json)
     _require(report, sheets, max_range_ratio, max_outliers, floor, granularity)
     return report
 

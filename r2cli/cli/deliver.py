@@ -67,9 +67,7 @@ def compressed(
         "options": order.options,
         "seconds": round(perf_counter() - order.started, 1),
     }
-    console.emit(
-        report, as_json=order.json, lines=[table(report), *told(proof, report), *notes, *_result(order, report)]
-    )
+    console.tell([table(report), *told(proof, report), *notes, *_result(order, report)], as_json=order.json)
     require(proof, report, min_accuracy=order.min_accuracy, max_drop=order.max_drop, max_bytes=order.max_bytes)
     return report
 

@@ -76,8 +76,8 @@ def evaluate(
         predict = one_thread = torch.inference_mode()(attach.network(made).to(where))
         spec, engine = made.input, f"torch on {where}"
     if dry_run:
-        console.emit({"command": "evaluate"}, as_json=json, lines=[f"would evaluate {source} on {loaded.name}"])
-        return {}
+        console.tell([f"would evaluate {source} on {loaded.name}"], as_json=json)
+        return {"command": "evaluate"}
     console.note(f"evaluating {source} on {len(loaded.test)} images")
     with console.bar("evaluate", len(loaded.test)) as progress:
         top1 = train.top1(predict, loaded.test, where, advance=progress.advance)
@@ -98,6 +98,6 @@ def evaluate(
     }
     speed = f"{latency:.2f} ms an image ({engine}{', 1 thread' if where.type == 'cpu' else ''})"
     summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {size:,} bytes"
-    console.emit(report, as_json=json, lines=[summary, *gates.unreadable(loaded.test.unreadable)])
+    console.tell([summary, *gates.unreadable(loaded.test.unreadable)], as_json=json)
     gates.require(report, min_accuracy=min_accuracy, top1=top1, max_bytes=max_bytes, size=size)
     return report

@@ -61,16 +61,13 @@ def export(
     network = subject.Network(model, weights, model_arg, stem)
     made, loaded = subject.load(source, network, subject.Images(data, data_dir, workers, size, mean, std))
     if dry_run:
-        console.emit({"command": "export"}, as_json=json, lines=[f"would export {source} -> {output}"])
-        return {}
+        console.tell([f"would export {source} -> {output}"], as_json=json)
+        return {"command": "export"}
     proof, report = deliver.to_onnx(made, output, loaded, what=str(source))
     report = {"command": "export", **report, "seconds": round(perf_counter() - started, 1)}
     kind = f"{report['bits_per_weight']:.2f} bits a weight" if made.coded else "float32"
     summary = f"{output}: top-1 {report['top1']:.2f} % in ONNX Runtime, {report['bytes']:,} bytes, {kind}"
-    console.emit(
-        report,
-        as_json=json,
-        lines=[*deliver.told(proof, report), summary, console.next_step(f"r2 evaluate {output}")],
-    )
+    follow = console.next_step(f"r2 evaluate {output}")
+    console.tell([*deliver.told(proof, report), summary, follow], as_json=json)
     deliver.require(proof, report, min_accuracy=min_accuracy, max_bytes=max_bytes)
     return report

@@ -211,8 +211,8 @@ def palettize(
         options |= {"iterations": iterations, "lut_lr": lut_lr}
     if dry_run:
         lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
-        console.emit({"command": "palettize", "options": options}, as_json=json, lines=lines)
-        return options
+        console.tell(lines, as_json=json)
+        return {"command": "palettize", "options": options}
     train.seed_everything(seed)
     before = train.evaluate(attach.network(made).to(where), loaded.test, where)
     console.note(f"palettizing {source} to {suffix}: float top-1 {before:.2f} %")
@@ -276,8 +276,8 @@ def _file(
     options = {**settings.__dict__, "seed": seed}
     if dry_run:
         lines = [f"would palettize {source}, {size:,} bytes of tensors -> {output}"]
-        console.emit({"command": "palettize", "options": options}, as_json=json, lines=lines)
-        return options
+        console.tell(lines, as_json=json)
+        return {"command": "palettize", "options": options}
     with console.bar("palettize", size, of_bytes=True) as progress:
         rows = files.write(source, output, settings, seed=seed, advance=progress.advance)
     written = output.stat().st_size
@@ -291,7 +291,7 @@ def _file(
         "seconds": round(perf_counter() - started, 1),
     }
     summary = f"{output}: {written:,} bytes of {size:,}, {report['bits_per_weight']:.2f} bits a weight with tables"
-    console.emit(report, as_json=json, lines=[_layers(rows), summary, console.next_step(f"r2 analyze {output}")])
+    console.tell([_layers(rows), summary, console.next_step(f"r2 analyze {output}")], as_json=json)
     gates.require(report, max_bytes=max_bytes, size=written)
     return report
 

@@ -182,12 +182,8 @@ def pretrain(
     options = _options(datasets.recorded(data), spec.described(), setting, settings)
     options |= {} if weights is None else {"weights": weights.name}
     if dry_run:
-        console.emit(
-            {"command": "pretrain", "options": options},
-            as_json=json,
-            lines=[f"would train {plan} -> {output}"],
-        )
-        return options
+        console.tell([f"would train {plan} -> {output}"], as_json=json)
+        return {"command": "pretrain", "options": options}
     console.note(f"training {plan} on {where}")
     train.seed_everything(seed)
     network = models.build(spec)
@@ -228,7 +224,7 @@ def pretrain(
     summary = f"{output}: top-1 {last.top1:.2f} %, {ratio}, {report['parameters']:,} parameters"
     more = f"{' --act-bits none' if source.input.is_text else ''}{'' if data == 'digits' else f' --data {data}'}"
     follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")
-    console.emit(report, as_json=json, lines=[summary, *gates.unreadable(unreadable), follow])
+    console.tell([summary, *gates.unreadable(unreadable), follow], as_json=json)
     gates.require(report, min_accuracy=min_accuracy, top1=last.top1)
     return report
 

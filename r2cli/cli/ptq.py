@@ -189,8 +189,8 @@ def ptq(
         if target_bits or target_bytes:
             options |= {"target_bits": target_bits, "target_bytes": target_bytes, "sensitivity": sensitivity}
         lines = [f"would quantize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
-        console.emit({"command": "ptq", "options": options}, as_json=json, lines=lines)
-        return options
+        console.tell(lines, as_json=json)
+        return {"command": "ptq", "options": options}
     where = train.device(device)
     calibration = 0 if without else subject.calibration(calibration, loaded)
     batches = datasets.Again(lambda: datasets.calibration(loaded, calibration, where, seed))

@@ -237,8 +237,8 @@ def qat(
     options |= {"reg": setting.__dict__ if setting else None}
     if dry_run:
         lines = [f"would train {source} ({made.model.name}) as {suffix} -> {output}, {onnx}"]
-        console.emit({"command": "qat", "options": options}, as_json=json, lines=lines)
-        return options
+        console.tell(lines, as_json=json)
+        return {"command": "qat", "options": options}
     train.seed_everything(seed)
     before = None if fresh else train.evaluate(attach.network(made).to(where), loaded.test, where)
     told = "" if before is None else f": float top-1 {before:.2f} %"

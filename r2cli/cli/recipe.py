@@ -24,7 +24,7 @@ def ls(json: Json = False) -> dict[str, Any]:
     found = [{"name": name, "about": _about(path), "path": path} for name, path in recipes.shipped().items()]
     rows = [(own["name"], own["about"]) for own in found]
     report = {"command": "recipe ls", "recipes": found}
-    console.emit(report, as_json=json, lines=[console.table(("recipe", "what it is"), rows), "next: r2 run quickstart"])
+    console.tell([console.table(("recipe", "what it is"), rows), "next: r2 run quickstart"], as_json=json)
     return report
 
 
@@ -33,7 +33,7 @@ def show(name: Name, json: Json = False) -> dict[str, Any]:
     """Print a shipped recipe."""
     path = _shipped(name)
     report = {"command": "recipe show", "name": name, "path": path, "text": path.read_text()}
-    console.emit(report, as_json=json, lines=[path.read_text().rstrip("\n")])
+    console.tell([path.read_text().rstrip("\n")], as_json=json)
     return report
 
 
@@ -54,7 +54,7 @@ def cp(
     gates.require_free([target], overwrite=overwrite)
     write_atomically(target, path.read_bytes())
     report = {"command": "recipe cp", "name": name, "path": path, "output": target}
-    console.emit(report, as_json=json, lines=[f"{target} is {name}", console.next_step(f"r2 run {target}")])
+    console.tell([f"{target} is {name}", console.next_step(f"r2 run {target}")], as_json=json)
     return report
 
 

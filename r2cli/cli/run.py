@@ -1,9 +1,8 @@
 """`r2 run`: the steps of a recipe, in order or side by side, and its tables."""
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,8 +59,8 @@ def run(
     folder = work_dir or _folder(path, smoke=smoke)
     missing = trial.missing(read) if smoke else None
     if missing:
-        console.emit({"command": "run", "recipe": path, "skipped": missing}, as_json=json, lines=[f"{path}: {missing}"])
-        return {"skipped": missing}
+        console.tell([f"{path}: {missing}"], as_json=json)
+        return {"command": "run", "recipe": path, "skipped": missing}
     if smoke:
         read = trial.reduced(read)
     todo = recipes.steps(read)
@@ -71,15 +70,15 @@ def run(
     todo = recipes.only(todo, only) if only else todo
     if dry_run:
         lines = [recipes.shell(step, folder) for step in todo]
-        console.emit({"command": "run", "steps": lines}, as_json=json, lines=lines)
-        return {"steps": lines}
+        console.tell(lines, as_json=json)
+        return {"command": "run", "steps": lines}
 
     if smoke:
         trial.provide(todo, folder)
 
     def start(number: int, arguments: list[str]) -> "worker.Job":
         if jobs == 1:
-            return worker.Here(_quietly(invoke), arguments)
+            return worker.Here(invoke, arguments)
         return worker.Process(arguments, worker.threads_each(jobs), folder / "logs" / f"{number}.log")
 
     with _ended_as_interrupted():
@@ -98,7 +97,7 @@ def run(
         shown += [table.title, console.table(tuple(table.rows[0]), [tuple(row.values()) for row in table.rows])]
         shown += [f"{results.DAGGER} {failure}" for failure in table.failures]
     told = f"{folder} has the files, {written} the tables, with .csv and .json beside it"
-    console.emit(report, as_json=json, lines=[*shown, told])
+    console.tell([*shown, told], as_json=json)
     failed = [each["failed"] for each in done if each["failed"]]
     if failed:
         rest = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
@@ -125,14 +124,6 @@ def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
     told = [{"title": table.title, "records": table.records} for table in tables]
     write_atomically(written.with_suffix(".json"), dumps(told, indent=1, default=str).encode())
     return written
-
-
-def _quietly(invoke: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    def silent(arguments: list[str]) -> Any:
-        with redirect_stdout(StringIO()):
-            return invoke(arguments)
-
-    return silent
 
 
 @contextmanager
