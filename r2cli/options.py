@@ -1,15 +1,27 @@
 """Options that several commands share, each stated once. Nothing here imports torch: `r2 --help` stays fast."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from r2cli import values
 
 WORK, FOREIGN, GATES, OUTPUT = "Work", "A network of your own", "Gates (exit 1)", "Output"
 
 
-def _option(*names: str, help: str, panel: str = WORK, **more: object) -> object:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)  # type: ignore[arg-type]
+def _option(
+    *names: str, help: str, panel: str = WORK, check: Callable[[Any], object] | None = None, **more: object
+) -> object:
+    """An option of a command. `check` raises InputError for a value that cannot be, while the line is read."""
+
+    def checked(value: Any) -> Any:
+        if check is not None and value is not None:
+            check(value)
+        return value
+
+    return typer.Option(*names, help=help, rich_help_panel=panel, callback=checked, **more)  # type: ignore[arg-type]
 
 
 DEFAULT_SOURCE = Path("model.safetensors")
@@ -36,14 +48,28 @@ Embeddings = Annotated[
     ),
 ]
 Precision = Annotated[
-    str, _option("--precision", help="float32, bfloat16 (mixed), or auto: bfloat16 on a GPU that has it.")
+    str,
+    _option(
+        "--precision",
+        help="float32, bfloat16 (mixed), or auto: bfloat16 on a GPU that has it.",
+        check=values.one_of("--precision", *values.PRECISIONS),
+    ),
 ]
 Seed = Annotated[int, _option("--seed", help="The same seed gives the same bytes.", min=0)]
-Optimizer = Annotated[str | None, _option("--optimizer", help="sgd or adamw. (default: adamw for text, else sgd)")]
+Optimizer = Annotated[
+    str | None,
+    _option(
+        "--optimizer",
+        help="sgd or adamw. (default: adamw for text, else sgd)",
+        check=values.one_of("--optimizer", "sgd", "adamw"),
+    ),
+]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int, _option("--workers", help="Processes that decode large images.", min=0)]
 
-ActBits = Annotated[str, _option("--act-bits", help="8 to 4, or none to leave activations float.")]
+ActBits = Annotated[
+    str, _option("--act-bits", help="8 to 4, or none to leave activations float.", check=values.act_bits)
+]
 ActRange = Annotated[
     str | None,
     _option(

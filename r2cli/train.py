@@ -44,6 +44,7 @@ class Settings:
     reg_lr: float
     seed: int
     clip_grad: float | None = None  # most Euclidean length of all gradients together
+    clip_ratio: float | None = None  # most length of a weight's gradient, as a share of the weight's own
     ema: float | None = None  # decay of a running average of the weights, which is what is evaluated and kept
     precision: str = FLOAT32  # or BFLOAT16: layers compute in it, weights and their updates stay float32
     compile: bool = False
@@ -250,8 +251,7 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
             run.method.add_gradients()
         if run.regularizer and settings.optimizer == SGD:
             penalty = run.regularizer.add_gradients()
-        if settings.clip_grad is not None:
-            nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_grad)
+        _clip(run.model, settings)
         for optimizer in run.optimizers:
             optimizer.step()
         if run.regularizer and settings.optimizer == ADAMW:
@@ -267,6 +267,22 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
     total, count = distributed.add_up(total, torch.tensor(seen, device=run.device))
     mean = float(total) / max(1, int(count))  # waits for the device, so that the time is the work's
     return mean, float(penalty), int(count) / (perf_counter() - started)
+
+
+def _clip(model: nn.Module, settings: Settings) -> None:
+    """Shorten gradients, in place: each as `clip_ratio` says, then all together as `clip_grad` does.
+
+    The first is adaptive gradient clipping (Brock et al. 2021, equation 3), by weight in place of by row. Where
+    BatchNorm follows, a weight that is smaller has a larger gradient, by as much.
+    """
+    own = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
+    if settings.clip_ratio is not None and own:
+        gradients = [p.grad for p in own if p.grad is not None]
+        longest = settings.clip_ratio * torch.stack(torch._foreach_norm([p.detach() for p in own])).clamp_min(1e-3)
+        factors = (longest / torch.stack(torch._foreach_norm(gradients)).clamp_min(1e-12)).clamp_max(1)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+    if settings.clip_grad is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
 
 
 def _weighed(loss: Tensor, own: int, index: int, run: _Run) -> Tensor:

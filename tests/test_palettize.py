@@ -104,6 +104,42 @@ def test_negative_factors_become_positive_and_nothing_else_changes(model: Path) 
     assert torch.allclose(net(batch), expected, atol=1e-5)
 
 
+def _with_one_large_filter(model: Path) -> checkpoint.Checkpoint:
+    """The network with a channel of large weights in its first layer, which BatchNorm makes up for, and a dead one."""
+    made = checkpoint.load(model)
+    made.floats["conv.weight"][2] *= 500
+    made.floats["norm.running_mean"][2] *= 500
+    made.floats["norm.running_var"][2] *= 500**2
+    made.floats["norm.running_var"][3] = 1e-9
+    return made
+
+
+def test_channels_of_one_size_compute_the_same(model: Path) -> None:
+    made = _with_one_large_filter(model)
+    made.floats["norm.running_var"][5] = 3e-6  # below BatchNorm's epsilon
+    net = graph.trace(attach.network(made))
+    batch, _ = next(data.load("digits", spec=made.input).test.batches(32, CPU))
+    expected = net(batch)
+    first = graph.layers(net)[0]
+    graph.even_out(net, first)
+    assert torch.allclose(net(batch), expected, rtol=1e-4, atol=1e-4)
+    size = net.get_parameter(first.weight).detach().flatten(1).norm(dim=1)
+    assert float(size.max() / size.min()) < 1.001
+
+
+def test_outliers_do_not_take_a_table_of_two_rows(model: Path, tmp_path: Path) -> None:
+    made, form = _with_one_large_filter(model), Form(1, 1, None, 8)
+    w = made.floats["conv.weight"]
+    plain = tables.palette(tables.start(w, form, None, torch.Generator())[0], w.shape, form)
+    assert tables.constant_channels(plain, plain.encode(w)) > 0.9
+    checkpoint.save(made, tmp_path / "large.safetensors")
+    coded = _palettized(tmp_path / "large.safetensors", form, None, images=False).coded["conv.weight"]
+    assert isinstance(coded.codec, codec.Palette)
+    assert tables.constant_channels(coded.codec, coded.codes) < 0.3
+    before = _palettized(model, form, None, images=False).coded["conv.weight"]
+    assert int((before.codes != coded.codes).sum()) < 0.4 * w.numel(), "nearly the codes without the large filter"
+
+
 def test_folding_changes_scales_and_no_code(model: Path) -> None:
     made = checkpoint.load(model)
     raw = _palettized(model, Form(3, 1, None, 8), None, images=False)
@@ -380,7 +416,7 @@ def test_a_resumed_run_must_have_the_same_options(r2: R2, model: Path, tmp_path:
     source = data.load("digits", spec=made.input)
     settings = palettize.Settings("dkm", 2, 1, None, 8, 8, {})
     work = palettize.Work(made, settings, lambda: data.calibration(source, 512, CPU, 0), CPU, 0)
-    loop = train.Settings(8, 64, 0.02, 0.9, 4e-5, 0.05, 0.0, 0.0, 0, clip_grad=5.0)
+    loop = train.Settings(8, 64, 0.02, 0.9, 4e-5, 0.05, 0.0, 0.0, 0, clip_grad=5.0, clip_ratio=0.3)
     plan = training.Plan(replace(loop, epochs=1), training.Schedule(1, 0, 0.5, 0.05), 3, 1e-4)
     training.by_training(
         work, plan, source, training.Following(state, False, lambda steps: None, lambda epoch, gap: None)

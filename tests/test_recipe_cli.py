@@ -59,6 +59,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("epochs = 1", "resume = true\nsymetric = true", 11, "--symetric"),
         ("source =", "symmetric = false\nsource =", 16, "asymmetric = true"),
         ("source =", "nosuch = false\nsource =", 16, "--nosuch"),
+        ("source =", 'method = "adarond"\nsource =', 16, "did you mean 'adaround'"),
+        ("source =", "weight-bits = 9\nsource =", 16, "give 1 to 8"),
+        ("source =", 'keep = "conv"\nsource =', 16, "PATTERN=BITS"),
     ],
 )
 def test_what_a_command_does_not_take_has_its_line(
@@ -72,10 +75,10 @@ def test_what_a_command_does_not_take_has_its_line(
 
 
 def test_what_only_the_step_can_see_has_its_line_too(small: Path, r2: R2) -> None:
-    small.write_text(SMALL.replace("source =", 'method = "adarond"\nsource ='))
+    small.write_text(SMALL.replace("source =", 'keep = "nosuch=4"\nsource ='))
     ran = r2("run", "small.toml")
-    assert ran.code == 2
-    assert "small.toml:16: r2 ptq -> none.w8.safetensors: unknown method 'adarond': did you mean 'adaround'" in ran.err
+    assert ran.code == 2 and Path("runs/small/none.safetensors").exists()
+    assert "small.toml:16: r2 ptq -> none.w8.safetensors: " in ran.err and "'nosuch'" in ran.err
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

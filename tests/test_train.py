@@ -179,6 +179,28 @@ def test_gradients_are_clipped_to_the_length_that_is_asked_for(tmp_path: Path) -
     assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2) and moved[None] > 0.1  # float32 differences of weights
 
 
+def test_a_weight_s_gradient_is_clipped_to_a_share_of_the_weight(tmp_path: Path) -> None:
+    # One step of plain SGD: without clipping the weights move by their gradients, of lengths that differ by far.
+    moved = {}
+    for ratio in (None, 0.1):
+        settings = _settings(
+            epochs=1, batch_size=1200, lr=1.0, momentum=0.0, weight_decay=0.0, warmup=0, clip_ratio=ratio
+        )
+        network, _ = _fit(tmp_path / f"{ratio}", settings)
+        train.seed_everything(0)
+        start = models.build(models.spec("resnet8", classes=10, channels=1, size=8)).state_dict()
+        after = {name: p.detach() for name, p in network.named_parameters()}
+        moved[ratio] = {name: after[name] - start[name] for name in after}
+    clipped = 0
+    for name, free in moved[None].items():
+        own, bound = moved[0.1][name], 0.1 * float(start[name].norm())
+        long = start[name].ndim > 1 and float(free.norm()) > bound
+        expected = free * (bound / free.norm()) if long else free
+        assert torch.allclose(own, expected, atol=3e-3 * float(expected.abs().max()) + 1e-8), name
+        clipped += long
+    assert 0 < clipped < sum(tensor.ndim > 1 for tensor in moved[None].values())
+
+
 def test_mixed_precision_trains_in_bfloat16_and_keeps_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from r2cli import console
+from r2cli import console, values
 from r2cli.cli import gates
 from r2cli.errors import CheckFailed, InputError
 from r2cli.options import GATES, OUTPUT, DryRun, Json, Overwrite, _option
@@ -20,7 +20,21 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".svg", ".pdf", ".html")
 SORTS = ("sqnr", "range", "outliers", "kurtosis", "size", "name")
 VIEWS = ("both", "trained", "folded")
+BITS = (8, 4, 3, 2, 1)  # what is measured
 LIMIT = 12  # lines of a table, 8 where there are several
+
+
+def _floor(text: str) -> tuple[float, int]:
+    """--min-sqnr DB@BITS. Raises InputError for anything else."""
+    decibel, _, bits = text.partition("@")
+    try:
+        found = float(decibel), int(bits)
+    except ValueError as error:
+        raise InputError(f"--min-sqnr {text} is not DB@BITS, for example 20@4") from error
+    if not math.isfinite(found[0]):
+        raise InputError(f"--min-sqnr {text} would stop nothing or everything: give a number of dB")
+    values.number_of("--min-sqnr …@", *BITS, what="not measured")(found[1])
+    return found
 
 
 def analyze(
@@ -33,7 +47,14 @@ def analyze(
         ),
     ] = None,
     only: Annotated[list[str] | None, _option("--only", help="Layers by name pattern; repeatable.")] = None,
-    view: Annotated[str, _option("--view", help="Of a checkpoint with BatchNorm: trained, folded, or both.")] = "both",
+    view: Annotated[
+        str,
+        _option(
+            "--view",
+            help="Of a checkpoint with BatchNorm: trained, folded, or both.",
+            check=values.one_of("--view", *VIEWS),
+        ),
+    ] = "both",
     outlier_sigma: Annotated[
         float,
         _option(
@@ -43,13 +64,29 @@ def analyze(
             min=0.1,
         ),
     ] = 4.0,
-    bits: Annotated[int, _option("--bits", help="8, 4, 3, 2 or 1: what the table and its order are about.")] = 4,
+    bits: Annotated[
+        int,
+        _option(
+            "--bits",
+            help="8, 4, 3, 2 or 1: what the table and its order are about.",
+            check=values.number_of("--bits", *BITS, what="not measured"),
+        ),
+    ] = 4,
     granularity: Annotated[
-        str, _option("--granularity", help="tensor or channel: the grids that --sort sqnr and --min-sqnr look at.")
+        str,
+        _option(
+            "--granularity",
+            help="tensor or channel: the grids that --sort sqnr and --min-sqnr look at.",
+            check=values.one_of("--granularity", "tensor", "channel"),
+        ),
     ] = "tensor",
     sort: Annotated[
         str | None,
-        _option("--sort", help="sqnr, range, outliers, kurtosis, size or name. (default: sqnr; quick: range)"),
+        _option(
+            "--sort",
+            help="sqnr, range, outliers, kurtosis, size or name. (default: sqnr; quick: range)",
+            check=values.one_of("--sort", *SORTS),
+        ),
     ] = None,
     limit: Annotated[
         int | None,
@@ -72,7 +109,8 @@ def analyze(
         float | None, _option("--max-outliers", help="Most of a layer that is outliers, 0 to 1.", panel=GATES, min=0)
     ] = None,
     min_sqnr: Annotated[
-        str | None, _option("--min-sqnr", help="DB@BITS: least SQNR of a layer on min-max grids.", panel=GATES)
+        str | None,
+        _option("--min-sqnr", help="DB@BITS: least SQNR of a layer on min-max grids.", panel=GATES, check=_floor),
     ] = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -81,12 +119,10 @@ def analyze(
     sources, outputs = files or [Path("model.safetensors")], output or []
     _require_outputs(outputs, sources)
     gates.require_free(outputs, overwrite=overwrite)
-    gates.require_known("--view", view, VIEWS)
-    gates.require_known("--granularity", granularity, ("tensor", "channel"))
     sort = sort or ("range" if quick else "sqnr")
-    gates.require_known("--sort", sort, SORTS)
-    floor = _floor(min_sqnr, quick=quick)
-    _require_bits("--bits", bits)
+    if min_sqnr is not None and quick:
+        raise InputError("--min-sqnr needs what --quick leaves out: give one of them")
+    floor = None if min_sqnr is None else _floor(min_sqnr)
 
     import os
 
@@ -153,28 +189,6 @@ def _require_outputs(outputs: Sequence[Path], sources: Sequence[Path]) -> None:
             raise InputError(f"--output {path} must end in one of {', '.join(ENDINGS)}")
         if path.resolve() in [source.resolve() for source in sources]:
             raise InputError(f"--output {path} is a source itself: give another name")
-
-
-def _require_bits(option: str, bits: int) -> None:
-    if bits not in (8, 4, 3, 2, 1):
-        raise InputError(f"{option} {bits} is not measured: give 8, 4, 3, 2 or 1")
-
-
-def _floor(text: str | None, *, quick: bool) -> tuple[float, int] | None:
-    """--min-sqnr DB@BITS. Raises InputError for anything else."""
-    if text is None:
-        return None
-    if quick:
-        raise InputError("--min-sqnr needs what --quick leaves out: give one of them")
-    decibel, _, bits = text.partition("@")
-    try:
-        found = float(decibel), int(bits)
-    except ValueError as error:
-        raise InputError(f"--min-sqnr {text} is not DB@BITS, for example 20@4") from error
-    if not math.isfinite(found[0]):
-        raise InputError(f"--min-sqnr {text} would stop nothing or everything: give a number of dB")
-    _require_bits("--min-sqnr …@", found[1])
-    return found
 
 
 def _next(sources: Sequence[Path], checkpoint: Path | None, bits: int, *, written: bool) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r2cli import console
-from r2cli.errors import CheckFailed, InputError, unknown
+from r2cli.errors import CheckFailed, InputError
 
 
 def source(given: Path | None, weights: Path | None, default: Path) -> Path:
@@ -59,64 +59,9 @@ def told_of(state: Path) -> Iterator[None]:
         raise
 
 
-def require_known(kind: str, name: str, choices: Sequence[str]) -> None:
-    if name not in choices:
-        raise unknown(kind, name, choices)
-
-
-def require_training(reg: str, precision: str) -> None:
-    """Raises InputError for a regularizer or a precision that does not exist."""
-    require_known("regularizer", reg, ("none", "linf", "margin", "soft-minmax", "kure", "clip"))
-    require_known("--precision", precision, ("auto", "float32", "bfloat16"))
-
-
 def optimizer(name: str | None, *, is_text: bool) -> str:
     """The optimizer asked for: by default AdamW for text, as everyone fine-tunes it, and SGD for images."""
-    if name is not None:
-        require_known("--optimizer", name, ("sgd", "adamw"))
     return name or ("adamw" if is_text else "sgd")
-
-
-def require_bits(option: str, bits: int, low: int = 1) -> None:
-    if not low <= bits <= 8:
-        raise InputError(f"{option} {bits} is impossible: give {low} to 8")
-
-
-def act_bits(text: str) -> int | None:
-    """`--act-bits` as a number; None where activations stay float. Raises InputError for anything else."""
-    if text == "none":
-        return None
-    if text not in ("8", "7", "6", "5", "4"):
-        raise InputError(f"--act-bits {text} is impossible here: give 8 to 4, or none to leave activations float")
-    return int(text)
-
-
-def keep(patterns: Sequence[str]) -> dict[str, int]:
-    """`PATTERN=BITS` options as a mapping. Raises InputError for anything else."""
-    kept = {}
-    for text in patterns:
-        pattern, _, bits = text.rpartition("=")
-        if not pattern or not (bits.isascii() and bits.isdigit()):
-            raise InputError(f"--keep {text} is not PATTERN=BITS, for example --keep 'classifier=8'")
-        if not 1 <= int(bits) <= 8:
-            raise InputError(f"--keep {text} is impossible: give 1 to 8 bits")
-        kept[pattern] = int(bits)
-    return kept
-
-
-def keep_forms(patterns: Sequence[str], usual: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """`PATTERN=BITS` or `PATTERN=BITSxDIM` options as (bits, dim). Raises InputError for anything else."""
-    kept = {}
-    for text in patterns:
-        pattern, _, form = text.rpartition("=")
-        bits, _, dim = form.partition("x")
-        dim = dim if "x" in form else str(usual[1])
-        if not pattern or not all(number.isascii() and number.isdigit() for number in (bits, dim)):
-            raise InputError(f"--keep {text} is not PATTERN=BITS or PATTERN=BITSxDIM, for example 'classifier=8x1'")
-        if not 1 <= int(bits) <= 8 or int(dim) not in (1, 2, 4, 8):
-            raise InputError(f"--keep {text} is impossible: give 1 to 8 bits, and vectors of 1, 2, 4 or 8")
-        kept[pattern] = int(bits), int(dim)
-    return kept
 
 
 def require(

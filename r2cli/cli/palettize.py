@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from r2cli import console
+from r2cli import console, values
 from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
@@ -48,19 +48,28 @@ TRAINING = "Training (dkm, shared)"
 LR = {"dkm": 0.02, "shared": 0.02}
 ADAMW_LR = LUT_LR = 1e-4
 WARM_UP = 0.05  # of the steps
+RATIO = 0.3  # of dkm: a network with small weights, as after soft-min-max, is thrown out without it
 CLIP, CLIP_FEW, FEW = 1.0, 5.0, 2  # of dkm; where many centroids share a small layer's weights its softmax is steep
 
 
 def palettize(
     source: Source = None,
-    bits: Annotated[int, _option("--bits", help="2**BITS centroids a table, 1 to 8.")] = 4,
-    dim: Annotated[int, _option("--dim", help="Values of a centroid, 1, 2, 4 or 8: BITS / DIM bits a weight.")] = 1,
+    bits: Annotated[int, _option("--bits", help="2**BITS centroids a table, 1 to 8.", check=values.bits("--bits"))] = 4,
+    dim: Annotated[
+        int,
+        _option(
+            "--dim",
+            help="Values of a centroid, 1, 2, 4 or 8: BITS / DIM bits a weight.",
+            check=values.number_of("--dim", 1, 2, 4, 8),
+        ),
+    ] = 1,
     method: Annotated[
         str | None,
         _option(
             "--method",
             help="kmeans: no training; dkm: through soft assignments; shared: k-means' codes, centroids trained. "
             "(default: dkm; kmeans for a file without a network of r2's)",
+            check=values.one_of("method", *METHODS),
         ),
     ] = None,
     group_size: Annotated[
@@ -71,19 +80,39 @@ def palettize(
             min=1,
         ),
     ] = None,
-    lut_bits: Annotated[int, _option("--lut-bits", help="8: tables of int8 with a scale; 32: of float32.")] = 8,
+    lut_bits: Annotated[
+        int,
+        _option(
+            "--lut-bits",
+            help="8: tables of int8 with a scale; 32: of float32.",
+            check=values.number_of("--lut-bits", 8, 32),
+        ),
+    ] = 8,
     act_bits: Annotated[
         str | None,
-        _option("--act-bits", help="8 to 4, or none to leave activations float. (default: 8; none with --lut-bits 32)"),
+        _option(
+            "--act-bits",
+            help="8 to 4, or none to leave activations float. (default: 8; none with --lut-bits 32)",
+            check=values.act_bits,
+        ),
     ] = None,
     act_range: ActRange = None,
     keep: Annotated[
         list[str] | None,
-        _option("--keep", help="PATTERN=BITS or PATTERN=BITSxDIM: another palette for some layers; repeatable."),
+        _option(
+            "--keep",
+            help="PATTERN=BITS or PATTERN=BITSxDIM: another palette for some layers; repeatable.",
+            check=values.keep_forms,
+        ),
     ] = None,
     embeddings: Embeddings = False,
     weigh: Annotated[
-        str, _option("--weigh", help="kmeans: none, or fisher: by squared gradients on training images.")
+        str,
+        _option(
+            "--weigh",
+            help="kmeans: none, or fisher: by squared gradients on training images.",
+            check=values.one_of("--weigh", "none", "fisher"),
+        ),
     ] = "none",
     epochs: Annotated[int, _option("--epochs", help="Passes over the data.", min=1, panel=TRAINING)] = 8,
     hard_epochs: Annotated[
@@ -115,6 +144,15 @@ def palettize(
         _option(
             "--clip-grad",
             help="Most length of the gradient, all weights together. (default: dkm's is 1; 5 at 1 and 2 bits)",
+            min=0,
+            panel=TRAINING,
+        ),
+    ] = None,
+    clip_ratio: Annotated[
+        float | None,
+        _option(
+            "--clip-ratio",
+            help="Most length of a layer's gradient, as a share of its weights'. (default: dkm's is 0.3)",
             min=0,
             panel=TRAINING,
         ),
@@ -157,15 +195,11 @@ def palettize(
 ) -> dict[str, Any]:
     """Compress to tables of centroids: codes, an ONNX file, and its proof."""
     started = perf_counter()
-    gates.require_bits("--bits", bits)
-    _require_one_of("--dim", dim, (1, 2, 4, 8))
-    _require_one_of("--lut-bits", lut_bits, (8, 32))
-    kept = gates.keep_forms(keep or [], (bits, dim))
+    kept = values.keep_forms(keep or [], dim)
     acts = _act_bits(act_bits, lut_bits)
     source = gates.source(source, weights, DEFAULT_SOURCE)
     is_network = weights is not None or _is_checkpoint(source)
     method = method or ("dkm" if is_network else "kmeans")
-    gates.require_known("method", method, METHODS)
     suffix = f"b{bits}d{dim}{f'g{group_size}' if group_size else ''}-{method}"
     output = output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
@@ -199,11 +233,13 @@ def palettize(
     else:
         steps_by = gates.optimizer(optimizer, is_text=made.input.is_text)
         usual = ADAMW_LR if steps_by == train.ADAMW else LR[method]
-        if clip_grad is None and method == "dkm":
-            clip_grad = CLIP_FEW if bits <= FEW else CLIP
+        if method == "dkm":
+            clip_ratio = RATIO if clip_ratio is None else clip_ratio
+            clip_grad = (CLIP_FEW if bits <= FEW else CLIP) if clip_grad is None else clip_grad
         loop = train.Settings(
             *(epochs, batch_size, usual if lr is None else lr, momentum, weight_decay, WARM_UP, 0.0, 0.0, seed),
             clip_grad=clip_grad,
+            clip_ratio=clip_ratio,
             precision=train.precision(precision, where),
             optimizer=steps_by,
         )
@@ -246,7 +282,6 @@ def palettize(
 
 def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: str, soft: int) -> None:
     """Raises InputError for options that do not go together."""
-    gates.require_known("--weigh", weigh, ("none", "fisher"))
     if not is_network and (method != "kmeans" or weigh != "none"):
         what = f"--method {method}" if method != "kmeans" else f"--weigh {weigh}"
         raise InputError(f"{what} needs a network and its data, and the file has none: give --method kmeans alone")
@@ -302,7 +337,7 @@ def _ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
         return []
     first, last = epochs[0]["loss"], epochs[-1]["loss"]
     return [
-        f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): try --clip-grad 1, or a lower --lr"
+        f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): try --clip-ratio 0.1, or a lower --lr"
     ]
 
 
@@ -325,15 +360,10 @@ def _is_checkpoint(source: Path) -> bool:
 def _act_bits(text: str | None, lut_bits: int) -> int | None:
     if text is None:
         return 8 if lut_bits == 8 else None
-    bits = gates.act_bits(text)
+    bits = values.act_bits(text)
     if bits and lut_bits != 8:
         raise InputError(f"--act-bits {bits} needs integer weights: give --lut-bits 8, or --act-bits none")
     return bits
-
-
-def _require_one_of(option: str, value: int, choices: Sequence[int]) -> None:
-    if value not in choices:
-        raise InputError(f"{option} {value} is impossible: give {', '.join(map(str, choices[:-1]))} or {choices[-1]}")
 
 
 def _sizes(rows: "Sequence[worker.Row]") -> dict[str, float]:

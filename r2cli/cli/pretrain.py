@@ -4,7 +4,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from r2cli import console
+from r2cli import console, values
 from r2cli.cli import gates
 from r2cli.options import (
     DATA,
@@ -59,7 +59,10 @@ def pretrain(
     size: Size = None,
     mean: Mean = None,
     std: Std = None,
-    reg: Annotated[str, _option("--reg", help=REG, panel="Regularization")] = "none",
+    reg: Annotated[
+        str,
+        _option("--reg", help=REG, panel="Regularization", check=values.one_of("regularizer", *values.REGULARIZERS)),
+    ] = "none",
     reg_weight: Annotated[
         float | None,
         _option(
@@ -71,7 +74,12 @@ def pretrain(
     ] = None,
     reg_form: Annotated[
         str,
-        _option("--reg-form", help="stable, or paper: equations 1 to 3 to the letter.", panel="Regularization"),
+        _option(
+            "--reg-form",
+            help="stable, or paper: equations 1 to 3 to the letter.",
+            panel="Regularization",
+            check=values.one_of("--reg-form", "stable", "paper"),
+        ),
     ] = "stable",
     reg_dim: Annotated[
         int,
@@ -137,8 +145,6 @@ def pretrain(
     gates.require_output(output, ".safetensors")
     state = resume_state(output)
     gates.require_free([output], overwrite=overwrite)
-    gates.require_training(reg, precision)
-    gates.require_known("--reg-form", reg_form, ("stable", "paper"))
     gates.require_no_state(state, resume=resume, overwrite=overwrite)
 
     from r2cli import checkpoint, distributed, models, regularizers, train

@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from r2cli import console
+from r2cli import console, values
 from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
@@ -46,20 +46,42 @@ if TYPE_CHECKING:
     from r2cli.ptq import auto
 
 
+def _parts(text: str) -> tuple[str, ...]:
+    """`--parts` as names. Raises InputError for what does not exist."""
+    names = () if text == "none" else tuple(text.split(","))
+    for name in names:
+        values.one_of("--parts", "equalize", "absorb", "correct")(name)
+    return names
+
+
 def ptq(
     source: Source = None,
     weight_bits: Annotated[
-        int | None, _option("--weight-bits", help="8 to 1; 1 is two levels without a zero. (default: 8)")
+        int | None,
+        _option(
+            "--weight-bits",
+            help="8 to 1; 1 is two levels without a zero. (default: 8)",
+            check=values.bits("--weight-bits"),
+        ),
     ] = None,
     target_bits: Annotated[
         float | None,
-        _option("--target-bits", help="Mixed precision: bits a weight on average, as 3.2."),
+        _option(
+            "--target-bits",
+            help="Mixed precision: bits a weight on average, as 3.2.",
+            check=values.bits("--target-bits"),
+        ),
     ] = None,
     target_bytes: Annotated[
         int | None, _option("--target-bytes", help="Mixed precision: bytes of all codes and scales.", min=1)
     ] = None,
     sensitivity: Annotated[
-        str, _option("--sensitivity", help="What mixed precision goes by: hessian, or sqnr, which needs no data.")
+        str,
+        _option(
+            "--sensitivity",
+            help="What mixed precision goes by: hessian, or sqnr, which needs no data.",
+            check=values.one_of("--sensitivity", "hessian", "sqnr"),
+        ),
     ] = "hessian",
     act_bits: ActBits = "8",
     method: Annotated[
@@ -69,6 +91,7 @@ def ptq(
             help="none: to the nearest level; dfq: channels equalized, biases corrected, without data unless --data or "
             "--calibration is given; adaround: by each layer's output; brecq: by each block's, with scales and biases; "
             "auto: the best of these.",
+            check=values.one_of("method", "none", "dfq", "adaround", "brecq", "auto"),
         ),
     ] = "none",
     granularity: Annotated[
@@ -77,6 +100,7 @@ def ptq(
             "--granularity",
             help="channel; tensor: one grid after folding BatchNorm; unfolded: one grid on the weights as trained, "
             "with BatchNorm in per-channel scales. (default: channel; auto tries unfolded too)",
+            check=values.one_of("--granularity", "channel", "tensor", "unfolded"),
         ),
     ] = None,
     weight_range: Annotated[
@@ -92,16 +116,24 @@ def ptq(
     act_range: ActRange = None,
     keep: Annotated[
         list[str] | None,
-        _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable."),
+        _option("--keep", help="PATTERN=BITS: other weight bits for some layers; repeatable.", check=values.keep),
     ] = None,
     embeddings: Embeddings = False,
     parts: Annotated[
         str | None,
-        _option("--parts", help="What of dfq comes before rounding: equalize,absorb,correct or some, or none."),
+        _option(
+            "--parts",
+            help="What of dfq comes before rounding: equalize,absorb,correct or some, or none.",
+            check=_parts,
+        ),
     ] = None,
     relu6: Annotated[
         str,
-        _option("--relu6", help="dfq: clip: the same function, a bound for each channel; relu: ReLU in its place."),
+        _option(
+            "--relu6",
+            help="dfq: clip: the same function, a bound for each channel; relu: ReLU in its place.",
+            check=values.one_of("--relu6", "clip", "relu"),
+        ),
     ] = "clip",
     data: DataName = None,
     data_dir: DataDir = None,
@@ -143,9 +175,7 @@ def ptq(
     """Quantize without training: codes, an ONNX file, and its proof."""
     wanted = _require_one_target(weight_bits, target_bits, target_bytes)
     weight_bits = 8 if weight_bits is None else weight_bits
-    gates.require_bits("--weight-bits", weight_bits)
-    acts = gates.act_bits(act_bits)
-    kept = gates.keep(keep or [])
+    acts, kept = values.act_bits(act_bits), values.keep(keep or [])
     source = gates.source(source, weights, DEFAULT_SOURCE)
     grid = "" if granularity in (None, "channel") else f"-{granularity}"
     suffix = f"w{wanted}{f'a{acts}' if acts else ''}-{method}{grid}"
@@ -153,11 +183,9 @@ def ptq(
     gates.require_output(output, ".safetensors", source=source)
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
-    gates.require_known("--granularity", granularity or "channel", ("channel", "tensor", "unfolded"))
-    gates.require_known("method", method, ("none", "dfq", "adaround", "brecq", "auto"))
-    prepared = _parts(parts, method)
-    gates.require_known("--sensitivity", sensitivity, ("hessian", "sqnr"))
-    gates.require_known("--relu6", relu6, ("clip", "relu"))
+    if parts is not None and method == "auto":
+        raise InputError("--method auto tries which --parts help: leave one of the two out")
+    prepared = None if parts is None else _parts(parts)
     without = calibration == 0 or (method == "dfq" and data is None and calibration is None)
     if without and act_range is not None:
         raise InputError(f"--act-range {act_range} looks at images: give --calibration, or leave it to the BatchNorms")
@@ -264,21 +292,7 @@ def _require_one_target(weight_bits: int | None, bits: float | None, size: int |
     given = [f"{option} {value}" for option, value in asked.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} are two wishes: give one of them")
-    if bits is not None and not 1 <= bits <= 8:
-        raise InputError(f"--target-bits {bits:g} is impossible: give 1 to 8")
     return f"{bits:g}" if bits else f"{size}B" if size else str(8 if weight_bits is None else weight_bits)
-
-
-def _parts(text: str | None, method: str) -> tuple[str, ...] | None:
-    """`--parts` as names; None where the method's own stand. Raises InputError for what does not exist."""
-    if text is None:
-        return None
-    if method == "auto":
-        raise InputError("--method auto tries which --parts help: leave one of the two out")
-    names = [] if text == "none" else text.split(",")
-    for name in names:
-        gates.require_known("--parts", name, ("equalize", "absorb", "correct"))
-    return tuple(names)
 
 
 def _tried(trial: "auto.Trial") -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from r2cli import console
+from r2cli import console, values
 from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
@@ -46,17 +46,41 @@ CLIP = 1.0
 WARM_UP = 0.05  # of the steps
 
 
+def _delta(text: str) -> None:
+    """Raises InputError for what is no --delta."""
+    if text != "hessian":
+        try:
+            positive = float(text) >= 0
+        except ValueError:
+            positive = False
+        if not positive:
+            raise InputError(f"--delta {text} is impossible: give a number from 0 up, or hessian")
+
+
 def qat(
     source: Source = None,
-    weight_bits: Annotated[int, _option("--weight-bits", help="lsq 8 to 2, the others 7 to 1.")] = 4,
-    act_bits: Annotated[str, _option("--act-bits", help="8 to 1, or none to leave activations float.")] = "8",
+    weight_bits: Annotated[
+        int, _option("--weight-bits", help="lsq 8 to 2, the others 7 to 1.", check=values.bits("--weight-bits"))
+    ] = 4,
+    act_bits: Annotated[
+        str,
+        _option("--act-bits", help="8 to 1, or none to leave activations float.", check=values.trained_act_bits),
+    ] = "8",
     method: Annotated[
         str,
-        _option("--method", help="lsq, ewgs, dorefa, or pact: its activations with dorefa's weights."),
+        _option(
+            "--method",
+            help="lsq, ewgs, dorefa, or pact: its activations with dorefa's weights.",
+            check=values.one_of("method", *METHODS),
+        ),
     ] = "lsq",
     keep: Annotated[
         list[str] | None,
-        _option("--keep", help="PATTERN=BITS: other weight bits for some layers, and inputs of as many; repeatable."),
+        _option(
+            "--keep",
+            help="PATTERN=BITS: other weight bits for some layers, and inputs of as many; repeatable.",
+            check=values.keep,
+        ),
     ] = None,
     activations: Annotated[
         str,
@@ -64,12 +88,15 @@ def qat(
             "--activations",
             help="outputs: all that computes is rounded, 8 bits where sums read it; inputs: what layers read, as in "
             "the papers.",
+            check=values.one_of("--activations", "outputs", "inputs"),
         ),
     ] = "outputs",
     start: Annotated[
         str,
         _option(
-            "--start", help="Where steps and ranges begin: fitted, where least is lost, or as in the paper: paper."
+            "--start",
+            help="Where steps and ranges begin: fitted, where least is lost, or as in the paper: paper.",
+            check=values.one_of("--start", "fitted", "paper"),
         ),
     ] = "fitted",
     epochs: Annotated[int, _option("--epochs", help="Passes over the data.", min=1)] = 20,
@@ -109,7 +136,8 @@ def qat(
         ),
     ] = 0.0,
     delta: Annotated[
-        str, _option("--delta", help="ewgs: a number, or hessian: from its trace, every epoch.", panel=EXTRAS)
+        str,
+        _option("--delta", help="ewgs: a number, or hessian: from its trace, every epoch.", panel=EXTRAS, check=_delta),
     ] = "0.001",
     norms: Annotated[
         str,
@@ -118,6 +146,7 @@ def qat(
             help="BatchNorm's statistics before each evaluation: again, over the calibration images; or running, as "
             "training left them.",
             panel=EXTRAS,
+            check=values.one_of("--norms", "again", "running"),
         ),
     ] = "again",
     from_scratch: Annotated[
@@ -125,7 +154,13 @@ def qat(
         _option("--from-scratch", help="Fresh weights, of the checkpoint's network or of --model.", panel=SCRATCH),
     ] = False,
     reg: Annotated[
-        str, _option("--reg", help="none, linf, margin, soft-minmax, kure or clip, as in pretrain.", panel=SCRATCH)
+        str,
+        _option(
+            "--reg",
+            help="none, linf, margin, soft-minmax, kure or clip, as in pretrain.",
+            panel=SCRATCH,
+            check=values.one_of("regularizer", *values.REGULARIZERS),
+        ),
     ] = "none",
     reg_weight: Annotated[
         float | None, _option("--reg-weight", help="Strength. (default: as in pretrain)", min=0, panel=SCRATCH)
@@ -148,7 +183,12 @@ def qat(
         ),
     ] = None,
     precision: Annotated[
-        str, _option("--precision", help="Of training: float32, bfloat16 (mixed), or auto: bfloat16 on a GPU with it.")
+        str,
+        _option(
+            "--precision",
+            help="Of training: float32, bfloat16 (mixed), or auto: bfloat16 on a GPU with it.",
+            check=values.one_of("--precision", *values.PRECISIONS),
+        ),
     ] = "auto",
     seed: Seed = 0,
     device: DeviceName = "auto",
@@ -169,12 +209,7 @@ def qat(
 ) -> dict[str, Any]:
     """Train with quantized weights and activations: codes, an ONNX file, and its proof."""
     started = perf_counter()
-    gates.require_known("method", method, METHODS)
-    gates.require_bits("--weight-bits", weight_bits)
-    acts = _act_bits(act_bits)
-    kept = gates.keep(keep or [])
-    _require_known(activations, norms, reg, precision)
-    gates.require_known("--start", start, ("fitted", "paper"))
+    acts, kept = values.trained_act_bits(act_bits), values.keep(keep or [])
     _require_consistent(method, delta=delta, bin_reg=bin_reg, from_scratch=from_scratch, reg=reg)
     fresh = from_scratch and model is not None and source is None and weights is None
     source = gates.source(source, weights, DEFAULT_SOURCE)
@@ -257,32 +292,10 @@ def qat(
     return deliver.compressed(order, coded, loaded, before, more=more, table=lambda _: _layers(rows))
 
 
-def _act_bits(text: str) -> int | None:
-    """`--act-bits` as a number; None where activations stay float."""
-    if text == "none":
-        return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 8):
-        raise InputError(f"--act-bits {text} is impossible: give 8 to 1, or none to leave activations float")
-    return int(text)
-
-
-def _require_known(activations: str, norms: str, reg: str, precision: str) -> None:
-    gates.require_known("--activations", activations, ("outputs", "inputs"))
-    gates.require_known("--norms", norms, ("again", "running"))
-    gates.require_training(reg, precision)
-
-
 def _require_consistent(method: str, *, delta: str, bin_reg: float, from_scratch: bool, reg: str) -> None:
     """Raises InputError for options that do not go together."""
     if bin_reg and method != "lsq":
         raise InputError(f"--bin-reg belongs to --method lsq: {method} has no step whose levels weights are drawn to")
-    if delta != "hessian":
-        try:
-            positive = float(delta) >= 0
-        except ValueError:
-            positive = False
-        if not positive:
-            raise InputError(f"--delta {delta} is impossible: give a number from 0 up, or hessian")
     if delta != "0.001" and method != "ewgs":
         raise InputError(f"--delta belongs to --method ewgs: {method} passes gradients straight through")
     if reg != "none" and not from_scratch:

@@ -156,6 +156,8 @@ def _require_options(steps: "Sequence[recipes.Step]") -> None:
             command.make_context(f"r2 {step.command}", arguments[1:])
         except UsageError as error:
             raise InputError(step.blame(f"{error.format_message()} Try `r2 {step.command} --help`.")) from error
+        except InputError as error:
+            raise InputError(step.blame(str(error))) from error
         except typer.Exit as error:
             raise InputError(step.blame("--help is no option of a step: see it on the command line")) from error
 

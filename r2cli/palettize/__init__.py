@@ -22,6 +22,7 @@ from r2cli.palettize.tables import Form
 
 KMEANS, DKM, SHARED = "kmeans", "dkm", "shared"
 METHODS = (KMEANS, *learners.LEARNERS)
+SHAPELESS = 0.9  # of a layer's filters with one value each: no filter is left to speak of
 
 Batches = Callable[[], Iterable[Batch]]
 
@@ -93,6 +94,7 @@ def by_kmeans(work: Work, *, weigh: bool, advance: Callable[[int], None]) -> tup
     """
     subject = read(work.checkpoint, work.settings)
     model, wanted = subject.model, forms(subject.layers, work.settings)
+    evened = even_out(subject, wanted)
     importance: Mapping[str, Tensor] = {}
     if weigh:
         assert work.batches is not None
@@ -106,7 +108,7 @@ def by_kmeans(work: Work, *, weigh: bool, advance: Callable[[int], None]) -> tup
             centroids, used = tables.start(weight, form, importance.get(name), work.generator)
             palette = tables.palette(centroids, weight.shape, form)
             coded[name] = Coded(palette, palette.encode(weight))
-            notes[name] = few(used, form)
+            notes[name] = together(evened.get(name), few(used, form))
             advance(1)
     return finish(work, subject, coded, notes)
 
@@ -164,6 +166,33 @@ def with_exceptions(names: Iterable[str], settings: Settings) -> dict[str, Form]
     return found
 
 
+def even_out(subject: Subject, wanted: Mapping[str, Form]) -> dict[str, str]:
+    """Save the layers whose scalar table a few outliers would take: bring their channels to one size; in place.
+
+    k-means serves the largest weights. Of a depthwise layer with one large filter it gives nearly all others a single
+    value, and an int8 table makes that 0. Channels of one size cost nothing where BatchNorm follows. Returns what to
+    say of such layers.
+    """
+    evened: dict[str, str] = {}
+    for layer, module in [] if subject.net is None else graph.named_layers(subject.net):
+        form, weight = wanted[layer.name], module.weight
+        assert isinstance(weight, Tensor) and subject.net is not None
+        norm = subject.net.get_submodule(layer.norm) if layer.norm else None
+        if norm is None or norm.weight is None or form.dim > 1 or weight[0].numel() == 1:
+            continue
+        centroids, _ = tables.start(weight, form, None, torch.Generator())
+        palette = tables.palette(centroids, weight.shape, form)
+        if tables.constant_channels(palette, palette.encode(weight.detach())) >= SHAPELESS:
+            graph.even_out(subject.net, layer)
+            evened[layer.name] = "channels evened out"
+    return evened
+
+
+def together(*notes: str | None) -> str:
+    """What is to be said of a layer, in one line."""
+    return "; ".join(filter(None, notes))
+
+
 def few(used: int, form: Form) -> str:
     """What to say of a layer with fewer different weights than centroids."""
     what = "weights" if form.dim == 1 else "vectors"
@@ -217,7 +246,7 @@ def finish(
         one = _with_factor(coded[layer.name], factors.get(layer.name))
         folded[layer.weight] = one
         module.weight.copy_(one.decode())  # type: ignore[operator]
-        note = "; ".join(told[layer.name] for told in (notes, constant) if told.get(layer.name))
+        note = together(notes.get(layer.name), constant.get(layer.name))
         rows.append(_row(layer.name, one, before[layer.name], coded[layer.name], note))
     found: dict[str, Grid] = {}
     if work.settings.act_bits is not None:

@@ -82,6 +82,12 @@ def filled(centroids: Tensor, rows: int) -> Tensor:
     return distinct(torch.cat([centroids, fresh[::step][: rows - len(centroids)]]))
 
 
+def constant_channels(palette: Palette, codes: Tensor) -> float:
+    """The share of a scalar palette's channels whose weights all have one code: filters without a shape."""
+    own = codes.reshape(palette.shape[0], -1)
+    return float((own == own[:, :1]).all(1).double().mean())
+
+
 def palette(centroids: Tensor, shape: Sequence[int], form: Form) -> Palette:
     """The palette that is stored of `centroids` (groups, rows, dim): distinct rows, int8 where the form says so.
 

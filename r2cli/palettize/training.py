@@ -72,6 +72,7 @@ def by_training(work: Work, plan: Plan, source: Data, following: Following) -> t
     """
     subject = palettize.read(work.checkpoint, work.settings)
     model, wanted = subject.model, palettize.forms(subject.layers, work.settings)
+    evened = palettize.even_out(subject, wanted)
     made: dict[str, Learner] = {}
     for name, form in wanted.items():
         weight = model.get_submodule(name).weight
@@ -92,16 +93,14 @@ def by_training(work: Work, plan: Plan, source: Data, following: Following) -> t
         watch=watch,
     )
     model.cpu()
-    notes = {name: _note(learner) for name, learner in made.items()}
+    notes = {name: palettize.together(evened.get(name), _note(learner)) for name, learner in made.items()}
     coded = learners.take_off(model, made)
     return palettize.finish(work, subject, coded, notes)
 
 
 def _note(learner: Learner) -> str:
-    found = [palettize.few(learner.least_used, learner.form)]
-    if learner.reseeded:
-        found.append(f"{learner.reseeded} collapsed tables started again")
-    return "; ".join(filter(None, found))
+    again = f"{learner.reseeded} collapsed tables started again" if learner.reseeded else ""
+    return palettize.together(palettize.few(learner.least_used, learner.form), again)
 
 
 def _method(
