@@ -402,7 +402,7 @@ def test_training_that_diverges_says_so_and_leaves_nothing(r2: R2, model: Path, 
 
 def test_training_that_ends_higher_than_it_began_says_so() -> None:
     assert _ended_higher([{"loss": 2.42}, {"loss": 1.6}, {"loss": 2.53}]) == [
-        "the last epoch's loss is above the first one's (2.53, 2.42): try --clip-grad 1, or a lower --lr"
+        "the last epoch's loss is above the first one's (2.53, 2.42): try --clip-ratio 0.1, or less --lr"
     ]
     assert not _ended_higher([{"loss": 0.7}, {"loss": 0.2}]) and not _ended_higher([])
 

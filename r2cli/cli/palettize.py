@@ -337,7 +337,7 @@ def _ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
         return []
     first, last = epochs[0]["loss"], epochs[-1]["loss"]
     return [
-        f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): try --clip-ratio 0.1, or a lower --lr"
+        f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): try --clip-ratio 0.1, or less --lr"
     ]
 
 
