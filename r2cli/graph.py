@@ -69,7 +69,15 @@ class _Tracer(fx.Tracer):
 
 
 class Unreadable(InputError):
-    """A network whose graph torch.fx cannot trace, nor torch.export read where that was tried."""
+    """A network whose graph torch.fx cannot trace, nor torch.export read where that was tried; `why` is without a
+    way out."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"{why}: take out what depends on the values of tensors, or quantize the weights alone: --act-bits none, "
+            "and for r2 ptq --method none"
+        )
+        self.why = why
 
 
 def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
@@ -87,7 +95,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
             net = exported.read(model, example)
         except Exception as error:  # torch.export passes on whatever the network raises
             first = next(iter(str(error).strip().splitlines()), "")
-            raise Unreadable(f"{unreadable}; torch.export cannot read it either ({first})") from error
+            raise Unreadable(f"{unreadable.why}, and torch.export cannot either ({first})") from error
     for node in list(net.graph.nodes):
         if is_a(net, node, NOTHING):
             _bypass(net, node)
@@ -110,10 +118,8 @@ def _traced(model: nn.Module) -> fx.GraphModule:
     except Exception as error:
         last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
         raise Unreadable(
-            f"the graph of {type(model).__name__} cannot be read ({type(error).__name__}: {error}"
-            f"{f', at the node {last.name!r}' if last is not None else ''}): "
-            "torch.fx must be able to trace it, so take out what depends on the values of tensors, or quantize the "
-            "weights alone: --act-bits none, and for r2 ptq --method none"
+            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}"
+            f"{f', at the node {last.name!r}' if last is not None else ''})"
         ) from error
 
 

@@ -105,7 +105,7 @@ def prepare(work: Work) -> Prepared:
     if made.coded:
         raise InputError(f"{made.origin} is quantized already: give the float one that it was made from")
     model = models.build(made.model) if work.scratch else attach.network(made)
-    names = [layer.name for layer in graph.layers(graph.trace(model))]
+    names = [layer.name for layer in graph.layers(placement.read(model))]
     if not names:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")
     bits = graph.by_pattern(names, settings.weight_bits, settings.keep)

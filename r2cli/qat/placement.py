@@ -118,6 +118,14 @@ def _readers(net: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.N
             yield node, user
 
 
+def read(model: nn.Module) -> fx.GraphModule:
+    """The graph of a network that is to train. Raises InputError for one that torch.fx cannot trace."""
+    try:
+        return graph.trace(model)
+    except graph.Unreadable as error:
+        raise InputError(f"{error.why}, and r2 qat needs its graph: r2 ptq and r2 palettize may do without") from error
+
+
 def prepare(
     model: nn.Module,
     shape: tuple[int, ...],
@@ -132,7 +140,7 @@ def prepare(
     They have started on the weights, and not yet on the edges: `start` does. Raises InputError for a network that
     cannot be read, or has a layer that cannot be quantized.
     """
-    net = graph.trace(model)
+    net = read(model)
     require_known(net, activations=edges is not None)
     graph.make_factors_positive(net)
     layers = tuple(graph.layers(net))
