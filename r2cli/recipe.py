@@ -159,13 +159,23 @@ def _are_tables(value: Any) -> bool:
 
 
 def require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
-    """Raises InputError, before any work is done, for a [[table]] that lacks a key or names no variable."""
+    """Raises InputError, before any work is done, for a [[table]] without a key, a variable or a step of its own."""
     for key, kind in (("run", str), ("rows", list), ("metrics", dict)):
         if not isinstance(table.get(key), kind):
             raise InputError(f"{recipe.path}: a [[table]] wants {key}, as {kind.__name__}")
-    for name in [*table["rows"], *([table["column"]] if "column" in table else [])]:
+    names = [*table["rows"], *([table["column"]] if "column" in table else [])]
+    for name in names:
         if recipe.matrix and name not in recipe.matrix:
             raise unknown(f"variable of {recipe.path}", str(name), recipe.matrix)
+    own = [_mentioned(step) for step in recipe.steps if step.get("run") == table["run"]]
+    if recipe.steps and not any(each.issuperset(names) for each in own):
+        listed = ", ".join(names)
+        raise InputError(f"{recipe.path}: a [[table]] by {listed}, and no {table['run']} step has them in its options")
+
+
+def _mentioned(options: Mapping[str, Any]) -> set[str]:
+    """The variables that options have in them."""
+    return {name.split(".")[0] for name in PLACEHOLDER.findall(json.dumps(options, default=str))}
 
 
 def steps(recipe: Recipe) -> list[Step]:
@@ -175,7 +185,7 @@ def steps(recipe: Recipe) -> list[Step]:
         options = {key: value for key, value in step.items() if key != "run"}
         lines = recipe.lines[number] if len(recipe.lines) == len(recipe.steps) else {}  # not for steps written inline
         places = {key: f"{recipe.path}:{line}" for key, line in lines.items()}
-        mentioned = {name.split(".")[0] for name in PLACEHOLDER.findall(json.dumps(options, default=str))}
+        mentioned = _mentioned(options)
         for name in mentioned:
             if name not in recipe.matrix:
                 raise unknown(f"variable of {recipe.path}", name, recipe.matrix)

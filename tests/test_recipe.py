@@ -534,6 +534,28 @@ def test_a_table_without_a_key_is_refused(missing: str) -> None:
         tabled.tables(asked, results([({"reg": "none"}, {"top1": 1.0})]))
 
 
+@pytest.mark.parametrize("change", [('run = "ptq"', 'run = "qat"'), ("{reg}.w8", "{seed}.w8")])
+def test_a_table_that_no_step_can_fill_is_refused(change: tuple[str, str], tmp_path: Path) -> None:
+    text = """
+        [matrix]
+        reg = ["none", "linf"]
+        seed = [1, 2]
+        [[step]]
+        run = "ptq"
+        source = "a.safetensors"
+        output = "{reg}.w8.safetensors"
+        [[table]]
+        run = "ptq"
+        rows = ["reg"]
+        metrics = { "top-1" = "top1" }
+    """
+    (tmp_path / "good.toml").write_text(text)
+    recipe.load(tmp_path / "good.toml")
+    (tmp_path / "bad.toml").write_text(text.replace(*change, 1))
+    with pytest.raises(InputError, match=r"bad\.toml: a \[\[table\]\] by reg, and no ptq step"):
+        recipe.load(tmp_path / "bad.toml")
+
+
 def test_a_lost_onnx_file_is_made_again(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     execute(two(), commands)
