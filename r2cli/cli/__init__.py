@@ -60,6 +60,13 @@ def invoke(arguments: list[str]) -> Any:
     return result
 
 
+def _end(result: Any, *, as_json: bool) -> int:
+    """Print the report that a command returned, for machines; the exit code."""
+    if as_json and isinstance(result, Mapping):
+        console.report(result)
+    return result if isinstance(result, int) else 0
+
+
 def main() -> NoReturn:
     """`r2`: run the command of `sys.argv`, and map whatever goes wrong to one sentence and an exit code."""
     arguments = sys.argv[1:]
@@ -69,13 +76,10 @@ def main() -> NoReturn:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     as_json = "--json" in arguments
     if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
-        app(arguments, standalone_mode=True)
+        sys.exit(_end(invoke(arguments), as_json=as_json))
     found: Mapping[str, Any] = {}
     try:
-        result = invoke(arguments)
-        if as_json and isinstance(result, Mapping):
-            console.report(result)
-        sys.exit(result if isinstance(result, int) else 0)
+        sys.exit(_end(invoke(arguments), as_json=as_json))
     except R2Error as error:
         message, code = str(error), error.exit_code
         found = getattr(error, "report", None) or {}
