@@ -191,23 +191,22 @@ def make_factors_positive(net: fx.GraphModule) -> None:
 
 
 @torch.no_grad()
-def even_out(net: fx.GraphModule, layer: Layer) -> None:
-    """Bring the filters of a layer that has a norm to one root mean square, which BatchNorm makes up for; in place.
+def divide_filters(net: fx.GraphModule, layer: Layer, by: Tensor) -> None:
+    """Divide the filters of a layer that has a norm, `by` (channels,) > 0, which the norm makes up for; in place.
 
     The same function, epsilon included. The scale behind a palette has a factor for every such channel in any case.
     """
     module, norm = net.get_submodule(layer.name), net.get_submodule(layer.norm or "")
     assert isinstance(module, LAYERS) and isinstance(norm, NORMS)
     assert norm.weight is not None and norm.running_mean is not None and norm.running_var is not None
-    power = module.weight.flatten(1).square().mean(1)
-    size = (power / power.mean()).sqrt().clamp(1e-3, 1e3)
-    before = norm.running_var.clone()
-    norm.running_var.div_(size.square())
-    norm.running_mean.div_(size)
-    norm.weight.mul_(size * ((norm.running_var + norm.eps) / (before + norm.eps)).sqrt())
-    module.weight.div_(size.reshape(-1, *[1] * (module.weight.ndim - 1)))
+    by, variance = by.double(), norm.running_var.double()
+    after = variance / by.square()
+    norm.weight.mul_(by * ((after + norm.eps) / (variance + norm.eps)).sqrt())
+    norm.running_var.copy_(after)
+    norm.running_mean.div_(by)
+    module.weight.div_(by.reshape(-1, *[1] * (module.weight.ndim - 1)))
     if module.bias is not None:
-        module.bias.div_(size)
+        module.bias.div_(by)
 
 
 def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:

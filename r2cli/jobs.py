@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
@@ -48,7 +49,8 @@ class Here:
         return True
 
     def report(self) -> Any:
-        return self.invoke(self.arguments)
+        with redirect_stdout(sys.stderr):  # what a network's own code prints is no result
+            return self.invoke(self.arguments)
 
     def stop(self) -> None:
         pass
@@ -80,11 +82,14 @@ class Process:
         self.out.seek(0)
         printed = self.out.read().decode(errors="replace")
         self.out.close()
-        found = json.loads(printed) if printed else {}
-        if code == 0:
-            return found
         if code == 130:
             raise KeyboardInterrupt
+        try:
+            found = json.loads(printed or "{}")
+        except ValueError as error:
+            raise R2Error(f"it ended with {code} and no report, {self.log} says more") from error
+        if code == 0:
+            return found
         told = found.pop("error", f"it ended with {code}, {self.log} says more")
         if code == 1:
             found.pop("exit_code", None)

@@ -19,8 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from r2cli import grid_search
-from r2cli.errors import InputError, unknown
+from r2cli import grid_search, values
 
 BINS = 2048  # on each side of zero
 PIECE = 1 << 22  # values: a float32 counts that many in one bin exactly
@@ -182,12 +181,8 @@ OBSERVERS: Mapping[str, Callable[[], Observer]] = {
 
 def observer(rule: str) -> Callable[[], Observer]:
     """What makes the observers of `rule`, for example 'mse' or 'percentile:99.9'. Raises InputError for another."""
-    name, _, percent = rule.partition(":")
-    if name not in OBSERVERS or (percent and name != "percentile"):
-        raise unknown("--act-range", rule, list(OBSERVERS))
-    if not percent:
-        return OBSERVERS[name]
-    return lambda: Percentile(percentile(percent))
+    name, percent = values.range_rule("--act-range", *OBSERVERS)(rule)
+    return OBSERVERS[name] if percent is None else lambda: Percentile(percent)
 
 
 def usual(bits: int) -> str:
@@ -196,14 +191,3 @@ def usual(bits: int) -> str:
     percentile:99.9 79.9 80.8 74.1 72.2, entropy 79.3 80.3 73.3 71.6 (float 81.3 81.6 78.6 76.1).
     """
     return "minmax" if bits >= 8 else "mse"
-
-
-def percentile(text: str) -> float:
-    """The P of 'percentile:P'. Raises InputError for what is no number from 50 to 100."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 50 < value <= 100:
-        raise InputError(f"percentile:{text} is impossible: give more than 50 and up to 100, as percentile:99.9")
-    return value

@@ -76,6 +76,7 @@ ActRange = Annotated[
         "--act-range",
         help="Of activations: minmax, moving-average, percentile[:99.99], mse or entropy. "
         "(default: minmax at 8 bits, mse below)",
+        check=values.range_rule("--act-range", *values.ACT_RANGES),
     ),
 ]
 

@@ -120,6 +120,7 @@ def load(path: Path) -> Recipe:
     _require_shapes(recipe)
     for table in recipe.tables:
         require_complete(recipe, table)
+    _require_filled(recipe)
     return recipe
 
 
@@ -159,18 +160,31 @@ def _are_tables(value: Any) -> bool:
 
 
 def require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
-    """Raises InputError, before any work is done, for a [[table]] without a key, a variable or a step of its own."""
+    """Raises InputError, before any work is done, for a [[table]] that lacks a key or names no variable."""
     for key, kind in (("run", str), ("rows", list), ("metrics", dict)):
         if not isinstance(table.get(key), kind):
             raise InputError(f"{recipe.path}: a [[table]] wants {key}, as {kind.__name__}")
-    names = [*table["rows"], *([table["column"]] if "column" in table else [])]
-    for name in names:
-        if recipe.matrix and name not in recipe.matrix:
+    for name in _variables(table):
+        if not isinstance(name, str) or (recipe.matrix and name not in recipe.matrix):
             raise unknown(f"variable of {recipe.path}", str(name), recipe.matrix)
-    own = [_mentioned(step) for step in recipe.steps if step.get("run") == table["run"]]
-    if recipe.steps and not any(each.issuperset(names) for each in own):
-        listed = ", ".join(names)
-        raise InputError(f"{recipe.path}: a [[table]] by {listed}, and no {table['run']} step has them in its options")
+
+
+def _require_filled(recipe: Recipe) -> None:
+    """Raises InputError, before any work is done, for a [[table]] that no step can fill."""
+    for table in recipe.tables:
+        own = [_mentioned(step) for step in recipe.steps if step.get("run") == table["run"]]
+        if not own:
+            raise InputError(f"{recipe.path}: a [[table]] of {table['run']}, and no step runs that")
+        if not any(each.issuperset(_variables(table)) for each in own):
+            listed = ", ".join(_variables(table))
+            raise InputError(
+                f"{recipe.path}: a [[table]] by {listed}, and no {table['run']} step has them in its options"
+            )
+
+
+def _variables(table: Mapping[str, Any]) -> list[Any]:
+    """The variables of a [[table]]'s rows and columns."""
+    return [*table["rows"], *([table["column"]] if "column" in table else [])]
 
 
 def _mentioned(options: Mapping[str, Any]) -> set[str]:
@@ -261,6 +275,7 @@ def override(recipe: Recipe, texts: Iterable[str]) -> Recipe:
         ]
         recipe = replace(recipe, steps=steps, lines=lines)
     _require_shapes(recipe)
+    _require_filled(recipe)
     return recipe
 
 

@@ -43,8 +43,8 @@ class Settings:
     label_smoothing: float
     reg_lr: float
     seed: int
-    clip_grad: float | None = None  # most Euclidean length of all gradients together
-    clip_ratio: float | None = None  # most length of a weight's gradient, as a share of the weight's own
+    clip_grad: float | None = None  # most Euclidean length of all gradients together; None or 0: any
+    clip_ratio: float | None = None  # most length of a weight's gradient, as a share of the weight's; None or 0: any
     ema: float | None = None  # decay of a running average of the weights, which is what is evaluated and kept
     precision: str = FLOAT32  # or BFLOAT16: layers compute in it, weights and their updates stay float32
     compile: bool = False
@@ -276,12 +276,12 @@ def _clip(model: nn.Module, settings: Settings) -> None:
     BatchNorm follows, a weight that is smaller has a larger gradient, by as much.
     """
     own = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
-    if settings.clip_ratio is not None and own:
+    if settings.clip_ratio and own:
         gradients = [p.grad for p in own if p.grad is not None]
         longest = settings.clip_ratio * torch.stack(torch._foreach_norm([p.detach() for p in own])).clamp_min(1e-3)
         factors = (longest / torch.stack(torch._foreach_norm(gradients)).clamp_min(1e-12)).clamp_max(1)
         torch._foreach_mul_(gradients, list(factors.unbind()))
-    if settings.clip_grad is not None:
+    if settings.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 from r2cli.errors import InputError, unknown
 
+ACT_RANGES = ("minmax", "moving-average", "percentile", "mse", "entropy")
+WEIGHT_RANGES = ("minmax", "percentile", "mse")
 REGULARIZERS = ("none", "linf", "margin", "soft-minmax", "kure", "clip")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -38,6 +40,29 @@ def bits(option: str) -> Callable[[float], None]:
             raise InputError(f"{option} {value:g} is impossible: give 1 to 8")
 
     return check
+
+
+def range_rule(option: str, *names: str) -> Callable[[str], tuple[str, float | None]]:
+    """What reads a rule of ranges: its name, and the P of 'percentile:P'. It raises InputError for anything else."""
+
+    def read(rule: str) -> tuple[str, float | None]:
+        name, _, percent = rule.partition(":")
+        if name not in names or (percent and name != "percentile"):
+            raise unknown(option, rule, names)
+        return name, percentile(percent) if percent else None
+
+    return read
+
+
+def percentile(text: str) -> float:
+    """The P of 'percentile:P'. Raises InputError for what is no number from 50 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 50 < value <= 100:
+        raise InputError(f"percentile:{text} is impossible: give more than 50 and up to 100, as percentile:99.9")
+    return value
 
 
 def act_bits(text: str) -> int | None:

@@ -378,6 +378,26 @@ def test_a_failed_gate_is_in_the_one_object_of_the_report(r2: R2, model: Path) -
         assert told["command"] in ("evaluate", "ptq", "run") and ("bytes" in told or told["results"][0]["failed"])
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_a_network_s_own_code_prints_is_no_result(
+    r2: R2, one_thread: None, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("noisy.py").write_text(
+        "import torch\n\n\ndef net(num_classes: int) -> torch.nn.Module:\n    print('hello')\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(1, num_classes, 3), torch.nn.AdaptiveAvgPool2d(1), "
+        "torch.nn.Flatten())\n"
+    )
+    Path("noisy.toml").write_text(
+        '[[step]]\nrun = "pretrain"\nmodel = "noisy.py:net"\ndata = "digits:64"\nepochs = 1\n'
+        'output = "own.safetensors"\n\n[[step]]\nrun = "evaluate"\nsource = "own.safetensors"\n'
+        'model = "noisy.py:net"\nmin-accuracy = 100\n'
+    )
+    ran = r2("run", "noisy.toml", "--json", "--jobs", jobs)
+    told = json.loads(ran.out)
+    assert ran.code == 1 and "below --min-accuracy 100" in told["error"] and len(told["results"]) == 2
+
+
 def _recipe_with_a_gate() -> Path:
     recipe = Path("gate.toml")
     recipe.write_text('[[step]]\nrun = "evaluate"\nsource = "../../model.safetensors"\nmax-bytes = 10\n')
@@ -460,6 +480,10 @@ def test_an_internal_error_exits_3_without_a_traceback(r2: R2, model: Path, monk
     monkeypatch.setattr(export, "to_bytes", broken)
     ran = r2("ptq")
     assert ran.code == 3 and "ZeroDivisionError" in ran.err and "R2_TRACEBACK" in ran.err and "Traceback" not in ran.err
+    monkeypatch.setenv("R2_TRACEBACK", "1")
+    ran = r2("ptq", "--overwrite")
+    assert ran.code == 3 and "Traceback" in ran.err and ran.err.splitlines()[-1].startswith("r2: internal error")
+    assert r2("ptq", "--nosuch").code == 2
 
 
 def test_help_shows_the_commands(r2: R2) -> None:

@@ -5,10 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import attach, checkpoint, data, palettize, ptq, qat, train
+from r2cli import attach, checkpoint, data, observers, palettize, ptq, qat, regularizers, train, values
 from r2cli.palettize import training
 
 CPU = torch.device("cpu")
+
+
+def test_the_command_line_knows_what_there_is() -> None:
+    assert values.ACT_RANGES == tuple(observers.OBSERVERS) and values.WEIGHT_RANGES == tuple(ptq.ranges.RANGES)
+    assert set(values.REGULARIZERS) == {"none", "clip", *regularizers.REGULARIZERS}
 
 
 @pytest.mark.parametrize("granularity", ptq.GRANULARITIES)

@@ -104,31 +104,33 @@ def test_negative_factors_become_positive_and_nothing_else_changes(model: Path) 
     assert torch.allclose(net(batch), expected, atol=1e-5)
 
 
-def _with_one_large_filter(model: Path) -> checkpoint.Checkpoint:
+def _with_one_large_filter(model: Path, times: float = 500) -> checkpoint.Checkpoint:
     """The network with a channel of large weights in its first layer, which BatchNorm makes up for, and a dead one."""
     made = checkpoint.load(model)
-    made.floats["conv.weight"][2] *= 500
-    made.floats["norm.running_mean"][2] *= 500
-    made.floats["norm.running_var"][2] *= 500**2
+    made.floats["conv.weight"][2] *= times
+    made.floats["norm.running_mean"][2] *= times
+    made.floats["norm.running_var"][2] *= times**2
     made.floats["norm.running_var"][3] = 1e-9
     return made
 
 
-def test_channels_of_one_size_compute_the_same(model: Path) -> None:
+def test_divided_filters_compute_the_same(model: Path) -> None:
     made = _with_one_large_filter(model)
     made.floats["norm.running_var"][5] = 3e-6  # below BatchNorm's epsilon
     net = graph.trace(attach.network(made))
     batch, _ = next(data.load("digits", spec=made.input).test.batches(32, CPU))
     expected = net(batch)
     first = graph.layers(net)[0]
-    graph.even_out(net, first)
+    weight = net.get_parameter(first.weight).detach().clone()
+    by = torch.logspace(-4, 4, len(weight))
+    graph.divide_filters(net, first, by)
     assert torch.allclose(net(batch), expected, rtol=1e-4, atol=1e-4)
-    size = net.get_parameter(first.weight).detach().flatten(1).norm(dim=1)
-    assert float(size.max() / size.min()) < 1.001
+    assert torch.allclose(net.get_parameter(first.weight), weight / by.reshape(-1, 1, 1, 1), rtol=1e-5)
 
 
-def test_outliers_do_not_take_a_table_of_two_rows(model: Path, tmp_path: Path) -> None:
-    made, form = _with_one_large_filter(model), Form(1, 1, None, 8)
+@pytest.mark.parametrize("times", [500, 1e6])
+def test_outliers_do_not_take_a_table_of_two_rows(times: float, model: Path, tmp_path: Path) -> None:
+    made, form = _with_one_large_filter(model, times), Form(1, 1, None, 8)
     w = made.floats["conv.weight"]
     plain = tables.palette(tables.start(w, form, None, torch.Generator())[0], w.shape, form)
     assert tables.constant_channels(plain, plain.encode(w)) > 0.9
@@ -138,6 +140,24 @@ def test_outliers_do_not_take_a_table_of_two_rows(model: Path, tmp_path: Path) -
     assert tables.constant_channels(coded.codec, coded.codes) < 0.3
     before = _palettized(model, form, None, images=False).coded["conv.weight"]
     assert int((before.codes != coded.codes).sum()) < 0.4 * w.numel(), "nearly the codes without the large filter"
+
+
+def test_layers_that_it_does_not_help_stay_as_they_are(model: Path) -> None:
+    made = checkpoint.load(model)
+    names = [name for name in made.floats if name.endswith("conv1.weight")]
+    made.floats[names[0]].zero_()
+    signs = torch.where(torch.arange(len(made.floats[names[1]])) % 2 > 0, 1.0, -1.0).reshape(-1, 1, 1, 1)
+    made.floats[names[1]] = made.floats[names[1]].abs() * 0.01 + signs  # every filter of one sign
+    settings = palettize.Settings("kmeans", 1, 1, None, 8, None, {})
+    subject = palettize.read(made, settings)
+    before = {name: module.weight.detach().clone() for name, module in subject.layers.items()}  # type: ignore[operator]
+    wanted = palettize.forms(subject.layers, settings)
+    assert palettize.even_out(subject, wanted) == {}
+    for name, module in subject.layers.items():
+        assert torch.equal(module.weight, before[name]), name  # type: ignore[arg-type]
+    work = palettize.Work(made, replace(settings, bits=2), None, CPU, 0)
+    coded, _ = palettize.by_kmeans(work, weigh=False, advance=lambda layers: None)
+    assert not bool(coded.coded[names[0]].decode().any())
 
 
 def test_folding_changes_scales_and_no_code(model: Path) -> None:
@@ -402,7 +422,7 @@ def test_training_that_diverges_says_so_and_leaves_nothing(r2: R2, model: Path, 
 
 def test_training_that_ends_higher_than_it_began_says_so() -> None:
     assert _ended_higher([{"loss": 2.42}, {"loss": 1.6}, {"loss": 2.53}]) == [
-        "the last epoch's loss is above the first one's (2.53, 2.42): try --clip-ratio 0.1, or less --lr"
+        "the last epoch's loss is above the first one's (2.53, 2.42): lower --clip-ratio or --lr"
     ]
     assert not _ended_higher([{"loss": 0.7}, {"loss": 0.2}]) and not _ended_higher([])
 

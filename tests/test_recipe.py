@@ -552,8 +552,31 @@ def test_a_table_that_no_step_can_fill_is_refused(change: tuple[str, str], tmp_p
     (tmp_path / "good.toml").write_text(text)
     recipe.load(tmp_path / "good.toml")
     (tmp_path / "bad.toml").write_text(text.replace(*change, 1))
-    with pytest.raises(InputError, match=r"bad\.toml: a \[\[table\]\] by reg, and no ptq step"):
+    with pytest.raises(InputError, match=r"bad\.toml: a \[\[table\]\] (by reg, and no ptq step|of ptq, and no step)"):
         recipe.load(tmp_path / "bad.toml")
+    (tmp_path / "number.toml").write_text(text.replace('["reg"]', "[1]"))
+    with pytest.raises(InputError, match="unknown variable of .* '1'"):
+        recipe.load(tmp_path / "number.toml")
+
+
+def test_set_that_leaves_a_table_without_steps_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("""
+        [matrix]
+        bits = [8, 4]
+        [[step]]
+        run = "analyze"
+        source = "a.safetensors"
+        bits = "{bits}"
+        [[table]]
+        run = "analyze"
+        rows = ["bits"]
+        metrics = { "seconds" = "seconds" }
+    """)
+    loaded = recipe.load(path)
+    assert len(recipe.steps(recipe.override(loaded, ["matrix.bits=4"]))) == 1
+    with pytest.raises(InputError, match="by bits, and no analyze step"):
+        recipe.override(loaded, ["bits=4"])
 
 
 def test_a_lost_onnx_file_is_made_again(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_gradients_are_clipped_to_the_length_that_is_asked_for(tmp_path: Path) -
 def test_a_weight_s_gradient_is_clipped_to_a_share_of_the_weight(tmp_path: Path) -> None:
     # One step of plain SGD: without clipping the weights move by their gradients, of lengths that differ by far.
     moved = {}
-    for ratio in (None, 0.1):
+    for ratio in (None, 0, 0.1):
         settings = _settings(
             epochs=1, batch_size=1200, lr=1.0, momentum=0.0, weight_decay=0.0, warmup=0, clip_ratio=ratio
         )
@@ -191,6 +191,7 @@ def test_a_weight_s_gradient_is_clipped_to_a_share_of_the_weight(tmp_path: Path)
         start = models.build(models.spec("resnet8", classes=10, channels=1, size=8)).state_dict()
         after = {name: p.detach() for name, p in network.named_parameters()}
         moved[ratio] = {name: after[name] - start[name] for name in after}
+    assert all(torch.equal(moved[0][name], free) for name, free in moved[None].items()), "0 is no bound"
     clipped = 0
     for name, free in moved[None].items():
         own, bound = moved[0.1][name], 0.1 * float(start[name].norm())

@@ -2,7 +2,9 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from typing import Any, NoReturn
 
 import typer
@@ -60,13 +62,6 @@ def invoke(arguments: list[str]) -> Any:
     return result
 
 
-def _end(result: Any, *, as_json: bool) -> int:
-    """Print the report that a command returned, for machines; the exit code."""
-    if as_json and isinstance(result, Mapping):
-        console.report(result)
-    return result if isinstance(result, int) else 0
-
-
 def main() -> NoReturn:
     """`r2`: run the command of `sys.argv`, and map whatever goes wrong to one sentence and an exit code."""
     arguments = sys.argv[1:]
@@ -75,30 +70,39 @@ def main() -> NoReturn:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     as_json = "--json" in arguments
-    if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
-        sys.exit(_end(invoke(arguments), as_json=as_json))
-    found: Mapping[str, Any] = {}
     try:
-        sys.exit(_end(invoke(arguments), as_json=as_json))
-    except R2Error as error:
-        message, code = str(error), error.exit_code
-        found = getattr(error, "report", None) or {}
-    except (KeyboardInterrupt, typer.Abort):
-        message, code = "interrupted; no file is left half written", INTERRUPTED
-    except UsageError as error:
-        command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
-        message, code = f"{error.format_message()} Try `{command} --help`.", 2
+        # For machines the report is all of standard output: what a network's own code prints goes elsewhere.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = invoke(arguments)
+        if as_json and isinstance(result, Mapping):
+            console.report(result)
+        sys.exit(result if isinstance(result, int) else 0)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:
-        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 3
-    except Exception as error:
-        told = f"internal error ({type(error).__name__}: {error})"
-        message = f"{told}: run it again with R2_TRACEBACK=1 and report what that prints"
-        code = 3
-    message = " ".join(message.split())
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
+            traceback.print_exc()
+        message, code = _told(error, arguments)
+        found = getattr(error, "report", None) or {}
     console.fail(message)
     if as_json:
         console.report({"error": message, "exit_code": code, **found})
     sys.exit(code)
+
+
+def _told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
+    """What went wrong as one sentence, and the exit code."""
+    if isinstance(error, R2Error):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt | typer.Abort):
+        message, code = "interrupted; no file is left half written", INTERRUPTED
+    elif isinstance(error, UsageError):
+        command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
+        message, code = f"{error.format_message()} Try `{command} --help`.", 2
+    elif isinstance(error, OSError):
+        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 3
+    else:
+        told = f"internal error ({type(error).__name__}: {error})"
+        message, code = f"{told}: run it again with R2_TRACEBACK=1 and report what that prints", 3
+    return " ".join(message.split()), code

@@ -143,7 +143,7 @@ def palettize(
         float | None,
         _option(
             "--clip-grad",
-            help="Most length of the gradient, all weights together. (default: dkm's is 1; 5 at 1 and 2 bits)",
+            help="Most length of the gradient, all weights together. 0: any. (default: dkm's is 1; 5 at 1 and 2 bits)",
             min=0,
             panel=TRAINING,
         ),
@@ -152,7 +152,7 @@ def palettize(
         float | None,
         _option(
             "--clip-ratio",
-            help="Most length of a layer's gradient, as a share of its weights'. (default: dkm's is 0.3)",
+            help="Most length of a layer's gradient, as a share of its weights'. 0: any. (default: dkm's is 0.3)",
             min=0,
             panel=TRAINING,
         ),
@@ -336,9 +336,7 @@ def _ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
     if not epochs or epochs[-1]["loss"] <= epochs[0]["loss"]:
         return []
     first, last = epochs[0]["loss"], epochs[-1]["loss"]
-    return [
-        f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): try --clip-ratio 0.1, or less --lr"
-    ]
+    return [f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): lower --clip-ratio or --lr"]
 
 
 def _line(epoch: "train.Epoch", epochs: int, gap: float) -> str:

@@ -108,6 +108,7 @@ def ptq(
         _option(
             "--weight-range",
             help="Of weights: minmax, percentile[:99.99] or mse. (default: minmax; brecq's: mse to 4 bits, and mixed)",
+            check=values.range_rule("--weight-range", *values.WEIGHT_RANGES),
         ),
     ] = None,
     symmetric: Annotated[

@@ -114,7 +114,7 @@ def qat(
         float,
         _option(
             "--clip-grad",
-            help="Most length of the gradient, all weights together; a channel gone dead has a huge one.",
+            help="Most length of the gradient, all weights together, 0: any; a channel gone dead has a huge one.",
             min=0,
         ),
     ] = CLIP,

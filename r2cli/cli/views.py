@@ -69,7 +69,8 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     try:
         folded, silenced = _folded(checkpoint.load(path))
     except R2Error as error:
-        return [replace(trained, note=f"shown as trained only: {error}")]
+        why = error.why if isinstance(error, graph.Unreadable) else error
+        return [replace(trained, note=f"shown as trained only: {why}")]
     if not folded:
         return [replace(trained, name="", is_float_checkpoint=True)]
     note = f"{silenced} dead channels are shown as zero, as `r2 ptq` makes them" if silenced else ""

@@ -167,11 +167,11 @@ def with_exceptions(names: Iterable[str], settings: Settings) -> dict[str, Form]
 
 
 def even_out(subject: Subject, wanted: Mapping[str, Form]) -> dict[str, str]:
-    """Save the layers whose scalar table a few outliers would take: bring their channels to one size; in place.
+    """Save the layers whose scalar table a few outliers would take: bring their filters to one size; in place.
 
     k-means serves the largest weights. Of a depthwise layer with one large filter it gives nearly all others a single
-    value, and an int8 table makes that 0. Channels of one size cost nothing where BatchNorm follows. Returns what to
-    say of such layers.
+    value, and an int8 table makes that 0. Filters of one size cost nothing where BatchNorm follows. Returns what to
+    say of such layers; one that it does not help stays as it is.
     """
     evened: dict[str, str] = {}
     for layer, module in [] if subject.net is None else graph.named_layers(subject.net):
@@ -180,12 +180,25 @@ def even_out(subject: Subject, wanted: Mapping[str, Form]) -> dict[str, str]:
         norm = subject.net.get_submodule(layer.norm) if layer.norm else None
         if norm is None or norm.weight is None or form.dim > 1 or weight[0].numel() == 1:
             continue
-        centroids, _ = tables.start(weight, form, None, torch.Generator())
-        palette = tables.palette(centroids, weight.shape, form)
-        if tables.constant_channels(palette, palette.encode(weight.detach())) >= SHAPELESS:
-            graph.even_out(subject.net, layer)
-            evened[layer.name] = "channels evened out"
+        if _shapeless(weight.detach(), form) >= SHAPELESS:
+            size = _sizes(weight.detach())
+            if _shapeless(weight.detach() / size.reshape(-1, *[1] * (weight.ndim - 1)), form) < SHAPELESS:
+                graph.divide_filters(subject.net, layer, size)
+                evened[layer.name] = "channels evened out"
     return evened
+
+
+def _shapeless(weight: Tensor, form: Form) -> float:
+    """The share of filters to which k-means' table leaves a single value."""
+    palette = tables.palette(tables.start(weight, form, None, torch.Generator())[0], weight.shape, form)
+    return tables.constant_channels(palette, palette.encode(weight))
+
+
+def _sizes(weight: Tensor) -> Tensor:
+    """The root mean square of every filter in units of the median one's, (channels,) float64; 1 where all is zero."""
+    power = weight.double().flatten(1).square().mean(1)
+    alive = power > 0
+    return torch.where(alive, (power / power[alive].median()).sqrt(), 1.0) if bool(alive.any()) else power + 1.0
 
 
 def together(*notes: str | None) -> str:

@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from r2cli import grid_search
+from r2cli import grid_search, values
 from r2cli.codec import Grid
 from r2cli.counts import min_max_scale, usable
-from r2cli.errors import unknown
-from r2cli.observers import PERCENTILE, percentile
+from r2cli.observers import PERCENTILE
 
 Range = tuple[Tensor, Tensor]  # least and greatest, (grids,) each
 
@@ -56,10 +55,8 @@ RANGES: Mapping[str, Callable[[Tensor, int, bool], Range]] = {
 
 def weight_range(rule: str) -> Callable[[Tensor, int, bool], Range]:
     """The function of `rule`, for example 'mse' or 'percentile:99.9'. Raises InputError for another."""
-    name, _, percent = rule.partition(":")
-    if name not in RANGES or (percent and name != "percentile"):
-        raise unknown("--weight-range", rule, list(RANGES))
-    return _percentile(percentile(percent)) if percent else RANGES[name]
+    name, percent = values.range_rule("--weight-range", *RANGES)(rule)
+    return RANGES[name] if percent is None else _percentile(percent)
 
 
 def usual(method: str, bits: int) -> str:
