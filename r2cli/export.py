@@ -42,7 +42,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         _standard_operators(net)
     model = _export(net, checkpoint.input.blank(2))
     _simplify(model, coded)
-    _put_codes(model, coded)
+    _put_codes(model, coded, read_as_float=not checkpoint.activations)
     _round_last_bias(model)
     _clean(model, checkpoint)
     file = ir.to_proto(model)
@@ -255,7 +255,7 @@ def _simplify(model: ir.Model, coded: Mapping[str, Coded]) -> None:
 # --- the codes -----------------------------------------------------------------------------------------------------
 
 
-def _put_codes(model: ir.Model, coded: Mapping[str, Coded]) -> None:
+def _put_codes(model: ir.Model, coded: Mapping[str, Coded], *, read_as_float: bool) -> None:
     """Put the graph that makes each coded weight from its codes in place of its initializer, before its layer."""
     tables: dict[str, ir.Value] = {}
     initializers = model.graph.initializers
@@ -266,7 +266,7 @@ def _put_codes(model: ir.Model, coded: Mapping[str, Coded]) -> None:
                 assert value.const_value is not None
                 if not torch.equal(torch.from_numpy(value.const_value.numpy().copy()), one.decode()):
                     raise R2Error(f"torch's export changed the weight '{name}': it is not the decoded codes any more")
-                decoded, nodes = onnx_codes.emit(model.graph, name, one, tables)
+                decoded, nodes = onnx_codes.emit(model.graph, name, one, tables, read_as_float=read_as_float)
                 value.replace_all_uses_with(decoded)
                 decoded.name = name
                 model.graph.insert_before(node, nodes)

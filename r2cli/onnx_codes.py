@@ -10,8 +10,10 @@
 What layers share is there once: the tables of bytes' codes, and the shapes, in which the first dimension is left open.
 A palette does without the table, one or two KB: the file of a small network is hardly larger than its codes.
 
-Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into
-DequantizeLinear would be unpacked at every inference. A float table is folded whole: memory and speed are fp32's.
+Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into it would be
+unpacked at every inference. Where activations stay float no integer kernel reads a weight, and DequantizeLinear, which
+ONNX Runtime does not fold, took four times as long as the float network (benchmarks/palette_speed.md): Cast, Sub and
+Mul stand in its place there. They, and a float table, are folded whole: memory and speed are fp32's.
 """
 
 from collections.abc import Callable
@@ -29,22 +31,30 @@ Tables = dict[str, ir.Value]  # initializers that layers share, by name
 Array = np.ndarray[Any, Any]
 
 
-def emit(graph: ir.Graph, name: str, coded: Coded, tables: Tables) -> tuple[ir.Value, list[ir.Node]]:
-    """The float value of the coded weight `name`, and the nodes that make it.
+def emit(
+    graph: ir.Graph, name: str, coded: Coded, tables: Tables, *, read_as_float: bool
+) -> tuple[ir.Value, list[ir.Node]]:
+    """The float value of the coded weight `name`, and the nodes that make it; `read_as_float`: by no integer kernel.
 
     Raises R2Error for a grid whose integers leave int8.
     """
     codec = coded.codec
     if isinstance(codec, Palette):
-        nodes = _palette(graph, name, coded, codec, tables)
+        nodes, integers = _palette(graph, name, coded, codec, tables)
     else:
-        nodes = _grid(graph, name, coded, codec, tables)
+        nodes, integers = _grid(graph, name, coded, codec, tables)
+    if integers is not None:
+        decode = _multiply if read_as_float else _dequantize
+        nodes += decode(
+            graph, name, integers, codec, len(codec.shape if isinstance(codec, Palette) else coded.codes.shape)
+        )
     for position, node in enumerate(nodes):
         node.outputs[0].name = f"{name}.{position}"
     return nodes[-1].outputs[0], nodes
 
 
-def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) -> list[ir.Node]:
+def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) -> tuple[list[ir.Node], ir.Value]:
+    """The nodes that make the integers, and the integers."""
     nodes: list[ir.Node]
     if grid.bits <= 3 or (grid.odd and grid.bits <= 4):
         nodes = _packed(graph, name, coded, tuple(coded.codes.shape), _integers(graph, grid, tables), tables)
@@ -58,10 +68,13 @@ def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) 
     else:
         stored = grid.integers(coded.codes) if grid.odd else coded.codes
         integers, nodes = initializer(graph, f"{name}.codes", stored.to(torch.int8).numpy()), []
-    return [*nodes, _dequantize(graph, name, integers, grid, linear=coded.codes.ndim == 2)]
+    return nodes, integers
 
 
-def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables: Tables) -> list[ir.Node]:
+def _palette(
+    graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables: Tables
+) -> tuple[list[ir.Node], ir.Value | None]:
+    """The nodes that look the centroids up, and their integers; None where the table is float, and all is done."""
     groups, count = coded.codes.shape
     dim, shape = palette.dim, palette.shape
     # Only an index that is added to must have the groups apart; five and more bits have their shape for nothing.
@@ -86,12 +99,10 @@ def _palette(graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables:
     if dim > 1 or groups > 1 or palette.bits <= 4:
         nodes.append(_reshape(graph, tables, nodes[-1], shape))
     if not palette.lut.is_floating_point():
-        nodes.append(_dequantize(graph, name, nodes[-1].outputs[0], palette, linear=len(shape) == 2))
-    elif bool((palette.scale != 1).any()):
-        column = palette.scale if palette.axis is None else palette.scale.reshape(-1, *[1] * (len(shape) - 1))
-        scale = initializer(graph, f"{name}.scale", column.numpy())
-        nodes.append(ir.node("Mul", [nodes[-1].outputs[0], scale]))
-    return nodes
+        return nodes, nodes[-1].outputs[0]
+    if bool((palette.scale != 1).any()):
+        nodes.append(_scaled(graph, name, nodes[-1].outputs[0], palette, len(shape)))
+    return nodes, None
 
 
 def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tables: Tables) -> list[ir.Node]:
@@ -103,12 +114,39 @@ def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tab
     return [ir.node("Cast", [codes], {"to": ir.DataType.INT32})]
 
 
-def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, *, linear: bool) -> ir.Node:
+def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, ndim: int) -> list[ir.Node]:
     inputs = [integers, initializer(graph, f"{name}.scale", (codec.scale / codec.raised).numpy())]
+    zero = _zero_point(codec)
+    if bool(zero.any()) or ndim == 2:  # ONNX Runtime's QGemm wants one, though it be zero
+        inputs.append(initializer(graph, f"{name}.zero_point", zero.numpy()))
+    return [ir.node("DequantizeLinear", inputs, {} if codec.axis is None else {"axis": codec.axis})]
+
+
+def _multiply(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, ndim: int) -> list[ir.Node]:
+    nodes = [ir.node("Cast", [integers], {"to": ir.DataType.FLOAT})]
+    zero = _zero_point(codec)
+    if bool(zero.any()):
+        column = initializer(graph, f"{name}.zero_point", _along(codec, zero, ndim).numpy())
+        nodes.append(ir.node("Cast", [column], {"to": ir.DataType.FLOAT}))
+        nodes.append(ir.node("Sub", [each.outputs[0] for each in nodes]))
+    return [*nodes, _scaled(graph, name, nodes[-1].outputs[0], codec, ndim)]
+
+
+def _scaled(graph: ir.Graph, name: str, value: ir.Value, codec: Grid | Palette, ndim: int) -> ir.Node:
+    column = _along(codec, codec.scale / codec.raised, ndim)
+    return ir.node("Mul", [value, initializer(graph, f"{name}.scale", column.numpy())])
+
+
+def _zero_point(codec: Grid | Palette) -> Tensor:
     zero = codec.zero_point if isinstance(codec, Grid) else torch.zeros_like(codec.scale, dtype=torch.int32)
-    if bool(zero.any()) or linear:  # ONNX Runtime's QGemm wants one, though it be zero
-        inputs.append(initializer(graph, f"{name}.zero_point", (zero * codec.raised).to(torch.int8).numpy()))
-    return ir.node("DequantizeLinear", inputs, {} if codec.axis is None else {"axis": codec.axis})
+    return (zero * codec.raised).to(torch.int8)
+
+
+def _along(codec: Grid | Palette, parameter: Tensor, ndim: int) -> Tensor:
+    """`parameter` in a shape that goes with a weight of `ndim` axes; a palette's is along the first."""
+    if isinstance(codec, Grid):
+        return codec.along(parameter, ndim)
+    return parameter if codec.axis is None else parameter.reshape(-1, *[1] * (ndim - 1))
 
 
 # --- packed codes --------------------------------------------------------------------------------------------------
