@@ -65,22 +65,21 @@ def percentile(text: str) -> float:
     return value
 
 
-def act_bits(text: str) -> int | None:
-    """`--act-bits` as a number; None where activations stay float. Raises InputError for anything else."""
+def act_bits(text: str, least: int = 4) -> int | None:
+    """`--act-bits` as a number, which goes down to `least`; None where activations stay float.
+
+    Raises InputError for anything else.
+    """
     if text == "none":
         return None
-    if text not in ("8", "7", "6", "5", "4"):
-        raise InputError(f"--act-bits {text} is impossible here: give 8 to 4, or none to leave activations float")
+    if text not in map(str, range(least, 9)):
+        raise InputError(f"--act-bits {text} is impossible here: give 8 to {least}, or none to leave activations float")
     return int(text)
 
 
 def trained_act_bits(text: str) -> int | None:
-    """`--act-bits` of training, which goes down to 1. Raises InputError for anything else."""
-    if text == "none":
-        return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 8):
-        raise InputError(f"--act-bits {text} is impossible: give 8 to 1, or none to leave activations float")
-    return int(text)
+    """`act_bits` of training, which goes down to 1."""
+    return act_bits(text, 1)
 
 
 def keep(patterns: Sequence[str]) -> dict[str, int]:

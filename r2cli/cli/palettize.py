@@ -214,7 +214,6 @@ def palettize(
     from r2cli.palettize import training
 
     act_range = act_range or observers.usual(acts or 8)
-    observers.observer(act_range)
     settings = worker.Settings(method, bits, dim, group_size, lut_bits, acts, kept, act_range, embeddings)
     if not is_network:
         return _file(source, output, settings, seed=seed, dry_run=dry_run, max_bytes=max_bytes, json=json)

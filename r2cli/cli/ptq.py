@@ -198,10 +198,8 @@ def ptq(
     from r2cli.ptq import auto
 
     act_range = act_range or observers.usual(acts or 8)
-    observers.observer(act_range)
     narrow = weight_bits if target_bits is None and target_bytes is None else min(worker.mixed.WIDTHS)
     asked, weight_range = weight_range, weight_range or worker.ranges.usual(method, narrow)
-    worker.ranges.weight_range(weight_range)
     started = perf_counter()
     network = subject.Network(model, weights, model_arg, stem)
     images = subject.Images(data, data_dir, workers, size, mean, std)
@@ -288,7 +286,7 @@ def _origin(calibration: int) -> str:
 
 
 def _require_one_target(weight_bits: int | None, bits: float | None, size: int | None) -> str:
-    """How the output's name tells the weights' bits. Raises InputError for more than one wish, or one out of range."""
+    """How the output's name tells the weights' bits. Raises InputError for more than one wish."""
     asked = {"--weight-bits": weight_bits, "--target-bits": bits, "--target-bytes": size}
     given = [f"{option} {value}" for option, value in asked.items() if value is not None]
     if len(given) > 1:
