@@ -25,6 +25,7 @@ from torch import Tensor
 from r2cli import __version__
 from r2cli.codec import Codec, Coded, Grid, Palette, unpack
 from r2cli.errors import InputError, R2Error
+from r2cli.keywords import is_own, require_safe
 
 FORMAT = 1
 
@@ -84,6 +85,24 @@ class InputSpec:
     def described(self) -> dict[str, Any]:
         """The spec as JSON holds it."""
         return {name: value for name, value in asdict(self).items() if name != "tokenizer" or self.is_text}
+
+
+def model_spec(stored: Mapping[str, Any], origin: str) -> ModelSpec:
+    """A `ModelSpec` from the JSON that the checkpoint `origin` holds.
+
+    Raises InputError for keywords that could make the network's factory load something.
+    """
+    spec = ModelSpec(
+        str(stored["name"]),
+        int(stored["classes"]),
+        int(stored["channels"]),
+        str(stored["stem"]),
+        float(stored["width"]),
+        dict(stored["args"]),
+    )
+    if not is_own(spec.name):  # the user's own code runs only when the command line names it, and is asked there
+        require_safe(spec.name, spec.args, origin)
+    return spec
 
 
 def input_spec(stored: Mapping[str, Any]) -> InputSpec:
@@ -167,7 +186,7 @@ def load(path: Path) -> Checkpoint:
             raise InputError(f"{path} holds palettes of a file without a network: `r2 analyze` shows them")
         coded = {name: _coded(name, entry, tensors) for name, entry in meta["codecs"].items()}
         checkpoint = Checkpoint(
-            model=ModelSpec(**meta["model"]),
+            model=model_spec(meta["model"], str(path)),
             input=input_spec(meta["input"]),
             class_names=tuple(meta["class_names"]),
             floats=tensors,  # _coded has taken its parts out

@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, fx, nn
 
-from r2cli import audit, onnx_functions, placement
+from r2cli import audit, data, onnx_functions, placement
 from r2cli import checkpoint as checkpoints
 from r2cli.checkpoint import Checkpoint, InputSpec
 from r2cli.codec import Coded
@@ -128,8 +128,7 @@ def input_spec(path: Path) -> InputSpec:
 
 def data_name(path: Path) -> str:
     """The data set that the network in the file was trained on, as `data.load` knows it."""
-    history = _recorded(path, "r2.history")
-    return str(history[0]["options"].get("data", "digits")) if history else "digits"
+    return data.named_in(_recorded(path, "r2.history"), str(path))
 
 
 def class_names(path: Path) -> tuple[str, ...]:

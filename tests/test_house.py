@@ -15,7 +15,7 @@ PACKAGE = ROOT / "r2cli"
 
 # Imports go down only: a module may import from its own row and from the rows above it.
 LAYERS = [
-    ["errors", "values", "options", "console"],
+    ["errors", "keywords", "values", "options", "console"],
     ["codec", "counts", "grid_search", "tensors", "clip"],
     ["checkpoint"],
     ["attention", "exported"],

@@ -11,6 +11,7 @@ from typing import Any
 from r2cli import checkpoint, console, models, weights
 from r2cli import data as datasets
 from r2cli.errors import InputError
+from r2cli.keywords import is_own, require_safe
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Images:
             for option, value in asked.items():
                 if value is not None:
                     raise InputError(f"{option} does not apply: the checkpoint says how its input is prepared")
-            return datasets.load(self.data or default, spec=spec, **more)
+            if self.data is None:
+                return datasets.load_named_in_file(default, spec=spec, **more)
+            return datasets.load(self.data, spec=spec, **more)
         tokenizer = datasets.packed(models.text.tokenizer(model)) if model and models.text.has(model) else None
         more |= {"tokenizer": tokenizer}
         return datasets.load(self.data or default, size=self.size, mean=mean, std=std, **more)
@@ -86,13 +89,14 @@ def load(
     """
     if network.weights is not None:
         return _foreign(network, images)
-    for option, value in (("--model-arg", network.args), ("--stem", network.stem)):
+    names_code = network.model is not None and is_own(network.model)
+    for option, value in (("--model-arg", None if names_code else network.args), ("--stem", network.stem)):
         if value:
             raise InputError(f"{option} belongs to --weights: a checkpoint says how its network is made")
     made = checkpoint.load(source)
     if network.model is not None:
-        made = _with_code(made, network.model)
-    own = str(made.history[0]["options"].get("data", "digits")) if made.history else "digits"
+        made = _with_code(made, network.model, network.args)
+    own = datasets.named_in(made.history, made.origin)
     if not needed and images.data is None and own == "imagefolder":
         spec = f"fake:{made.input.channels}x{made.input.size}x{made.input.size}:{len(made.class_names)}"
         return made, replace(datasets.load(spec, spec=made.input), name=NOISE)
@@ -125,13 +129,16 @@ def tell_beside(path: Path, beside: Sequence[str]) -> None:
         console.note(f"{path}: {len(beside)} tensors that stand beside the network were not used: {named}")
 
 
-def _with_code(made: checkpoint.Checkpoint, name: str) -> checkpoint.Checkpoint:
-    """`made` with the user's own factory, which its file only names."""
-    if not models.own.is_own(made.model.name):
+def _with_code(made: checkpoint.Checkpoint, name: str, args: Sequence[str] | None) -> checkpoint.Checkpoint:
+    """`made` with the user's own factory, which its file only names, and with the keywords `args` or else its own."""
+    if not is_own(made.model.name):
         raise InputError(f"{made.origin} is a checkpoint of {made.model.name}: --model belongs to --weights")
     if models.own.label(name) != made.model.name:
         raise InputError(f"{made.origin} was made by {made.model.name}, not by {name}: name that one with --model")
-    return replace(made, model=replace(made.model, factory=models.own.factory(name)))
+    if not args:
+        require_safe(made.model.name, made.model.args, made.origin)
+    keywords = arguments(args) if args else made.model.args
+    return replace(made, model=replace(made.model, factory=models.own.factory(name), args=keywords))
 
 
 def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Data) -> None:

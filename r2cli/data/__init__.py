@@ -56,6 +56,8 @@ __all__ = [
     "calibration",
     "decode",
     "load",
+    "load_named_in_file",
+    "named_in",
     "normalise",
     "packed",
     "recorded",
@@ -104,17 +106,27 @@ def load(
     Raises InputError for an unknown name, a set that is not there, a folder without the layout, impossible
     preprocessing; reading the images, for more than 1 % that cannot be decoded.
     """
+    return _load(name, Request("", "", size, mean, std, spec, directory, workers, tokenizer))
+
+
+def load_named_in_file(name: str, *, spec: InputSpec, directory: Path | None = None, workers: int = 2) -> Data:
+    """`load` for a set that a file names, with that file's preprocessing: it must be there, and nothing is fetched."""
+    return _load(name, Request("", "", spec=spec, directory=directory, workers=workers, fetches=False))
+
+
+def _load(name: str, request: Request) -> Data:
     kind, _, where = name.partition(":")
+    size, spec = request.size, request.spec
     if kind not in KINDS or (where and kind not in {*WHERE, "digits"}):
         raise unknown("data set", name, [WHERE.get(known, known) for known in KINDS])
     if kind in WHERE and not where:
         raise InputError(f"{kind} says too little: give --data {WHERE[kind]}")
     if size is not None and not 4 <= size <= 1024:
         raise InputError(f"--size {size} is out of range: give 4 to 1024 pixels")
-    reads_text = tokenizer is not None or (spec is not None and spec.is_text)
+    reads_text = request.tokenizer is not None or (spec is not None and spec.is_text)
     if reads_text and kind not in TEXTS:
         raise InputError(f"{kind} holds images and the network reads text: give --data qnli:FILE.tsv")
-    return KINDS[kind](Request(kind, where, size, mean, std, spec, directory, workers, tokenizer))
+    return KINDS[kind](replace(request, kind=kind, where=where))
 
 
 T = TypeVar("T")
@@ -134,6 +146,20 @@ def recorded(name: str) -> str:
     """`name` as a checkpoint holds it: without the path of a folder, so that the same work gives the same bytes."""
     kind = name.partition(":")[0]
     return kind if kind in NOT_RECORDED else name
+
+
+def named_in(history: object, origin: str) -> str:
+    """The data set that the file `origin` was made with, as the history in its metadata names it.
+
+    Raises InputError for a name that says where data is: only the command line says that. A file that could would
+    choose what else is read.
+    """
+    first = history[0] if isinstance(history, list | tuple) and history else {}
+    options = first.get("options") if isinstance(first, Mapping) else None
+    name = options.get("data", "digits") if isinstance(options, Mapping) else "digits"
+    if not isinstance(name, str) or recorded(name) != name:
+        raise InputError(f"{origin} names data that stands somewhere else ({name}): give --data")
+    return name
 
 
 def with_fewer(data: Data, count: int, seed: int) -> Data:

@@ -25,6 +25,7 @@ class Request:
     directory: Path | None = None
     workers: int = 2
     tokenizer: str | None = None  # of the network that reads text, as `text.packed` gives it
+    fetches: bool = True  # whether a set that is not there may be downloaded
 
     def input(
         self, channels: int, size: int, *, mean: Sequence[float], std: Sequence[float], resize: int | None = None

@@ -35,7 +35,7 @@ SOURCES: Mapping[str, Source] = {
 
 def load(request: Request) -> Data:
     source, folder = SOURCES[request.kind], request.directory or cache()
-    (train, names), (test, _) = (_half(request.kind, source, folder, train=half) for half in (True, False))
+    (train, names), (test, _) = (_half(request, source, folder, train=half) for half in (True, False))
     spec = request.input(train[0].shape[1], train[0].shape[2], mean=source.mean, std=source.std)
     return in_memory(request.kind, names, spec, train=train, test=test, augments=source.augments)
 
@@ -45,16 +45,21 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2cli"
 
 
-def _half(kind: str, source: Source, folder: Path, *, train: bool) -> tuple[tuple[Tensor, Tensor], list[str]]:
+def _half(request: Request, source: Source, folder: Path, *, train: bool) -> tuple[tuple[Tensor, Tensor], list[str]]:
     """Images uint8 (n, c, h, w) with labels (n,), and the names of the classes."""
     import torchvision.datasets
 
     try:
         with redirect_stdout(sys.stderr):  # torchvision prints; standard output is for results
-            found: Any = getattr(torchvision.datasets, source.dataset)(str(folder), train=train, download=True)
+            found: Any = getattr(torchvision.datasets, source.dataset)(
+                str(folder), train=train, download=request.fetches
+            )
         images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
     # Whatever torchvision raises for no network, a full disk, or a file that is cut short, it is the set that lacks.
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        kind = request.kind
+        if not request.fetches:
+            raise InputError(f"{kind} is not in {folder}: give --data {kind} to download it") from error
         raise InputError(
             f"{kind} is neither in {folder} nor could it be downloaded ({' '.join(str(error).split())}): give "
             f"--data-dir a folder that holds torchvision's {source.dataset}, or --data imagefolder:DIR"

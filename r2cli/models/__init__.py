@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError, unknown
+from r2cli.keywords import is_own, require_safe
 from r2cli.models import own, text, timm, torchvision
 from r2cli.models.mobilenet_v1 import mobilenet_v1
 from r2cli.models.resnet_cifar import resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
@@ -57,7 +58,7 @@ def spec(
                 raise InputError(f"{option} does not apply to {name}: it reads text")
         family, config = text.architecture(name, args or {}, size)
         return ModelSpec(family, classes, channels, args=config)
-    factory = own.factory(name) if own.is_own(name) else None
+    factory = own.factory(name) if is_own(name) else None
     if factory is None:
         _require_known(name)
     if width is not None and name not in HAS_WIDTH:
@@ -72,6 +73,8 @@ def spec(
         raise unknown("--stem", stem, STEMS)
     own_stem = stem or ("small" if size <= SMALL_IMAGE and not factory and not timm.has(name) else "imagenet")
     default = 0.25 if name == "mobilenet_v1" else 1.0
+    if factory is None:
+        require_safe(name, args or {}, "--model-arg")
     label = own.label(name) if factory else name
     return ModelSpec(label, classes, channels, own_stem, default if width is None else width, args or {}, factory)
 
@@ -86,7 +89,7 @@ def build(spec: ModelSpec) -> nn.Module:
         return own.build(spec)
     if text.has(spec.name):
         return text.build(spec)
-    if own.is_own(spec.name):
+    if is_own(spec.name):
         raise InputError(
             f"the network is made by {spec.name}, which is not r2's and runs only when you name it: "
             f"give --model FILE.py:{spec.name.rpartition(':')[2]}"

@@ -20,10 +20,6 @@ from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError, unknown
 
 
-def is_own(name: str) -> bool:
-    return ":" in name and not name.startswith(("timm:", "text:"))
-
-
 def label(name: str) -> str:
     """What a checkpoint records: the file's name without its folders, and the factory's."""
     where, _, factory = name.rpartition(":")

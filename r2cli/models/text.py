@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError
+from r2cli.keywords import is_safe, require_safe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,14 +64,20 @@ def architecture(name: str, args: Mapping[str, Any], size: int) -> tuple[str, di
     most = whole.get("max_position_embeddings")
     if most is not None and size > most:
         raise InputError(f"{name} reads at most {most} tokens: give a --size up to that")
-    known = {"model_type": config.model_type, **config.to_diff_dict(), **args}
-    return f"text:{config.model_type}", _plain(known)
+    family = f"text:{config.model_type}"
+    usual = type(config)().to_dict()
+    known = _plain({"model_type": config.model_type, **config.to_diff_dict()})
+    # What others keep beside the configuration describes no network.
+    known = {key: value for key, value in known.items() if key in usual or is_safe(family, key, value)} | dict(args)
+    require_safe(family, known, name)
+    return family, known
 
 
 def build(spec: ModelSpec) -> nn.Module:
     """The network of a recorded configuration, with fresh weights. Raises InputError where transformers cannot."""
+    require_safe(spec.name, spec.args, "the network's description")
     with _library(spec.name) as transformers:
-        config = dict(_plain(spec.args))
+        config = dict(spec.args)
         family = str(config.pop("model_type", "nothing"))
         made = transformers.AutoConfig.for_model(family, **config, num_labels=spec.classes)
         model = transformers.AutoModelForSequenceClassification.from_config(made, trust_remote_code=False)

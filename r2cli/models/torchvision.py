@@ -11,6 +11,7 @@ from torch import nn
 
 from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError
+from r2cli.keywords import require_safe
 
 # A second head in training, and initial weights by a method of minutes: neither is of use here.
 ARGS = {
@@ -26,6 +27,7 @@ def names() -> tuple[str, ...]:
 
 def build(spec: ModelSpec) -> nn.Module:
     width = {"width_mult": spec.width} if spec.name == "mobilenet_v2" else {}
+    require_safe(spec.name, spec.args, "the network's description")
     args = {**ARGS.get(spec.name, {}), **width, **spec.args}
     try:
         model: nn.Module = torchvision.models.get_model(spec.name, weights=None, num_classes=spec.classes, **args)
