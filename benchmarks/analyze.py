@@ -25,8 +25,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from r2cli import __version__, analyze, tensors
-from r2cli.analyze import Settings
+from r2cli import __version__
+from r2cli.analyze import analysis
+from r2cli.analyze.analysis import AnalyzeSettings
+from r2cli.storage import stream
 
 SIDE = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,8 +84,8 @@ def bare(path: Path, dtype: torch.dtype) -> None:
 
 
 def ours(path: Path, *, quick: bool, threads: int = 1) -> None:
-    layers, _ = analyze.split(tensors.of_model(path), everything=False)
-    analyze.rows(layers, Settings(quick=quick), threads=threads, advance=lambda _: None)
+    layers, _ = analysis.split(stream.of_model(path), everything=False)
+    analysis.rows(layers, AnalyzeSettings(quick=quick), threads=threads, advance=lambda _: None)
 
 
 def cpu() -> float:

@@ -59,11 +59,11 @@ def learner_of(kind: str, w: Any, bits: int, dim: int) -> Any:
     """A function from the weight to the soft weight, as a training step calls it."""
     import torch
 
-    from r2cli.codec import from_vectors, to_vectors
     from r2cli.palettize.learners import Dkm
-    from r2cli.palettize.tables import Form
+    from r2cli.palettize.tables import PaletteForm
+    from r2cli.quantized.palette import from_vectors, to_vectors
 
-    ours = Dkm(w.detach(), Form(bits, dim, None, 8), ITERATIONS, torch.Generator().manual_seed(0)).train()
+    ours = Dkm(w.detach(), PaletteForm(bits, dim, None, 8), ITERATIONS, torch.Generator().manual_seed(0)).train()
     ours.before_epoch(w.detach(), SHARE)
     if kind == "ours":
         return ours
@@ -120,13 +120,15 @@ def layer(kind: str, bits: int, dim: int) -> dict[str, float]:
 def network(kind: str, bits: int, dim: int) -> dict[str, float]:
     import torch
 
-    from r2cli import graph, models
-    from r2cli.checkpoint import ModelSpec
+    from r2cli import models
+    from r2cli.graph import structure
+    from r2cli.graph.read import trace
     from r2cli.palettize import learners
+    from r2cli.storage.checkpoint import ModelSpec
 
     torch.manual_seed(0)
     model = models.build(ModelSpec("resnet18", 10, stem="small"))
-    names = [one.name for one in graph.layers(graph.trace(model))]
+    names = [one.name for one in structure.layers(trace(model))]
     model.train().to(memory_format=torch.channels_last)
     softs = {}
     for name in names if kind != "float" else []:

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 
-from r2cli import onnx_text
+from r2cli.deploy import onnx_text
 
 COLUMNS = ("file", "layers", "bytes", "data", "notes", "functions", "nodes", "heads", "floor of nodes and heads")
 LIMITS = ("data + 2 % + 3 KB", "and 150 bytes a layer")

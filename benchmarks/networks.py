@@ -26,9 +26,12 @@ import torch
 from onnx_speed import least_ms, machine, table
 from torch import Tensor, nn
 
-from r2cli import __version__, attach, export, models, ptq, verify
-from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
-from r2cli.codec import sqnr
+from r2cli import __version__, models
+from r2cli.calibration import deployed
+from r2cli.deploy import onnx_export, verify
+from r2cli.ptq import post_training
+from r2cli.quantized.decibels import sqnr
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 NETWORKS = (
     *("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5", "squeezenet1_1"),
@@ -82,22 +85,22 @@ def network(name: str, size: int) -> Checkpoint:
 def row(name: str, bits: int, size: int, rounds: int) -> dict[str, Any]:
     """One network at one width, quantized, exported and proved; `rounds` 0 leaves the time out."""
     made = network(name, size)
-    float_model = attach.network(made)
+    float_model = deployed.network(made)
     test = [(images, float_model(images).argmax(1)) for images in noise(2, 3, size)]
     started = perf_counter()
-    settings = ptq.Settings("none", bits, act_bits=8, granularity=ptq.CHANNEL, keep={})
-    coded, layers = ptq.quantize(made, settings, noise(2, 2, size), torch.device("cpu"))
-    quantized, model = perf_counter(), attach.network(coded)
+    settings = post_training.PtqSettings("none", bits, act_bits=8, granularity=post_training.CHANNEL, keep={})
+    coded, layers = post_training.quantize(made, settings, noise(2, 2, size), torch.device("cpu"))
+    quantized, model = perf_counter(), deployed.network(coded)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        path.write_bytes(export.to_bytes(coded))
+        path.write_bytes(onnx_export.to_bytes(coded))
         exported = perf_counter()
         proof = verify.prove(path, coded, model, test)
         proved = perf_counter()
         ratio = None
         if rounds:
             float_file = Path(folder) / "float.onnx"
-            float_file.write_bytes(export.to_bytes(made))
+            float_file.write_bytes(onnx_export.to_bytes(made))
             image = noise(1, 4, size)[0][:1]
             runs = {each.stem: verify.runner(each, threads=1) for each in (path, float_file)}
             least = least_ms(runs, rounds, image)

@@ -28,8 +28,11 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
-from r2cli import __version__, attach, export, models, ptq, verify
-from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
+from r2cli import __version__, models
+from r2cli.calibration import deployed
+from r2cli.deploy import onnx_export, verify
+from r2cli.ptq import post_training
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 NETWORKS, BITS = ("resnet18", "mobilenet_v2"), (8, 4, 2)
 CLASSES, SIZE, BATCH = 1000, 224, 16
@@ -72,7 +75,7 @@ class _Noise(CalibrationDataReader):  # type: ignore[misc]
 
     def get_next(self) -> Mapping[str, object] | None:
         images = next(self.batches, None)
-        return None if images is None else {export.INPUT: images.numpy()}
+        return None if images is None else {onnx_export.INPUT: images.numpy()}
 
 
 def reference(float_file: Path, output: Path) -> None:
@@ -93,19 +96,19 @@ def reference(float_file: Path, output: Path) -> None:
 def files(name: str, folder: Path) -> tuple[dict[str, Path], dict[str, verify.Proof]]:
     """Every file of one network by what it is, and the proofs of ours."""
     made = network(name)
-    float_model = attach.network(made)
+    float_model = deployed.network(made)
     with torch.inference_mode():
         test = [(images, float_model(images).argmax(1)) for images in noise(4, seed=3)]
     paths = {what: folder / f"{name}.{what}.onnx" for what in (FLOAT, REFERENCE, *(f"W{bits}A8" for bits in BITS))}
-    paths[FLOAT].write_bytes(export.to_bytes(made))
+    paths[FLOAT].write_bytes(onnx_export.to_bytes(made))
     reference(paths[FLOAT], paths[REFERENCE])
     proofs = {FLOAT: verify.prove(paths[FLOAT], made, float_model, test)}
     for bits in BITS:
-        settings = ptq.Settings("none", bits, act_bits=8, granularity=ptq.CHANNEL, keep={})
-        coded, _ = ptq.quantize(made, settings, noise(2, seed=2), torch.device("cpu"))
+        settings = post_training.PtqSettings("none", bits, act_bits=8, granularity=post_training.CHANNEL, keep={})
+        coded, _ = post_training.quantize(made, settings, noise(2, seed=2), torch.device("cpu"))
         path = paths[f"W{bits}A8"]
-        path.write_bytes(export.to_bytes(coded))
-        proofs[f"W{bits}A8"] = verify.prove(path, coded, attach.network(coded), test)
+        path.write_bytes(onnx_export.to_bytes(coded))
+        proofs[f"W{bits}A8"] = verify.prove(path, coded, deployed.network(coded), test)
     return paths, proofs
 
 

@@ -21,7 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from r2cli import attach, checkpoint, data, graph, train
+from r2cli import data
+from r2cli.calibration import deployed
+from r2cli.graph import batchnorm, operators
+from r2cli.storage import checkpoint
+from r2cli.train import loop
 
 CPU = torch.device("cpu")
 MOMENTUM, DECAY, WARMUP = 0.9, 4e-5, 0.05  # as `r2 palettize` has them
@@ -41,13 +45,13 @@ def palettizer(model: nn.Module, bits: int, dim: int, tau: float) -> Any:
 def fine_tune(model: nn.Module, steps: Any, source: data.Data, options: argparse.Namespace) -> None:
     """SGD with Nesterov momentum, a warm-up and a cosine; `steps` is the palettizer."""
     optimizer = torch.optim.SGD(model.parameters(), options.lr, MOMENTUM, weight_decay=DECAY, nesterov=True)
-    total, number = options.epochs * train.steps_per_epoch(len(source.train), options.batch_size), 0
+    total, number = options.epochs * loop.steps_per_epoch(len(source.train), options.batch_size), 0
     for epoch in range(1, options.epochs + 1):
         order = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
         batches = source.train.batches(options.batch_size, CPU, order, augment=True)
         for images, labels in itertools.islice(batches, total // options.epochs):
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * train.learning_rate(number, total, WARMUP)
+                group["lr"] = options.lr * loop.learning_rate(number, total, WARMUP)
             number += 1
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
@@ -67,10 +71,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    train.seed_everything(options.seed)
+    loop.seed_everything(options.seed)
     made = checkpoint.load(options.checkpoint)
     source = data.load(options.data, spec=made.input)
-    model = attach.network(made)
+    model = deployed.network(made)
     steps = palettizer(model, options.bits, options.dim, options.tau)
     soft = steps.prepare()
     started = process_time()
@@ -79,13 +83,13 @@ def main() -> None:
     hard = steps.finalize(copy.deepcopy(soft))
     shown = data.calibration(source, CALIBRATION, CPU, options.seed)
     with torch.no_grad():
-        attach.reestimate_norms(hard, (images for images, _ in shown))
-    layers = [module for module in hard.modules() if isinstance(module, graph.LAYERS)]
+        batchnorm.reestimate_norms(hard, (images for images, _ in shown))
+    layers = [module for module in hard.modules() if isinstance(module, operators.LAYERS)]
     values = [int(torch.unique(module.weight.detach()).numel()) for module in layers]
     record = {
         **{key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "top1": round(train.evaluate(hard, source.test, CPU), 2),
-        "soft_top1": round(train.evaluate(soft.eval(), source.test, CPU), 2),
+        "top1": round(loop.evaluate(hard, source.test, CPU), 2),
+        "soft_top1": round(loop.evaluate(soft.eval(), source.test, CPU), 2),
         "layers": len(layers),
         "most_values": max(values),
         "cpu_seconds": round(seconds, 1),

@@ -21,7 +21,8 @@ import environment
 import torch
 from PIL import Image
 
-from r2cli import __version__, verify
+from r2cli import __version__
+from r2cli.deploy import verify
 
 SIZE, GRID, TILE = (500, 375), (4, 3), 125  # pixels, photographs in a mosaic, pixels of each
 BATCH, CLASSES = 32, 10

@@ -63,8 +63,10 @@ def ours(method: str, place: str) -> dict[str, float]:
     """A step of r2's, or of the float network where `method` is 'float'."""
     import torch
 
-    from r2cli import models, qat
-    from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
+    from r2cli import models
+    from r2cli.qat import prepare
+    from r2cli.qat.prepare import QatSettings, QatTask
+    from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
     torch.manual_seed(0)
     spec = ModelSpec("resnet18", 10, stem="small")
@@ -73,10 +75,10 @@ def ours(method: str, place: str) -> dict[str, float]:
         return measured(model.to(memory_format=torch.channels_last))
     given = InputSpec(3, SIZE, SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     made = Checkpoint(spec, given, tuple("0123456789"), model.state_dict())
-    settings = qat.Settings(method, BITS, BITS, {}, place)
+    settings = QatSettings(method, BITS, BITS, {}, place)
     images = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(10, (BATCH,))
-    work = qat.Work(made, settings, lambda: [images], torch.device("cpu"))
-    return measured(qat.prepare(work).net.to(memory_format=torch.channels_last))
+    work = QatTask(made, settings, lambda: [images], torch.device("cpu"))
+    return measured(prepare.prepare(work).net.to(memory_format=torch.channels_last))
 
 
 def brevitas() -> dict[str, float]:

@@ -24,14 +24,16 @@ from time import process_time
 import torch
 from torch import Tensor, nn
 
-from r2cli import __version__, models, train
-from r2cli.checkpoint import ModelSpec
-from r2cli.regularizers import KURE_TARGET, Regularizer, Setting, columns, default_strength
+from r2cli import __version__, models
+from r2cli.storage.checkpoint import ModelSpec
+from r2cli.train import loop
+from r2cli.train.loop import TrainSettings
+from r2cli.train.regularizers import KURE_TARGET, Regularizer, RegularizerSpec, columns, default_strength
 
 BATCH, SIZE, CLASSES, WARM_UP = 64, 32, 10, 2
 STEMS = {"small": "CIFAR stem", "imagenet": "ImageNet stem"}
 VARIANTS = (("linf", 1), ("margin", 1), ("soft-minmax", 1), ("kure", 1), ("margin", 2))
-SETTINGS = train.Settings(
+SETTINGS = TrainSettings(
     epochs=1,
     batch_size=BATCH,
     lr=0.01,
@@ -120,9 +122,9 @@ class Variant:
 def variant(model: nn.Module, name: str, dim: int, *, autograd: bool) -> Variant:
     regularizer = None
     if name != "none":
-        setting = Setting(name, default_strength(name, size=SIZE, images=50_000), dim=dim)
+        setting = RegularizerSpec(name, default_strength(name, size=SIZE, images=50_000), dim=dim)
         regularizer = Regularizer(setting, model)
-    return Variant(model, regularizer, autograd, train._optimizers(model, regularizer, SETTINGS, None)[0])
+    return Variant(model, regularizer, autograd, loop._optimizers(model, regularizer, SETTINGS, None)[0])
 
 
 def require_equal(ours: Variant, theirs: Variant, images: Tensor, labels: Tensor) -> None:

@@ -18,9 +18,11 @@ from statistics import median
 import environment
 import torch
 
-from r2cli import __version__, cli, verify
+from r2cli import __version__
+from r2cli.cli.main import SPINS as OURS
+from r2cli.deploy import verify
 
-SPINS = {"OpenMP's": "300000", "r2's": cli.SPINS}
+SPINS = {"OpenMP's": "300000", "r2's": OURS}
 ALONE, TWICE, BESIDE = "alone", "two at once, each", "beside one of a single thread on each core"
 
 

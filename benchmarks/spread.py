@@ -13,23 +13,26 @@ from pathlib import Path
 
 import torch
 
-from r2cli import attach, checkpoint, graph
+from r2cli.calibration import deployed
+from r2cli.graph import batchnorm, operators, structure
+from r2cli.graph.read import trace
 from r2cli.ptq import equalize
+from r2cli.storage import checkpoint
 
 
 @torch.no_grad()
 def spread(made: checkpoint.Checkpoint, seed: int) -> checkpoint.Checkpoint:
     """`made`, float, with the channels of all its pairs spread; pairs over a ReLU6 are left as they are."""
-    net, folded = graph.trace(attach.network(made)), graph.trace(attach.network(made))
-    norms = {layer.name: layer.norm for layer in graph.layers(net)}
+    net, folded = trace(deployed.network(made)), trace(deployed.network(made))
+    norms = {layer.name: layer.norm for layer in structure.layers(net)}
     draw = torch.Generator().manual_seed(seed)
-    graph.remove_norms(folded)
+    batchnorm.remove_norms(folded)
     for name, link in equalize.links(folded).items():
         own = norms[name]
         norm, second = net.get_submodule(own) if own else None, net.get_submodule(link.second.name)
-        if norm is None or norm.weight is None or any(graph.is_a(folded, n, equalize.RELU6) for n in link.between):
+        if norm is None or norm.weight is None or any(operators.is_a(folded, n, equalize.RELU6) for n in link.between):
             continue
-        assert isinstance(norm, graph.NORMS) and isinstance(second, graph.LAYERS)
+        assert isinstance(norm, operators.NORMS) and isinstance(second, operators.LAYERS)
         factor = torch.randn(len(norm.weight), generator=draw).exp()
         norm.weight.mul_(factor)
         norm.bias.mul_(factor)

@@ -23,8 +23,11 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from r2cli import __version__, data, models, train, verify
+from r2cli import __version__, data, models
 from r2cli.data import KeptSplit
+from r2cli.deploy import verify
+from r2cli.train import hooks, loop
+from r2cli.train.loop import TrainSettings
 
 WARM_UP = 2  # steps of a round that are not counted
 
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args()
-    where = train.device(chosen.device)
+    where = loop.device(chosen.device)
     source = data.load(f"imagefolder:{chosen.folder}")
     assert isinstance(source.train, KeptSplit)
     started = perf_counter()
@@ -123,7 +126,7 @@ def bare_steps(model: nn.Module, case: Case, images: Tensor, labels: Tensor, whe
 
 
 def our_steps(model: nn.Module, case: Case, source: data.Data, where: torch.device) -> list[float]:
-    settings = train.Settings(
+    settings = TrainSettings(
         epochs=1,
         batch_size=case.batch,
         lr=0.01,
@@ -140,11 +143,11 @@ def our_steps(model: nn.Module, case: Case, source: data.Data, where: torch.devi
         if steps and clock.tick():
             raise Enough
 
-    watch = train.Watch(stepped, lambda epoch: None)
+    watch = hooks.Progress(stepped, lambda epoch: None)
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state.safetensors"
         try:
-            train.fit(model, source, settings, device=where, setting=None, state=state, resume=False, watch=watch)
+            loop.fit(model, source, settings, device=where, setting=None, state=state, resume=False, watch=watch)
         except Enough:
             pass
     return clock.steps

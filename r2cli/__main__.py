@@ -1,5 +1,5 @@
 """`python -m r2cli` is `r2`."""
 
-from r2cli.cli import main
+from r2cli.cli.main import main
 
 main()

@@ -29,7 +29,7 @@ R2 = Callable[..., Ran]
 @pytest.fixture
 def r2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> R2:
     """Run `r2` with the given arguments in this process, through its error boundary."""
-    from r2cli.cli import main
+    from r2cli.cli.main import main
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["r2", *map(str, arguments)])
@@ -46,7 +46,7 @@ def r2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> R
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet-8 on digits at 8x8, four epochs, about 95 %. Copy it before a command writes beside it."""
-    from r2cli.cli import invoke
+    from r2cli.cli.main import invoke
 
     path = tmp_path_factory.mktemp("trained") / "model.safetensors"
     invoke(
@@ -58,11 +58,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick_brecq(monkeypatch: pytest.MonkeyPatch) -> None:
     """BRECQ in 20 steps a block."""
-    from r2cli import ptq
-    from r2cli.ptq import brecq
+    from r2cli.ptq import brecq, post_training
 
-    rounds = functools.partial(brecq.round_network, settings=brecq.Settings(steps=20))
-    monkeypatch.setattr(ptq, "METHODS", {**ptq.METHODS, "brecq": ptq.Method(whole=rounds)})
+    rounds = functools.partial(brecq.round_network, settings=brecq.BrecqSettings(steps=20))
+    monkeypatch.setattr(
+        post_training, "METHODS", {**post_training.METHODS, "brecq": post_training.PtqMethod(whole=rounds)}
+    )
 
 
 @pytest.fixture

@@ -8,10 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2cli import attach, checkpoint, data, graph, ptq, train
-from r2cli.codec import Coded, Grid
-from r2cli.ptq import adaround, ranges
-from r2cli.ptq.sweep import MEMORY, Seen, images_that_fit, sweep
+from r2cli import data
+from r2cli.calibration import deployed
+from r2cli.graph import batchnorm, structure
+from r2cli.graph.read import trace
+from r2cli.ptq import adaround, layer_sweep, post_training, weight_grids
+from r2cli.ptq.layer_sweep import MEMORY, LayerSample, images_that_fit, sweep
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+from r2cli.storage import checkpoint
+from r2cli.train import loop
 
 CPU = torch.device("cpu")
 # Four weights on a grid of a quarter: floors 1, -2, 0, 3.
@@ -75,13 +81,15 @@ def inputs_of(module: nn.Module) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def seen(module: nn.Module, bound: float | None = None) -> Seen:
+def seen(module: nn.Module, bound: float | None = None) -> LayerSample:
     torch.manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     x = inputs_of(module)
-    layer = graph.Layer("layer", "layer", None)
-    return Seen(layer, module, bound, x, x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)))
+    layer = structure.Layer("layer", "layer", None)
+    return LayerSample(
+        layer, module, bound, x, x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    )
 
 
 @torch.no_grad()
@@ -89,7 +97,7 @@ def seen(module: nn.Module, bound: float | None = None) -> Seen:
 @pytest.mark.parametrize("module", CONVS, ids=str)
 def test_rows_are_the_layer_at_its_places(module: nn.Module, bound: float | None) -> None:
     one = seen(module, bound)
-    rows = adaround._rows(one, adaround.Settings(rows=10**6))
+    rows = adaround._rows(one, adaround.AdaroundSettings(rows=10**6))
     weight = module.weight
     assert isinstance(weight, Tensor)
     outputs = rows.inputs @ weight.reshape(rows.inputs.shape[0], -1, rows.inputs.shape[2]).transpose(1, 2)
@@ -125,11 +133,13 @@ def test_the_slope_is_autograd_s(groups: int, bound: float | None) -> None:
 
 
 @torch.no_grad()
-def linear(weights: Tensor, inputs: Tensor, bits: int, scale: float) -> tuple[Seen, Coded]:
+def linear(weights: Tensor, inputs: Tensor, bits: int, scale: float) -> tuple[LayerSample, Coded]:
     module = nn.Linear(weights.shape[1], weights.shape[0], bias=False)
     module.weight.copy_(weights)
     grid = Grid(torch.tensor(scale), torch.tensor(0, dtype=torch.int32), bits, signed=True)
-    return Seen(graph.Layer("l", "l", None), module, None, inputs, inputs), Coded(grid, grid.encode(module.weight))
+    return LayerSample(structure.Layer("l", "l", None), module, None, inputs, inputs), Coded(
+        grid, grid.encode(module.weight)
+    )
 
 
 def test_weights_that_are_read_together_are_rounded_together() -> None:
@@ -143,7 +153,7 @@ def test_weights_that_are_read_together_are_rounded_together() -> None:
 
     best = min((torch.tensor([ups]) for ups in itertools.product((0, 1), repeat=4)), key=error)
     assert nearest.codes.tolist() == [[0, 0, 0, 0]] and error(best) < 0.1 * error(nearest.codes)
-    thorough = adaround.Settings(steps=1000)
+    thorough = adaround.AdaroundSettings(steps=1000)
     chosen = adaround.round_layer(one, nearest, thorough)
     # Two of four, though not the very best pair: relaxation is no search. The pairs differ by a fifth, others by half.
     assert int(chosen.codes.sum()) == 2 and error(chosen.codes) < 1.2 * error(best)
@@ -156,15 +166,15 @@ def test_weights_that_are_read_together_are_rounded_together() -> None:
 def test_codes_are_floors_or_ceilings_and_never_worse(bits: int, per_channel: bool) -> None:
     module = nn.Conv2d(6, 8, 3, padding=1)
     one = seen(module, torch.inf)
-    grid = ranges.weight_grid(module.weight, bits, per_channel=per_channel)
+    grid = weight_grids.weight_grid(module.weight, bits, per_channel=per_channel)
     nearest = Coded(grid, grid.encode(module.weight))
-    chosen = adaround.round_layer(one, nearest, adaround.Settings(steps=300))
+    chosen = adaround.round_layer(one, nearest, adaround.AdaroundSettings(steps=300))
     real = adaround.on_codes(module.weight.detach(), grid)
     low, high = real.floor().clamp(grid.lowest, grid.highest), real.ceil().clamp(grid.lowest, grid.highest)
     codes = chosen.codes.to(real.dtype)
     assert bool(((codes == low) | (codes == high)).all()) and chosen.codec is grid
     assert chosen.codes.dtype == nearest.codes.dtype
-    rows = adaround._rows(one, adaround.Settings(rows=10**6))
+    rows = adaround._rows(one, adaround.AdaroundSettings(rows=10**6))
     before, after = (adaround._error(rows, c.decode()) for c in (nearest, chosen))
     assert after <= before
     if bits < 8:
@@ -180,10 +190,10 @@ def made(trained: Path) -> checkpoint.Checkpoint:
 
 
 def folded(made: checkpoint.Checkpoint) -> torch.fx.GraphModule:
-    net = graph.trace(attach.network(made))
-    factors = graph.remove_norms(net)
+    net = trace(deployed.network(made))
+    factors = batchnorm.remove_norms(net)
     with torch.no_grad():
-        for layer, module in graph.named_layers(net):
+        for layer, module in structure.named_layers(net):
             if layer.name in factors:
                 module.weight *= factors[layer.name].float().reshape(-1, 1, 1, 1)  # type: ignore[operator]
     return net
@@ -194,25 +204,25 @@ def test_a_sweep_sees_both_networks_inputs_and_changes_nothing(made: checkpoint.
     net = folded(made)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    visited: list[Seen] = []
+    visited: list[LayerSample] = []
 
-    def visit(one: Seen) -> tuple[Coded, Tensor | None]:
+    def visit(one: LayerSample) -> tuple[Coded, Tensor | None]:
         visited.append(one)
         weight = one.module.weight
         assert isinstance(weight, Tensor)
-        grid = ranges.weight_grid(weight, 3, per_channel=True)
+        grid = weight_grids.weight_grid(weight, 3, per_channel=True)
         return Coded(grid, grid.encode(weight)), one.module.bias  # type: ignore[return-value]
 
     coded, biases = sweep(net, images, visit)
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
-    assert [one.layer.name for one in visited] == [layer.name for layer in graph.layers(net)] == list(biases)
+    assert [one.layer.name for one in visited] == [layer.name for layer in structure.layers(net)] == list(biases)
     assert visited[0].inputs is visited[0].rounded_inputs is images
-    inner = graph.trace(attach.network(made))
+    inner = trace(deployed.network(made))
     assert visited[0].bound == torch.inf and visited[2].bound is None, "a ReLU after the stem, none before a sum"
     last = visited[-1]
     classifier = last.module
     assert torch.allclose(classifier(last.inputs), net(images), atol=1e-5)
-    for layer, module in graph.named_layers(net):
+    for layer, module in structure.named_layers(net):
         module.weight.copy_(coded[layer.weight].decode())  # type: ignore[operator]
     rounded = classifier(last.rounded_inputs)
     assert torch.allclose(rounded, net(images), atol=1e-5) and len(inner.graph.nodes) > 0
@@ -223,7 +233,7 @@ def test_fewer_images_are_taken_where_memory_is_short(
 ) -> None:
     net = folded(made)
     plenty = images_that_fit(net, (1, 8, 8))
-    monkeypatch.setattr(ptq.sweep, "MEMORY", MEMORY // 1024)
+    monkeypatch.setattr(layer_sweep, "MEMORY", MEMORY // 1024)
     few = images_that_fit(net, (1, 8, 8))
     assert plenty > 50_000 and abs(few - plenty / 1024) <= 1
     # The widest place: the stem's 16 maps of 8x8, the ReLU's, and a convolution's, in float32 and twice.
@@ -236,9 +246,11 @@ def test_adaround_gives_back_what_rounding_takes(made: checkpoint.Checkpoint, gr
 
     def top1(method: str) -> float:
         images = [batch for batch, _ in data.calibration(source, 256, CPU, 0)]
-        coded, rows = ptq.quantize(made, ptq.Settings(method, 2, 8, granularity, {}), images, CPU)
+        coded, rows = post_training.quantize(
+            made, post_training.PtqSettings(method, 2, 8, granularity, {}), images, CPU
+        )
         assert len(rows) == 10 and len(coded.coded) == 10
-        return train.evaluate(attach.network(coded), source.test, CPU)
+        return loop.evaluate(deployed.network(coded), source.test, CPU)
 
     plain, better = top1("none"), top1("adaround")
     assert better > 75 and better > plain + 20

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2cli import analyze
-from r2cli.analyze import Row, Settings
+from r2cli.analyze import analysis
 from r2cli.analyze.advice import advice
-from r2cli.analyze.rounding import BITS
-from r2cli.ptq import ranges
-from r2cli.tensors import held
+from r2cli.analyze.analysis import AnalyzedLayer, AnalyzeSettings
+from r2cli.analyze.rounding_pass import BITS
+from r2cli.ptq import weight_grids
+from r2cli.storage.stream import held
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn)
 
 
-def row(x: Tensor, **settings: object) -> Row:
-    return analyze.row(held("w.weight", x, "memory"), Settings(**settings))  # type: ignore[arg-type]
+def row(x: Tensor, **settings: object) -> AnalyzedLayer:
+    return analysis.row(held("w.weight", x, "memory"), AnalyzeSettings(**settings))  # type: ignore[arg-type]
 
 
 def hostile(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def test_channels_are_numpys_whatever_the_pieces(x: Tensor) -> None:
 
 def rounded_sqnr(x: Tensor, bits: int, *, per_channel: bool) -> float:
     """Signal to noise in dB of the grid and the codes that `r2 ptq --method none` chooses."""
-    grid = ranges.weight_grid(x, bits, per_channel=per_channel)
+    grid = weight_grids.weight_grid(x, bits, per_channel=per_channel)
     error = (x.double() - grid.decode(grid.encode(x)).double()).square().sum()
     signal = x.double().square().sum()
     return float(10 * torch.log10(signal / error)) if error > 0 and signal > 0 else math.inf
@@ -135,7 +135,7 @@ def test_empty_levels_are_those_without_a_code(dtype: torch.dtype) -> None:
         found = row(x, piece=50).losses
         assert found is not None
         for bits in BITS[:-1]:
-            grid = ranges.weight_grid(x.float(), bits, per_channel=False)
+            grid = weight_grids.weight_grid(x.float(), bits, per_channel=False)
             assert found.empty[bits] == 1 - len(grid.encode(x.float()).unique()) / 2**bits, (name, bits)
 
 
@@ -149,7 +149,7 @@ def test_the_best_ranges_are_near_the_best_there_are(dtype: torch.dtype) -> None
     assert found is not None
     for bits in (8, 4, 3, 2):
         for granularity, slack in (("tensor", 0.1), ("channel", 1.0)):
-            grid = ranges.weight_grid(x, bits, per_channel=granularity == "channel")
+            grid = weight_grids.weight_grid(x, bits, per_channel=granularity == "channel")
             start = grid.scale.reshape(-1, 1)
             noise = []
             for step in range(200):
@@ -205,9 +205,9 @@ def test_rows_are_in_order_on_any_number_of_threads_and_progress_is_whole() -> N
     stored = [held(f"layer{i}", torch.randn(i + 1, 700), "memory") for i in range(20)]
     threads = torch.get_num_threads()
     told: list[int] = []
-    one = analyze.rows(stored, Settings(piece=300), threads=1, advance=told.append)
-    assert sum(told) == analyze.total(stored) == sum(4 * 700 * (i + 1) for i in range(20))
-    assert analyze.rows(stored, Settings(piece=300), threads=4, advance=lambda _: None) == one
+    one = analysis.rows(stored, AnalyzeSettings(piece=300), threads=1, advance=told.append)
+    assert sum(told) == analysis.total(stored) == sum(4 * 700 * (i + 1) for i in range(20))
+    assert analysis.rows(stored, AnalyzeSettings(piece=300), threads=4, advance=lambda _: None) == one
     assert [each.layer for each in one] == [each.name for each in stored] and torch.get_num_threads() == threads
 
 
@@ -218,10 +218,10 @@ def test_layers_and_what_is_none() -> None:
         held("scalar", torch.tensor(1.0), ""),
         held("ids", torch.zeros(2, 2, dtype=torch.int64), ""),
     ]
-    layers, others = analyze.split(found, everything=False)
+    layers, others = analysis.split(found, everything=False)
     assert [each.name for each in layers] == ["conv"]
     assert {each.name: each.reason for each in others} == {"bias": "vector", "scalar": "scalar", "ids": "integers"}
-    layers, others = analyze.split(found, everything=True)
+    layers, others = analysis.split(found, everything=True)
     assert [each.name for each in layers] == ["conv", "bias"] and len(others) == 2
 
 
@@ -233,12 +233,12 @@ def test_orders_put_what_hurts_first() -> None:
     broken = normal.clone()
     broken[0, 0] = math.nan
     names = {"normal": normal, "outlier": outlier, "broken": broken, "uniform": torch.rand(40, 100) - 0.5}
-    found = [analyze.row(held(name, x, ""), Settings()) for name, x in names.items()]
+    found = [analysis.row(held(name, x, ""), AnalyzeSettings()) for name, x in names.items()]
     for by in ("sqnr", "range", "kurtosis"):
-        order = [each.layer for each in analyze.ordered(found, by)]
+        order = [each.layer for each in analysis.ordered(found, by)]
         assert order == ["broken", "outlier", "normal", "uniform"], by
-    assert analyze.ordered(found, "size")[1].layer == "uniform"
-    assert [each.layer for each in analyze.ordered(found, "name")] == list(names)
+    assert analysis.ordered(found, "size")[1].layer == "uniform"
+    assert [each.layer for each in analysis.ordered(found, "name")] == list(names)
 
 
 GROWTH = """

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import R2
-from r2cli import analyze as worker
+from r2cli.analyze import analysis as worker
+from r2cli.analyze import terminal
 from r2cli.cli import analyze as command
-from r2cli.report import text
 
 ROOT = Path(__file__).parent.parent
 
@@ -225,9 +225,9 @@ def test_names_are_no_markup(r2: R2, foreign: Path) -> None:
 def test_cells_of_the_small_histogram() -> None:
     x = torch.cat([torch.linspace(-1, 1, 2000), torch.tensor([5.0])]).reshape(3, -1)
     row = worker.row(
-        worker.Stored("w", (3, 667), x.dtype, "float32", "", lambda a, b: x.reshape(-1)[a:b]), worker.Settings()
+        worker.Stored("w", (3, 667), x.dtype, "float32", "", lambda a, b: x.reshape(-1)[a:b]), worker.AnalyzeSettings()
     )
-    heights, marked = text.cells(row, 4.0)
+    heights, marked = terminal.cells(row, 4.0)
     assert heights[-1] > 0 and marked[-1] and not any(marked[:-1])
     assert heights[:5] == [0] * 5 and min(heights[6:8]) > 0.9
 

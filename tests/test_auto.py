@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from conftest import R2
-from r2cli import attach, checkpoint, data, ptq
-from r2cli.codec import sqnr
-from r2cli.ptq import auto
+from r2cli import data
+from r2cli.calibration import deployed
+from r2cli.ptq import auto, post_training
+from r2cli.quantized.decibels import sqnr
+from r2cli.storage import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -19,8 +21,8 @@ def _shown(made: checkpoint.Checkpoint) -> list[torch.Tensor]:
     return [images for images, _ in data.calibration(data.load("digits", spec=made.input), 160, CPU, 0)]
 
 
-def _settings(bits: int) -> ptq.Settings:
-    return ptq.Settings("auto", bits, 8, "channel", {})
+def _settings(bits: int) -> post_training.PtqSettings:
+    return post_training.PtqSettings("auto", bits, 8, "channel", {})
 
 
 def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
@@ -38,7 +40,7 @@ def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
         best.weight_range,
         best.parts,
     )
-    same, _ = ptq.quantize(made, own, shown, CPU)
+    same, _ = post_training.quantize(made, own, shown, CPU)
     assert all(coded.coded[name].codes.equal(same.coded[name].codes) for name in coded.coded)
     assert all(coded.activations[name].scale.equal(same.activations[name].scale) for name in coded.activations)
 
@@ -52,7 +54,7 @@ def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path, qu
     best = min(trials, key=lambda trial: trial.divergence)
     assert best in learned and own.granularity == best.granularity and own.weight_range == best.weight_range
     with torch.inference_mode():
-        outputs, expected = (torch.cat([attach.network(one)(x) for x in shown]) for one in (coded, made))
+        outputs, expected = (torch.cat([deployed.network(one)(x) for x in shown]) for one in (coded, made))
     assert sqnr(outputs, expected) == pytest.approx(best.sqnr, abs=1e-3)
     assert auto.divergence(outputs, expected) == pytest.approx(best.divergence, rel=1e-3)
 
@@ -76,13 +78,13 @@ def test_rounding_is_learned_on_the_network_as_it_is_and_equalized() -> None:
         return auto.Trial("none", "tensor", "minmax", parts, sqnr, 0.1, 0.1)
 
     plain = [trial((), 3.0), trial(("correct",), 9.0)]
-    both = auto._learned(_settings(4), ["tensor"], [], [*plain, trial(ptq.DFQ, 4.0)])
+    both = auto._learned(_settings(4), ["tensor"], [], [*plain, trial(post_training.DFQ, 4.0)])
     assert [(own.method, own.parts, own.weight_range) for own in both] == [
         ("brecq", (), "mse"),
         ("brecq", ("equalize",), "mse"),
     ]
     # Where nothing is equalized the whole of DFQ is its correction.
-    (own,) = auto._learned(_settings(5), ["tensor"], [], [*plain, trial(ptq.DFQ, 9.0)])
+    (own,) = auto._learned(_settings(5), ["tensor"], [], [*plain, trial(post_training.DFQ, 9.0)])
     assert own.parts == () and own.weight_range == "minmax"
 
 

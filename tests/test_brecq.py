@@ -7,10 +7,15 @@ import torch
 from test_adaround import folded
 from torch import Tensor, fx, nn
 
-from r2cli import checkpoint, data, graph, ptq, train
-from r2cli.attach import network
-from r2cli.codec import Coded, Grid
-from r2cli.ptq import brecq, ranges
+from r2cli import data
+from r2cli.calibration.deployed import network
+from r2cli.graph import structure
+from r2cli.graph.read import trace
+from r2cli.ptq import brecq, post_training, weight_grids
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+from r2cli.storage import checkpoint
+from r2cli.train import loop
 
 CPU = torch.device("cpu")
 
@@ -26,10 +31,10 @@ def images(count: int) -> Tensor:
 
 def nearest(net: fx.GraphModule, bits: int, **options: bool) -> dict[str, Coded]:
     found = {}
-    for layer, module in graph.named_layers(net):
+    for layer, module in structure.named_layers(net):
         weight = module.weight
         assert isinstance(weight, Tensor)
-        grid = ranges.weight_grid(weight, bits, **{"per_channel": True, **options})
+        grid = weight_grids.weight_grid(weight, bits, **{"per_channel": True, **options})
         found[layer.weight] = Coded(grid, grid.encode(weight))
     return found
 
@@ -65,7 +70,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("least", [1, 2])
 def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    net = graph.trace(Twice().eval())
+    net = trace(Twice().eval())
     monkeypatch.setattr(brecq.blocks, "__defaults__", (least,))
     found = brecq.blocks(net)
     assert len(found) == (4 if least == 1 else 2)
@@ -74,7 +79,7 @@ def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int, monkeypatch: pyt
         x = brecq.run(net, block, x, {})
     assert torch.equal(x, net(images(3)))
     counted: list[None] = []
-    quick = brecq.Settings(steps=3, batch=2)
+    quick = brecq.BrecqSettings(steps=3, batch=2)
     coded, biases = brecq.round_network(net, images(3), nearest(net, 3), lambda: counted.append(None), quick)
     assert set(coded) == {"first.weight", "shared.weight", "last.weight"} and set(biases) == {"first", "shared", "last"}
     assert len(counted) == 3
@@ -88,7 +93,7 @@ def test_learning_starts_at_the_float_layer(bits: int, symmetric: bool, per_chan
         pytest.skip("one bit has no zero point")
     torch.manual_seed(1)
     module = nn.Conv2d(3, 5, 3)
-    grid = ranges.weight_grid(module.weight.detach(), bits, per_channel=per_channel, symmetric=symmetric)
+    grid = weight_grids.weight_grid(module.weight.detach(), bits, per_channel=per_channel, symmetric=symmetric)
     one = brecq.learned(module, Coded(grid, grid.encode(module.weight.detach())))
     low, high = (grid.decode(torch.full((5, 1, 1, 1), code)) for code in (grid.lowest, grid.highest))
     soft = one.soft()
@@ -119,12 +124,12 @@ def test_a_soft_weight_s_gradients_are_those_of_its_formula() -> None:
 def test_blocks_come_nearer_to_the_float_network(net: fx.GraphModule, bits: int) -> None:
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     plain, shown = nearest(net, bits), images(64)
-    quick = brecq.Settings(steps=60)
+    quick = brecq.BrecqSettings(steps=60)
     coded, biases = brecq.round_network(net, shown, plain, settings=quick)
     again, _ = brecq.round_network(net, shown, plain, settings=quick)
     assert all(coded[name].codes.equal(again[name].codes) for name in coded), "the same seed, the same codes"
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items()), "the float network stays"
-    assert list(biases) == [layer.name for layer in graph.layers(net)]
+    assert list(biases) == [layer.name for layer in structure.layers(net)]
 
     def error(codes: dict[str, Coded], own: dict[str, Tensor]) -> float:
         state = {name: one.decode() for name, one in codes.items()}
@@ -140,7 +145,7 @@ def test_blocks_come_nearer_to_the_float_network(net: fx.GraphModule, bits: int)
 
 def test_where_nothing_is_gained_the_nearest_codes_stay(net: fx.GraphModule) -> None:
     plain = nearest(net, 4)
-    hopeless = brecq.Settings(steps=2, lr=100.0, fine_lr=10.0)
+    hopeless = brecq.BrecqSettings(steps=2, lr=100.0, fine_lr=10.0)
     coded, biases = brecq.round_network(net, images(8), plain, settings=hopeless)
     assert all(coded[name] is plain[name] for name in plain)
     assert all(biases[name].equal(net.get_submodule(name).bias.detach()) for name in biases)  # type: ignore[operator]
@@ -152,8 +157,8 @@ def test_two_bits_give_back_what_rounding_takes(trained: Path) -> None:
 
     def top1(method: str) -> float:
         shown = [batch for batch, _ in data.calibration(source, 256, CPU, 0)]
-        coded, rows = ptq.quantize(made, ptq.Settings(method, 2, 8, "tensor", {}), shown, CPU)
+        coded, rows = post_training.quantize(made, post_training.PtqSettings(method, 2, 8, "tensor", {}), shown, CPU)
         assert {row.note for row in rows} == ({"bias learned"} if method == "brecq" else {""})
-        return train.evaluate(network(coded), source.test, CPU)
+        return loop.evaluate(network(coded), source.test, CPU)
 
     assert top1("brecq") > max(90, top1("none") + 20)

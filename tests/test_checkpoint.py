@@ -14,10 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from r2cli import checkpoint, models
-from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
-from r2cli.codec import Codec, Coded, Grid, Palette, packed_bytes
+from r2cli import models
 from r2cli.errors import InputError, R2Error
+from r2cli.quantized.coded import Codec, Coded
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.packing import packed_bytes
+from r2cli.quantized.palette import Palette
+from r2cli.storage import checkpoint
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 SPEC = ModelSpec("resnet8", classes=10, channels=1, stem="small")
 INPUT = InputSpec(channels=1, size=8, resize=8, mean=(0.3053,), std=(0.3763,))

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import R2
-from r2cli import checkpoint, export, onnx_text
+from r2cli.deploy import onnx_export, onnx_text
+from r2cli.storage import checkpoint
 
 
 @pytest.fixture
@@ -263,7 +264,7 @@ def test_gates_that_hold_pass(r2: R2, model: Path) -> None:
 
 
 def test_a_proof_that_fails_exits_1_and_says_where(r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = export.to_bytes
+    honest = onnx_export.to_bytes
 
     def broken(made: checkpoint.Checkpoint) -> bytes:
         import onnx
@@ -273,7 +274,7 @@ def test_a_proof_that_fails_exits_1_and_says_where(r2: R2, model: Path, monkeypa
         codes.raw_data = bytes(len(codes.raw_data))
         return file.SerializeToString()  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(export, "to_bytes", broken)
+    monkeypatch.setattr(onnx_export, "to_bytes", broken)
     ran = r2("ptq")
     assert ran.code == 1 and "same codes" in ran.err and "conv.weight" in ran.err
 
@@ -445,7 +446,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(model: Path) -> None:
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, {resource.RLIM_INFINITY}));"
-        "import sys; sys.argv = ['r2', 'ptq', '--overwrite']; from r2cli.cli import main; main()"
+        "import sys; sys.argv = ['r2', 'ptq', '--overwrite']; from r2cli.cli.main import main; main()"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 3 and "model.w8a8-none.safetensors could not be written" in ran.stderr
@@ -477,7 +478,7 @@ def test_an_internal_error_exits_3_without_a_traceback(r2: R2, model: Path, monk
     def broken(made: checkpoint.Checkpoint) -> bytes:
         raise ZeroDivisionError("of ours")
 
-    monkeypatch.setattr(export, "to_bytes", broken)
+    monkeypatch.setattr(onnx_export, "to_bytes", broken)
     ran = r2("ptq")
     assert ran.code == 3 and "ZeroDivisionError" in ran.err and "R2_TRACEBACK" in ran.err and "Traceback" not in ran.err
     monkeypatch.setenv("R2_TRACEBACK", "1")

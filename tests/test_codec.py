@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from r2cli.codec import Coded, Grid, Palette, from_vectors, pack, packed_bytes, to_vectors, unpack
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.packing import pack, packed_bytes, unpack
+from r2cli.quantized.palette import Palette, from_vectors, to_vectors
 
 BITS = range(1, 9)
 SCALES = st.floats(1e-6, 1e3, allow_nan=False)

@@ -5,27 +5,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import attach, checkpoint, data, observers, palettize, ptq, qat, regularizers, train, values
-from r2cli.palettize import training
+from r2cli import data, values
+from r2cli.calibration import deployed, observers
+from r2cli.palettize import palettes, soft_training
+from r2cli.ptq import post_training, weight_grids
+from r2cli.qat import prepare
+from r2cli.qat.prepare import METHODS, QatSettings, QatTask
+from r2cli.storage import checkpoint
+from r2cli.train import regularizers
+from r2cli.train.loop import TrainSettings
 
 CPU = torch.device("cpu")
 
 
 def test_the_command_line_knows_what_there_is() -> None:
-    assert values.ACT_RANGES == tuple(observers.OBSERVERS) and values.WEIGHT_RANGES == tuple(ptq.ranges.RANGES)
+    assert values.ACT_RANGES == tuple(observers.OBSERVERS) and values.WEIGHT_RANGES == tuple(weight_grids.RANGES)
     assert set(values.REGULARIZERS) == {"none", "clip", *regularizers.REGULARIZERS}
 
 
-@pytest.mark.parametrize("granularity", ptq.GRANULARITIES)
+@pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1])
-@pytest.mark.parametrize("method", sorted(ptq.METHODS))
+@pytest.mark.parametrize("method", sorted(post_training.METHODS))
 def test_codes_survive_decoding_and_the_disk(
     method: str, bits: int, granularity: str, trained: Path, tmp_path: Path
 ) -> None:
     source = data.load("digits", size=8)
     images = [batch for batch, _ in data.calibration(source, 64, CPU, 0)]
     made = checkpoint.load(trained)
-    coded, _ = ptq.quantize(made, ptq.Settings(method, bits, 8, granularity, {}), images, CPU)
+    coded, _ = post_training.quantize(made, post_training.PtqSettings(method, bits, 8, granularity, {}), images, CPU)
     _require_contract(coded, source, tmp_path)
 
 
@@ -34,37 +41,39 @@ PALETTES = [(8, 1, None, 8), (4, 1, None, 8), (3, 1, None, 32), (2, 2, None, 8),
 
 
 @pytest.mark.parametrize(("bits", "dim", "group", "lut_bits"), PALETTES)
-@pytest.mark.parametrize("method", palettize.METHODS)
+@pytest.mark.parametrize("method", palettes.METHODS)
 def test_palettes_survive_decoding_and_the_disk(
     method: str, bits: int, dim: int, group: int | None, lut_bits: int, trained: Path, tmp_path: Path
 ) -> None:
     made = checkpoint.load(trained)
     source = data.load("digits", spec=made.input)
-    settings = palettize.Settings(method, bits, dim, group, lut_bits, None, {})
-    work = palettize.Work(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU, 0)
-    if method == palettize.KMEANS:
-        coded, _ = palettize.by_kmeans(work, weigh=False, advance=lambda layers: None)
+    settings = palettes.PaletteSettings(method, bits, dim, group, lut_bits, None, {})
+    work = palettes.PaletteTask(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU, 0)
+    if method == palettes.KMEANS:
+        coded, _ = palettes.by_kmeans(work, weigh=False, advance=lambda layers: None)
     else:
-        loop = train.Settings(1, 256, 0.01, 0.9, 0.0, 0.0, 0.0, 0.0, 0)
-        plan = training.Plan(loop, training.Schedule(1, 0, 0.5, 0.05), 2, 1e-4)
-        following = training.Following(tmp_path / "state", False, lambda steps: None, lambda epoch, gap: None)
-        coded, _ = training.by_training(work, plan, source, following)
+        loop = TrainSettings(1, 256, 0.01, 0.9, 0.0, 0.0, 0.0, 0.0, 0)
+        plan = soft_training.PalettePlan(loop, soft_training.Schedule(1, 0, 0.5, 0.05), 2, 1e-4)
+        following = soft_training.PaletteRunControl(
+            tmp_path / "state", False, lambda steps: None, lambda epoch, gap: None
+        )
+        coded, _ = soft_training.by_training(work, plan, source, following)
     _require_contract(coded, source, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1])
-@pytest.mark.parametrize("method", sorted(qat.METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_learned_codes_survive_folding_and_the_disk(method: str, bits: int, trained: Path, tmp_path: Path) -> None:
-    kind = qat.METHODS[method].weight
+    kind = METHODS[method].weight
     bits = min(max(bits, kind.least), kind.most)
     made = checkpoint.load(trained)
     source = data.load("digits", spec=made.input)
-    settings = qat.Settings(method, bits, bits, {})
-    work = qat.Work(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU)
-    prepared = qat.prepare(work)
+    settings = QatSettings(method, bits, bits, {})
+    work = QatTask(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU)
+    prepared = prepare.prepare(work)
     for _, learner, weight in prepared.each():
         assert torch.equal(learner(weight), learner.freeze(weight).decode())
-    coded, _ = qat.finish(work, prepared)
+    coded, _ = prepare.finish(work, prepared)
     _require_contract(coded, source, tmp_path)
 
 
@@ -79,4 +88,4 @@ def _require_contract(coded: checkpoint.Checkpoint, source: data.Data, tmp_path:
     assert checkpoint.to_bytes(again) == path.read_bytes()
     batch, _ = next(source.test.batches(32, CPU))
     with torch.no_grad():
-        assert torch.equal(attach.network(coded)(batch), attach.network(again)(batch))
+        assert torch.equal(deployed.network(coded)(batch), deployed.network(again)(batch))

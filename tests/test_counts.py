@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from r2cli import counts
-from r2cli.codec import Coded, Grid
-from r2cli.counts import Count, Counts
-from r2cli.ptq import ranges
+from r2cli.ptq import weight_grids
+from r2cli.quantized import value_counts
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.value_counts import Count, Counts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -66,16 +67,18 @@ def test_below_and_beyond_are_exact_for_any_edge(x: Tensor, piece: int) -> None:
     x = x[:300] if piece == 1 else x
     found, values = counted(x, piece), x.double().numpy()
     edges = sorted({0.0, -0.0, 0.3, 1e-3, values.mean(), values.std(), values.min(), values.max(), *values[:5]})
-    assert counts.below(found, edges, lambda: x.float().split(piece)) == [int((values < edge).sum()) for edge in edges]
+    assert value_counts.below(found, edges, lambda: x.float().split(piece)) == [
+        int((values < edge).sum()) for edge in edges
+    ]
     for low, high in ((-0.05, 0.05), (0.3, 0.3), (values.min(), values.max())):
         outside = int((values < low).sum() + (values > high).sum())
-        assert counts.beyond(found, low, high, lambda: x.float().split(piece)) == outside
+        assert value_counts.beyond(found, low, high, lambda: x.float().split(piece)) == outside
 
 
 @given(st.lists(FLOATS, min_size=1, max_size=60), st.lists(FLOATS, min_size=2, max_size=9, unique=True))
 def test_a_histogram_over_any_edges_is_numpys(values: list[float], edges: list[float]) -> None:
     x, edges = torch.tensor(values), sorted(edges)
-    found = counts.histogram(counted(x), edges, lambda: [x])
+    found = value_counts.histogram(counted(x), edges, lambda: [x])
     want = [int(((x.double() >= a) & (x.double() < b)).sum()) for a, b in zip(edges, edges[1:], strict=False)]
     want[-1] += int((x.double() == edges[-1]).sum())
     assert found == want
@@ -84,19 +87,19 @@ def test_a_histogram_over_any_edges_is_numpys(values: list[float], edges: list[f
 @pytest.mark.parametrize("x", CASES)
 def test_bins_are_exact_and_the_same_for_every_value(x: Tensor) -> None:
     reach = float(x.double().abs().max())
-    step = counts.bin_step(reach)
-    made = counts.bins(counted(x), step)
+    step = value_counts.bin_step(reach)
+    made = value_counts.bins(counted(x), step)
     assert reach / step <= 128 and math.log2(step).is_integer()
     size = np.floor(np.abs(x.double().numpy()) / step).astype(int)
     index = np.where(np.signbit(x.float().numpy()), -size - 1, size)
     assert made.first == index.min()
     assert list(made.counts) == np.bincount(index - index.min()).tolist()
-    assert (counts.bin_index(x.float(), step).numpy() == index).all()
+    assert (value_counts.bin_index(x.float(), step).numpy() == index).all()
 
 
 @pytest.mark.parametrize("x", [case for case in CASES if case.values[0].dtype != torch.float32])
 def test_moments_of_a_whole_count_are_numpys(x: Tensor) -> None:
-    found, values = counts.moments(counted(x)), x.double().numpy()
+    found, values = value_counts.moments(counted(x)), x.double().numpy()
     assert found.mean == pytest.approx(values.mean(), rel=1e-12, abs=1e-15 * np.abs(values).max())
     # A constant's mean is off by one rounding in NumPy and here.
     assert found.std == pytest.approx(values.std(), rel=1e-9, abs=1e-14 * np.abs(values).max())
@@ -119,7 +122,7 @@ def test_rounding_is_the_codecs(bits: int, values: list[float], scale: float) ->
     """residual * scale == x - decode(encode(x)), the same codes."""
     x = torch.tensor(values).clamp(-1e6, 1e6)
     grid = Grid(torch.tensor(scale), torch.tensor(0, dtype=torch.int32), bits, signed=True, odd=bits == 1)
-    residual, codes = counts.rounded(x, torch.tensor(scale), bits)
+    residual, codes = value_counts.rounded(x, torch.tensor(scale), bits)
     want = grid.encode(x)
     away = x.abs() > 1e-6 * scale  # an odd grid's own sum rounds away what is nearer to its edge at zero
     assert torch.equal(codes[away], want[away].float())
@@ -133,10 +136,10 @@ def test_rounding_is_the_codecs(bits: int, values: list[float], scale: float) ->
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 def test_the_noise_of_a_whole_count_is_that_of_really_rounding(dtype: torch.dtype, bits: int) -> None:
     for name, x in hostile(dtype).items():
-        made = ranges.weight_grid(x.float().unsqueeze(0), bits, per_channel=False)
+        made = weight_grids.weight_grid(x.float().unsqueeze(0), bits, per_channel=False)
         error = x.double() - made.decode(made.encode(x.float())).double()
         largest = float(x.double().abs().max())
-        found = counts.noise(counted(x), made.scale, bits)
+        found = value_counts.noise(counted(x), made.scale, bits)
         assert found == pytest.approx(float(error.square().sum()), rel=1e-3, abs=len(x) * (largest * 2.0**-23) ** 2), (
             name
         )
@@ -148,12 +151,12 @@ def test_the_best_scale_of_an_example_worked_by_hand() -> None:
     x = torch.tensor(w)
     values, number = x.double().unique(return_counts=True)
     exact = Counts(values, values, number, whole=True)
-    start = counts.min_max_scale(x.min(), x.max(), x.abs().mean(), 3)
+    start = value_counts.min_max_scale(x.min(), x.max(), x.abs().mean(), 3)
     assert float(start) == 1.0
-    assert counts.noise(exact, start, 3) / 16 == pytest.approx(0.08109375, rel=1e-6)
-    best = counts.best_scale(exact, float(start), 3)
+    assert value_counts.noise(exact, start, 3) / 16 == pytest.approx(0.08109375, rel=1e-6)
+    best = value_counts.best_scale(exact, float(start), 3)
     # The literature's search goes in steps of a hundredth; ours in steps of 4 %, so it may stop a little beside.
-    assert 0.07479375 - 1e-6 <= counts.noise(exact, torch.tensor(best), 3) / 16 < 0.0755
+    assert 0.07479375 - 1e-6 <= value_counts.noise(exact, torch.tensor(best), 3) / 16 < 0.0755
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -164,12 +167,12 @@ def test_the_best_scale_is_as_good_as_a_thousand_tried(dtype: torch.dtype, bits:
     x[:4] *= 30
     x = x.to(dtype)
     values = x.float()
-    start = float(counts.min_max_scale(values.min(), values.max(), values.abs().mean(), bits))
+    start = float(value_counts.min_max_scale(values.min(), values.max(), values.abs().mean(), bits))
 
     def noise(scale: float) -> float:
-        residual, _ = counts.rounded(values, torch.tensor(scale), bits)
+        residual, _ = value_counts.rounded(values, torch.tensor(scale), bits)
         return scale**2 * float(residual.double().square().sum())
 
     tried = min(noise(start * 0.99**step) for step in range(1000))
-    found = noise(counts.best_scale(counted(x), start, bits))
+    found = noise(value_counts.best_scale(counted(x), start, bits))
     assert 10 * math.log10(found / tried) < 0.1  # dB

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from r2cli import data
-from r2cli.checkpoint import InputSpec
 from r2cli.data import Data, FolderSplit, KeptSplit, MemorySplit, Split, imagefolder
 from r2cli.errors import InputError
+from r2cli.storage.checkpoint import InputSpec
 
 CPU = torch.device("cpu")
 Batches = list[tuple[Tensor, Tensor]]

@@ -13,12 +13,19 @@ from test_graph import _warm
 from torch import Tensor, nn
 
 from conftest import R2
-from r2cli import attach, checkpoint, clip, data, export, graph, models, ptq, train, verify
-from r2cli.codec import Coded, Grid
+from r2cli import data, models
+from r2cli.calibration import deployed
+from r2cli.deploy import onnx_export, verify
 from r2cli.errors import InputError
-from r2cli.ptq import bias, equalize, normal
-from r2cli.ptq.normal import Normal
-from r2cli.ptq.sweep import Seen
+from r2cli.graph import batchnorm, channel_clip, structure
+from r2cli.graph.read import trace
+from r2cli.ptq import batchnorm_statistics, bias_correction, equalize, post_training, weight_grids
+from r2cli.ptq.batchnorm_statistics import Normal
+from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+from r2cli.storage import checkpoint
+from r2cli.train import loop
 
 CPU = torch.device("cpu")
 
@@ -28,22 +35,22 @@ def column(*values: float) -> Tensor:
 
 
 def stack(*modules: nn.Module) -> torch.fx.GraphModule:
-    return graph.trace(nn.Sequential(*modules))
+    return trace(nn.Sequential(*modules))
 
 
 def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
-    made = nn.Linear(len(weight[0]), len(weight), bias=bias is not None)
+    made = nn.Linear(len(weight[0]), len(weight), bias=bias_correction is not None)
     with torch.no_grad():
         made.weight.copy_(torch.tensor(weight))
-        if bias is not None:
-            made.bias.copy_(torch.tensor(bias))
+        if bias_correction is not None:
+            made.bias.copy_(torch.tensor(bias_correction))
     return made
 
 
 def pointwise(weight: list[list[float]], bias: list[float]) -> nn.Conv2d:
     made = nn.Conv2d(len(weight[0]), len(weight), 1)
     with torch.no_grad():
-        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.bias.copy_(torch.tensor(bias))
+        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.bias.copy_(torch.tensor(bias_correction))
     return made
 
 
@@ -95,10 +102,10 @@ def test_a_depthwise_layer_between_two_others_shares_their_channels() -> None:
 )
 def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: int) -> None:
     spec = models.spec(name, classes=10, channels=3, size=size)
-    net = graph.trace(_warm(models.build(spec), 3, size))
-    normals = normal.statistics(net)
-    graph_factors = graph.remove_norms(net)
-    for layer, module in graph.named_layers(net):
+    net = trace(_warm(models.build(spec), 3, size))
+    normals = batchnorm_statistics.statistics(net)
+    graph_factors = batchnorm.remove_norms(net)
+    for layer, module in structure.named_layers(net):
         if layer.name in graph_factors:
             with torch.no_grad():
                 module.weight.mul_(graph_factors[layer.name].float().reshape(-1, 1, 1, 1))
@@ -113,7 +120,7 @@ def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: i
     reach = equalize._reaches(net, runs, {})
     assert all(float(s.log().abs().max()) < 0.01 for run in runs for s in equalize.scales(run, reach))
     # Nothing beside the runs was touched, and statistics were scaled as what they describe.
-    again = normal.statistics(graph.trace(_warm(models.build(spec), 3, size)))
+    again = batchnorm_statistics.statistics(trace(_warm(models.build(spec), 3, size)))
     scaled = {name for name in normals if not torch.allclose(normals[name].std, again[name].std, rtol=1e-3)}
     assert scaled <= set(notes)
 
@@ -134,7 +141,7 @@ class Residual(nn.Module):
 
 
 def test_only_what_one_layer_alone_reads_is_scaled() -> None:
-    assert equalize.links(graph.trace(Residual())) == {}
+    assert equalize.links(trace(Residual())) == {}
 
 
 def test_a_flatten_between_is_only_of_whole_channels() -> None:
@@ -225,7 +232,7 @@ def test_nothing_is_absorbed_into_a_padded_layer() -> None:
 )
 def test_the_mean_behind_an_activation(beta: float, gamma: float, relu: float, relu6: float) -> None:
     for most, expected in ((torch.inf, relu), (6.0, relu6)):
-        mean, _ = normal.rectified(column(beta), column(gamma), column(most))
+        mean, _ = batchnorm_statistics.rectified(column(beta), column(gamma), column(most))
         assert float(mean) == pytest.approx(expected, rel=1e-6)
 
 
@@ -235,7 +242,9 @@ def test_the_deviation_behind_an_activation(most: float) -> None:
     drawn = torch.randn(1_000_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * std + mean
     found = drawn.clamp(0, most).std(0)
     # A million samples: a thousandth of the deviation before the activation.
-    torch.testing.assert_close(normal.rectified(mean, std, column(most).expand(4))[1], found, rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        batchnorm_statistics.rectified(mean, std, column(most).expand(4))[1], found, rtol=0, atol=5e-3
+    )
 
 
 def test_a_negative_gamma_counts_as_its_size() -> None:
@@ -243,19 +252,21 @@ def test_a_negative_gamma_counts_as_its_size() -> None:
     norm = net.get_submodule("1")
     with torch.no_grad():
         norm.weight.fill_(-1.0), norm.bias.fill_(0.5), norm.running_var.fill_(4.0)
-    own = normal.statistics(net)["0"]
-    assert float(normal.rectified(own.mean, own.std, column(torch.inf))[0]) == pytest.approx(0.6977965574, rel=1e-4)
+    own = batchnorm_statistics.statistics(net)["0"]
+    assert float(batchnorm_statistics.rectified(own.mean, own.std, column(torch.inf))[0]) == pytest.approx(
+        0.6977965574, rel=1e-4
+    )
 
 
 def test_statistics_go_on_through_the_graph(float_one: checkpoint.Checkpoint) -> None:
-    net = graph.trace(attach.network(float_one))
-    normals = normal.statistics(net)
-    for layer, factor in graph.remove_norms(net).items():
+    net = trace(deployed.network(float_one))
+    normals = batchnorm_statistics.statistics(net)
+    for layer, factor in batchnorm.remove_norms(net).items():
         with torch.no_grad():
             net.get_submodule(layer).weight.mul_(factor.float().reshape(-1, 1, 1, 1))
-    known = normal.values(net, normals, float_one.input)
-    predicted = normal.ranges(net, normals, float_one.input)
-    seen = attach.observe(net, list(predicted), [images_of(float_one, 512)])
+    known = batchnorm_statistics.values(net, normals, float_one.input)
+    predicted = batchnorm_statistics.ranges(net, normals, float_one.input)
+    seen = deployed.observe(net, list(predicted), [images_of(float_one, 512)])
     for name, (low, high) in predicted.items():
         spare = 0.2 * (high - low)  # digits' values have heavier tails than six deviations of a normal one
         assert low - spare <= seen[name].low and seen[name].high <= high + spare, name
@@ -267,7 +278,7 @@ def test_statistics_go_on_through_the_graph(float_one: checkpoint.Checkpoint) ->
 def test_what_no_batchnorm_describes_is_refused_by_name() -> None:
     net = stack(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
     with pytest.raises(InputError, match="value '_1' is not known without data.*--data"):
-        normal.ranges(net, {}, checkpoint.InputSpec(3, 8, 8, (0.5,) * 3, (0.25,) * 3))
+        batchnorm_statistics.ranges(net, {}, checkpoint.InputSpec(3, 8, 8, (0.5,) * 3, (0.25,) * 3))
 
 
 # --- bias correction -------------------------------------------------------------------------------------------------
@@ -278,8 +289,8 @@ def test_the_analytic_correction_of_a_case_worked_by_hand() -> None:
     grid = Grid(torch.tensor(1.1 / 7), torch.tensor(0, dtype=torch.int32), 4, signed=True)
     coded = Coded(grid, grid.encode(layer.weight))
     assert coded.codes.tolist() == [[2, -4], [7, 1]]
-    mean, _ = normal.rectified(column(0.5, -1), column(1, 0.5), column(torch.inf, torch.inf))
-    shift = bias.mean_shift(layer, coded, mean.float(), (2,))
+    mean, _ = batchnorm_statistics.rectified(column(0.5, -1), column(1, 0.5), column(torch.inf, torch.inf))
+    shift = bias_correction.mean_shift(layer, coded, mean.float(), (2,))
     assert (-shift).tolist() == pytest.approx([-0.0102717618, 0.0001819436], rel=1e-4)
 
 
@@ -292,20 +303,22 @@ def test_correction_takes_the_shift_of_the_mean_back(module: nn.Module) -> None:
     shape = (64, 4) if isinstance(module, nn.Linear) else (64, 4, 5, 5)
     mean = torch.rand(4)
     images = torch.randn(shape).add_(mean.reshape(1, 4, *[1] * (len(shape) - 2)))
-    grid = ptq.ranges.weight_grid(module.weight, 3, per_channel=False)
+    grid = weight_grids.weight_grid(module.weight, 3, per_channel=False)
     coded = Coded(grid, grid.encode(module.weight))
-    layer = graph.Layer("module", "module", None)
-    corrected = bias.empirical(Seen(layer, module, None, images, images + 0.1), coded)
+    layer = structure.Layer("module", "module", None)
+    corrected = bias_correction.empirical(LayerSample(layer, module, None, images, images + 0.1), coded)
     assert corrected is not None
     state = {"weight": coded.decode(), "bias": corrected}
     with torch.no_grad():
         gap = torch.func.functional_call(module, state, (images + 0.1,)) - module(images)
-        assert float(bias._per_channel(module, gap).abs().max()) < 1e-5
+        assert float(bias_correction._per_channel(module, gap).abs().max()) < 1e-5
         # The analytic shift is that of an input which has this mean everywhere.
         flat = mean.reshape(1, 4, *[1] * (len(shape) - 2)).expand(shape)
         rounded = torch.func.functional_call(module, {"weight": coded.decode()}, (flat,))
-        shift = bias.mean_shift(module, coded, mean, shape[1:])
-        torch.testing.assert_close(shift, bias._per_channel(module, rounded - module(flat)), rtol=1e-3, atol=1e-5)
+        shift = bias_correction.mean_shift(module, coded, mean, shape[1:])
+        torch.testing.assert_close(
+            shift, bias_correction._per_channel(module, rounded - module(flat)), rtol=1e-3, atol=1e-5
+        )
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
@@ -331,16 +344,18 @@ def images_of(made: checkpoint.Checkpoint, count: int) -> Tensor:
 
 
 def top1(made: checkpoint.Checkpoint) -> float:
-    return train.evaluate(attach.network(made), data.load("digits", spec=made.input).test, CPU)
+    return loop.evaluate(deployed.network(made), data.load("digits", spec=made.input).test, CPU)
 
 
-@pytest.mark.parametrize("granularity", ptq.GRANULARITIES)
+@pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 @pytest.mark.parametrize("with_data", [False, True])
 def test_dfq_costs_next_to_nothing_at_eight_bits(
     float_one: checkpoint.Checkpoint, granularity: str, with_data: bool
 ) -> None:
     images = [images_of(float_one, 256)] if with_data else None
-    coded, rows = ptq.quantize(float_one, ptq.Settings("dfq", 8, 8, granularity, {}), images, CPU)
+    coded, rows = post_training.quantize(
+        float_one, post_training.PtqSettings("dfq", 8, 8, granularity, {}), images, CPU
+    )
     assert top1(coded) > top1(float_one) - 1
     # The image is taken to have mean 0, so without data the first layer has nothing to correct.
     assert ["bias corrected" in row.note for row in rows] == [with_data, *[True] * 9]
@@ -354,9 +369,9 @@ def test_dfq_restores_a_network_that_was_spread(
     before = top1(float_one)
     assert top1(spread) == pytest.approx(before, abs=0.2)
     images = [images_of(spread, 256)]
-    settings = ptq.Settings("none", 4, 8, "tensor", {})
-    plain = ptq.quantize(spread, settings, images, CPU)[0]
-    restored = ptq.quantize(spread, replace(settings, method="dfq"), None, CPU)[0]
+    settings = post_training.PtqSettings("none", 4, 8, "tensor", {})
+    plain = post_training.quantize(spread, settings, images, CPU)[0]
+    restored = post_training.quantize(spread, replace(settings, method="dfq"), None, CPU)[0]
     assert top1(plain) < top1(restored) - 20
     assert top1(restored) > before - 10
 
@@ -373,7 +388,7 @@ def separable() -> nn.Module:
 def mobile() -> checkpoint.Checkpoint:
     torch.manual_seed(0)
     source, model = data.load("digits", size=16), separable()
-    attach.reestimate_norms(model, [next(iter(source.train.batches(256, CPU)))[0]])
+    batchnorm.reestimate_norms(model, [next(iter(source.train.batches(256, CPU)))[0]])
     spec = checkpoint.ModelSpec("test_dfq.py:separable", 10, 1, factory=separable)
     return checkpoint.Checkpoint(spec, source.input, source.class_names, model.state_dict())
 
@@ -382,20 +397,20 @@ def test_relu6_with_bounds_of_its_own_survives_the_file_and_runs_on_integers(
     mobile: checkpoint.Checkpoint, tmp_path: Path
 ) -> None:
     made = mobile
-    parts = (ptq.EQUALIZE, ptq.ABSORB)
-    settings = ptq.Settings("none", 8, 8, "channel", {}, parts=parts)
-    coded, _ = ptq.quantize(made, settings, [images_of(made, 64)], CPU)
-    assert len(clip.stored(coded.floats)) == 5
+    parts = (post_training.EQUALIZE, post_training.ABSORB)
+    settings = post_training.PtqSettings("none", 8, 8, "channel", {}, parts=parts)
+    coded, _ = post_training.quantize(made, settings, [images_of(made, 64)], CPU)
+    assert len(channel_clip.stored(coded.floats)) == 5
     path = tmp_path / "coded.safetensors"
     checkpoint.save(coded, path)
     again = replace(checkpoint.load(path), model=made.model)
     images = images_of(made, 32)
     with torch.no_grad():
-        assert torch.equal(attach.network(coded)(images), attach.network(again)(images))
+        assert torch.equal(deployed.network(coded)(images), deployed.network(again)(images))
     onnx = tmp_path / "coded.onnx"
-    onnx.write_bytes(export.to_bytes(again))
+    onnx.write_bytes(onnx_export.to_bytes(again))
     batches = data.load("digits", spec=made.input).test.batches(128, CPU)
-    proof = verify.prove(onnx, again, attach.network(again), batches)
+    proof = verify.prove(onnx, again, deployed.network(again), batches)
     assert proof.passed, proof.checks
     nodes = proof.measures["nodes"]
     assert nodes["QLinearConv"] == 5 and nodes["QGemm"] == 1 and nodes["Min"] > 0
@@ -404,17 +419,17 @@ def test_relu6_with_bounds_of_its_own_survives_the_file_and_runs_on_integers(
 
 def test_a_float_clip_is_exported_too(mobile: checkpoint.Checkpoint, tmp_path: Path) -> None:
     made = mobile
-    settings = ptq.Settings("none", 8, None, "channel", {}, parts=(ptq.EQUALIZE,))
-    coded, _ = ptq.quantize(made, settings, None, CPU)
+    settings = post_training.PtqSettings("none", 8, None, "channel", {}, parts=(post_training.EQUALIZE,))
+    coded, _ = post_training.quantize(made, settings, None, CPU)
     onnx = tmp_path / "coded.onnx"
-    onnx.write_bytes(export.to_bytes(coded))
+    onnx.write_bytes(onnx_export.to_bytes(coded))
     batches = data.load("digits", spec=made.input).test.batches(128, CPU)
-    assert verify.prove(onnx, coded, attach.network(coded), batches).passed
+    assert verify.prove(onnx, coded, deployed.network(coded), batches).passed
 
 
 def test_adaround_without_data_is_refused(float_one: checkpoint.Checkpoint) -> None:
     with pytest.raises(InputError, match="adaround needs data.*dfq"):
-        ptq.quantize(float_one, ptq.Settings("adaround", 4, 8, "channel", {}), None, CPU)
+        post_training.quantize(float_one, post_training.PtqSettings("adaround", 4, 8, "channel", {}), None, CPU)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from r2cli import attach, checkpoint, data, ptq, train
-from r2cli.cli import invoke
+from r2cli import data
+from r2cli.calibration import deployed
+from r2cli.cli.main import invoke
+from r2cli.ptq import post_training
+from r2cli.storage import checkpoint
+from r2cli.train import loop
 
 CPU = torch.device("cpu")
 
@@ -34,6 +38,8 @@ def test_two_bit_weights_survive_on_the_grid_that_was_regularized(pair: dict[str
     for reg, made in pair.items():
         source = data.load("digits", spec=made.input)
         images = (batch for batch, _ in data.calibration(source, 512, CPU, 0))
-        coded, _ = ptq.quantize(made, ptq.Settings("none", 2, 8, ptq.UNFOLDED, {}), images, CPU)
-        top1[reg] = train.evaluate(attach.network(coded), source.test, CPU)
+        coded, _ = post_training.quantize(
+            made, post_training.PtqSettings("none", 2, 8, post_training.UNFOLDED, {}), images, CPU
+        )
+        top1[reg] = loop.evaluate(deployed.network(coded), source.test, CPU)
     assert top1["linf"] >= top1["none"] + 55, top1

@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2cli import attach, checkpoint, codec, data, regularizers, train
-from r2cli.data import Share
+from r2cli import data
+from r2cli.data.splits import RowShare
 from r2cli.palettize import learners, tables
+from r2cli.quantized.palette import Palette
+from r2cli.storage import checkpoint
+from r2cli.train import hooks, loop, regularizers
+from r2cli.train.loop import TrainSettings
 
 CPU = torch.device("cpu")
 
@@ -32,16 +36,16 @@ class Double(nn.Module):
 
 
 def fit(folder: Path, resume: bool = False, epochs: int = 2) -> nn.Module:
-    train.seed_everything(0)
+    loop.seed_everything(0)
     network = Double()
-    settings = train.Settings(epochs, 70, 0.1, 0.9, 1e-4, 0.1, 0.1, 0.1, 0, clip_grad=1.0, ema=0.9)
-    watch = train.Watch(lambda steps: None, lambda epoch: None)
-    train.fit(
+    settings = TrainSettings(epochs, 70, 0.1, 0.9, 1e-4, 0.1, 0.1, 0.1, 0, clip_grad=1.0, ema=0.9)
+    watch = hooks.Progress(lambda steps: None, lambda epoch: None)
+    loop.fit(
         network,
         data.load("digits", size=8),
         settings,
         device=CPU,
-        setting=regularizers.Setting("margin", 0.1),
+        setting=regularizers.RegularizerSpec("margin", 0.1),
         state=folder / "state.safetensors",
         resume=resume,
         watch=watch,
@@ -51,11 +55,11 @@ def fit(folder: Path, resume: bool = False, epochs: int = 2) -> nn.Module:
 
 def fit_palettes(folder: Path, method: str) -> dict[str, Tensor]:
     """The tables and codes that training with `method` gives `Double`, soft in one epoch and hard in another."""
-    train.seed_everything(0)
+    loop.seed_everything(0)
     network = Double().float()  # hard weights are float32
     made: dict[str, learners.Learner] = {}
     for name in ("conv", "linear"):
-        weight, form = network.get_submodule(name).weight, tables.Form(2, 1, None, 32)
+        weight, form = network.get_submodule(name).weight, tables.PaletteForm(2, 1, None, 32)
         assert isinstance(weight, Tensor)
         made[name] = learners.LEARNERS[method](weight.detach(), form, 3, torch.Generator().manual_seed(0))
     learners.put_on(network, made)
@@ -66,18 +70,18 @@ def fit_palettes(folder: Path, method: str) -> dict[str, Tensor]:
 
     own = [learner.centroids for learner in made.values() if isinstance(learner.centroids, nn.Parameter)]
     groups = [{"params": own, "weight_decay": 0.0, "base_lr": 1e-3}] if own else []
-    train.fit(
+    loop.fit(
         network,
         data.load("digits", size=8),
-        train.Settings(2, 70, 0.02, 0.9, 1e-4, 0.1, 0.0, 0.0, 0),
+        TrainSettings(2, 70, 0.02, 0.9, 1e-4, 0.1, 0.0, 0.0, 0),
         device=CPU,
-        setting=attach.Method({}, groups, before_epoch, lambda number: None),
+        setting=hooks.TrainHooks({}, groups, before_epoch, lambda number: None),
         state=folder / "state.safetensors",
         resume=False,
-        watch=train.Watch(lambda steps: None, lambda epoch: None),
+        watch=hooks.Progress(lambda steps: None, lambda epoch: None),
     )
     coded = learners.take_off(network, made)
-    found = {f"{name}.lut": one.codec.lut for name, one in coded.items() if isinstance(one.codec, codec.Palette)}
+    found = {f"{name}.lut": one.codec.lut for name, one in coded.items() if isinstance(one.codec, Palette)}
     return found | {f"{name}.codes": one.codes for name, one in coded.items()}
 
 
@@ -88,18 +92,18 @@ def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[str
 
 def test_shares_make_up_the_batch() -> None:
     for count in (1, 2, 7, 64):
-        parts = torch.cat([Share(rank, 3).of(count) for rank in range(3)])
+        parts = torch.cat([RowShare(rank, 3).of(count) for rank in range(3)])
         assert parts.sort().values.equal(torch.arange(count))
 
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_every_process_gets_its_images_of_the_same_batches(augment: bool) -> None:
-    def batches(share: Share) -> list[tuple[Tensor, Tensor]]:
+    def batches(share: RowShare) -> list[tuple[Tensor, Tensor]]:
         shuffle = torch.Generator().manual_seed(3)
         return list(source.train.batches(64, CPU, shuffle, augment=augment, share=share))
 
     source = data.load("fake:1x8x8:4")
-    whole, parts = batches(Share()), [batches(Share(rank, 2)) for rank in range(2)]
+    whole, parts = batches(RowShare()), [batches(RowShare(rank, 2)) for rank in range(2)]
     for batch, (images, labels) in enumerate(whole):
         for rank, part in enumerate(parts):
             assert part[batch][0].equal(images[rank::2]) and part[batch][1].equal(labels[rank::2])
@@ -153,7 +157,7 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
     stop = "import sys; from r2cli import resume, train\nreal = resume.save\n"
     stop += "def once(*given):\n    real(*given)\n    sys.exit(9)\nresume.save = once\n"
     script = tmp_path / "stopping.py"
-    script.write_text(stop + "from r2cli.cli import main\nmain()\n")
+    script.write_text(stop + "from r2cli.cli.main import main\nmain()\n")
     broken = tmp_path / "broken"
     broken.mkdir()
     assert torchrun(str(script), *command(broken)[2:]).returncode != 0  # one that dies ends the job

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2cli.codec import Coded, from_vectors, to_vectors
 from r2cli.palettize import dkm, learners, tables
-from r2cli.palettize.tables import Form
+from r2cli.palettize.tables import PaletteForm
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.palette import from_vectors, to_vectors
 
 # w, first centroids and incoming gradient, worked by hand.
 W = [-0.9, -0.7, 0.1, 0.2, 0.8, 1.0]
@@ -121,13 +122,19 @@ def test_a_constant_layer_stays_what_it_is() -> None:
 
 
 SHAPES = [(6, 5, 3, 3), (10, 70), (8, 1, 3, 3), (96, 64, 1, 1)]
-FORMS = [Form(2, 1, None, 8), Form(2, 2, None, 8), Form(4, 4, None, 32), Form(1, 1, 2, 8), Form(3, 2, 2, 32)]
+FORMS = [
+    PaletteForm(2, 1, None, 8),
+    PaletteForm(2, 2, None, 8),
+    PaletteForm(4, 4, None, 32),
+    PaletteForm(1, 1, 2, 8),
+    PaletteForm(3, 2, 2, 32),
+]
 
 
 @pytest.mark.parametrize("method", sorted(learners.LEARNERS))
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_hard_weight_is_what_is_frozen(method: str, form: Form, shape: tuple[int, ...]) -> None:
+def test_the_hard_weight_is_what_is_frozen(method: str, form: PaletteForm, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(shape, generator=generator)
     if len(shape) == 4:
@@ -149,7 +156,7 @@ def test_the_hard_weight_is_what_is_frozen(method: str, form: Form, shape: tuple
 
 def test_soft_scalars_of_a_learner_are_the_naive_ones_in_either_memory_format() -> None:
     w = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
-    made = [learners.Dkm(w, Form(2, 1, None, 8), 3, torch.Generator()) for _ in range(2)]
+    made = [learners.Dkm(w, PaletteForm(2, 1, None, 8), 3, torch.Generator()) for _ in range(2)]
     for learner in made:
         learner.train().before_epoch(w, 0.5)
     tau = float(made[0].spread) * 0.5
@@ -161,7 +168,7 @@ def test_soft_scalars_of_a_learner_are_the_naive_ones_in_either_memory_format() 
 
 def test_the_tails_vectors_are_near_in_what_they_have_and_do_not_vote() -> None:
     w = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    learner = learners.Dkm(w, Form(2, 2, None, 32), 3, torch.Generator())
+    learner = learners.Dkm(w, PaletteForm(2, 2, None, 32), 3, torch.Generator())
     learner.train().before_epoch(w, 0.5)
     tau, start = float(learner.spread) * 0.5, learner.centroids[0].clone()
     whole, centroids = _naive(to_vectors(w[:4], 2), start, tau, 3)
@@ -179,7 +186,7 @@ def test_a_hard_cluster_moves_by_its_members_mean_and_a_shared_one_by_their_sum(
     # Deep Compression's figure.
     indices = torch.tensor([3, 0, 2, 1, 1, 1, 0, 3, 0, 3, 1, 0, 3, 1, 2, 2])
     w = torch.tensor([-1.0, 0.0, 1.5, 2.0])[indices].reshape(4, 4)
-    learner = learners.Shared(w, Form(2, 1, None, 32), 3, torch.Generator())
+    learner = learners.Shared(w, PaletteForm(2, 1, None, 32), 3, torch.Generator())
     assert learner.codes[0].tolist() == indices.tolist()
     gradient = (torch.arange(16) / 10).reshape(4, 4)
     learner.train()(w).backward(gradient)
@@ -189,7 +196,7 @@ def test_a_hard_cluster_moves_by_its_members_mean_and_a_shared_one_by_their_sum(
 
 def test_a_collapsed_palette_is_found_and_started_again() -> None:
     w = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
-    for form in (Form(2, 1, None, 8), Form(2, 2, 20, 8)):
+    for form in (PaletteForm(2, 1, None, 8), PaletteForm(2, 2, 20, 8)):
         learner = learners.Dkm(w, form, 3, torch.Generator())
         learner.centroids[0, 1] = learner.centroids[0, 0]
         assert tables.coinciding(learner.centroids).tolist() == [True, *[False] * (len(learner.centroids) - 1)]

@@ -10,8 +10,14 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from r2cli import attach, audit, checkpoint, codec, data, export, models, onnx_functions, ptq, verify
+from r2cli import data, models
+from r2cli.calibration import deployed
+from r2cli.deploy import audit, onnx_export, onnx_functions, verify
 from r2cli.errors import InputError
+from r2cli.ptq import post_training
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+from r2cli.storage import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -25,13 +31,13 @@ def _coded(
 ) -> checkpoint.Checkpoint:
     made = checkpoint.load(trained)
     images = [batch for batch, _ in data.calibration(data.load("digits", spec=made.input), 128, CPU, 0)]
-    settings = ptq.Settings("none", bits, act_bits, granularity, {}, symmetric=symmetric)
-    return ptq.quantize(made, settings, images, CPU)[0]
+    settings = post_training.PtqSettings("none", bits, act_bits, granularity, {}, symmetric=symmetric)
+    return post_training.quantize(made, settings, images, CPU)[0]
 
 
 def _prove(made: checkpoint.Checkpoint, path: Path, content: bytes) -> verify.Proof:
     path.write_bytes(content)
-    return verify.prove(path, made, attach.network(made), _batches(made))
+    return verify.prove(path, made, deployed.network(made), _batches(made))
 
 
 INTEGER_NODES = {"QLinearConv": 9, "QLinearAdd": 3, "QGemm": 1}
@@ -41,10 +47,10 @@ FLOAT_NODES = {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "Reduc
 @pytest.mark.parametrize(("bits", "granularity"), [(8, "channel"), (4, "unfolded"), (3, "tensor"), (2, "channel")])
 def test_weights_with_zero_points_run_on_integers(bits: int, granularity: str, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, bits, granularity=granularity, symmetric=False)
-    zeros = [one.codec.zero_point for one in made.coded.values() if isinstance(one.codec, codec.Grid)]
+    zeros = [one.codec.zero_point for one in made.coded.values() if isinstance(one.codec, Grid)]
     assert sum(bool(zero.any()) for zero in zeros) > 3
     assert any(len(zero.unique()) > 1 for zero in zeros if zero.ndim) == (granularity == "channel")
-    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed, proof.checks
     nodes = proof.measures["nodes"]
     assert nodes.items() >= INTEGER_NODES.items() and not FLOAT_NODES & set(nodes)
@@ -53,7 +59,7 @@ def test_weights_with_zero_points_run_on_integers(bits: int, granularity: str, t
 @pytest.mark.parametrize("act_bits", [6, 4])
 def test_activations_of_few_bits_ride_in_uint8(act_bits: int, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 4, act_bits=act_bits)
-    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed, proof.checks
     nodes = proof.measures["nodes"]
     assert nodes.items() >= INTEGER_NODES.items() and not FLOAT_NODES & set(nodes)
@@ -88,7 +94,7 @@ FORMS = {
 @pytest.mark.parametrize("bits", sorted(FORMS))
 def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, bits)
-    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed, proof.checks
     nodes = proof.measures["nodes"]
     assert nodes["QLinearConv"] == 9 and nodes["QLinearAdd"] == 3 and nodes["QGemm"] == 1
@@ -106,7 +112,7 @@ def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: P
 
 def test_a_file_has_little_text_and_its_weights_have_their_names(trained: Path) -> None:
     made = _coded(trained, 2)
-    content = export.to_bytes(made)
+    content = onnx_export.to_bytes(made)
     file = onnx.load_from_string(content)
     assert set(made.coded) <= {value for node in _flat(content).graph.node for value in node.output}
     assert not file.graph.value_info and not any(node.doc_string for node in file.graph.node)
@@ -114,14 +120,14 @@ def test_a_file_has_little_text_and_its_weights_have_their_names(trained: Path) 
     held = sum(len(each.raw_data) for each in file.graph.initializer)
     noted = sum(entry.ByteSize() for entry in file.metadata_props)
     assert len(content) - held - noted < 3000 + 130 * len(made.coded)
-    graph = onnx.load_from_string(export.to_bytes(checkpoint.load(trained))).graph
+    graph = onnx.load_from_string(onnx_export.to_bytes(checkpoint.load(trained))).graph
     assert "conv.weight" in {each.name for each in graph.initializer}
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "unfolded"])
 def test_one_grid_per_tensor_passes_too(granularity: str, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 4, granularity=granularity)
-    assert _prove(made, tmp_path / "model.onnx", export.to_bytes(made)).passed
+    assert _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made)).passed
 
 
 @pytest.mark.parametrize(
@@ -131,14 +137,14 @@ def test_weights_alone_are_folded_when_they_are_loaded(
     bits: int, symmetric: bool, trained: Path, tmp_path: Path
 ) -> None:
     made = _coded(trained, bits, act_bits=None, symmetric=symmetric)
-    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed, proof.checks
     assert not {"QuantizeLinear", "DequantizeLinear", "Cast", "Sub", "Mul", "Gather"} & set(proof.measures["nodes"])
 
 
 def test_a_float_checkpoint_is_exported_and_compared_as_well(trained: Path, tmp_path: Path) -> None:
     made = checkpoint.load(trained)
-    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed and proof.measures["bits_per_weight"] == 32
 
 
@@ -148,10 +154,10 @@ def test_odd_grids_of_every_width_decode_in_onnx_runtime(bits: int, trained: Pat
     odd = {}
     for name, one in made.coded.items():
         scale = one.codec.scale * 8 / (2**bits - 1)
-        grid = codec.Grid(scale, torch.zeros_like(scale, dtype=torch.int32), bits, signed=False, axis=0, odd=True)
-        odd[name] = codec.Coded(grid, grid.encode(one.decode()))
+        grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32), bits, signed=False, axis=0, odd=True)
+        odd[name] = Coded(grid, grid.encode(one.decode()))
     made = replace(made, coded=odd)
-    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed, proof.checks
 
 
@@ -159,11 +165,11 @@ def test_asymmetric_weights_keep_their_zero_point(trained: Path, tmp_path: Path)
     made = _coded(trained, 4)
     shifted = {}
     for name, one in made.coded.items():
-        assert isinstance(one.codec, codec.Grid)
+        assert isinstance(one.codec, Grid)
         grid = replace(one.codec, zero_point=torch.full_like(one.codec.zero_point, 2))
-        shifted[name] = codec.Coded(grid, grid.encode(one.decode()))
+        shifted[name] = Coded(grid, grid.encode(one.decode()))
     made = replace(made, coded=shifted)
-    proof = _prove(made, tmp_path / "model.onnx", export.to_bytes(made))
+    proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed, proof.checks
     assert proof.measures["nodes"]["QLinearConv"] == 9
 
@@ -178,9 +184,9 @@ def test_activations_below_eight_bits_are_clipped_in_their_codes(bits: int, trai
     made = replace(made, activations=narrow)
     batch, _ = next(_batches(made))
     path = tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(made))
+    path.write_bytes(onnx_export.to_bytes(made))
     with torch.no_grad():
-        expected = attach.network(made)(batch)
+        expected = deployed.network(made)(batch)
     # Biases are off their grid here, so only the session without optimisation computes the same function.
     found = verify.runner(path, optimise=False)(batch)
     assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
@@ -189,12 +195,12 @@ def test_activations_below_eight_bits_are_clipped_in_their_codes(bits: int, trai
 
 def test_the_same_checkpoint_gives_the_same_bytes(trained: Path) -> None:
     made = _coded(trained, 3)
-    assert export.to_bytes(made) == export.to_bytes(made)
+    assert onnx_export.to_bytes(made) == onnx_export.to_bytes(made)
 
 
 def test_the_batch_is_dynamic_and_the_file_says_how_to_feed_it(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 4), tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(made))
+    path.write_bytes(onnx_export.to_bytes(made))
     run = verify.runner(path)
     for count in (1, 5):
         assert run(torch.zeros(count, *made.input.shape)).shape == (count, 10)
@@ -214,11 +220,11 @@ def test_relu6_and_a_max_pool_stay_integer(tmp_path: Path) -> None:
         input_spec = checkpoint.InputSpec(3, size, size, (0.0,) * 3, (1.0,) * 3)
         made = checkpoint.Checkpoint(spec, input_spec, tuple("0123456789"), floats)
         images = [torch.randn(8, 3, size, size) for _ in range(2)]
-        coded, _ = ptq.quantize(made, ptq.Settings("none", 4, 8, "channel", {}), images, CPU)
+        coded, _ = post_training.quantize(made, post_training.PtqSettings("none", 4, 8, "channel", {}), images, CPU)
         path = tmp_path / f"{name}.onnx"
-        path.write_bytes(export.to_bytes(coded))
+        path.write_bytes(onnx_export.to_bytes(coded))
         batches = [(torch.randn(16, 3, size, size), torch.zeros(16, dtype=torch.int64)) for _ in range(2)]
-        proof = verify.prove(path, coded, attach.network(coded), batches)
+        proof = verify.prove(path, coded, deployed.network(coded), batches)
         assert proof.passed, proof.checks
         assert proof.measures["sqnr_db"] >= 30
         assert {"Conv", "FusedConv", "Gemm", "Add", "Clip", "Relu", "DequantizeLinear"}.isdisjoint(
@@ -232,7 +238,7 @@ def _failed(proof: verify.Proof) -> set[str]:
 
 def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = _flat(export.to_bytes(made))
+    file = _flat(onnx_export.to_bytes(made))
     (codes,) = _codes(file, "conv.weight")
     changed = bytearray(codes.raw_data)
     changed[0] ^= 1
@@ -244,7 +250,7 @@ def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -
 
 def test_the_proof_sees_a_weight_left_in_float(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = _flat(export.to_bytes(made))
+    file = _flat(onnx_export.to_bytes(made))
     node = next(node for node in file.graph.node if node.output[0] == "stages.1.0.conv1.weight")
     weight = made.coded["stages.1.0.conv1.weight"].decode().numpy()
     file.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
@@ -259,7 +265,7 @@ def _prove_audit(made: checkpoint.Checkpoint, path: Path, file: onnx.ModelProto)
 
 def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 4), tmp_path / "model.onnx"
-    file = _flat(export.to_bytes(made))
+    file = _flat(onnx_export.to_bytes(made))
     (codes,) = _codes(file, "conv.weight")
     wide = numpy_helper.from_array(made.coded["conv.weight"].codes.numpy(), codes.name)
     codes.CopyFrom(wide)
@@ -268,7 +274,7 @@ def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: 
 
 def test_the_proof_sees_logits_that_are_not_torchs(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = _flat(export.to_bytes(made))
+    file = _flat(onnx_export.to_bytes(made))
     layer = next(node for node in file.graph.node if "stages.2.0.conv2.weight" in node.input)
     bias = next(i for i in file.graph.initializer if i.name == layer.input[2])
     noise = np.random.default_rng(0).normal(0, 1, 64).astype(np.float32)

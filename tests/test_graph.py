@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2cli import graph, models, placement
+from r2cli import models
 from r2cli.errors import InputError
+from r2cli.graph import batchnorm, edit, placement, structure
+from r2cli.graph.read import Unreadable, trace
 
 
 def _warm(model: nn.Module, channels: int, size: int) -> nn.Module:
@@ -28,8 +30,8 @@ def test_folding_keeps_the_function(name: str) -> None:
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         before = model(images)
-        net = graph.trace(model)
-        factors = graph.remove_norms(net)
+        net = trace(model)
+        factors = batchnorm.remove_norms(net)
         for layer, factor in factors.items():
             module = net.get_submodule(layer)
             module.weight.mul_(factor.float().reshape(-1, *[1] * (module.weight.ndim - 1)))
@@ -43,13 +45,13 @@ def test_folding_keeps_the_function(name: str) -> None:
 def test_parameter_names_stay_when_the_graph_is_read() -> None:
     model = models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None))
     names = set(model.state_dict())
-    assert set(graph.trace(model).state_dict()) == names
+    assert set(trace(model).state_dict()) == names
 
 
 def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
     model = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
-    net = graph.trace(model)
-    graph.remove_norms(net)
+    net = trace(model)
+    batchnorm.remove_norms(net)
     assert placement.values(net, (1, 8, 8)) == [
         *["x", "relu", "stages_0_0_relu1", "stages_0_0_conv2", "stages_0_0_relu2"],
         *["stages_1_0_relu1", "stages_1_0_conv2", "stages_1_0_shortcut_0", "stages_1_0_relu2"],
@@ -58,8 +60,8 @@ def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
 
 
 def test_a_shared_relu_is_two_places() -> None:
-    net = graph.trace(models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None)))
-    graph.remove_norms(net)
+    net = trace(models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None)))
+    batchnorm.remove_norms(net)
     names = placement.values(net, (3, 32, 32))
     assert "layer1_0_relu" in names and "layer1_0_relu_1" in names
 
@@ -80,9 +82,9 @@ class Odd(nn.Module):
 
 
 def test_only_a_norm_that_alone_reads_its_layer_is_folded() -> None:
-    net = graph.trace(Odd())
-    assert [(layer.name, layer.norm) for layer in graph.layers(net)] == [("twice", None), ("conv", None)]
-    assert graph.remove_norms(net) == {}
+    net = trace(Odd())
+    assert [(layer.name, layer.norm) for layer in structure.layers(net)] == [("twice", None), ("conv", None)]
+    assert batchnorm.remove_norms(net) == {}
 
 
 class Branch(nn.Module):
@@ -92,7 +94,7 @@ class Branch(nn.Module):
 
 def test_a_graph_that_cannot_be_read_is_refused_with_a_way_out() -> None:
     with pytest.raises(InputError, match="torch.fx cannot trace Branch.*--act-bits none"):
-        graph.trace(Branch())
+        trace(Branch())
 
 
 class ByHand(nn.Module):
@@ -111,13 +113,13 @@ class ByHand(nn.Module):
 
 
 def test_a_shape_that_is_read_is_no_value_on_a_grid() -> None:
-    net = graph.trace(ByHand())
-    assert [layer.norm for layer in graph.layers(net)] == ["norm", None]
-    graph.remove_norms(net)
+    net = trace(ByHand())
+    assert [layer.norm for layer in structure.layers(net)] == ["norm", None]
+    batchnorm.remove_norms(net)
     assert placement.values(net, (3, 8, 8)) == ["x", "relu", "avg_pool2d"]
-    graph.insert(net, {name: nn.Identity() for name in ("x", "relu", "avg_pool2d")})
-    graph.repeat_grids(net)
-    on_grids = [node for node in net.graph.nodes if str(node.target).startswith(graph.GRIDS)]
+    edit.insert(net, {name: nn.Identity() for name in ("x", "relu", "avg_pool2d")})
+    edit.repeat_grids(net)
+    on_grids = [node for node in net.graph.nodes if str(node.target).startswith(edit.GRIDS)]
     assert [str(node.args[0]) for node in on_grids] == ["x", "relu", "avg_pool2d", "view"]
     assert net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
 
@@ -144,12 +146,12 @@ class _Branching(nn.Module):
 
 def test_torch_export_reads_what_fx_cannot_over_the_same_modules() -> None:
     model = _warm(_Branching(), 3, 8)
-    with pytest.raises(graph.Unreadable, match="torch.fx cannot trace _Branching"):
-        graph.trace(model)
-    net = graph.trace(model, torch.zeros(2, 3, 8, 8))
+    with pytest.raises(Unreadable, match="torch.fx cannot trace _Branching"):
+        trace(model)
+    net = trace(model, torch.zeros(2, 3, 8, 8))
     assert dict(net.named_parameters()).keys() == dict(model.named_parameters()).keys()
     assert all(net.get_submodule(name) is getattr(model, name) for name in ("conv", "norm", "again", "head"))
-    assert [(layer.name, layer.norm) for layer in graph.layers(net)] == [
+    assert [(layer.name, layer.norm) for layer in structure.layers(net)] == [
         ("conv", "norm"),
         ("again", None),
         ("head", None),
@@ -165,16 +167,16 @@ def test_torch_export_reads_what_fx_cannot_over_the_same_modules() -> None:
 )
 def test_both_readers_find_the_same_network(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model, shape = models.build(models.spec(name, classes=10, channels=3, size=64)).eval(), (3, 64, 64)
-    traced = graph.trace(model)
-    monkeypatch.setattr(graph, "_traced", lambda model: (_ for _ in ()).throw(graph.Unreadable("not today")))
-    read = graph.trace(model, torch.zeros(2, *shape))
+    traced = trace(model)
+    monkeypatch.setattr(structure, "_traced", lambda model: (_ for _ in ()).throw(Unreadable("not today")))
+    read = trace(model, torch.zeros(2, *shape))
     images = torch.randn(3, *shape)
     with torch.no_grad():
         assert torch.allclose(read(images), model(images), rtol=1e-5, atol=1e-6)
 
     def found(net: torch.fx.GraphModule) -> tuple[object, ...]:
-        kinds = [left.kind for left in placement.left_in_float(net, shape)]
-        return [(each.name, each.norm) for each in graph.layers(net)], len(placement.values(net, shape)), kinds
+        kinds = [left.kind for left in placement.float_operations(net, shape)]
+        return [(each.name, each.norm) for each in structure.layers(net)], len(placement.values(net, shape)), kinds
 
     assert found(read) == found(traced)
 
@@ -184,5 +186,5 @@ def test_what_neither_can_read_says_why() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(graph.Unreadable, match=r"torch.fx cannot trace ByValue.*torch\.export cannot either"):
-        graph.trace(ByValue(), torch.zeros(2, 3))
+    with pytest.raises(Unreadable, match=r"torch.fx cannot trace ByValue.*torch\.export cannot either"):
+        trace(ByValue(), torch.zeros(2, 3))

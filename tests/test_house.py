@@ -13,47 +13,47 @@ import r2cli
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "r2cli"
 
-# Imports go down only: a module may import from its own row and from the rows above it.
-LAYERS = [
-    ["errors", "keywords", "values", "options", "console"],
-    ["codec", "counts", "grid_search", "tensors", "clip"],
-    ["checkpoint"],
-    ["attention", "exported"],
-    ["models", "data", "graph", "observers", "placement", "regularizers", "rounding", "weights"],
-    ["distributed", "resume"],
-    ["train", "attach", "activations", "analyze"],
-    ["onnx_codes", "onnx_floats", "onnx_functions", "onnx_text"],
-    ["ptq", "qat", "palettize", "export", "audit", "verify", "report"],
-    ["onnx_weights"],
-    ["recipe"],
-    ["jobs", "results", "smoke", "cli"],
+# Imports go down only: a room may import from itself and from the rooms above it in this list.
+ROOMS = [
+    ["errors"],
+    ["console", "values"],
+    ["options"],
+    ["quantized"],
+    ["storage"],
+    ["data", "models"],
+    ["graph"],
+    ["calibration"],
+    ["train"],
+    ["ptq", "qat", "palettize"],
+    ["deploy"],
+    ["analyze"],
+    ["workflow"],
+    ["cli"],
 ]
-# Methods know nothing of each other, and neither do the places that results go to.
-METHODS = ("ptq", "qat", "palettize")
-PLACES = ("export", "onnx_codes", "onnx_floats", "onnx_functions", "onnx_text", "audit", "verify")
-STRANGERS = [
-    *((one, other) for one in METHODS for other in METHODS if one != other),
-    *(pair for one in METHODS for place in PLACES for pair in ((one, place), (place, one))),
-]
-FOLDERS = ("models", "data", "ptq", "qat", "palettize", "cli", "analyze", "report")
+# Each of these rooms holds files of names that other rooms may have as well.
+NAMES_REPEAT = ("data", "models")
 OWNERS = {
     "rich": {"console"},
-    "safetensors": {"checkpoint"},
-    "onnx": {"audit", "verify", "onnx_floats", "onnx_functions", "onnx_text", "onnx_weights"},
-    "onnx_ir": {"export", "onnx_codes", "onnx_text"},
-    "onnxruntime": {"verify"},
+    "safetensors": {"storage/checkpoint"},
+    "onnx": {"deploy", "analyze/onnx_weights"},
+    "onnx_ir": {"deploy"},
+    "onnxruntime": {"deploy/verify"},
     "typer": {"options", "cli"},
-    "matplotlib": {"report"},
+    "matplotlib": {"analyze/figure"},
     "transformers": {"models"},
     "tokenizers": {"data"},
     "pickle": set(),
 }
 
 
-def _part(path: Path) -> str:
-    """The part of the package that a file is, for example 'ptq' for ptq/ranges.py."""
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py")
+def _room(path: Path) -> str:
+    """The room that a file stands in, for example 'ptq' for ptq/adaround.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _name(path: Path) -> str:
+    """A file's module below r2cli, with slashes: 'ptq/adaround'."""
+    return str(path.relative_to(PACKAGE).with_suffix("")).removesuffix("/__init__")
 
 
 def _imports(path: Path) -> set[str]:
@@ -69,38 +69,67 @@ def _imports(path: Path) -> set[str]:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-PARTS = [path for path in FILES if _part(path) not in ("__init__", "__main__")]
+PARTS = [path for path in FILES if _room(path) not in ("__init__", "__main__")]
+MODULES = {_name(path): path for path in PARTS}
 
 
 def _own(path: Path) -> set[str]:
-    """The parts of r2cli that a file imports."""
-    names = {name.split(".")[1] for name in _imports(path) if name.startswith("r2cli.")}
-    return names - {"__version__"}
+    """The files of r2cli that a file imports, as `_name` has them."""
+    found = set()
+    for name in _imports(path):
+        parts = name.split(".")[1:] if name.startswith("r2cli.") else []
+        while parts and "/".join(parts) not in MODULES:
+            parts.pop()
+        if parts:
+            found.add("/".join(parts))
+    return found
 
 
-@pytest.mark.parametrize("path", PARTS, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", PARTS, ids=_name)
 def test_imports_go_down_only(path: Path) -> None:
-    level = {part: row for row, parts in enumerate(LAYERS) for part in parts}
+    level = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}
+    own = _room(path)
     for imported in _own(path):
-        assert level[imported] <= level[_part(path)], f"{path.name} imports {imported} from above it"
-        assert (_part(path), imported) not in STRANGERS
+        other = imported.split("/")[0]
+        assert other == own or level[other] < level[own], (
+            f"{path.name} imports {imported}, which stands beside or below"
+        )
 
 
-def test_no_import_cycles_between_parts() -> None:
-    edges: dict[str, set[str]] = {}
-    for path in PARTS:
-        edges.setdefault(_part(path), set()).update(_own(path) - {_part(path)})
+def test_no_import_cycles_between_files() -> None:
+    edges = {name: _own(path) - {name} for name, path in MODULES.items()}
     done: set[str] = set()
-    while ready := {part for part, imported in edges.items() if part not in done and imported <= done}:
+    while ready := {name for name, imported in edges.items() if name not in done and imported <= done}:
         done |= ready
-    assert done == set(edges), f"a cycle among {set(edges) - done}"
+    assert done == set(edges), f"a cycle among {sorted(set(edges) - done)}"
 
 
-@pytest.mark.parametrize("path", PARTS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_there_are_at_most_twenty_rooms() -> None:
+    assert len({_room(path) for path in FILES}) <= 20
+
+
+def test_no_two_files_have_one_name() -> None:
+    named: dict[str, Path] = {}
+    for path in FILES:
+        if path.name != "__init__.py" and _room(path) not in NAMES_REPEAT:
+            assert path.name not in named, f"{path} and {named[path.name]}"
+            named[path.name] = path
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    named: dict[str, Path] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name not in named, f"{node.name} in {path} and {named[node.name]}"
+                named[node.name] = path
+
+
+@pytest.mark.parametrize("path", PARTS, ids=_name)
 def test_a_library_has_one_owner(path: Path) -> None:
     for name in _imports(path):
         owners = OWNERS.get(name.split(".")[0])
-        assert owners is None or _part(path) in owners, f"{path.name} imports {name}"
+        assert owners is None or {_room(path), _name(path)} & owners, f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -126,17 +155,31 @@ def test_changelog_and_package_agree_on_the_version() -> None:
     assert versions[0] == r2cli.__version__
 
 
+def _tree(readme: str) -> dict[str, str]:
+    """The files of README's tree, by their path below r2cli, with what it says of each; rooms too, as 'ptq/'."""
+    block = readme.split("```\nr2cli/\n")[1].split("\ntests/")[0]
+    shown, room = {}, ""
+    for line in block.splitlines():
+        first, _, said = line.strip().partition(" ")
+        if line.startswith("  ") and line[2] != " ":
+            room = first if first.endswith("/") else ""
+            shown[first] = said.strip()
+        elif line.startswith("    ") and line[4] != " ":
+            shown[room + first] = said.strip()
+        if room.removesuffix("/") in (*NAMES_REPEAT, "cli"):  # a line or two of names
+            shown |= {room + name: "named" for name in re.findall(r"\w+\.py", line)}
+    return shown
+
+
 def test_the_readme_prints_the_tree_as_it_is() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for path in FILES:
-        name = path.relative_to(PACKAGE)
-        in_folder = len(name.parts) > 1 and name.parts[0] in FOLDERS
-        shown = f"{name.parts[0]}/" if in_folder else name.name
-        assert shown in readme and (len(name.parts) == 1 or path.name == "__init__.py" or path.name in readme), name
+    shown = _tree((ROOT / "README.md").read_text())
+    there = {str(path.relative_to(PACKAGE)) for path in FILES if path.name != "__init__.py" or path.parent == PACKAGE}
+    rooms = {f"{path.parent.name}/" for path in FILES if path.parent != PACKAGE}
+    assert set(shown) == there | rooms and all(shown.values())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.name)
 def test_every_recipe_expands(path: Path) -> None:
-    from r2cli import recipe
+    from r2cli.workflow import recipe
 
     assert recipe.steps(recipe.load(path))

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from conftest import R2
-from r2cli import checkpoint, models
-from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
+from r2cli import models
 from r2cli.errors import InputError
-from r2cli.keywords import require_safe
+from r2cli.storage import checkpoint
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
+from r2cli.storage.keywords import require_safe
 
 
 @pytest.fixture(autouse=True)

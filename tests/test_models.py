@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from r2cli import models
-from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError
+from r2cli.storage.checkpoint import ModelSpec
 
 
 def parameters(model: nn.Module) -> int:

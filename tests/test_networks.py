@@ -10,10 +10,14 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
-from r2cli import attach, export, graph, models, onnx_floats, placement, ptq, verify
-from r2cli.checkpoint import Checkpoint, InputSpec, ModelSpec
+from r2cli import models
+from r2cli.calibration import deployed
+from r2cli.deploy import float_nodes, onnx_export, verify
 from r2cli.errors import InputError
-from r2cli.ptq import brecq
+from r2cli.graph import batchnorm, placement, structure
+from r2cli.graph.read import trace
+from r2cli.ptq import brecq, layer_sweep, post_training
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 CPU = torch.device("cpu")
 
@@ -86,11 +90,13 @@ def _made(factory: Callable[[], nn.Module] | str, size: int) -> Checkpoint:
 
 def _quantized(made: Checkpoint, *, bits: int = 8, method: str = "none", act_bits: int | None = 8) -> Checkpoint:
     images = [_images(seed, 16, made.input.size) for seed in (2, 3)]
-    return ptq.quantize(made, ptq.Settings(method, bits, act_bits, ptq.CHANNEL, {}), images, CPU)[0]
+    return post_training.quantize(
+        made, post_training.PtqSettings(method, bits, act_bits, post_training.CHANNEL, {}), images, CPU
+    )[0]
 
 
 def _network(made: Checkpoint) -> torch.fx.GraphModule:
-    net = attach.network(made)
+    net = deployed.network(made)
     assert isinstance(net, torch.fx.GraphModule)
     return net
 
@@ -113,17 +119,17 @@ def test_every_weight_is_coded_and_what_stays_float_is_said(factory: Callable[[]
     coded = _quantized(made)
     weights = {
         name.replace("in_proj_weight", "in_proj.weight")
-        for name, module in attach.network(made).named_parameters()
+        for name, module in deployed.network(made).named_parameters()
         if module.ndim > 1 and not any(part in name for part in ("token", "pos_embedding", "bias_table", "layer_scale"))
     }
     assert set(coded.coded) == weights
     net = _network(coded)
-    left = placement.left_in_float(net, made.input.shape)
+    left = placement.float_operations(net, made.input.shape)
     kinds = [each.kind for each in left]
     assert {kind: kinds.count(kind) for kind in kinds} == LEFT[factory]
     assert all(each.reason and each.operators for each in left)
     images = _images(4, 16, made.input.size)
-    expected, found = attach.network(made)(images), net(images)
+    expected, found = deployed.network(made)(images), net(images)
     noise = (found - expected).square().sum() / expected.square().sum()
     assert float(10 * torch.log10(noise)) < -20  # 8 bits a value, through a few layers
 
@@ -143,29 +149,29 @@ class Long(nn.Module):
 
 
 def test_what_a_long_network_leaves_in_float_is_found() -> None:
-    left = placement.left_in_float(graph.trace(Long()), (4,))
+    left = placement.float_operations(trace(Long()), (4,))
     assert len(left) == 1200 and {each.kind for each in left} == {"sum", "tanh"}
 
 
 @pytest.mark.parametrize("factory", [vit, swin], ids=lambda factory: factory.__name__)
 @torch.no_grad()
 def test_attention_as_layers_is_the_same_function(factory: Callable[[], nn.Module]) -> None:
-    model = attach.network(_made(factory, SIZES[factory])).eval()
+    model = deployed.network(_made(factory, SIZES[factory])).eval()
     images = _images(4, 4, SIZES[factory])
     expected = model(images)
-    assert torch.allclose(graph.trace(model)(images), expected, atol=1e-5 * float(expected.abs().max()))
+    assert torch.allclose(trace(model)(images), expected, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("factory", SIZES, ids=lambda factory: factory.__name__)
 def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     visited = []
 
-    def as_it_is(seen: ptq.sweep.Seen, nearest: ptq.Coded) -> ptq.Coded:
+    def as_it_is(seen: layer_sweep.LayerSample, nearest: post_training.Coded) -> post_training.Coded:
         assert seen.inputs.shape == seen.rounded_inputs.shape
         visited.append(seen.layer.weight)
         return nearest
 
-    monkeypatch.setattr(ptq, "METHODS", {"adaround": ptq.Method(as_it_is)})
+    monkeypatch.setattr(post_training, "METHODS", {"adaround": post_training.PtqMethod(as_it_is)})
     coded = _quantized(_made(factory, SIZES[factory]), bits=4, method="adaround", act_bits=None)
     assert sorted(visited) == sorted(coded.coded)
 
@@ -174,15 +180,15 @@ def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypat
 @torch.no_grad()
 def test_the_blocks_of_every_graph_are_the_graph(factory: Callable[[], nn.Module]) -> None:
     made = _made(factory, SIZES[factory])
-    net = graph.trace(attach.network(made))
-    graph.remove_norms(net)
+    net = trace(deployed.network(made))
+    batchnorm.remove_norms(net)
     blocks, x = brecq.blocks(net), _images(4, 2, SIZES[factory])
     expected = net(x)
     for block in blocks:
         assert block.layers
         x = brecq.run(net, block, x, {})
     assert x.equal(expected)
-    assert [name for block in blocks for name in block.layers] == [layer.name for layer in graph.layers(net)]
+    assert [name for block in blocks for name in block.layers] == [layer.name for layer in structure.layers(net)]
     coded = _quantized(made, bits=3, method="brecq", act_bits=None) if factory is Mixed else None
     assert coded is None or len(coded.coded) == 5
 
@@ -194,15 +200,15 @@ def test_the_file_runs_and_holds_no_float_that_was_not_announced(
     size = 32 if isinstance(factory, str) else SIZES[factory]
     coded = _quantized(_made(factory, size))
     path = tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(coded))
+    path.write_bytes(onnx_export.to_bytes(coded))
     batches = [(_images(seed, 16, size), torch.zeros(16, dtype=torch.int64)) for seed in (5, 6)]
-    proof = verify.prove(path, coded, attach.network(coded), batches)
+    proof = verify.prove(path, coded, deployed.network(coded), batches)
     assert proof.passed, proof.checks
     nodes = proof.measures["nodes"]
     assert not {"Conv", "FusedConv", "Gemm", "HardSwish", "HardSigmoid", "Sigmoid", "ReduceMean"} & set(nodes)
     if factory is not vit:
         assert not {"Mul", "Add", "MatMul"} & set(nodes)
-        assert not onnx_floats.operators(verify.read(path))
+        assert not float_nodes.operators(verify.read(path))
 
 
 def test_the_audit_sees_a_sum_in_float(tmp_path: Path) -> None:
@@ -224,11 +230,11 @@ def test_the_audit_sees_a_sum_in_float(tmp_path: Path) -> None:
         return helper.make_model(own, opset_imports=[helper.make_opsetid("", 21)])
 
     on_grids = helper.make_node("Add", ["d", "d"], ["y"])
-    assert not onnx_floats.operators(file([*rounding, on_grids, *back]))
+    assert not float_nodes.operators(file([*rounding, on_grids, *back]))
     of_a_float = helper.make_node("Add", ["d", "x"], ["y"])
-    assert onnx_floats.operators(file([*rounding, of_a_float, *back])) == {"Add": 1}
+    assert float_nodes.operators(file([*rounding, of_a_float, *back])) == {"Add": 1}
     not_rounded = helper.make_node("Add", ["d", "d"], ["z"])
-    assert onnx_floats.operators(file([*rounding, not_rounded])) == {"Add": 1}
+    assert float_nodes.operators(file([*rounding, not_rounded])) == {"Add": 1}
 
 
 class Branch(nn.Module):
@@ -249,9 +255,9 @@ def test_a_network_without_a_graph_gets_its_weights_quantized_alone(tmp_path: Pa
     coded = _quantized(made, bits=4, act_bits=None)
     assert set(coded.coded) == {"conv.weight", "head.weight"} and not coded.folded
     path = tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(coded))
+    path.write_bytes(onnx_export.to_bytes(coded))
     batches = [(_images(5, 16, 16), torch.zeros(16, dtype=torch.int64))]
-    proof = verify.prove(path, coded, attach.network(coded), batches)
+    proof = verify.prove(path, coded, deployed.network(coded), batches)
     assert proof.passed, proof.checks
 
 
@@ -259,8 +265,10 @@ def test_a_network_that_only_torch_export_can_read_gets_grids_too(tmp_path: Path
     coded = _quantized(_made(Branch, 16))
     assert coded.folded and {"x", "relu"} <= set(coded.activations)
     path = tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(coded))
-    proof = verify.prove(path, coded, attach.network(coded), [(_images(5, 16, 16), torch.zeros(16, dtype=torch.int64))])
+    path.write_bytes(onnx_export.to_bytes(coded))
+    proof = verify.prove(
+        path, coded, deployed.network(coded), [(_images(5, 16, 16), torch.zeros(16, dtype=torch.int64))]
+    )
     assert proof.passed, proof.checks
 
 
@@ -284,4 +292,4 @@ def test_attention_that_reads_something_else_is_refused_by_name() -> None:
             return self.cross(x, x + 1, x)[0]
 
     with pytest.raises(InputError, match="the attention 'cross' cannot be read"):
-        graph.trace(Cross())
+        trace(Cross())

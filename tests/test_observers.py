@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from r2cli import activations, grid_search, observers
+from r2cli.calibration import calibrate, observers
+from r2cli.calibration.observers import OBSERVERS, Observer, observer
 from r2cli.errors import InputError
-from r2cli.observers import OBSERVERS, Observer, observer
+from r2cli.quantized import grid_search
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
 BATCHES = st.lists(st.lists(FLOATS, min_size=1, max_size=6), min_size=1, max_size=3)
@@ -26,7 +27,7 @@ def watched(rule: str, *batches: Tensor) -> Observer:
 
 
 def noise(x: Tensor, low: float, high: float, bits: int) -> float:
-    grid = activations.activation_grid(low, high, bits)
+    grid = calibrate.activation_grid(low, high, bits)
     return float((grid.decode(grid.encode(x)) - x).double().square().sum())
 
 
@@ -54,7 +55,7 @@ def test_every_range_makes_a_grid_within_what_was_seen(batches: list[list[float]
     every = torch.cat(parts)
     assert min(0.0, float(every.min())) * (1 + 1e-6) <= min(low, 0.0)
     assert max(0.0, float(every.max())) * (1 + 1e-6) >= max(high, 0.0)
-    assert float(activations.activation_grid(low, high, bits).scale) > 0
+    assert float(calibrate.activation_grid(low, high, bits).scale) > 0
 
 
 def test_minmax_is_the_extremes_and_a_moving_average_lags_behind() -> None:

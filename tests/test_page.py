@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from r2cli import analyze
-from r2cli.analyze import Row, Settings, Sheet
-from r2cli.report import page
-from r2cli.tensors import held
+from r2cli.analyze import analysis, page
+from r2cli.analyze.analysis import Analysis, AnalyzedLayer, AnalyzeSettings
+from r2cli.storage.stream import held
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -23,10 +22,10 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"
 LAYERS = 200
 
 
-def row(name: str, seed: int, **settings: Any) -> Row:
+def row(name: str, seed: int, **settings: Any) -> AnalyzedLayer:
     x = torch.randn(8, 40, generator=torch.Generator().manual_seed(seed)) / 10
     x[seed % 8, 3] = 0.3 + seed / 100
-    return analyze.row(held(name, x, ""), Settings(**settings))
+    return analysis.row(held(name, x, ""), AnalyzeSettings(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +34,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [row(f"blocks.{n}.conv.weight", n) for n in range(LAYERS - 2)]
     broken = torch.ones(4, 4)
     broken[0, 0] = math.nan
-    odd = [row(HOSTILE, 1), analyze.row(held("broken", broken, ""), Settings())]
+    odd = [row(HOSTILE, 1), analysis.row(held("broken", broken, ""), AnalyzeSettings())]
     sheets = [
-        Sheet("first.safetensors", "", (*rows, *odd), ()),
-        Sheet("second.safetensors", "", tuple(row(f"blocks.{n}.conv.weight", n + 7) for n in range(LAYERS - 2)), ()),
+        Analysis("first.safetensors", "", (*rows, *odd), ()),
+        Analysis("second.safetensors", "", tuple(row(f"blocks.{n}.conv.weight", n + 7) for n in range(LAYERS - 2)), ()),
     ]
     shown = {"bits": 4, "granularity": "tensor", "sort": "sqnr"}
     path = tmp_path_factory.mktemp("page") / "report.html"

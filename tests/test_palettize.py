@@ -16,23 +16,18 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from conftest import R2
-from r2cli import (
-    attach,
-    audit,
-    checkpoint,
-    codec,
-    data,
-    export,
-    graph,
-    onnx_functions,
-    onnx_text,
-    palettize,
-    verify,
-)
+from r2cli import data
+from r2cli.calibration import deployed
 from r2cli.cli.palettize import _ended_higher
+from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, verify
 from r2cli.errors import InputError
-from r2cli.palettize import tables
-from r2cli.palettize.tables import Form
+from r2cli.graph import batchnorm, structure
+from r2cli.graph.read import trace
+from r2cli.palettize import palettes, tables
+from r2cli.palettize.tables import PaletteForm
+from r2cli.quantized.palette import Palette
+from r2cli.storage import checkpoint
+from r2cli.train.loop import TrainSettings
 
 CPU = torch.device("cpu")
 
@@ -44,13 +39,13 @@ def model(trained: Path, tmp_path: Path) -> Path:
     return path
 
 
-def _palettized(path: Path, form: Form, act_bits: int | None, images: bool = True) -> checkpoint.Checkpoint:
+def _palettized(path: Path, form: PaletteForm, act_bits: int | None, images: bool = True) -> checkpoint.Checkpoint:
     made = checkpoint.load(path)
     source = data.load("digits", spec=made.input)
-    settings = palettize.Settings("kmeans", form.bits, form.dim, form.group, form.lut_bits, act_bits, {})
+    settings = palettes.PaletteSettings("kmeans", form.bits, form.dim, form.group, form.lut_bits, act_bits, {})
     batches = (lambda: data.calibration(source, 256, CPU, 0)) if images else None
-    work = palettize.Work(made, settings, batches, CPU, 0)
-    return palettize.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
+    work = palettes.PaletteTask(made, settings, batches, CPU, 0)
+    return palettes.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -60,7 +55,7 @@ def _palettized(path: Path, form: Form, act_bits: int | None, images: bool = Tru
 def test_int8_tables_have_distinct_ascending_rows(bits: int) -> None:
     # Most centroids within a few steps of int8 of each other: rounding alone would make them coincide.
     centroids = torch.linspace(-1, 1, 2**bits).pow(5).reshape(1, -1, 1)
-    palette = tables.palette(centroids, (2**bits, 1), Form(bits, 1, None, 8))
+    palette = tables.palette(centroids, (2**bits, 1), PaletteForm(bits, 1, None, 8))
     rows = palette.lut[0, :, 0].int()
     assert palette.lut.dtype == torch.int8 and bool((rows[1:] > rows[:-1]).all())
 
@@ -69,7 +64,7 @@ def test_int8_tables_have_distinct_ascending_rows(bits: int) -> None:
 @pytest.mark.parametrize("lut_bits", [8, 32])
 def test_fewer_values_than_rows_are_kept_and_the_rest_are_fillers(dim: int, lut_bits: int) -> None:
     w = torch.tensor([[0.5, -1.0, 0.5, 0.25]]).repeat(4, 1)
-    form = Form(4, dim, None, lut_bits)
+    form = PaletteForm(4, dim, None, lut_bits)
     centroids, used = tables.start(w, form, None, torch.Generator())
     palette = tables.palette(centroids, w.shape, form)
     assert used == 3 and len({tuple(row) for row in palette.lut[0].tolist()}) == 16
@@ -79,7 +74,7 @@ def test_fewer_values_than_rows_are_kept_and_the_rest_are_fillers(dim: int, lut_
 
 def test_zero_and_constant_weights_have_palettes() -> None:
     for value in (0.0, 3.0):
-        w, form = torch.full((4, 5), value), Form(2, 1, None, 8)
+        w, form = torch.full((4, 5), value), PaletteForm(2, 1, None, 8)
         palette = tables.palette(tables.start(w, form, None, torch.Generator())[0], w.shape, form)
         assert torch.allclose(palette.decode(palette.encode(w)), w, atol=0.05)
 
@@ -97,9 +92,9 @@ def test_negative_factors_become_positive_and_nothing_else_changes(model: Path) 
     made = checkpoint.load(model)
     made.floats["norm.weight"][::2] *= -1
     batch, _ = next(data.load("digits", spec=made.input).test.batches(32, CPU))
-    expected = attach.network(made)(batch)
-    net = graph.trace(attach.network(made))
-    graph.make_factors_positive(net)
+    expected = deployed.network(made)(batch)
+    net = trace(deployed.network(made))
+    batchnorm.make_factors_positive(net)
     assert float(net.get_submodule("norm").weight.detach().min()) >= 0  # type: ignore[operator,arg-type,union-attr]
     assert torch.allclose(net(batch), expected, atol=1e-5)
 
@@ -117,26 +112,26 @@ def _with_one_large_filter(model: Path, times: float = 500) -> checkpoint.Checkp
 def test_divided_filters_compute_the_same(model: Path) -> None:
     made = _with_one_large_filter(model)
     made.floats["norm.running_var"][5] = 3e-6  # below BatchNorm's epsilon
-    net = graph.trace(attach.network(made))
+    net = trace(deployed.network(made))
     batch, _ = next(data.load("digits", spec=made.input).test.batches(32, CPU))
     expected = net(batch)
-    first = graph.layers(net)[0]
+    first = structure.layers(net)[0]
     weight = net.get_parameter(first.weight).detach().clone()
     by = torch.logspace(-4, 4, len(weight))
-    graph.divide_filters(net, first, by)
+    batchnorm.divide_filters(net, first, by)
     assert torch.allclose(net(batch), expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(net.get_parameter(first.weight), weight / by.reshape(-1, 1, 1, 1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("times", [500, 1e6])
 def test_outliers_do_not_take_a_table_of_two_rows(times: float, model: Path, tmp_path: Path) -> None:
-    made, form = _with_one_large_filter(model, times), Form(1, 1, None, 8)
+    made, form = _with_one_large_filter(model, times), PaletteForm(1, 1, None, 8)
     w = made.floats["conv.weight"]
     plain = tables.palette(tables.start(w, form, None, torch.Generator())[0], w.shape, form)
     assert tables.constant_channels(plain, plain.encode(w)) > 0.9
     checkpoint.save(made, tmp_path / "large.safetensors")
     coded = _palettized(tmp_path / "large.safetensors", form, None, images=False).coded["conv.weight"]
-    assert isinstance(coded.codec, codec.Palette)
+    assert isinstance(coded.codec, Palette)
     assert tables.constant_channels(coded.codec, coded.codes) < 0.3
     before = _palettized(model, form, None, images=False).coded["conv.weight"]
     assert int((before.codes != coded.codes).sum()) < 0.4 * w.numel(), "nearly the codes without the large filter"
@@ -148,38 +143,38 @@ def test_layers_that_it_does_not_help_stay_as_they_are(model: Path) -> None:
     made.floats[names[0]].zero_()
     signs = torch.where(torch.arange(len(made.floats[names[1]])) % 2 > 0, 1.0, -1.0).reshape(-1, 1, 1, 1)
     made.floats[names[1]] = made.floats[names[1]].abs() * 0.01 + signs  # every filter of one sign
-    settings = palettize.Settings("kmeans", 1, 1, None, 8, None, {})
-    subject = palettize.read(made, settings)
+    settings = palettes.PaletteSettings("kmeans", 1, 1, None, 8, None, {})
+    subject = palettes.read(made, settings)
     before = {name: module.weight.detach().clone() for name, module in subject.layers.items()}  # type: ignore[operator]
-    wanted = palettize.forms(subject.layers, settings)
-    assert palettize.even_out(subject, wanted) == {}
+    wanted = palettes.forms(subject.layers, settings)
+    assert palettes.even_out(subject, wanted) == {}
     for name, module in subject.layers.items():
         assert torch.equal(module.weight, before[name]), name  # type: ignore[arg-type]
-    work = palettize.Work(made, replace(settings, bits=2), None, CPU, 0)
-    coded, _ = palettize.by_kmeans(work, weigh=False, advance=lambda layers: None)
+    work = palettes.PaletteTask(made, replace(settings, bits=2), None, CPU, 0)
+    coded, _ = palettes.by_kmeans(work, weigh=False, advance=lambda layers: None)
     assert not bool(coded.coded[names[0]].decode().any())
 
 
 def test_folding_changes_scales_and_no_code(model: Path) -> None:
     made = checkpoint.load(model)
-    raw = _palettized(model, Form(3, 1, None, 8), None, images=False)
-    net = graph.trace(attach.network(made))
-    graph.make_factors_positive(net)
-    for layer, module in graph.named_layers(net):
-        w, form = module.weight.detach(), Form(3, 1, None, 8)  # type: ignore[union-attr,operator]
+    raw = _palettized(model, PaletteForm(3, 1, None, 8), None, images=False)
+    net = trace(deployed.network(made))
+    batchnorm.make_factors_positive(net)
+    for layer, module in structure.named_layers(net):
+        w, form = module.weight.detach(), PaletteForm(3, 1, None, 8)  # type: ignore[union-attr,operator]
         palette = tables.palette(tables.start(w, form, None, torch.Generator())[0], w.shape, form)
         one = raw.coded[layer.weight]
-        assert isinstance(one.codec, codec.Palette)
+        assert isinstance(one.codec, Palette)
         assert torch.equal(one.codes, palette.encode(w)) and torch.equal(one.codec.lut, palette.lut)
         assert one.codec.axis == (0 if layer.norm else None)
 
 
 def test_statistics_again_are_worth_more_than_any_method(model: Path) -> None:
     source = data.load("digits", spec=checkpoint.load(model).input)
-    from r2cli import train
+    from r2cli.train import loop
 
     found = [
-        train.evaluate(attach.network(_palettized(model, Form(1, 1, None, 8), None, images)), source.test, CPU)
+        loop.evaluate(deployed.network(_palettized(model, PaletteForm(1, 1, None, 8), None, images)), source.test, CPU)
         for images in (False, True)
     ]
     assert found[1] > found[0] + 30 and found[1] > 80
@@ -191,24 +186,30 @@ def test_a_channel_that_never_varies_becomes_constant(model: Path) -> None:
     made.floats["norm.running_var"][3] = 0
     made.floats["norm.running_mean"][3] = 0
     checkpoint.save(made, model)
-    coded = _palettized(model, Form(4, 1, None, 8), 8, images=True)
+    coded = _palettized(model, PaletteForm(4, 1, None, 8), 8, images=True)
     assert all(bool(torch.isfinite(one.decode()).all()) for one in coded.coded.values())
 
 
 # --- ONNX ----------------------------------------------------------------------------------------------------------
 
 FORMS = [
-    *(Form(bits, 1, None, 8) for bits in (1, 2, 3, 4, 5, 8)),
-    *(Form(2, 2, None, 8), Form(4, 4, None, 8), Form(3, 2, 4, 8), Form(2, 1, 2, 8), Form(1, 8, None, 8)),
+    *(PaletteForm(bits, 1, None, 8) for bits in (1, 2, 3, 4, 5, 8)),
+    *(
+        PaletteForm(2, 2, None, 8),
+        PaletteForm(4, 4, None, 8),
+        PaletteForm(3, 2, 4, 8),
+        PaletteForm(2, 1, 2, 8),
+        PaletteForm(1, 8, None, 8),
+    ),
 ]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_int8_tables_pass_their_proof_and_run_on_integers(form: Form, model: Path, tmp_path: Path) -> None:
+def test_int8_tables_pass_their_proof_and_run_on_integers(form: PaletteForm, model: Path, tmp_path: Path) -> None:
     made, path = _palettized(model, form, 8), tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(made))
+    path.write_bytes(onnx_export.to_bytes(made))
     batches = data.load("digits", spec=made.input).test.batches(256, CPU)
-    proof = verify.prove(path, made, attach.network(made), batches)
+    proof = verify.prove(path, made, deployed.network(made), batches)
     assert proof.passed, proof.checks
     nodes = proof.measures["nodes"]
     assert nodes["QLinearConv"] == 9 and nodes["QGemm"] == 1
@@ -216,10 +217,10 @@ def test_int8_tables_pass_their_proof_and_run_on_integers(form: Form, model: Pat
 
 
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
-def test_a_file_is_little_more_than_its_palettes(form: Form, model: Path, tmp_path: Path) -> None:
+def test_a_file_is_little_more_than_its_palettes(form: PaletteForm, model: Path, tmp_path: Path) -> None:
     # 2 % and 3 KB over codes, what decodes them, and biases; 150 bytes a layer more (benchmarks/file_size.md).
     made = _palettized(model, form, 8, images=True)
-    content = export.to_bytes(made)
+    content = onnx_export.to_bytes(made)
     file, parts = onnx.load_from_string(content), sum(one.payload_bytes() for one in made.coded.values())
     biases = sum(len(each.raw_data) for each in file.graph.initializer if onnx_text.letter(each.name) == "b")
     assert parts + biases < len(content) <= 1.02 * (parts + biases) + 3072 + 150 * len(made.coded)
@@ -230,18 +231,18 @@ def test_a_file_is_little_more_than_its_palettes(form: Form, model: Path, tmp_pa
 
 
 @pytest.mark.parametrize("form", [*FORMS[2:], *(replace(form, lut_bits=32) for form in FORMS[2:])], ids=str)
-def test_weights_alone_pass_and_are_folded_when_they_are_loaded(form: Form, model: Path, tmp_path: Path) -> None:
+def test_weights_alone_pass_and_are_folded_when_they_are_loaded(form: PaletteForm, model: Path, tmp_path: Path) -> None:
     made, path = _palettized(model, form, None), tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(made))
+    path.write_bytes(onnx_export.to_bytes(made))
     batches = data.load("digits", spec=made.input).test.batches(256, CPU)
-    proof = verify.prove(path, made, attach.network(made), batches)
+    proof = verify.prove(path, made, deployed.network(made), batches)
     assert proof.passed, proof.checks
     assert not {"Gather", "Mul", "Transpose", "Cast", "DequantizeLinear"} & set(proof.measures["nodes"])
 
 
 def test_the_proof_sees_a_float_table_where_integers_were_promised(model: Path, tmp_path: Path) -> None:
-    made, path = _palettized(model, Form(2, 1, None, 8), None), tmp_path / "model.onnx"
-    file = onnx_functions.inline(onnx.load_from_string(export.to_bytes(made)))
+    made, path = _palettized(model, PaletteForm(2, 1, None, 8), None), tmp_path / "model.onnx"
+    file = onnx_functions.inline(onnx.load_from_string(onnx_export.to_bytes(made)))
     parts = audit.sources(file)["conv.weight"]
     lut = next(i for i in file.graph.initializer if i.name in parts and onnx_text.letter(i.name) == "t")
     assert lut.data_type == TensorProto.INT8
@@ -321,9 +322,9 @@ def weights(tmp_path: Path) -> Path:
 def test_any_files_weights_are_palettized_as_the_tensors_in_memory_are(
     arguments: tuple[object, ...], lut_bits: int, r2: R2, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from r2cli.palettize import files
+    from r2cli.palettize import weight_files
 
-    monkeypatch.setattr(files, "PIECE", 1000)
+    monkeypatch.setattr(weight_files, "PIECE", 1000)
     output = tmp_path / "small.safetensors"
     ran = r2("palettize", weights, *arguments, "--lut-bits", lut_bits, "-o", output, "--json")
     assert ran.code == 0, ran.err
@@ -333,7 +334,7 @@ def test_any_files_weights_are_palettized_as_the_tensors_in_memory_are(
     coded = json.loads(checkpoint.load_tensors(output)[1]["r2"])["codecs"]
     for row in report["layers"]:
         name = f"{row['layer']}.weight"
-        w, form = before[name].float(), Form(row["bits"], row["dim"], None, lut_bits)
+        w, form = before[name].float(), PaletteForm(row["bits"], row["dim"], None, lut_bits)
         error = float((after[name] - w).square().sum() / w.square().sum())
         assert row["sqnr"] == pytest.approx(-10 * torch.tensor(error).log10().item(), abs=0.01)
         # What was decoded is nearest in its own table.
@@ -394,7 +395,7 @@ def test_what_cannot_be_done_is_one_sentence(
 
 def test_a_vector_longer_than_a_layer_has_channels_is_refused_with_a_way_out() -> None:
     with pytest.raises(InputError, match=r"--dim 8 is more than the 5 output channels of 'fc.weight'.*'fc=4x4'"):
-        tables.require_fit("fc.weight", (5, 7), Form(4, 8, None, 8))
+        tables.require_fit("fc.weight", (5, 7), PaletteForm(4, 8, None, 8))
 
 
 def test_a_coded_checkpoint_a_missing_file_and_damaged_ones_are_named(r2: R2, model: Path, tmp_path: Path) -> None:
@@ -430,16 +431,15 @@ def test_training_that_ends_higher_than_it_began_says_so() -> None:
 def test_a_resumed_run_must_have_the_same_options(r2: R2, model: Path, tmp_path: Path) -> None:
     made = checkpoint.load(model)
     state = tmp_path / "model.b2d1-dkm.resume.safetensors"
-    from r2cli import train
-    from r2cli.palettize import training
+    from r2cli.palettize import soft_training
 
     source = data.load("digits", spec=made.input)
-    settings = palettize.Settings("dkm", 2, 1, None, 8, 8, {})
-    work = palettize.Work(made, settings, lambda: data.calibration(source, 512, CPU, 0), CPU, 0)
-    loop = train.Settings(8, 64, 0.02, 0.9, 4e-5, 0.05, 0.0, 0.0, 0, clip_grad=5.0, clip_ratio=0.3)
-    plan = training.Plan(replace(loop, epochs=1), training.Schedule(1, 0, 0.5, 0.05), 3, 1e-4)
-    training.by_training(
-        work, plan, source, training.Following(state, False, lambda steps: None, lambda epoch, gap: None)
+    settings = palettes.PaletteSettings("dkm", 2, 1, None, 8, 8, {})
+    work = palettes.PaletteTask(made, settings, lambda: data.calibration(source, 512, CPU, 0), CPU, 0)
+    loop = TrainSettings(8, 64, 0.02, 0.9, 4e-5, 0.05, 0.0, 0.0, 0, clip_grad=5.0, clip_ratio=0.3)
+    plan = soft_training.PalettePlan(replace(loop, epochs=1), soft_training.Schedule(1, 0, 0.5, 0.05), 3, 1e-4)
+    soft_training.by_training(
+        work, plan, source, soft_training.PaletteRunControl(state, False, lambda steps: None, lambda epoch, gap: None)
     )
     ran = r2("palettize", model, "--bits", 2, "--epochs", 1, "--hard-epochs", 0, "--temperature", 0.3, "--resume")
     assert ran.code == 2 and "was made with --temperature 0.5, not 0.3" in ran.err

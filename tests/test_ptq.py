@@ -6,24 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import activations, attach, checkpoint, data, graph, observers, placement, ptq, train
-from r2cli.codec import Grid
+from r2cli import data
+from r2cli.calibration import calibrate, deployed, observers
 from r2cli.errors import InputError, R2Error
-from r2cli.ptq import ranges
+from r2cli.graph import batchnorm, edit, placement, structure
+from r2cli.graph.read import trace
+from r2cli.ptq import post_training, weight_grids
+from r2cli.quantized.grid import Grid
+from r2cli.storage import checkpoint
+from r2cli.train import loop
 
 CPU = torch.device("cpu")
 # 16 weights: one outlier takes the range of all others.
 OUTLIER = [-0.9, -0.5, -0.4, -0.35, -0.3, -0.2, -0.1, 0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 3]
 
 
-def _settings(bits: int, granularity: str = "channel", act_bits: int | None = 8, **keep: int) -> ptq.Settings:
-    return ptq.Settings("none", bits, act_bits, granularity, keep)
+def _settings(
+    bits: int, granularity: str = "channel", act_bits: int | None = 8, **keep: int
+) -> post_training.PtqSettings:
+    return post_training.PtqSettings("none", bits, act_bits, granularity, keep)
 
 
-def _quantize(made: checkpoint.Checkpoint, settings: ptq.Settings) -> tuple[checkpoint.Checkpoint, list[ptq.Row]]:
+def _quantize(
+    made: checkpoint.Checkpoint, settings: post_training.PtqSettings
+) -> tuple[checkpoint.Checkpoint, list[post_training.QuantizedLayer]]:
     source = data.load("digits", spec=made.input)
     images = [batch for batch, _ in data.calibration(source, 256, CPU, 0)]
-    return ptq.quantize(made, settings, images, CPU)
+    return post_training.quantize(made, settings, images, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,7 @@ def float_one(trained: Path) -> checkpoint.Checkpoint:
     ],
 )
 def test_the_scale_rule(weights: list[float], bits: int, scale: float) -> None:
-    grid = ranges.weight_grid(torch.tensor([weights]), bits, per_channel=False)
+    grid = weight_grids.weight_grid(torch.tensor([weights]), bits, per_channel=False)
     assert float(grid.scale) == pytest.approx(scale, rel=1e-6)
     assert grid.odd == (bits == 1)
 
@@ -52,13 +61,13 @@ def test_the_scale_rule(weights: list[float], bits: int, scale: float) -> None:
 def test_one_outlier_costs_a_factor_of_twenty() -> None:
     # The MSE at scale 1.0; without the outlier its max|w|/3 gives 0.0058333.
     w = torch.tensor([OUTLIER])
-    grid = ranges.weight_grid(w, 3, per_channel=False)
+    grid = weight_grids.weight_grid(w, 3, per_channel=False)
     assert float((grid.decode(grid.encode(w)) - w).square().mean()) == pytest.approx(0.08109375, rel=1e-5)
 
 
 def test_a_dead_channel_has_a_scale_that_its_bias_survives() -> None:
     w = torch.tensor([[0.7, -0.1], [0.0, 0.0], [1e-30, 0.0]])
-    scale = ranges.weight_grid(w, 4, per_channel=True).scale
+    scale = weight_grids.weight_grid(w, 4, per_channel=True).scale
     assert scale[1] == scale[2] == scale[0] * 2**-16
 
 
@@ -66,7 +75,7 @@ def test_a_dead_channel_has_a_scale_that_its_bias_survives() -> None:
     ("low", "high", "zero"), [(0.0, 6.0, 0), (-1.0, 1.0, 128), (-3.0, -1.0, 255), (2.0, 4.0, 0), (0.0, 0.0, 0)]
 )
 def test_activation_grids_hold_zero_exactly_and_reach_both_ends(low: float, high: float, zero: int) -> None:
-    grid = activations.activation_grid(low, high, 8)
+    grid = calibrate.activation_grid(low, high, 8)
     assert int(grid.zero_point) == zero
     ends = torch.tensor([0.0, low, high])
     decoded = grid.decode(grid.encode(ends))
@@ -75,50 +84,52 @@ def test_activation_grids_hold_zero_exactly_and_reach_both_ends(low: float, high
     assert float((decoded - ends).abs().max()) <= float(grid.scale)
 
 
-@pytest.mark.parametrize("granularity", ptq.GRANULARITIES)
+@pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 def test_eight_bits_cost_next_to_nothing(float_one: checkpoint.Checkpoint, granularity: str) -> None:
     coded, rows = _quantize(float_one, _settings(8, granularity))
     source = data.load("digits", spec=float_one.input)
-    before = train.evaluate(attach.network(float_one), source.test, CPU)
-    assert abs(train.evaluate(attach.network(coded), source.test, CPU) - before) <= 1.0
+    before = loop.evaluate(deployed.network(float_one), source.test, CPU)
+    assert abs(loop.evaluate(deployed.network(coded), source.test, CPU) - before) <= 1.0
     assert len(rows) == 10 and all(row.sqnr > 25 for row in rows)
 
 
 def test_every_weight_is_coded_and_every_edge_has_a_grid(float_one: checkpoint.Checkpoint) -> None:
     coded, rows = _quantize(float_one, _settings(4))
-    net = graph.trace(attach.network(replace(coded, activations={})))
-    assert set(coded.coded) == {layer.weight for layer in graph.layers(net)} == {f"{row.layer}.weight" for row in rows}
+    net = trace(deployed.network(replace(coded, activations={})))
+    assert (
+        set(coded.coded) == {layer.weight for layer in structure.layers(net)} == {f"{row.layer}.weight" for row in rows}
+    )
     assert set(coded.activations) == set(placement.values(net, coded.input.shape))
     assert not any("norm" in name or "running" in name for name in coded.floats)
 
 
 def test_the_unfolded_grid_is_one_per_tensor_and_exact(float_one: checkpoint.Checkpoint) -> None:
     coded, _ = _quantize(float_one, _settings(3, "unfolded", act_bits=None))
-    model = attach.network(float_one)
+    model = deployed.network(float_one)
     state = model.state_dict()
     for name in ("conv.weight", "stages.1.0.conv1.weight", "classifier.weight"):
-        grid = ranges.weight_grid(float_one.floats[name], 3, per_channel=False)
+        grid = weight_grids.weight_grid(float_one.floats[name], 3, per_channel=False)
         negative = (state.get("norm.weight", torch.ones(1)) < 0).any()
         if not negative:
             assert torch.equal(coded.coded[name].codes, grid.encode(float_one.floats[name]))
     # Quantizing the raw weights in the float network is the same function.
-    net = attach.network(float_one)
+    net = deployed.network(float_one)
     with torch.no_grad():
-        folded = graph.trace(net)
-        for _, module in graph.named_layers(folded):
-            grid = ranges.weight_grid(module.weight, 3, per_channel=False)
+        folded = trace(net)
+        for _, module in structure.named_layers(folded):
+            grid = weight_grids.weight_grid(module.weight, 3, per_channel=False)
             module.weight.copy_(grid.decode(grid.encode(module.weight)))
         images, _ = next(data.load("digits", spec=float_one.input).test.batches(64, CPU))
-        expected, found = folded(images), attach.network(coded)(images)
+        expected, found = folded(images), deployed.network(coded)(images)
     assert torch.allclose(expected, found, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_biases_are_on_the_grid_of_the_products(float_one: checkpoint.Checkpoint) -> None:
     coded, _ = _quantize(float_one, _settings(4))
-    net = attach.network(coded)
+    net = deployed.network(coded)
     assert isinstance(net, torch.fx.GraphModule)
-    for layer, module in graph.named_layers(net):
-        where = graph.source(net, graph.node_of(net, layer))
+    for layer, module in structure.named_layers(net):
+        where = edit.source(net, structure.node_of(net, layer))
         assert where is not None
         scale = coded.activations[where].scale.double() * coded.coded[layer.weight].codec.scale.double()
         codes = module.bias.double() / scale
@@ -158,8 +169,8 @@ def test_a_channel_without_variance_does_not_take_the_grid(float_one: checkpoint
     # The lowered channel may be as large as the largest other, on the side of the grid that holds one level less.
     assert isinstance(own, Grid) and float(own.scale) <= 8 / 7 * float(healthy.scale)
     source = data.load("digits", spec=float_one.input)
-    before = train.evaluate(attach.network(damaged), source.test, CPU)
-    assert train.evaluate(attach.network(coded), source.test, CPU) > before - 5
+    before = loop.evaluate(deployed.network(damaged), source.test, CPU)
+    assert loop.evaluate(deployed.network(coded), source.test, CPU) > before - 5
 
 
 @pytest.mark.parametrize("rule", sorted(observers.OBSERVERS))
@@ -170,29 +181,29 @@ def test_every_range_of_activations_keeps_the_network_working(
     coded, _ = _quantize(float_one, replace(_settings(8), act_bits=act_bits, act_range=rule))
     assert {grid.bits for grid in coded.activations.values()} == {act_bits}
     source = data.load("digits", spec=float_one.input)
-    before = train.evaluate(attach.network(float_one), source.test, CPU)
-    assert train.evaluate(attach.network(coded), source.test, CPU) > before - {8: 1, 6: 2, 4: 15}[act_bits]
+    before = loop.evaluate(deployed.network(float_one), source.test, CPU)
+    assert loop.evaluate(deployed.network(coded), source.test, CPU) > before - {8: 1, 6: 2, 4: 15}[act_bits]
 
 
 def test_activations_that_are_not_finite_are_named(float_one: checkpoint.Checkpoint) -> None:
-    net = graph.trace(attach.network(float_one))
+    net = trace(deployed.network(float_one))
     images = torch.randn(4, 1, 8, 8)
     images[1, 0, 2, 2] = torch.nan
     with pytest.raises(R2Error, match="'x' is NaN or infinite"):
-        activations.calibrate(net, (1, 8, 8), 8, [images], "mse")
+        calibrate.calibrate(net, (1, 8, 8), 8, [images], "mse")
 
 
 def test_ranges_need_images_and_say_so(float_one: checkpoint.Checkpoint) -> None:
     for method, act_bits, way_out in (("none", 8, "--act-bits none"), ("adaround", None, "--method none")):
         with pytest.raises(InputError, match=f"there are none: give {way_out}"):
-            ptq.quantize(float_one, replace(_settings(4), method=method, act_bits=act_bits), [], CPU)
-    assert ptq.quantize(float_one, _settings(4, act_bits=None), [], CPU)[0].coded
+            post_training.quantize(float_one, replace(_settings(4), method=method, act_bits=act_bits), [], CPU)
+    assert post_training.quantize(float_one, _settings(4, act_bits=None), [], CPU)[0].coded
 
 
 def test_calibration_keeps_no_activations(float_one: checkpoint.Checkpoint) -> None:
-    net = graph.trace(attach.network(float_one))
-    graph.remove_norms(net)
+    net = trace(deployed.network(float_one))
+    batchnorm.remove_norms(net)
     images = torch.randn(8, 1, 8, 8)
-    seen = attach.observe(net, ["x", "relu"], [images, 2 * images])
+    seen = deployed.observe(net, ["x", "relu"], [images, 2 * images])
     assert seen["x"].range(8) == (2 * float(images.min()), 2 * float(images.max()))
     assert seen["relu"].low == 0.0

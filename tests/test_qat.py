@@ -15,14 +15,26 @@ import torch
 from torch import nn
 
 from conftest import R2
-from r2cli import attach, checkpoint, codec, data, export, graph, models, qat, train, verify
-from r2cli.checkpoint import Checkpoint, ModelSpec
+from r2cli import data, models
+from r2cli.calibration import deployed
+from r2cli.deploy import onnx_export, verify
 from r2cli.errors import InputError, R2Error
-from r2cli.qat import ewgs, lsq, placement, training
-from r2cli.qat.learners import Activation, Wide
+from r2cli.graph import batchnorm, structure
+from r2cli.graph.read import trace
+from r2cli.qat import ewgs, finetune, lsq, prepare, quantizer_placement
+from r2cli.qat.prepare import INPUTS, METHODS, OUTPUTS, QatSettings, QatTask, TrainedLayer
+from r2cli.qat.quantizers import ActivationQuantizer, WideQuantizer
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.decibels import sqnr
+from r2cli.quantized.grid import Grid
+from r2cli.storage import checkpoint
+from r2cli.storage.checkpoint import Checkpoint, ModelSpec
+from r2cli.train import hooks
+from r2cli.train.hooks import Epoch
+from r2cli.train.loop import TrainSettings
 
 CPU = torch.device("cpu")
-LOOP = train.Settings(2, 64, 0.02, 0.9, 2.5e-5, 0.05, 0.0, 0.0, 0)
+LOOP = TrainSettings(2, 64, 0.02, 0.9, 2.5e-5, 0.05, 0.0, 0.0, 0)
 
 
 @pytest.fixture
@@ -30,21 +42,21 @@ def model(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(trained, tmp_path / "model.safetensors"))
 
 
-def work_on(path: Path, method: str, bits: int, acts: int | None, **more: object) -> tuple[qat.Work, data.Data]:
+def work_on(path: Path, method: str, bits: int, acts: int | None, **more: object) -> tuple[QatTask, data.Data]:
     made = checkpoint.load(path)
     source = data.load("digits", spec=made.input)
-    settings = qat.Settings(method, bits, acts, {}, **more)  # type: ignore[arg-type]
-    return qat.Work(made, settings, lambda: data.calibration(source, 256, CPU, 0), CPU), source
+    settings = QatSettings(method, bits, acts, {}, **more)  # type: ignore[arg-type]
+    return QatTask(made, settings, lambda: data.calibration(source, 256, CPU, 0), CPU), source
 
 
 def trained_to(
-    path: Path, method: str, bits: int, acts: int | None, tmp_path: Path, plan: training.Plan | None = None
-) -> tuple[Checkpoint, float, list[qat.Row]]:
+    path: Path, method: str, bits: int, acts: int | None, tmp_path: Path, plan: finetune.QatPlan | None = None
+) -> tuple[Checkpoint, float, list[TrainedLayer]]:
     work, source = work_on(path, method, bits, acts)
-    plan = plan or training.Plan(LOOP, 1e-3 if method == "ewgs" else 0.02)
-    watch = train.Watch(lambda steps: None, lambda epoch: None)
-    following = training.Following(tmp_path / "state.safetensors", False, watch)
-    coded, rows, history = training.by_training(work, plan, source, following)
+    plan = plan or finetune.QatPlan(LOOP, 1e-3 if method == "ewgs" else 0.02)
+    watch = hooks.Progress(lambda steps: None, lambda epoch: None)
+    following = hooks.RunControl(tmp_path / "state.safetensors", False, watch)
+    coded, rows, history = finetune.by_training(work, plan, source, following)
     return coded, history[-1].top1, rows
 
 
@@ -53,22 +65,24 @@ def trained_to(
 
 def placed(
     name: str, *, inputs: bool, shape: tuple[int, ...] = (3, 32, 32), bits: int = 2
-) -> dict[str, placement.Place]:
-    net = graph.trace(models.build(ModelSpec(name, 10, channels=shape[0], stem="small")))
-    graph.remove_norms(net)
-    each = {layer.name: bits for layer in graph.layers(net)}
-    return {place.value: place for place in placement.places(net, shape, each, inputs=inputs)}
+) -> dict[str, quantizer_placement.Place]:
+    net = trace(models.build(ModelSpec(name, 10, channels=shape[0], stem="small")))
+    batchnorm.remove_norms(net)
+    each = {layer.name: bits for layer in structure.layers(net)}
+    return {place.value: place for place in quantizer_placement.places(net, shape, each, inputs=inputs)}
 
 
 def test_what_enters_a_sum_is_wide_and_layers_read_their_levels_behind_it() -> None:
     found = placed("resnet18", inputs=False)
-    assert found["x"] == placement.Place("x", wide=True)
+    assert found["x"] == quantizer_placement.Place("x", wide=True)
     block = found["layer1_0_relu_1"]  # what the next block's first layer reads, and its sum
     assert block.wide and block.low == 2 and block.shared
     inner = found["layer1_0_relu"]
     assert not inner.wide and inner.low == 2 and not inner.shared
-    assert found["layer1_0_conv2"] == placement.Place("layer1_0_conv2", wide=True)
-    assert found["avgpool"].low == 2 and found["layer4_1_relu_1"] == placement.Place("layer4_1_relu_1", wide=True)
+    assert found["layer1_0_conv2"] == quantizer_placement.Place("layer1_0_conv2", wide=True)
+    assert found["avgpool"].low == 2 and found["layer4_1_relu_1"] == quantizer_placement.Place(
+        "layer4_1_relu_1", wide=True
+    )
 
 
 def test_the_papers_placement_is_on_what_layers_read() -> None:
@@ -79,25 +93,25 @@ def test_the_papers_placement_is_on_what_layers_read() -> None:
 
 def test_at_8_bits_a_sums_grid_serves_layers_too() -> None:
     found = placed("resnet18", inputs=False, bits=8)
-    assert found["layer1_0_relu_1"] == placement.Place("layer1_0_relu_1", wide=True)
-    assert found["layer1_0_relu"] == placement.Place("layer1_0_relu", low=8)
+    assert found["layer1_0_relu_1"] == quantizer_placement.Place("layer1_0_relu_1", wide=True)
+    assert found["layer1_0_relu"] == quantizer_placement.Place("layer1_0_relu", low=8)
 
 
 def test_a_max_pool_between_keeps_both_grids_where_they_belong() -> None:
-    net = graph.trace(models.build(ModelSpec("resnet18", 10, channels=3, stem="imagenet")))
-    graph.remove_norms(net)
-    each = {layer.name: 2 for layer in graph.layers(net)}
-    found = {p.value: p for p in placement.places(net, (3, 64, 64), each, inputs=False)}
-    assert found["relu"] == placement.Place("relu", wide=True)
-    assert found["maxpool"] == placement.Place("maxpool", low=2, shared=True)
+    net = trace(models.build(ModelSpec("resnet18", 10, channels=3, stem="imagenet")))
+    batchnorm.remove_norms(net)
+    each = {layer.name: 2 for layer in structure.layers(net)}
+    found = {p.value: p for p in quantizer_placement.places(net, (3, 64, 64), each, inputs=False)}
+    assert found["relu"] == quantizer_placement.Place("relu", wide=True)
+    assert found["maxpool"] == quantizer_placement.Place("maxpool", low=2, shared=True)
 
 
 def test_quantizers_take_over_the_relus_before_them(model: Path) -> None:
     work, _ = work_on(model, "lsq", 2, 2)
-    prepared = qat.prepare(work)
+    prepared = prepare.prepare(work)
     first = prepared.net.get_submodule("learners.relu")
     assert first.wide.rectifies and prepared.edges["stages_0_0_relu1"].rectifies  # type: ignore[union-attr]
-    left = [node for node in prepared.net.graph.nodes if placement._is_relu(prepared.net, node)]
+    left = [node for node in prepared.net.graph.nodes if quantizer_placement._is_relu(prepared.net, node)]
     assert len(left) == 1  # the last block's, which the wide grid alone reads
 
 
@@ -107,24 +121,24 @@ def test_a_range_below_zero_has_a_zero_point_and_the_input_is_never_cut_at_zero(
     made = Checkpoint(
         ModelSpec("mobilenet_v2", 10, 1, "small", 0.25), source.input, source.class_names, model.state_dict()
     )
-    work = qat.Work(made, qat.Settings("lsq", 4, 4, {}), lambda: data.calibration(source, 64, CPU, 0), CPU)
-    prepared = qat.prepare(work)
+    work = QatTask(made, QatSettings("lsq", 4, 4, {}), lambda: data.calibration(source, 64, CPU, 0), CPU)
+    prepared = prepare.prepare(work)
     given = prepared.edges["x"]
-    assert isinstance(given, Wide) and given.zero > 0
-    signed = [edge for edge in prepared.edges.values() if isinstance(edge, Activation) and edge.zero > 0]
+    assert isinstance(given, WideQuantizer) and given.zero > 0
+    signed = [edge for edge in prepared.edges.values() if isinstance(edge, ActivationQuantizer) and edge.zero > 0]
     assert signed and all(0 < edge.zero < 15 for edge in signed)
 
 
 # --- what is trained is what is frozen, and what is exported -------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sorted(qat.METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: Path) -> None:
     coded, top1, rows = trained_to(model, method, 2, 2, tmp_path)
     source, path = data.load("digits", spec=coded.input), tmp_path / "model.onnx"
     assert top1 > 80
-    path.write_bytes(export.to_bytes(coded))
-    proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
+    path.write_bytes(onnx_export.to_bytes(coded))
+    proof = verify.prove(path, coded, deployed.network(coded), source.test.batches(256, CPU))
     assert proof.passed, proof.checks
     one_image = 100 / len(source.test)
     assert proof.measures["agreement"] >= 99.5
@@ -135,25 +149,25 @@ def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: 
     assert {row.bits for row in rows} == {2} and {row.act_bits for row in rows} == {8, 2}
 
 
-@pytest.mark.parametrize("method", sorted(qat.METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_network_that_trained_is_the_one_that_is_frozen(
     method: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In evaluation: weights are their codes', values their grids', logits the same but for the biases' int32 grid."""
-    monkeypatch.setattr(qat.activations, "round_biases", lambda net, coded, grids: None)
+    monkeypatch.setattr(prepare.activations, "round_biases", lambda net, coded, grids: None)
     work, source = work_on(model, method, 2, 2)
-    prepared = qat.prepare(work)
-    placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
+    prepared = prepare.prepare(work)
+    quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
     images, _ = next(source.test.batches(64, CPU))
     with torch.no_grad():
         expected = prepared.net.eval()(images)
         for layer, learner, weight in prepared.each():
             module = prepared.model.get_submodule(layer.name)
             assert torch.equal(module.weight, learner.freeze(weight).decode())  # type: ignore[arg-type]
-        coded, _ = qat.finish(work, prepared)
-        found = attach.network(coded)(images)
+        coded, _ = prepare.finish(work, prepared)
+        found = deployed.network(coded)(images)
     # Sums are in another order, so that a value on the edge of two levels may take the other one: in few images.
-    same = [codec.sqnr(*pair) > 60 for pair in zip(found, expected, strict=True)]
+    same = [sqnr(*pair) > 60 for pair in zip(found, expected, strict=True)]
     assert sum(same) >= 0.85 * len(same)  # 61 of 64 at the least seen
 
 
@@ -161,15 +175,15 @@ def test_the_network_that_trained_is_the_one_that_is_frozen(
 def test_folding_changes_no_integer_but_its_sign(odd: bool) -> None:
     codes = torch.randint(0, 4, (6, 3, 3, 3), generator=torch.Generator().manual_seed(0)) - (0 if odd else 2)
     codes[1] = codes[1].clamp_min(1 if odd else -1)  # a channel without the lowest code
-    grid = codec.Grid(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), 2, signed=True, odd=odd)
-    coded = codec.Coded(grid, codes.to(torch.uint8 if odd else torch.int8))
+    grid = Grid(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), 2, signed=True, odd=odd)
+    coded = Coded(grid, codes.to(torch.uint8 if odd else torch.int8))
     factor = torch.tensor([0.1, 2.0, 3.0, 0.5, 1.0, 4.0], dtype=torch.float64)
     negative = torch.tensor([True, True, False, True, False, False])
-    folded = qat.fold(coded, factor, negative)
+    folded = prepare.fold(coded, factor, negative)
     signed = torch.where(negative, -factor, factor).reshape(-1, 1, 1, 1)
     assert torch.allclose(folded.decode().double(), coded.decode() * signed, rtol=1e-6)
     assert bool((folded.codec.scale > 0).all()) and torch.equal(folded.codec.encode(folded.decode()), folded.codes)
-    assert isinstance(folded.codec, codec.Grid)
+    assert isinstance(folded.codec, Grid)
     assert torch.equal(folded.codec.integers(folded.codes).abs(), grid.integers(coded.codes).abs())
     assert (folded.codec.zero_point != 0).tolist() == [not odd, False, False, not odd, False, False]
 
@@ -177,31 +191,31 @@ def test_folding_changes_no_integer_but_its_sign(odd: bool) -> None:
 @pytest.mark.parametrize("method", ["lsq", "ewgs"])
 def test_a_gamma_that_turned_negative_in_training_is_exported(method: str, model: Path, tmp_path: Path) -> None:
     work, source = work_on(model, method, 2, 4)
-    prepared = qat.prepare(work)
+    prepared = prepare.prepare(work)
     with torch.no_grad():
         for layer in prepared.layers:
             if layer.norm:
                 prepared.net.get_submodule(layer.norm).weight[::3] *= -1  # type: ignore[operator]
-    placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
+    quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
     images, _ = next(source.test.batches(64, CPU))
     expected = prepared.net.eval()(images).detach()
-    coded, rows = qat.finish(work, prepared)
-    assert codec.sqnr(attach.network(coded)(images).detach(), expected) > 15
+    coded, rows = prepare.finish(work, prepared)
+    assert sqnr(deployed.network(coded)(images).detach(), expected) > 15
     assert any("turned around" in row.note for row in rows)
     path = tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(coded))
-    proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
+    path.write_bytes(onnx_export.to_bytes(coded))
+    proof = verify.prove(path, coded, deployed.network(coded), source.test.batches(256, CPU))
     assert proof.passed and proof.measures["nodes"]["QLinearConv"] == 9
 
 
-def proved_untrained(work: qat.Work, source: data.Data, tmp_path: Path) -> tuple[Checkpoint, verify.Proof]:
+def proved_untrained(work: QatTask, source: data.Data, tmp_path: Path) -> tuple[Checkpoint, verify.Proof]:
     """The codes that learners start with, and the proof of their file, which holds."""
-    prepared = qat.prepare(work)
-    placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
-    coded, _ = qat.finish(work, prepared)
+    prepared = prepare.prepare(work)
+    quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
+    coded, _ = prepare.finish(work, prepared)
     path = tmp_path / "model.onnx"
-    path.write_bytes(export.to_bytes(coded))
-    proof = verify.prove(path, coded, attach.network(coded), source.test.batches(256, CPU))
+    path.write_bytes(onnx_export.to_bytes(coded))
+    proof = verify.prove(path, coded, deployed.network(coded), source.test.batches(256, CPU))
     assert proof.passed, proof.checks
     return coded, proof
 
@@ -214,11 +228,11 @@ def test_other_bits_pass_their_proof(method: str, bits: int, acts: int | None, m
     assert bool(coded.activations) == (acts is not None)
 
 
-@pytest.mark.parametrize("place", [qat.OUTPUTS, qat.INPUTS])
+@pytest.mark.parametrize("place", [OUTPUTS, INPUTS])
 def test_what_either_placement_leaves_in_float_is_announced(place: str, model: Path, tmp_path: Path) -> None:
     _, proof = proved_untrained(*work_on(model, "lsq", 4, 4, activations=place), tmp_path)
     kinds = {each["kind"] for each in proof.measures["float_operations"]}
-    assert kinds == (set() if place == qat.OUTPUTS else {"sum", "ReLU", "mean"})
+    assert kinds == (set() if place == OUTPUTS else {"sum", "ReLU", "mean"})
 
 
 # --- the options ---------------------------------------------------------------------------------------------------
@@ -227,15 +241,15 @@ def test_what_either_placement_leaves_in_float_is_announced(place: str, model: P
 def test_kept_layers_have_their_bits_and_read_as_many(model: Path) -> None:
     work, _ = work_on(model, "lsq", 2, 2)
     work = replace(work, settings=replace(work.settings, keep={"conv": 8, "classifier": 8}))
-    _, rows = qat.finish(work, qat.prepare(work))
+    _, rows = prepare.finish(work, prepare.prepare(work))
     bits = {row.layer: (row.bits, row.act_bits) for row in rows}
     assert bits["conv"] == (8, 8) and bits["classifier"] == (8, 8) and bits["stages.1.0.conv1"] == (2, 2)
 
 
 def test_bits_come_down_by_stages() -> None:
-    assert [training.bits_at(number, 6, 2) for number in range(1, 7)] == [8, 8, 4, 4, 2, 2]
-    assert [training.bits_at(number, 4, 4) for number in range(1, 5)] == [8, 8, 4, 4]
-    assert [training.bits_at(number, 3, 8) for number in range(1, 4)] == [8, 8, 8]
+    assert [finetune.bits_at(number, 6, 2) for number in range(1, 7)] == [8, 8, 4, 4, 2, 2]
+    assert [finetune.bits_at(number, 4, 4) for number in range(1, 5)] == [8, 8, 4, 4]
+    assert [finetune.bits_at(number, 3, 8) for number in range(1, 4)] == [8, 8, 8]
 
 
 def test_bin_regularization_draws_weights_to_their_levels() -> None:
@@ -257,14 +271,14 @@ def test_the_hessians_trace_sets_delta() -> None:
 
 def test_deltas_from_the_hessian_of_a_network(model: Path) -> None:
     work, _ = work_on(model, "ewgs", 2, 2)
-    prepared = qat.prepare(work)
-    plan = training.Plan(LOOP, 1e-3, delta=None)
+    prepared = prepare.prepare(work)
+    plan = finetune.QatPlan(LOOP, 1e-3, delta=None)
     learners = [*prepared.weights.values(), *prepared.activations]
-    training._set_deltas(work, plan, prepared, 1)
+    finetune._set_deltas(work, plan, prepared, 1)
     assert all(float(learner.delta) == 0 for learner in learners)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ewgs, "PROBES", 2)
-        training._set_deltas(work, plan, prepared, 2)
+        finetune._set_deltas(work, plan, prepared, 2)
     deltas = [float(learner.delta) for learner in learners]  # type: ignore[arg-type]
     assert max(deltas) > 0 and min(deltas) >= 0 and all(torch.isfinite(torch.tensor(deltas)))
     images, _ = next(iter(work.batches()))
@@ -332,23 +346,23 @@ def test_the_same_seed_gives_the_same_bytes_also_after_a_kill(model: Path, tmp_p
 @pytest.mark.parametrize("method", ["lsq", "pact"])
 def test_a_resumed_run_goes_on_with_its_quantizers(method: str, progressive: bool, model: Path, tmp_path: Path) -> None:
     loop = replace(LOOP, epochs=3)
-    plan = training.Plan(loop, 0.02, progressive=progressive)
+    plan = finetune.QatPlan(loop, 0.02, progressive=progressive)
     whole, _, _ = trained_to(model, method, 2, 2, tmp_path, plan)
 
     class Stop(Exception):
         pass
 
-    def stop(epoch: train.Epoch) -> None:
+    def stop(epoch: Epoch) -> None:
         raise Stop
 
     work, source = work_on(model, method, 2, 2)
     state = tmp_path / "stopped.safetensors"
     for _ in range(2):
         with pytest.raises(Stop):
-            watch = train.Watch(lambda steps: None, stop)
-            training.by_training(work, plan, source, training.Following(state, True, watch))
-    watch = train.Watch(lambda steps: None, lambda epoch: None)
-    resumed, _, _ = training.by_training(work, plan, source, training.Following(state, True, watch))
+            watch = hooks.Progress(lambda steps: None, stop)
+            finetune.by_training(work, plan, source, hooks.RunControl(state, True, watch))
+    watch = hooks.Progress(lambda steps: None, lambda epoch: None)
+    resumed, _, _ = finetune.by_training(work, plan, source, hooks.RunControl(state, True, watch))
     assert checkpoint.to_bytes(resumed) == checkpoint.to_bytes(whole)
 
 
@@ -387,29 +401,29 @@ def test_what_cannot_be_done_is_one_sentence(
 
 
 def test_a_layer_without_a_quantizer_is_named() -> None:
-    net = graph.trace(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 1, 3)))
+    net = trace(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 1, 3)))
     with pytest.raises(InputError, match="the layer '1' is a ConvTranspose2d, which has no quantizer"):
-        placement.require_known(net, activations=True)
+        quantizer_placement.require_known(net, activations=True)
     layer = nn.Conv2d(1, 1, 3)
     with pytest.raises(InputError, match="runs twice"):
-        placement.require_known(graph.trace(nn.Sequential(layer, nn.ReLU(), layer)), activations=True)
+        quantizer_placement.require_known(trace(nn.Sequential(layer, nn.ReLU(), layer)), activations=True)
 
 
 def test_training_that_diverges_keeps_the_last_good_epoch(model: Path, tmp_path: Path) -> None:
     work, source = work_on(model, "lsq", 2, 2)
-    plan, state = training.Plan(replace(LOOP, epochs=3), 0.02), tmp_path / "state.safetensors"
+    plan, state = finetune.QatPlan(replace(LOOP, epochs=3), 0.02), tmp_path / "state.safetensors"
     kept: list[bytes] = []
-    prepare = qat.prepare
+    original = prepare.prepare
 
-    def spoil(epoch: train.Epoch) -> None:
+    def spoil(epoch: Epoch) -> None:
         kept.append(state.read_bytes())
         with torch.no_grad():
             made[0].weights["classifier"].step.fill_(float("nan"))  # type: ignore[union-attr,operator]
 
-    made: list[placement.Prepared] = []
+    made: list[quantizer_placement.Prepared] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qat, "prepare", lambda work: made.append(prepare(work)) or made[0])  # type: ignore[func-returns-value]
-        watch = train.Watch(lambda steps: None, spoil)
+        patch.setattr(prepare, "prepare", lambda work: made.append(original(work)) or made[0])  # type: ignore[func-returns-value]
+        watch = hooks.Progress(lambda steps: None, spoil)
         with pytest.raises(R2Error, match=r"diverged in epoch 2 .*holds the end of epoch 1"):
-            training.by_training(work, plan, source, training.Following(state, False, watch))
+            finetune.by_training(work, plan, source, hooks.RunControl(state, False, watch))
     assert kept == [state.read_bytes()]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2cli import rounding
 from r2cli.qat import dorefa, ewgs, lsq, pact
-from r2cli.qat.learners import Activation, Both, Wide
+from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WideQuantizer
+from r2cli.quantized import fake_quant
 
 W = [0.5, -1.25, 0.25, 1.0]
 X = [-0.3, 0.4, 0.9, 1.7]
@@ -27,7 +27,7 @@ def exactly(values: list[float]) -> object:
     return pytest.approx(values, rel=1e-6, abs=1e-9)
 
 
-def learner_of(kind: type[Activation], bits: int, parameter: float) -> Activation:
+def learner_of(kind: type[ActivationQuantizer], bits: int, parameter: float) -> ActivationQuantizer:
     learner = kind(bits).double()
     learner.parameter.data.fill_(parameter)
     return learner
@@ -38,7 +38,7 @@ def learner_of(kind: type[Activation], bits: int, parameter: float) -> Activatio
 
 def test_lsq_weights() -> None:
     w = vector(W).requires_grad_()
-    learner = lsq.Weight(w, 2)
+    learner = lsq.LsqWeight(w, 2)
     assert learner.step.item() == pytest.approx(1.5)
     learner.step.data.fill_(0.6)
     out = learner(w)
@@ -48,7 +48,7 @@ def test_lsq_weights() -> None:
 
 
 def test_lsq_activations() -> None:
-    x, learner = vector(X).requires_grad_(), learner_of(lsq.Activation, 2, 0.4)
+    x, learner = vector(X).requires_grad_(), learner_of(lsq.LsqActivation, 2, 0.4)
     out = learner(x.unsqueeze(0))  # one sample of four features
     assert out.flatten().tolist() == exactly([0, 0.4, 0.8, 1.2])
     gx, gs = torch.autograd.grad(out, (x, learner.parameter), vector(G).unsqueeze(0))
@@ -57,14 +57,14 @@ def test_lsq_activations() -> None:
 
 @pytest.mark.parametrize(("bits", "step"), [(2, 1.5), (3, 0.8660254038), (4, 0.5669467095), (8, 0.1331034764)], ids=str)
 def test_lsq_starts_where_the_paper_does(bits: int, step: float) -> None:
-    assert lsq.Weight(vector(W), bits).step.item() == pytest.approx(step)
+    assert lsq.LsqWeight(vector(W), bits).step.item() == pytest.approx(step)
 
 
 # --- PACT: equation 3 ----------------------------------------------------------------------------------------------
 
 
 def test_pact_has_its_own_gradient_and_not_lsqs() -> None:
-    x, learner = vector(X).requires_grad_(), learner_of(pact.Activation, 2, 1.0)
+    x, learner = vector(X).requires_grad_(), learner_of(pact.PactActivation, 2, 1.0)
     out = learner(x)
     assert out.tolist() == exactly([0, 1 / 3, 1, 1])
     gx, ga = grads(out, x, learner.parameter)
@@ -72,7 +72,7 @@ def test_pact_has_its_own_gradient_and_not_lsqs() -> None:
 
 
 def test_pact_with_something_negative_has_a_bound_on_both_sides() -> None:
-    learner = learner_of(pact.Activation, 2, 3.0)  # levels -1, 0, 1, 2
+    learner = learner_of(pact.PactActivation, 2, 3.0)  # levels -1, 0, 1, 2
     learner.zero = 1
     x = vector([-1.7, -0.4, 1.2, 2.5]).requires_grad_()
     out = learner(x)
@@ -99,7 +99,7 @@ def test_dorefa_at_one_bit_is_the_sign_times_the_mean() -> None:
 
 
 def test_dorefa_activations_are_clipped_at_a_constant() -> None:
-    x, learner = vector(X).requires_grad_(), learner_of(dorefa.Activation, 2, 1.0)
+    x, learner = vector(X).requires_grad_(), learner_of(dorefa.DorefaActivation, 2, 1.0)
     out = learner(x)
     assert out.tolist() == exactly([0, 1 / 3, 1, 1]) and grads(out, x)[0] == exactly([0, -2, 0.5, 0])
     assert not list(learner.parameters())
@@ -107,7 +107,7 @@ def test_dorefa_activations_are_clipped_at_a_constant() -> None:
 
 def test_dorefas_factor_is_the_least_squares_one() -> None:
     w = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 0.02
-    learner = dorefa.Weight(w, 2)
+    learner = dorefa.DorefaWeight(w, 2)
     learner.keep_scale(w)
     errors = [float((w - learner(w) * s).square().sum()) for s in (0.99, 1.0, 1.01)]
     assert min(errors) == errors[1]
@@ -125,7 +125,7 @@ EWGS = [
 @pytest.mark.parametrize(("end", "delta", "dw", "dl", "du"), EWGS, ids=str)
 def test_ewgs_weights(end: float, delta: float, dw: list[float], dl: float, du: float) -> None:
     w = vector(W).requires_grad_()
-    learner = ewgs.Weight(w, 2)
+    learner = ewgs.EwgsWeight(w, 2)
     for parameter, value in ((learner.low, -end), (learner.high, end), (learner.output, 1.0), (learner.delta, delta)):
         parameter.data.fill_(value)
     both = learner(w), learner.written_out(w)[1]
@@ -137,9 +137,9 @@ def test_ewgs_weights(end: float, delta: float, dw: list[float], dl: float, du: 
 
 
 def test_ewgs_layer_is_one_of_integers() -> None:
-    x, learner = vector([0.1, 0.8, 2.3, 0.45]), learner_of(ewgs.Activation, 2, 2.0)
+    x, learner = vector([0.1, 0.8, 2.3, 0.45]), learner_of(ewgs.EwgsActivation, 2, 2.0)
     w = vector(W)
-    weight = ewgs.Weight(w, 2)
+    weight = ewgs.EwgsWeight(w, 2)
     weight.reads = (learner,)
     for parameter, value in ((weight.low, -1.4), (weight.high, 1.4), (weight.output, 0.7)):
         parameter.data.fill_(value)
@@ -151,7 +151,7 @@ def test_ewgs_layer_is_one_of_integers() -> None:
 
 def test_ewgs_activations_start_and_step_as_the_authors_have_it() -> None:
     x = torch.randn(4000, generator=torch.Generator().manual_seed(0)).double().clamp_min(0)
-    learner = ewgs.Activation(2).double()
+    learner = ewgs.EwgsActivation(2).double()
     learner.start(x)
     assert learner.parameter.item() == pytest.approx(4.9766902 * x.std().item(), rel=1e-6) and learner.zero == 0
     # The gradient of u - l, through the operations of the paper.
@@ -165,8 +165,13 @@ def test_ewgs_activations_start_and_step_as_the_authors_have_it() -> None:
 
 # --- what holds for all --------------------------------------------------------------------------------------------
 
-ACTIVATIONS = {"lsq": lsq.Activation, "pact": pact.Activation, "dorefa": dorefa.Activation, "ewgs": ewgs.Activation}
-WEIGHTS = {"lsq": lsq.Weight, "dorefa": dorefa.Weight, "ewgs": ewgs.Weight}
+ACTIVATIONS = {
+    "lsq": lsq.LsqActivation,
+    "pact": pact.PactActivation,
+    "dorefa": dorefa.DorefaActivation,
+    "ewgs": ewgs.EwgsActivation,
+}
+WEIGHTS = {"lsq": lsq.LsqWeight, "dorefa": dorefa.DorefaWeight, "ewgs": ewgs.EwgsWeight}
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -218,12 +223,12 @@ def test_a_range_that_left_the_positive_side_is_held(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_low_levels_behind_a_wide_grid_are_the_two_one_after_the_other(name: str) -> None:
     x = torch.randn(4, 8, 9, 9, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
-    wide, low = Wide().double(), ACTIVATIONS[name](2).double()
+    wide, low = WideQuantizer().double(), ACTIVATIONS[name](2).double()
     wide.watching = wide.rectifies = True
     low.start(wide(x.detach()))
     wide.settle()
-    first, second = Both(wide, low)(x)
-    one = rounding.quantize_straight(x.relu(), wide.size, wide.codes)
+    first, second = TwoGrids(wide, low)(x)
+    one = fake_quant.quantize_straight(x.relu(), wide.size, wide.codes)
     other = low(one)
     assert torch.equal(first, one) and torch.equal(second, other)
     g, own = (torch.randn_like(x) for _ in range(2))
@@ -236,7 +241,7 @@ def test_low_levels_behind_a_wide_grid_are_the_two_one_after_the_other(name: str
 
 def test_rounding_passes_a_gradient_scaled_by_what_it_took_away() -> None:
     x = vector([0.2, 0.7, -1.4, 2.5]).requires_grad_()
-    assert grads(rounding.round_with_gradient(x), x)[0] == G
-    out = rounding.round_with_gradient(x, 0.5)
+    assert grads(fake_quant.round_with_gradient(x), x)[0] == G
+    out = fake_quant.round_with_gradient(x, 0.5)
     assert out.tolist() == [0, 1, -1, 2]
     assert grads(out, x)[0] == exactly([1 + 0.5 * 0.2, -2 - 0.5 * 2 * 0.3, 0.5 - 0.5 * 0.5 * 0.4, 3 + 0.5 * 3 * 0.5])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from r2cli.errors import InputError
-from r2cli.ptq import ranges
+from r2cli.ptq import weight_grids
 
 # One outlier takes the range of all others.
 OUTLIER = [-0.9, -0.5, -0.4, -0.35, -0.3, -0.2, -0.1, 0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 3]
@@ -18,7 +18,7 @@ WEIGHT[4] += 0.05
 
 def lost(w: Tensor, bits: int, **how: object) -> Tensor:
     """Mean squared error of each row on its own grid; of all on one, where not per channel."""
-    grid = ranges.weight_grid(w, bits, **{"per_channel": True, **how})  # type: ignore[arg-type]
+    grid = weight_grids.weight_grid(w, bits, **{"per_channel": True, **how})  # type: ignore[arg-type]
     return (grid.decode(grid.encode(w)) - w).double().square().mean(1)
 
 
@@ -33,11 +33,11 @@ def test_one_outlier_of_sixteen() -> None:
 def test_percentiles_of_weights_are_numpys_on_each_side() -> None:
     w = torch.tensor([OUTLIER])
     low, high = np.percentile(OUTLIER, [10, 90])
-    grid = ranges.weight_grid(w, 3, per_channel=False, rule="percentile:90")
+    grid = weight_grids.weight_grid(w, 3, per_channel=False, rule="percentile:90")
     assert float(grid.scale) == pytest.approx(max(high / 3, -low / 4), rel=1e-6)
     # Of |w| it would be 0.7 / 3.
     assert float(grid.scale) < 0.2
-    assert ranges.weight_grid(w, 3, per_channel=False, rule="percentile:100").scale == 1.0
+    assert weight_grids.weight_grid(w, 3, per_channel=False, rule="percentile:100").scale == 1.0
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
@@ -48,7 +48,7 @@ def test_least_error_is_no_more_than_minmax_and_as_little_as_a_search_finds(bits
     if not symmetric:
         assert bool((found <= lost(WEIGHT, bits, rule="mse") * 1.1).all()), "a zero point only helps"
         return
-    start = ranges.weight_grid(WEIGHT, bits, per_channel=True).scale.double()
+    start = weight_grids.weight_grid(WEIGHT, bits, per_channel=True).scale.double()
     lowest, best = -(2 ** (bits - 1)), torch.full((6,), torch.inf, dtype=torch.float64)
     for share in np.geomspace(0.01, 1, 1000):
         scale = (start * share)[:, None]
@@ -61,8 +61,10 @@ def test_least_error_is_no_more_than_minmax_and_as_little_as_a_search_finds(bits
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
 def test_channels_know_nothing_of_each_other_and_zero_is_on_every_grid(rule: str, symmetric: bool, bits: int) -> None:
-    grid = ranges.weight_grid(WEIGHT, bits, per_channel=True, rule=rule, symmetric=symmetric)
-    alone = [ranges.weight_grid(row[None], bits, per_channel=False, rule=rule, symmetric=symmetric) for row in WEIGHT]
+    grid = weight_grids.weight_grid(WEIGHT, bits, per_channel=True, rule=rule, symmetric=symmetric)
+    alone = [
+        weight_grids.weight_grid(row[None], bits, per_channel=False, rule=rule, symmetric=symmetric) for row in WEIGHT
+    ]
     assert torch.allclose(grid.scale, torch.stack([own.scale for own in alone]), rtol=1e-6)
     assert grid.zero_point.tolist() == [int(own.zero_point) for own in alone]
     assert bool((grid.scale > 0).all()) and grid.scale.dtype == torch.float32 and grid.zero_point.dtype == torch.int32
@@ -77,10 +79,10 @@ def test_channels_know_nothing_of_each_other_and_zero_is_on_every_grid(rule: str
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_dead_channels_have_a_scale(rule: str, symmetric: bool) -> None:
     w = torch.tensor([[0.7, -0.1], [0.0, 0.0], [1e-30, 0.0]])
-    grid = ranges.weight_grid(w, 4, per_channel=True, rule=rule, symmetric=symmetric)
+    grid = weight_grids.weight_grid(w, 4, per_channel=True, rule=rule, symmetric=symmetric)
     assert float(grid.scale.min()) == pytest.approx(float(grid.scale[0]) * 2**-16)
     assert torch.equal(grid.decode(grid.encode(w))[1], w[1])
-    nothing = ranges.weight_grid(torch.zeros(2, 3), 4, per_channel=True, rule=rule, symmetric=symmetric)
+    nothing = weight_grids.weight_grid(torch.zeros(2, 3), 4, per_channel=True, rule=rule, symmetric=symmetric)
     assert nothing.scale.tolist() == [1.0, 1.0]
 
 
@@ -92,4 +94,4 @@ def test_an_asymmetric_grid_wastes_no_level_on_what_is_not_there() -> None:
 @pytest.mark.parametrize("rule", ["entropy", "percentile:50", "mse:2", "minmx"])
 def test_an_unknown_rule_is_refused(rule: str) -> None:
     with pytest.raises(InputError, match="percentile|minmax"):
-        ranges.weight_range(rule)
+        weight_grids.weight_range(rule)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from r2cli import jobs, recipe, smoke
-from r2cli import results as tabled
 from r2cli.errors import CheckFailed, InputError
-from r2cli.recipe import Recipe, Step
+from r2cli.workflow import recipe, runner, smoke
+from r2cli.workflow import results as tabled
+from r2cli.workflow.recipe import Recipe, Step
 
 
 def read(folder: Path, text: str) -> Recipe:
@@ -231,7 +231,9 @@ def two(lr: float = 0.1, bits: int = 4, **more: Any) -> list[Step]:
 def run(
     steps: Sequence[Step], folder: Path, invoke: Any, tell: Callable[[str], None], *, overwrite: bool = False
 ) -> list[dict[str, Any]]:
-    return jobs.execute(steps, folder, lambda number, line: jobs.Here(invoke, line), tell, overwrite=overwrite)
+    return runner.execute(
+        steps, folder, lambda number, line: runner.InThisProcess(invoke, line), tell, overwrite=overwrite
+    )
 
 
 def execute(steps: Sequence[Step], commands: Commands, *, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -418,7 +420,7 @@ def test_another_version_s_work_is_done_again(tmp_path: Path, monkeypatch: pytes
     execute(steps, commands)
     execute(steps, commands)
     assert commands.names() == ["evaluate"]
-    monkeypatch.setattr(jobs, "__version__", "999")
+    monkeypatch.setattr(runner, "__version__", "999")
     execute(steps, commands)
     assert commands.names() == ["evaluate"]
 
@@ -771,7 +773,9 @@ def side_by_side(
         return made[-1]
 
     try:
-        out: Any = [own["report"]["made"] for own in jobs.execute(steps, folder, start, lambda text: None, jobs=number)]
+        out: Any = [
+            own["report"]["made"] for own in runner.execute(steps, folder, start, lambda text: None, jobs=number)
+        ]
     except (Exception, KeyboardInterrupt) as error:
         out = error
     return seen, out, made
@@ -795,7 +799,7 @@ def test_what_failed_a_check_is_done_and_stays_failed(tmp_path: Path) -> None:
 
 
 def test_independent_steps_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "PAUSE", 0)
+    monkeypatch.setattr(runner, "PAUSE", 0)
     seen, out, _ = side_by_side(tmp_path / "1", {"b": 5}, 2)
     assert seen == [{"a"}, {"a", "b"}, {"b", "c"}, {"d"}] and out == list("abcd")
     seen, out, _ = side_by_side(tmp_path / "2", {}, 1)
@@ -808,32 +812,32 @@ def test_independent_steps_run_side_by_side(tmp_path: Path, monkeypatch: pytest.
 def test_a_step_that_fails_names_itself_and_starts_no_other(
     kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "PAUSE", 0)
+    monkeypatch.setattr(runner, "PAUSE", 0)
     seen, error, made = side_by_side(tmp_path, {"b": 5}, 2, {"a": kind("no luck")})
     assert isinstance(error, kind) and str(error) == "r2 pretrain -> a.safetensors: no luck"
     assert len(seen) == 2 and not any(job.stopped for job in made)  # b comes to its end
 
 
 def test_an_interrupt_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "PAUSE", 0)
+    monkeypatch.setattr(runner, "PAUSE", 0)
     _, error, made = side_by_side(tmp_path, {"b": 5}, 2, {"a": KeyboardInterrupt()})  # type: ignore[dict-item]
     assert isinstance(error, KeyboardInterrupt) and [job.stopped for job in made] == [False, True]
 
 
 def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [jobs.threads_each(number) for number in (1, 2, 3, 9)] == [8, 4, 2, 1]
+    assert [runner.threads_each(number) for number in (1, 2, 3, 9)] == [8, 4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert jobs.threads_each(2) == 2
+    assert runner.threads_each(2) == 2
 
 
 def test_a_process_gives_its_report_or_its_error(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "1.log"
-    report = jobs.Process(["pretrain", "--dry-run", "--json"], 1, log).report()
+    report = runner.InOwnProcess(["pretrain", "--dry-run", "--json"], 1, log).report()
     assert report["command"] == "pretrain"
     with pytest.raises(InputError, match="'lnf'.*'linf'"):
-        jobs.Process(["pretrain", "--reg", "lnf", "--json"], 1, log).report()
+        runner.InOwnProcess(["pretrain", "--reg", "lnf", "--json"], 1, log).report()
     assert "linf" in log.read_text()
 
 

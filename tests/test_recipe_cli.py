@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import R2
-from r2cli import resume
+from r2cli.train import state
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,18 +131,18 @@ def test_a_step_s_exit_code_is_the_run_s(small: Path, r2: R2) -> None:
 def test_a_stopped_run_goes_on_within_the_step(small: Path, r2: R2, monkeypatch: pytest.MonkeyPatch) -> None:
     small.write_text(SMALL.replace("epochs = 1", "epochs = 3"))
     command = ("run", "small.toml", "--only", "linf.safetensors", "--work-dir")
-    save = resume.save
+    save = state.save
 
-    def stop(state: resume.State, history: Sequence[Mapping[str, Any]]) -> None:
+    def stop(state: state.State, history: Sequence[Mapping[str, Any]]) -> None:
         save(state, history)
         if len(history) == 2:
             raise KeyboardInterrupt
 
     assert r2(*command, "whole").code == 0
-    monkeypatch.setattr(resume, "save", stop)
+    monkeypatch.setattr(state, "save", stop)
     assert r2(*command, "stopped").code == 130
     assert Path("stopped/linf.resume.safetensors").exists() and not Path("stopped/linf.safetensors").exists()
-    monkeypatch.setattr(resume, "save", save)
+    monkeypatch.setattr(state, "save", save)
     again = r2(*command, "stopped")
     assert again.code == 0 and "epoch 3/3" in again.err and "epoch 2/3" not in again.err
     assert Path("whole/linf.safetensors").read_bytes() == Path("stopped/linf.safetensors").read_bytes()

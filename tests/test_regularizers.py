@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r2cli import regularizers
-from r2cli.codec import from_vectors, to_vectors
 from r2cli.errors import InputError
-from r2cli.regularizers import REGULARIZERS, Regularizer, Setting, penalty
+from r2cli.quantized.palette import from_vectors, to_vectors
+from r2cli.train import regularizers
+from r2cli.train.regularizers import REGULARIZERS, Regularizer, RegularizerSpec, penalty
 
 W = [0.5, -1.25, 0.25, 1.0]
 V = [[0.5, -1.25], [0.25, 1.0], [-0.75, 0.1]]  # three vectors of two channels
@@ -30,7 +30,7 @@ def apply(
     """R, what was added to the weight's gradient, and dR/dparameter."""
     grad = torch.zeros_like(w)
     own = None if parameter is None else torch.as_tensor(parameter, dtype=w.dtype).reshape(-1)
-    setting = Setting(name, strength, stable=stable, dim=dim, margin_k=margin_k)
+    setting = RegularizerSpec(name, strength, stable=stable, dim=dim, margin_k=margin_k)
     value, slope = penalty(w, own, grad, strength, setting)
     return value, grad, slope
 
@@ -200,7 +200,7 @@ def test_gradients_are_added_to_those_of_the_loss(name: str) -> None:
     w, before = random(5, 4), random(5, 4) + 1
     grad = before.clone()
     parameter = start(name, 1)
-    penalty(w, parameter, grad, 0.3, Setting(name, 0.3))
+    penalty(w, parameter, grad, 0.3, RegularizerSpec(name, 0.3))
     _, alone, _ = apply(name, w, parameter, strength=0.3, stable=True)
     assert alone.abs().max() > 0
     close(grad, before + alone, rtol=1e-15, atol=1e-15)  # one float64 addition
@@ -216,7 +216,7 @@ def test_one_dimension_is_the_scalar_regularizer(name: str) -> None:
     value, dw, slope = apply(name, w, parameter, stable=True)
     own = torch.zeros(()) if parameter is None else parameter[0]
     scalar_dw = torch.zeros(30, dtype=torch.float64)
-    scalar, scalar_slope = REGULARIZERS[name](w.view(-1), own, scalar_dw, 1.0, Setting(name, 1.0))
+    scalar, scalar_slope = REGULARIZERS[name](w.view(-1), own, scalar_dw, 1.0, RegularizerSpec(name, 1.0))
     extra = torch.exp(-own) if name == "soft-minmax" else torch.zeros(())
     assert value == scalar + extra
     assert dw.equal(scalar_dw.view(6, 5))
@@ -346,7 +346,7 @@ def test_channels_last_changes_nothing(name: str, dim: int) -> None:
     before = {key: p.grad.clone() for key, p in rows.named_parameters() if p.grad is not None}
     parts = []
     for model in (rows, last):
-        regularizer = Regularizer(Setting(name, 0.2, dim=dim), model)
+        regularizer = Regularizer(RegularizerSpec(name, 0.2, dim=dim), model)
         parts.append((regularizer.add_gradients(), regularizer.parameters))
     # Float64 sums in another order.
     close(parts[1][0], parts[0][0], rtol=1e-12, atol=1e-14)
@@ -376,22 +376,22 @@ def test_which_weights_are_regularized() -> None:
 @pytest.mark.parametrize("dim", [1, 2])
 def test_parameters_start_where_the_paper_starts_them(dim: int) -> None:
     model = small()
-    margin = Regularizer(Setting("margin", 0.1, dim=dim), model).parameters
-    alpha = Regularizer(Setting("soft-minmax", 0.1, dim=dim), model).parameters
+    margin = Regularizer(RegularizerSpec("margin", 0.1, dim=dim), model).parameters
+    alpha = Regularizer(RegularizerSpec("soft-minmax", 0.1, dim=dim), model).parameters
     assert list(margin) == list(alpha) == list(regularizers.regularized(model))
     for name, weight in regularizers.regularized(model).items():
         columns = to_vectors(weight.detach(), dim)
         close(margin[name].detach(), 2 * columns.std(dim=0), rtol=1e-12, atol=0)  # float64 sums in another order
         assert alpha[name].tolist() == [0.1]
-    assert not Regularizer(Setting("linf", 0.1), model).parameters
-    assert not Regularizer(Setting("kure", 0.1), model).parameters
+    assert not Regularizer(RegularizerSpec("linf", 0.1), model).parameters
+    assert not Regularizer(RegularizerSpec("kure", 0.1), model).parameters
 
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_a_soft_minmax_of_large_weights_draws_the_ends_together(dim: int) -> None:
     model = nn.Conv2d(16, 16, 3)
     nn.init.normal_(model.weight, std=0.7, generator=torch.Generator().manual_seed(0))
-    regularizer = Regularizer(Setting("soft-minmax", 1.0, dim=dim), model)
+    regularizer = Regularizer(RegularizerSpec("soft-minmax", 1.0, dim=dim), model)
     before = float(model.weight.detach().abs().max())
     values = [float(regularizer.step(0.5)) for _ in range(200)]
     # As written alpha rests below zero here: the penalty is negative, and the weights grow.
@@ -402,7 +402,7 @@ def test_a_soft_minmax_of_large_weights_draws_the_ends_together(dim: int) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_s_penalty_is_the_layers_sum(name: str) -> None:
     model = small()  # without gradients: layers that the loss does not reach
-    regularizer = Regularizer(Setting(name, 0.2), model)
+    regularizer = Regularizer(RegularizerSpec(name, 0.2), model)
     total = regularizer.add_gradients()
     expected = 0.0
     for key, weight in regularizers.regularized(model).items():
@@ -418,9 +418,9 @@ def test_the_model_s_penalty_is_the_layers_sum(name: str) -> None:
 
 def test_what_cannot_be_regularized_is_named() -> None:
     with pytest.raises(InputError, match="'soft-minmax'"):
-        Regularizer(Setting("soft-minimax", 0.1), small())
+        Regularizer(RegularizerSpec("soft-minimax", 0.1), small())
     with pytest.raises(InputError, match="'head.weight'"):
-        Regularizer(Setting("linf", 0.1, dim=5), small())
+        Regularizer(RegularizerSpec("linf", 0.1, dim=5), small())
 
 
 # --- a large layer -------------------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def widest(*, stable: bool, channels: int, steps: int) -> tuple[float, float]:
     conv = nn.Conv2d(channels, channels, 3, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     top = float(conv.weight.detach().abs().max())
-    regularizer = Regularizer(Setting("margin", 0.1, stable=stable), nn.Sequential(conv))
+    regularizer = Regularizer(RegularizerSpec("margin", 0.1, stable=stable), nn.Sequential(conv))
     (m,) = regularizer.parameters.values()
     own = {"params": [m], "momentum": 0.0, "nesterov": False}
     optimizer = torch.optim.SGD([{"params": [conv.weight]}, own], lr=0.4, momentum=0.9, nesterov=True)
@@ -504,7 +504,7 @@ def test_clip_acts_after_the_step_on_every_layer_and_adds_no_gradient(memory: to
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
     model.to(memory_format=memory)  # type: ignore[call-overload]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    regularizer = Regularizer(Setting("clip", 1.5), model)
+    regularizer = Regularizer(RegularizerSpec("clip", 1.5), model)
     assert not regularizer.parameters and float(regularizer.add_gradients()) == 0
     assert all(p.grad is None for p in model.parameters())
     regularizer.after_step()
@@ -519,7 +519,7 @@ def test_clip_of_vectors_is_per_column() -> None:
     layer = nn.Linear(2, 5, bias=False)
     weight = torch.tensor([[1.0, 1], [9, 9], [1, 5], [9, 9], [7, 7]])
     layer.weight.data.copy_(weight)
-    Regularizer(Setting("clip", 1.0, dim=2), nn.Sequential(layer)).after_step()
+    Regularizer(RegularizerSpec("clip", 1.0, dim=2), nn.Sequential(layer)).after_step()
     # Columns are channels 0, 2 and 1, 3; channel 4 fills no vector.
     close(layer.weight.detach(), [[1, 1], [9, 9], [1, 7**0.5], [9, 9], [7, 7]], rtol=1e-6, atol=0)
 
@@ -528,13 +528,13 @@ def test_the_others_do_nothing_after_the_step() -> None:
     for name in NAMES:
         layer = nn.Linear(4, 4)
         before = layer.weight.detach().clone()
-        Regularizer(Setting(name, 1.0), nn.Sequential(layer)).after_step()
+        Regularizer(RegularizerSpec(name, 1.0), nn.Sequential(layer)).after_step()
         assert torch.equal(layer.weight, before)
 
 
 def test_clip_below_one_deviation_is_refused() -> None:
     with pytest.raises(InputError, match="--reg-weight 0.5"):
-        Regularizer(Setting("clip", 0.5), nn.Sequential(nn.Linear(2, 2)))
+        Regularizer(RegularizerSpec("clip", 0.5), nn.Sequential(nn.Linear(2, 2)))
     assert regularizers.default_strength("clip", size=224, images=10**6) == 2
 
 
@@ -543,7 +543,7 @@ def test_a_step_by_itself_is_the_penalty_s_gradient_and_nothing_of_the_task_s() 
     layer = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(W).reshape(2, 2))
-    regularizer = Regularizer(Setting("margin", 0.5), layer)
+    regularizer = Regularizer(RegularizerSpec("margin", 0.5), layer)
     regularizer.parameters[".weight"].data.fill_(0.75)
     layer.weight.grad = torch.full_like(layer.weight, 9.0)
     value = regularizer.step(0.1)

@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from conftest import R2
-from r2cli import attach, checkpoint, data, graph, models
-from r2cli.checkpoint import ModelSpec
+from r2cli import data, models
+from r2cli.calibration import deployed
 from r2cli.errors import InputError
+from r2cli.graph import edit, structure
+from r2cli.models import text
+from r2cli.storage import checkpoint
+from r2cli.storage.checkpoint import ModelSpec
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,14 +47,14 @@ def mobilebert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as transformers writes it: two layers with bottlenecks, 16 wide, and their tokenizer."""
     where = tmp_path_factory.mktemp("mobilebert")
     torch.manual_seed(0)
-    models.text.write_tiny(where, ["?", *WORDS])
+    text.write_tiny(where, ["?", *WORDS])
     return where
 
 
 @pytest.fixture(scope="module")
 def made(mobilebert: Path, tsv: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A fine-tuned checkpoint and its report; the encoder's directory is gone by then."""
-    from r2cli.cli import invoke
+    from r2cli.cli.main import invoke
 
     where = tmp_path_factory.mktemp("made")
     encoder = shutil.copytree(mobilebert, where / "encoder")
@@ -84,11 +88,13 @@ def test_what_layers_read_has_eight_bits(
         and {"attention", "embedding", "sum"} <= kinds
         and all(each["reason"] != "r2 knows no integer form of it" for each in report["float_operations"])
     )
-    layers = {n for n, m in attach.network(checkpoint.load(made[0])).named_modules() if isinstance(m, torch.nn.Linear)}
+    layers = {
+        n for n, m in deployed.network(checkpoint.load(made[0])).named_modules() if isinstance(m, torch.nn.Linear)
+    }
     assert {name.removesuffix(".weight") for name in coded.coded} == layers
-    net = attach.network(coded)
+    net = deployed.network(coded)
     assert isinstance(net, torch.fx.GraphModule)
-    assert all(graph.source(net, graph.node_of(net, layer)) in coded.activations for layer in graph.layers(net))
+    assert all(edit.source(net, structure.node_of(net, layer)) in coded.activations for layer in structure.layers(net))
     # Values are named by modules: a running number would be another one with the next release of torch.
     assert any("encoder_layer_1_attention" in name for name in coded.activations)
 
@@ -165,7 +171,7 @@ def test_a_checkpoint_holds_architecture_and_tokenizer_and_no_path(made: tuple[P
 def test_training_starts_from_the_pretrained_weights(mobilebert: Path) -> None:
     spec = models.spec(f"text:{mobilebert}", classes=2, channels=3, size=SIZE)
     model = models.build(spec)
-    models.text.start(model, f"text:{mobilebert}")
+    text.start(model, f"text:{mobilebert}")
     own = transformers.AutoModelForSequenceClassification.from_pretrained(mobilebert)
     assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in model.state_dict().items())
 
@@ -205,7 +211,7 @@ def test_names_and_options_that_cannot_be_had(
 
 
 def _load(tokens_of: Path, name: str, size: int = SIZE) -> data.Data:
-    packed = data.packed(models.text.tokenizer(f"text:{tokens_of}"))
+    packed = data.packed(text.tokenizer(f"text:{tokens_of}"))
     return data.load(name, size=size, tokenizer=packed)
 
 
@@ -268,7 +274,7 @@ def test_text_and_images_are_not_taken_for_each_other(mobilebert: Path, tsv: Pat
 def test_logits_do_not_depend_on_what_padding_hides(made: tuple[Path, Any]) -> None:
     """A text's logits are those of the same text in a longer tensor of padding."""
     read = checkpoint.load(made[0])
-    model = attach.network(read)
+    model = deployed.network(read)
     tokens = read.input.blank(1)
     tokens[:, 0, :6] = torch.tensor([2, 6, 7, 3, 8, 3])
     tokens[:, 1, 6:] = 0

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from r2cli import weights
 from r2cli.errors import InputError
+from r2cli.storage import foreign
 
 
 class Small(nn.Module):
@@ -39,7 +39,7 @@ def refused(path: Path) -> str:
     model = Small()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError) as caught:
-        weights.load(path, model, "small")
+        foreign.load(path, model, "small")
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
@@ -56,20 +56,20 @@ def test_prefixes_and_keys_are_understood(
 ) -> None:
     held = OrderedDict((f"{prefix}{name}", tensor) for name, tensor in state.items())
     content = {"epoch": 3, "optimizer": {"state": {}, "lr": 0.1}, key: held} if key else held
-    found, beside = weights.load(saved(tmp_path / f"net{suffix}", content), Small(), "small")
+    found, beside = foreign.load(saved(tmp_path / f"net{suffix}", content), Small(), "small")
     assert list(found) == list(state) and not beside
     assert all(tensor.equal(state[name]) for name, tensor in found.items())
 
 
 def test_an_average_of_the_weights_is_preferred(state: dict[str, Tensor], tmp_path: Path) -> None:
     other = {name: tensor + 1 for name, tensor in state.items()}
-    found, _ = weights.load(saved(tmp_path / "n.pth", {"state_dict": other, "state_dict_ema": state}), Small(), "small")
+    found, _ = foreign.load(saved(tmp_path / "n.pth", {"state_dict": other, "state_dict_ema": state}), Small(), "small")
     assert found["conv.weight"].equal(state["conv.weight"])
 
 
 def test_what_stands_beside_the_network_is_named(state: dict[str, Tensor], tmp_path: Path) -> None:
     content = {f"model.{name}": tensor for name, tensor in state.items()} | {"loss.weight": torch.ones(2)}
-    _, beside = weights.load(saved(tmp_path / "n.pth", content), Small(), "small")
+    _, beside = foreign.load(saved(tmp_path / "n.pth", content), Small(), "small")
     assert beside == ["loss.weight"]
 
 
@@ -81,14 +81,14 @@ def test_two_networks_in_one_file_are_refused(state: dict[str, Tensor], tmp_path
 
 def test_half_precision_becomes_the_network_s(state: dict[str, Tensor], tmp_path: Path) -> None:
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    found, _ = weights.load(saved(tmp_path / "n.safetensors", half), Small(), "small")
+    found, _ = foreign.load(saved(tmp_path / "n.safetensors", half), Small(), "small")
     assert found["head.weight"].dtype == torch.float32
     assert found["head.weight"].equal(half["head.weight"].float())
 
 
 def test_an_older_batch_norm_kept_no_count(state: dict[str, Tensor], tmp_path: Path) -> None:
     del state["norm.num_batches_tracked"]
-    found, _ = weights.load(saved(tmp_path / "n.pth", state), Small(), "small")
+    found, _ = foreign.load(saved(tmp_path / "n.pth", state), Small(), "small")
     assert int(found["norm.num_batches_tracked"]) == 0
 
 

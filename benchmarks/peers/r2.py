@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from common import Clock, Job, Made, main
 
-from r2cli import checkpoint, export, ptq
-from r2cli.ptq import auto, ranges
+from r2cli.deploy import onnx_export
+from r2cli.ptq import auto, post_training, weight_grids
+from r2cli.storage import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -15,18 +16,18 @@ def quantize(job: Job, clock: Clock) -> Made:
     made = checkpoint.load(Path(job.checkpoint))
     # As `r2 ptq` has it, dfq looks at no image.
     images = None if job.method == "dfq" else [torch.from_numpy(batch) for batch in job.batches()]
-    rule = ranges.usual(job.method, job.weight_bits)
-    settings = ptq.Settings(job.method, job.weight_bits, 8, job.granularity, keep={}, weight_range=rule)
+    rule = weight_grids.usual(job.method, job.weight_bits)
+    settings = post_training.PtqSettings(job.method, job.weight_bits, 8, job.granularity, keep={}, weight_range=rule)
     chosen = ""
     if job.method == "auto":
         assert images is not None
-        grids = auto.GRIDS if job.granularity == ptq.CHANNEL else (job.granularity,)
+        grids = auto.GRIDS if job.granularity == post_training.CHANNEL else (job.granularity,)
         coded, _, own, _ = auto.choose(made, settings, images, CPU, grids=grids)
         chosen = f"{own.method}, {own.granularity}, {own.weight_range}, {' '.join(own.parts or ()) or 'no part of dfq'}"
     else:
-        coded, _ = ptq.quantize(made, settings, images, CPU)
+        coded, _ = post_training.quantize(made, settings, images, CPU)
     clock.lap("quantize")
-    Path(job.output).write_bytes(export.to_bytes(coded))
+    Path(job.output).write_bytes(onnx_export.to_bytes(coded))
     clock.lap("export")
     return Made(chosen=chosen)
 

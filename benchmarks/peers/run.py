@@ -33,8 +33,10 @@ import numpy as np
 import onnxruntime
 import torch
 
-from r2cli import checkpoint, data, export, verify
-from r2cli.checkpoint import InputSpec
+from r2cli import data
+from r2cli.deploy import onnx_export, verify
+from r2cli.storage import checkpoint
+from r2cli.storage.checkpoint import InputSpec
 
 HERE = Path(__file__).parent
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
@@ -132,7 +134,7 @@ def network(path: Path, arguments: argparse.Namespace) -> Network:
     images = write_images(arguments.data, made.input, arguments.calibration, arguments.seed, arguments.work_dir)
     if not told.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        onnx.write_bytes(export.to_bytes(made))
+        onnx.write_bytes(onnx_export.to_bytes(made))
         top1 = common.top1(common.runner(onnx), np.load(images.images, mmap_mode="r"), np.load(images.labels))
         told.write_text(json.dumps({"top1": top1}))
     return Network(path.stem, path.resolve(), sha, onnx, images, json.loads(told.read_text())["top1"])

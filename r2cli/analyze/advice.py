@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from r2cli.analyze import Row
-from r2cli.analyze.rounding import CHANNEL, TENSOR
+from r2cli.analyze.analysis import AnalyzedLayer
+from r2cli.analyze.rounding_pass import CHANNEL, TENSOR
 
 WORTH_BITS = 0.5  # of range, for clipping to be worth a word
 WORTH_DB = 3.0  # half a bit
 
 
-def advice(rows: Sequence[Row], bits: int) -> str:
+def advice(rows: Sequence[AnalyzedLayer], bits: int) -> str:
     """What to do about `rows`, the worst of them first."""
     if not rows:
         return "there is no layer to quantize"
@@ -38,7 +38,7 @@ def advice(rows: Sequence[Row], bits: int) -> str:
     return f"no layer's range is set by outliers: the widest, {row.name}, reaches {ratio:.1f} standard deviations"
 
 
-def _gain(row: Row, bits: int) -> float:
+def _gain(row: AnalyzedLayer, bits: int) -> float:
     """What a grid per channel gains over one per tensor, in dB; 0 where that is not known or not finite."""
     tensor, channel = row.sqnr(bits, TENSOR), row.sqnr(bits, CHANNEL)
     if tensor is None or channel is None or channel == float("inf"):

@@ -15,7 +15,7 @@ from r2cli.errors import CheckFailed, InputError
 from r2cli.options import GATES, OUTPUT, DryRun, Json, Overwrite, _option
 
 if TYPE_CHECKING:
-    from r2cli.analyze import Row, Sheet
+    from r2cli.analyze.analysis import Analysis, AnalyzedLayer
 
 ENDINGS = (".png", ".svg", ".pdf", ".html")
 SORTS = ("sqnr", "range", "outliers", "kurtosis", "size", "name")
@@ -126,17 +126,16 @@ def analyze(
 
     import os
 
-    from r2cli import analyze as worker
-    from r2cli import checkpoint
+    from r2cli.analyze import analysis as worker
+    from r2cli.analyze import figure, page, records, terminal, views
     from r2cli.analyze.advice import advice
-    from r2cli.cli import views
-    from r2cli.report import figure, page, records, text
+    from r2cli.storage import checkpoint
 
-    def order(rows: "Sequence[Row]") -> "tuple[Row, ...]":
+    def order(rows: "Sequence[AnalyzedLayer]") -> "tuple[AnalyzedLayer, ...]":
         return tuple(worker.ordered(rows, sort, bits=bits, granularity=granularity))
 
     started = perf_counter()
-    settings = worker.Settings(outlier_sigma, quick, everything)
+    settings = worker.AnalyzeSettings(outlier_sigma, quick, everything)
     found = [each for path in sources for each in views.chosen(path, view, everything=everything)]
     layers = worker.matching([each.layers for each in found], only or [])
     total = sum(worker.total(each) for each in layers)
@@ -148,7 +147,7 @@ def analyze(
     with console.bar("analyze", total, of_bytes=True) as progress:
         for each, chosen in zip(found, layers, strict=True):
             rows = worker.rows(chosen, settings, threads=threads or os.cpu_count() or 1, advance=progress.advance)
-            sheets.append(worker.Sheet(str(each.file), each.name, rows, each.others, each.note))
+            sheets.append(worker.Analysis(str(each.file), each.name, rows, each.others, each.note))
     line = advice(_worst(sheets, bits), bits)
     made = []
     for path in outputs:
@@ -172,10 +171,15 @@ def analyze(
     shown: list[console.Line] = []
     many = limit if limit is not None else LIMIT if len(sheets) == 1 else 8
     for sheet in sheets:
-        shown += [*text.lines(sheet, order(sheet.rows), limit=many, bits=bits, sigma=outlier_sigma), ""]
+        shown += [*terminal.lines(sheet, order(sheet.rows), limit=many, bits=bits, sigma=outlier_sigma), ""]
     ready = next((each.file for each in found if each.is_float_checkpoint), None)
     follow = _next(sources, ready if outputs else None, bits, written=bool(outputs))
-    shown += [*text.comparison(sheets, bits), line, *(f"wrote {path}" for path in outputs), console.next_step(follow)]
+    shown += [
+        *terminal.comparison(sheets, bits),
+        line,
+        *(f"wrote {path}" for path in outputs),
+        console.next_step(follow),
+    ]
     console.tell(shown, as_json=json)
     _require(report, sheets, max_range_ratio, max_outliers, floor, granularity)
     return report
@@ -198,9 +202,9 @@ def _next(sources: Sequence[Path], checkpoint: Path | None, bits: int, *, writte
     return f"r2 analyze {' '.join(map(str, sources))} {f'--min-sqnr 15@{bits}' if written else '-o report.html'}"
 
 
-def _worst(sheets: "Sequence[Sheet]", bits: int) -> "list[Row]":
+def _worst(sheets: "Sequence[Analysis]", bits: int) -> "list[AnalyzedLayer]":
     """The rows of the first file's last view, which is the one that is deployed, the worst first."""
-    from r2cli import analyze as worker
+    from r2cli.analyze import analysis as worker
 
     last = [sheet for sheet in sheets if sheet.file == sheets[0].file][-1]
     return worker.ordered(last.rows, "sqnr" if any(row.losses for row in last.rows) else "range", bits=bits)
@@ -208,7 +212,7 @@ def _worst(sheets: "Sequence[Sheet]", bits: int) -> "list[Row]":
 
 def _require(
     report: Mapping[str, Any],
-    sheets: "Sequence[Sheet]",
+    sheets: "Sequence[Analysis]",
     max_range_ratio: float | None,
     max_outliers: float | None,
     floor: tuple[float, int] | None,

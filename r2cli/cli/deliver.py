@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from r2cli import attach, checkpoint, console, export, verify
+from r2cli import console
 from r2cli import data as datasets
+from r2cli.calibration import deployed
 from r2cli.cli import gates
+from r2cli.deploy import onnx_export, verify
 from r2cli.errors import CheckFailed
+from r2cli.storage import checkpoint
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ def to_onnx(
     """Write `made` as ONNX to `path` and prove the file on the data set's test split, with a bar on standard error."""
     cpu = torch.device("cpu")
     console.note(f"{what}: exporting to ONNX")
-    checkpoint.write_atomically(path, export.to_bytes(made))
-    model = attach.network(made)
+    checkpoint.write_atomically(path, onnx_export.to_bytes(made))
+    model = deployed.network(made)
     with console.bar("prove", len(source.test)) as progress:
 
         def batches() -> Iterator[datasets.Batch]:
@@ -124,6 +127,13 @@ def _embeddings(made: checkpoint.Checkpoint, model: nn.Module) -> dict[str, int]
 def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
     """The proof as ticks, a line each; and what became of embeddings, where there are any."""
     lines: list[console.Line] = [console.tick(check.name, check.passed, check.detail) for check in proof.checks]
+    overflow = report["overflow_db"]
+    if overflow is not None and overflow < verify.SQNR_DB:
+        lines.append(
+            "note: on a processor without VNNI, as this one, ONNX Runtime's default kernels overflow "
+            f'({overflow:.0f} dB): deploy with the session option {verify.EXACT_PRODUCTS} = "1", as r2 does, '
+            "or with --weight-bits 7"
+        )
     own = report["embeddings"]
     if own is not None:
         kept = f"{own['coded']:,} weights as codes" if own["coded"] else f"{own['float']:,} weights stay float32"

@@ -55,8 +55,10 @@ def evaluate(
     """Measure top-1, latency of one image on one thread, and size."""
     import torch
 
-    from r2cli import attach, train, verify
+    from r2cli.calibration import deployed
     from r2cli.cli import subject
+    from r2cli.deploy import verify
+    from r2cli.train import loop
 
     source = gates.source(source, weights, DEFAULT_SOURCE)
     images = subject.Images(data, data_dir, workers, size, mean, std)
@@ -72,15 +74,15 @@ def evaluate(
         engine = "ONNX Runtime"
     else:
         made, loaded = subject.load(source, subject.Network(model, weights, model_arg, stem), images)
-        where = train.device(device)
-        predict = one_thread = torch.inference_mode()(attach.network(made).to(where))
+        where = loop.device(device)
+        predict = one_thread = torch.inference_mode()(deployed.network(made).to(where))
         spec, engine = made.input, f"torch on {where}"
     if dry_run:
         console.tell([f"would evaluate {source} on {loaded.name}"], as_json=json)
         return {"command": "evaluate"}
     console.note(f"evaluating {source} on {len(loaded.test)} images")
     with console.bar("evaluate", len(loaded.test)) as progress:
-        top1 = train.top1(predict, loaded.test, where, advance=progress.advance)
+        top1 = loop.top1(predict, loaded.test, where, advance=progress.advance)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     latency = verify.latency_ms(lambda image: one_thread(image.to(where)).cpu(), spec.blank(1))

@@ -40,8 +40,8 @@ from r2cli.options import Device as DeviceName
 
 if TYPE_CHECKING:
     from r2cli import data as datasets
-    from r2cli import palettize as worker
-    from r2cli import train
+    from r2cli.palettize import palettes as worker
+    from r2cli.train.hooks import Epoch
 
 METHODS = ("kmeans", "dkm", "shared")
 TRAINING = "Training (dkm, shared)"
@@ -207,71 +207,73 @@ def palettize(
     gates.require_free([output, onnx] if is_network else [output], overwrite=overwrite)
     _require_consistent(method, is_network=is_network, resume=resume, weigh=weigh, soft=epochs - hard_epochs)
 
-    from r2cli import attach, distributed, observers, train
     from r2cli import data as datasets
-    from r2cli import palettize as worker
+    from r2cli.calibration import deployed, observers
     from r2cli.cli import deliver, subject
-    from r2cli.palettize import training
+    from r2cli.palettize import palettes as worker
+    from r2cli.palettize import soft_training
+    from r2cli.train import distributed, loop
+    from r2cli.train.loop import ADAMW, TrainSettings
 
     act_range = act_range or observers.usual(acts or 8)
-    settings = worker.Settings(method, bits, dim, group_size, lut_bits, acts, kept, act_range, embeddings)
+    settings = worker.PaletteSettings(method, bits, dim, group_size, lut_bits, acts, kept, act_range, embeddings)
     if not is_network:
         return _file(source, output, settings, seed=seed, dry_run=dry_run, max_bytes=max_bytes, json=json)
     if method != "kmeans":
         gates.require_no_state(state, resume=resume, overwrite=overwrite)
     network = subject.Network(model, weights, model_arg, stem)
     made, loaded = subject.load(source, network, subject.Images(data, data_dir, workers, size, mean, std))
-    where, there = train.device(device), len(loaded.train)
+    where, there = loop.device(device), len(loaded.train)
     calibration = subject.calibration(calibration, loaded)
     if not calibration and (acts or method != "kmeans" or weigh != "none"):
         raise InputError("--calibration 0 leaves no images to work on: give --method kmeans and --act-bits none")
     options: dict[str, Any] = {**settings.__dict__, "calibration": calibration, "seed": seed}
-    loop = None
+    training = None
     if method == "kmeans":
         options["weigh"] = weigh
     else:
         steps_by = gates.optimizer(optimizer, is_text=made.input.is_text)
-        usual = ADAMW_LR if steps_by == train.ADAMW else LR[method]
+        usual = ADAMW_LR if steps_by == ADAMW else LR[method]
         if method == "dkm":
             clip_ratio = RATIO if clip_ratio is None else clip_ratio
             clip_grad = (CLIP_FEW if bits <= FEW else CLIP) if clip_grad is None else clip_grad
-        loop = train.Settings(
+        training = TrainSettings(
             *(epochs, batch_size, usual if lr is None else lr, momentum, weight_decay, WARM_UP, 0.0, 0.0, seed),
             clip_grad=clip_grad,
             clip_ratio=clip_ratio,
-            precision=train.precision(precision, where),
+            precision=loop.precision(precision, where),
             optimizer=steps_by,
         )
-        options |= {**loop.__dict__, "hard_epochs": hard_epochs, "temperature": temperature}
+        options |= {**training.__dict__, "hard_epochs": hard_epochs, "temperature": temperature}
         options |= {"iterations": iterations, "lut_lr": lut_lr}
     if dry_run:
         lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=json)
         return {"command": "palettize", "options": options}
-    train.seed_everything(seed)
-    before = train.evaluate(attach.network(made).to(where), loaded.test, where)
+    loop.seed_everything(seed)
+    before = loop.evaluate(deployed.network(made).to(where), loaded.test, where)
     console.note(f"palettizing {source} to {suffix}: float top-1 {before:.2f} %")
 
     def batches() -> "Iterator[datasets.Batch]":
         return datasets.calibration(loaded, calibration, where, seed)
 
-    work = worker.Work(made, settings, batches if calibration else None, where, seed)
+    work = worker.PaletteTask(made, settings, batches if calibration else None, where, seed)
     epochs_told: list[dict[str, float]] = []
-    if loop is None:
+    if training is None:
         with console.bar("k-means", sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
             coded, rows = worker.by_kmeans(work, weigh=weigh == "fisher", advance=progress.advance)
     else:
-        schedule = training.Schedule(epochs, hard_epochs if method == "dkm" else 0, temperature, temperature / 10)
-        plan = training.Plan(loop, schedule, iterations, lut_lr)
-        total = epochs * train.steps_per_epoch(there, batch_size)
+        schedule = soft_training.Schedule(epochs, hard_epochs if method == "dkm" else 0, temperature, temperature / 10)
+        plan = soft_training.PalettePlan(training, schedule, iterations, lut_lr)
+        total = epochs * loop.steps_per_epoch(there, batch_size)
         with gates.told_of(state), console.bar(method, total) as progress:
 
-            def told(epoch: "train.Epoch", gap: float) -> None:
+            def told(epoch: "Epoch", gap: float) -> None:
                 epochs_told.append({**epoch.__dict__, "gap": gap})
                 progress.line(_line(epoch, epochs, gap))
 
-            following = training.Following(state, resume, progress.advance, told)
-            coded, rows = training.by_training(work, plan, loaded, following)
+            following = soft_training.PaletteRunControl(state, resume, progress.advance, told)
+            coded, rows = soft_training.by_training(work, plan, loaded, following)
     distributed.end_others()
     order = deliver.Order("palettize", output, options, data, started, json, min_accuracy, max_drop, max_bytes, state)
     more = {**_sizes(rows), "layers": [row.__dict__ for row in rows], "epochs": epochs_told}
@@ -295,7 +297,7 @@ def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: s
 def _file(
     source: Path,
     output: Path,
-    settings: "worker.Settings",
+    settings: "worker.PaletteSettings",
     *,
     seed: int,
     dry_run: bool,
@@ -303,17 +305,17 @@ def _file(
     json: bool,
 ) -> dict[str, Any]:
     """Palettize a file of weights without a network."""
-    from r2cli.palettize import files
+    from r2cli.palettize import weight_files
 
     started = perf_counter()
-    size = files.total(source)
+    size = weight_files.total(source)
     options = {**settings.__dict__, "seed": seed}
     if dry_run:
         lines = [f"would palettize {source}, {size:,} bytes of tensors -> {output}"]
         console.tell(lines, as_json=json)
         return {"command": "palettize", "options": options}
     with console.bar("palettize", size, of_bytes=True) as progress:
-        rows = files.write(source, output, settings, seed=seed, advance=progress.advance)
+        rows = weight_files.write(source, output, settings, seed=seed, advance=progress.advance)
     written = output.stat().st_size
     report = {
         "command": "palettize",
@@ -338,7 +340,7 @@ def _ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
     return [f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): lower --clip-ratio or --lr"]
 
 
-def _line(epoch: "train.Epoch", epochs: int, gap: float) -> str:
+def _line(epoch: "Epoch", epochs: int, gap: float) -> str:
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  "
         f"hard top-1 {epoch.top1:.2f} %  soft to hard {100 * gap:.1f} %  {epoch.images_per_second:,.0f} images/s"
@@ -347,11 +349,11 @@ def _line(epoch: "train.Epoch", epochs: int, gap: float) -> str:
 
 def _is_checkpoint(source: Path) -> bool:
     """Whether `source` is a network of r2's; what is not there is taken for one, and reported as one."""
-    from r2cli import tensors
+    from r2cli.storage import stream
 
     if not source.is_file():
         return not source.is_dir()
-    return source.suffix != ".json" and "r2" in tensors.metadata(source)
+    return source.suffix != ".json" and "r2" in stream.metadata(source)
 
 
 def _act_bits(text: str | None, lut_bits: int) -> int | None:
@@ -363,7 +365,7 @@ def _act_bits(text: str | None, lut_bits: int) -> int | None:
     return bits
 
 
-def _sizes(rows: "Sequence[worker.Row]") -> dict[str, float]:
+def _sizes(rows: "Sequence[worker.PalettizedLayer]") -> dict[str, float]:
     """Bits a weight over all layers, tables and scales included, as they are and entropy-coded."""
     count = sum(math.prod(row.shape) for row in rows)
     size = sum(row.size * math.prod(row.shape) for row in rows) / count
@@ -371,7 +373,7 @@ def _sizes(rows: "Sequence[worker.Row]") -> dict[str, float]:
     return {"bits_per_weight": size, "entropy_coded_bits": coded}
 
 
-def _layers(rows: "Sequence[worker.Row]") -> Any:
+def _layers(rows: "Sequence[worker.PalettizedLayer]") -> Any:
     cells = [
         (
             row.layer,

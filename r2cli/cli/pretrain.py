@@ -29,8 +29,9 @@ from r2cli.options import (
 from r2cli.options import Device as DeviceName
 
 if TYPE_CHECKING:
-    from r2cli import checkpoint, train
     from r2cli import data as datasets
+    from r2cli.storage import checkpoint
+    from r2cli.train.hooks import Epoch
 
 PAPER_STRENGTH = 0.01
 LR, LR_BATCH = 0.1, 64  # the default rate grows with the batch (Goyal et al. 2017)
@@ -147,10 +148,13 @@ def pretrain(
     gates.require_free([output], overwrite=overwrite)
     gates.require_no_state(state, resume=resume, overwrite=overwrite)
 
-    from r2cli import checkpoint, distributed, models, regularizers, train
     from r2cli import data as datasets
-    from r2cli import weights as foreign
+    from r2cli import models
     from r2cli.cli import subject
+    from r2cli.models import text
+    from r2cli.storage import checkpoint, foreign
+    from r2cli.train import distributed, hooks, loop, regularizers
+    from r2cli.train.loop import ADAMW, TrainSettings
 
     started = perf_counter()
     source = subject.Images(data, data_dir, workers, size, mean, std).load(data, model=model)
@@ -160,14 +164,14 @@ def pretrain(
         strength = reg_weight
         if strength is None:
             strength = _strength(reg, source)
-        setting = regularizers.Setting(reg, strength, reg_form == "stable", reg_dim, margin_k)
+        setting = regularizers.RegularizerSpec(reg, strength, reg_form == "stable", reg_dim, margin_k)
     steps_by = gates.optimizer(optimizer, is_text=source.input.is_text)
-    usual = ADAMW_LR if steps_by == train.ADAMW else LR * batch_size / LR_BATCH
+    usual = ADAMW_LR if steps_by == ADAMW else LR * batch_size / LR_BATCH
     rate = usual if lr is None else lr
-    usual = ADAMW_REG_LR if steps_by == train.ADAMW else rate if reg_form == "stable" else 0.01
+    usual = ADAMW_REG_LR if steps_by == ADAMW else rate if reg_form == "stable" else 0.01
     own_lr = usual if reg_lr is None else reg_lr
-    where = train.device(device)
-    settings = train.Settings(
+    where = loop.device(device)
+    settings = TrainSettings(
         epochs=epochs,
         batch_size=batch_size,
         lr=rate,
@@ -179,7 +183,7 @@ def pretrain(
         seed=seed,
         clip_grad=clip_grad,
         ema=ema,
-        precision=train.precision(precision, where),
+        precision=loop.precision(precision, where),
         compile=compile,
         optimizer=steps_by,
     )
@@ -191,20 +195,20 @@ def pretrain(
         console.tell([f"would train {plan} -> {output}"], as_json=json)
         return {"command": "pretrain", "options": options}
     console.note(f"training {plan} on {where}")
-    train.seed_everything(seed)
+    loop.seed_everything(seed)
     network = models.build(spec)
     models.require_fit(network, spec, source.input.shape)
-    if weights is None and models.text.has(model):
-        fresh = models.text.start(network, model)
+    if weights is None and text.has(model):
+        fresh = text.start(network, model)
         console.note(f"weights of {model}; new are {', '.join(fresh) or 'none'}")
     if weights is not None:
         tensors, beside = foreign.load(weights, network, spec.name)
         network.load_state_dict(tensors)
         subject.tell_beside(weights, beside)
-    total = epochs * train.steps_per_epoch(len(source.train), batch_size)
+    total = epochs * loop.steps_per_epoch(len(source.train), batch_size)
     with gates.told_of(state), console.bar("pretrain", total) as progress:
-        watch = train.Watch(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
-        history = train.fit(
+        watch = hooks.Progress(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
+        history = loop.fit(
             network, source, settings, device=where, setting=setting, state=state, resume=resume, watch=watch
         )
     distributed.end_others()
@@ -237,7 +241,7 @@ def pretrain(
 
 def _strength(reg: str, source: "datasets.Data") -> float:
     """The default strength: for text the paper's 0.01, whatever the size."""
-    from r2cli import regularizers
+    from r2cli.train import regularizers
 
     if source.input.is_text:
         return PAPER_STRENGTH
@@ -252,7 +256,7 @@ def _size(given: "checkpoint.InputSpec") -> str:
     return f"{given.size} tokens" if given.is_text else f"{given.size}x{given.size}"
 
 
-def _line(epoch: "train.Epoch", epochs: int) -> str:
+def _line(epoch: "Epoch", epochs: int) -> str:
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  penalty {epoch.penalty:.4f}  "
         f"top-1 {epoch.top1:.2f} %  max|w|/std {epoch.range_mean:.2f} (worst {epoch.range_max:.2f})  "

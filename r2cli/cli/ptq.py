@@ -40,10 +40,10 @@ from r2cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from r2cli import checkpoint
     from r2cli import data as datasets
-    from r2cli import ptq as worker
     from r2cli.ptq import auto
+    from r2cli.ptq import post_training as worker
+    from r2cli.storage import checkpoint
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -191,15 +191,16 @@ def ptq(
     if without and act_range is not None:
         raise InputError(f"--act-range {act_range} looks at images: give --calibration, or leave it to the BatchNorms")
 
-    from r2cli import attach, observers, train
     from r2cli import data as datasets
-    from r2cli import ptq as worker
+    from r2cli.calibration import deployed, observers
     from r2cli.cli import deliver, subject
-    from r2cli.ptq import auto
+    from r2cli.ptq import auto, mixed_precision, weight_grids
+    from r2cli.ptq import post_training as worker
+    from r2cli.train import loop
 
     act_range = act_range or observers.usual(acts or 8)
-    narrow = weight_bits if target_bits is None and target_bytes is None else min(worker.mixed.WIDTHS)
-    asked, weight_range = weight_range, weight_range or worker.ranges.usual(method, narrow)
+    narrow = weight_bits if target_bits is None and target_bytes is None else min(mixed_precision.WIDTHS)
+    asked, weight_range = weight_range, weight_range or weight_grids.usual(method, narrow)
     started = perf_counter()
     network = subject.Network(model, weights, model_arg, stem)
     images = subject.Images(data, data_dir, workers, size, mean, std)
@@ -207,7 +208,7 @@ def ptq(
     measured = loaded.name != subject.NOISE
     if not measured and (min_accuracy is not None or max_drop is not None):
         raise InputError("--min-accuracy and --max-drop need images: give --data")
-    settings = worker.Settings(
+    settings = worker.PtqSettings(
         method, weight_bits, acts, granularity or "channel", kept, prepared, relu6, weight_range, act_range, symmetric
     )
     settings = replace(settings, embeddings=embeddings)
@@ -218,16 +219,16 @@ def ptq(
         lines = [f"would quantize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=json)
         return {"command": "ptq", "options": options}
-    where = train.device(device)
+    where = loop.device(device)
     calibration = 0 if without else subject.calibration(calibration, loaded)
     batches = datasets.Again(lambda: datasets.calibration(loaded, calibration, where, seed))
-    choice: list[worker.Chosen] = []
+    choice: list[worker.ChosenBits] = []
     if target_bits or target_bytes:
-        target = worker.Target(target_bits, target_bytes, sensitivity)
+        target = worker.BitTarget(target_bits, target_bytes, sensitivity)
         plain = replace(settings, method="none") if method == "auto" else settings
         plain, choice = worker.choose_bits(made, plain, target, batches, where, seed)
         settings = replace(plain, method=method)
-    before = train.evaluate(attach.network(made).to(where), loaded.test, where) if measured else None
+    before = loop.evaluate(deployed.network(made).to(where), loaded.test, where) if measured else None
     note = f"float top-1 {before:.2f} %" if before is not None else "no images, so accuracy is not measured"
     console.note(f"quantizing {source} to {suffix}: {note}")
     shown_to = None if without else datasets.Again(lambda: (batch for batch, _ in batches))
@@ -272,12 +273,14 @@ def ptq(
 
 def _top1_with_relu(made: "checkpoint.Checkpoint", loaded: "datasets.Data", where: "torch.device") -> float:
     """Top-1 of the float network with ReLU in the place of ReLU6, in percent."""
-    from r2cli import attach, graph, train
+    from r2cli.calibration import deployed
+    from r2cli.graph.read import trace
     from r2cli.ptq import equalize
+    from r2cli.train import loop
 
-    net = graph.trace(attach.network(made))
+    net = trace(deployed.network(made))
     equalize.without_relu6(net)
-    return train.evaluate(net.to(where), loaded.test, where)
+    return loop.evaluate(net.to(where), loaded.test, where)
 
 
 def _origin(calibration: int) -> str:
@@ -312,14 +315,14 @@ def _chosen(trials: "Sequence[auto.Trial]") -> str:
     )
 
 
-def _again(settings: "worker.Settings", rows: "Sequence[worker.Row]") -> str:
+def _again(settings: "worker.PtqSettings", rows: "Sequence[worker.QuantizedLayer]") -> str:
     """The choice of mixed precision as options that give the same bytes."""
-    from r2cli.ptq import ranges
+    from r2cli.ptq import weight_grids
 
     count = sum(math.prod(row.shape) for row in rows)
     mean = sum(row.bits * math.prod(row.shape) for row in rows) / count
     kept = "".join(f" --keep {name}={bits}" for name, bits in settings.keep.items())
-    if settings.weight_range != ranges.usual(settings.method, settings.weight_bits):
+    if settings.weight_range != weight_grids.usual(settings.method, settings.weight_bits):
         kept += f" --weight-range {settings.weight_range}"
     return f"{mean:.2f} bits a weight on average; the same again: --weight-bits {settings.weight_bits}{kept}"
 

@@ -34,9 +34,10 @@ from r2cli.options import (
 from r2cli.options import Device as DeviceName
 
 if TYPE_CHECKING:
-    from r2cli import checkpoint, train
     from r2cli import data as datasets
-    from r2cli import qat as worker
+    from r2cli.qat.prepare import TrainedLayer
+    from r2cli.storage import checkpoint
+    from r2cli.train.hooks import Epoch
 
 METHODS = ("dorefa", "pact", "lsq", "ewgs")
 EXTRAS, SCRATCH = "What comes to the training", "From scratch"
@@ -220,11 +221,14 @@ def qat(
     gates.require_free([output, onnx], overwrite=overwrite)
     gates.require_no_state(state, resume=resume, overwrite=overwrite)
 
-    from r2cli import attach, distributed, regularizers, train
     from r2cli import data as datasets
-    from r2cli import qat as worker
+    from r2cli.calibration import deployed
     from r2cli.cli import deliver, subject
-    from r2cli.qat import training
+    from r2cli.qat import finetune
+    from r2cli.qat import prepare as worker
+    from r2cli.qat.prepare import QatSettings, QatTask
+    from r2cli.train import distributed, hooks, loop, regularizers
+    from r2cli.train.loop import TrainSettings
 
     for bits, what in [(weight_bits, "--weight-bits"), *((own, f"--keep {name}=") for name, own in kept.items())]:
         worker.require_bits(method, bits, f"{what}{'' if what.endswith('=') else ' '}{bits}")
@@ -232,14 +236,14 @@ def qat(
     wanted = subject.Images(data, data_dir, workers, size, mean, std)
     made, loaded = _fresh(network, wanted, seed) if fresh else subject.load(source, network, wanted)
     loaded = loaded if images is None else datasets.with_fewer(loaded, images, seed)
-    where, there = train.device(device), len(loaded.train)
+    where, there = loop.device(device), len(loaded.train)
     calibration = subject.calibration(calibration, loaded)
     decay = 1e-4 * {3: 0.5, 2: 0.25, 1: 0.25}.get(weight_bits, 1.0) if weight_decay is None else weight_decay
     setting = None
     if reg != "none":
         usual = regularizers.default_strength(reg, size=loaded.input.size, images=there)
-        setting = regularizers.Setting(reg, usual if reg_weight is None else reg_weight)
-    loop = train.Settings(
+        setting = regularizers.RegularizerSpec(reg, usual if reg_weight is None else reg_weight)
+    training = TrainSettings(
         epochs,
         batch_size,
         lr,
@@ -250,10 +254,10 @@ def qat(
         lr,
         seed,
         clip_grad=clip_grad,
-        precision=train.precision(precision, where),
+        precision=loop.precision(precision, where),
     )
-    plan = training.Plan(
-        loop,
+    plan = finetune.QatPlan(
+        training,
         (EWGS_LR if method == "ewgs" else lr) if quantizer_lr is None else quantizer_lr,
         distill=distill,
         progressive=progressive,
@@ -262,26 +266,26 @@ def qat(
         norms=norms == "again",
         regularizer=setting,
     )
-    settings = worker.Settings(method, weight_bits, acts, kept, activations, start)
+    settings = QatSettings(method, weight_bits, acts, kept, activations, start)
 
     def batches() -> "Iterator[datasets.Batch]":
         return datasets.calibration(loaded, calibration, where, seed)
 
-    work = worker.Work(made, settings, batches, where, from_scratch)
-    options = {**plan.identity(work), **loop.__dict__, "calibration": calibration, "images": images}
+    work = QatTask(made, settings, batches, where, from_scratch)
+    options = {**plan.identity(work), **training.__dict__, "calibration": calibration, "images": images}
     options |= {"reg": setting.__dict__ if setting else None}
     if dry_run:
         lines = [f"would train {source} ({made.model.name}) as {suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=json)
         return {"command": "qat", "options": options}
-    train.seed_everything(seed)
-    before = None if fresh else train.evaluate(attach.network(made).to(where), loaded.test, where)
+    loop.seed_everything(seed)
+    before = None if fresh else loop.evaluate(deployed.network(made).to(where), loaded.test, where)
     told = "" if before is None else f": float top-1 {before:.2f} %"
     console.note(f"training {made.model.name} as {suffix} on {where}{told}")
-    with gates.told_of(state), console.bar(method, epochs * train.steps_per_epoch(there, batch_size)) as progress:
-        watch = train.Watch(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
-        following = training.Following(state, resume, watch)
-        coded, rows, history = training.by_training(work, plan, loaded, following)
+    with gates.told_of(state), console.bar(method, epochs * loop.steps_per_epoch(there, batch_size)) as progress:
+        watch = hooks.Progress(progress.advance, lambda epoch: progress.line(_line(epoch, epochs)))
+        following = hooks.RunControl(state, resume, watch)
+        coded, rows, history = finetune.by_training(work, plan, loaded, following)
     distributed.end_others()
     order = deliver.Order("qat", output, options, data, started, json, min_accuracy, max_drop, max_bytes, state)
     more = {
@@ -304,13 +308,15 @@ def _require_consistent(method: str, *, delta: str, bin_reg: float, from_scratch
 
 def _fresh(network: Any, images: Any, seed: int) -> "tuple[checkpoint.Checkpoint, datasets.Data]":
     """A network of `--model` that nobody has trained, with its data."""
-    from r2cli import checkpoint, models, train
     from r2cli import data as datasets
+    from r2cli import models
+    from r2cli.storage import checkpoint
+    from r2cli.train import loop
 
     name = images.data or "digits"
     loaded = images.load(name)
     spec = network.spec(network.model, loaded)
-    train.seed_everything(seed)
+    loop.seed_everything(seed)
     model = models.build(spec)
     models.require_fit(model, spec, loaded.input.shape)
     made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, model.state_dict(), origin=spec.name)
@@ -318,14 +324,14 @@ def _fresh(network: Any, images: Any, seed: int) -> "tuple[checkpoint.Checkpoint
     return made.then("new", options, {}), loaded
 
 
-def _line(epoch: "train.Epoch", epochs: int) -> str:
+def _line(epoch: "Epoch", epochs: int) -> str:
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  top-1 {epoch.top1:.2f} %  "
         f"{epoch.images_per_second:,.0f} images/s"
     )
 
 
-def _layers(rows: "Sequence[worker.Row]") -> Any:
+def _layers(rows: "Sequence[TrainedLayer]") -> Any:
     cells = [
         (row.layer, "x".join(map(str, row.shape)), row.bits, row.act_bits or "float", row.levels, row.note)
         for row in rows

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from r2cli import console
+from r2cli.cli.parsing import UsageError
 from r2cli.errors import CheckFailed, InputError
 from r2cli.options import DryRun, Json, Overwrite, _option
 
 if TYPE_CHECKING:
-    from r2cli import jobs as worker
-    from r2cli import recipe as recipes
-    from r2cli import results
+    from r2cli.workflow import recipe as recipes
+    from r2cli.workflow import results
+    from r2cli.workflow import runner as worker
 
 
 def run(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe, FILE.toml or the name of a shipped one: `r2 recipe ls`.")],
     jobs: Annotated[
         int, _option("--jobs", "-j", help="Steps side by side, in processes that share the threads.", min=1)
@@ -47,15 +49,16 @@ def run(
     json: Json = False,
 ) -> dict[str, Any]:
     """Run a recipe's commands and print its tables; what was done with the same options is not done again."""
-    from r2cli import jobs as worker
-    from r2cli import recipe as recipes
-    from r2cli import results
-    from r2cli import smoke as trial
-    from r2cli.cli import invoke
+    from r2cli.workflow import recipe as recipes
+    from r2cli.workflow import results
+    from r2cli.workflow import runner as worker
+    from r2cli.workflow import smoke as trial
 
     path = recipes.find(recipe)
     read = recipes.override(recipes.load(path), set or [])
-    _require_options(recipes.steps(read))
+    root = context.find_root()
+    _require_options(recipes.steps(read), root.command)
+    invoke = root.obj
     folder = work_dir or _folder(path, smoke=smoke)
     missing = trial.missing(read) if smoke else None
     if missing:
@@ -78,8 +81,8 @@ def run(
 
     def start(number: int, arguments: list[str]) -> "worker.Job":
         if jobs == 1:
-            return worker.Here(invoke, arguments)
-        return worker.Process(arguments, worker.threads_each(jobs), folder / "logs" / f"{number}.log")
+            return worker.InThisProcess(invoke, arguments)
+        return worker.InOwnProcess(arguments, worker.threads_each(jobs), folder / "logs" / f"{number}.log")
 
     with _ended_as_interrupted():
         done = worker.execute(todo, folder, start, console.note, overwrite=overwrite, jobs=jobs)
@@ -107,7 +110,7 @@ def run(
 
 def _folder(path: Path, *, smoke: bool) -> Path:
     """Where the files of the recipe at `path` go: runs/STEM, with the folder of a shipped one between."""
-    from r2cli import recipe as recipes
+    from r2cli.workflow import recipe as recipes
 
     name = next((name for name, own in recipes.shipped().items() if own.samefile(path)), path.stem)
     return Path("runs") / (f"{name}-smoke" if smoke else name)
@@ -115,8 +118,8 @@ def _folder(path: Path, *, smoke: bool) -> Path:
 
 def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
     """The tables as tables.md, .csv and .json in `folder`; the first of them."""
-    from r2cli import results
-    from r2cli.checkpoint import write_atomically
+    from r2cli.storage.checkpoint import write_atomically
+    from r2cli.workflow import results
 
     written = folder / "tables.md"
     write_atomically(written, "\n".join(table.markdown() for table in tables).encode())
@@ -136,11 +139,8 @@ def _ended_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _require_options(steps: "Sequence[recipes.Step]") -> None:
+def _require_options(steps: "Sequence[recipes.Step]", commands: Any) -> None:
     """Raises InputError, before any work is done, for what a step's own command line would not take, at its place."""
-    from r2cli.cli import UsageError, app
-
-    commands: Any = typer.main.get_command(app)
     for step in steps:
         command = commands.commands[step.command]
         flags = {name: flag for flag in command.params for name in (*flag.opts, *flag.secondary_opts)}

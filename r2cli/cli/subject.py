@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from r2cli import checkpoint, console, models, weights
+from r2cli import console, models
 from r2cli import data as datasets
 from r2cli.errors import InputError
-from r2cli.keywords import is_own, require_safe
+from r2cli.models import own, text
+from r2cli.storage import checkpoint, foreign
+from r2cli.storage.keywords import is_own, require_safe
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Images:
             if self.data is None:
                 return datasets.load_named_in_file(default, spec=spec, **more)
             return datasets.load(self.data, spec=spec, **more)
-        tokenizer = datasets.packed(models.text.tokenizer(model)) if model and models.text.has(model) else None
+        tokenizer = datasets.packed(text.tokenizer(model)) if model and text.has(model) else None
         more |= {"tokenizer": tokenizer}
         return datasets.load(self.data or default, size=self.size, mean=mean, std=std, **more)
 
@@ -115,7 +117,7 @@ def _foreign(network: Network, images: Images) -> tuple[checkpoint.Checkpoint, d
     spec = network.spec(network.model, loaded)
     model = models.build(spec)
     models.require_fit(model, spec, loaded.input.shape)
-    state, beside = weights.load(network.weights, model, spec.name)
+    state, beside = foreign.load(network.weights, model, spec.name)
     tell_beside(network.weights, beside)
     made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, state, origin=str(network.weights))
     options = {"data": datasets.recorded(images.data), "weights": network.weights.name, "model": spec.described()}
@@ -133,12 +135,12 @@ def _with_code(made: checkpoint.Checkpoint, name: str, args: Sequence[str] | Non
     """`made` with the user's own factory, which its file only names, and with the keywords `args` or else its own."""
     if not is_own(made.model.name):
         raise InputError(f"{made.origin} is a checkpoint of {made.model.name}: --model belongs to --weights")
-    if models.own.label(name) != made.model.name:
+    if own.label(name) != made.model.name:
         raise InputError(f"{made.origin} was made by {made.model.name}, not by {name}: name that one with --model")
     if not args:
         require_safe(made.model.name, made.model.args, made.origin)
     keywords = arguments(args) if args else made.model.args
-    return replace(made, model=replace(made.model, factory=models.own.factory(name), args=keywords))
+    return replace(made, model=replace(made.model, factory=own.factory(name), args=keywords))
 
 
 def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Data) -> None:
@@ -154,10 +156,10 @@ def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Da
 def arguments(texts: Sequence[str]) -> dict[str, Any]:
     """`NAME=VALUE` options as keywords: numbers, True, False, None and lists as Python writes them, else text."""
     out = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
+    for given in texts:
+        name, sign, value = given.partition("=")
         if not sign or not name.isidentifier():
-            raise InputError(f"--model-arg {text} is not NAME=VALUE, for example --model-arg width_mult=0.5")
+            raise InputError(f"--model-arg {given} is not NAME=VALUE, for example --model-arg width_mult=0.5")
         try:
             out[name] = _plain(ast.literal_eval(value))
         except (ValueError, SyntaxError, RecursionError, MemoryError):

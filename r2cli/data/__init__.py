@@ -19,19 +19,18 @@ from typing import TypeVar
 
 import torch
 
-from r2cli.checkpoint import InputSpec
 from r2cli.data import digits, fake, imagefolder, text
 from r2cli.data import torchvision as downloaded
 from r2cli.data.decoding import decode
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import (
+    ALL_ROWS,
     LARGE_IMAGE,
-    WHOLE,
     Batch,
     FolderSplit,
     KeptSplit,
     MemorySplit,
-    Share,
+    RowShare,
     Split,
     TextSplit,
     draw_shifts,
@@ -41,6 +40,7 @@ from r2cli.data.splits import (
 )
 from r2cli.data.text import packed
 from r2cli.errors import InputError, unknown
+from r2cli.storage.checkpoint import InputSpec
 
 __all__ = [
     "KINDS",
@@ -61,8 +61,8 @@ __all__ = [
     "normalise",
     "packed",
     "recorded",
-    "WHOLE",
-    "Share",
+    "ALL_ROWS",
+    "RowShare",
     "draw_shifts",
     "shift_and_flip",
     "with_fewer",

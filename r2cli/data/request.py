@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r2cli.checkpoint import InputSpec
 from r2cli.data.splits import MemorySplit, Split
 from r2cli.errors import InputError
+from r2cli.storage.checkpoint import InputSpec
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from r2cli.checkpoint import InputSpec
 from r2cli.data.decoding import decode
 from r2cli.errors import InputError, R2Error
+from r2cli.storage.checkpoint import InputSpec
 
 LARGE_IMAGE = 96  # pixels; from here on a training image is a random crop, and decoded each time by workers
 UNREADABLE_LIMIT = 0.01  # share of a split's images that may fail to decode
@@ -26,7 +26,7 @@ Batch = tuple[
 
 
 @dataclass(frozen=True)
-class Share:
+class RowShare:
     """What one of several processes gets of every batch: its images at `rank`, `rank` + `world`, ..."""
 
     rank: int = 0
@@ -37,7 +37,7 @@ class Share:
         return torch.arange(count)[self.rank :: self.world]
 
 
-WHOLE = Share()
+ALL_ROWS = RowShare()
 
 
 class Split(Protocol):
@@ -57,7 +57,7 @@ class Split(Protocol):
         device: torch.device,
         shuffle: torch.Generator | None = None,
         augment: bool = False,
-        share: Share = WHOLE,
+        share: RowShare = ALL_ROWS,
     ) -> Iterator[Batch]: ...
 
 
@@ -114,7 +114,7 @@ class MemorySplit:
         device: torch.device,
         shuffle: torch.Generator | None = None,
         augment: bool = False,
-        share: Share = WHOLE,
+        share: RowShare = ALL_ROWS,
     ) -> Iterator[Batch]:
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
         if device.type != "cpu" and self.images.device != device:
@@ -205,7 +205,7 @@ class TextSplit:
         device: torch.device,
         shuffle: torch.Generator | None = None,
         augment: bool = False,
-        share: Share = WHOLE,
+        share: RowShare = ALL_ROWS,
     ) -> Iterator[Batch]:
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
         for wanted in torch.split(order, size):
@@ -233,7 +233,7 @@ class FolderSplit:
         device: torch.device,
         shuffle: torch.Generator | None = None,
         augment: bool = False,
-        share: Share = WHOLE,
+        share: RowShare = ALL_ROWS,
     ) -> Iterator[Batch]:
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
         seed = None if shuffle is None or not augment else int(torch.randint(2**31, (), generator=shuffle))
@@ -276,7 +276,7 @@ class _Decoder(torch.utils.data.Dataset[tuple[Tensor | str, int]]):
         return image, label
 
 
-def _any(found: Tensor, share: Share, size: int, split: str) -> bool:
+def _any(found: Tensor, share: RowShare, size: int, split: str) -> bool:
     """Whether anything of a batch of `size` was found. Raises R2Error where other processes would wait for this one."""
     if not len(found) and 1 < share.world <= size:
         raise R2Error(f"no image of a batch's share of {split} can be decoded: remove the files that cannot be decoded")

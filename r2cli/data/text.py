@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2cli.checkpoint import InputSpec
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import TextSplit
 from r2cli.errors import InputError
+from r2cli.storage.checkpoint import InputSpec
 
 TEST = 1000  # rows of a single file that are held out, but never more than a fifth
 LENGTH = 128  # tokens, GLUE's usual

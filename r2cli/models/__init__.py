@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError, unknown
-from r2cli.keywords import is_own, require_safe
 from r2cli.models import own, text, timm, torchvision
 from r2cli.models.mobilenet_v1 import mobilenet_v1
 from r2cli.models.resnet_cifar import resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
+from r2cli.storage.checkpoint import ModelSpec
+from r2cli.storage.keywords import is_own, require_safe
 
 SMALL_IMAGE = 64  # pixels; the largest image that gets the small stem
 STEMS = ("small", "imagenet")

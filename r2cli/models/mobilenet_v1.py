@@ -6,7 +6,7 @@ Ours: ReLU, no convolution biases, He-normal weights (fan-out); the small stem h
 
 from torch import Tensor, nn
 
-from r2cli.checkpoint import ModelSpec
+from r2cli.storage.checkpoint import ModelSpec
 
 # Output channels and stride of each separable block at width 1.
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError, unknown
+from r2cli.storage.checkpoint import ModelSpec
 
 
 def label(name: str) -> str:

@@ -7,7 +7,7 @@ are 1x1 convolutions with BatchNorm (its option B), and weights start as PyTorch
 import torch
 from torch import Tensor, nn
 
-from r2cli.checkpoint import ModelSpec
+from r2cli.storage.checkpoint import ModelSpec
 
 
 class BasicBlock(nn.Module):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError
-from r2cli.keywords import is_safe, require_safe
+from r2cli.storage.checkpoint import ModelSpec
+from r2cli.storage.keywords import is_safe, require_safe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

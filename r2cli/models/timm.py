@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError, unknown
-from r2cli.keywords import require_safe
+from r2cli.storage.checkpoint import ModelSpec
+from r2cli.storage.keywords import require_safe
 
 NAME = re.compile(r"[A-Za-z0-9_.]+")  # no `hf-hub:` or `local-dir:` before it
 

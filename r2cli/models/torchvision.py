@@ -9,9 +9,9 @@ from functools import cache
 import torchvision
 from torch import nn
 
-from r2cli.checkpoint import ModelSpec
 from r2cli.errors import InputError
-from r2cli.keywords import require_safe
+from r2cli.storage.checkpoint import ModelSpec
+from r2cli.storage.keywords import require_safe
 
 # A second head in training, and initial weights by a method of minutes: neither is of use here.
 ARGS = {

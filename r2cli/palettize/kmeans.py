@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from r2cli.codec import to_vectors
-from r2cli.counts import WHOLE, Count
+from r2cli.quantized.palette import to_vectors
+from r2cli.quantized.value_counts import SIXTEEN_BIT, Count
 
 EXACT = 1 << 15  # up to so many values each is a point of its own
 BINS = 1 << 15  # of a larger tensor; the narrowest is a few hundred-thousandths of mean |w| wide
@@ -46,7 +46,7 @@ class Points:
 def points(w: Tensor, importance: Tensor | None = None) -> Points:
     """The values of `w`, any shape, float32 or 16 bits, as points; `importance` of the same shape weighs them."""
     flat = w.detach().reshape(-1)
-    if flat.dtype in WHOLE and importance is None:
+    if flat.dtype in SIXTEEN_BIT and importance is None:
         return points_of_pieces(lambda: [flat], flat.dtype)
     weights = None if importance is None else _positive(importance.detach().reshape(-1))
     if flat.numel() <= EXACT:
@@ -61,7 +61,7 @@ def points(w: Tensor, importance: Tensor | None = None) -> Points:
 
 def points_of_pieces(pieces: Pieces, dtype: torch.dtype) -> Points:
     """The same of a tensor that is read piece by piece: 1-D, finite. Twice for float32, once for 16 bits."""
-    if dtype in WHOLE:
+    if dtype in SIXTEEN_BIT:
         table = Count(dtype)
         for piece in pieces():
             table.add(piece)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from r2cli.codec import Coded, from_vectors, to_vectors
 from r2cli.palettize import dkm, tables
-from r2cli.palettize.tables import Form
+from r2cli.palettize.tables import PaletteForm
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.palette import from_vectors, to_vectors
 
 LEAST_TAU = 1e-12  # of a layer's mean square: below it a softmax in float32 is an argmax
 
@@ -24,7 +25,7 @@ class Learner(nn.Module):
     centroids: Tensor
     trains_weight = True  # whether the float weight has a gradient
 
-    def __init__(self, shape: tuple[int, ...], form: Form) -> None:
+    def __init__(self, shape: tuple[int, ...], form: PaletteForm) -> None:
         super().__init__()
         self.shape, self.form = shape, form
         self.reseeded = 0  # tables that had collapsed and were started again
@@ -48,7 +49,7 @@ class Dkm(Learner):
 
     spread: Tensor
 
-    def __init__(self, w: Tensor, form: Form, iterations: int, generator: torch.Generator) -> None:
+    def __init__(self, w: Tensor, form: PaletteForm, iterations: int, generator: torch.Generator) -> None:
         super().__init__(tuple(w.shape), form)
         centroids, self.least_used = tables.start(w, form, None, generator)
         self.register_buffer("centroids", centroids)
@@ -77,12 +78,12 @@ class Dkm(Learner):
         self.centroids.copy_(was)
         return float(difference.square().mean().sqrt() / w.detach().square().mean().sqrt().clamp_min(1e-30))
 
-    def _single(self) -> Form:
-        return Form(self.form.bits, self.form.dim, None, self.form.lut_bits)
+    def _single(self) -> PaletteForm:
+        return PaletteForm(self.form.bits, self.form.dim, None, self.form.lut_bits)
 
     def _spread(self, w: Tensor, centroids: Tensor) -> Tensor:
         """Mean squared distance of each group's vectors to their nearest centroid, (groups,)."""
-        float_form = Form(self.form.bits, self.form.dim, self.form.group, 32)
+        float_form = PaletteForm(self.form.bits, self.form.dim, self.form.group, 32)
         palette = tables.palette(centroids, self.shape, float_form)
         near = palette.decode(palette.encode(w.detach()))
         lost = (w.detach() - near).square().reshape(len(centroids), -1).mean(1) * self.form.dim
@@ -138,10 +139,10 @@ class Shared(Learner):
     codes: Tensor
     trains_weight = False
 
-    def __init__(self, w: Tensor, form: Form, iterations: int, generator: torch.Generator) -> None:
+    def __init__(self, w: Tensor, form: PaletteForm, iterations: int, generator: torch.Generator) -> None:
         super().__init__(tuple(w.shape), form)
         centroids, self.least_used = tables.start(w, form, None, generator)
-        palette = tables.palette(centroids, self.shape, Form(form.bits, form.dim, form.group, 32))
+        palette = tables.palette(centroids, self.shape, PaletteForm(form.bits, form.dim, form.group, 32))
         self.register_buffer("codes", palette.encode(w.detach()))
         self.centroids = nn.Parameter(palette.lut.clone())
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r2cli.codec import Palette
 from r2cli.errors import InputError
 from r2cli.palettize import kmeans
+from r2cli.quantized.palette import Palette
 
 DIMS, LUT_BITS = (1, 2, 4, 8), (8, 32)
 TOP = 127  # of an int8 table: symmetric, so that no centroid is clipped
@@ -17,7 +17,7 @@ LEAST_SCALE = 2.0**-120
 
 
 @dataclass(frozen=True)
-class Form:
+class PaletteForm:
     """The palette of one layer: 2**bits centroids of `dim` values for every `group` output channels; None: for all."""
 
     bits: int
@@ -34,7 +34,7 @@ class Form:
         return channels // self.group if self.group and channels % self.group == 0 else 1
 
 
-def require_fit(name: str, shape: Sequence[int], form: Form) -> None:
+def require_fit(name: str, shape: Sequence[int], form: PaletteForm) -> None:
     """Raises InputError for a layer with fewer channels than a vector has values."""
     if shape[0] < form.dim:
         lower = max(dim for dim in DIMS if dim <= shape[0])
@@ -44,7 +44,7 @@ def require_fit(name: str, shape: Sequence[int], form: Form) -> None:
         )
 
 
-def start(w: Tensor, form: Form, importance: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
+def start(w: Tensor, form: PaletteForm, importance: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
     """k-means centroids of a weight (channels, ...): (groups, 2**bits, dim) float32, and how many are of use at least.
 
     Where a group has fewer different vectors than rows, the others are distinct fillers that no vector is nearest to.
@@ -88,7 +88,7 @@ def constant_channels(palette: Palette, codes: Tensor) -> float:
     return float((own == own[:, :1]).all(1).double().mean())
 
 
-def palette(centroids: Tensor, shape: Sequence[int], form: Form) -> Palette:
+def palette(centroids: Tensor, shape: Sequence[int], form: PaletteForm) -> Palette:
     """The palette that is stored of `centroids` (groups, rows, dim): distinct rows, int8 where the form says so.
 
     Scalar tables ascend. The scale is () for one table, (channels,) for several; 1 for a float table.

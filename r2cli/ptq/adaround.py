@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2cli import graph
-from r2cli.codec import Coded, Grid
-from r2cli.ptq.sweep import Seen
+from r2cli.graph import operators
+from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
 
 ZETA, GAMMA = 1.1, -0.1
 BETA_START, BETA_END = 20.0, 2.0
@@ -33,7 +34,7 @@ MEMORY = 256 * 2**20  # bytes of a layer's rows
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdaroundSettings:
     """`weight` is lambda, in units of the nearest codes' error a weight; `batch` rows a step, of `rows` in all.
 
     `grouped` are the rows a step of a grouped convolution, whose filters have few weights each.
@@ -72,9 +73,9 @@ def push(sigmoid: Tensor, raw: Tensor, beta: float) -> Tensor:
 
 
 @torch.no_grad()
-def round_layer(seen: Seen, coded: Coded, settings: Settings = Settings()) -> Coded:
+def round_layer(seen: LayerSample, coded: Coded, settings: AdaroundSettings = AdaroundSettings()) -> Coded:
     """`coded` with codes for the layer's output: each the floor or the ceiling of the float weight on the same grid."""
-    assert isinstance(coded.codec, Grid) and isinstance(seen.module, graph.LAYERS)
+    assert isinstance(coded.codec, Grid) and isinstance(seen.module, operators.LAYERS)
     rows = _rows(seen, settings)
     weight = seen.module.weight.detach()
     real = on_codes(weight, coded.codec)
@@ -107,7 +108,7 @@ class _Rows:
         return outputs if self.most is None else outputs.clamp(0, self.most)
 
 
-def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Settings, unit: float) -> Tensor:
+def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
     """Whether each weight is rounded up: 0 or 1, of the shape of the weight. `unit` is the error that weighs as one."""
     groups = rows.inputs.shape[0]
     step = grid.along(grid.scale, real.ndim).expand_as(real) * (2 if grid.odd else 1)  # value of one code more
@@ -157,10 +158,10 @@ def _error(rows: _Rows, weight: Tensor) -> float:
     return float((rows.act(outputs) - rows.targets).square().sum(2).mean(1).sum())
 
 
-def _rows(seen: Seen, settings: Settings) -> _Rows:
+def _rows(seen: LayerSample, settings: AdaroundSettings) -> _Rows:
     """Rows of a layer, drawn from all images and positions."""
     module = seen.module
-    assert isinstance(module, graph.LAYERS)
+    assert isinstance(module, operators.LAYERS)
     outputs = module(seen.inputs)
     most = seen.bound
     bias = module.bias.detach() if isinstance(module.bias, Tensor) else None

@@ -14,10 +14,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from r2cli import attach
-from r2cli.checkpoint import Checkpoint
-from r2cli.codec import sqnr
-from r2cli.ptq import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, Row, Settings, quantize, ranges, sweep
+from r2cli.calibration import deployed
+from r2cli.ptq import layer_sweep, weight_grids
+from r2cli.ptq.post_training import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, PtqSettings, QuantizedLayer, quantize
+from r2cli.quantized.decibels import sqnr
+from r2cli.storage.checkpoint import Checkpoint
 
 ENOUGH = 30.0  # dB of the outputs
 FEW = 4  # bits
@@ -48,24 +49,24 @@ class Trial:
 
 def choose(
     checkpoint: Checkpoint,
-    settings: Settings,
+    settings: PtqSettings,
     images: Iterable[Tensor],
     device: torch.device,
     *,
     grids: Sequence[str] = GRIDS,
     rules: Sequence[str] = (),
     told: Callable[[Trial], None] = lambda trial: None,
-) -> tuple[Checkpoint, list[Row], Settings, list[Trial]]:
+) -> tuple[Checkpoint, list[QuantizedLayer], PtqSettings, list[Trial]]:
     """The best that `settings` gives with one of `grids`, of `rules` for ranges, some method and parts; the trials.
 
     `images` are gone through more than once. Each trial is told as it ends. Raises InputError as `quantize` does.
     """
-    few = torch.split(sweep.first(images, SOME), BATCH)
+    few = torch.split(layer_sweep.first(images, SOME), BATCH)
     expected = _outputs(checkpoint, images, device)
     trials: list[Trial] = []
-    best: tuple[Checkpoint, list[Row], Settings] | None = None
+    best: tuple[Checkpoint, list[QuantizedLayer], PtqSettings] | None = None
 
-    def attempt(own: Settings, shown: Iterable[Tensor]) -> None:
+    def attempt(own: PtqSettings, shown: Iterable[Tensor]) -> None:
         nonlocal best
         started = perf_counter()
         made, rows = quantize(checkpoint, own, shown, device)
@@ -92,18 +93,20 @@ def choose(
     return made, rows, own, trials
 
 
-def _plain(settings: Settings, grids: Sequence[str], rules: Sequence[str]) -> Iterator[Settings]:
+def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) -> Iterator[PtqSettings]:
     for granularity in grids:
         for rule in rules:
             for parts in PARTS:
                 yield replace(settings, method="none", granularity=granularity, weight_range=rule, parts=parts)
 
 
-def _learned(settings: Settings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]) -> list[Settings]:
+def _learned(
+    settings: PtqSettings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]
+) -> list[PtqSettings]:
     """BRECQ on every grid, as the network is and equalized: what helps rounding to the nearest may hurt what learns."""
     found = []
     for granularity in grids:
-        for rule in rules or [ranges.usual("brecq", settings.weight_bits)]:
+        for rule in rules or [weight_grids.usual("brecq", settings.weight_bits)]:
             own = replace(settings, method="brecq", granularity=granularity, weight_range=rule, parts=())
             found += [own, replace(own, parts=(EQUALIZE,))] if _equalizes(granularity, trials) else [own]
     return found
@@ -127,5 +130,5 @@ def divergence(outputs: Tensor, expected: Tensor) -> float:
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, images: Iterable[Tensor], device: torch.device) -> Tensor:
     """What the network gives for all images: (n, classes)."""
-    model = attach.network(checkpoint).to(device).eval()
+    model = deployed.network(checkpoint).to(device).eval()
     return torch.cat([model(batch.to(device)).cpu() for batch in images])

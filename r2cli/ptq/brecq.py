@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from r2cli import graph
-from r2cli.codec import Coded, Grid
-from r2cli.ptq import adaround, sweep
+from r2cli.graph import structure
+from r2cli.ptq import adaround, layer_sweep
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
 
 LEAST = 2  # layers of a block
 BATCH = 64  # images at once where nothing is learned
@@ -34,7 +35,7 @@ State = dict[str, Tensor]  # a layer's weight and bias
 
 
 @dataclass(frozen=True)
-class Settings:
+class BrecqSettings:
     """`lr` of V; `fine_lr` of the scales' logarithms and of the biases, falling to 0; `batch` images a step; `weight`
     of the push. `steps` None: as many as the layers of a block want."""
 
@@ -63,8 +64,8 @@ def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
 
     What lies between a layer and the next cut (activations, sums, pooling) is in the layer's block.
     """
-    own = {layer.name for layer in graph.layers(net)}
-    last = sweep.last_readers(net)
+    own = {layer.name for layer in structure.layers(net)}
+    last = layer_sweep.last_readers(net)
     found: list[Block] = []
     live: set[fx.Node] = set()
     nodes: list[fx.Node] = []
@@ -93,13 +94,13 @@ def run(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State
             continue
         for source in node.all_input_nodes:
             if source.op == "get_attr":
-                values[source] = sweep.run(net, source, values)
+                values[source] = layer_sweep.run(net, source, values)
         name = str(node.target)
         if node.op == "call_module" and name in states:
             module = net.get_submodule(name)
             values[node] = torch.func.functional_call(module, states[name], (values[node.all_input_nodes[0]],))
         else:
-            values[node] = sweep.run(net, node, values)
+            values[node] = layer_sweep.run(net, node, values)
     found: Tensor = values[block.nodes[-1]]
     return found
 
@@ -160,13 +161,13 @@ def round_network(
     images: Tensor,
     nearest: Mapping[str, Coded],
     advance: Callable[[], None] = lambda: None,
-    settings: Settings = Settings(),
+    settings: BrecqSettings = BrecqSettings(),
 ) -> tuple[dict[str, Coded], dict[str, Tensor]]:
     """Codes by the weight's name, on the grids of `nearest` or on such with other scales, and biases by the layer's.
 
     The float `net` is not changed. `images` is (n, c, s, s) on its device. `advance` is called for each layer.
     """
-    own = {layer.name: layer for layer in graph.layers(net)}
+    own = {layer.name: layer for layer in structure.layers(net)}
     coded, biases = dict(nearest), dict[str, Tensor]()
     states: dict[str, State] = {}
     plain = rounded = images
@@ -203,7 +204,7 @@ def _learn(
     parts: Mapping[str, Learned],
     states: Mapping[str, State],
     before: float,
-    settings: Settings,
+    settings: BrecqSettings,
 ) -> None:
     """Learn `parts` so that `forward` gives `targets`; `before` is the squared error of nearest codes; in place."""
     each = list(parts.values())

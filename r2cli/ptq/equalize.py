@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from r2cli import clip, graph
-from r2cli.ptq.normal import Normal
+from r2cli.graph import channel_clip, operators, structure
+from r2cli.ptq.batchnorm_statistics import Normal
 
 CONVERGED = 1e-3  # largest |ln s| of a last pass
 PASSES = 200  # at most
@@ -35,7 +35,7 @@ RELU6: tuple[Any, ...] = (nn.ReLU6, F.relu6)
 RELUS: tuple[Any, ...] = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
 # f(s x) = s f(x) for s > 0 in each channel, and f(x + c) = f(x) + c where x and c are positive.
 SHIFTED: tuple[Any, ...] = (
-    *(*RELUS, clip.Clip, nn.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, F.max_pool2d),
+    *(*RELUS, channel_clip.Clip, nn.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, F.max_pool2d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d),
 )
 # Only the first of the two: what they average may be padding.
@@ -47,22 +47,22 @@ FLATTEN: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten")
 class Link:
     """A layer whose output one other layer alone reads, and the nodes between the two, in order."""
 
-    first: graph.Layer
-    second: graph.Layer
+    first: structure.Layer
+    second: structure.Layer
     between: tuple[fx.Node, ...]
 
 
 def links(net: fx.GraphModule) -> dict[str, Link]:
     """The links of `net` over which channels can be scaled, by their first layer's name."""
-    weights = [module.weight for _, module in graph.named_layers(net)]
+    weights = [module.weight for _, module in structure.named_layers(net)]
     found = {}
-    usable = {layer.node: layer for layer in graph.layers(net) if _stands_alone(net, layer, weights)}
+    usable = {layer.node: layer for layer in structure.layers(net) if _stands_alone(net, layer, weights)}
     for layer in usable.values():
         between = []
-        node = graph.only_user(graph.node_of(net, layer))
-        while node is not None and graph.is_a(net, node, (*SCALED, *RELU6, *FLATTEN)):
+        node = structure.only_user(structure.node_of(net, layer))
+        while node is not None and operators.is_a(net, node, (*SCALED, *RELU6, *FLATTEN)):
             between.append(node)
-            node = graph.only_user(node)
+            node = structure.only_user(node)
         second = usable.get(node.name) if node is not None else None
         if second is not None and _channels_match(net, layer, second, between):
             found[layer.name] = Link(layer, second, tuple(between))
@@ -117,8 +117,8 @@ def equalize(net: fx.GraphModule, factors: dict[str, Tensor], normals: dict[str,
             if link.first.name in normals:
                 own = normals[link.first.name]
                 normals[link.first.name] = Normal(own.mean / s.cpu(), own.std / s.cpu())
-            bounds |= {node.name: (6 / s).float().cpu() for node in link.between if graph.is_a(net, node, RELU6)}
-    clip.put(net, bounds)
+            bounds |= {node.name: (6 / s).float().cpu() for node in link.between if operators.is_a(net, node, RELU6)}
+    channel_clip.put(net, bounds)
     return notes
 
 
@@ -131,8 +131,8 @@ def absorb(net: fx.GraphModule, normals: dict[str, Normal]) -> dict[str, str]:
     notes = {}
     for name, link in links(net).items():
         first, second = net.get_submodule(name), net.get_submodule(link.second.name)
-        assert isinstance(first, graph.LAYERS) and isinstance(second, graph.LAYERS)
-        whole = all(graph.is_a(net, node, (*SHIFTED, *FLATTEN)) for node in link.between) and not _pads(second)
+        assert isinstance(first, operators.LAYERS) and isinstance(second, operators.LAYERS)
+        whole = all(operators.is_a(net, node, (*SHIFTED, *FLATTEN)) for node in link.between) and not _pads(second)
         if name not in normals or first.bias is None or second.bias is None or not whole:
             continue
         own = normals[name]
@@ -154,8 +154,8 @@ def absorb(net: fx.GraphModule, normals: dict[str, Normal]) -> dict[str, str]:
 
 def without_relu6(net: fx.GraphModule) -> int:
     """Put ReLU in the place of every ReLU6; in place, another function. Returns how many."""
-    found = [node for node in net.graph.nodes if graph.is_a(net, node, RELU6)]
-    clip.put(net, {node.name: torch.tensor(clip.NEVER) for node in found})
+    found = [node for node in net.graph.nodes if operators.is_a(net, node, RELU6)]
+    channel_clip.put(net, {node.name: torch.tensor(channel_clip.NEVER) for node in found})
     return len(found)
 
 
@@ -182,7 +182,7 @@ def _reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mapp
     inputs = {link.second.name: _outputs(net, link.first) for link in links}
     for name in {layer.name for link in links for layer in (link.first, link.second)}:
         module = net.get_submodule(name)
-        assert isinstance(module, graph.LAYERS)
+        assert isinstance(module, operators.LAYERS)
         channels = inputs.get(name, module.weight.shape[1] * _groups(module))
         own = by_channel(module, channels).abs().amax(3).double()
         if name in factors:
@@ -191,15 +191,15 @@ def _reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mapp
     return reach
 
 
-def _outputs(net: fx.GraphModule, layer: graph.Layer) -> int:
+def _outputs(net: fx.GraphModule, layer: structure.Layer) -> int:
     module = net.get_submodule(layer.name)
-    assert isinstance(module, graph.LAYERS)
+    assert isinstance(module, operators.LAYERS)
     return int(module.weight.shape[0])
 
 
 def by_channel(module: nn.Module, channels: int) -> Tensor:
     """A layer's weight as (groups, outputs, inputs, positions of one input channel)."""
-    assert isinstance(module, graph.LAYERS)
+    assert isinstance(module, operators.LAYERS)
     groups, weight = _groups(module), module.weight
     return weight.reshape(groups, weight.shape[0] // groups, channels // groups, -1)
 
@@ -207,7 +207,7 @@ def by_channel(module: nn.Module, channels: int) -> Tensor:
 def _scale(net: fx.GraphModule, link: Link, s: Tensor, factors: dict[str, Tensor]) -> None:
     """Divide the first layer's channels by `s` and multiply what reads them; in place."""
     first, second = net.get_submodule(link.first.name), net.get_submodule(link.second.name)
-    assert isinstance(first, graph.LAYERS) and isinstance(second, graph.LAYERS)
+    assert isinstance(first, operators.LAYERS) and isinstance(second, operators.LAYERS)
     if link.first.name in factors:
         factors[link.first.name] = factors[link.first.name] / s.to(factors[link.first.name].device)
     else:
@@ -220,10 +220,10 @@ def _scale(net: fx.GraphModule, link: Link, s: Tensor, factors: dict[str, Tensor
     second.weight.copy_((parts * s.reshape(len(parts), 1, -1, 1)).reshape(second.weight.shape).float())
 
 
-def _bounds(net: fx.GraphModule, link: Link) -> list[clip.Clip]:
+def _bounds(net: fx.GraphModule, link: Link) -> list[channel_clip.Clip]:
     """The clips of a link that bound every channel on its own."""
-    modules = [graph.module_of(net, node) for node in link.between]
-    return [module for module in modules if isinstance(module, clip.Clip) and module.high.ndim]
+    modules = [operators.module_of(net, node) for node in link.between]
+    return [module for module in modules if isinstance(module, channel_clip.Clip) and module.high.ndim]
 
 
 def _groups(module: nn.Module) -> int:
@@ -239,28 +239,30 @@ def _pads(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear) and any(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
 
 
-def _stands_alone(net: fx.GraphModule, layer: graph.Layer, weights: Sequence[Any]) -> bool:
+def _stands_alone(net: fx.GraphModule, layer: structure.Layer, weights: Sequence[Any]) -> bool:
     """Whether the layer runs once, and no other has its weights."""
     own = net.get_submodule(layer.name).weight
     calls = sum(node.target == layer.name for node in net.graph.nodes)
     return calls == 1 and sum(weight is own for weight in weights) == 1
 
 
-def _channels_match(net: fx.GraphModule, first: graph.Layer, second: graph.Layer, between: Sequence[fx.Node]) -> bool:
+def _channels_match(
+    net: fx.GraphModule, first: structure.Layer, second: structure.Layer, between: Sequence[fx.Node]
+) -> bool:
     """Whether the second layer's inputs are the first one's channels, each of them in one piece."""
     one, other = net.get_submodule(first.name), net.get_submodule(second.name)
-    flattened = any(graph.is_a(net, node, FLATTEN) for node in between)
+    flattened = any(operators.is_a(net, node, FLATTEN) for node in between)
     if not isinstance(other, nn.Linear):
         return not isinstance(one, nn.Linear) and not flattened
     if isinstance(one, nn.Linear):
         # A pool or a bound for each channel of (n, channels, ...) is none of (n, ..., channels).
-        return not flattened and all(graph.is_a(net, node, (*RELUS, nn.LeakyReLU)) for node in between)
-    return flattened and all(_from_channels_on(net, node) for node in between if graph.is_a(net, node, FLATTEN))
+        return not flattened and all(operators.is_a(net, node, (*RELUS, nn.LeakyReLU)) for node in between)
+    return flattened and all(_from_channels_on(net, node) for node in between if operators.is_a(net, node, FLATTEN))
 
 
 def _from_channels_on(net: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a flatten keeps the batch apart, and nothing else."""
-    module = graph.module_of(net, node)
+    module = operators.module_of(net, node)
     if isinstance(module, nn.Flatten):
         return module.start_dim == 1 and module.end_dim == -1
     return [*node.args[1:], *node.kwargs.values()] in ([1], [1, -1])

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2cli import rounding
-from r2cli.codec import Coded, Grid
-from r2cli.qat import learners
-from r2cli.rounding import Bound, Rule
+from r2cli.qat import quantizers
+from r2cli.quantized import fake_quant
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.fake_quant import Bound, Rule
+from r2cli.quantized.grid import Grid
 
 
 def quantized(w: Tensor, bits: int, factor: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def quantized(w: Tensor, bits: int, factor: Tensor) -> Tensor:
 def top(w: Tensor) -> Tensor:
     """max|tanh W| (): tanh is monotone."""
     low, high = torch.aminmax(w.detach())
-    return torch.maximum(-low, high).tanh().clamp_min(rounding.FLOOR)
+    return torch.maximum(-low, high).tanh().clamp_min(fake_quant.FLOOR)
 
 
 def to_codes(w: Tensor, bits: int, most: Tensor, out: Tensor) -> Tensor:
@@ -45,10 +46,10 @@ def to_codes(w: Tensor, bits: int, most: Tensor, out: Tensor) -> Tensor:
 class _Quantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, factor: Tensor, bits: int) -> Tensor:
-        w = rounding.dense(w)
+        w = fake_quant.dense(w)
         most, scale = top(w), scale_of(w, bits, factor)
         y = torch.empty_like(w)
-        for a, b in rounding.chunks(w, y):
+        for a, b in fake_quant.chunks(w, y):
             to_codes(a, bits, most, b).mul_(2).sub_(2**bits - 1).mul_(scale)
         ctx.save_for_backward(w, most, factor)
         ctx.bits = bits
@@ -60,7 +61,7 @@ class _Quantized(torch.autograd.Function):
         if ctx.bits == 1:
             return g, None, None
         gw = torch.empty_like(w)
-        for a, b, out in rounding.chunks(rounding.like(g, w), w, gw):
+        for a, b, out in fake_quant.chunks(fake_quant.like(g, w), w, gw):
             tanh = torch.tanh(b)
             torch.ops.aten.tanh_backward.grad_input(a, tanh, grad_input=out).mul_(factor / most)
         return gw, None, None
@@ -68,10 +69,10 @@ class _Quantized(torch.autograd.Function):
 
 def scale_of(w: Tensor, bits: int, factor: Tensor) -> Tensor:
     """What the odd integers -n .. n are multiplied by, ()."""
-    return w.detach().abs().mean().clamp_min(rounding.FLOOR) if bits == 1 else factor / (2**bits - 1)
+    return w.detach().abs().mean().clamp_min(fake_quant.FLOOR) if bits == 1 else factor / (2**bits - 1)
 
 
-class Weight(learners.Weight):
+class DorefaWeight(quantizers.WeightQuantizer):
     most, why = 7, "its levels have no zero and leave int8 at 8 bits"
     factor: Tensor
 
@@ -97,11 +98,11 @@ class Weight(learners.Weight):
 
 def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
     """Straight through inside; the bound is no parameter."""
-    rounding.inside(g, x, rounding.below(low, x), high, out)
+    fake_quant.inside(g, x, fake_quant.below(low, x), high, out)
     return g.new_zeros(())
 
 
-class Activation(learners.Activation):
+class DorefaActivation(quantizers.ActivationQuantizer):
     """`parameter` is the width of the range, a constant."""
 
     def __init__(self, bits: int) -> None:
@@ -111,10 +112,10 @@ class Activation(learners.Activation):
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
         super().start(x)
-        self.parameter.copy_(learners.best_range(x, self.bits, self.zero))
+        self.parameter.copy_(quantizers.best_range(x, self.bits, self.zero))
 
     def step(self) -> Tensor:
-        found: Tensor = learners.positive(self.parameter) / (2**self.bits - 1)
+        found: Tensor = quantizers.positive(self.parameter) / (2**self.bits - 1)
         return found
 
     def rule(self, x: Tensor) -> Rule:

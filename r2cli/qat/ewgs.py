@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2cli import rounding
-from r2cli.codec import Coded, Grid
-from r2cli.qat import learners
-from r2cli.rounding import Bound, Rule, round_with_gradient
+from r2cli.qat import quantizers
+from r2cli.quantized import fake_quant
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.fake_quant import Bound, Rule, round_with_gradient
+from r2cli.quantized.grid import Grid
 
 DELTA = 1e-3  # the authors' fixed alternative to the Hessian's trace
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # standard deviation of |x| for x of deviation 1
 
 
-class Weight(learners.Weight):
+class EwgsWeight(quantizers.WeightQuantizer):
     """`reads` is the learner of the layer's input, alone in a tuple; empty where there is none of this method."""
 
     most, why = 7, "its levels have no zero and leave int8 at 8 bits"
@@ -37,7 +38,7 @@ class Weight(learners.Weight):
 
     def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
         super().__init__(w, bits, fitted)
-        self.reads: tuple[Activation, ...] = ()
+        self.reads: tuple[EwgsActivation, ...] = ()
         one = torch.ones((), dtype=w.dtype, device=w.device)
         self.low, self.high, self.output = (nn.Parameter(one.clone()) for _ in range(3))
         self.register_buffer("delta", one * DELTA)
@@ -45,7 +46,7 @@ class Weight(learners.Weight):
 
     @torch.no_grad()
     def start(self, w: Tensor) -> None:
-        spread = best_end(w, self.bits) if self.fitted else 3 * w.std().clamp_min(rounding.FLOOR)
+        spread = best_end(w, self.bits) if self.fitted else 3 * w.std().clamp_min(fake_quant.FLOOR)
         self.low.copy_(-spread)
         self.high.copy_(spread)
         rounded = self.normal(w)
@@ -63,13 +64,13 @@ class Weight(learners.Weight):
 
     def scale(self) -> Tensor:
         """What the odd integers -n .. n are multiplied by, ()."""
-        found: Tensor = learners.positive(self.output.abs()) / ((2**self.bits - 1) * self.unit())
+        found: Tensor = quantizers.positive(self.output.abs()) / ((2**self.bits - 1) * self.unit())
         return found
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """The least weight and the width of the range, both ()."""
         low = self.low.detach()
-        return low, learners.positive(self.high - low)
+        return low, quantizers.positive(self.high - low)
 
     def to_codes(self, w: Tensor, out: Tensor) -> Tensor:
         """n * x_q, 0 to n, into `out`."""
@@ -104,17 +105,17 @@ class Weight(learners.Weight):
 def best_end(w: Tensor, bits: int) -> Tensor:
     """The u () for which 2**bits levels from -u to u lose least of the weight: least squares."""
     n = 2**bits - 1
-    ends = w.abs().amax().clamp_min(rounding.FLOOR) * torch.arange(1, 65, device=w.device) / 64
+    ends = w.abs().amax().clamp_min(fake_quant.FLOOR) * torch.arange(1, 65, device=w.device) / 64
     odd = [(w / end * n + n).div_(2).round_().clamp_(0, n).mul_(2).sub_(n).mul_(end / n) for end in ends]
     return ends[int(torch.stack([(each - w).square().sum() for each in odd]).argmin())].clone()
 
 
 class _Quantized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, low: Tensor, high: Tensor, output: Tensor, learner: Weight) -> Tensor:
-        w = rounding.dense(w)
+    def forward(ctx: Any, w: Tensor, low: Tensor, high: Tensor, output: Tensor, learner: EwgsWeight) -> Tensor:
+        w = fake_quant.dense(w)
         y, scale, n = torch.empty_like(w), learner.scale(), 2**learner.bits - 1
-        for a, b in rounding.chunks(w, y):
+        for a, b in fake_quant.chunks(w, y):
             learner.to_codes(a, b).mul_(2).sub_(n).mul_(scale)
         ctx.save_for_backward(w, y, *learner.ends(), scale, output, learner.delta)
         ctx.n = n
@@ -130,10 +131,10 @@ class _Quantized(torch.autograd.Function):
         if not w.is_cuda:
             ends = low.item(), (low + width).item()
         shares = []
-        for a, b, c, out in rounding.chunks(rounding.like(g, w), w, y, gw):
+        for a, b, c, out in fake_quant.chunks(fake_quant.like(g, w), w, y, gw):
             difference = torch.mul(b, per_x).add_(c * per_y).sub_(shift)
             torch.addcmul(a, a.abs(), difference, out=out)
-            rounding.inside(out, b, *ends, out).mul_(to_weight)
+            fake_quant.inside(out, b, *ends, out).mul_(to_weight)
             shares.append(torch.stack([out.sum(), torch.dot(out, b), torch.dot(a, c)]))
         plain, weighed, scaled = torch.stack(shares).double().sum(0).to(w.dtype)
         g_low = (weighed - (low + width) * plain) / width
@@ -141,7 +142,7 @@ class _Quantized(torch.autograd.Function):
         return gw, g_low, g_high, scaled / output, None
 
 
-class Activation(learners.Activation):
+class EwgsActivation(quantizers.ActivationQuantizer):
     """`parameter` is u - l."""
 
     delta: Tensor
@@ -155,14 +156,14 @@ class Activation(learners.Activation):
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
         super().start(x)
-        spread = 3 * x.std().clamp_min(rounding.FLOOR)
+        spread = 3 * x.std().clamp_min(fake_quant.FLOOR)
         # What rectifies leaves half of a normal distribution; of a whole one the range is two-sided.
         usual = 2 * spread if self.zero else spread / HALF_NORMAL
-        self.parameter.copy_(learners.best_range(x, self.bits, self.zero) if self.fitted else usual)
+        self.parameter.copy_(quantizers.best_range(x, self.bits, self.zero) if self.fitted else usual)
 
     def width(self) -> Tensor:
         """u - l as a constant, ()."""
-        return learners.positive(self.parameter)
+        return quantizers.positive(self.parameter)
 
     def step(self) -> Tensor:
         found: Tensor = self.width() / (2**self.bits - 1)
@@ -174,7 +175,7 @@ class Activation(learners.Activation):
 
         def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
             torch.addcmul(g, g.abs(), (x - y).mul_(share), out=out)
-            rounding.inside(out, x, low, high, out)
+            fake_quant.inside(out, x, low, high, out)
             return torch.dot(out, x)
 
         return Rule(slope, -1 / width)
@@ -226,7 +227,9 @@ def traces(gradients: Sequence[Tensor], values: Sequence[Tensor], generator: tor
     return [each / count for each in sums]
 
 
-def set_deltas(learners: Sequence[Weight | Activation], losses: Sequence[Callable[[], Tensor]], seed: int) -> None:
+def set_deltas(
+    learners: Sequence[EwgsWeight | EwgsActivation], losses: Sequence[Callable[[], Tensor]], seed: int
+) -> None:
     """Set every learner's delta to the mean over `losses`, each of one batch through the network that has them."""
     generator = torch.Generator().manual_seed(seed)
     for learner in learners:

@@ -13,21 +13,22 @@ g * x inside, over s: two dot products, no mask is kept. s starts as 2 * mean|x|
 import torch
 from torch import Tensor, nn
 
-from r2cli import rounding
-from r2cli.codec import Coded, Grid
-from r2cli.qat import learners
-from r2cli.rounding import Bound, Codes, Rule
+from r2cli.qat import quantizers
+from r2cli.quantized import fake_quant
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.fake_quant import Bound, Codes, Rule
+from r2cli.quantized.grid import Grid
 
 
 def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
     """s times the sum of g * dy/ds."""
-    rounding.inside(g, x, low, high, out)
+    fake_quant.inside(g, x, low, high, out)
     return torch.dot(g, y) - torch.dot(out, x)
 
 
 def first_step(x: Tensor, highest: int) -> Tensor:
     """The step () to start from, for values of any shape and Qp."""
-    found: Tensor = (2 * x.abs().mean() / max(highest, 1) ** 0.5).clamp_min(rounding.FLOOR)
+    found: Tensor = (2 * x.abs().mean() / max(highest, 1) ** 0.5).clamp_min(fake_quant.FLOOR)
     return found
 
 
@@ -35,7 +36,7 @@ def rule(count: int, highest: int, step: Tensor) -> Rule:
     return Rule(slope, 1 / (step * max(count * highest, 1) ** 0.5))
 
 
-class Weight(learners.Weight):
+class LsqWeight(quantizers.WeightQuantizer):
     least, why = 2, "at 1 bit its highest level is 0"
 
     def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
@@ -46,7 +47,7 @@ class Weight(learners.Weight):
     @torch.no_grad()
     def start(self, w: Tensor) -> None:
         if self.fitted:
-            self.step.copy_(learners.best_range(w, self.bits, -self.codes[0]) / (2**self.bits - 1))
+            self.step.copy_(quantizers.best_range(w, self.bits, -self.codes[0]) / (2**self.bits - 1))
         else:
             self.step.copy_(first_step(w, self.codes[1]))
 
@@ -55,16 +56,16 @@ class Weight(learners.Weight):
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def freeze(self, w: Tensor) -> Coded:
-        step = learners.positive(self.step)
+        step = quantizers.positive(self.step)
         grid = Grid(step, torch.zeros_like(step, dtype=torch.int32), self.bits, signed=True)
         return Coded(grid, grid.encode(w.detach()))
 
     def forward(self, w: Tensor) -> Tensor:
-        step = learners.positive(self.step)
-        return rounding.quantize(w, self.step, step, self.codes, rule(w.numel(), self.codes[1], step))
+        step = quantizers.positive(self.step)
+        return fake_quant.quantize(w, self.step, step, self.codes, rule(w.numel(), self.codes[1], step))
 
 
-class Activation(learners.Activation):
+class LsqActivation(quantizers.ActivationQuantizer):
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
         self.parameter = nn.Parameter(torch.ones(()))
@@ -73,12 +74,12 @@ class Activation(learners.Activation):
     def start(self, x: Tensor) -> None:
         super().start(x)
         if self.fitted:
-            self.parameter.copy_(learners.best_range(x, self.bits, self.zero) / (2**self.bits - 1))
+            self.parameter.copy_(quantizers.best_range(x, self.bits, self.zero) / (2**self.bits - 1))
         else:
             self.parameter.copy_(first_step(x, self.codes[1]))
 
     def step(self) -> Tensor:
-        return learners.positive(self.parameter)
+        return quantizers.positive(self.parameter)
 
     def rule(self, x: Tensor) -> Rule:
         return rule(x[0].numel(), self.codes[1], self.step())
@@ -94,7 +95,7 @@ def bins(w: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     code's weights are drawn to its level t: (mean(w) - t)**2 + var(w), which is their mean of (w - t)**2. Levels are
     constants to the gradient; codes that no weight has count for nothing.
     """
-    away = w - rounding.to_levels(w, step, codes, torch.empty_like(w))
+    away = w - fake_quant.to_levels(w, step, codes, torch.empty_like(w))
     index = ((w - away) / step).round_().sub_(codes[0]).long().flatten()
     count = torch.bincount(index, minlength=codes[1] - codes[0] + 1).clamp_min_(1).to(w.dtype)
     share = away / count[index].reshape(w.shape)

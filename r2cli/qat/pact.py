@@ -12,20 +12,20 @@ does not come down from there.
 import torch
 from torch import Tensor, nn
 
-from r2cli import rounding
-from r2cli.qat import learners
-from r2cli.rounding import Bound, Rule
+from r2cli.qat import quantizers
+from r2cli.quantized import fake_quant
+from r2cli.quantized.fake_quant import Bound, Rule
 
 FLOOR = 1e-3  # of a
 
 
 def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
     """a times the sum of g * dy/da: y outside is a bound, which is a constant times a."""
-    rounding.inside(g, x, rounding.below(low, x), high, out)
+    fake_quant.inside(g, x, fake_quant.below(low, x), high, out)
     return torch.dot(g, y) - torch.dot(out, y)
 
 
-class Activation(learners.Activation):
+class PactActivation(quantizers.ActivationQuantizer):
     """`parameter` is a: the width of the range, which begins at 0 where nothing is negative."""
 
     def __init__(self, bits: int) -> None:
@@ -35,11 +35,11 @@ class Activation(learners.Activation):
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
         super().start(x)
-        self.parameter.copy_(learners.best_range(x, self.bits, self.zero))
+        self.parameter.copy_(quantizers.best_range(x, self.bits, self.zero))
 
     def step(self) -> Tensor:
-        found: Tensor = learners.positive(self.parameter, FLOOR) / (2**self.bits - 1)
+        found: Tensor = quantizers.positive(self.parameter, FLOOR) / (2**self.bits - 1)
         return found
 
     def rule(self, x: Tensor) -> Rule:
-        return Rule(slope, 1 / learners.positive(self.parameter, FLOOR))
+        return Rule(slope, 1 / quantizers.positive(self.parameter, FLOOR))

@@ -1,0 +1,101 @@
+"""The page: one file with everything in it, that asks no network for anything. page.html is its template.
+
+Tensor names come from files that anybody may have written: they are only ever text, in JSON whose every `<` is escaped,
+so that no name can end the script that holds it, and the page puts them into elements as text.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from r2cli.analyze.analysis import Analysis, AnalyzedLayer
+from r2cli.analyze.rounding_pass import BITS
+
+PLACE = "/*DATA*/"
+DIGITS = 6  # significant, of every number that is no count
+
+
+def to_bytes(sheets: Sequence[Analysis], shown_first: Mapping[str, object], *, sigma: float, advice: str) -> bytes:
+    """The page over `sheets`, whose rows are in the order of their files. The same bytes for the same weights.
+
+    `shown_first` are the `bits`, `granularity` and `sort` with which it opens.
+    """
+    names = list(dict.fromkeys(row.layer for sheet in sheets for row in sheet.rows))
+    found = [{row.layer: row for row in sheet.rows} for sheet in sheets]
+    first_views = sorted({next(i for i, other in enumerate(sheets) if other.file == sheet.file) for sheet in sheets})
+    by_hue = [*first_views, *(i for i in range(len(sheets)) if i not in first_views)]  # colours as in the pictures
+    data = {
+        "sigma": sigma,
+        **shown_first,
+        "advice": advice,
+        # Of several files the first views, as trained, are enough at first.
+        "shown": [len(sheets) <= 2 or i in first_views for i in range(len(sheets))],
+        "sheets": [
+            {"file": s.file, "view": s.view, "title": s.title, "note": s.note, "hue": by_hue.index(i)}
+            for i, s in enumerate(sheets)
+        ],
+        "layers": [
+            {"name": name, "records": [_record(rows[name]) if name in rows else None for rows in found]}
+            for name in names
+        ],
+    }
+    text = json.dumps(_compact(data), separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    template = files("r2cli.report").joinpath("page.html").read_text(encoding="utf-8")
+    return template.replace(PLACE, text).encode()
+
+
+def _record(row: AnalyzedLayer) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "shape": row.shape,
+        "dtype": row.dtype,
+        "count": row.count,
+        "nan": row.nan,
+        "inf": row.inf,
+        "min": row.low,
+        "max": row.high,
+        "mean": row.mean,
+        "mean_abs": row.mean_abs,
+        "std": row.std,
+        "kurtosis": row.kurtosis,
+        "ratio": row.ratio,
+        "outliers": row.outliers,
+        "share": row.outlier_share,
+        "saved": row.saved_bits,
+        "bins": {"step": row.histogram.step, "first": row.histogram.first, "counts": row.histogram.counts},
+    }
+    if row.losses is not None and row.channels is not None:
+        made["sqnr"] = {
+            granularity: {rule.replace("-", "_"): [of[bits] for bits in BITS] for rule, of in own.items()}
+            for granularity, own in row.losses.sqnr.items()
+        }
+        made["empty"] = [row.losses.empty[bits] for bits in BITS]
+        made["channels"] = {
+            "count": row.channels.count,
+            "group": row.channels.group,
+            "min": row.channels.low,
+            "max": row.channels.high,
+            "median": row.channels.median,
+            "drivers": row.channels.drivers,
+            "over_half": row.channels.over_half,
+        }
+        bins = row.losses.channels
+        made["map"] = {"group": bins.group, "step": bins.step, "first": bins.first, "counts": bins.counts}
+    return made
+
+
+def _compact(value: Any) -> Any:
+    """`value` with numbers as short as the page needs them, and null for what JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _compact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_compact(item) for item in value]
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    short = float(f"{value:.{DIGITS}g}")
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short

@@ -1,0 +1,223 @@
+"""The first reading of a tensor: patterns, moments, extremes, and the range of every output channel."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r2cli.quantized import value_counts as tables
+from r2cli.quantized.scratch import scratch
+from r2cli.quantized.value_counts import SIXTEEN_BIT, Count, Counts, Moments
+from r2cli.storage.stream import Stored
+
+# Powers of what lies between 1 / SAFE and SAFE neither overflow nor vanish in float32; the others are float64's.
+SAFE = 1e6
+# Values beyond this share of what the first piece takes for the outliers' edge are kept, some 0.3 % of normal weights,
+# so that outliers need no second reading: unless they are too many, or the edge turns out to lie further in.
+GATE = 0.75
+MOST_FAR = 1 << 20
+
+Advance = Callable[[float], None]  # told of shares of a tensor, 1 in all
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What every output channel holds: float32 (channels,) each."""
+
+    low: Tensor
+    high: Tensor
+    mean_abs: Tensor
+
+    @property
+    def reach(self) -> Tensor:
+        return torch.maximum(-self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Every finite value of a tensor with |w| > gate."""
+
+    gate: float
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`moments`, `low` and `high` are of the finite values; the moments are None where there is none."""
+
+    counts: Counts
+    moments: Moments | None
+    low: float
+    high: float
+    channels: Ranges | None  # where they were asked for, and there are values and all are finite
+    far: Outliers | None = None  # of a count that is not whole, where they were few: what decides who is an outlier
+
+    @property
+    def reach(self) -> float:
+        return max(-self.low, self.high)
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(output channels, weights of each); a vector is one channel."""
+    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
+
+
+def spans(shape: tuple[int, ...], piece: int) -> Iterator[tuple[int, int, int, int]]:
+    """(row, rows, start, stop): elements start to stop are whole rows, or a part of one that is longer than `piece`."""
+    rows, width = matrix(shape)
+    if not rows * width:
+        return
+    together = max(1, piece // width)
+    for row in range(0, rows, together):
+        many = min(together, rows - row)
+        stop = (row + many) * width
+        for at in range(row * width, stop, piece):
+            yield row, many, at, min(stop, at + piece)
+
+
+def read(stored: Stored, *, channels: bool, sigma: float, piece: int, advance: Advance) -> Reading:
+    """Read `stored`, a floating tensor, once. `sigma` says how far out its far values are wanted."""
+    assert stored.dtype is not None
+    whole = _counted_as(stored.dtype) in SIXTEEN_BIT
+    count, wide = Count(_counted_as(stored.dtype)), _Wide(sigma)
+    rows = _Rows(matrix(stored.shape)) if channels else None
+    for row, many, start, stop in spans(stored.shape, piece):
+        part = stored.read(start, stop)
+        if whole:
+            count.add(part if part.dtype == count.dtype else part.to(count.dtype))
+        if not whole or rows is not None:
+            part = as_float(part)
+        if not whole:
+            count.add(wide.add(part))
+        if rows is not None:
+            rows.add(row, part.view(many, -1))
+        advance((stop - start) / stored.size)
+    counts = count.counts()
+    nan, inf = counts.nan + wide.nan, counts.inf + wide.inf
+    counts = Counts(counts.low, counts.high, counts.number, whole=whole, nan=nan, inf=inf)
+    if not len(counts.number):
+        return Reading(counts, None, 0.0, 0.0, None)
+    low, high = (float(counts.low[0]), float(counts.high[-1])) if whole else (wide.low, wide.high)
+    found = tables.moments(counts) if whole else wide.moments()
+    ranges = rows.ranges() if rows is not None and not nan and not inf else None
+    return Reading(counts, found, low, high, ranges, None if whole else wide.far())
+
+
+def finite_pieces(stored: Stored, piece: int) -> Iterator[Tensor]:
+    """The finite values in pieces, float32."""
+    for part in stored.pieces(piece):
+        yield _finite(as_float(part))
+
+
+def as_float(part: Tensor) -> Tensor:
+    """`part` as float32: itself, or a copy that the next call on the same thread overwrites."""
+    return part if part.dtype == torch.float32 else scratch("float", part.numel(), torch.float32).copy_(part)
+
+
+def _finite(part: Tensor) -> Tensor:
+    """`part` itself, or a copy without its NaN and infinities."""
+    all_finite = math.isfinite(float(part.amin())) and math.isfinite(float(part.amax()))
+    return part if all_finite else part[torch.isfinite(part)]
+
+
+def _counted_as(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose patterns are counted: eight bits are values of bfloat16, and float64 is deployed as float32."""
+    if dtype in SIXTEEN_BIT:
+        return dtype
+    return torch.bfloat16 if dtype.itemsize == 1 else torch.float32
+
+
+def _sizes(part: Tensor) -> Tensor:
+    return torch.abs(part, out=scratch("sizes", part.numel(), part.dtype).view_as(part))
+
+
+class _Wide:
+    """Extremes, power sums and the far values of what is counted by float32's top halves."""
+
+    def __init__(self, sigma: float) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self.nan = self.inf = 0
+        self._sigma = sigma
+        self._shift: float | None = None
+        self._sums = [0.0] * 4  # of d, d**2, d**3, d**4 with d = x - shift
+        self._size = 0.0  # of |x|
+        self._count = 0
+        self._gate, self._far, self._room = math.inf, [torch.empty(0)], MOST_FAR
+
+    def add(self, part: Tensor) -> Tensor:
+        """Add float32 values; returns the finite ones."""
+        low, high = float(part.amin()), float(part.amax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.nan, self.inf = self.nan + int(part.isnan().sum()), self.inf + int(part.isinf().sum())
+            part = part[torch.isfinite(part)]
+            if not len(part):
+                return part
+            low, high = float(part.amin()), float(part.amax())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if self._shift is None:
+            # Weights lie around 0. Values that do not would cancel in the fourth power: they are taken from their mean.
+            mean, std = float(part.double().mean()), float(part.double().std(correction=0))
+            self._shift = mean if abs(mean) > std else 0.0
+            # As float32, in which it is compared.
+            self._gate = float(tables.ceil32(abs(mean) + GATE * self._sigma * std))
+        reach = max(-low, high)
+        if self._shift or not 1 / SAFE < reach < SAFE:
+            sums = _power_sums(part.double().sub_(self._shift))
+        else:
+            sums = _power_sums(part)  # torch adds in pairs: float32 loses nothing that could be seen
+        self._sums = [before + more for before, more in zip(self._sums, sums, strict=True)]
+        self._count += len(part)
+        size = _sizes(part)
+        self._size += float(size.sum() if reach < SAFE else size.double().sum())
+        if reach > self._gate and self._room:
+            # Few are far: to find them and take them is faster than to select by a mask, and torch's own far slower.
+            far = torch.from_numpy(part.numpy()[np.flatnonzero(size.numpy() > self._gate)])
+            self._room -= min(self._room, len(far))
+            self._far.append(far)
+        return part
+
+    def moments(self) -> Moments:
+        first, second, third, fourth = (total / self._count for total in self._sums)
+        mean = first + (self._shift or 0.0)
+        if self.low == self.high:
+            return Moments(self.low, 0.0, None, abs(self.low))
+        variance = max(0.0, second - first**2)
+        central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
+        kurtosis = central / variance**2 if variance**2 > 0 else None
+        return Moments(mean, math.sqrt(variance), kurtosis, self._size / self._count)
+
+    def far(self) -> "Outliers | None":
+        return Outliers(self._gate, torch.cat(self._far)) if self._room else None
+
+
+def _power_sums(x: Tensor) -> list[float]:
+    """The sums of x, x**2, x**3 and x**4, (n,)."""
+    square = torch.mul(x, x, out=scratch("square", len(x), x.dtype))
+    power = scratch("power", len(x), x.dtype)
+    sums = [x.sum(), square.sum(), torch.mul(square, x, out=power).sum()]
+    return [float(each) for each in (*sums, torch.mul(square, square, out=power).sum())]
+
+
+class _Rows:
+    """The range of every row while its parts are added."""
+
+    def __init__(self, matrix: tuple[int, int]) -> None:
+        self._rows, self._width = matrix
+        self._low = torch.full((self._rows,), math.inf)
+        self._high = torch.full((self._rows,), -math.inf)
+        self._sum = torch.zeros(self._rows, dtype=torch.float64)
+
+    def add(self, row: int, part: Tensor) -> None:
+        """Add `part` (rows, some weights), float32, of the rows from `row`."""
+        own = slice(row, row + len(part))
+        self._low[own] = torch.minimum(self._low[own], part.amin(1))
+        self._high[own] = torch.maximum(self._high[own], part.amax(1))
+        sums = _sizes(part).sum(1)
+        self._sum[own] += sums if bool(torch.isfinite(sums).all()) else _sizes(part).sum(1, dtype=torch.float64)
+
+    def ranges(self) -> Ranges:
+        return Ranges(self._low, self._high, (self._sum / self._width).float())

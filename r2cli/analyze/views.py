@@ -1,0 +1,108 @@
+"""What a file holds to analyze: its weights, in one view or two."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2cli.analyze import analysis, onnx_weights
+from r2cli.analyze.analysis import OtherTensor
+from r2cli.calibration import deployed
+from r2cli.errors import InputError, R2Error
+from r2cli.graph import batchnorm, operators, structure
+from r2cli.graph.read import Unreadable, trace
+from r2cli.storage import checkpoint, stream
+from r2cli.storage.stream import Stored, held
+
+TRAINED, FOLDED, DECODED = "as trained", "folded", "decoded"
+
+
+@dataclass(frozen=True)
+class View:
+    """Weights to analyze together. `is_float_checkpoint`: one that r2 made and can quantize."""
+
+    file: Path
+    name: str
+    layers: tuple[Stored, ...]
+    others: tuple[OtherTensor, ...]
+    note: str = ""
+    is_float_checkpoint: bool = False
+
+
+def chosen(path: Path, view: str, *, everything: bool) -> list[View]:
+    """The views of a file, of a float checkpoint with BatchNorm 'trained', 'folded' or 'both'.
+
+    Raises InputError where the view that was asked for cannot be had.
+    """
+    found = of_file(path, everything=everything)
+    kept = [each for each in found if view == "both" or each.name not in (TRAINED, FOLDED) or view in each.name]
+    if not kept:
+        raise InputError(f"{path} cannot be folded ({found[0].note}): give --view trained")
+    return kept
+
+
+def of_file(path: Path, *, everything: bool) -> list[View]:
+    """The views of a file: a float checkpoint with BatchNorm as trained and folded, a coded one decoded, others as is.
+
+    Raises InputError naming the file and the tensor that cannot be read.
+    """
+    if path.suffix == ".onnx" and not path.is_dir():
+        decoded, floats, others = onnx_weights.of_onnx(path)
+        return [_view(path, DECODED if decoded else "", [*decoded, *floats], others, everything=everything)]
+    stored = stream.of_model(path)
+    recorded = stream.metadata(path).get("r2") if path.is_file() and path.suffix == ".safetensors" else None
+    if recorded is None:
+        return [_view(path, "", stored, [], everything=everything)]
+    try:
+        meta = json.loads(recorded)
+        coded, has_network = bool(meta["codecs"]), meta["model"] is not None
+    except (ValueError, KeyError, TypeError):
+        coded, has_network = False, True  # `checkpoint.load` says below what is wrong
+    if not has_network:
+        state = [held(name, tensor, str(path)) for name, tensor in checkpoint.load_state(path).items()]
+        return [_view(path, DECODED, state, [], everything=everything)]
+    if coded:
+        made = checkpoint.load(path)
+        found = [held(name, one.decode(), str(path)) for name, one in made.coded.items()]
+        rest = [held(name, tensor, str(path)) for name, tensor in made.floats.items()]
+        return [_view(path, DECODED, [*found, *rest], [], everything=everything)]
+    trained = _view(path, TRAINED, stored, [], everything=everything)
+    try:
+        folded, silenced = _folded(checkpoint.load(path))
+    except R2Error as error:
+        why = error.why if isinstance(error, Unreadable) else error
+        return [replace(trained, note=f"shown as trained only: {why}")]
+    if not folded:
+        return [replace(trained, name="", is_float_checkpoint=True)]
+    note = f"{silenced} dead channels are shown as zero, as `r2 ptq` makes them" if silenced else ""
+    # What is not folded stands in both views.
+    both = [folded.get(each.name, each) for each in trained.layers]
+    second = replace(trained, name=FOLDED, layers=tuple(both), note=note)
+    return [replace(view, is_float_checkpoint=True) for view in (trained, second)]
+
+
+def _view(path: Path, name: str, found: Sequence[Stored], more: Sequence[OtherTensor], *, everything: bool) -> View:
+    layers, others = analysis.split(found, everything=everything)
+    return View(path, name, tuple(layers), (*others, *more))
+
+
+@torch.no_grad()
+def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
+    """The weights that a BatchNorm is folded into, as `r2 ptq` folds it, by name; and how many channels it silenced."""
+    model = deployed.network(made)
+    if not any(isinstance(module, operators.NORMS) for module in model.modules()):
+        return {}, 0
+    net = trace(model)
+    silenced = sum(batchnorm.silence_dead_channels(net).values())
+    factors = batchnorm.remove_norms(net)
+    found = {}
+    for layer, module in structure.named_layers(net):
+        if layer.name in factors:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            factor = factors[layer.name].reshape(-1, *[1] * (weight.ndim - 1))
+            found[layer.weight] = held(layer.weight, (weight.double() * factor).float(), made.origin)
+    return found, silenced

@@ -1,0 +1,107 @@
+"""The command line: parse, call one worker, hand its result to the console. torch is imported inside the commands."""
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
+from typing import Any, NoReturn
+
+import typer
+
+from r2cli import __version__, console
+from r2cli.cli import analyze, evaluate, export, palettize, pretrain, ptq, qat, recipes, run
+from r2cli.cli.parsing import UsageError
+from r2cli.errors import InputError, R2Error
+
+app = typer.Typer(
+    name="r2",
+    help="From a PyTorch network to a deployable integer ONNX model, with range regularization.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Start with: r2 pretrain --reg margin",
+)
+app.command()(pretrain.pretrain)
+app.command()(analyze.analyze)
+app.command()(ptq.ptq)
+app.command()(qat.qat)
+app.command()(palettize.palettize)
+app.command()(export.export)
+app.command()(evaluate.evaluate)
+app.command()(run.run)
+app.add_typer(recipes.recipe, name="recipe")
+
+INTERRUPTED = 130
+SPINS = "10000"  # how often a waiting thread of torch's looks before it sleeps; 300,000 times where nobody says
+TRAINING = ("pretrain", "palettize", "qat")  # the commands that several processes may run together
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"r2 {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    context.obj = invoke  # for `r2 run`, whose steps are commands
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in TRAINING:
+        raise InputError(f"r2 {context.invoked_subcommand} runs in one process: start it without torchrun")
+
+
+def invoke(arguments: list[str]) -> Any:
+    """Run one command and return its report. Raises R2Error, or the parser's error, instead of exiting."""
+    result = app(arguments, standalone_mode=False)
+    if result == INTERRUPTED:  # the parser swallows the interrupt
+        raise KeyboardInterrupt
+    return result
+
+
+def main() -> NoReturn:
+    """`r2`: run the command of `sys.argv`, and map whatever goes wrong to one sentence and an exit code."""
+    arguments = sys.argv[1:]
+    # Beside another program on the same cores, threads that spin take away what those need that they wait for
+    # (benchmarks/shared_cores.md). OpenMP reads it when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    as_json = "--json" in arguments
+    try:
+        # For machines the report is all of standard output: what a network's own code prints goes elsewhere.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = invoke(arguments)
+        if as_json and isinstance(result, Mapping):
+            console.report(result)
+        sys.exit(result if isinstance(result, int) else 0)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
+            traceback.print_exc()
+        message, code = _told(error, arguments)
+        found = getattr(error, "report", None) or {}
+    console.fail(message)
+    if as_json:
+        console.report({"error": message, "exit_code": code, **found})
+    sys.exit(code)
+
+
+def _told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
+    """What went wrong as one sentence, and the exit code."""
+    if isinstance(error, R2Error):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt | typer.Abort):
+        message, code = "interrupted; no file is left half written", INTERRUPTED
+    elif isinstance(error, UsageError):
+        command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
+        message, code = f"{error.format_message()} Try `{command} --help`.", 2
+    elif isinstance(error, OSError):
+        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 3
+    else:
+        told = f"internal error ({type(error).__name__}: {error})"
+        message, code = f"{told}: run it again with R2_TRACEBACK=1 and report what that prints", 3
+    return " ".join(message.split()), code

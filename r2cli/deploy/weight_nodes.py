@@ -1,0 +1,266 @@
+"""Codes as a graph of standard ONNX operators: from packed integers to the float weight that a layer reads.
+
+    8 to 5 bits          INT8 -> DequantizeLinear
+    4 bits               INT4 -> Cast INT8 -> DequantizeLinear
+    3 to 1 bits, odd     packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
+    palette              UINT8, up to 4 bits packed -> Div and Mod, its digits -> Gather in the layer's own table of
+                         centroids -> channels of vectors apart -> DequantizeLinear for an int8 table, Mul by the scale
+                         for a float one
+
+What layers share is there once: the tables of bytes' codes, and the shapes, in which the first dimension is left open.
+A palette does without the table, one or two KB: the file of a small network is hardly larger than its codes.
+
+Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into it would be
+unpacked at every inference. Where activations stay float no integer kernel reads a weight, and DequantizeLinear, which
+ONNX Runtime does not fold, took four times as long as the float network (benchmarks/palette_speed.md): Cast, Sub and
+Mul stand in its place there. They, and a float table, are folded whole: memory and speed are fp32's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from r2cli.errors import R2Error
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.packing import pack, packed_bytes, unpack
+from r2cli.quantized.palette import Palette
+
+Tables = dict[str, ir.Value]  # initializers that layers share, by name
+Array = np.ndarray[Any, Any]
+
+
+def emit(
+    graph: ir.Graph, name: str, coded: Coded, tables: Tables, *, read_as_float: bool
+) -> tuple[ir.Value, list[ir.Node]]:
+    """The float value of the coded weight `name`, and the nodes that make it; `read_as_float`: by no integer kernel.
+
+    Raises R2Error for a grid whose integers leave int8.
+    """
+    codec = coded.codec
+    if isinstance(codec, Palette):
+        nodes, integers = _palette(graph, name, coded, codec, tables)
+    else:
+        nodes, integers = _grid(graph, name, coded, codec, tables)
+    if integers is not None:
+        decode = _multiply if read_as_float else _dequantize
+        nodes += decode(
+            graph, name, integers, codec, len(codec.shape if isinstance(codec, Palette) else coded.codes.shape)
+        )
+    for position, node in enumerate(nodes):
+        node.outputs[0].name = f"{name}.{position}"
+    return nodes[-1].outputs[0], nodes
+
+
+def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) -> tuple[list[ir.Node], ir.Value]:
+    """The nodes that make the integers, and the integers."""
+    nodes: list[ir.Node]
+    if grid.bits <= 3 or (grid.odd and grid.bits <= 4):
+        nodes = _packed(graph, name, coded, tuple(coded.codes.shape), _integers(graph, grid, tables), tables)
+        integers = nodes[-1].outputs[0]
+    elif grid.bits == 4:
+        narrow = initializer(graph, f"{name}.codes", _four_bits(coded.codes))
+        nodes = [ir.node("Cast", [narrow], {"to": ir.DataType.INT8})]
+        integers = nodes[-1].outputs[0]
+    elif grid.odd and grid.bits == 8:
+        raise R2Error(f"the weight '{name}' has an 8-bit grid without a zero level, whose codes leave int8: use 7 bits")
+    else:
+        stored = grid.integers(coded.codes) if grid.odd else coded.codes
+        integers, nodes = initializer(graph, f"{name}.codes", stored.to(torch.int8).numpy()), []
+    return nodes, integers
+
+
+def _palette(
+    graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables: Tables
+) -> tuple[list[ir.Node], ir.Value | None]:
+    """The nodes that look the centroids up, and their integers; None where the table is float, and all is done."""
+    groups, count = coded.codes.shape
+    dim, shape = palette.dim, palette.shape
+    # Only an index that is added to must have the groups apart; five and more bits have their shape for nothing.
+    index_shape = (groups, count) if groups > 1 else shape if dim == 1 else (count,)
+    nodes = _index(graph, name, coded, index_shape, tables)
+    if groups > 1:
+        if palette.bits <= 4:
+            nodes.append(_reshape(graph, tables, nodes[-1], index_shape))
+        offset = np.arange(groups, dtype=np.int32).reshape(-1, 1) << palette.bits
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], initializer(graph, f"{name}.offset", offset)]))
+    rows = palette.lut.reshape(-1, dim) if dim > 1 else palette.lut.reshape(-1)
+    lut = initializer(graph, f"{name}.lut", rows.numpy())
+    nodes.append(ir.node("Gather", [lut, nodes[-1].outputs[0]], {"axis": 0}))
+    if dim > 1:  # `codec.from_vectors`
+        positions = palette.positions
+        nodes.append(_reshape(graph, tables, nodes[-1], (-1, positions, dim)))
+        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1]}))
+        if shape[0] % dim:
+            nodes.append(_reshape(graph, tables, nodes[-1], (-1, positions)))
+            ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (shape[0],))]
+            nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
+    if dim > 1 or groups > 1 or palette.bits <= 4:
+        nodes.append(_reshape(graph, tables, nodes[-1], shape))
+    if not palette.lut.is_floating_point():
+        return nodes, nodes[-1].outputs[0]
+    if bool((palette.scale != 1).any()):
+        nodes.append(_scaled(graph, name, nodes[-1].outputs[0], palette, len(shape)))
+    return nodes, None
+
+
+def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tables: Tables) -> list[ir.Node]:
+    """A palette's codes as INT32: what Gather reads. In order, and of `shape` from five bits on."""
+    bits = coded.codec.bits
+    if bits <= 4:
+        return _packed(graph, name, coded, None, _indices(graph, tables), tables)
+    codes = initializer(graph, f"{name}.codes", coded.codes.reshape(shape).numpy())
+    return [ir.node("Cast", [codes], {"to": ir.DataType.INT32})]
+
+
+def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, ndim: int) -> list[ir.Node]:
+    inputs = [integers, initializer(graph, f"{name}.scale", (codec.scale / codec.raised).numpy())]
+    zero = _zero_point(codec)
+    if bool(zero.any()) or ndim == 2:  # ONNX Runtime's QGemm wants one, though it be zero
+        inputs.append(initializer(graph, f"{name}.zero_point", zero.numpy()))
+    return [ir.node("DequantizeLinear", inputs, {} if codec.axis is None else {"axis": codec.axis})]
+
+
+def _multiply(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, ndim: int) -> list[ir.Node]:
+    nodes = [ir.node("Cast", [integers], {"to": ir.DataType.FLOAT})]
+    zero = _zero_point(codec)
+    if bool(zero.any()):
+        column = initializer(graph, f"{name}.zero_point", _along(codec, zero, ndim).numpy())
+        nodes.append(ir.node("Cast", [column], {"to": ir.DataType.FLOAT}))
+        nodes.append(ir.node("Sub", [each.outputs[0] for each in nodes]))
+    return [*nodes, _scaled(graph, name, nodes[-1].outputs[0], codec, ndim)]
+
+
+def _scaled(graph: ir.Graph, name: str, value: ir.Value, codec: Grid | Palette, ndim: int) -> ir.Node:
+    column = _along(codec, codec.scale / codec.raised, ndim)
+    return ir.node("Mul", [value, initializer(graph, f"{name}.scale", column.numpy())])
+
+
+def _zero_point(codec: Grid | Palette) -> Tensor:
+    zero = codec.zero_point if isinstance(codec, Grid) else torch.zeros_like(codec.scale, dtype=torch.int32)
+    return (zero * codec.raised).to(torch.int8)
+
+
+def _along(codec: Grid | Palette, parameter: Tensor, ndim: int) -> Tensor:
+    """`parameter` in a shape that goes with a weight of `ndim` axes; a palette's is along the first."""
+    if isinstance(codec, Grid):
+        return codec.along(parameter, ndim)
+    return parameter if codec.axis is None else parameter.reshape(-1, *[1] * (ndim - 1))
+
+
+# --- packed codes --------------------------------------------------------------------------------------------------
+
+# From a part's name, its bits and its bytes as INT32 (n,) to nodes of which the last gives (n, 8 // bits).
+Lookup = Callable[[str, int, ir.Value], list[ir.Node]]
+
+
+def _packed(
+    graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...] | None, look_up: Lookup, tables: Tables
+) -> list[ir.Node]:
+    """Packed codes, byte by byte through `look_up`: of `shape`, or in order, however they come.
+
+    Three bits are the sum of two planes.
+    """
+    width = coded.codec.bits
+    count, planes = coded.codes.numel(), coded.packed()
+    nodes: list[ir.Node] = []
+    parts = []
+    split = packed_bytes(count, 1)
+    for part, bits, content in (
+        [("high", 1, planes[:split]), ("low", 2, planes[split:])] if width == 3 else [("codes", width, planes)]
+    ):
+        packed = initializer(graph, f"{name}.{part}", content.numpy())
+        nodes.append(ir.node("Cast", [packed], {"to": ir.DataType.INT32}))
+        nodes += look_up(part, bits, nodes[-1].outputs[0])
+        if content.numel() * (8 // bits) != count:  # drop the zeros that filled the last byte
+            nodes.append(_reshape(graph, tables, nodes[-1], (count,)))
+            ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (count,))]
+            nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
+        if shape is not None or width == 3:
+            nodes.append(_reshape(graph, tables, nodes[-1], shape or (count,)))
+        parts.append(nodes[-1].outputs[0])
+    if len(parts) == 2:
+        nodes.append(ir.node("Add", parts))
+    return nodes
+
+
+def _integers(graph: ir.Graph, grid: Grid, tables: Tables) -> Lookup:
+    """A grid's integers: of all bytes, in a table (256, 8 // bits) int8 that layers share."""
+
+    def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
+        every = f"every.{'odd' if grid.odd else 'plain'}{grid.bits}.{part}"
+        if every not in tables:
+            tables[every] = initializer(graph, every, _table(grid, part, bits))
+        return [ir.node("Gather", [tables[every], index], {"axis": 0})]
+
+    return look_up
+
+
+def _indices(graph: ir.Graph, tables: Tables) -> Lookup:
+    """A palette's codes themselves, INT32, those of the high plane worth 4: the digits of every byte, reckoned."""
+
+    def shared(values: list[int]) -> ir.Value:
+        return _shared(graph, tables, "step", np.array(values, dtype=np.int32))
+
+    def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
+        column = ir.node("Reshape", [index, _shape(graph, tables, (-1, 1))])
+        shifted = ir.node("Div", [column.outputs[0], shared([2**low for low in range(0, 8, bits)])])
+        nodes = [column, shifted, ir.node("Mod", [shifted.outputs[0], shared([2**bits])])]
+        if part == "high":
+            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], shared([4])]))
+        return nodes
+
+    return look_up
+
+
+def _table(grid: Grid, part: str, bits: int) -> Array:
+    """(256, 8 // bits) int8: the integers that every byte of a grid's packed codes stands for."""
+    every = unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
+    if part == "high":  # worth 4, or -4 where the codes are two's complement
+        integers = every * 8 - 7 if grid.odd else every * -4
+    elif part == "low":
+        integers = every * 2 if grid.odd else every
+    elif grid.odd:
+        integers = every * 2 - (2**bits - 1)
+    else:
+        integers = torch.where(every >= 2 ** (bits - 1), every - 2**bits, every)
+    return (integers * grid.raised).reshape(256, 8 // bits).to(torch.int8).numpy()
+
+
+# --- initializers --------------------------------------------------------------------------------------------------
+
+
+def _reshape(graph: ir.Graph, shared: Tables, node: ir.Node, sizes: tuple[int, ...]) -> ir.Node:
+    """What `node` makes, of the shape `sizes`: written with an open first dimension, as more layers have it."""
+    return ir.node("Reshape", [node.outputs[0], _shape(graph, shared, (-1, *sizes[1:]))])
+
+
+def _shape(graph: ir.Graph, shared: Tables, sizes: tuple[int, ...]) -> ir.Value:
+    return _shared(graph, shared, "shape", np.array(sizes, dtype=np.int64))
+
+
+def _shared(graph: ir.Graph, shared: Tables, kind: str, values: Array) -> ir.Value:
+    name = f"{kind}.{'x'.join(map(str, values.tolist()))}"
+    if name not in shared:
+        shared[name] = initializer(graph, name, values)
+    return shared[name]
+
+
+def _four_bits(codes: Tensor) -> "ir.PackedTensor[Any]":
+    """Codes (any shape, four bits) as an ONNX INT4 tensor: our packing is ONNX's."""
+    return ir.PackedTensor(pack(codes, 4).numpy(), ir.DataType.INT4, shape=ir.Shape(codes.shape))
+
+
+def initializer(graph: ir.Graph, name: str, content: "Array | ir.PackedTensor[Any]") -> ir.Value:
+    """`content` as an initializer of `graph`."""
+    tensor = ir.tensor(content) if isinstance(content, np.ndarray) else content
+    tensor.name = name
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
+    graph.initializers[name] = value
+    return value

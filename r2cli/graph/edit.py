@@ -1,0 +1,102 @@
+"""Edits of a graph: put modules on values, take nodes out, write a node as two."""
+
+import operator
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, fx, nn
+
+from r2cli.errors import R2Error
+from r2cli.graph.operators import LAYERS, PASSING, TUPLES, is_a, module_of
+
+GRIDS = "grids."  # the modules on edges, by the name of the node whose value they round
+# The end of a name of a second grid on a value, behind the first, which the layers that read the value read alone.
+FOR_LAYERS, LAYER_GRIDS = "/layers", "layer_grids."
+
+
+def as_product(net: fx.GraphModule, node: fx.Node, factor: Callable[..., Tensor]) -> None:
+    """Write an activation x * factor(x) as that: its parts can run on integers."""
+    with net.graph.inserting_before(node):
+        gate = net.graph.call_function(factor, (node.args[0],))
+        product = net.graph.call_function(operator.mul, (node.args[0], gate))
+    node.replace_all_uses_with(product)
+    net.graph.erase_node(node)
+
+
+def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
+    """Put a module on the value of each named node, in the place of one that is there: all then read the module.
+
+    With `FOR_LAYERS` at the end of its name the layers alone read it, and it reads what they read before.
+    Raises R2Error for a name that no node has.
+    """
+    nodes = {node.name: node for node in net.graph.nodes}
+    there = {str(node.target): node for node in net.graph.nodes if node.op == "call_module"}
+    for name in sorted(modules, key=lambda name: name.endswith(FOR_LAYERS)):
+        value = name.removesuffix(FOR_LAYERS)
+        target = f"{GRIDS if value == name else LAYER_GRIDS}{value}"
+        if target in there:
+            net.set_submodule(target, modules[name])
+            continue
+        if value not in nodes:
+            raise R2Error(f"the network has no value '{value}' to put a grid on: the checkpoint is of another network")
+        net.add_submodule(target, modules[name])
+        read = nodes[value] if value == name else there.get(f"{GRIDS}{value}", nodes[value])
+        users = [user for user in read.users if value == name or isinstance(module_of(net, user), LAYERS)]
+        with net.graph.inserting_after(read):
+            there[target] = net.graph.call_module(target, (read,))
+        for user in users:
+            user.replace_input_with(read, there[target])
+    net.recompile()
+
+
+def source(net: fx.GraphModule, node: fx.Node) -> str | None:
+    """The name of the node whose value `node` reads, behind what only passes it on; None if it has no grid."""
+    read = node.args[0] if node.args else None
+    while isinstance(read, fx.Node) and is_a(net, read, PASSING):
+        read = read.args[0] if read.args else None
+    if not isinstance(read, fx.Node) or not is_grid(read):
+        return None
+    target = str(read.target)
+    if target.startswith(LAYER_GRIDS):
+        return f"{target.removeprefix(LAYER_GRIDS)}{FOR_LAYERS}"
+    return target.removeprefix(GRIDS)
+
+
+def is_grid(node: fx.Node) -> bool:
+    """Whether `node` rounds a value to its grid."""
+    return node.op == "call_module" and str(node.target).startswith((GRIDS, LAYER_GRIDS))
+
+
+def repeat_grids(net: fx.GraphModule) -> None:
+    """Put a value's grid behind everything that passes the value on as well; in place.
+
+    It changes no value: a maximum or a flatten of what is on a grid is on it. Runtimes run such a node on integers only
+    where they find the grid on both of its sides.
+    """
+    for node in list(net.graph.nodes):
+        where = source(net, node) if is_a(net, node, PASSING) and not is_a(net, node, TUPLES) else None
+        if where is not None:
+            with net.graph.inserting_after(node):
+                call = net.graph.call_module(f"{GRIDS}{where}", (node,))
+            node.replace_all_uses_with(call, delete_user_cb=lambda user, own=call: user is not own)
+    net.recompile()
+
+
+def replace_calls(net: fx.GraphModule, match: Callable[[fx.Node], nn.Module | None]) -> None:
+    """Replace every node for which `match` returns a module by a call of that module on the node's first argument."""
+    for node in list(net.graph.nodes):
+        module = match(node)
+        if module is None:
+            continue
+        net.add_submodule(f"replaced.{node.name}", module)
+        with net.graph.inserting_after(node):
+            call = net.graph.call_module(f"replaced.{node.name}", (node.args[0],))
+        node.replace_all_uses_with(call)
+        net.graph.erase_node(node)
+    net.recompile()
+
+
+def bypass(net: fx.GraphModule, node: fx.Node) -> None:
+    before = node.args[0]
+    assert isinstance(before, fx.Node)
+    node.replace_all_uses_with(before)
+    net.graph.erase_node(node)

@@ -1,0 +1,71 @@
+"""Read a network: its graph over its own modules, in evaluation mode."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from r2cli.errors import InputError
+from r2cli.graph import exported
+from r2cli.graph.attention import REWRITTEN
+from r2cli.graph.edit import as_product, bypass
+from r2cli.graph.operators import NOTHING, is_a
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in REWRITTEN or super().is_leaf_module(m, module_qualified_name)
+
+
+class Unreadable(InputError):
+    """A network whose graph torch.fx cannot trace, nor torch.export read where that was tried; `why` is without a
+    way out."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"{why}: take out what depends on the values of tensors, or quantize the weights alone: --act-bits none, "
+            "and for r2 ptq --method none"
+        )
+        self.why = why
+
+
+def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
+    """`model` as a graph over the same modules, in evaluation mode.
+
+    Where torch.fx cannot trace it, torch.export reads it with an `example` of its inputs (n, ...), n > 1, if there is
+    one. Raises Unreadable naming what cannot be traced.
+    """
+    try:
+        net = _traced(model)
+    except Unreadable as unreadable:
+        if example is None:
+            raise
+        try:
+            net = exported.read(model, example)
+        except Exception as error:  # torch.export passes on whatever the network raises
+            first = next(iter(str(error).strip().splitlines()), "")
+            raise Unreadable(f"{unreadable.why}, and torch.export cannot either ({first})") from error
+    for node in list(net.graph.nodes):
+        if is_a(net, node, NOTHING):
+            bypass(net, node)
+        elif is_a(net, node, (nn.SiLU, F.silu)):
+            as_product(net, node, torch.sigmoid)
+        elif is_a(net, node, (nn.Hardswish, F.hardswish)):
+            as_product(net, node, F.hardsigmoid)
+    net.recompile()
+    return net
+
+
+def _traced(model: nn.Module) -> fx.GraphModule:
+    tracer = _Tracer()
+    try:
+        net = fx.GraphModule(model.eval(), tracer.trace(model))
+        rewritten = {name: REWRITTEN[type(m)](m, name) for name, m in net.named_modules() if type(m) in REWRITTEN}
+        for name, module in rewritten.items():
+            net.set_submodule(name, module.eval())
+        return fx.symbolic_trace(net) if rewritten else net
+    except Exception as error:
+        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
+        raise Unreadable(
+            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}"
+            f"{f', at the node {last.name!r}' if last is not None else ''})"
+        ) from error

@@ -1,0 +1,344 @@
+"""Palettes: a float checkpoint to one whose weights are indices into small tables of centroids.
+
+make BatchNorm's factors positive -> a palette for every weight as trained, by k-means or by training -> BatchNorm's
+statistics again, on the palettized network -> BatchNorm into the scale behind the table -> activations on grids. The
+codes never change after they are chosen: folding multiplies scales only.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli.calibration import calibrate, deployed
+from r2cli.data import Batch
+from r2cli.errors import InputError, R2Error
+from r2cli.graph import batchnorm, operators, structure
+from r2cli.graph.read import Unreadable, trace
+from r2cli.palettize import learners, tables
+from r2cli.palettize.tables import PaletteForm
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.decibels import sqnr
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.palette import Palette
+from r2cli.quantized.value_counts import usable
+from r2cli.storage.checkpoint import Checkpoint
+
+KMEANS, DKM, SHARED = "kmeans", "dkm", "shared"
+METHODS = (KMEANS, *learners.LEARNERS)
+SHAPELESS = 0.9  # of a layer's filters with one value each: no filter is left to speak of
+
+Batches = Callable[[], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
+class PaletteSettings:
+    """`keep` maps layer-name patterns to other (bits, dim); `act_bits` None leaves activations float."""
+
+    method: str
+    bits: int
+    dim: int
+    group_size: int | None
+    lut_bits: int
+    act_bits: int | None
+    keep: Mapping[str, tuple[int, int]]
+    act_range: str = "minmax"
+    embeddings: bool = False  # whether embeddings get palettes too, which needs activations in float
+
+
+@dataclass(frozen=True)
+class PalettizedLayer:
+    """What became of one layer. Sizes in bits a weight, table and scale included; `sqnr` in dB of the weights."""
+
+    layer: str
+    shape: tuple[int, ...]
+    bits: int
+    dim: int
+    tables: int
+    size: float
+    entropy_coded: float
+    sqnr: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PaletteTask:
+    """A float checkpoint, and what is to become of it.
+
+    `batches` gives training images, which set BatchNorm's statistics again and the ranges of activations; None leaves
+    both alone.
+    """
+
+    checkpoint: Checkpoint
+    settings: PaletteSettings
+    batches: Batches | None
+    device: torch.device
+    seed: int
+
+    @property
+    def generator(self) -> torch.Generator:
+        """For k-means: a new one, so that nothing else moves its draws."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class ReadNetwork:
+    """A network ready for palettes: its `layers` by name, and the graph over the same modules; None where only weights
+    are worked on, and BatchNorms stay where they are."""
+
+    model: nn.Module
+    net: fx.GraphModule | None
+    layers: Mapping[str, nn.Module]
+
+
+def by_kmeans(
+    work: PaletteTask, *, weigh: bool, advance: Callable[[int], None]
+) -> tuple[Checkpoint, list[PalettizedLayer]]:
+    """Palettes without training; `weigh` by sensitivity. `advance` is told of layers that are done.
+
+    Raises InputError for settings that do not fit the network, R2Error where something is not finite.
+    """
+    subject = read(work.checkpoint, work.settings)
+    model, wanted = subject.model, forms(subject.layers, work.settings)
+    evened = even_out(subject, wanted)
+    importance: Mapping[str, Tensor] = {}
+    if weigh:
+        assert work.batches is not None
+        importance = {k: v.cpu() for k, v in sensitivity(model.to(work.device), subject.layers, work.batches()).items()}
+        model.cpu()
+    coded, notes = {}, {}
+    with torch.no_grad():
+        for name, module in subject.layers.items():
+            weight, form = module.weight, wanted[name]
+            assert isinstance(weight, Tensor)
+            centroids, used = tables.start(weight, form, importance.get(name), work.generator)
+            palette = tables.palette(centroids, weight.shape, form)
+            coded[name] = Coded(palette, palette.encode(weight))
+            notes[name] = together(evened.get(name), few(used, form))
+            advance(1)
+    return finish(work, subject, coded, notes)
+
+
+def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
+    """The checkpoint's network ready for palettes: its weights alone where activations stay float and its graph cannot
+    be read, or embeddings are wanted.
+
+    Raises InputError for a coded checkpoint, a graph that cannot be read, and embeddings beside activations on grids.
+    """
+    if checkpoint.coded:
+        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    if settings.embeddings and settings.act_bits is not None:
+        raise InputError("--embeddings is for weights alone: give --act-bits none")
+    model = deployed.network(checkpoint)
+    example = None if settings.act_bits is None else checkpoint.input.blank(2)
+    try:
+        net = None if settings.embeddings else trace(model, example)
+    except Unreadable:
+        if settings.act_bits is not None:
+            raise
+        net = None
+    if net is None:
+        return ReadNetwork(model, None, structure.weighted(model, embeddings=settings.embeddings))
+    batchnorm.make_factors_positive(net)
+    if not structure.layers(net):
+        raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to palettize")
+    return ReadNetwork(model, net, {layer.name: module for layer, module in structure.named_layers(net)})
+
+
+def forms(layers: Mapping[str, nn.Module], settings: PaletteSettings) -> dict[str, PaletteForm]:
+    """The palette's form of every layer by name, `keep` applied.
+
+    Raises InputError for a pattern that matches no layer, a vector longer than a layer has channels, and a group that
+    divides no layer's channels.
+    """
+    shapes = {name: tuple(module.weight.shape) for name, module in layers.items()}  # type: ignore[arg-type]
+    found = with_exceptions(layers, settings)
+    for name, form in found.items():
+        tables.require_fit(f"{name}.weight", shapes[name], form)
+    size = settings.group_size
+    if size and not any(shape[0] % size == 0 for shape in shapes.values()):
+        raise InputError(f"--group-size {size} divides no layer's output channels: give a smaller power of two")
+    return found
+
+
+def with_exceptions(names: Iterable[str], settings: PaletteSettings) -> dict[str, PaletteForm]:
+    """The form of every named layer, `keep` applied, which must name layers. Raises InputError."""
+    usual = PaletteForm(settings.bits, settings.dim, settings.group_size, settings.lut_bits)
+    kept = {pattern: replace(usual, bits=bits, dim=dim) for pattern, (bits, dim) in settings.keep.items()}
+    found = structure.by_pattern(names, usual, kept)
+    for form in found.values():
+        if form.group and form.group % form.dim:
+            raise InputError(f"--group-size {form.group} is no multiple of the {form.dim} channels of a vector")
+    return found
+
+
+def even_out(subject: ReadNetwork, wanted: Mapping[str, PaletteForm]) -> dict[str, str]:
+    """Save the layers whose scalar table a few outliers would take: bring their filters to one size; in place.
+
+    k-means serves the largest weights. Of a depthwise layer with one large filter it gives nearly all others a single
+    value, and an int8 table makes that 0. Filters of one size cost nothing where BatchNorm follows. Returns what to
+    say of such layers; one that it does not help stays as it is.
+    """
+    evened: dict[str, str] = {}
+    for layer, module in [] if subject.net is None else structure.named_layers(subject.net):
+        form, weight = wanted[layer.name], module.weight
+        assert isinstance(weight, Tensor) and subject.net is not None
+        norm = subject.net.get_submodule(layer.norm) if layer.norm else None
+        if norm is None or norm.weight is None or form.dim > 1 or weight[0].numel() == 1:
+            continue
+        if _shapeless(weight.detach(), form) >= SHAPELESS:
+            size = _sizes(weight.detach())
+            if _shapeless(weight.detach() / size.reshape(-1, *[1] * (weight.ndim - 1)), form) < SHAPELESS:
+                batchnorm.divide_filters(subject.net, layer, size)
+                evened[layer.name] = "channels evened out"
+    return evened
+
+
+def _shapeless(weight: Tensor, form: PaletteForm) -> float:
+    """The share of filters to which k-means' table leaves a single value."""
+    palette = tables.palette(tables.start(weight, form, None, torch.Generator())[0], weight.shape, form)
+    return tables.constant_channels(palette, palette.encode(weight))
+
+
+def _sizes(weight: Tensor) -> Tensor:
+    """The root mean square of every filter in units of the median one's, (channels,) float64; 1 where all is zero."""
+    power = weight.double().flatten(1).square().mean(1)
+    alive = power > 0
+    return torch.where(alive, (power / power[alive].median()).sqrt(), 1.0) if bool(alive.any()) else power + 1.0
+
+
+def together(*notes: str | None) -> str:
+    """What is to be said of a layer, in one line."""
+    return "; ".join(filter(None, notes))
+
+
+def few(used: int, form: PaletteForm) -> str:
+    """What to say of a layer with fewer different weights than centroids."""
+    what = "weights" if form.dim == 1 else "vectors"
+    return f"{used} different {what} for {form.rows} centroids" if used < form.rows else ""
+
+
+def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """How much the loss minds a change of each weight, by layer: the sum over batches of the squared gradient.
+
+    It is the Fisher information's diagonal, of batches where that has images. Raises R2Error where it is not finite.
+    """
+    model.eval()
+    total = {name: torch.zeros_like(module.weight) for name, module in layers.items()}  # type: ignore[arg-type]
+    for images, labels in batches:
+        model.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        for name, module in layers.items():
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            if weight.grad is not None:
+                total[name] += weight.grad.square()
+    model.zero_grad(set_to_none=True)
+    for name, each in total.items():
+        if not bool(torch.isfinite(each).all()):
+            raise R2Error(f"the gradient of '{name}' is NaN or infinite on the training images: leave --weigh out")
+    return total
+
+
+@torch.no_grad()
+def finish(
+    work: PaletteTask, subject: ReadNetwork, coded: Mapping[str, Coded], notes: Mapping[str, str]
+) -> tuple[Checkpoint, list[PalettizedLayer]]:
+    """The coded checkpoint of palettes by layer name, on the network that they were made for; `notes` go to the rows.
+
+    Raises R2Error where a value is not finite.
+    """
+    batches, device, net = work.batches, work.device, subject.net
+    if net is None:
+        return _finish_weights(work, subject, coded, notes)
+    before = {layer.name: module.weight.detach().clone() for layer, module in structure.named_layers(net)}  # type: ignore[operator]
+    for layer, module in structure.named_layers(net):
+        module.weight.copy_(coded[layer.name].decode())  # type: ignore[operator]
+    if batches is not None:
+        batchnorm.reestimate_norms(net.to(device), (images for images, _ in batches()))
+        net.cpu()
+    constant = {name: f"{count} dead channels made constant" for name, count in _make_constant(net).items()}
+    factors = batchnorm.remove_norms(net)
+    folded: dict[str, Coded] = {}
+    rows = []
+    for layer, module in structure.named_layers(net):
+        one = _with_factor(coded[layer.name], factors.get(layer.name))
+        folded[layer.weight] = one
+        module.weight.copy_(one.decode())  # type: ignore[operator]
+        note = together(notes.get(layer.name), constant.get(layer.name))
+        rows.append(_row(layer.name, one, before[layer.name], coded[layer.name], note))
+    found: dict[str, Grid] = {}
+    if work.settings.act_bits is not None:
+        assert batches is not None
+        images, shape = (images for images, _ in batches()), work.checkpoint.input.shape
+        bits, rule = work.settings.act_bits, work.settings.act_range
+        found = calibrate.calibrate_and_round(net.to(device), folded, shape, bits, images, rule)
+    floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
+    return replace(work.checkpoint, floats=floats, coded=folded, activations=found, folded=True), rows
+
+
+def _finish_weights(
+    work: PaletteTask, subject: ReadNetwork, coded: Mapping[str, Coded], notes: Mapping[str, str]
+) -> tuple[Checkpoint, list[PalettizedLayer]]:
+    """`finish` where no graph was read: BatchNorms stay."""
+    model, rows = subject.model, []
+    for name, module in subject.layers.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows.append(_row(name, coded[name], weight.detach().clone(), coded[name], notes[name]))
+        weight.copy_(coded[name].decode())
+    if work.batches is not None and any(isinstance(module, operators.NORMS) for module in model.modules()):
+        batchnorm.reestimate_norms(model.to(work.device), (images for images, _ in work.batches()))
+        model.cpu()
+    own = {f"{name}.weight": one for name, one in coded.items()}
+    floats = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    return replace(work.checkpoint, floats=floats, coded=own), rows
+
+
+def _make_constant(net: fx.GraphModule) -> dict[str, int]:
+    """Set gamma to zero in channels whose output never varies; in place. Returns how many, by layer.
+
+    Their variance is far below BatchNorm's epsilon: folded, their scale would be some 300 times that of the others.
+    """
+    made = {}
+    for layer, _ in structure.named_layers(net):
+        norm = net.get_submodule(layer.norm) if layer.norm else None
+        if norm is None or norm.weight is None:
+            continue
+        assert isinstance(norm, operators.NORMS) and norm.running_var is not None
+        dead = batchnorm.dead(norm)
+        if bool(dead.any()):
+            norm.weight[dead] = 0.0
+            made[layer.name] = int(dead.sum())
+    return made
+
+
+def _with_factor(coded: Coded, factor: Tensor | None) -> Coded:
+    """A palette with BatchNorm's factor (channels,) >= 0 in its scale. The codes stay as they are.
+
+    Where the factor is zero the scale is the least that is of use: what is left of the channel is 1e-5 of the others.
+    """
+    palette = coded.codec
+    assert isinstance(palette, Palette)
+    if factor is None:
+        return coded
+    scale = usable((palette.scale.double() * factor).float())
+    return Coded(replace(palette, scale=scale, axis=0), coded.codes)
+
+
+def _row(name: str, folded: Coded, weight: Tensor, raw: Coded, note: str) -> PalettizedLayer:
+    palette = folded.codec
+    assert isinstance(palette, Palette)
+    count = weight.numel()
+    return PalettizedLayer(
+        name,
+        tuple(weight.shape),
+        palette.bits,
+        palette.dim,
+        len(palette.lut),
+        8 * folded.payload_bytes() / count,
+        8 * tables.entropy_coded_bytes(palette, torch.bincount(folded.codes.reshape(-1).long()).tolist()) / count,
+        sqnr(raw.decode(), weight),
+        note,
+    )

@@ -1,0 +1,143 @@
+"""Training with palettes: what their learners do before an epoch, and what is measured after it.
+
+The temperature falls from epoch to epoch by equal factors, in units of each layer's own mean squared distance; the last
+epochs train hard. Before every evaluation BatchNorm's statistics are collected again with the hard weights, so that the
+accuracy that is reported is that of the hard network.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r2cli.data import Data
+from r2cli.errors import R2Error
+from r2cli.graph import batchnorm, structure
+from r2cli.palettize import learners, palettes
+from r2cli.palettize.learners import LEARNERS, Learner
+from r2cli.palettize.palettes import PaletteSettings, PaletteTask, PalettizedLayer
+from r2cli.storage.checkpoint import Checkpoint
+from r2cli.train import hooks, loop
+from r2cli.train.hooks import Epoch
+from r2cli.train.loop import TrainSettings
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs, of which the last `hard` train hard, and the temperature of the first and the last soft one."""
+
+    epochs: int
+    hard: int
+    warm: float
+    cold: float
+
+    def share(self, number: int) -> float | None:
+        """The temperature of epoch `number` (from 1), as a share of a layer's mean squared distance; None: hard."""
+        soft = self.epochs - self.hard
+        if number > soft:
+            return None
+        return float(self.warm * (self.cold / self.warm) ** ((number - 1) / max(1, soft - 1)))
+
+
+@dataclass(frozen=True)
+class PalettePlan:
+    """A training run with palettes. `lut_lr` steps the centroids that are parameters; `iterations` are DKM's."""
+
+    loop: TrainSettings
+    schedule: Schedule
+    iterations: int
+    lut_lr: float
+
+    def identity(self, settings: PaletteSettings) -> dict[str, Any]:
+        """What a resumed run must share, beside the loop's settings, by the names of options."""
+        keep = {name: list(form) for name, form in settings.keep.items()}
+        own = {"hard_epochs": self.schedule.hard, "temperature": self.schedule.warm, "iterations": self.iterations}
+        return {**asdict(settings), "keep": keep, **own, "lut_lr": self.lut_lr}
+
+
+@dataclass(frozen=True)
+class PaletteRunControl:
+    """Where the state of a run is, whether to go on from it, and whom to tell: steps, and epochs with their gap."""
+
+    state: Path
+    resume: bool
+    step: Callable[[int], None]
+    epoch: Callable[[Epoch, float], None]
+
+
+def by_training(
+    work: PaletteTask, plan: PalettePlan, source: Data, following: PaletteRunControl
+) -> tuple[Checkpoint, list[PalettizedLayer]]:
+    """Palettes by training on `source`, with the method of `work.settings`.
+
+    Raises InputError for settings that do not fit the network, R2Error where training diverges.
+    """
+    subject = palettes.read(work.checkpoint, work.settings)
+    model, wanted = subject.model, palettes.forms(subject.layers, work.settings)
+    evened = palettes.even_out(subject, wanted)
+    made: dict[str, Learner] = {}
+    for name, form in wanted.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        made[name] = LEARNERS[work.settings.method](weight.detach(), form, plan.iterations, work.generator)
+    learners.put_on(model, made)
+    gaps: dict[int, float] = {}
+    method = _method(work, plan, subject, made, gaps)
+    watch = hooks.Progress(following.step, lambda epoch: following.epoch(epoch, gaps[epoch.epoch]))
+    loop.fit(
+        model,
+        source,
+        plan.loop,
+        device=work.device,
+        setting=method,
+        state=following.state,
+        resume=following.resume,
+        watch=watch,
+    )
+    model.cpu()
+    notes = {name: palettes.together(evened.get(name), _note(learner)) for name, learner in made.items()}
+    coded = learners.take_off(model, made)
+    return palettes.finish(work, subject, coded, notes)
+
+
+def _note(learner: Learner) -> str:
+    again = f"{learner.reseeded} collapsed tables started again" if learner.reseeded else ""
+    return palettes.together(palettes.few(learner.least_used, learner.form), again)
+
+
+def _method(
+    work: PaletteTask,
+    plan: PalettePlan,
+    subject: palettes.ReadNetwork,
+    made: Mapping[str, Learner],
+    gaps: dict[int, float],
+) -> hooks.TrainHooks:
+    """What the learners ask of the loop; the soft-to-hard gap of every epoch comes into `gaps`."""
+    model, net = subject.model, subject.net
+    norms = [] if net is None else [net.get_submodule(layer.norm) for layer in structure.layers(net) if layer.norm]
+
+    @torch.no_grad()
+    def before_epoch(number: int) -> None:
+        for learner, weight in learners.each(model, made):
+            learner.before_epoch(weight, plan.schedule.share(number))
+
+    @torch.no_grad()
+    def before_evaluation(number: int) -> None:
+        for norm in norms:  # a palette has no room for a sign that comes with the scale
+            if norm.weight is not None:
+                norm.weight.clamp_(min=0)  # type: ignore[operator]
+        found = []
+        for learner, weight in learners.each(model, made):
+            if not bool(torch.isfinite(learner.centroids).all() and torch.isfinite(weight).all()):
+                raise R2Error(f"training diverged in epoch {number}: a palette is not finite; use a lower --lr")
+            found.append(learner.gap(weight))
+        gaps[number] = sum(found) / len(found)
+        assert work.batches is not None
+        batchnorm.reestimate_norms(model, (images for images, _ in work.batches()))
+
+    own = [learner.centroids for learner in made.values() if isinstance(learner.centroids, nn.Parameter)]
+    groups = [{"params": own, "weight_decay": 0.0, "base_lr": plan.lut_lr}] if own else []
+    return hooks.TrainHooks(plan.identity(work.settings), groups, before_epoch, before_evaluation)

@@ -1,0 +1,185 @@
+"""What the values of a network are, without data: a BatchNorm's output is N(beta, gamma^2), channel by channel.
+
+Paper: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2.1 and
+appendix C (the mean behind a ReLU), section 5 (ranges of beta plus or minus 6 gamma).
+
+Ours: statistics go on through the graph, so that residual networks need no data either. A sum has the sum of the means
+and, its parts taken as independent, of the variances; it is rectified as if it were normal, and its range is the mean
+plus or minus 6 deviations within the sum of the ranges. A pooled value keeps mean, deviation and range of what it is
+pooled from (a maximum's mean is above that, so what is corrected behind it is corrected in part). The image has the
+range that its normalisation gives and, since normalisation is there for that, mean 0.
+"""
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from r2cli.errors import InputError
+from r2cli.graph import batchnorm, operators, placement, structure
+from r2cli.graph.channel_clip import Clip
+from r2cli.storage.checkpoint import InputSpec
+
+DEVIATIONS = 6.0  # of a range, on each side
+
+SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
+POOLS: tuple[Any, ...] = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
+)
+FLATTEN: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten", "view", "reshape", torch.reshape)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Mean and deviation of every output channel of a layer, (channels,) float64 each, before its activation."""
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class ValueStatistics:
+    """What a value of the graph is, channel by channel: (channels,) float64 each."""
+
+    mean: Tensor
+    std: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def statistics(net: fx.GraphModule) -> dict[str, Normal]:
+    """What each layer with a BatchNorm gives behind it, by the layer's name; read before BatchNorm is removed."""
+    found = {}
+    for layer in structure.layers(net):
+        if layer.norm is None:
+            continue
+        norm = net.get_submodule(layer.norm)
+        assert isinstance(norm, operators.NORMS) and norm.running_mean is not None and norm.running_var is not None
+        variance, ones = norm.running_var.double(), torch.ones_like(norm.running_var).double()
+        gamma = ones if norm.weight is None else norm.weight.detach().double().abs()
+        mean = 0 * ones if norm.bias is None else norm.bias.detach().double()
+        # Epsilon keeps a channel of little variance below gamma, and one without any is a constant.
+        std = torch.where(batchnorm.dead(norm), 0.0, gamma * (variance / (variance + norm.eps)).sqrt())
+        found[layer.name] = Normal(mean.clone(), std)
+    return found
+
+
+def rectified(mean: Tensor, std: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of clip(x, 0, most) for x of N(mean, std^2): any shape, float64; `most` may be infinite."""
+    spread = std.clamp(min=1e-30)
+    a, z = -mean / spread, (most - mean) / spread
+    z_finite = z.clamp(max=1e15)
+    inside = _cdf(z) - _cdf(a)
+    above = torch.where(most.isinf(), 0.0, 1 - _cdf(z))
+    bound = torch.where(most.isinf(), 0.0, most)
+    first = spread * (_pdf(a) - _pdf(z)) + mean * inside + bound * above
+    tails = a.clamp(-1e15, 1e15) * _pdf(a) - z_finite * _pdf(z)
+    second = mean.square() * inside + 2 * mean * spread * (_pdf(a) - _pdf(z)) + spread.square() * (inside + tails)
+    second = second + bound.square() * above
+    return first, (second - first.square()).clamp(min=0).sqrt()
+
+
+def _pdf(t: Tensor) -> Tensor:
+    return torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
+
+
+def _cdf(t: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(-t / math.sqrt(2))
+
+
+@torch.no_grad()
+def values(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) -> dict[str, ValueStatistics]:
+    """What is known of every node's value, by the node's name, for images of `spec`; BatchNorms are removed before."""
+    structure.propagate(net, spec.shape)
+    known: dict[str, ValueStatistics] = {}
+    for node in net.graph.nodes:
+        value = _value(net, node, normals, known, spec)
+        if value is not None:
+            known[node.name] = value
+    return known
+
+
+def ranges(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) -> dict[str, tuple[float, float]]:
+    """The (least, greatest) value of each node that needs a grid. Raises InputError naming one that is not known."""
+    known = values(net, normals, spec)
+    found = {}
+    for name in placement.values(net, spec.shape):
+        if name not in known:
+            raise InputError(
+                f"the range of the value '{name}' is not known without data, because no BatchNorm gives its "
+                "statistics: give --data, or --act-bits none"
+            )
+        found[name] = float(known[name].low.min()), float(known[name].high.max())
+    return found
+
+
+def _value(
+    net: fx.GraphModule,
+    node: fx.Node,
+    normals: Mapping[str, Normal],
+    known: Mapping[str, ValueStatistics],
+    spec: InputSpec,
+) -> ValueStatistics | None:
+    if node.op == "placeholder":
+        mean, std = torch.tensor(spec.mean).double(), torch.tensor(spec.std).double()
+        return ValueStatistics(torch.zeros_like(mean), torch.ones_like(mean), -mean / std, (1 - mean) / std)
+    if node.op == "call_module" and str(node.target) in normals:
+        own = normals[str(node.target)]
+        return ValueStatistics(own.mean, own.std, own.mean - DEVIATIONS * own.std, own.mean + DEVIATIONS * own.std)
+    read = [known.get(source.name) for source in node.all_input_nodes if source.target not in operators.SHAPES]
+    if not read or any(value is None for value in read):
+        return None
+    first = read[0]
+    assert first is not None
+    if operators.is_a(net, node, operators.ACTIVATIONS):
+        return _clipped(first, _most(net, node, first))
+    if operators.is_a(net, node, SUMS) and len(node.args) == 2 and all(isinstance(part, fx.Node) for part in node.args):
+        second = read[-1]
+        assert second is not None
+        return _sum(first, second)
+    if operators.is_a(net, node, POOLS):
+        return first
+    if operators.is_a(net, node, FLATTEN):
+        return _flat(node, first)
+    if node.target is torch.cat and 1 in (*node.args[1:], *node.kwargs.values()):
+        parts = [known[str(part)] for part in node.args[0]]  # type: ignore[union-attr]
+        return ValueStatistics(
+            *(torch.cat([getattr(p, name) for p in parts]) for name in ("mean", "std", "low", "high"))
+        )
+    return None
+
+
+def _most(net: fx.GraphModule, node: fx.Node, value: ValueStatistics) -> Tensor:
+    """What the activation at `node` clips every channel at, (channels,)."""
+    module = operators.module_of(net, node)
+    if isinstance(module, Clip):
+        return module.high.double().cpu()
+    six = operators.is_a(net, node, (nn.ReLU6, F.relu6))
+    return torch.full_like(value.mean, 6.0 if six else torch.inf)
+
+
+def _clipped(value: ValueStatistics, most: Tensor) -> ValueStatistics:
+    mean, std = rectified(value.mean, value.std, most)
+    return ValueStatistics(mean, std, value.low.clamp(min=0), torch.minimum(value.high.clamp(min=0), most))
+
+
+def _sum(one: ValueStatistics, other: ValueStatistics) -> ValueStatistics:
+    mean, std = one.mean + other.mean, (one.std.square() + other.std.square()).sqrt()
+    low = torch.maximum(one.low + other.low, mean - DEVIATIONS * std)
+    return ValueStatistics(mean, std, low, torch.minimum(one.high + other.high, mean + DEVIATIONS * std))
+
+
+def _flat(node: fx.Node, value: ValueStatistics) -> ValueStatistics | None:
+    """(n, channels, h, w) as (n, channels * h * w); None for any other change of shape."""
+    shape: tuple[int, ...] = getattr(node.meta.get("tensor_meta"), "shape", ())
+    if len(shape) != 2 or shape[0] != 2 or shape[1] % len(value.mean):
+        return None
+    parts = (value.mean, value.std, value.low, value.high)
+    return ValueStatistics(*(part.repeat_interleave(shape[1] // len(value.mean)) for part in parts))

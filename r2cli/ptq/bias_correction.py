@@ -1,0 +1,74 @@
+"""Bias correction: rounding the weights shifts the mean of a layer's output, and the bias takes the shift back.
+
+Paper: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2.2,
+equations 15 to 17, and appendices C and D. With eps = W_q - W:
+
+    analytic     b -= eps E[x]                      x the mean input that the BatchNorms give (normal.py): no data
+    empirical    b -= E[W_q x^] - E[W x]            over images and positions; x^ from layers that are corrected already
+
+Ours: E[x] is an image of its shape, which the layer runs over, so that padding counts as the zeros that it is.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli.graph import structure
+from r2cli.ptq.batchnorm_statistics import ValueStatistics
+from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.quantized.coded import Coded
+
+BATCH = 64  # images at once
+
+
+@torch.no_grad()
+def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str, ValueStatistics]) -> dict[str, str]:
+    """Correct the biases of the float `net` for the codes of its weights, from the statistics of values; in place.
+
+    Returns what became of each layer, by its name.
+    """
+    notes = {}
+    for layer, module in structure.named_layers(net):
+        node = structure.node_of(net, layer)
+        read = node.all_input_nodes[0]
+        value = known.get(read.name)
+        if not isinstance(module.bias, Tensor):
+            notes[layer.name] = "not corrected: it has no bias"
+        elif value is None or sum(other.target == layer.name for other in net.graph.nodes) > 1:
+            notes[layer.name] = "not corrected: its input's mean is not known without data"
+        else:
+            shape = read.meta["tensor_meta"].shape[1:]
+            shift = mean_shift(module, coded[layer.weight], value.mean.float().to(module.bias.device), shape)
+            module.bias -= shift
+            notes[layer.name] = "bias corrected" if bool(shift.any()) else "not corrected: its input has mean 0"
+    return notes
+
+
+def mean_shift(module: nn.Module, coded: Coded, mean: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """How far rounding moves the mean of the outputs of `module`, for inputs (channels, ...) of `mean`: (outputs,)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    image = mean.reshape(-1, *[1] * (len(shape) - 1)).expand(1, *shape)
+    error = {"weight": coded.decode() - weight, "bias": torch.zeros_like(mean[:1]).expand(weight.shape[0])}
+    return _per_channel(module, torch.func.functional_call(module, error, (image,)))
+
+
+def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
+    """The bias of a layer, corrected for its codes and for what its input already differs: (outputs,); None if none."""
+    module = seen.module
+    if not isinstance(module.bias, Tensor):
+        return None
+    state = {"weight": coded.decode()}
+    shift = torch.zeros_like(module.bias)
+    for plain, rounded in zip(*(torch.split(x, BATCH) for x in (seen.inputs, seen.rounded_inputs)), strict=True):
+        difference = torch.func.functional_call(module, state, (rounded,)) - module(plain)
+        shift += _per_channel(module, difference) * len(plain) / len(seen.inputs)
+    return module.bias - shift
+
+
+def _per_channel(module: nn.Module, outputs: Tensor) -> Tensor:
+    """The mean of (n, channels, ...), or of a linear layer's (n, ..., channels), over all else: (channels,)."""
+    return (
+        outputs.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else outputs.transpose(0, 1).flatten(1).mean(1)
+    )

@@ -1,0 +1,129 @@
+"""Two networks side by side: the float one, and the one whose earlier layers have their codes already.
+
+Every node runs once in each, over all calibration images, and a value is dropped when its last reader has run. So a
+method that looks at one layer at a time (AdaRound, bias correction) sees that layer's input in both networks without
+running the network once for each layer.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from r2cli.errors import InputError
+from r2cli.graph import structure
+from r2cli.quantized.coded import Coded
+
+MEMORY = 2 * 2**30  # bytes that the values of both networks may take together
+
+
+@dataclass(frozen=True)
+class LayerSample:
+    """One layer as a method sees it: `module` holds the float weight, `inputs` and `rounded_inputs` are (n, ...)."""
+
+    layer: structure.Layer
+    module: nn.Module
+    bound: float | None  # of the ReLU that follows: infinity, or 6; None where none does
+    inputs: Tensor  # in the float network
+    rounded_inputs: Tensor  # in the network whose earlier layers have their codes
+
+
+# What a method makes of a layer: its codes, and its bias in the coded network, (channels,) or None.
+Visit = Callable[[LayerSample], tuple[Coded, Tensor | None]]
+
+
+@torch.no_grad()
+def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, Coded], dict[str, Tensor | None]]:
+    """Visit every layer of the float `net` in the order in which they run; `net` is not changed.
+
+    Returns the codes by the weight's name, and the biases by the layer's. A layer that runs twice is visited at its
+    first run. `images` is (n, c, s, s) on the device of `net`.
+    """
+    own = {layer.name: layer for layer in structure.layers(net)}
+    coded: dict[str, Coded] = {}
+    biases: dict[str, Tensor | None] = {}
+    plain: dict[fx.Node, Any] = {}
+    rounded: dict[fx.Node, Any] = {}
+    last = last_readers(net)
+    for node in net.graph.nodes:
+        if node.op == "output":
+            break
+        layer = own.get(str(node.target)) if node.op == "call_module" else None
+        if layer is None:
+            plain[node] = images if node.op == "placeholder" else run(net, node, plain)
+            same = all(plain[source] is rounded[source] for source in node.all_input_nodes)
+            rounded[node] = plain[node] if same else run(net, node, rounded)
+        else:
+            module, source = net.get_submodule(layer.name), node.all_input_nodes[0]
+            if layer.weight not in coded:
+                seen = LayerSample(layer, module, structure.bound(net, node), plain[source], rounded[source])
+                coded[layer.weight], biases[layer.name] = visit(seen)
+            state = {"weight": coded[layer.weight].decode()}
+            bias = biases[layer.name]
+            state |= {} if bias is None else {"bias": bias}
+            plain[node] = module(plain[source])
+            rounded[node] = torch.func.functional_call(module, state, (rounded[source],))
+        for source in last.get(node, ()):
+            del plain[source], rounded[source]
+    return coded, biases
+
+
+def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...]) -> int:
+    """How many images of `shape` both networks' values hold within `MEMORY`."""
+    structure.propagate(net, shape)
+    last, live, most = last_readers(net), 0, 1
+    for node in net.graph.nodes:
+        live += _bytes(node)
+        most = max(most, live)
+        live -= sum(_bytes(source) for source in last.get(node, ()))
+    return max(1, MEMORY // (2 * most))
+
+
+def first(batches: Iterable[Tensor], count: int) -> Tensor:
+    """The first `count` images of `batches`, or all: (n, c, s, s). Raises InputError where there is none."""
+    taken: list[Tensor] = []
+    for images in batches:
+        taken.append(images[: count - sum(map(len, taken))])
+        if sum(map(len, taken)) >= count:
+            break
+    if not taken:
+        raise InputError("this method looks at calibration images, and there are none: give --method none")
+    return torch.cat(taken)
+
+
+def _bytes(node: fx.Node) -> int:
+    """Bytes of the node's value for one image."""
+    meta = node.meta.get("tensor_meta")
+    shape = getattr(meta, "shape", None)  # of two images
+    return 0 if shape is None else 4 * int(shape.numel()) // 2
+
+
+def last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """By node, the values that nobody reads after it has run."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(net.graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                found.setdefault(node, []).append(source)
+    return found
+
+
+def run(net: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The value of one node that is no layer, from the values of others."""
+    args = map_arg(node.args, lambda source: values[source])
+    kwargs = map_arg(node.kwargs, lambda source: values[source])
+    if node.op == "call_module":
+        return net.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    value: Any = net  # get_attr: a parameter or buffer of the network's own
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,371 @@
+"""Post-training quantization: a float checkpoint to one of codes, in one pass and with no training.
+
+fold (or keep the factor of BatchNorm for the scale) -> equalize -> grid and codes of every weight -> absorb, correct ->
+ranges of the activations over calibration images, or from the BatchNorms where there are none -> biases onto their
+int32 grid. A method is one dict line: how it rounds a layer, and which parts of DFQ it has.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli.calibration import calibrate as grids
+from r2cli.calibration import deployed
+from r2cli.data import Batch
+from r2cli.errors import InputError
+from r2cli.graph import batchnorm, operators, structure
+from r2cli.graph.read import Unreadable, trace
+from r2cli.ptq import (
+    adaround,
+    batchnorm_statistics,
+    bias_correction,
+    brecq,
+    equalize,
+    layer_sweep,
+    mixed_precision,
+    weight_grids,
+)
+from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.decibels import sqnr
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.packing import packed_bytes
+from r2cli.quantized.value_counts import usable
+from r2cli.storage.checkpoint import Checkpoint, InputSpec
+
+CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
+GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
+EQUALIZE, ABSORB, CORRECT = "equalize", "absorb", "correct"
+DFQ = (EQUALIZE, ABSORB, CORRECT)
+CLIP, RELU = "clip", "relu"
+Rounded = tuple[dict[str, Coded], dict[str, Tensor]]  # codes by the weight's name, biases by the layer's
+
+
+@dataclass(frozen=True)
+class PtqMethod:
+    """How a method rounds one layer, given what the layer sees and the nearest codes, or `whole`, the network, given
+    images and the nearest codes of all; None of them keeps those. `parts` is what of DFQ it does."""
+
+    rounds: Callable[[LayerSample, Coded], Coded] | None = None
+    whole: Callable[[fx.GraphModule, Tensor, Mapping[str, Coded], Callable[[], None]], Rounded] | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at images."""
+        return self.rounds is not None or self.whole is not None
+
+
+METHODS: Mapping[str, PtqMethod] = {
+    "none": PtqMethod(),
+    "dfq": PtqMethod(parts=DFQ),
+    "adaround": PtqMethod(adaround.round_layer),
+    "brecq": PtqMethod(whole=brecq.round_network),
+}
+
+
+@dataclass(frozen=True)
+class PtqSettings:
+    """`act_bits` None leaves activations float. `keep` maps layer-name patterns to other weight bits.
+
+    `parts` of DFQ stand in the place of the method's own. `relu6` is what equalization makes of one: 'clip' (the same
+    function) or 'relu' (another one). `weight_range` is a rule of `ranges.RANGES`, `act_range` one of
+    `observers.OBSERVERS` for what images show.
+    """
+
+    method: str
+    weight_bits: int
+    act_bits: int | None
+    granularity: str
+    keep: Mapping[str, int]
+    parts: tuple[str, ...] | None = None
+    relu6: str = CLIP
+    weight_range: str = "minmax"
+    act_range: str = "minmax"
+    symmetric: bool = True
+    embeddings: bool = False  # whether embeddings get codes too, which needs activations in float
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """What became of one layer. `sqnr` in dB, of the deployed weight against the float one."""
+
+    layer: str
+    shape: tuple[int, ...]
+    bits: int
+    grid: str
+    sqnr: float
+    note: str = ""
+
+
+@torch.no_grad()
+def quantize(
+    checkpoint: Checkpoint,
+    settings: PtqSettings,
+    images: Iterable[Tensor] | None,
+    device: torch.device,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Checkpoint, list[QuantizedLayer]]:
+    """Every convolution and linear weight of `checkpoint` as codes, activations on grids set over `images`.
+
+    Without images the BatchNorms' statistics stand in for them. `images` are gone through more than once, and not kept
+    but for what a method's memory bound allows. `advance` is called after each layer that a method has rounded. Raises
+    InputError for a coded checkpoint, a pattern that names no layer, a graph that cannot be read, and for what is not
+    known without images.
+    """
+    method = METHODS[settings.method]
+    parts = _parts(settings)
+    if settings.embeddings and _needs_graph(settings):
+        raise InputError("--embeddings is for weights alone: give --method none --act-bits none")
+    if settings.embeddings:
+        return _weights_alone(checkpoint, settings)
+    if method.looks and images is None:
+        raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
+    try:
+        net, factors, normals, notes = _prepare(checkpoint, settings)
+    except Unreadable:
+        if _needs_graph(settings):
+            raise
+        return _weights_alone(checkpoint, settings)
+    coded = _nearest(net, settings, factors)
+    if ABSORB in parts:
+        notes.append(equalize.absorb(net, normals))
+    if CORRECT in parts and images is None:
+        notes.append(bias_correction.analytic(net, coded, batchnorm_statistics.values(net, normals, checkpoint.input)))
+    net.to(device)
+    if images is not None and (method.looks or CORRECT in parts):
+        shown = layer_sweep.first(images, layer_sweep.images_that_fit(net, checkpoint.input.shape))
+        coded, told = _look(method, net, shown, coded, corrects=CORRECT in parts, advance=advance)
+        notes.append(told)
+    rows = []
+    for layer, module in structure.named_layers(net):
+        one, weight = coded[layer.weight], module.weight
+        assert isinstance(weight, Tensor)
+        note = "; ".join(each[layer.name] for each in notes if layer.name in each)
+        rows.append(_quantized_layer(layer.name, one, weight.cpu(), settings.granularity, note))
+        weight.copy_(one.decode())
+    activations = _activations(net, coded, settings, checkpoint.input, normals if images is None else images)
+    net.cpu()
+    floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
+    return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
+
+
+@dataclass(frozen=True)
+class ChosenBits:
+    """One layer of a mixed-precision choice: its bits, and the sensitivity at every width tried."""
+
+    layer: str
+    bits: int
+    sensitivity: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class BitTarget:
+    """The mean `bits` of a weight, or the `size` of codes, scales and zero points in bytes; by a `sensitivity`."""
+
+    bits: float | None
+    size: int | None
+    sensitivity: str
+
+
+@torch.no_grad()
+def choose_bits(
+    checkpoint: Checkpoint,
+    settings: PtqSettings,
+    target: BitTarget,
+    batches: Iterable[Batch],
+    device: torch.device,
+    seed: int,
+) -> tuple[PtqSettings, list[ChosenBits]]:
+    """`settings` with the bits that keep the loss lowest within `target`: the most common as `weight_bits`, the others
+    as `keep`. Layers that `settings.keep` names have their bits already, and count.
+
+    `batches` of labelled images are looked at for 'hessian' alone. Raises InputError as `quantize` does, and for a
+    target that is out of reach.
+    """
+    net, factors, *_ = _prepare(checkpoint, settings)
+    fixed = structure.by_pattern([layer.name for layer in structure.layers(net)], 0, settings.keep)
+    usual = [bits for bits in mixed_precision.WIDTHS if settings.symmetric or bits > 1]
+    weights, tried = {}, {}
+    for layer, module in structure.named_layers(net):
+        weight, own = module.weight, {}
+        assert isinstance(weight, nn.Parameter)
+        for bits in [fixed[layer.name]] if fixed[layer.name] else usual:
+            coded, folded = _on_grid(weight, bits, settings, factors.get(layer.name))
+            size = coded.payload_bytes() if target.size else packed_bytes(weight.numel(), bits)
+            own[bits] = size, mixed_precision.noise(coded.decode(), folded)
+        weight.copy_(folded)
+        weights[layer.name], tried[layer.name] = weight, own
+    factor = dict.fromkeys(weights, 1.0)
+    if target.sensitivity == "hessian":
+        net.to(device)
+        factor = mixed_precision.curvature(net, weights, batches, seed)
+    count = sum(w.numel() for w in weights.values())
+    chosen = mixed_precision.allot(tried, factor, target.size or int((target.bits or 0) * count / 8))
+    common = max(mixed_precision.WIDTHS, key=lambda width: sum(own == width for own in chosen.values()))
+    keep = {name: own for name, own in chosen.items() if own != common}
+    rows = [
+        ChosenBits(name, own, {bits: factor[name] * noise for bits, (_, noise) in tried[name].items()})
+        for name, own in chosen.items()
+    ]
+    return replace(settings, weight_bits=common, keep=keep), rows
+
+
+def _parts(settings: PtqSettings) -> tuple[str, ...]:
+    """What of DFQ is done."""
+    return METHODS[settings.method].parts if settings.parts is None else settings.parts
+
+
+def _needs_graph(settings: PtqSettings) -> bool:
+    return settings.act_bits is not None or METHODS[settings.method].looks or bool(_parts(settings))
+
+
+Notes = list[dict[str, str]]
+
+
+def _prepare(
+    checkpoint: Checkpoint, settings: PtqSettings
+) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, batchnorm_statistics.Normal], Notes]:
+    """The float network without BatchNorms, equalized where it is to be; the factor that is left to apply and the
+    statistics of each layer's BatchNorm, and notes by layer."""
+    if checkpoint.coded:
+        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    example = checkpoint.input.blank(2) if _needs_graph(settings) else None
+    net = trace(deployed.network(checkpoint), example)
+    notes = [
+        {name: f"{count} dead channels made constant" for name, count in batchnorm.silence_dead_channels(net).items()}
+    ]
+    if settings.granularity == TENSOR:
+        notes.append(
+            {name: f"{count} quiet channels lowered" for name, count in batchnorm.lower_quiet_channels(net).items()}
+        )
+    if not structure.layers(net):
+        raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
+    normals = batchnorm_statistics.statistics(net)
+    factors = batchnorm.remove_norms(net)
+    if EQUALIZE in _parts(settings):
+        if settings.relu6 == RELU:
+            equalize.without_relu6(net)
+        notes.append(equalize.equalize(net, factors, normals))
+    return net, factors, normals, notes
+
+
+def _activations(
+    net: fx.GraphModule,
+    coded: Mapping[str, Coded],
+    settings: PtqSettings,
+    spec: InputSpec,
+    known: Iterable[Tensor] | Mapping[str, batchnorm_statistics.Normal],
+) -> dict[str, Grid]:
+    """Put activations on grids from what is known, images or layers' statistics, and biases on theirs; in place."""
+    if settings.act_bits is None:
+        return {}
+    if not isinstance(known, Mapping):
+        return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, settings.act_range)
+    ends = batchnorm_statistics.ranges(net, known, spec)
+    activations = {name: grids.activation_grid(*both, settings.act_bits) for name, both in ends.items()}
+    grids.round_to_grids(net, coded, activations)
+    return activations
+
+
+def _nearest(net: fx.GraphModule, settings: PtqSettings, factors: Mapping[str, Tensor]) -> dict[str, Coded]:
+    """The nearest codes of every weight; the weights are folded, in place."""
+    bits = structure.by_pattern([layer.name for layer in structure.layers(net)], settings.weight_bits, settings.keep)
+    if not settings.symmetric and 1 in bits.values():
+        raise InputError("one bit has two levels, -s and +s, which no zero point moves: give --symmetric, or 2 bits")
+    coded = {}
+    for layer, module in structure.named_layers(net):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        coded[layer.weight], folded = _on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
+        weight.copy_(folded)
+    return coded
+
+
+def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Checkpoint, list[QuantizedLayer]]:
+    """Codes of the weights of all layers, BatchNorm left where it is: what needs no graph.
+
+    Raises InputError as `quantize` and `graph.weighted` do.
+    """
+    if checkpoint.coded:
+        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    model = deployed.network(checkpoint)
+    modules = structure.weighted(model, embeddings=settings.embeddings)
+    normed = any(isinstance(module, operators.NORMS) for module in model.modules())
+    note = "BatchNorm not folded: the graph was not read" if normed else ""
+    bits = structure.by_pattern(modules, settings.weight_bits, settings.keep)
+    coded, rows = {}, []
+    for name, module in modules.items():
+        own = module.weight
+        assert isinstance(own, Tensor)
+        one, weight = _on_grid(own, bits[name], settings, None)
+        coded[f"{name}.weight"] = one
+        rows.append(_quantized_layer(name, one, weight, settings.granularity, note))
+    floats = {name: tensor for name, tensor in checkpoint.floats.items() if name not in coded}
+    return replace(checkpoint, floats=floats, coded=coded), rows
+
+
+def _look(
+    method: PtqMethod,
+    net: fx.GraphModule,
+    images: Tensor,
+    nearest: Mapping[str, Coded],
+    *,
+    corrects: bool,
+    advance: Callable[[], None],
+) -> tuple[dict[str, Coded], dict[str, str]]:
+    """What a method makes of the layers over images: codes, and notes by layer; biases in place."""
+    if method.whole is not None:
+        coded, learned = method.whole(net, images, nearest, advance)
+        _set_biases(net, learned)
+        return coded, dict.fromkeys(learned, "bias learned")
+
+    def visit(seen: LayerSample) -> tuple[Coded, Tensor | None]:
+        own, chosen = seen.module.bias, nearest[seen.layer.weight]
+        if method.rounds is not None:
+            chosen = method.rounds(seen, chosen)
+        advance()
+        return chosen, bias_correction.empirical(seen, chosen) if corrects else own if isinstance(own, Tensor) else None
+
+    coded, biases = layer_sweep.sweep(net, images, visit)
+    return coded, _set_biases(net, biases) if corrects else {}
+
+
+def _set_biases(net: fx.GraphModule, biases: Mapping[str, Tensor | None]) -> dict[str, str]:
+    """Give each layer its corrected bias; in place. Returns what became of it, by the layer's name."""
+    for name, corrected in biases.items():
+        own = net.get_submodule(name).bias
+        if corrected is not None and isinstance(own, Tensor):
+            own.copy_(corrected)
+    return {n: "not corrected: it has no bias" if b is None else "bias corrected" for n, b in biases.items()}
+
+
+def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | None) -> tuple[Coded, Tensor]:
+    """The weight as it is deployed, on the nearest levels of its grid, and the float weight that it stands for."""
+
+    def nearest(w: Tensor, *, per_channel: bool) -> Coded:
+        rule, symmetric = settings.weight_range, settings.symmetric
+        grid = weight_grids.weight_grid(w, bits, per_channel=per_channel, rule=rule, symmetric=symmetric)
+        return Coded(grid, grid.encode(w))
+
+    column = None if factor is None else factor.reshape(-1, *[1] * (weight.ndim - 1))
+    folded = weight if column is None else (weight.double() * column).float()
+    if settings.granularity != UNFOLDED:
+        return nearest(folded, per_channel=settings.granularity == CHANNEL), folded
+    raw = nearest(weight, per_channel=False)
+    if factor is None:
+        return raw, folded
+    grid = raw.codec
+    assert isinstance(grid, Grid)
+    exact = (grid.scale.double() * factor).float()
+    scale = usable(exact)
+    own = replace(grid, scale=scale, zero_point=grid.zero_point.expand(len(scale)).contiguous(), axis=0)
+    # Where a scale was lifted to a usable one the codes are found again: multiplied by it as they are, they would grow.
+    lifted = (scale != exact).reshape(column.shape)  # type: ignore[union-attr]
+    return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
+
+
+def _quantized_layer(name: str, coded: Coded, weight: Tensor, granularity: str, note: str) -> QuantizedLayer:
+    return QuantizedLayer(name, tuple(weight.shape), coded.codec.bits, granularity, sqnr(coded.decode(), weight), note)

@@ -1,0 +1,172 @@
+"""Training with quantizers: what the learners ask of the loop, and the options that come to it.
+
+Before every evaluation the wide grids, and BatchNorm's statistics unless training's own are to stay, are set again over
+the calibration images. With `progressive` the epochs are shared out among 8, 4 and the wanted bits, and learners start
+again at each change.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r2cli.calibration import deployed
+from r2cli.data import Data
+from r2cli.errors import R2Error
+from r2cli.qat import ewgs, lsq, prepare, quantizer_placement, quantizers
+from r2cli.qat.prepare import METHODS, QatTask, TrainedLayer
+from r2cli.qat.quantizer_placement import Prepared
+from r2cli.storage.checkpoint import Checkpoint
+from r2cli.train import hooks, loop, regularizers
+from r2cli.train.hooks import Epoch, RunControl
+from r2cli.train.loop import TrainSettings
+
+STEPS_DOWN = (8, 4)  # bits on the way
+TRACED = 3  # batches that the Hessian is taken over
+BINS_FROM = 0.5  # share of the epochs after which bin regularization sets in
+
+
+@dataclass(frozen=True)
+class QatPlan:
+    """A training run. `quantizer_lr` steps the quantizers' own numbers.
+
+    `distill` weighs the distance to the float network's predictions, `bin_reg` bin regularization; `delta` is EWGS's,
+    None: from the Hessian before every epoch but the first. `norms`: collect BatchNorm's statistics again.
+    """
+
+    loop: TrainSettings
+    quantizer_lr: float
+    distill: float = 0.0
+    progressive: bool = False
+    bin_reg: float = 0.0
+    delta: float | None = ewgs.DELTA
+    norms: bool = True
+    regularizer: regularizers.RegularizerSpec | None = None
+
+    def identity(self, work: QatTask) -> dict[str, Any]:
+        """What a resumed run must share, beside the loop's settings, by the names of options."""
+        own = {"quantizer_lr": self.quantizer_lr, "distill": self.distill, "progressive": self.progressive}
+        more = {"bin_reg": self.bin_reg, "delta": self.delta, "norms": self.norms, "from_scratch": work.scratch}
+        return {**asdict(work.settings), "keep": dict(work.settings.keep), **own, **more}
+
+
+def by_training(
+    work: QatTask, plan: QatPlan, source: Data, following: RunControl
+) -> tuple[Checkpoint, list[TrainedLayer], list[Epoch]]:
+    """Codes and grids by training on `source`, with what became of every layer and what every epoch came to.
+
+    Raises InputError for settings that do not fit the network, R2Error where training diverges.
+    """
+    prepared = prepare.prepare(work)
+    history = loop.fit(
+        prepared.net,
+        source,
+        plan.loop,
+        device=work.device,
+        setting=_method(work, plan, prepared),
+        state=following.state,
+        resume=following.resume,
+        watch=following.watch,
+    )
+    coded, rows = prepare.finish(work, prepared)
+    return coded, rows, history
+
+
+def _method(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHooks:
+    kind = METHODS[work.settings.method]
+    own = [*prepared.weights.values(), *prepared.activations]
+    parameters = [parameter for learner in own for parameter in learner.parameters()]
+    decay = plan.loop.weight_decay if kind.decays else 0.0
+    groups = [{"params": parameters, "base_lr": plan.quantizer_lr, "weight_decay": decay}] if parameters else []
+    epoch = [0]
+
+    def before_epoch(number: int) -> None:
+        epoch[0] = number
+        if plan.progressive:
+            _step_down(work, prepared, number, plan.loop.epochs)
+        _set_deltas(work, plan, prepared, number)
+
+    def before_evaluation(number: int) -> None:
+        for name, parameter in prepared.net.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise R2Error(f"training diverged in epoch {number}: '{name}' is not finite; use a lower --lr")
+        quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=plan.norms)
+
+    def add_gradients() -> None:
+        if plan.bin_reg and epoch[0] > BINS_FROM * plan.loop.epochs:
+            _draw_to_levels(prepared, plan.bin_reg)
+
+    return hooks.TrainHooks(
+        identity=plan.identity(work),
+        groups=[] if kind.adam else groups,
+        adam=groups if kind.adam else [],
+        before_epoch=before_epoch,
+        before_evaluation=before_evaluation,
+        loss=_distance_to(work, plan.distill) if plan.distill else None,
+        add_gradients=add_gradients,
+        regularizer=plan.regularizer,
+    )
+
+
+def _distance_to(work: QatTask, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """`weight` times the cross entropy of logits with the float network's predictions of the same images."""
+    teacher = deployed.network(work.checkpoint).to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def loss(images: Tensor, logits: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(images).softmax(1)
+        return weight * nn.functional.cross_entropy(logits, wanted)
+
+    return loss
+
+
+@torch.no_grad()
+def _draw_to_levels(prepared: Prepared, strength: float) -> None:
+    for layer, learner, weight in prepared.each():
+        assert isinstance(learner, lsq.LsqWeight) and weight.grad is not None, layer.name
+        _, gradient = lsq.bins(weight, quantizers.positive(learner.step), learner.codes)
+        weight.grad.add_(gradient, alpha=strength)
+
+
+def bits_at(number: int, epochs: int, bits: int) -> int:
+    """The bits of epoch `number` (from 1) on the way to `bits`."""
+    stages = [*(step for step in STEPS_DOWN if step > bits), bits]
+    return stages[(number - 1) * len(stages) // epochs]
+
+
+def _step_down(work: QatTask, prepared: Prepared, number: int, epochs: int) -> None:
+    """Give every learner the bits of this epoch; where that changes any, or nothing has begun, start them again.
+
+    A run that goes on in the middle of a stage has its learners' numbers from the resume state.
+    """
+    every: Sequence[Any] = [*prepared.weights.values(), *prepared.activations]
+    changed = number == 1
+    for learner in every:
+        learner.target = getattr(learner, "target", learner.bits)
+        learner.bits = bits_at(number, epochs, learner.target)
+        changed |= number > 1 and learner.bits != bits_at(number - 1, epochs, learner.target)
+    if changed:
+        for _, own, weight in prepared.each():
+            own.start(weight.detach())
+        prepare.keep_scales(prepared)
+        images, _ = next(iter(work.batches()))
+        quantizer_placement.start(prepared, images)
+
+
+def _set_deltas(work: QatTask, plan: QatPlan, prepared: Prepared, number: int) -> None:
+    """EWGS's delta of this epoch: the fixed one, or from the Hessian, 0 in the first epoch."""
+    every = [
+        learner
+        for learner in (*prepared.weights.values(), *prepared.activations)
+        if isinstance(learner, ewgs.EwgsWeight | ewgs.EwgsActivation)
+    ]
+    if plan.delta is not None or number == 1:
+        for learner in every:
+            learner.delta.fill_(0.0 if plan.delta is None else plan.delta)
+        return
+    net = prepared.net.eval()
+    batches = [batch for batch, _ in zip(work.batches(), range(TRACED), strict=False)]
+    losses = [lambda b=batch: nn.functional.cross_entropy(net(b[0]), b[1]) for batch in batches]
+    ewgs.set_deltas(every, losses, plan.loop.seed + number)

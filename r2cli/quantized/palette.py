@@ -1,0 +1,109 @@
+"""Palettes: an index stands for a centroid, a short vector of values in a small table."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+FEW = 64  # centroids
+NEAREST_ROWS = 1 << 16  # vectors whose distances to all centroids are in memory together
+
+
+@dataclass(frozen=True)
+class Palette:
+    """A table of 2**bits centroids of `dim` values for each group of output channels.
+
+    Codes have shape (groups, vectors of a group). Vectors are cut by `to_vectors`.
+    """
+
+    lut: Tensor  # (groups, 2**bits, dim), int8 or float32; the rows of a group are distinct
+    scale: Tensor  # float32, () or (output channels,)
+    bits: int
+    shape: tuple[int, ...]  # of the weight: (output channels, ...)
+    axis: int | None = None  # 0 where scale is per output channel
+
+    @property
+    def dim(self) -> int:
+        return int(self.lut.shape[2])
+
+    @property
+    def raised(self) -> int:
+        """As a grid's: an int8 table has large integers already."""
+        return 1
+
+    @property
+    def positions(self) -> int:
+        """Weights of an output channel."""
+        return prod(self.shape[1:])
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of the nearest centroids: (groups, vectors of a group), uint8."""
+        groups, _, dim = self.lut.shape
+        weight = x / self._per_channel()
+        vectors = to_vectors(weight, dim).reshape(groups, -1, dim)
+        lut = self.lut.to(vectors.dtype)
+        codes = torch.stack([nearest(v, centroids) for v, centroids in zip(vectors, lut, strict=True)])
+        short = weight.shape[0] % dim  # channels in the last block: what fills it up has no value to be near to
+        if short:
+            count = weight[0].numel()
+            codes[-1, -count:] = nearest(vectors[-1, -count:, :short], lut[-1, :, :short])
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of `codes`: float32, `self.shape`."""
+        index = codes.long().unsqueeze(-1).expand(-1, -1, self.dim)  # (groups, vectors, dim)
+        vectors = self.lut.to(torch.float32).gather(1, index)
+        return from_vectors(vectors.reshape(-1, self.dim), self.shape) * self._per_channel()
+
+    def _per_channel(self) -> Tensor:
+        return self.scale if self.axis is None else self.scale.reshape(-1, *[1] * (len(self.shape) - 1))
+
+
+def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """The row of `centroids` (k, dim) that is nearest to every vector (n, dim): (n,), uint8; some rows at once.
+
+    Both float32.
+    """
+    if centroids.shape[1] == 1:
+        value, order = centroids[:, 0].double().sort()
+        middle = (value[1:] + value[:-1]) / 2  # exact in float64
+        # A float32 is above the middle just where it is above the greatest float32 that is not.
+        limit = middle.float()
+        limit = torch.where(limit.double() > middle, torch.nextafter(limit, limit.new_tensor(-torch.inf)), limit)
+        parts = [_above(v, limit) for v in torch.split(vectors[:, 0], NEAREST_ROWS)]
+        return order.to(torch.uint8).index_select(0, torch.cat(parts))
+    # Not through a matrix product: it cannot tell close centroids apart.
+    exact = "donot_use_mm_for_euclid_dist"
+    parts = [torch.cdist(v, centroids, compute_mode=exact).argmin(1) for v in torch.split(vectors, NEAREST_ROWS)]
+    return torch.cat(parts).to(torch.uint8)
+
+
+def _above(values: Tensor, limits: Tensor) -> Tensor:
+    """How many of the ascending `limits` (k,) every one of `values` (n,) is above: (n,), int32."""
+    if len(limits) >= FEW:
+        return torch.bucketize(values, limits, out_int32=True)
+    count = torch.zeros_like(values, dtype=torch.uint8)
+    for limit in limits:  # a comparison each is faster than a search until there are many
+        count += values > limit
+    return count.int()
+
+
+def to_vectors(weight: Tensor, dim: int) -> Tensor:
+    """Cut (C, ...) into vectors of `dim` neighbouring output channels at one position: (n, dim).
+
+    Channels are taken in blocks of `dim`; vector j of a block holds its `dim` channels at position j. Where `dim` does
+    not divide C, the last block is filled up with zeros, which `from_vectors` drops again.
+    """
+    channels = weight.shape[0]
+    flat = weight.reshape(channels, -1)
+    short = -channels % dim
+    if short:
+        flat = torch.cat([flat, flat.new_zeros(short, flat.shape[1])])
+    return flat.reshape(-1, dim, flat.shape[1]).transpose(1, 2).reshape(-1, dim)
+
+
+def from_vectors(vectors: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `to_vectors`: (n, dim) back to a weight of `shape`."""
+    channels, dim, positions = shape[0], vectors.shape[1], prod(shape[1:])
+    return vectors.reshape(-1, positions, dim).transpose(1, 2).reshape(-1, positions)[:channels].reshape(shape)

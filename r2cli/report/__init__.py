@@ -1,1 +1,0 @@
-"""Where analysis results go: plain values for JSON, a picture, and a page."""

@@ -1,0 +1,326 @@
+"""Checkpoints: one safetensors file each, that plain safetensors and PyTorch can read where it holds floats.
+
+Float tensors stand under their state_dict names. A coded weight `p` stands as `p.codes` (packed), `p.scale`, and
+`p.zero_point` or `p.lut`. One metadata key, `r2`, holds JSON: format, model, input, class names, the codec of each
+coded tensor, the grid of each activation edge, and the history of commands; no times, so the same work gives the same
+bytes.
+
+Nothing that is loaded runs code: safetensors holds tensors and text only.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from r2cli import __version__
+from r2cli.errors import InputError, R2Error
+from r2cli.quantized.coded import Codec, Coded
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.packing import unpack
+from r2cli.quantized.palette import Palette
+from r2cli.storage.keywords import is_own, require_safe
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `models.build` needs to make the network again. `stem` is 'small' (stride 1) or 'imagenet'.
+
+    `args` are the factory's own keywords. `factory` is set for a network of the user's own and never written: a file
+    names such code, and only the user's command line runs it.
+    """
+
+    name: str
+    classes: int
+    channels: int = 3
+    stem: str = "imagenet"
+    width: float = 1.0
+    args: Mapping[str, Any] = field(default_factory=dict)
+    factory: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+
+    def described(self) -> dict[str, Any]:
+        """The spec as JSON holds it."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "factory"}
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How an image becomes the network's input: resized, cropped, and (pixel / 255 - mean) / std per channel.
+
+    A text becomes `size` tokens by `tokenizer`, a tokenizer.json as `data.text.packed` keeps it; its three channels are
+    the tokens' ids, their mask, and which of two texts they are of.
+    """
+
+    channels: int
+    size: int  # pixels, height and width after the crop
+    resize: int  # pixels, shorter side before the crop
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    tokenizer: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        return bool(self.tokenizer)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.channels, self.size) if self.is_text else (self.channels, self.size, self.size)
+
+    def blank(self, count: int) -> Tensor:
+        """`count` inputs without content: images of zeros float32, or int64 tokens that are all of id 0 and there."""
+        if not self.is_text:
+            return torch.zeros(count, *self.shape)
+        tokens = torch.zeros(count, *self.shape, dtype=torch.int64)
+        tokens[:, 1] = 1
+        return tokens
+
+    def described(self) -> dict[str, Any]:
+        """The spec as JSON holds it."""
+        return {name: value for name, value in asdict(self).items() if name != "tokenizer" or self.is_text}
+
+
+def model_spec(stored: Mapping[str, Any], origin: str) -> ModelSpec:
+    """A `ModelSpec` from the JSON that the checkpoint `origin` holds.
+
+    Raises InputError for keywords that could make the network's factory load something.
+    """
+    spec = ModelSpec(
+        str(stored["name"]),
+        int(stored["classes"]),
+        int(stored["channels"]),
+        str(stored["stem"]),
+        float(stored["width"]),
+        dict(stored["args"]),
+    )
+    if not is_own(spec.name):  # the user's own code runs only when the command line names it, and is asked there
+        require_safe(spec.name, spec.args, origin)
+    return spec
+
+
+def input_spec(stored: Mapping[str, Any]) -> InputSpec:
+    """An `InputSpec` from the JSON that a checkpoint or an ONNX file of ours holds."""
+    mean, std = tuple(stored["mean"]), tuple(stored["std"])
+    sizes = int(stored["channels"]), int(stored["size"]), int(stored["resize"])
+    return InputSpec(*sizes, mean, std, str(stored.get("tokenizer", "")))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network: float, or with weights as codes and (optionally) activations on grids.
+
+    `floats` and `coded` together hold every tensor of the network's state, by its state_dict name. A coded network is
+    folded: its BatchNorms are gone into the scales and biases, where `folded` says so. `activations` maps the node that
+    produces a value (its name in the traced graph) to that value's grid.
+    """
+
+    model: ModelSpec
+    input: InputSpec
+    class_names: tuple[str, ...]
+    floats: Mapping[str, Tensor]
+    coded: Mapping[str, Coded] = field(default_factory=dict)
+    activations: Mapping[str, Grid] = field(default_factory=dict)
+    folded: bool = False
+    history: tuple[Mapping[str, Any], ...] = ()
+    origin: str = field(default="the checkpoint", compare=False)  # the file it was read from, for messages
+
+    def then(self, command: str, options: Mapping[str, Any], metrics: Mapping[str, Any]) -> "Checkpoint":
+        """This checkpoint with one more line of history."""
+        versions = {"r2cli": __version__, "torch": torch.__version__.split("+")[0]}
+        entry = {"command": command, "options": dict(options), "versions": versions, "metrics": dict(metrics)}
+        return replace(self, history=(*self.history, entry))
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write `checkpoint` to `path`, atomically. Raises R2Error where the disk refuses."""
+    write_atomically(path, to_bytes(checkpoint))
+
+
+def to_bytes(checkpoint: Checkpoint) -> bytes:
+    """The bytes of the checkpoint's file; the same for equal checkpoints."""
+    tensors = _plain(checkpoint.floats)
+    codecs = {}
+    for name, coded in checkpoint.coded.items():
+        tensors[f"{name}.codes"] = coded.packed()
+        parts, codecs[name] = described(coded.codec, coded.codes.shape)
+        tensors |= {
+            f"{name}.{part}": tensor.clone(memory_format=torch.contiguous_format) for part, tensor in parts.items()
+        }
+    activations = {}
+    for node, grid in checkpoint.activations.items():
+        _, activations[node] = _describe(grid)
+        # Float32 values survive JSON exactly: they are written as the shortest text of their float64.
+        activations[node] |= {"scale": grid.scale.item(), "zero_point": int(grid.zero_point.item())}
+    meta = {
+        "format": FORMAT,
+        "model": checkpoint.model.described(),
+        "input": checkpoint.input.described(),
+        "class_names": checkpoint.class_names,
+        "codecs": codecs,
+        "activations": activations,
+        "folded": checkpoint.folded,
+        "history": checkpoint.history,
+    }
+    return safetensors.torch.save(tensors, {"r2": json.dumps(meta, sort_keys=True)})
+
+
+def load(path: Path) -> Checkpoint:
+    """Read an r2 checkpoint. Raises InputError for a missing, corrupt, foreign or non-finite one."""
+    tensors, metadata = load_tensors(path)
+    if "r2" not in metadata:
+        raise InputError(f"{path} is a safetensors file but not an r2 checkpoint: make one with `r2 pretrain`")
+    try:
+        meta = json.loads(metadata["r2"])
+        if meta["format"] != FORMAT:
+            raise InputError(
+                f"{path} has format {meta['format']}, this r2 reads {FORMAT}: install the r2cli that wrote it"
+            )
+        if meta["model"] is None:
+            raise InputError(f"{path} holds palettes of a file without a network: `r2 analyze` shows them")
+        coded = {name: _coded(name, entry, tensors) for name, entry in meta["codecs"].items()}
+        checkpoint = Checkpoint(
+            model=model_spec(meta["model"], str(path)),
+            input=input_spec(meta["input"]),
+            class_names=tuple(meta["class_names"]),
+            floats=tensors,  # _coded has taken its parts out
+            coded=coded,
+            activations={node: _activation_grid(entry) for node, entry in meta["activations"].items()},
+            folded=meta["folded"],
+            history=tuple(meta["history"]),
+            origin=str(path),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
+    _require_finite(checkpoint, path)
+    return checkpoint
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of any safetensors file under the names that its network knows: coded ones decoded, float32.
+
+    Raises InputError for a missing or corrupt one.
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        codecs = json.loads(metadata["r2"])["codecs"] if "r2" in metadata else {}
+        decoded = {name: _coded(name, entry, tensors).decode() for name, entry in codecs.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
+    return {**tensors, **decoded}
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of any safetensors file. Raises InputError for a missing or corrupt one."""
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: name the .safetensors file in it")
+    if not path.exists():
+        raise InputError(f"{path} does not exist: name a checkpoint, or make one with `r2 pretrain`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is not a readable safetensors file ({error}): copy or write it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write any tensors with text beside them, atomically: the resume state of a training run."""
+    write_atomically(path, safetensors.torch.save(_plain(tensors), dict(metadata)))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: dense, and each with memory of its own, where a network ties some."""
+    out: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        dense = tensor.detach().cpu().contiguous()
+        out[name] = dense.clone() if dense.untyped_storage().data_ptr() in seen else dense
+        seen.add(out[name].untyped_storage().data_ptr())
+    return out
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` whole or not at all. Raises R2Error where the disk refuses."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside `path` that is moved over it when it is whole and on the disk, and is gone otherwise.
+
+    Raises R2Error where the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise R2Error(f"{path} could not be written: {error.strerror or error}; nothing was changed") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def described(codec: Codec, shape: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A codec, and the shape of its codes, as the tensors and the JSON that bring it back."""
+    parts, entry = _describe(codec)
+    return parts, entry | {"shape": list(shape)}
+
+
+def _describe(codec: Codec) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A codec as the tensors and the JSON that bring it back."""
+    parts = {"scale": codec.scale}
+    entry: dict[str, Any] = {"bits": codec.bits, "axis": codec.axis}
+    if isinstance(codec, Palette):
+        return parts | {"lut": codec.lut}, entry | {"kind": "palette", "weight_shape": list(codec.shape)}
+    if bool(codec.zero_point.any()):
+        parts["zero_point"] = codec.zero_point
+    return parts, entry | {"kind": "grid", "signed": codec.signed, "odd": codec.odd}
+
+
+def _coded(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Coded:
+    scale, packed = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.codes")
+    bits, shape = int(entry["bits"]), tuple(entry["shape"])
+    codec: Codec
+    if entry["kind"] == "palette":
+        codec = Palette(tensors.pop(f"{name}.lut"), scale, bits, tuple(entry["weight_shape"]), entry["axis"])
+        signed = False
+    else:
+        zero = tensors.pop(f"{name}.zero_point", torch.zeros_like(scale, dtype=torch.int32))
+        codec = Grid(scale, zero, bits, entry["signed"], entry["axis"], entry["odd"])
+        signed = codec.lowest < 0
+    return Coded(codec, unpack(packed, bits, math.prod(shape), signed).reshape(shape))
+
+
+def _activation_grid(entry: Mapping[str, Any]) -> Grid:
+    scale, zero = torch.tensor(entry["scale"]), torch.tensor(entry["zero_point"], dtype=torch.int32)
+    return Grid(scale, zero, entry["bits"], entry["signed"], entry["axis"], entry["odd"])
+
+
+def _require_finite(checkpoint: Checkpoint, path: Path) -> None:
+    parts = {f"{name}.scale": coded.codec.scale for name, coded in checkpoint.coded.items()}
+    parts |= {f"{name}.lut": c.codec.lut for name, c in checkpoint.coded.items() if isinstance(c.codec, Palette)}
+    parts |= {f"activation {node}": grid.scale for node, grid in checkpoint.activations.items()}
+    for name, tensor in {**checkpoint.floats, **parts}.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise InputError(
+                f"{path}: tensor '{name}' has {bad} NaN or infinite values of {tensor.numel()}: "
+                "the training that wrote it diverged, so train again with a lower --lr"
+            )

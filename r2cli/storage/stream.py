@@ -1,0 +1,223 @@
+"""The tensors of any weight file, read piece by piece: nothing here holds a whole tensor of a file.
+
+A safetensors file is 8 bytes of header length, the header (JSON: dtype, shape and byte range of every tensor), and the
+bytes. Pieces are read into one buffer per thread; a mapped file would be as fast and count as memory.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2cli.errors import InputError
+from r2cli.quantized.scratch import scratch
+
+PIECE = 1 << 18  # elements: a megabyte of float32; what is made of a piece stays in the cache, and its table is short
+MOST_HEADER = 100_000_000  # bytes, as the format has it
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file or in memory.
+
+    `read(start, stop)` gives its elements start to stop in order, 1-D and in its own dtype; the next read on the same
+    thread overwrites what it gave. `dtype` is None, and nothing can be read, where torch has no such type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    kind: str  # the dtype's name, in the file's words where torch has none
+    file: str  # where it is from, for messages
+    read: Callable[[int, int], Tensor]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * (self.dtype.itemsize if self.dtype else 1)
+
+    def pieces(self, elements: int = PIECE, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Elements start to stop in pieces of at most `elements`."""
+        end = self.size if stop is None else stop
+        for at in range(start, end, elements):
+            yield self.read(at, min(end, at + elements))
+
+
+def held(name: str, tensor: Tensor, file: str) -> Stored:
+    """A tensor that is in memory."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return Stored(name, tuple(tensor.shape), tensor.dtype, kind, file, lambda start, stop: flat[start:stop])
+
+
+def of_model(path: Path) -> list[Stored]:
+    """The tensors of a safetensors file, of an index of shards, or of the directory that holds one or the other.
+
+    In the order of their names, numbers by size: a file holds them as they come. Raises InputError naming the file, and
+    the tensor, that cannot be read.
+    """
+    if path.is_dir():
+        path = _in_directory(path)
+    found = _of_shards(path) if path.name.endswith(".index.json") else of_file(path)
+    return sorted(
+        found, key=lambda stored: [p.zfill(12) if p.isdigit() else p for p in re.split(r"(\d+)", stored.name)]
+    )
+
+
+def of_file(path: Path) -> list[Stored]:
+    """The tensors of one safetensors file, in its order. Raises InputError for one that cannot be read."""
+    header, start = _header(path)
+    descriptor = _Descriptor(path)
+    found = []
+    for name, entry in header.items():
+        if name != "__metadata__":
+            found.append((entry["data_offsets"][0], _stored(path, name, entry, start, descriptor)))
+    return [stored for _, stored in sorted(found, key=lambda pair: pair[0])]
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The text beside the tensors of one safetensors file."""
+    stored: dict[str, str] = _header(path)[0].get("__metadata__", {})
+    return stored
+
+
+# --- one file ------------------------------------------------------------------------------------------------------
+
+
+class _Descriptor:
+    """An open file that closes with its last tensor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+    def read(self, offset: int, buffer: memoryview, name: str) -> None:
+        while buffer:
+            try:
+                got = os.preadv(self.number, [buffer], offset)
+            except OSError as error:
+                raise InputError(f"{self.path}: tensor '{name}' cannot be read ({error.strerror or error})") from error
+            if not got:
+                raise InputError(f"{self.path} ends inside the tensor '{name}': copy or write it again")
+            offset, buffer = offset + got, buffer[got:]
+
+
+def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descriptor: _Descriptor) -> Stored:
+    dtype = DTYPES.get(entry["dtype"])
+    base = start + entry["data_offsets"][0]
+
+    def read(first: int, last: int) -> Tensor:
+        assert dtype is not None
+        part = scratch("read", (last - first) * dtype.itemsize, torch.uint8)
+        descriptor.read(base + first * dtype.itemsize, part.numpy().data.cast("B"), name)
+        return part.view(dtype)
+
+    kind = str(dtype).removeprefix("torch.") if dtype else entry["dtype"]
+    return Stored(name, tuple(entry["shape"]), dtype, kind, str(path), read)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and the offset of the first tensor. Raises InputError for anything that the format does not allow."""
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: name the .safetensors file in it")
+    if not path.exists():
+        raise InputError(f"{path} does not exist: name a .safetensors or .onnx file")
+    try:
+        with open(path, "rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if total < 8 or length > MOST_HEADER or 8 + length > total:
+                raise InputError(f"{path} is not a safetensors file, or its header is cut off: copy or write it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not a safetensors file (its header is not JSON): name another") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path} is not a safetensors file (its header is no table of tensors): name another")
+    for name, entry in header.items():
+        if name != "__metadata__":
+            _require_sound(path, name, entry, total - 8 - length)
+    return header, 8 + length
+
+
+def _require_sound(path: Path, name: str, entry: Any, room: int) -> None:
+    try:
+        dtype, shape, (start, stop) = str(entry["dtype"]), list(entry["shape"]), entry["data_offsets"]
+        sound = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) and start <= stop
+        size = DTYPES[dtype].itemsize * prod(shape) if dtype in DTYPES else stop - start
+    except (KeyError, TypeError, ValueError):
+        sound, size, start, stop = False, 0, 0, 0
+    if not sound or size != stop - start:
+        raise InputError(f"{path}: the header's entry of '{name}' is damaged: copy or write the file again")
+    if stop > room:
+        raise InputError(f"{path} ends inside the tensor '{name}': copy or write it again")
+
+
+# --- several files -------------------------------------------------------------------------------------------------
+
+
+def _in_directory(folder: Path) -> Path:
+    try:
+        for pattern in ("*.safetensors.index.json", "*.safetensors"):
+            found = sorted(folder.glob(pattern))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                named = ", ".join(path.name for path in found[:3])
+                raise InputError(f"{folder} is a directory with {len(found)} models ({named}, …): name one of them")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror or error}") from error
+    raise InputError(f"{folder} is a directory without a .safetensors file: name a file")
+
+
+def _of_shards(index: Path) -> list[Stored]:
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        shards: dict[str, list[str]] = {}
+        for name, file in places.items():
+            shards.setdefault(Path(file).name, []).append(name)
+    except OSError as error:
+        raise InputError(f"{index} cannot be read: {error.strerror or error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{index} is not an index of safetensors files: name the .safetensors file itself") from error
+    found = []
+    for file, names in shards.items():
+        path = index.with_name(file)
+        if not path.exists():
+            raise InputError(f"{path} is missing: {index.name} has '{names[0]}' and {len(names) - 1} others in it")
+        there = {stored.name: stored for stored in of_file(path)}
+        lost = next((name for name in names if name not in there), None)
+        if lost is not None:
+            raise InputError(f"{path} lacks the tensor '{lost}' that {index.name} has in it: copy both again")
+        found += [there[name] for name in names]
+    return found

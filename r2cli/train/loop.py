@@ -1,0 +1,380 @@
+"""The training loop: SGD with Nesterov momentum or AdamW, warm-up and a cosine; evaluation; an exact resume state.
+
+pretrain runs it on a float network with a range regularizer attached, compression on one whose layers have learners;
+the paper never has both. An unbroken run and one that was killed and
+resumed give the same bytes: the order of the data is a function of seed and epoch, and the rest is in the resume state.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from r2cli import data
+from r2cli.errors import InputError, R2Error, unknown
+from r2cli.train import distributed, regularizers
+from r2cli.train import state as states
+from r2cli.train.hooks import Epoch, Progress, TrainHooks
+
+EVALUATION_BATCH = 256
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+SGD, ADAMW = "sgd", "adamw"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One training run. `warmup` is a share of all steps; `reg_lr` steps the regularizer's own parameters."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    warmup: float
+    label_smoothing: float
+    reg_lr: float
+    seed: int
+    clip_grad: float | None = None  # most Euclidean length of all gradients together; None or 0: any
+    clip_ratio: float | None = None  # most length of a weight's gradient, as a share of the weight's; None or 0: any
+    ema: float | None = None  # decay of a running average of the weights, which is what is evaluated and kept
+    precision: str = FLOAT32  # or BFLOAT16: layers compute in it, weights and their updates stay float32
+    compile: bool = False
+    optimizer: str = SGD  # or ADAMW
+
+
+def seed_everything(seed: int) -> None:
+    """Make what follows a function of `seed`: initial weights, dropout, and on a GPU the choice of kernels."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def device(name: str) -> torch.device:
+    """The device `name`; 'auto' is a GPU when there is one, each process's own under torchrun.
+
+    Raises InputError for one that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise unknown("device", name, ["auto", "cpu", "cuda"]) from error
+    if found.type not in ("cpu", "cuda"):
+        raise unknown("device", name, ["auto", "cpu", "cuda"])
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name} is not there: torch sees {torch.cuda.device_count()} GPUs, use --device cpu")
+    return found
+
+
+def precision(name: str, where: torch.device) -> str:
+    """The precision `name`; 'auto' is bfloat16 on a GPU that computes in it. Raises InputError where it does not."""
+    able = where.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == BFLOAT16 and not able:
+        raise InputError(f"--precision bfloat16 is not to be had on {torch.cuda.get_device_name(where)}: use float32")
+    if name == "auto":
+        return BFLOAT16 if where.type == "cuda" and able else FLOAT32
+    return name
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Batches of an epoch; a last batch of one image a process is left out, because BatchNorm cannot train on it."""
+    whole, rest = divmod(examples, batch_size)
+    return whole + (rest >= 2 * distributed.share().world or not whole)
+
+
+def hash_of(shapes: Mapping[str, Any]) -> str:
+    """A short name for an architecture: the same for the same tensors."""
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """Factor on the base rate at `step` of `steps`: linear up over the `warmup` share, then half a cosine to 0."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that a run holds."""
+
+    model: nn.Module
+    forward: nn.Module  # `model` itself, or compiled, or in step with other processes
+    average: AveragedModel | None  # of the model's weights and statistics, where Settings.ema asks for it
+    source: data.Data
+    settings: TrainSettings
+    device: torch.device
+    regularizer: regularizers.Regularizer | None
+    method: TrainHooks | None
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    watch: Progress
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is evaluated and kept."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.source.train), self.settings.batch_size)
+
+
+def fit(
+    model: nn.Module,
+    source: data.Data,
+    settings: TrainSettings,
+    *,
+    device: torch.device,
+    setting: regularizers.RegularizerSpec | TrainHooks | None,
+    state: Path,
+    resume: bool,
+    watch: Progress,
+) -> list[Epoch]:
+    """Train `model` in place. After every epoch the whole state is in the file `state`; `resume` starts from it.
+
+    `setting` is what comes to the task: a range regularizer, or a method of compression. Under torchrun the processes
+    train together, with `settings.batch_size` images a step over all of them.
+
+    Raises R2Error where the loss is no longer finite (the last good epoch's state is kept), and where the network
+    cannot be compiled.
+    """
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with distributed.together(device):
+        run = _run(model, source, settings, device, setting, watch)
+        history = _epochs(run, _state(run, state), resume=resume)
+    if run.average is not None:
+        model.load_state_dict(run.average.module.state_dict())
+    return history
+
+
+def _run(
+    model: nn.Module,
+    source: data.Data,
+    settings: TrainSettings,
+    device: torch.device,
+    setting: regularizers.RegularizerSpec | TrainHooks | None,
+    watch: Progress,
+) -> _Run:
+    """Everything that training `model`, which is on `device`, needs."""
+    average = None
+    if settings.ema is not None:
+        average = AveragedModel(model, multi_avg_fn=_running_average(settings.ema), use_buffers=True)
+    method = setting if isinstance(setting, TrainHooks) else None
+    penalty = method.regularizer if method else setting
+    regularizer = (
+        regularizers.Regularizer(penalty, model) if isinstance(penalty, regularizers.RegularizerSpec) else None
+    )
+    optimizers = _optimizers(model, regularizer, settings, method)
+    forward = distributed.wrapped(model, device)
+    if settings.compile:
+        forward = torch.compile(forward)  # type: ignore[assignment]
+    return _Run(model, forward, average, source, settings, device, regularizer, method, optimizers, watch)
+
+
+def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
+    """Train, measure and keep, epoch by epoch, from where the state stands."""
+    history = [Epoch(**epoch) for epoch in states.restore(state)] if resume and state.path.exists() else []
+    run.watch.step(len(history) * run.steps_per_epoch)
+    for number in range(len(history) + 1, run.settings.epochs + 1):
+        if run.method is not None:
+            run.method.before_epoch(number)
+        loss, penalty, speed = _one_epoch(run, number)
+        if not math.isfinite(loss):
+            kept = f"; {state.path} holds the end of epoch {number - 1}" if number > 1 else ""
+            raise R2Error(f"training diverged in epoch {number} (loss {loss}): use a lower --lr or --reg-weight{kept}")
+        distributed.spread_buffers(run.model, run.average)
+        if run.method is not None:
+            run.method.before_evaluation(number)
+        ratios = list(range_ratios(run.result).values()) or [0.0]
+        accuracy = evaluate(run.result, run.source.test, run.device)
+        mean = sum(ratios) / len(ratios)
+        history.append(Epoch(number, loss, penalty, accuracy, max(ratios), mean, speed))
+        if distributed.share().rank == 0:
+            states.save(state, [asdict(epoch) for epoch in history])
+        run.watch.epoch(history[-1])
+    return history
+
+
+def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
+    """Mean task loss over epoch `number` (from 1), the penalty at its last step, and images a second."""
+    settings, share = run.settings, distributed.share()
+    run.forward.train()
+    if share.world > 1:  # dropout draws otherwise the same in every process
+        torch.manual_seed((settings.seed * 1_000_003 + number) * share.world + share.rank)
+    order = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+    step = (number - 1) * run.steps_per_epoch
+    total, penalty, seen = torch.zeros((), device=run.device), torch.zeros(()), 0
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    started = perf_counter()
+    batches = run.source.train.batches(settings.batch_size, run.device, order, augment=True, share=share)
+    for index, (images, labels) in enumerate(itertools.islice(batches, run.steps_per_epoch)):
+        factor = learning_rate(step, settings.epochs * run.steps_per_epoch, settings.warmup)
+        for group in groups:
+            group["lr"] = group["base_lr"] * factor
+        loss = _loss(run, images, labels)
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        _weighed(loss, len(labels), index, run).backward()  # type: ignore[no-untyped-call]
+        if run.method is not None:
+            run.method.add_gradients()
+        if run.regularizer and settings.optimizer == SGD:
+            penalty = run.regularizer.add_gradients()
+        _clip(run.model, settings)
+        for optimizer in run.optimizers:
+            optimizer.step()
+        if run.regularizer and settings.optimizer == ADAMW:
+            penalty = run.regularizer.step(settings.reg_lr * factor)
+        if run.regularizer:
+            run.regularizer.after_step()
+        if run.average is not None:
+            run.average.update_parameters(run.model)
+        total += loss.detach() * len(labels)
+        seen += len(labels)
+        step += 1
+        run.watch.step(1)
+    total, count = distributed.add_up(total, torch.tensor(seen, device=run.device))
+    mean = float(total) / max(1, int(count))  # waits for the device, so that the time is the work's
+    return mean, float(penalty), int(count) / (perf_counter() - started)
+
+
+def _clip(model: nn.Module, settings: TrainSettings) -> None:
+    """Shorten gradients, in place: each as `clip_ratio` says, then all together as `clip_grad` does.
+
+    The first is adaptive gradient clipping (Brock et al. 2021, equation 3), by weight in place of by row. Where
+    BatchNorm follows, a weight that is smaller has a larger gradient, by as much.
+    """
+    own = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
+    if settings.clip_ratio and own:
+        gradients = [p.grad for p in own if p.grad is not None]
+        longest = settings.clip_ratio * torch.stack(torch._foreach_norm([p.detach() for p in own])).clamp_min(1e-3)
+        factors = (longest / torch.stack(torch._foreach_norm(gradients)).clamp_min(1e-12)).clamp_max(1)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+    if settings.clip_grad:
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+
+
+def _weighed(loss: Tensor, own: int, index: int, run: _Run) -> Tensor:
+    """The mean loss of a process's `own` images of batch `index`, so that the processes' mean is that of all images."""
+    world, size = distributed.share().world, run.settings.batch_size
+    return loss if world == 1 else loss * (own * world / min(size, len(run.source.train) - index * size))
+
+
+def _running_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential average that starts short, so that it soon forgets the initial weights (as TensorFlow's does)."""
+
+    def update(averaged: Any, current: Any, count: Tensor) -> None:
+        steps = int(count)
+        own = min(decay, (1 + steps) / (10 + steps))
+        get_ema_multi_avg_fn(own)(averaged, current, count)  # type: ignore[no-untyped-call]
+
+    return update
+
+
+def _loss(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
+    """The task's and the method's loss of one batch. Raises R2Error where the network cannot be compiled."""
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == BFLOAT16):
+        try:
+            logits = run.forward(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            told = " ".join(str(error).split())[:300]
+            raise R2Error(f"the network cannot be compiled ({told}): leave --compile out") from error
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+        return loss if run.method is None or run.method.loss is None else loss + run.method.loss(images, logits)
+
+
+def evaluate(model: nn.Module, split: data.Split, device: torch.device) -> float:
+    """Top-1 accuracy of `model` on `split`, in percent."""
+    model.eval()
+    return top1(model, split, device)
+
+
+@torch.inference_mode()
+def top1(
+    predict: Callable[[Tensor], Tensor],
+    split: data.Split,
+    device: torch.device,
+    *,
+    advance: Callable[[int], None] = lambda images: None,
+) -> float:
+    """Top-1 accuracy on `split`, in percent, of a function from images (n, c, s, s) to logits (n, classes)."""
+    correct, seen = 0, 0
+    for images, labels in split.batches(EVALUATION_BATCH, device, share=distributed.share()):
+        correct += int((predict(images).argmax(1).to(device) == labels).sum())
+        seen += len(labels)
+        advance(len(labels))
+    right, of = distributed.add_up(torch.tensor(correct, device=device), torch.tensor(seen, device=device))
+    return 100 * int(right) / int(of)
+
+
+def range_ratios(model: nn.Module) -> dict[str, float]:
+    """max|w| / std of every regularized weight, by name: 1 for two levels, 1.7 if uniform, 4 and more with outliers."""
+    ratios = {}
+    for name, weight in regularizers.regularized(model).items():
+        w = weight.detach().double()
+        ratios[name] = float(w.abs().max() / w.std(correction=0).clamp_min(1e-12))
+    return ratios
+
+
+def _optimizers(
+    model: nn.Module, regularizer: regularizers.Regularizer | None, settings: TrainSettings, method: TrainHooks | None
+) -> tuple[torch.optim.Optimizer, ...]:
+    """SGD or AdamW, in which weights decay and biases and norms do not, nor parameters of a method or a regularizer;
+    and Adam.
+
+    The regularizer's own parameters have no momentum. Beside AdamW it steps by itself: Adam would make all its
+    gradients, however weak, as long as the task's (Loshchilov & Hutter 2019, of decay). Adam steps those parameters of
+    a method that ask for it.
+    """
+    groups, adam = (list(method.groups), list(method.adam)) if method else ([], [])
+    own = {id(p) for group in [*groups, *adam] for p in group["params"]}
+    usual = [p for p in model.parameters() if id(p) not in own]
+    sgd: list[dict[str, Any]] = [
+        {"params": [p for p in usual if p.ndim > 1], "weight_decay": settings.weight_decay, "base_lr": settings.lr},
+        {"params": [p for p in usual if p.ndim <= 1], "weight_decay": 0.0, "base_lr": settings.lr},
+        *({"weight_decay": 0.0, **group} for group in groups),
+    ]
+    if settings.optimizer == ADAMW:
+        weighing = torch.optim.AdamW(sgd, lr=settings.lr, fused=True)
+        return (weighing, *([torch.optim.Adam([{"weight_decay": 0.0, **group} for group in adam])] if adam else []))
+    if regularizer and regularizer.parameters:
+        plain = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+        sgd.append({"params": list(regularizer.parameters.values()), "base_lr": settings.reg_lr, **plain})
+    nesterov = settings.momentum > 0
+    # Fused: one pass over weights, gradients and momenta, where the plain form makes five.
+    main = torch.optim.SGD(sgd, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
+    if not adam:
+        return (main,)
+    return main, torch.optim.Adam([{"weight_decay": 0.0, **group} for group in adam], lr=settings.lr)
+
+
+def _state(run: _Run, path: Path) -> states.State:
+    """What the run's resume state holds."""
+    setting = run.regularizer.setting if run.regularizer else None
+    shapes = {name: list(tensor.shape) for name, tensor in run.model.state_dict().items()}
+    identity = {
+        "settings": asdict(run.settings),
+        "regularizer": asdict(setting) if setting else None,
+        "source": {
+            "data": run.source.name,
+            "size": run.source.input.size,
+            "images": len(run.source.train),
+        },
+        "model": {"model": f"of {len(shapes)} tensors, {hash_of(shapes)}"},
+    } | ({"method": dict(run.method.identity)} if run.method else {})
+    modules = {"model": run.model} | ({"average": run.average} if run.average is not None else {})
+    own = run.regularizer.parameters if run.regularizer else {}
+    return states.State(path, identity, modules, own, run.optimizers, run.device)

@@ -1,0 +1,92 @@
+"""A recipe's trial: every kind of step once, on 64 scans of digits or as many pairs of sentences, two training steps.
+
+Its numbers mean nothing.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from r2cli.workflow.recipe import Recipe, Step, reads_from
+
+DATA = "digits:64"
+TEXT = ("qnli:",)  # data that networks of text read
+NETWORK, PAIRS = "text/network", "text/pairs.tsv"
+STAND_IN = "stand-in.safetensors"  # for a source that another recipe makes
+TRAINING: Mapping[str, Mapping[str, Any]] = {
+    "pretrain": {"data": DATA, "epochs": 1, "batch-size": 32},
+    "qat": {"epochs": 1, "batch-size": 32},
+    "palettize": {"epochs": 1, "batch-size": 32, "hard-epochs": 0},
+}
+# Of images that are not those of the trial, or gates on accuracies that it does not reach.
+LEFT_OUT = (
+    *("size", "mean", "std", "images", "calibration", "data-dir", "device", "workers"),
+    *("min-accuracy", "max-drop", "max-bytes"),
+)
+
+
+def missing(recipe: Recipe) -> str | None:
+    """Why a recipe cannot be tried here; None for one that can."""
+    is_text = any(str(step.get("data", "")).startswith(TEXT) for step in recipe.steps)
+    if is_text and importlib.util.find_spec("transformers") is None:
+        return "skipped, because it needs transformers: pip install 'r2cli[text]'"
+    return None
+
+
+def reduced(recipe: Recipe) -> Recipe:
+    """The recipe with the last value of every variable: the first is often what does nothing."""
+    matrix = {name: values[-1:] for name, values in recipe.matrix.items()}
+    tables = [{**table, "title": f"SMOKE, NO RESULT: {table.get('title', '')}"} for table in recipe.tables]
+    return replace(recipe, matrix=matrix, tables=tables)
+
+
+def small(todo: Sequence[Step], folder: Path) -> tuple[list[Step], list[str]]:
+    """The steps on little data and for two training steps; and what was replaced by what, in words.
+
+    What networks for text need, a recipe does not bring: `provide` writes it to `folder`.
+    """
+    out: list[Step] = []
+    replaced: dict[str, None] = {}
+    for step in todo:
+        options = {key: value for key, value in step.options.items() if key not in LEFT_OUT}
+        given = _text(folder) if _is_text(step) else {"data": DATA}
+        stand_ins = {key: value for key, value in given.items() if key in options}
+        replaced |= {f"{options[key]} is {value}": None for key, value in stand_ins.items()}
+        options |= {**TRAINING.get(step.command, {}), **stand_ins}
+        if step.command == "palettize" and options.get("method") == "kmeans":
+            del options["hard-epochs"]
+        if "source" in options and not any(reads_from(step, earlier) for earlier in out):
+            replaced[f"{options['source']} is a network trained for two steps"] = None
+            options["source"] = STAND_IN
+            if not any(earlier.options.get("output") == STAND_IN for earlier in out):
+                out.append(Step("pretrain", {**TRAINING["pretrain"], "output": STAND_IN}, {}))
+        out.append(replace(step, options=options))
+    return out, [*replaced, "training is two steps of 32 images", "of every variable the last value"]
+
+
+def _is_text(step: Step) -> bool:
+    return str(step.options.get("data", "")).startswith(TEXT)
+
+
+def _text(folder: Path) -> dict[str, str]:
+    """The options of the network and the sentences that `provide` writes to `folder`."""
+    return {"model": f"text:{(folder / NETWORK).resolve()}", "data": f"qnli:{(folder / PAIRS).resolve()}"}
+
+
+def provide(todo: Sequence[Step], folder: Path) -> None:
+    """Write to `folder` what the steps of a trial for text read: a network of noise, and 128 pairs of sentences."""
+    from r2cli.models import text
+
+    if not any(_is_text(step) for step in todo):
+        return
+    topics = ("river", "city", "king", "song")
+    pairs = [(asked, told) for asked in topics for told in topics] * 8
+    rows = [
+        f"{n}\twhich {a} is old\tthe {b} was long\t{'' if a == b else 'not_'}entailment"
+        for n, (a, b) in enumerate(pairs)
+    ]
+    (folder / PAIRS).parent.mkdir(parents=True, exist_ok=True)
+    (folder / PAIRS).write_text("\n".join(["index\tquestion\tsentence\tlabel", *rows]) + "\n")
+    text.write_tiny(folder / NETWORK, [*topics, *"which is old the was long".split()])
