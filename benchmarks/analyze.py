@@ -26,8 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from r2cli import __version__
-from r2cli.analyze import analysis
-from r2cli.analyze.analysis import AnalyzeSettings
+from r2cli.analysis import layer_table
+from r2cli.analysis.layer_table import AnalyzeSettings
 from r2cli.storage import stream
 
 SIDE = 4096
@@ -84,8 +84,8 @@ def bare(path: Path, dtype: torch.dtype) -> None:
 
 
 def ours(path: Path, *, quick: bool, threads: int = 1) -> None:
-    layers, _ = analysis.split(stream.of_model(path), everything=False)
-    analysis.rows(layers, AnalyzeSettings(quick=quick), threads=threads, advance=lambda _: None)
+    layers, _ = layer_table.split(stream.of_model(path), everything=False)
+    layer_table.rows(layers, AnalyzeSettings(quick=quick), threads=threads, advance=lambda _: None)
 
 
 def cpu() -> float:

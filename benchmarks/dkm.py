@@ -59,8 +59,8 @@ def learner_of(kind: str, w: Any, bits: int, dim: int) -> Any:
     """A function from the weight to the soft weight, as a training step calls it."""
     import torch
 
-    from r2cli.palettize.learners import Dkm
-    from r2cli.palettize.tables import PaletteForm
+    from r2cli.palettes.learners import Dkm
+    from r2cli.palettes.tables import PaletteForm
     from r2cli.quantized.palette import from_vectors, to_vectors
 
     ours = Dkm(w.detach(), PaletteForm(bits, dim, None, 8), ITERATIONS, torch.Generator().manual_seed(0)).train()
@@ -123,7 +123,7 @@ def network(kind: str, bits: int, dim: int) -> dict[str, float]:
     from r2cli import models
     from r2cli.graph import structure
     from r2cli.graph.read import trace
-    from r2cli.palettize import learners
+    from r2cli.palettes import learners
     from r2cli.storage.checkpoint import ModelSpec
 
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from r2cli import __version__
-from r2cli.palettize import kmeans
+from r2cli.palettes import kmeans
 
 Array = NDArray[np.float64]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2cli.analyze import analysis
-from r2cli.analyze.advice import advice
-from r2cli.analyze.analysis import AnalyzedLayer, AnalyzeSettings
-from r2cli.analyze.rounding_pass import BITS
+from r2cli.analysis import layer_table
+from r2cli.analysis.advice import advice
+from r2cli.analysis.layer_table import AnalyzedLayer, AnalyzeSettings
+from r2cli.analysis.rounding_pass import BITS
 from r2cli.ptq import weight_grids
 from r2cli.storage.stream import held
 
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.flo
 
 
 def row(x: Tensor, **settings: object) -> AnalyzedLayer:
-    return analysis.row(held("w.weight", x, "memory"), AnalyzeSettings(**settings))  # type: ignore[arg-type]
+    return layer_table.row(held("w.weight", x, "memory"), AnalyzeSettings(**settings))  # type: ignore[arg-type]
 
 
 def hostile(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -205,9 +205,9 @@ def test_rows_are_in_order_on_any_number_of_threads_and_progress_is_whole() -> N
     stored = [held(f"layer{i}", torch.randn(i + 1, 700), "memory") for i in range(20)]
     threads = torch.get_num_threads()
     told: list[int] = []
-    one = analysis.rows(stored, AnalyzeSettings(piece=300), threads=1, advance=told.append)
-    assert sum(told) == analysis.total(stored) == sum(4 * 700 * (i + 1) for i in range(20))
-    assert analysis.rows(stored, AnalyzeSettings(piece=300), threads=4, advance=lambda _: None) == one
+    one = layer_table.rows(stored, AnalyzeSettings(piece=300), threads=1, advance=told.append)
+    assert sum(told) == layer_table.total(stored) == sum(4 * 700 * (i + 1) for i in range(20))
+    assert layer_table.rows(stored, AnalyzeSettings(piece=300), threads=4, advance=lambda _: None) == one
     assert [each.layer for each in one] == [each.name for each in stored] and torch.get_num_threads() == threads
 
 
@@ -218,10 +218,10 @@ def test_layers_and_what_is_none() -> None:
         held("scalar", torch.tensor(1.0), ""),
         held("ids", torch.zeros(2, 2, dtype=torch.int64), ""),
     ]
-    layers, others = analysis.split(found, everything=False)
+    layers, others = layer_table.split(found, everything=False)
     assert [each.name for each in layers] == ["conv"]
     assert {each.name: each.reason for each in others} == {"bias": "vector", "scalar": "scalar", "ids": "integers"}
-    layers, others = analysis.split(found, everything=True)
+    layers, others = layer_table.split(found, everything=True)
     assert [each.name for each in layers] == ["conv", "bias"] and len(others) == 2
 
 
@@ -233,12 +233,12 @@ def test_orders_put_what_hurts_first() -> None:
     broken = normal.clone()
     broken[0, 0] = math.nan
     names = {"normal": normal, "outlier": outlier, "broken": broken, "uniform": torch.rand(40, 100) - 0.5}
-    found = [analysis.row(held(name, x, ""), AnalyzeSettings()) for name, x in names.items()]
+    found = [layer_table.row(held(name, x, ""), AnalyzeSettings()) for name, x in names.items()]
     for by in ("sqnr", "range", "kurtosis"):
-        order = [each.layer for each in analysis.ordered(found, by)]
+        order = [each.layer for each in layer_table.ordered(found, by)]
         assert order == ["broken", "outlier", "normal", "uniform"], by
-    assert analysis.ordered(found, "size")[1].layer == "uniform"
-    assert [each.layer for each in analysis.ordered(found, "name")] == list(names)
+    assert layer_table.ordered(found, "size")[1].layer == "uniform"
+    assert [each.layer for each in layer_table.ordered(found, "name")] == list(names)
 
 
 GROWTH = """

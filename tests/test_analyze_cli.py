@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import R2
-from r2cli.analyze import analysis as worker
-from r2cli.analyze import terminal
+from r2cli.analysis import layer_table as worker
+from r2cli.analysis import terminal
 from r2cli.cli import analyze as command
 
 ROOT = Path(__file__).parent.parent

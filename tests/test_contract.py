@@ -8,7 +8,7 @@ import torch
 from r2cli import data
 from r2cli.calibration import deployed, observers
 from r2cli.config import values
-from r2cli.palettize import palettes, soft_training
+from r2cli.palettes import compression, soft_training
 from r2cli.ptq import post_training, weight_grids
 from r2cli.qat import prepare
 from r2cli.qat.prepare import METHODS, QatSettings, QatTask
@@ -42,16 +42,16 @@ PALETTES = [(8, 1, None, 8), (4, 1, None, 8), (3, 1, None, 32), (2, 2, None, 8),
 
 
 @pytest.mark.parametrize(("bits", "dim", "group", "lut_bits"), PALETTES)
-@pytest.mark.parametrize("method", palettes.METHODS)
+@pytest.mark.parametrize("method", compression.METHODS)
 def test_palettes_survive_decoding_and_the_disk(
     method: str, bits: int, dim: int, group: int | None, lut_bits: int, trained: Path, tmp_path: Path
 ) -> None:
     made = checkpoint.load(trained)
     source = data.load("digits", spec=made.input)
-    settings = palettes.PaletteSettings(method, bits, dim, group, lut_bits, None, {})
-    work = palettes.PaletteTask(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU, 0)
-    if method == palettes.KMEANS:
-        coded, _ = palettes.by_kmeans(work, weigh=False, advance=lambda layers: None)
+    settings = compression.PaletteSettings(method, bits, dim, group, lut_bits, None, {})
+    work = compression.PaletteTask(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU, 0)
+    if method == compression.KMEANS:
+        coded, _ = compression.by_kmeans(work, weigh=False, advance=lambda layers: None)
     else:
         loop = TrainSettings(1, 256, 0.01, 0.9, 0.0, 0.0, 0.0, 0.0, 0)
         plan = soft_training.PalettePlan(loop, soft_training.Schedule(1, 0, 0.5, 0.05), 2, 1e-4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from r2cli import data
 from r2cli.data.splits import RowShare
-from r2cli.palettize import learners, tables
+from r2cli.palettes import learners, tables
 from r2cli.quantized.palette import Palette
 from r2cli.storage import checkpoint
 from r2cli.train import hooks, loop, regularizers

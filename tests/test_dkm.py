@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2cli.palettize import dkm, learners, tables
-from r2cli.palettize.tables import PaletteForm
+from r2cli.palettes import dkm, learners, tables
+from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import from_vectors, to_vectors
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r2cli.palettize import kmeans
-from r2cli.palettize.kmeans import Points
+from r2cli.palettes import kmeans
+from r2cli.palettes.kmeans import Points
 
 
 def _least_error(points: Points, k: int) -> float:

@@ -23,8 +23,8 @@ from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, verify
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, structure
 from r2cli.graph.read import trace
-from r2cli.palettize import palettes, tables
-from r2cli.palettize.tables import PaletteForm
+from r2cli.palettes import compression, tables
+from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.palette import Palette
 from r2cli.storage import checkpoint
 from r2cli.train.loop import TrainSettings
@@ -42,10 +42,10 @@ def model(trained: Path, tmp_path: Path) -> Path:
 def _palettized(path: Path, form: PaletteForm, act_bits: int | None, images: bool = True) -> checkpoint.Checkpoint:
     made = checkpoint.load(path)
     source = data.load("digits", spec=made.input)
-    settings = palettes.PaletteSettings("kmeans", form.bits, form.dim, form.group, form.lut_bits, act_bits, {})
+    settings = compression.PaletteSettings("kmeans", form.bits, form.dim, form.group, form.lut_bits, act_bits, {})
     batches = (lambda: data.calibration(source, 256, CPU, 0)) if images else None
-    work = palettes.PaletteTask(made, settings, batches, CPU, 0)
-    return palettes.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
+    work = compression.PaletteTask(made, settings, batches, CPU, 0)
+    return compression.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -143,15 +143,15 @@ def test_layers_that_it_does_not_help_stay_as_they_are(model: Path) -> None:
     made.floats[names[0]].zero_()
     signs = torch.where(torch.arange(len(made.floats[names[1]])) % 2 > 0, 1.0, -1.0).reshape(-1, 1, 1, 1)
     made.floats[names[1]] = made.floats[names[1]].abs() * 0.01 + signs  # every filter of one sign
-    settings = palettes.PaletteSettings("kmeans", 1, 1, None, 8, None, {})
-    subject = palettes.read(made, settings)
+    settings = compression.PaletteSettings("kmeans", 1, 1, None, 8, None, {})
+    subject = compression.read(made, settings)
     before = {name: module.weight.detach().clone() for name, module in subject.layers.items()}  # type: ignore[operator]
-    wanted = palettes.forms(subject.layers, settings)
-    assert palettes.even_out(subject, wanted) == {}
+    wanted = compression.forms(subject.layers, settings)
+    assert compression.even_out(subject, wanted) == {}
     for name, module in subject.layers.items():
         assert torch.equal(module.weight, before[name]), name  # type: ignore[arg-type]
-    work = palettes.PaletteTask(made, replace(settings, bits=2), None, CPU, 0)
-    coded, _ = palettes.by_kmeans(work, weigh=False, advance=lambda layers: None)
+    work = compression.PaletteTask(made, replace(settings, bits=2), None, CPU, 0)
+    coded, _ = compression.by_kmeans(work, weigh=False, advance=lambda layers: None)
     assert not bool(coded.coded[names[0]].decode().any())
 
 
@@ -322,7 +322,7 @@ def weights(tmp_path: Path) -> Path:
 def test_any_files_weights_are_palettized_as_the_tensors_in_memory_are(
     arguments: tuple[object, ...], lut_bits: int, r2: R2, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from r2cli.palettize import weight_files
+    from r2cli.palettes import weight_files
 
     monkeypatch.setattr(weight_files, "PIECE", 1000)
     output = tmp_path / "small.safetensors"
@@ -431,11 +431,11 @@ def test_training_that_ends_higher_than_it_began_says_so() -> None:
 def test_a_resumed_run_must_have_the_same_options(r2: R2, model: Path, tmp_path: Path) -> None:
     made = checkpoint.load(model)
     state = tmp_path / "model.b2d1-dkm.resume.safetensors"
-    from r2cli.palettize import soft_training
+    from r2cli.palettes import soft_training
 
     source = data.load("digits", spec=made.input)
-    settings = palettes.PaletteSettings("dkm", 2, 1, None, 8, 8, {})
-    work = palettes.PaletteTask(made, settings, lambda: data.calibration(source, 512, CPU, 0), CPU, 0)
+    settings = compression.PaletteSettings("dkm", 2, 1, None, 8, 8, {})
+    work = compression.PaletteTask(made, settings, lambda: data.calibration(source, 512, CPU, 0), CPU, 0)
     loop = TrainSettings(8, 64, 0.02, 0.9, 4e-5, 0.05, 0.0, 0.0, 0, clip_grad=5.0, clip_ratio=0.3)
     plan = soft_training.PalettePlan(replace(loop, epochs=1), soft_training.Schedule(1, 0, 0.5, 0.05), 3, 1e-4)
     soft_training.by_training(

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from r2cli import data as datasets
-from r2cli.analyze import analysis, views
-from r2cli.analyze.analysis import Analysis
+from r2cli.analysis import layer_table, views
+from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
@@ -33,8 +33,8 @@ from r2cli.deploy import verify as proof_of
 from r2cli.deploy.verify import Proof
 from r2cli.errors import InputError
 from r2cli.models import require_fit
-from r2cli.palettize import palettization
-from r2cli.palettize.palettization import PaletteResult
+from r2cli.palettes import palettization
+from r2cli.palettes.palettization import PaletteResult
 from r2cli.ptq import quantize as post_training
 from r2cli.ptq.quantize import PtqResult
 from r2cli.qat import quantization_aware
@@ -175,8 +175,8 @@ def analyze(path: str | Path, config: AnalyzeConfig | None = None, *, reporter: 
     """
     config = config or AnalyzeConfig()
     found = views.chosen(Path(path), config.view, everything=config.everything)
-    layers = analysis.matching([view.layers for view in found], config.only)
-    with reporter.bar("analyze", sum(map(analysis.total, layers))) as progress:
+    layers = layer_table.matching([view.layers for view in found], config.only)
+    with reporter.bar("analyze", sum(map(layer_table.total, layers))) as progress:
         return views.measured(found, layers, config, progress.advance)
 
 

@@ -15,7 +15,7 @@ from r2cli.config.inspection import AnalyzeConfig, AnalyzeFiles, AnalyzeOutput, 
 from r2cli.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
-    from r2cli.analyze.analysis import Analysis, AnalyzedLayer
+    from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 
 ENDINGS = (".png", ".svg", ".pdf", ".html")
 LIMIT, LIMIT_OF_MANY = 12, 8  # lines of a table; where there are several
@@ -31,13 +31,13 @@ def analyze(given: AnalyzeFiles, config: AnalyzeConfig, wanted: WeightGates, wri
     if wanted.min_sqnr is not None and config.quick:
         raise InputError("--min-sqnr needs what --quick leaves out: give one of them")
 
-    from r2cli.analyze import analysis, records, views
-    from r2cli.analyze.advice import advice
+    from r2cli.analysis import layer_table, records, views
+    from r2cli.analysis.advice import advice
     from r2cli.storage import checkpoint
 
     found = [view for path in sources for view in views.chosen(path, config.view, everything=config.everything)]
-    layers = analysis.matching([view.layers for view in found], config.only)
-    total = sum(map(analysis.total, layers))
+    layers = layer_table.matching([view.layers for view in found], config.only)
+    total = sum(map(layer_table.total, layers))
     if written.dry_run:
         told = f"would analyze {sum(map(len, layers))} layers, {total:,} bytes, of {', '.join(map(str, sources))}"
         console.tell([told], as_json=written.json)
@@ -64,14 +64,14 @@ def analyze(given: AnalyzeFiles, config: AnalyzeConfig, wanted: WeightGates, wri
 
 
 def _ordered(sheet: "Analysis", config: AnalyzeConfig) -> "tuple[AnalyzedLayer, ...]":
-    from r2cli.analyze import analysis
+    from r2cli.analysis import layer_table
 
-    return tuple(analysis.ordered(sheet.rows, config.order, bits=config.bits, granularity=config.granularity))
+    return tuple(layer_table.ordered(sheet.rows, config.order, bits=config.bits, granularity=config.granularity))
 
 
 def _drawn(path: Path, sheets: "Sequence[Analysis]", config: AnalyzeConfig, advice: str) -> bytes:
     """The picture or the page that the ending of `path` asks for."""
-    from r2cli.analyze import figure, page
+    from r2cli.analysis import figure, page
 
     if path.suffix == ".html":
         first = {"bits": config.bits, "granularity": config.granularity, "sort": config.order}
@@ -83,7 +83,7 @@ def _drawn(path: Path, sheets: "Sequence[Analysis]", config: AnalyzeConfig, advi
 
 def _shown(sheets: "Sequence[Analysis]", config: AnalyzeConfig) -> list[console.Line]:
     """A table for each of `sheets`, and how several compare."""
-    from r2cli.analyze import terminal
+    from r2cli.analysis import terminal
 
     usual = LIMIT if len(sheets) == 1 else LIMIT_OF_MANY
     limit, shown = usual if config.limit is None else config.limit, list[console.Line]()
@@ -112,10 +112,10 @@ def _next(sources: Sequence[Path], checkpoint: Path | None, bits: int, *, writte
 
 def _worst(sheets: "Sequence[Analysis]", bits: int) -> "list[AnalyzedLayer]":
     """The rows of the first file's last view, which is the one that is deployed, the worst first."""
-    from r2cli.analyze import analysis
+    from r2cli.analysis import layer_table
 
     last = [sheet for sheet in sheets if sheet.file == sheets[0].file][-1]
-    return analysis.ordered(last.rows, "sqnr" if any(row.losses for row in last.rows) else "range", bits=bits)
+    return layer_table.ordered(last.rows, "sqnr" if any(row.losses for row in last.rows) else "range", bits=bits)
 
 
 def _require(report: Report, sheets: "Sequence[Analysis]", wanted: WeightGates, granularity: str) -> None:

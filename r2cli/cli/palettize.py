@@ -14,7 +14,7 @@ from r2cli.config.methods import PalettizeConfig
 from r2cli.errors import InputError
 
 if TYPE_CHECKING:
-    from r2cli.palettize.palettes import PalettizedLayer
+    from r2cli.palettes.compression import PalettizedLayer
 
 
 @command
@@ -34,7 +34,7 @@ def palettize(config: PalettizeConfig, given: Inputs, wanted: CompressionGates, 
 
     from r2cli.api import inputs
     from r2cli.cli import deliver
-    from r2cli.palettize import palettization as worker
+    from r2cli.palettes import palettization as worker
 
     worker.require_consistent(config, method, is_network=is_network)
     if not is_network:
@@ -58,7 +58,7 @@ def _file(
     source: Path, output: Path, config: PalettizeConfig, wanted: CompressionGates, written: PalettizeOutput
 ) -> Report:
     """Palettize a file of weights without a network."""
-    from r2cli.palettize import palettization, weight_files
+    from r2cli.palettes import palettization, weight_files
 
     started = perf_counter()
     settings = palettization.settings_of(config, "kmeans")

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from r2cli.analyze.analysis import Analysis, AnalyzedLayer
-from r2cli.analyze.rounding_pass import BITS
+from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
+from r2cli.analysis.rounding_pass import BITS
 
 PLACE = "/*DATA*/"
 DIGITS = 6  # significant, of every number that is no count

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from r2cli.analyze.analysis import Analysis, AnalyzedLayer
+from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 
 
 def sheet(made: Analysis) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from r2cli.errors import InputError
-from r2cli.palettize import kmeans, tables
-from r2cli.palettize.palettes import PaletteSettings, PalettizedLayer, few, with_exceptions
-from r2cli.palettize.tables import PaletteForm
+from r2cli.palettes import kmeans, tables
+from r2cli.palettes.compression import PaletteSettings, PalettizedLayer, few, with_exceptions
+from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.packing import pack, packed_bytes
 from r2cli.quantized.palette import Palette, nearest
 from r2cli.quantized.value_counts import PATTERNS, SIXTEEN_BIT

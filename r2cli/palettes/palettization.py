@@ -13,9 +13,9 @@ from r2cli.config import groups, values
 from r2cli.config.methods import PalettizeConfig
 from r2cli.data import Batch, Data
 from r2cli.errors import InputError
-from r2cli.palettize import palettes, soft_training
-from r2cli.palettize.palettes import PaletteSettings, PaletteTask, PalettizedLayer
-from r2cli.palettize.soft_training import PalettePlan, PaletteRunControl, Schedule
+from r2cli.palettes import compression, soft_training
+from r2cli.palettes.compression import PaletteSettings, PaletteTask, PalettizedLayer
+from r2cli.palettes.soft_training import PalettePlan, PaletteRunControl, Schedule
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.train import distributed, loop
 from r2cli.train.hooks import Epoch
@@ -148,7 +148,7 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
     epochs: list[dict[str, float]] = []
     if run.plan is None:
         with reporter.bar("k-means", run.steps) as progress:
-            coded, layers = palettes.by_kmeans(task, weigh=run.weighs, advance=progress.advance)
+            coded, layers = compression.by_kmeans(task, weigh=run.weighs, advance=progress.advance)
     else:
         with reporter.bar(task.settings.method, run.steps) as progress:
 

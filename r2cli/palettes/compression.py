@@ -16,8 +16,8 @@ from r2cli.data import Batch
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import Unreadable, trace
-from r2cli.palettize import learners, tables
-from r2cli.palettize.tables import PaletteForm
+from r2cli.palettes import learners, tables
+from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid

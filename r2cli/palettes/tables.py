@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from r2cli.errors import InputError
-from r2cli.palettize import kmeans
+from r2cli.palettes import kmeans
 from r2cli.quantized.palette import Palette
 
 DIMS, LUT_BITS = (1, 2, 4, 8), (8, 32)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from r2cli import console
-from r2cli.analyze.analysis import Analysis, AnalyzedLayer
-from r2cli.analyze.rounding_pass import CHANNEL, TENSOR
+from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
+from r2cli.analysis.rounding_pass import CHANNEL, TENSOR
 
 NAME, CELLS = 22, 13  # characters
 

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from r2cli.analyze.analysis import OtherTensor
+from r2cli.analysis.layer_table import OtherTensor
 from r2cli.deploy import audit, verify
 from r2cli.storage.stream import Stored, held
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from r2cli.palettize import dkm, tables
-from r2cli.palettize.tables import PaletteForm
+from r2cli.palettes import dkm, tables
+from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import from_vectors, to_vectors
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r2cli.analyze.range_pass import Advance, Ranges, Reading, as_float, matrix, spans
+from r2cli.analysis.range_pass import Advance, Ranges, Reading, as_float, matrix, spans
 from r2cli.quantized import value_counts as tables
 from r2cli.quantized.scratch import scratch
 from r2cli.storage.stream import Stored

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from r2cli.data import Data
 from r2cli.errors import R2Error
 from r2cli.graph import batchnorm, structure
-from r2cli.palettize import learners, palettes
-from r2cli.palettize.learners import LEARNERS, Learner
-from r2cli.palettize.palettes import PaletteSettings, PaletteTask, PalettizedLayer
+from r2cli.palettes import compression, learners
+from r2cli.palettes.compression import PaletteSettings, PaletteTask, PalettizedLayer
+from r2cli.palettes.learners import LEARNERS, Learner
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.train import hooks, loop
 from r2cli.train.hooks import Epoch
@@ -75,9 +75,9 @@ def by_training(
 
     Raises InputError for settings that do not fit the network, R2Error where training diverges.
     """
-    subject = palettes.read(work.checkpoint, work.settings)
-    model, wanted = subject.model, palettes.forms(subject.layers, work.settings)
-    evened = palettes.even_out(subject, wanted)
+    subject = compression.read(work.checkpoint, work.settings)
+    model, wanted = subject.model, compression.forms(subject.layers, work.settings)
+    evened = compression.even_out(subject, wanted)
     made: dict[str, Learner] = {}
     for name, form in wanted.items():
         weight = model.get_submodule(name).weight
@@ -98,20 +98,20 @@ def by_training(
         watch=watch,
     )
     model.cpu()
-    notes = {name: palettes.together(evened.get(name), _note(learner)) for name, learner in made.items()}
+    notes = {name: compression.together(evened.get(name), _note(learner)) for name, learner in made.items()}
     coded = learners.take_off(model, made)
-    return palettes.finish(work, subject, coded, notes)
+    return compression.finish(work, subject, coded, notes)
 
 
 def _note(learner: Learner) -> str:
     again = f"{learner.reseeded} collapsed tables started again" if learner.reseeded else ""
-    return palettes.together(palettes.few(learner.least_used, learner.form), again)
+    return compression.together(compression.few(learner.least_used, learner.form), again)
 
 
 def _method(
     work: PaletteTask,
     plan: PalettePlan,
-    subject: palettes.ReadNetwork,
+    subject: compression.ReadNetwork,
     made: Mapping[str, Learner],
     gaps: dict[int, float],
 ) -> hooks.TrainHooks:

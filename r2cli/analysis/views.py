@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r2cli.analyze import analysis, onnx_weights
-from r2cli.analyze.analysis import Analysis, AnalyzeSettings, OtherTensor
+from r2cli.analysis import layer_table, onnx_weights
+from r2cli.analysis.layer_table import Analysis, AnalyzeSettings, OtherTensor
 from r2cli.calibration import deployed
 from r2cli.config.inspection import AnalyzeConfig
 from r2cli.errors import InputError, R2Error
@@ -87,7 +87,7 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
 
 
 def _view(path: Path, name: str, found: Sequence[Stored], more: Sequence[OtherTensor], *, everything: bool) -> View:
-    layers, others = analysis.split(found, everything=everything)
+    layers, others = layer_table.split(found, everything=everything)
     return View(path, name, tuple(layers), (*others, *more))
 
 
@@ -120,7 +120,7 @@ def measured(
         Analysis(
             str(view.file),
             view.name,
-            analysis.rows(own, settings, threads=threads, advance=advance),
+            layer_table.rows(own, settings, threads=threads, advance=advance),
             view.others,
             view.note,
         )

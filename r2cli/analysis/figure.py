@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from r2cli.analyze.analysis import Analysis, AnalyzedLayer
-from r2cli.analyze.rounding_pass import TENSOR
+from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
+from r2cli.analysis.rounding_pass import TENSOR
 from r2cli.errors import InputError
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from r2cli.analyze.analysis import AnalyzedLayer
-from r2cli.analyze.rounding_pass import CHANNEL, TENSOR
+from r2cli.analysis.layer_table import AnalyzedLayer
+from r2cli.analysis.rounding_pass import CHANNEL, TENSOR
 
 WORTH_BITS = 0.5  # of range, for clipping to be worth a word
 WORTH_DB = 3.0  # half a bit

@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from r2cli.analyze.range_pass import Ranges, Reading, finite_pieces, read
-from r2cli.analyze.rounding_pass import MIN_MAX, TENSOR, Losses, losses
+from r2cli.analysis.range_pass import Ranges, Reading, finite_pieces, read
+from r2cli.analysis.rounding_pass import MIN_MAX, TENSOR, Losses, losses
 from r2cli.errors import unknown
 from r2cli.quantized import value_counts as tables
 from r2cli.quantized.value_counts import Bins

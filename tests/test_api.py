@@ -1,0 +1,104 @@
+"""The Python API: the examples of docs/api.md, and the same bytes as the commands."""
+
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import r2cli
+from conftest import R2
+from r2cli import data as datasets
+from r2cli.config.option import Config
+from r2cli.errors import InputError
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
+CONFIGS = (r2cli.PretrainConfig, r2cli.PtqConfig, r2cli.QatConfig, r2cli.PalettizeConfig, r2cli.AnalyzeConfig)
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    examples = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert len(examples) == 6
+    names: dict[str, object] = {}
+    for example in examples:
+        exec(compile(example, str(DOCUMENT), "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "mobilenet.onnx"}
+
+
+def test_a_function_gives_the_bytes_of_its_command(r2: R2, trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    shutil.copy(trained, path)
+    assert r2("ptq", path, "--weight-bits", "3", "--keep", "classifier=8", "--json").code == 0
+    config = r2cli.PtqConfig(weight_bits=3, keep={"classifier": 8})
+    result = r2cli.quantize(path, None, config)
+    written = tmp_path / "model.w3a8-none.safetensors"
+    assert result.to_bytes() == written.read_bytes()
+    assert r2cli.export(result) == written.with_suffix(".onnx").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, written.with_suffix(".onnx").name, written.name]
+
+
+def test_palettes_are_those_of_the_command(r2: R2, trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    shutil.copy(trained, path)
+    assert r2("palettize", path, "--method", "kmeans", "--bits", "2", "--json").code == 0
+    result = r2cli.palettize(path, None, r2cli.PalettizeConfig(method="kmeans", bits=2))
+    assert result.to_bytes() == (tmp_path / "model.b2d1-kmeans.safetensors").read_bytes()
+
+
+def test_nothing_is_printed(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    r2cli.quantize(trained, None, r2cli.PtqConfig())
+    r2cli.analyze(trained)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_module_stays_as_it_is() -> None:
+    source = r2cli.load_data("digits:32", size=8)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    result = r2cli.quantize(network, source, r2cli.PtqConfig())
+    assert network.training and all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
+    assert set(result.checkpoint.coded) == {"0.weight", "4.weight"}
+    images, _ = next(iter(source.test.batches(8, torch.device("cpu"))))
+    assert result.network(images).shape == (8, 10)
+
+
+def test_a_module_needs_data() -> None:
+    with pytest.raises(InputError, match="needs the data"):
+        r2cli.quantize(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="does not say how it is fed"):
+        r2cli.export(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_bound_and_check_holds_for_the_api_too(kind: type[Config]) -> None:
+    for own in fields(kind):
+        option = own.metadata["option"]
+        if option.least is not None:
+            with pytest.raises(InputError, match="impossible"):
+                kind(**{own.name: option.least - 1})
+        if option.most is not None:
+            with pytest.raises(InputError, match="impossible"):
+                kind(**{own.name: option.most + 1})
+        if option.check is not None and option.given is None and isinstance(own.default, str):
+            with pytest.raises(InputError):
+                kind(**{own.name: "nonsense"})
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(InputError, match="two wishes"):
+        r2cli.PtqConfig(weight_bits=3, target_bits=2.5)
+    with pytest.raises(InputError, match="--from-scratch"):
+        r2cli.QatConfig(reg="margin")
+    with pytest.raises(InputError, match="--lut-bits"):
+        r2cli.PalettizeConfig(act_bits=8, lut_bits=32)
+
+
+def test_data_that_the_checkpoint_does_not_name(trained: Path) -> None:
+    source = datasets.load("fake:1x8x8:3")
+    with pytest.raises(InputError, match="class"):
+        r2cli.quantize(trained, source)
