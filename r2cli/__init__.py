@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
 CONFIGS = {"AnalyzeConfig": "inspection"}
 CONFIGS |= dict.fromkeys(("PalettizeConfig", "PretrainConfig", "PtqConfig", "QatConfig"), "methods")
-FUNCTIONS = ("export", "finetune", "load_data", "palettize", "prepare", "pretrain", "quantize", "regularizer", "verify")
+FUNCTIONS = (
+    "analyze",
+    "export",
+    "finetune",
+    "load_data",
+    "palettize",
+    "prepare",
+    "pretrain",
+    "quantize",
+    "regularizer",
+    "verify",
+)
 
 
 def __getattr__(name: str) -> Any:

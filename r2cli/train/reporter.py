@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
-class Bar(Protocol):
+class ProgressBar(Protocol):
     """A bar that is running: `advance` it, and show a `line` above it."""
 
     def advance(self, steps: int = 1, /) -> None: ...
@@ -16,7 +16,7 @@ class Reporter(Protocol):
     """Takes notes for a person who waits, and opens bars. `r2cli.console` is one."""
 
     def note(self, text: str, /) -> None: ...
-    def bar(self, what: str, total: int, /) -> AbstractContextManager[Bar]: ...
+    def bar(self, what: str, total: int, /) -> AbstractContextManager[ProgressBar]: ...
 
 
 class _Nothing:
@@ -34,7 +34,7 @@ class Silent:
         pass
 
     @contextmanager
-    def bar(self, what: str, total: int, /) -> Iterator[Bar]:
+    def bar(self, what: str, total: int, /) -> Iterator[ProgressBar]:
         yield _Nothing()
 
 
