@@ -84,7 +84,7 @@ def bare(path: Path, dtype: torch.dtype) -> None:
 
 
 def ours(path: Path, *, quick: bool, threads: int = 1) -> None:
-    layers, _ = analysis.split(stream.of_model(path), everything=False)
+    layers, _ = analysis.split(stream.tensors_of_model(path), everything=False)
     analysis.rows(layers, AnalyzeSettings(quick=quick), threads=threads, advance=lambda _: None)
 
 

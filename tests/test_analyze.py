@@ -17,13 +17,13 @@ from r2cli.analyze.advice import advice
 from r2cli.analyze.analysis import AnalyzedLayer, AnalyzeSettings
 from r2cli.analyze.rounding_pass import BITS
 from r2cli.ptq import weight_grids
-from r2cli.storage.stream import held
+from r2cli.storage.stream import from_memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn)
 
 
 def row(x: Tensor, **settings: object) -> AnalyzedLayer:
-    return analysis.row(held("w.weight", x, "memory"), AnalyzeSettings(**settings))  # type: ignore[arg-type]
+    return analysis.row(from_memory("w.weight", x, "memory"), AnalyzeSettings(**settings))  # type: ignore[arg-type]
 
 
 def hostile(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ def test_outliers_are_exact_however_many_there_are(monkeypatch: pytest.MonkeyPat
 
 
 def test_rows_are_in_order_on_any_number_of_threads_and_progress_is_whole() -> None:
-    stored = [held(f"layer{i}", torch.randn(i + 1, 700), "memory") for i in range(20)]
+    stored = [from_memory(f"layer{i}", torch.randn(i + 1, 700), "memory") for i in range(20)]
     threads = torch.get_num_threads()
     told: list[int] = []
     one = analysis.rows(stored, AnalyzeSettings(piece=300), threads=1, advance=told.append)
@@ -213,10 +213,10 @@ def test_rows_are_in_order_on_any_number_of_threads_and_progress_is_whole() -> N
 
 def test_layers_and_what_is_none() -> None:
     found = [
-        held("conv", torch.zeros(2, 2, 3, 3), ""),
-        held("bias", torch.zeros(2), ""),
-        held("scalar", torch.tensor(1.0), ""),
-        held("ids", torch.zeros(2, 2, dtype=torch.int64), ""),
+        from_memory("conv", torch.zeros(2, 2, 3, 3), ""),
+        from_memory("bias", torch.zeros(2), ""),
+        from_memory("scalar", torch.tensor(1.0), ""),
+        from_memory("ids", torch.zeros(2, 2, dtype=torch.int64), ""),
     ]
     layers, others = analysis.split(found, everything=False)
     assert [each.name for each in layers] == ["conv"]
@@ -233,7 +233,7 @@ def test_orders_put_what_hurts_first() -> None:
     broken = normal.clone()
     broken[0, 0] = math.nan
     names = {"normal": normal, "outlier": outlier, "broken": broken, "uniform": torch.rand(40, 100) - 0.5}
-    found = [analysis.row(held(name, x, ""), AnalyzeSettings()) for name, x in names.items()]
+    found = [analysis.row(from_memory(name, x, ""), AnalyzeSettings()) for name, x in names.items()]
     for by in ("sqnr", "range", "kurtosis"):
         order = [each.layer for each in analysis.ordered(found, by)]
         assert order == ["broken", "outlier", "normal", "uniform"], by

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from r2cli.analyze.analysis import OtherTensor
 from r2cli.deploy import audit, verify
-from r2cli.storage.stream import Stored, held
+from r2cli.storage.stream import Stored, from_memory
 
 # The weight's place among a layer's inputs.
 WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
@@ -37,7 +37,7 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[OtherTensor]]:
     decoded = []
     for name, array in zip(computed, arrays, strict=True):
         values = _channels_first(torch.from_numpy(np.asarray(array, dtype=np.float32)), weights[name])
-        decoded.append(held(name, values, str(path)))
+        decoded.append(from_memory(name, values, str(path)))
     parts = {name for value in computed for name in above[value]}
     floats, others = [], []
     for name, each in initializers.items():
@@ -48,7 +48,7 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[OtherTensor]]:
             others.append(OtherTensor(name, tuple(each.dims), kind, "integers"))
         else:
             values = _to_tensor(each)
-            floats.append(held(name, _channels_first(values, weights[name]) if name in weights else values, str(path)))
+            floats.append(from_memory(name, _channels_first(values, weights[name]) if name in weights else values, str(path)))
     return decoded, floats, others
 
 

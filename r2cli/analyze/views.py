@@ -15,7 +15,7 @@ from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import Unreadable, trace
 from r2cli.storage import checkpoint, stream
-from r2cli.storage.stream import Stored, held
+from r2cli.storage.stream import Stored, from_memory
 
 TRAINED, FOLDED, DECODED = "as trained", "folded", "decoded"
 
@@ -52,7 +52,7 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     if path.suffix == ".onnx" and not path.is_dir():
         decoded, floats, others = onnx_weights.of_onnx(path)
         return [_view(path, DECODED if decoded else "", [*decoded, *floats], others, everything=everything)]
-    stored = stream.of_model(path)
+    stored = stream.tensors_of_model(path)
     recorded = stream.metadata(path).get("r2") if path.is_file() and path.suffix == ".safetensors" else None
     if recorded is None:
         return [_view(path, "", stored, [], everything=everything)]
@@ -62,12 +62,12 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     except (ValueError, KeyError, TypeError):
         coded, has_network = False, True  # `checkpoint.load` says below what is wrong
     if not has_network:
-        state = [held(name, tensor, str(path)) for name, tensor in checkpoint.load_state(path).items()]
+        state = [from_memory(name, tensor, str(path)) for name, tensor in checkpoint.load_state(path).items()]
         return [_view(path, DECODED, state, [], everything=everything)]
     if coded:
         made = checkpoint.load(path)
-        found = [held(name, one.decode(), str(path)) for name, one in made.coded.items()]
-        rest = [held(name, tensor, str(path)) for name, tensor in made.floats.items()]
+        found = [from_memory(name, one.decode(), str(path)) for name, one in made.coded.items()]
+        rest = [from_memory(name, tensor, str(path)) for name, tensor in made.floats.items()]
         return [_view(path, DECODED, [*found, *rest], [], everything=everything)]
     trained = _view(path, TRAINED, stored, [], everything=everything)
     try:
@@ -104,5 +104,5 @@ def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
             weight = module.weight
             assert isinstance(weight, Tensor)
             factor = factors[layer.name].reshape(-1, *[1] * (weight.ndim - 1))
-            found[layer.weight] = held(layer.weight, (weight.double() * factor).float(), made.origin)
+            found[layer.weight] = from_memory(layer.weight, (weight.double() * factor).float(), made.origin)
     return found, silenced
