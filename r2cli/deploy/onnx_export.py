@@ -76,7 +76,7 @@ class _GlobalAveragePool(nn.Module):
 
 
 class _QuantizeDequantize(nn.Module):
-    """An `OnGrid` as QuantizeLinear, for less than 8 bits a Clip of the codes, and DequantizeLinear.
+    """An `FakeQuantize` as QuantizeLinear, for less than 8 bits a Clip of the codes, and DequantizeLinear.
 
     `most` (channels,) are bounds of a `Clip` before it: rounding keeps order, so codes are clipped in their place, and
     runtimes stay in integers.
@@ -158,7 +158,7 @@ def _standard_operators(net: fx.GraphModule) -> None:
 
     def replacement(node: fx.Node) -> nn.Module | None:
         module = operators.module_of(net, node)
-        if isinstance(module, deployed.OnGrid):
+        if isinstance(module, deployed.FakeQuantize):
             return _QuantizeDequantize(module.grid, bounds.get(node))
         if isinstance(module, Clip) and all(user in bounds for user in node.users):
             return nn.ReLU()
@@ -174,7 +174,7 @@ def _standard_operators(net: fx.GraphModule) -> None:
     edit.repeat_grids(net)
     _join_hard_sigmoids(net)
     clips = {node: operators.module_of(net, node) for node in net.graph.nodes}
-    on_grids = [node for node, module in clips.items() if isinstance(module, deployed.OnGrid)]
+    on_grids = [node for node, module in clips.items() if isinstance(module, deployed.FakeQuantize)]
     bounds = {n: c.high for n in on_grids if isinstance(c := clips[n.all_input_nodes[0]], Clip)}
     edit.replace_calls(net, replacement)
 
@@ -203,7 +203,7 @@ def _join_hard_sigmoids(net: fx.GraphModule) -> None:
         if user is None or not operators.is_a(net, node, (nn.Hardsigmoid, F.hardsigmoid)):
             continue
         module = operators.module_of(net, user)
-        if isinstance(module, deployed.OnGrid) and module.grid.bits == 8 and edit.is_grid(node.all_input_nodes[0]):
+        if isinstance(module, deployed.FakeQuantize) and module.grid.bits == 8 and edit.is_grid(node.all_input_nodes[0]):
             user.replace_input_with(node, node.all_input_nodes[0])
             net.graph.erase_node(node)
             net.add_submodule(f"replaced.{node.name}", _HardSigmoid(module.grid))
