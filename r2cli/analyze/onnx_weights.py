@@ -48,7 +48,9 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[OtherTensor]]:
             others.append(OtherTensor(name, tuple(each.dims), kind, "integers"))
         else:
             values = _to_tensor(each)
-            floats.append(from_memory(name, _channels_first(values, weights[name]) if name in weights else values, str(path)))
+            floats.append(
+                from_memory(name, _channels_first(values, weights[name]) if name in weights else values, str(path))
+            )
     return decoded, floats, others
 
 

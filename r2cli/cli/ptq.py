@@ -221,7 +221,7 @@ def ptq(
         return {"command": "ptq", "options": options}
     where = loop.device(device)
     calibration = 0 if without else subject.calibration(calibration, loaded)
-    batches = datasets.Again(lambda: datasets.calibration(loaded, calibration, where, seed))
+    batches = datasets.Repeatable(lambda: datasets.calibration(loaded, calibration, where, seed))
     choice: list[worker.ChosenBits] = []
     if target_bits or target_bytes:
         target = worker.BitTarget(target_bits, target_bytes, sensitivity)
@@ -231,7 +231,7 @@ def ptq(
     before = loop.evaluate(deployed.network(made).to(where), loaded.test, where) if measured else None
     note = f"float top-1 {before:.2f} %" if before is not None else "no images, so accuracy is not measured"
     console.note(f"quantizing {source} to {suffix}: {note}")
-    shown_to = None if without else datasets.Again(lambda: (batch for batch, _ in batches))
+    shown_to = None if without else datasets.Repeatable(lambda: (batch for batch, _ in batches))
     trials: list[auto.Trial] = []
     if method == "auto":
         if shown_to is None:

@@ -40,7 +40,7 @@ class Images:
             if self.data is None:
                 return datasets.load_named_in_file(default, spec=spec, **more)
             return datasets.load(self.data, spec=spec, **more)
-        tokenizer = datasets.packed(text.tokenizer(model)) if model and text.has(model) else None
+        tokenizer = datasets.pack_tokenizer(text.tokenizer(model)) if model and text.has(model) else None
         more |= {"tokenizer": tokenizer}
         return datasets.load(self.data or default, size=self.size, mean=mean, std=std, **more)
 

@@ -36,7 +36,9 @@ def put(net: fx.GraphModule, bounds: Mapping[str, Tensor]) -> None:
     nodes = {node.name: node for node in net.graph.nodes}
     for name, high in bounds.items():
         if name not in nodes:
-            raise R2Error(f"the network has no value '{name}' to clip: give the network that the checkpoint was made of")
+            raise R2Error(
+                f"the network has no value '{name}' to clip: give the network that the checkpoint was made of"
+            )
         net.add_submodule(f"{CLIPS}{name}", Clip(high))
         with net.graph.inserting_after(nodes[name]):
             call = net.graph.call_module(f"{CLIPS}{name}", (nodes[name].args[0],))
