@@ -195,7 +195,7 @@ def test_outliers_are_exact_however_many_there_are(monkeypatch: pytest.MonkeyPat
     for sigma in (0.5, 2.0, 4.0):
         want = (np.abs(w - w.mean()) > sigma * w.std()).sum()
         for room in (1, 1 << 20):
-            monkeypatch.setattr("r2cli.analyze.ranges.MOST_FAR", room)
+            monkeypatch.setattr("r2cli.analyze.range_pass.MOST_FAR", room)
             for piece in (100, 1 << 17):
                 for order in (x, x.flip(0)):
                     assert row(order, sigma=sigma, piece=piece).outliers == want

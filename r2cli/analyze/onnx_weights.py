@@ -17,7 +17,7 @@ from r2cli.analyze.analysis import OtherTensor
 from r2cli.deploy import audit, verify
 from r2cli.storage.stream import Stored, from_memory
 
-# The weight's place among a layer's inputs.
+# Which input of each operator is the weight.
 WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
@@ -55,7 +55,7 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[OtherTensor]]:
 
 
 def _weights(file: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
-    """The values that layers read as weights, each with a layer that reads it."""
+    """Return the names of values that layers read as weights, each with a layer that reads it."""
     for node in file.graph.node:
         place = WEIGHT_INPUT.get(node.op_type)
         if place is not None and len(node.input) > place:
@@ -63,7 +63,7 @@ def _weights(file: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
 
 
 def _channels_first(values: Tensor, node: onnx.NodeProto) -> Tensor:
-    """The weight as (output channels, ...): a MatMul's and an untransposed Gemm's have them last."""
+    """Return the weight as (output channels, ...). In MatMul, and Gemm without transB, the output channels are last."""
     transposed = any(each.name == "transB" and each.i for each in node.attribute)
     return values.T if node.op_type in ("MatMul", "Gemm") and values.ndim == 2 and not transposed else values
 

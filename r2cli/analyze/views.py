@@ -1,4 +1,4 @@
-"""What a file holds to analyze: its weights, in one view or two."""
+"""The weights of a file to analyze, in one view or two: as trained, with BatchNorm folded, or decoded."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ TRAINED, FOLDED, DECODED = "as trained", "folded", "decoded"
 
 @dataclass(frozen=True)
 class View:
-    """Weights to analyze together. `is_float_checkpoint`: one that r2 made and can quantize."""
+    """Weights that are analyzed together. `is_float_checkpoint` says that r2 made the file and can quantize it."""
 
     file: Path
     name: str
@@ -78,7 +78,7 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     if not folded:
         return [replace(trained, name="", is_float_checkpoint=True)]
     note = f"{silenced} dead channels are shown as zero, as `r2 ptq` makes them" if silenced else ""
-    # What is not folded stands in both views.
+    # A weight that no BatchNorm is folded into is the same in both views.
     both = [folded.get(each.name, each) for each in trained.layers]
     second = replace(trained, name=FOLDED, layers=tuple(both), note=note)
     return [replace(view, is_float_checkpoint=True) for view in (trained, second)]
@@ -91,7 +91,7 @@ def _view(path: Path, name: str, found: Sequence[Stored], more: Sequence[OtherTe
 
 @torch.no_grad()
 def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
-    """The weights that a BatchNorm is folded into, as `r2 ptq` folds it, by name; and how many channels it silenced."""
+    """Fold BatchNorm as `r2 ptq` does. Returns the folded weights by name, and the number of channels that became 0."""
     model = deployed.network(made)
     if not any(isinstance(module, operators.NORMS) for module in model.modules()):
         return {}, 0
