@@ -87,7 +87,7 @@ class _TensorGrids:
             self.scales[bits] = widest, best
         self._noise = {bits: [0.0, 0.0] for bits in BITS}
         self._used = {bits: torch.zeros(1 << bits, dtype=torch.bool) for bits in BITS}
-        # If both ends of a bucket have the same code, that level is used. With exact counts this is so for every bucket.
+        # If both ends of a bucket have the same code, that level is used. With exact counts every bucket is like that.
         self._open = dict.fromkeys(BITS, False)
         for bits, (widest, best) in self.scales.items():
             lowest, highest = (
@@ -114,7 +114,7 @@ class _TensorGrids:
             self._noise[bits][1] += _energy(error, best)
 
     def noise(self) -> dict[str, dict[int, float]]:
-        """Return the losses. For the best range take the lesser of the two, since the search may miss min-max's range."""
+        """Return the losses. The best range is the better of the two: the search may do worse than min-max."""
         return {
             MIN_MAX: {bits: n[0] for bits, n in self._noise.items()},
             BEST: {bits: min(n) for bits, n in self._noise.items()},
