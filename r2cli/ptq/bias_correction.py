@@ -68,7 +68,7 @@ def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
 
 
 def _per_channel(module: nn.Module, outputs: Tensor) -> Tensor:
-    """Return the mean of each channel, (channels,). x is (n, channels, ...), or (n, ..., channels) of a linear layer."""
+    """Return the mean of each channel, (channels,). x is (n, channels, ...); of a linear layer (n, ..., channels)."""
     return (
         outputs.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else outputs.transpose(0, 1).flatten(1).mean(1)
     )
