@@ -84,7 +84,7 @@ def bare(path: Path, dtype: torch.dtype) -> None:
 
 
 def ours(path: Path, *, quick: bool, threads: int = 1) -> None:
-    layers, _ = layer_table.split(stream.of_model(path), everything=False)
+    layers, _ = layer_table.split(stream.tensors_of_model(path), everything=False)
     layer_table.rows(layers, AnalyzeSettings(quick=quick), threads=threads, advance=lambda _: None)
 
 
@@ -113,7 +113,7 @@ from pathlib import Path
 import torch
 from r2cli import analyze, tensors
 torch.set_num_threads(1)
-analyze.row(tensors.held("w", torch.zeros(64, 64), ""), analyze.Settings())
+analyze.row(tensors.from_memory("w", torch.zeros(64, 64), ""), analyze.Settings())
 def resident(field):
     text = Path("/proc/self/status").read_text()
     return int(text.split(field + ":")[1].split()[0]) / 1024

@@ -1,6 +1,6 @@
-"""All that r2 prints, and the only importer of rich: results on standard output, progress and errors on standard error.
+"""The only file that prints: results go to standard output, progress and errors to standard error.
 
-With --json, standard output holds one JSON object and nothing else.
+With --json, standard output holds one JSON object and nothing else, so that it can be piped into another program.
 """
 
 import json
@@ -24,9 +24,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+# No markup: a file name such as "[a].onnx" must be printed as it is.
 _out = Console(soft_wrap=True, highlight=False, markup=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-RANK = int(os.environ.get("RANK", "0"))  # under torchrun the first process prints, the others only what stops them
+# torchrun sets RANK. Only the first process prints results and progress; the others print nothing but their errors.
+RANK = int(os.environ.get("RANK", "0"))
 
 Line = str | Text | Table
 
@@ -34,7 +36,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class Bar:
-    """A progress bar that is running: `advance` it, and print a `line` above it."""
+    """A running progress bar. `advance` moves it on; `line` prints a line above it."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -49,7 +51,7 @@ class Bar:
 
 @contextmanager
 def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Bar]:
-    """A bar over `total` steps, or bytes, with the time left, on standard error."""
+    """Show a progress bar over `total` steps or bytes, with the time left, on standard error."""
     done = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(None), done, TimeRemainingColumn())
     with Progress(*columns, console=_err, transient=True, disable=RANK > 0 or not _err.is_terminal) as progress:
@@ -57,23 +59,23 @@ def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Bar]:
 
 
 def note(text: str) -> None:
-    """One line for a person who is waiting."""
+    """Print one line for a person who is waiting, on standard error."""
     if not RANK:
         _err.print(text, style="dim")
 
 
 def tell(lines: Sequence[Line], *, as_json: bool) -> None:
-    """The result of a command for people, lines and tables; for machines it is the report that the command returns."""
+    """Print the result of a command for people. With `as_json` print nothing: `report` prints the result then."""
     if RANK or as_json:
         return
     for line in lines:
-        _out.print(line)  # a plain text is printed as it is: a file's name is no markup
+        _out.print(line)
         if isinstance(line, Table):
             _out.print()
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A plain table; numbers to the right, the first column to the left."""
+    """Make a plain table. Columns of numbers are aligned to the right, all others and the first to the left."""
     out = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = index > 0 and all(_is_numeric(row[index]) for row in rows)
@@ -84,7 +86,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 
 
 def histogram(heights: Sequence[float], marked: Sequence[bool]) -> Text:
-    """Bars of heights from 0 to 1, one character each; `marked` ones are red dots, which no colour is needed to see."""
+    """Draw heights from 0 to 1 as bars, one character each. Marked bars are red dots, so they show without colour."""
     text = Text()
     for height, mark in zip(heights, marked, strict=True):
         if height <= 0:
@@ -104,14 +106,14 @@ def next_step(command: str) -> Text:
     return Text.assemble(("next:", "bold"), f" {command}")
 
 
-def report(told: Mapping[str, Any]) -> None:
-    """The result of a command for machines, on standard output."""
+def report(result: Mapping[str, Any]) -> None:
+    """Print the result of a command for machines: one JSON object on standard output."""
     if not RANK:
-        sys.stdout.write(json.dumps(_plain(told), indent=2) + "\n")
+        sys.stdout.write(json.dumps(_plain(result), indent=2) + "\n")
 
 
 def fail(message: str) -> None:
-    """An error, as one sentence."""
+    """Print an error, which is one sentence, on standard error."""
     which = f" (process {RANK})" if RANK else ""
     _err.print(Text.assemble(("r2:", "bold red"), f"{which} {message}"))
 
@@ -121,12 +123,12 @@ def _is_numeric(cell: object) -> bool:
     try:
         float(text)
     except ValueError:
-        return text == "-"
+        return text == "-"  # stands for a number that does not exist
     return True
 
 
 def _plain(value: Any) -> Any:
-    """`value` for strict JSON: infinities and NaN become null."""
+    """Make `value` fit for strict JSON, which has no infinities and no NaN: they become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,10 +1,10 @@
-"""Every error a user can cause, and the exit code that each class means.
+"""Every error that a user can cause, and the exit code of each class.
 
     R2Error                3   something failed while running
-    ├── InputError         2   a file, a tensor, a name or an option value that cannot be used
+    ├── InputError         2   a file, a tensor, a name or an option value cannot be used
     └── CheckFailed        1   the work was done and written, but a gate or a proof failed
 
-A message is one sentence that names the file, the tensor and the way out. Success is 0, an interrupt 130.
+A message is one sentence. It names the file and the tensor, and says what to do. Success is 0, an interrupt 130.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,15 +19,15 @@ class R2Error(Exception):
 
 
 class InputError(R2Error):
-    """Something the user gave cannot be used (exit code 2)."""
+    """Something that the user gave cannot be used (exit code 2)."""
 
     exit_code = 2
 
 
 class CheckFailed(R2Error):
-    """The result was written, and a gate or a proof on it failed (exit code 1).
+    """The result was written, but a gate or a proof on it failed (exit code 1).
 
-    `report` is the command's, where it has one by then.
+    `report` is the report of the command, if it was complete by then.
     """
 
     exit_code = 1
@@ -38,8 +38,9 @@ class CheckFailed(R2Error):
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
-    """The error for a name that does not exist, with the nearest one that does."""
+    """Return the error for a name that does not exist. Its message suggests the nearest one that does."""
     names = sorted(choices)
+    # Below a similarity of 0.5 a suggestion is more often wrong than right.
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")

@@ -17,13 +17,13 @@ from r2cli.analysis.advice import advice
 from r2cli.analysis.layer_table import AnalyzedLayer, AnalyzeSettings
 from r2cli.analysis.rounding_pass import BITS
 from r2cli.ptq import weight_grids
-from r2cli.storage.stream import held
+from r2cli.storage.stream import from_memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn)
 
 
 def row(x: Tensor, **settings: object) -> AnalyzedLayer:
-    return layer_table.row(held("w.weight", x, "memory"), AnalyzeSettings(**settings))  # type: ignore[arg-type]
+    return layer_table.row(from_memory("w.weight", x, "memory"), AnalyzeSettings(**settings))  # type: ignore[arg-type]
 
 
 def hostile(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -195,14 +195,14 @@ def test_outliers_are_exact_however_many_there_are(monkeypatch: pytest.MonkeyPat
     for sigma in (0.5, 2.0, 4.0):
         want = (np.abs(w - w.mean()) > sigma * w.std()).sum()
         for room in (1, 1 << 20):
-            monkeypatch.setattr("r2cli.analyze.ranges.MOST_FAR", room)
+            monkeypatch.setattr("r2cli.analysis.range_pass.MOST_FAR", room)
             for piece in (100, 1 << 17):
                 for order in (x, x.flip(0)):
                     assert row(order, sigma=sigma, piece=piece).outliers == want
 
 
 def test_rows_are_in_order_on_any_number_of_threads_and_progress_is_whole() -> None:
-    stored = [held(f"layer{i}", torch.randn(i + 1, 700), "memory") for i in range(20)]
+    stored = [from_memory(f"layer{i}", torch.randn(i + 1, 700), "memory") for i in range(20)]
     threads = torch.get_num_threads()
     told: list[int] = []
     one = layer_table.rows(stored, AnalyzeSettings(piece=300), threads=1, advance=told.append)
@@ -213,10 +213,10 @@ def test_rows_are_in_order_on_any_number_of_threads_and_progress_is_whole() -> N
 
 def test_layers_and_what_is_none() -> None:
     found = [
-        held("conv", torch.zeros(2, 2, 3, 3), ""),
-        held("bias", torch.zeros(2), ""),
-        held("scalar", torch.tensor(1.0), ""),
-        held("ids", torch.zeros(2, 2, dtype=torch.int64), ""),
+        from_memory("conv", torch.zeros(2, 2, 3, 3), ""),
+        from_memory("bias", torch.zeros(2), ""),
+        from_memory("scalar", torch.tensor(1.0), ""),
+        from_memory("ids", torch.zeros(2, 2, dtype=torch.int64), ""),
     ]
     layers, others = layer_table.split(found, everything=False)
     assert [each.name for each in layers] == ["conv"]
@@ -233,7 +233,7 @@ def test_orders_put_what_hurts_first() -> None:
     broken = normal.clone()
     broken[0, 0] = math.nan
     names = {"normal": normal, "outlier": outlier, "broken": broken, "uniform": torch.rand(40, 100) - 0.5}
-    found = [layer_table.row(held(name, x, ""), AnalyzeSettings()) for name, x in names.items()]
+    found = [layer_table.row(from_memory(name, x, ""), AnalyzeSettings()) for name, x in names.items()]
     for by in ("sqnr", "range", "kurtosis"):
         order = [each.layer for each in layer_table.ordered(found, by)]
         assert order == ["broken", "outlier", "normal", "uniform"], by
@@ -248,7 +248,7 @@ import torch
 from r2cli import analyze, tensors
 def resident(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) / 1024
-analyze.row(tensors.held("w", torch.zeros(8, 8), ""), analyze.Settings())
+analyze.row(tensors.from_memory("w", torch.zeros(8, 8), ""), analyze.Settings())
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
 analyze.rows(tensors.of_model(Path(sys.argv[1])), analyze.Settings(), threads=2, advance=lambda _: None)

@@ -92,7 +92,7 @@ def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[str
 
 def test_shares_make_up_the_batch() -> None:
     for count in (1, 2, 7, 64):
-        parts = torch.cat([RowShare(rank, 3).of(count) for rank in range(3)])
+        parts = torch.cat([RowShare(rank, 3).positions(count) for rank in range(3)])
         assert parts.sort().values.equal(torch.arange(count))
 
 

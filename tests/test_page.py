@@ -11,7 +11,7 @@ import torch
 
 from r2cli.analysis import layer_table, page
 from r2cli.analysis.layer_table import Analysis, AnalyzedLayer, AnalyzeSettings
-from r2cli.storage.stream import held
+from r2cli.storage.stream import from_memory
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -25,7 +25,7 @@ LAYERS = 200
 def row(name: str, seed: int, **settings: Any) -> AnalyzedLayer:
     x = torch.randn(8, 40, generator=torch.Generator().manual_seed(seed)) / 10
     x[seed % 8, 3] = 0.3 + seed / 100
-    return layer_table.row(held(name, x, ""), AnalyzeSettings(**settings))
+    return layer_table.row(from_memory(name, x, ""), AnalyzeSettings(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [row(f"blocks.{n}.conv.weight", n) for n in range(LAYERS - 2)]
     broken = torch.ones(4, 4)
     broken[0, 0] = math.nan
-    odd = [row(HOSTILE, 1), layer_table.row(held("broken", broken, ""), AnalyzeSettings())]
+    odd = [row(HOSTILE, 1), layer_table.row(from_memory("broken", broken, ""), AnalyzeSettings())]
     sheets = [
         Analysis("first.safetensors", "", (*rows, *odd), ()),
         Analysis("second.safetensors", "", tuple(row(f"blocks.{n}.conv.weight", n + 7) for n in range(LAYERS - 2)), ()),

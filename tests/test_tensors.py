@@ -27,19 +27,19 @@ def test_every_dtype_comes_back_bit_for_bit(piece: int, tmp_path: Path) -> None:
         for dtype in DTYPES
     }
     save_file(made, tmp_path / "all.safetensors", {"by": "a test"})
-    found = stream.of_file(tmp_path / "all.safetensors")
+    found = stream.tensors_of_file(tmp_path / "all.safetensors")
     assert {stored.name for stored in found} == set(made) and stream.metadata(tmp_path / "all.safetensors")
     for stored in found:
         read = whole(stored, piece)
         assert read.dtype == made[stored.name].dtype and stored.kind == stored.name
         assert torch.equal(read.view(torch.uint8), made[stored.name].view(torch.uint8))
-    held = stream.held("x", made["float32"].T, "memory")
+    held = stream.from_memory("x", made["float32"].T, "memory")
     assert torch.equal(whole(held, piece).view(torch.uint8), made["float32"].T.contiguous().view(torch.uint8))
 
 
 def test_empty_tensors_and_scalars(tmp_path: Path) -> None:
     save_file({"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.0)}, tmp_path / "x.safetensors")
-    empty, scalar = sorted(stream.of_file(tmp_path / "x.safetensors"), key=lambda stored: stored.name)
+    empty, scalar = sorted(stream.tensors_of_file(tmp_path / "x.safetensors"), key=lambda stored: stored.name)
     assert empty.size == 0 and list(empty.pieces()) == []
     assert scalar.shape == () and scalar.size == 1 and float(next(scalar.pieces())) == 2.0
 
@@ -47,7 +47,7 @@ def test_empty_tensors_and_scalars(tmp_path: Path) -> None:
 def test_a_type_that_torch_has_not_is_named_and_not_read(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F4", "shape": [2, 2], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0")
-    (stored,) = stream.of_file(tmp_path / "x.safetensors")
+    (stored,) = stream.tensors_of_file(tmp_path / "x.safetensors")
     assert stored.dtype is None and stored.kind == "F4"
 
 
@@ -69,31 +69,31 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_shards_are_one_model_by_index_or_directory(sharded: Path) -> None:
     for path in (sharded, sharded.parent):
-        found = stream.of_model(path)
+        found = stream.tensors_of_model(path)
         assert [stored.name for stored in found] == ["a.9.weight", "a.10.weight", "b"]
         assert whole(found[2], 3).tolist() == [[2.0]] * 4
-    assert [stored.name for stored in stream.of_model(sharded.with_name("model-1.safetensors"))] == ["b"]
+    assert [stored.name for stored in stream.tensors_of_model(sharded.with_name("model-1.safetensors"))] == ["b"]
 
 
 def test_a_directory_with_one_file_is_that_file(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "only.safetensors")
-    assert stream.of_model(tmp_path)[0].file == str(tmp_path / "only.safetensors")
+    assert stream.tensors_of_model(tmp_path)[0].file == str(tmp_path / "only.safetensors")
 
 
 def test_what_is_wrong_with_shards(sharded: Path) -> None:
     (sharded.parent / "model-1.safetensors").unlink()
     with pytest.raises(InputError, match=r"model-1.safetensors is missing: .* 'b'"):
-        stream.of_model(sharded)
+        stream.tensors_of_model(sharded)
     save_file({"c": torch.ones(1)}, sharded.parent / "model-1.safetensors")
     with pytest.raises(InputError, match=r"model-1.safetensors lacks the tensor 'b'"):
-        stream.of_model(sharded)
+        stream.tensors_of_model(sharded)
     for text in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         sharded.write_text(text)
         with pytest.raises(InputError, match="is not an index"):
-            stream.of_model(sharded)
+            stream.tensors_of_model(sharded)
     sharded.unlink()
     with pytest.raises(InputError, match="a directory with 2 models"):
-        stream.of_model(sharded.parent)
+        stream.tensors_of_model(sharded.parent)
 
 
 def test_an_index_names_only_files_beside_it(sharded: Path) -> None:
@@ -101,7 +101,7 @@ def test_an_index_names_only_files_beside_it(sharded: Path) -> None:
     save_file({"a": torch.ones(1)}, outside)
     sharded.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(InputError, match="is missing"):
-        stream.of_model(sharded)
+        stream.tensors_of_model(sharded)
 
 
 def _file(header: object, body: bytes = b"\0" * 16) -> bytes:
@@ -133,15 +133,15 @@ def test_a_damaged_file_is_one_sentence_with_its_name(content: bytes, message: s
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
-        stream.of_model(path)
+        stream.tensors_of_model(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_files_and_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        stream.of_model(tmp_path / "none.safetensors")
+        stream.tensors_of_model(tmp_path / "none.safetensors")
     with pytest.raises(InputError, match=r"directory without a \.safetensors file"):
-        stream.of_model(tmp_path)
+        stream.tensors_of_model(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(_file({"w": ENTRY}))
 
     def refused(*_: object, **__: object) -> None:
@@ -149,7 +149,7 @@ def test_missing_files_and_directories(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("builtins.open", refused)
     with pytest.raises(InputError, match=r"x\.safetensors cannot be read: Permission denied"):
-        stream.of_model(tmp_path / "x.safetensors")
+        stream.tensors_of_model(tmp_path / "x.safetensors")
 
 
 def test_a_file_that_shrinks_or_fails_while_it_is_read_names_the_tensor(
@@ -157,7 +157,7 @@ def test_a_file_that_shrinks_or_fails_while_it_is_read_names_the_tensor(
 ) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(_file({"w": ENTRY}))
-    (stored,) = stream.of_file(path)
+    (stored,) = stream.tensors_of_file(path)
     path.write_bytes(b"")
     with pytest.raises(InputError, match="ends inside the tensor 'w'"):
         whole(stored, 4)

@@ -186,7 +186,7 @@ def test_a_checkpoint_names_no_code(mobilebert: Path) -> None:
     model = models.build(ModelSpec(spec.name, 2, args={**spec.args, **code}))
     assert type(model).__mro__[2] is transformers.MobileBertForSequenceClassification
     assert len(model.mobilebert.encoder.layer) == 1  # type: ignore[union-attr, arg-type]
-    with pytest.raises(InputError, match="text:evil cannot be had"):
+    with pytest.raises(InputError, match="cannot load text:evil"):
         models.build(ModelSpec("text:evil", 2, args={"model_type": "evil", **code}))
 
 
@@ -194,7 +194,7 @@ def test_names_and_options_that_cannot_be_had(
     mobilebert: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     name = f"text:{mobilebert}"
-    with pytest.raises(InputError, match="cannot be had from transformers"):
+    with pytest.raises(InputError, match="transformers cannot load"):
         models.spec(f"text:{tmp_path / 'nothing'}", classes=2, channels=3, size=SIZE)
     with pytest.raises(InputError, match="at most 128 tokens"):
         models.spec(name, classes=2, channels=3, size=129)
@@ -211,7 +211,7 @@ def test_names_and_options_that_cannot_be_had(
 
 
 def _load(tokens_of: Path, name: str, size: int = SIZE) -> data.Data:
-    packed = data.packed(text.tokenizer(f"text:{tokens_of}"))
+    packed = data.pack_tokenizer(text.tokenizer(f"text:{tokens_of}"))
     return data.load(name, size=size, tokenizer=packed)
 
 

@@ -1,16 +1,16 @@
-"""One line of advice that follows from the numbers of a sheet."""
+"""One line of advice that follows from the numbers of an analysis."""
 
 from collections.abc import Sequence
 
 from r2cli.analysis.layer_table import AnalyzedLayer
 from r2cli.analysis.rounding_pass import CHANNEL, TENSOR
 
-WORTH_BITS = 0.5  # of range, for clipping to be worth a word
-WORTH_DB = 3.0  # half a bit
+WORTH_BITS = 0.5  # clipping is advised if it saves at least this many bits of range
+WORTH_DB = 3.0  # a grid per channel is advised if it gains at least this, which is half a bit
 
 
 def advice(rows: Sequence[AnalyzedLayer], bits: int) -> str:
-    """What to do about `rows`, the worst of them first."""
+    """Say what to do about `rows`. The worst row comes first."""
     if not rows:
         return "there is no layer to quantize"
     broken = [row for row in rows if row.nan or row.inf]
@@ -39,7 +39,7 @@ def advice(rows: Sequence[AnalyzedLayer], bits: int) -> str:
 
 
 def _gain(row: AnalyzedLayer, bits: int) -> float:
-    """What a grid per channel gains over one per tensor, in dB; 0 where that is not known or not finite."""
+    """Return the gain in dB of a grid per channel over one per tensor, or 0 if it is unknown or infinite."""
     tensor, channel = row.sqnr(bits, TENSOR), row.sqnr(bits, CHANNEL)
     if tensor is None or channel is None or channel == float("inf"):
         return 0.0

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("#4c6a8a", "#2a9d8f", "#8a6fae", "#b5833b", "#6b7280", "#3d8ab8")
 OUTLIER, INK, FAINT = "#d62828", "#222222", "#777777"
-PANELS = 6  # side by side
-DPI, TALL = 150, 1.5  # pixels an inch; inches of a line of panels
-MOST_LINES = 250  # some 60,000 pixels, about what a PNG can have
+PANELS = 6  # panels in a line
+DPI, TALL = 150, 1.5  # pixels per inch; height of a line of panels in inches
+MOST_LINES = 250  # some 60,000 pixels high: matplotlib refuses pictures of 65,536 pixels or more
 DATELESS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
@@ -39,7 +39,7 @@ def to_bytes(sheets: Sequence[Analysis], kind: str, *, limit: int, bits: int, si
     lines = max(1, -(-len(layers) // blocks))
     if lines > MOST_LINES:
         raise InputError(f"{len(layers)} layers are too many for a picture: give a smaller --limit, or a page (.html)")
-    # The same bytes for the same weights: no dates, and the SVG's ids from a fixed salt.
+    # No dates, and a fixed salt for the ids in an SVG: so the same weights give the same bytes.
     settings: Any = {"font.size": 7, "svg.hashsalt": "r2", "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(settings):
         width = blocks * len(sheets)
@@ -102,7 +102,7 @@ def _short(name: str, most: int = 26) -> str:
 
 
 def _plain(name: str) -> str:
-    """`name` as it is: dollars make no formula, and matplotlib keeps labels that start with _ to itself."""
+    """Escape `name` for matplotlib, which reads dollars as a formula and hides labels that start with _."""
     escaped = name.replace("$", r"\$")
     return f" {escaped}" if name.startswith("_") else escaped
 

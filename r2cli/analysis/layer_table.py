@@ -1,9 +1,10 @@
-"""How wide a network's weights are, which of them are outliers, and what that costs at 8, 4, 3, 2 and 1 bit.
+"""How wide the weights of a network are, which of them are outliers, and what they lose at 8 bits to 1 bit.
 
-No data and no model code: a tensor is read in pieces, twice. The first reading counts patterns (`counts.py`), sums
-powers, and finds outliers and every output channel's range; the second one really rounds every weight, to min-max grids
-and to the best ones, with one grid and with one per output channel.
-Outlier: further than `sigma` standard deviations from the mean. Output channels lie along the first dimension.
+This needs no data and no code of the network. Each tensor is read twice, in pieces. The first pass counts values
+(`value_counts.py`), sums their powers, and finds the outliers and the range of every output channel. The second pass
+really rounds every weight: to min-max grids and to the best grids, with one grid and with one per output channel.
+
+An outlier is further than `sigma` standard deviations from the mean. Output channels are the first dimension.
 """
 
 import math
@@ -18,44 +19,44 @@ import torch
 from r2cli.analysis.range_pass import Ranges, Reading, finite_pieces, read
 from r2cli.analysis.rounding_pass import MIN_MAX, TENSOR, Losses, losses
 from r2cli.errors import unknown
-from r2cli.quantized import value_counts as tables
+from r2cli.quantized import value_counts
 from r2cli.quantized.value_counts import Bins
 from r2cli.storage.stream import PIECE, Stored
 
-# A normal distribution leaves 1 weight in 16,000 beyond 4 standard deviations: what is counted is more than its tail.
+# In a normal distribution 1 weight in 16,000 is beyond 4 standard deviations. Many more than that are no normal tail.
 SIGMA = 4.0
-DRIVERS = 8  # channels that are named
-GROUPS = 512  # channels, or groups of them, whose range is kept
+DRIVERS = 8  # a report names at most this many channels
+GROUPS = 512  # a report has at most this many channel ranges, so that it stays small; neighbours share one beyond
 
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class AnalyzeSettings:
-    """`quick` leaves out all rounding; `everything` takes vectors, such as biases, for layers too."""
+    """`quick` leaves out the second pass, the rounding. `everything` also analyzes vectors, such as biases."""
 
     sigma: float = SIGMA
     quick: bool = False
     everything: bool = False
-    piece: int = PIECE  # elements read at once; no result depends on it
+    piece: int = PIECE  # elements that are read at once; the results do not depend on it
 
 
 @dataclass(frozen=True)
 class Channels:
-    """The ranges of the output channels, in their order; where there are many, of `group` neighbours together."""
+    """The ranges of the output channels, in order. If there are many, each range is that of `group` neighbours."""
 
     count: int
     group: int
     low: tuple[float, ...]
     high: tuple[float, ...]
     median: float  # of the channels' max|w|
-    drivers: tuple[tuple[int, float], ...]  # (channel, max|w|) of those that reach furthest, furthest first
-    over_half: int  # channels that reach over half of the layer's range
+    drivers: tuple[tuple[int, float], ...]  # (channel, max|w|) of the channels with the widest ranges, widest first
+    over_half: int  # the number of channels with a max|w| over half of the layer's
 
 
 @dataclass(frozen=True)
 class AnalyzedLayer:
-    """One weight tensor. Statistics are of its finite values; None where there is nothing to measure."""
+    """The analysis of one weight tensor. Statistics are of its finite values, and None if there are none."""
 
     layer: str
     shape: tuple[int, ...]
@@ -79,7 +80,7 @@ class AnalyzedLayer:
 
     @property
     def name(self) -> str:
-        """The layer as people call it."""
+        """The name of the layer, without '.weight'."""
         return self.layer.removesuffix(".weight")
 
     @property
@@ -88,13 +89,13 @@ class AnalyzedLayer:
         return max(abs(self.low or 0.0), abs(self.high or 0.0))
 
     def sqnr(self, bits: int, granularity: str) -> float | None:
-        """Signal to noise in dB of rounding to min-max grids; None where it was not measured."""
+        """Return the SQNR in dB of rounding to min-max grids, or None if it was not measured."""
         return None if self.losses is None else self.losses.sqnr[granularity][MIN_MAX][bits]
 
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor that is no layer, and why."""
+    """A tensor that is not a layer, and the reason."""
 
     name: str
     shape: tuple[int, ...]
@@ -104,7 +105,7 @@ class OtherTensor:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The layers of one file, or of one view of it: as trained, folded, decoded."""
+    """The layers of one file, or of one view of it: as trained, folded, or decoded."""
 
     file: str
     view: str
@@ -118,7 +119,7 @@ class Analysis:
 
 
 def split(tensors: Sequence[Stored], *, everything: bool) -> tuple[list[Stored], list[OtherTensor]]:
-    """The weights of layers, which are floating with two dimensions or more, and the others with the reason."""
+    """Split tensors into layers (floating point, two dimensions or more) and others, with a reason for each."""
     layers, others = [], []
     for stored in tensors:
         reason = ""
@@ -136,7 +137,7 @@ def split(tensors: Sequence[Stored], *, everything: bool) -> tuple[list[Stored],
 
 
 def matching(views: Sequence[Sequence[Stored]], patterns: Sequence[str]) -> list[list[Stored]]:
-    """Of every view the layers whose name one of `patterns` matches, without patterns all.
+    """Return, for every view, the layers whose name matches one of `patterns`; all layers if there are no patterns.
 
     Raises InputError for a pattern that matches no layer of any view.
     """
@@ -151,24 +152,27 @@ def matching(views: Sequence[Sequence[Stored]], patterns: Sequence[str]) -> list
 def rows(
     layers: Sequence[Stored], settings: AnalyzeSettings, *, threads: int, advance: Advance
 ) -> tuple[AnalyzedLayer, ...]:
-    """A row for every layer, in order. `advance` is told of bytes that are done, `total` of them in the end."""
+    """Analyze the layers; returns a row for each, in order.
+
+    Calls `advance` with numbers of bytes as they are done. Their sum in the end is `total(layers)`.
+    """
     with _one_thread_each(), ThreadPoolExecutor(max(1, threads)) as pool:
         waiting = [pool.submit(row, stored, settings, advance) for stored in layers]
         try:
-            return tuple(each.result() for each in waiting)
+            return tuple(future.result() for future in waiting)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def total(layers: Sequence[Stored]) -> int:
-    """Bytes that `rows` tells of."""
+    """Return the bytes of all layers: the sum of what `rows` passes to `advance`."""
     return sum(stored.bytes for stored in layers)
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Operators on one thread, for tensors side by side: the pieces are too small to share."""
+    """Run torch's operators on one thread. The threads of the pool work on different tensors; a piece is too small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -178,22 +182,22 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def row(stored: Stored, settings: AnalyzeSettings, advance: Advance = lambda _: None) -> AnalyzedLayer:
-    """Everything about one floating tensor; it is read in pieces. Raises InputError where its file cannot be read."""
-    told = _Told(stored.bytes, advance)
+    """Analyze one floating-point tensor. Raises InputError where its file cannot be read."""
+    progress = _Progress(stored.bytes, advance)
     first = read(
         stored,
         channels=not settings.quick,
         sigma=settings.sigma,
         piece=settings.piece,
-        advance=lambda share: told(share if settings.quick else share / 2),
+        advance=lambda share: progress(share if settings.quick else share / 2),
     )
     there = first.moments is not None
     std = first.moments.std if first.moments else 0.0
     outliers, saved = _outliers(stored, first, settings)
     lost = None
     if first.channels is not None:
-        lost = losses(stored, first, piece=settings.piece, advance=lambda share: told(share / 2))
-    told.rest()
+        lost = losses(stored, first, piece=settings.piece, advance=lambda share: progress(share / 2))
+    progress.finish()
     return AnalyzedLayer(
         layer=stored.name,
         shape=stored.shape,
@@ -211,14 +215,14 @@ def row(stored: Stored, settings: AnalyzeSettings, advance: Advance = lambda _: 
         outliers=outliers,
         outlier_share=outliers / stored.size if stored.size else 0.0,
         saved_bits=saved,
-        histogram=tables.bins(first.counts, tables.bin_step(first.reach)),
+        histogram=value_counts.bins(first.counts, value_counts.bin_step(first.reach)),
         channels=None if first.channels is None else _channels(first.channels),
         losses=lost,
     )
 
 
-class _Told:
-    """Tells `advance` of whole bytes, `total` of them in the end."""
+class _Progress:
+    """Turns shares of a tensor into whole bytes for `advance`. The bytes add up to `total`."""
 
     def __init__(self, total: int, advance: Advance) -> None:
         self._left, self._total, self._owed, self._advance = total, total, 0.0, advance
@@ -229,13 +233,17 @@ class _Told:
         self._owed, self._left = self._owed - part, self._left - part
         self._advance(part)
 
-    def rest(self) -> None:
+    def finish(self) -> None:
         self._advance(self._left)
         self._left = 0
 
 
 def _outliers(stored: Stored, first: Reading, settings: AnalyzeSettings) -> tuple[int, float]:
-    """How many there are, and log2 of how much narrower the range is without them."""
+    """Return the number of outliers, and the bits saved: log2 of how much narrower the range is without them.
+
+    The first pass kept the values far from the mean. If they contain all outliers, counting them is enough; otherwise
+    the tensor's counts decide, and the tensor is read again where they are too coarse.
+    """
     if first.moments is None or not first.moments.std:
         return 0, 0.0
     mean, edge = first.moments.mean, settings.sigma * first.moments.std
@@ -243,7 +251,7 @@ def _outliers(stored: Stored, first: Reading, settings: AnalyzeSettings) -> tupl
     if far is not None and far.gate <= min(-low, high):
         number = int(((far.values.double() < low) | (far.values.double() > high)).sum())
     else:
-        number = tables.beyond(first.counts, low, high, lambda: finite_pieces(stored, settings.piece))
+        number = value_counts.beyond(first.counts, low, high, lambda: finite_pieces(stored, settings.piece))
     if not number:
         return 0, 0.0
     return number, max(0.0, math.log2(first.reach / max(abs(mean - edge), abs(mean + edge))))
@@ -277,7 +285,7 @@ def _least_sqnr(row: AnalyzedLayer, bits: int, granularity: str) -> float:
     return math.inf if found is None else found
 
 
-# Each gives the layers that would hurt most the least keys.
+# Keys for sorting. The layers that would lose most have the least keys.
 SORTS: Mapping[str, Callable[[AnalyzedLayer, int, str], float]] = {
     "sqnr": _least_sqnr,
     "range": lambda row, bits, granularity: _down(row.ratio),
@@ -291,6 +299,9 @@ SORTS: Mapping[str, Callable[[AnalyzedLayer, int, str], float]] = {
 def ordered(
     found: Sequence[AnalyzedLayer], by: str, *, bits: int = 4, granularity: str = TENSOR
 ) -> list[AnalyzedLayer]:
-    """The rows, those that would hurt most first: any with NaN or infinities, then by `SORTS`; 'name' as they stand."""
+    """Sort the rows, those that would lose most first. `by` is a key of `SORTS`; 'name' keeps their order.
+
+    Layers with NaN or infinities come first, since they are errors.
+    """
     key = SORTS[by]
     return sorted(found, key=lambda row: (by != "name" and not row.nan + row.inf, key(row, bits, granularity)))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from r2cli.analysis.layer_table import OtherTensor
 from r2cli.deploy import audit, verify
-from r2cli.storage.stream import Stored, held
+from r2cli.storage.stream import Stored, from_memory
 
-# The weight's place among a layer's inputs.
+# Which input of each operator is the weight.
 WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
@@ -37,7 +37,7 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[OtherTensor]]:
     decoded = []
     for name, array in zip(computed, arrays, strict=True):
         values = _channels_first(torch.from_numpy(np.asarray(array, dtype=np.float32)), weights[name])
-        decoded.append(held(name, values, str(path)))
+        decoded.append(from_memory(name, values, str(path)))
     parts = {name for value in computed for name in above[value]}
     floats, others = [], []
     for name, each in initializers.items():
@@ -48,12 +48,14 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[OtherTensor]]:
             others.append(OtherTensor(name, tuple(each.dims), kind, "integers"))
         else:
             values = _to_tensor(each)
-            floats.append(held(name, _channels_first(values, weights[name]) if name in weights else values, str(path)))
+            floats.append(
+                from_memory(name, _channels_first(values, weights[name]) if name in weights else values, str(path))
+            )
     return decoded, floats, others
 
 
 def _weights(file: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
-    """The values that layers read as weights, each with a layer that reads it."""
+    """Return the names of values that layers read as weights, each with a layer that reads it."""
     for node in file.graph.node:
         place = WEIGHT_INPUT.get(node.op_type)
         if place is not None and len(node.input) > place:
@@ -61,7 +63,7 @@ def _weights(file: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
 
 
 def _channels_first(values: Tensor, node: onnx.NodeProto) -> Tensor:
-    """The weight as (output channels, ...): a MatMul's and an untransposed Gemm's have them last."""
+    """Return the weight as (output channels, ...). In MatMul, and Gemm without transB, the output channels are last."""
     transposed = any(each.name == "transB" and each.i for each in node.attribute)
     return values.T if node.op_type in ("MatMul", "Gemm") and values.ndim == 2 and not transposed else values
 

@@ -1,4 +1,4 @@
-"""The page: one file with everything in it, that asks no network for anything. page.html is its template.
+"""An analysis as a web page: one file that contains everything and loads nothing. page.html is its template.
 
 Tensor names come from files that anybody may have written: they are only ever text, in JSON whose every `<` is escaped,
 so that no name can end the script that holds it, and the page puts them into elements as text.
@@ -14,7 +14,7 @@ from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 from r2cli.analysis.rounding_pass import BITS
 
 PLACE = "/*DATA*/"
-DIGITS = 6  # significant, of every number that is no count
+DIGITS = 6  # significant digits of every number that is not a count
 
 
 def to_bytes(sheets: Sequence[Analysis], shown_first: Mapping[str, object], *, sigma: float, advice: str) -> bytes:
@@ -88,7 +88,7 @@ def _record(row: AnalyzedLayer) -> dict[str, Any]:
 
 
 def _compact(value: Any) -> Any:
-    """`value` with numbers as short as the page needs them, and null for what JSON cannot say."""
+    """Shorten the numbers in `value` to what the page needs. NaN and infinities, which JSON lacks, become null."""
     if isinstance(value, dict):
         return {key: _compact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

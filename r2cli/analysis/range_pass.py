@@ -1,4 +1,4 @@
-"""The first reading of a tensor: patterns, moments, extremes, and the range of every output channel."""
+"""The first pass over a tensor: counts of values, moments, extremes, and the range of every output channel."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,24 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r2cli.quantized import value_counts as tables
+from r2cli.quantized import value_counts
 from r2cli.quantized.scratch import scratch
 from r2cli.quantized.value_counts import SIXTEEN_BIT, Count, Counts, Moments
 from r2cli.storage.stream import Stored
 
-# Powers of what lies between 1 / SAFE and SAFE neither overflow nor vanish in float32; the others are float64's.
+# Fourth powers of numbers between 1 / SAFE and SAFE fit float32. For other tensors they are computed in float64.
 SAFE = 1e6
-# Values beyond this share of what the first piece takes for the outliers' edge are kept, some 0.3 % of normal weights,
-# so that outliers need no second reading: unless they are too many, or the edge turns out to lie further in.
+# The bound between outliers and others is known only at the end of the pass. The first piece gives an estimate of it.
+# Values beyond GATE times the estimate are kept (0.3 % of normal weights), so that counting the outliers needs no
+# second pass, unless there are more than MOST_FAR of them or the final bound is lower than that.
 GATE = 0.75
 MOST_FAR = 1 << 20
 
-Advance = Callable[[float], None]  # told of shares of a tensor, 1 in all
+Advance = Callable[[float], None]  # is called with shares of a tensor as they are done; they add up to 1
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What every output channel holds: float32 (channels,) each."""
+    """The least weight, the greatest weight and the mean of |w| of every output channel: float32 (channels,)."""
 
     low: Tensor
     high: Tensor
@@ -47,14 +48,14 @@ class Outliers:
 
 @dataclass(frozen=True)
 class Reading:
-    """`moments`, `low` and `high` are of the finite values; the moments are None where there is none."""
+    """The result of the first pass. Moments (None if there are no values), `low` and `high` are of finite values."""
 
     counts: Counts
     moments: Moments | None
     low: float
     high: float
-    channels: Ranges | None  # where they were asked for, and there are values and all are finite
-    far: Outliers | None = None  # of a count that is not whole, where they were few: what decides who is an outlier
+    channels: Ranges | None  # None if they were not asked for, or not all values are finite
+    far: Outliers | None = None  # the values far from the mean; None if there were too many, or `counts` is exact
 
     @property
     def reach(self) -> float:
@@ -62,12 +63,12 @@ class Reading:
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(output channels, weights of each); a vector is one channel."""
+    """Return the number of output channels and the weights of each. A vector is one channel."""
     return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
 
 
 def spans(shape: tuple[int, ...], piece: int) -> Iterator[tuple[int, int, int, int]]:
-    """(row, rows, start, stop): elements start to stop are whole rows, or a part of one that is longer than `piece`."""
+    """Yield pieces as (row, rows, start, stop). Elements start to stop are whole rows, or a part of one long row."""
     rows, width = matrix(shape)
     if not rows * width:
         return
@@ -80,7 +81,7 @@ def spans(shape: tuple[int, ...], piece: int) -> Iterator[tuple[int, int, int, i
 
 
 def read(stored: Stored, *, channels: bool, sigma: float, piece: int, advance: Advance) -> Reading:
-    """Read `stored`, a floating tensor, once. `sigma` says how far out its far values are wanted."""
+    """Read the floating-point tensor `stored` once. Outliers are `sigma` standard deviations from the mean."""
     assert stored.dtype is not None
     whole = _counted_as(stored.dtype) in SIXTEEN_BIT
     count, wide = Count(_counted_as(stored.dtype)), _Wide(sigma)
@@ -102,30 +103,31 @@ def read(stored: Stored, *, channels: bool, sigma: float, piece: int, advance: A
     if not len(counts.number):
         return Reading(counts, None, 0.0, 0.0, None)
     low, high = (float(counts.low[0]), float(counts.high[-1])) if whole else (wide.low, wide.high)
-    found = tables.moments(counts) if whole else wide.moments()
+    found = value_counts.moments(counts) if whole else wide.moments()
     ranges = rows.ranges() if rows is not None and not nan and not inf else None
     return Reading(counts, found, low, high, ranges, None if whole else wide.far())
 
 
 def finite_pieces(stored: Stored, piece: int) -> Iterator[Tensor]:
-    """The finite values in pieces, float32."""
+    """Yield the finite values in pieces, float32."""
     for part in stored.pieces(piece):
         yield _finite(as_float(part))
 
 
 def as_float(part: Tensor) -> Tensor:
-    """`part` as float32: itself, or a copy that the next call on the same thread overwrites."""
+    """Return `part` as float32: itself, or a copy that the next call on the same thread overwrites."""
     return part if part.dtype == torch.float32 else scratch("float", part.numel(), torch.float32).copy_(part)
 
 
 def _finite(part: Tensor) -> Tensor:
-    """`part` itself, or a copy without its NaN and infinities."""
+    """Return `part`, or a copy without its NaN and infinities."""
+    # Two extremes are faster than a mask, and nearly all weights are finite.
     all_finite = math.isfinite(float(part.amin())) and math.isfinite(float(part.amax()))
     return part if all_finite else part[torch.isfinite(part)]
 
 
 def _counted_as(dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose patterns are counted: eight bits are values of bfloat16, and float64 is deployed as float32."""
+    """Return the dtype in which values are counted. All 8-bit floats are bfloat16 values; float64 becomes float32."""
     if dtype in SIXTEEN_BIT:
         return dtype
     return torch.bfloat16 if dtype.itemsize == 1 else torch.float32
@@ -136,7 +138,10 @@ def _sizes(part: Tensor) -> Tensor:
 
 
 class _Wide:
-    """Extremes, power sums and the far values of what is counted by float32's top halves."""
+    """Extremes, sums of powers and far values of a tensor whose counts are too coarse to compute them.
+
+    Float32 values are counted by their upper 16 bits only.
+    """
 
     def __init__(self, sigma: float) -> None:
         self.low, self.high = math.inf, -math.inf
@@ -159,22 +164,23 @@ class _Wide:
             low, high = float(part.amin()), float(part.amax())
         self.low, self.high = min(self.low, low), max(self.high, high)
         if self._shift is None:
-            # Weights lie around 0. Values that do not would cancel in the fourth power: they are taken from their mean.
+            # Weights are usually around 0. If they are not, the mean is subtracted first: in sums of fourth powers the
+            # digits that matter would cancel.
             mean, std = float(part.double().mean()), float(part.double().std(correction=0))
             self._shift = mean if abs(mean) > std else 0.0
-            # As float32, in which it is compared.
-            self._gate = float(tables.ceil32(abs(mean) + GATE * self._sigma * std))
+            # Rounded up to float32, since float32 values are compared with it.
+            self._gate = float(value_counts.ceil32(abs(mean) + GATE * self._sigma * std))
         reach = max(-low, high)
         if self._shift or not 1 / SAFE < reach < SAFE:
             sums = _power_sums(part.double().sub_(self._shift))
         else:
-            sums = _power_sums(part)  # torch adds in pairs: float32 loses nothing that could be seen
+            sums = _power_sums(part)  # torch adds pairwise, so float32 is exact enough for a report
         self._sums = [before + more for before, more in zip(self._sums, sums, strict=True)]
         self._count += len(part)
         size = _sizes(part)
         self._size += float(size.sum() if reach < SAFE else size.double().sum())
         if reach > self._gate and self._room:
-            # Few are far: to find them and take them is faster than to select by a mask, and torch's own far slower.
+            # Few values are far. NumPy's flatnonzero finds them faster than a mask does, and much faster than torch.
             far = torch.from_numpy(part.numpy()[np.flatnonzero(size.numpy() > self._gate)])
             self._room -= min(self._room, len(far))
             self._far.append(far)
@@ -195,7 +201,7 @@ class _Wide:
 
 
 def _power_sums(x: Tensor) -> list[float]:
-    """The sums of x, x**2, x**3 and x**4, (n,)."""
+    """Return the sums of x, x**2, x**3 and x**4 for x (n,)."""
     square = torch.mul(x, x, out=scratch("square", len(x), x.dtype))
     power = scratch("power", len(x), x.dtype)
     sums = [x.sum(), square.sum(), torch.mul(square, x, out=power).sum()]
@@ -203,7 +209,7 @@ def _power_sums(x: Tensor) -> list[float]:
 
 
 class _Rows:
-    """The range of every row while its parts are added."""
+    """Collects the range of every row from its parts."""
 
     def __init__(self, matrix: tuple[int, int]) -> None:
         self._rows, self._width = matrix
@@ -212,7 +218,7 @@ class _Rows:
         self._sum = torch.zeros(self._rows, dtype=torch.float64)
 
     def add(self, row: int, part: Tensor) -> None:
-        """Add `part` (rows, some weights), float32, of the rows from `row`."""
+        """Add `part`, float32 (rows, some of their weights), which begins at `row`."""
         own = slice(row, row + len(part))
         self._low[own] = torch.minimum(self._low[own], part.amin(1))
         self._high[own] = torch.maximum(self._high[own], part.amax(1))

@@ -1,4 +1,4 @@
-"""A sheet as plain values for JSON: docs/analyze-json.md says what each key means, and a test holds it to this."""
+"""An analysis as plain values for JSON. docs/analyze-json.md explains each key, and a test compares the two."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 
 
 def sheet(made: Analysis) -> dict[str, Any]:
-    """One file, or one view of it."""
+    """Return the values of one file, or of one view of it."""
     return {
         "file": made.file,
         "view": made.view,
@@ -21,7 +21,7 @@ def sheet(made: Analysis) -> dict[str, Any]:
 
 
 def layer(row: AnalyzedLayer) -> dict[str, Any]:
-    """One weight tensor."""
+    """Return the values of one layer."""
     return {
         "layer": row.layer,
         "shape": list(row.shape),

@@ -1,4 +1,4 @@
-"""The second reading of a tensor: every weight is really rounded, and the loss summed.
+"""The second pass over a tensor: every weight is really rounded, and the errors are summed.
 
 Per tensor and per output channel, to the grid from the least to the greatest weight and to the best of several narrower
 ones. Of a 16-bit dtype the tensor's own grid needs no reading: its distinct values are rounded, each as often as it
@@ -20,14 +20,14 @@ from r2cli.storage.stream import Stored
 BITS = (8, 4, 3, 2, 1)
 TENSOR, CHANNEL = "tensor", "channel"
 MIN_MAX, BEST = "min-max", "best"
-AROUND = (2**-0.33, 1.0, 2**0.33)  # what a channel tries around the tensor's best range
-MAPPED = 64  # channels, or groups of neighbours, that have a histogram each
+AROUND = (2**-0.33, 1.0, 2**0.33)  # factors of the tensor's best range that each channel tries
+MAPPED = 64  # at most this many histograms, of channels or of groups of neighbours
 MAP_BINS = 32  # on each side of zero
 
 
 @dataclass(frozen=True)
 class ChannelBins:
-    """A histogram for each channel, or for `group` neighbours together; bins as `counts.Bins`, on each side of zero."""
+    """A histogram for each channel, or for each `group` of neighbours. Bins on each side of zero, as in `Bins`."""
 
     group: int
     step: float
@@ -37,8 +37,10 @@ class ChannelBins:
 
 @dataclass(frozen=True)
 class Losses:
-    """`sqnr[granularity][rule][bits]` in dB, infinite where rounding loses nothing; `empty[bits]`: the share of the
-    levels of the tensor's min-max grid that no weight is on."""
+    """What rounding loses: `sqnr[granularity][rule][bits]` in dB, infinite where it loses nothing.
+
+    `empty[bits]` is the share of levels of the tensor's min-max grid that no weight is rounded to.
+    """
 
     sqnr: Mapping[str, Mapping[str, Mapping[int, float]]]
     empty: Mapping[int, float]
@@ -46,7 +48,7 @@ class Losses:
 
 
 def losses(stored: Stored, reading: Reading, *, piece: int, advance: Advance) -> Losses:
-    """Round `stored`, whose every value is finite and of which there is at least one."""
+    """Round `stored`, which has at least one value and only finite ones."""
     assert reading.channels is not None and reading.moments is not None
     tensor = _TensorGrids(reading)
     channels = _ChannelGrids(reading.channels, tensor)
@@ -72,7 +74,7 @@ def _decibel(signal: float, noise: float) -> float:
 
 
 class _TensorGrids:
-    """One grid for all weights, at every number of bits: min-max, and the best one of the count."""
+    """One grid for all weights, for every number of bits: the min-max grid, and the best one by the counts."""
 
     def __init__(self, reading: Reading) -> None:
         assert reading.moments is not None
@@ -85,7 +87,7 @@ class _TensorGrids:
             self.scales[bits] = widest, best
         self._noise = {bits: [0.0, 0.0] for bits in BITS}
         self._used = {bits: torch.zeros(1 << bits, dtype=torch.bool) for bits in BITS}
-        # A bucket whose two ends have one code settles that this level is used; of a whole count they all do.
+        # If both ends of a bucket have the same code, that level is used. With exact counts every bucket is like that.
         self._open = dict.fromkeys(BITS, False)
         for bits, (widest, best) in self.scales.items():
             lowest, highest = (
@@ -93,14 +95,14 @@ class _TensorGrids:
                 for end in (reading.counts.low, reading.counts.high)
             )
             self._used[bits][lowest[lowest == highest]] = True
-            # A bucket is no wider than a level, so it reaches into three at most.
+            # A bucket is at most as wide as a level, so it touches three levels at most.
             touched = torch.cat([lowest, torch.minimum(lowest + 1, highest), highest])
             self._open[bits] = not bool(self._used[bits][touched].all())
             if reading.counts.whole:
                 self._noise[bits] = [tables.noise(reading.counts, scale, bits) for scale in (widest, best)]
 
     def add(self, x: Tensor) -> None:
-        """Add float32 values (n,), where the count was not whole."""
+        """Add float32 values (n,). Only needed where the counts are not exact."""
         for bits, (widest, best) in self.scales.items():
             error, codes = tables.rounded(x, widest, bits)
             if self._open[bits]:
@@ -112,7 +114,7 @@ class _TensorGrids:
             self._noise[bits][1] += _energy(error, best)
 
     def noise(self) -> dict[str, dict[int, float]]:
-        """The least of the two is the best range's: it may be no better than min-max's."""
+        """Return the losses. The best range is the better of the two: the search may do worse than min-max."""
         return {
             MIN_MAX: {bits: n[0] for bits, n in self._noise.items()},
             BEST: {bits: min(n) for bits, n in self._noise.items()},
@@ -131,7 +133,7 @@ def _energy(error: Tensor, scale: Tensor) -> float:
 
 
 class _ChannelGrids:
-    """One grid for every channel, at every number of bits, and each with several scales."""
+    """One grid for every channel, for every number of bits, each with several scales."""
 
     def __init__(self, channels: Ranges, tensor: _TensorGrids) -> None:
         self._scales: dict[int, Tensor] = {}  # (candidates, channels), the min-max scale first
@@ -145,7 +147,7 @@ class _ChannelGrids:
         self._squares = {bits: torch.zeros_like(scales, dtype=torch.float64) for bits, scales in self._scales.items()}
 
     def add(self, row: int, part: Tensor) -> None:
-        """Add `part` (rows, some weights), float32, of the channels from `row`."""
+        """Add `part`, float32 (channels, some of their weights), which begins at the channel `row`."""
         own = slice(row, row + len(part))
         for bits, scales in self._scales.items():
             for candidate, scale in enumerate(scales):
@@ -153,7 +155,7 @@ class _ChannelGrids:
                 self._squares[bits][candidate, own] += torch.linalg.vector_norm(error, dim=1).double().square()
 
     def noise(self) -> dict[str, dict[int, float]]:
-        """Summed over the channels; the best range is each channel's own choice."""
+        """Return the losses summed over the channels. Each channel chooses its own best range."""
         both = {bits: self._scales[bits].double().square() * squares for bits, squares in self._squares.items()}
         return {
             MIN_MAX: {bits: float(n[0].sum()) for bits, n in both.items()},
@@ -162,7 +164,7 @@ class _ChannelGrids:
 
 
 class _ChannelCount:
-    """The histograms of the channels."""
+    """Return the histograms of the channels."""
 
     def __init__(self, shape: tuple[int, ...], reach: float) -> None:
         rows, _ = matrix(shape)

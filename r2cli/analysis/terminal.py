@@ -1,4 +1,4 @@
-"""A sheet for a terminal of 80 columns: a table, worst layers first, with a small histogram in each line."""
+"""An analysis as text for 80 columns: a table with the worst layers first and a small histogram in each line."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ NAME, CELLS = 22, 13  # characters
 
 
 def lines(made: Analysis, rows: Sequence[AnalyzedLayer], *, limit: int, bits: int, sigma: float) -> list[console.Line]:
-    """The table of `rows`, the first `limit` of them (0: all), under a title and over what was left out."""
+    """Return a title, the table of the first `limit` rows (0: all), and lines about what was left out."""
     weights = sum(row.count for row in rows)
     shown: list[console.Line] = [f"{made.title}: {len(rows)} layers, {weights:,} weights"]
     if made.note:
@@ -30,7 +30,7 @@ def lines(made: Analysis, rows: Sequence[AnalyzedLayer], *, limit: int, bits: in
 
 
 def comparison(sheets: Sequence[Analysis], bits: int) -> list[console.Line]:
-    """A table of medians over the layers that each sheet shares with the first one; nothing for one sheet."""
+    """Return a table that compares files: medians over the layers that each has in common with the first."""
     rows = []
     first = {row.layer: row for row in sheets[0].rows} if sheets else {}
     for other in sheets:
@@ -46,7 +46,7 @@ def comparison(sheets: Sequence[Analysis], bits: int) -> list[console.Line]:
 
 
 def _cells(row: AnalyzedLayer, bits: int, sigma: float) -> tuple[object, ...]:
-    name = row.name if len(row.name) <= NAME else f"…{row.name[-(NAME - 1) :]}"  # its end tells layers apart
+    name = row.name if len(row.name) <= NAME else f"…{row.name[-(NAME - 1) :]}"  # the end of a name is what differs
     broken = f"{row.nan + row.inf} bad" if row.nan or row.inf else None
     share = f"{100 * row.outlier_share:.2g} %" if row.outliers else "-"
     ratio = "-" if row.ratio is None else f"{row.ratio:.1f}" if row.ratio < 1e4 else f"{row.ratio:.0e}"
@@ -55,7 +55,7 @@ def _cells(row: AnalyzedLayer, bits: int, sigma: float) -> tuple[object, ...]:
 
 
 def cells(row: AnalyzedLayer, sigma: float, count: int = CELLS) -> tuple[list[float], list[bool]]:
-    """`count` bars from -max|w| to max|w|: heights from 0 to 1, logarithmic, and which of them hold outliers."""
+    """Return `count` bars from -max|w| to max|w|: logarithmic heights from 0 to 1, and which bars hold outliers."""
     totals, marked = [0] * count, [False] * count
     reach = row.reach
     if not row.count or not reach:

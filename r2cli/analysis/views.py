@@ -1,4 +1,4 @@
-"""What a file holds to analyze: its weights, in one view or two."""
+"""The weights of a file to analyze, in one view or two: as trained, with BatchNorm folded, or decoded."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import Unreadable, trace
 from r2cli.storage import checkpoint, stream
-from r2cli.storage.stream import Stored, held
+from r2cli.storage.stream import Stored, from_memory
 
 TRAINED, FOLDED, DECODED = "as trained", "folded", "decoded"
 
 
 @dataclass(frozen=True)
 class View:
-    """Weights to analyze together. `is_float_checkpoint`: one that r2 made and can quantize."""
+    """Weights that are analyzed together. `is_float_checkpoint` says that r2 made the file and can quantize it."""
 
     file: Path
     name: str
@@ -54,7 +54,7 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     if path.suffix == ".onnx" and not path.is_dir():
         decoded, floats, others = onnx_weights.of_onnx(path)
         return [_view(path, DECODED if decoded else "", [*decoded, *floats], others, everything=everything)]
-    stored = stream.of_model(path)
+    stored = stream.tensors_of_model(path)
     recorded = stream.metadata(path).get("r2") if path.is_file() and path.suffix == ".safetensors" else None
     if recorded is None:
         return [_view(path, "", stored, [], everything=everything)]
@@ -64,12 +64,12 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     except (ValueError, KeyError, TypeError):
         coded, has_network = False, True  # `checkpoint.load` says below what is wrong
     if not has_network:
-        state = [held(name, tensor, str(path)) for name, tensor in checkpoint.load_state(path).items()]
+        state = [from_memory(name, tensor, str(path)) for name, tensor in checkpoint.load_state(path).items()]
         return [_view(path, DECODED, state, [], everything=everything)]
     if coded:
         made = checkpoint.load(path)
-        found = [held(name, one.decode(), str(path)) for name, one in made.coded.items()]
-        rest = [held(name, tensor, str(path)) for name, tensor in made.floats.items()]
+        found = [from_memory(name, one.decode(), str(path)) for name, one in made.coded.items()]
+        rest = [from_memory(name, tensor, str(path)) for name, tensor in made.floats.items()]
         return [_view(path, DECODED, [*found, *rest], [], everything=everything)]
     trained = _view(path, TRAINED, stored, [], everything=everything)
     try:
@@ -80,7 +80,7 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     if not folded:
         return [replace(trained, name="", is_float_checkpoint=True)]
     note = f"{silenced} dead channels are shown as zero, as `r2 ptq` makes them" if silenced else ""
-    # What is not folded stands in both views.
+    # A weight that no BatchNorm is folded into is the same in both views.
     both = [folded.get(each.name, each) for each in trained.layers]
     second = replace(trained, name=FOLDED, layers=tuple(both), note=note)
     return [replace(view, is_float_checkpoint=True) for view in (trained, second)]
@@ -93,7 +93,7 @@ def _view(path: Path, name: str, found: Sequence[Stored], more: Sequence[OtherTe
 
 @torch.no_grad()
 def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
-    """The weights that a BatchNorm is folded into, as `r2 ptq` folds it, by name; and how many channels it silenced."""
+    """Fold BatchNorm as `r2 ptq` does. Returns the folded weights by name, and the number of channels that became 0."""
     model = deployed.network(made)
     if not any(isinstance(module, operators.NORMS) for module in model.modules()):
         return {}, 0
@@ -106,7 +106,7 @@ def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
             weight = module.weight
             assert isinstance(weight, Tensor)
             factor = factors[layer.name].reshape(-1, *[1] * (weight.ndim - 1))
-            found[layer.weight] = held(layer.weight, (weight.double() * factor).float(), made.origin)
+            found[layer.weight] = from_memory(layer.weight, (weight.double() * factor).float(), made.origin)
     return found, silenced
 
 

@@ -43,7 +43,7 @@ def load_data(
         if name is None:
             return datasets.load_named_in_file(default, spec=spec, **more)
         return datasets.load(name, spec=spec, **more)
-    tokenizer = datasets.packed(text.tokenizer(model)) if model and text.has(model) else None
+    tokenizer = datasets.pack_tokenizer(text.tokenizer(model)) if model and text.has(model) else None
     return datasets.load(name or default, size=given.size, mean=mean, std=std, tokenizer=tokenizer, **more)
 
 

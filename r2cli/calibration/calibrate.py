@@ -1,6 +1,7 @@
-"""Activations on grids, for every method that ends in integers: ranges over calibration images, biases on int32.
+"""Quantize activations: find their ranges on calibration images, and round the biases to int32.
 
-Activations are unsigned with a zero point, 0 where nothing is negative.
+All methods that give integer networks use this. The codes of activations are unsigned, with a zero point. It is 0 where
+no value is negative.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,8 @@ from r2cli.quantized.grid import Grid
 
 
 def activation_grid(low: float, high: float, bits: int) -> Grid:
-    """An unsigned grid over [low, high] with 0 on a level. A value that is always 0 gets the range [0, 1]."""
+    """Make an unsigned grid over [low, high] in which 0 is a level. If both ends are 0, the range is [0, 1]."""
+    # Zero must be exact: zero padding and ReLU give many zeros, and an error in each would add up.
     low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         high = 1.0
@@ -33,9 +35,10 @@ def calibrate_and_round(
     images: Iterable[Tensor],
     rule: str = "minmax",
 ) -> dict[str, Grid]:
-    """Set the grids of all values over `images`, round to them from now on, and round the biases; in place.
+    """Find the grids of all values on `images`, and make `net` round its values and biases to their grids, in place.
 
-    `net` is on the images' device before, and on the CPU after. Raises R2Error for what is not finite, or does not fit.
+    `images` are float32 (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Raises R2Error for a value
+    that is not finite and for a bias that does not fit int32.
     """
     grids = calibrate(net, shape, bits, images, rule)
     round_to_grids(net, coded, grids)
@@ -43,39 +46,46 @@ def calibrate_and_round(
 
 
 def round_to_grids(net: fx.GraphModule, coded: Mapping[str, Coded], grids: Mapping[str, Grid]) -> None:
-    """Round values to their grids from now on, and the biases to theirs; in place, and on the CPU."""
+    """Make `net` round its values and its biases to their grids, in place. Moves `net` to the CPU."""
     deployed.insert_grids(net, grids)
-    net.cpu()
+    net.cpu()  # the codes and grids are there
     round_biases(net, coded, grids)
 
 
 def calibrate(
     net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor], rule: str = "minmax"
 ) -> dict[str, Grid]:
-    """The grid of every value that needs one for inputs of `shape`, over all `images`; its watchers stay in `net`.
+    """Find the grid of every value that needs one, on all `images` (n, *shape). Returns the grids by node.
 
-    Raises InputError where there is no image, R2Error for a value that is not finite.
+    The observers stay in `net` until `round_to_grids` replaces them. Raises InputError where there is no image, and
+    R2Error for a value that is not finite.
     """
-    seen = deployed.observe(net, placement.values(net, shape), images, observers.observer(rule))
-    for name, watch in seen.items():
-        if not watch.finite:
-            raise R2Error(f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged")
-    return {name: activation_grid(*watch.range(bits), bits) for name, watch in seen.items()}
+    observed = deployed.observe(net, placement.values(net, shape), images, observers.observer(rule))
+    for name, observer in observed.items():
+        if not observer.finite:
+            raise R2Error(
+                f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged, so train "
+                "it again with a lower --lr"
+            )
+    return {name: activation_grid(*observer.range(bits), bits) for name, observer in observed.items()}
 
 
 def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> None:
-    """Put every bias on the int32 grid scale_x * scale_w, where runtimes put it silently; in place.
+    """Round every bias to a multiple of scale_x * scale_w, the unit of the layer's int32 sums; in place.
 
-    Done here, the accuracy that is printed is the one that is deployed. Raises R2Error where a bias does not fit int32.
+    Runtimes do so silently. We do it here, so that the accuracy that we print is the one that is deployed. Raises
+    R2Error where a bias does not fit int32.
     """
     for layer, module in structure.named_layers(net):
-        where = edit.source(net, structure.node_of(net, layer))
-        if where is None or module.bias is None:
+        source = edit.source(net, structure.node_of(net, layer))
+        if source is None or module.bias is None:
             continue
         codec = coded[layer.weight].codec
-        scale = activations[where].scale * (codec.scale / codec.raised)
+        # The ONNX file multiplies codes of few bits by `raised` and divides the scale by it, so the unit is finer.
+        scale = activations[source].scale * (codec.scale / codec.raised)
         bias = module.bias
         assert isinstance(bias, Tensor)
+        # float64, since float32 holds integers only up to 2**24.
         codes = torch.round(bias.double() / scale.double())
         if float(codes.abs().max()) >= 2**31:
             raise R2Error(f"the bias of '{layer.name}' does not fit int32 on its grid: give --keep {layer.name}=8")

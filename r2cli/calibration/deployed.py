@@ -1,7 +1,7 @@
-"""What sits on a network's edges, and the network that a checkpoint stands for.
+"""The network of a checkpoint, ready to run, and the modules that observe or round its values.
 
-`observe` watches values while calibration images pass; `OnGrid` rounds a value to its grid. `Method` is what learners
-on the layers ask of training. `network` rebuilds a checkpoint's model, float or coded, ready to run.
+`network` rebuilds the model of a checkpoint, float or quantized. `observe` records the ranges of values while
+calibration images pass. `FakeQuantize` rounds a value to its grid.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,8 +18,8 @@ from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint
 
 
-class OnGrid(nn.Module):
-    """x rounded to its grid: what a QuantizeLinear and a DequantizeLinear make of it, any shape."""
+class FakeQuantize(nn.Module):
+    """Round x (of any shape) to its grid, as a QuantizeLinear followed by a DequantizeLinear does in ONNX."""
 
     scale: Tensor
     zero_point: Tensor
@@ -27,11 +27,13 @@ class OnGrid(nn.Module):
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
+        # Not persistent: a checkpoint stores grids in its metadata, and its tensors are the network's own only.
         self.register_buffer("scale", grid.scale, persistent=False)
         self.register_buffer("zero_point", grid.zero_point.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         zero = self.zero_point
+        # In place, because activations are large: one new tensor instead of five.
         codes = torch.round(x / self.scale).add_(zero).clamp_(self.grid.lowest, self.grid.highest)
         return codes.sub_(zero).mul_(self.scale)
 
@@ -40,32 +42,37 @@ class OnGrid(nn.Module):
 def observe(
     net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor], make: Callable[[], Observer] = Observer
 ) -> dict[str, Observer]:
-    """What watched each node over `batches` of images, one of `make`'s each; they stay until grids replace them.
+    """Run `net` on `batches` of images (n, ...) with an observer on each of `nodes`; returns the observers by node.
 
-    Raises InputError where there is no image.
+    `make` makes one observer. The observers stay in `net` until grids replace them. Raises InputError where there is
+    no image.
     """
-    watching = {name: make() for name in nodes}
-    edit.insert(net, watching)
-    seen = 0
+    observed = {name: make() for name in nodes}
+    edit.insert(net, observed)
+    count = 0
     for images in batches:
         net(images)
-        seen += len(images)
-    if not seen:
-        raise InputError("the ranges of activations need calibration images, and there are none: give --act-bits none")
-    return watching
+        count += len(images)
+    if not count:
+        raise InputError(
+            "the ranges of activations need calibration images, and there are none: give --calibration a number above "
+            "0, or --act-bits none"
+        )
+    return observed
 
 
 def insert_grids(net: fx.GraphModule, grids: Mapping[str, Grid]) -> None:
-    """Round the values of the named nodes to their grids from now on; in place."""
-    edit.insert(net, {node: OnGrid(grid) for node, grid in grids.items()})
+    """Make `net` round the outputs of the named nodes to their grids, in place."""
+    edit.insert(net, {node: FakeQuantize(grid) for node, grid in grids.items()})
 
 
 def network(checkpoint: Checkpoint) -> nn.Module:
-    """The model of `checkpoint` with its weights, in evaluation mode; coded weights as their decoded values.
+    """Build the model of `checkpoint` with its weights, in evaluation mode. Quantized weights are decoded to float32.
 
     Raises InputError where the tensors are not those of the model that the checkpoint names.
     """
     model = models.build(checkpoint.model)
+    # Grids and bounds belong to nodes of the graph, so the model must become that graph before the weights are loaded.
     if checkpoint.folded or checkpoint.activations:
         model = trace(model, checkpoint.input.blank(2))
         batchnorm.remove_norms(model)
@@ -79,7 +86,11 @@ def network(checkpoint: Checkpoint) -> nn.Module:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load every tensor or none: raises InputError naming the first that is missing, unknown or of another shape."""
+    """Load all tensors of `state` into `model`, or none of them.
+
+    Raises InputError with the name of the first tensor that is missing, unknown or of another shape. PyTorch's own
+    message lists hundreds of names, and does not say which file they are from.
+    """
     own = model.state_dict()
     for name in sorted({*own, *state}):
         if name not in state:

@@ -1,16 +1,17 @@
-"""What watches a value while calibration images pass, and the range of the grid that it ends in.
+"""Observers: they watch a value while calibration images pass, and choose the range of its grid.
 
-An observer keeps a few numbers or a histogram and no value, so memory does not grow with the number of images.
+An observer keeps a few numbers or a histogram, but no values. So its memory does not grow with the number of images.
 
     minmax           from the least to the greatest value
-    moving-average   the ends of a batch, averaged exponentially over the batches (Jacob et al., "Quantization and
-                     Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018, 3.1)
+    moving-average   the least and the greatest value of each batch, in an exponential average over the batches (Jacob
+                     et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+                     Inference", 2018, section 3.1)
     percentile[:P]   without (100 - P) % of the values at each end; P = 99.99 unless given
-    mse              the range whose grid loses least squared error
-    entropy          the range whose grid keeps the distribution nearest in Kullback-Leibler divergence (Migacz, "8-bit
+    mse              the range whose grid has the least squared error
+    entropy          the range whose grid has the least Kullback-Leibler divergence from the histogram (Migacz, "8-bit
                      Inference with TensorRT", 2017)
 
-A range holds 0, and is no wider than what was seen.
+A range always contains 0, and is never wider than the observed values.
 """
 
 import math
@@ -22,16 +23,19 @@ from torch import Tensor, nn
 from r2cli.config import values
 from r2cli.quantized import grid_search
 
-BINS = 2048  # on each side of zero
-PIECE = 1 << 22  # values: a float32 counts that many in one bin exactly
-NEWEST = 0.1  # the weight of a batch in the moving average
+BINS = 2048  # on each side of zero, as in TensorRT's method
+PIECE = 1 << 22  # values for one call of torch.histc: it counts in float32, which is exact only up to 2**24
+NEWEST = 0.1  # the weight of the newest batch in the moving average
 PERCENTILE = 99.99
-# Ranges that entropy tries, as shares of what was seen.
+# The ranges that entropy tries, as shares of the observed range.
 SHARES = tuple(number / 128 for number in range(1, 129))
 
 
 class Observer(nn.Module):
-    """Passes x on unchanged, any shape. `low` and `high` are the ends of what was seen, unless `finite` is False."""
+    """Pass x (of any shape) on unchanged, and keep the least and the greatest value in `low` and `high`.
+
+    `finite` becomes False at the first NaN or infinity; `low` and `high` mean nothing from then on.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,41 +45,42 @@ class Observer(nn.Module):
         low, high = (float(end) for end in torch.aminmax(x.detach()))
         self.finite = self.finite and math.isfinite(low) and math.isfinite(high)
         if self.finite:
-            self.see(x.detach(), low, high)
+            self.update(x.detach(), low, high)
         return x
 
-    def see(self, x: Tensor, low: float, high: float) -> None:
-        """Take in `x`, which lies between `low` and `high`."""
+    def update(self, x: Tensor, low: float, high: float) -> None:
+        """Record the values of `x`. Its least value is `low`, its greatest `high`."""
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def range(self, bits: int) -> tuple[float, float]:
-        """The range of a grid of 2**bits levels."""
+        """Return the ends of the range for a grid of 2**bits levels."""
         return self.low, self.high
 
 
 class MovingAverage(Observer):
-    """The ends of the batches so far, the newest with a weight of its own."""
+    """Average the least and the greatest values of the batches exponentially: the newest has the weight `NEWEST`."""
 
-    def see(self, x: Tensor, low: float, high: float) -> None:
-        if self.high < self.low:  # the first
+    def update(self, x: Tensor, low: float, high: float) -> None:
+        if self.high < self.low:  # the first batch: the average starts at its values
             self.low, self.high = low, high
         self.low += NEWEST * (low - self.low)
         self.high += NEWEST * (high - self.high)
 
 
 class Histogram(Observer):
-    """`BINS` bins on each side of zero, of a width that is a power of two: it doubles when a value lies outside.
+    """Count values in `BINS` bins on each side of zero. When a value lies outside, all bins double their width.
 
-    Two neighbours then become one, so nothing is ever spread or guessed.
+    Two neighbours then become one bin, so that all counts stay exact. (With bins of any other width, counts would have
+    to be split between the new bins by a guess.)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.step = 2.0**-126
-        self.counts = torch.zeros(2, BINS, dtype=torch.int64)  # below zero, from the least; above it
+        self.step = 2.0**-126  # the width of a bin: at first the smallest normal float32, so it only needs to grow
+        self.counts = torch.zeros(2, BINS, dtype=torch.int64)  # row 0 below zero, ascending; row 1 above zero
 
-    def see(self, x: Tensor, low: float, high: float) -> None:
-        super().see(x, low, high)
+    def update(self, x: Tensor, low: float, high: float) -> None:
+        super().update(x, low, high)
         doubled = 1
         while self.step * doubled * BINS <= max(-low, high):
             doubled *= 2
@@ -86,26 +91,26 @@ class Histogram(Observer):
             self.counts += found.to(torch.int64).cpu().view(2, BINS)
 
     def _widen(self, times: int) -> None:
-        """Make bins `times` as wide, a power of two."""
+        """Make the bins `times` as wide, where `times` is a power of two."""
         self.step *= times
         if times == 1:
             return
-        groups = max(1, BINS // times)
+        groups = max(1, BINS // times)  # this many bins are left on each side; the others are empty
         merged = self.counts.view(2, groups, -1).sum(2)
         self.counts = torch.zeros_like(self.counts)
         self.counts[0, -groups:], self.counts[1, :groups] = merged[0], merged[1]
 
     def middles(self) -> Tensor:
-        """float64 (2 * BINS,): the middles of the bins, ascending."""
+        """Return the middles of the bins, ascending: float64 (2 * BINS,)."""
         return (torch.arange(-BINS, BINS, dtype=torch.float64) + 0.5) * self.step
 
     def within(self, low: float, high: float) -> tuple[float, float]:
-        """A range that is no wider than what was seen, 0 within."""
+        """Cut a range to the observed values, and widen it where it does not contain 0."""
         return min(0.0, max(low, self.low)), max(0.0, min(high, self.high))
 
 
 class Percentile(Histogram):
-    """Linear between the edges of a bin."""
+    """Cut (100 - percentile) % of the values off each end. Within a bin, values count as evenly spread."""
 
     def __init__(self, percentile: float) -> None:
         super().__init__()
@@ -116,6 +121,7 @@ class Percentile(Histogram):
         return self.within(*(self._at(running, share) for share in (100 - self.percentile, self.percentile)))
 
     def _at(self, running: Tensor, percent: float) -> float:
+        """Return the value below which `percent` of all values lie, by the running sum of the counts (2 * BINS,)."""
         wanted = running[-1] * percent / 100
         index = int(torch.searchsorted(running, wanted).clamp_max(len(running) - 1))
         before = running[index - 1] if index else running.new_zeros(())
@@ -124,50 +130,54 @@ class Percentile(Histogram):
 
 
 class LeastError(Histogram):
-    """Every value counts as the middle of its bin."""
+    """Find the range with the least squared error. Every value counts as the middle of its bin."""
 
     def range(self, bits: int) -> tuple[float, float]:
-        there = self.counts.flatten().nonzero().squeeze(1)
-        values, number = self.middles()[there], self.counts.flatten()[there].double()
-        values = values.clamp(self.low, self.high)  # the outermost bins are not full
+        filled = self.counts.flatten().nonzero().squeeze(1)
+        values, number = self.middles()[filled], self.counts.flatten()[filled].double()
+        # The middle of an outermost bin may lie outside the observed values.
+        values = values.clamp(self.low, self.high)
         low, high = grid_search.asymmetric_range(grid_search.spread(values[None], number[None]), bits)
         return float(low), float(high)
 
 
 class Entropy(Histogram):
-    """Both ends are drawn in alike. The bin at zero is left out: behind a ReLU it would be most of the distribution."""
+    """Find the range with the least divergence. Both ends are shortened by the same share."""
 
     def range(self, bits: int) -> tuple[float, float]:
         counts = self.counts.flatten().double()
+        # Without the first bin above zero: after a ReLU it would be most of the distribution, and hide the rest.
         counts[BINS] = 0
         if not bool(counts.any()):
             return self.low, self.high
         middles, (low, high) = self.middles(), self.within(self.low, self.high)
-        found = [divergence(counts, middles, share * low, share * high, bits) for share in SHARES]
-        share = SHARES[found.index(min(found))]
+        divergences = [divergence(counts, middles, share * low, share * high, bits) for share in SHARES]
+        share = SHARES[divergences.index(min(divergences))]
         return share * low, share * high
 
 
 def divergence(counts: Tensor, middles: Tensor, low: float, high: float, bits: int) -> float:
-    """KL divergence of the bins, clipped to [low, high], from what is left of them on a grid of 2**bits levels.
+    """Return the KL divergence in nats between a histogram and what a grid of 2**bits levels over [low, high] keeps.
 
-    Each level's values are spread evenly over those of its bins that were not empty.
+    `counts` and `middles` are float64 (bins,). As in TensorRT's method, the values outside the range are added to its
+    outermost bins, and the grid spreads the values of a level evenly over those of its bins that are not empty.
     """
     scale, zero = grid_search.to_grid(torch.tensor(low), torch.tensor(high), 2**bits - 1)
     inside = (middles >= low) & (middles <= high)
     clipped = counts * inside
     reference = clipped.clone()
-    at = inside.nonzero().squeeze(1)
-    if not len(at):
+    kept = inside.nonzero().squeeze(1)
+    if not len(kept):
         return math.inf
-    reference[at[0]] += counts[: at[0]].sum()
-    reference[at[-1]] += counts[at[-1] + 1 :].sum()
+    reference[kept[0]] += counts[: kept[0]].sum()
+    reference[kept[-1]] += counts[kept[-1] + 1 :].sum()
     level = (torch.round(middles / float(scale)) + float(zero)).clamp(0, 2**bits - 1).long()
     full = (reference > 0).double()
     total = torch.zeros(2**bits, dtype=torch.float64).index_add(0, level, clipped)
     bins = torch.zeros(2**bits, dtype=torch.float64).index_add(0, level, full * inside)
     candidate = torch.where(full > 0, (total / bins.clamp_min(1))[level], 0.0)
     p, q = reference / reference.sum(), candidate / candidate.sum().clamp_min(1e-300)
+    # The bounds avoid log(0) and division by 0. A bin with p > 0 and q = 0 costs much, but the sum stays finite.
     return float((p * (p.clamp_min(1e-300) / q.clamp_min(1e-12)).log()).sum())
 
 
@@ -181,14 +191,17 @@ OBSERVERS: Mapping[str, Callable[[], Observer]] = {
 
 
 def observer(rule: str) -> Callable[[], Observer]:
-    """What makes the observers of `rule`, for example 'mse' or 'percentile:99.9'. Raises InputError for another."""
+    """Return what makes observers of `rule`, such as 'mse' or 'percentile:99.9'. Raises InputError if it is unknown."""
     name, percent = values.range_rule("--act-range", *OBSERVERS)(rule)
     return OBSERVERS[name] if percent is None else lambda: Percentile(percent)
 
 
 def usual(bits: int) -> str:
-    """The rule that measured best. At 4 bits, top-1 of 2,000 CIFAR-10 images with 8-bit weights, ResNet-20 and
-    MobileNet-V1 0.25, without and with the margin regularizer: minmax 72.7 73.7 62.5, mse 80.1 79.9 74.7 71.3,
-    percentile:99.9 79.9 80.8 74.1 72.2, entropy 79.3 80.3 73.3 71.6 (float 81.3 81.6 78.6 76.1).
+    """Return the default rule for `bits`: the one that gave the best top-1.
+
+    Measured at 4 bits with 8-bit weights on 2,000 images of CIFAR-10. ResNet-20 and MobileNet-V1 0.25, each without and
+    with the margin regularizer, have 81.3, 81.6, 78.6 and 76.1 % in float. They kept 80.1, 79.9, 74.7 and 71.3 % with
+    mse, 79.9, 80.8, 74.1 and 72.2 with percentile:99.9, 79.3, 80.3, 73.3 and 71.6 with entropy; minmax was far below
+    (72.7, 73.7 and 62.5 in three of the four).
     """
     return "minmax" if bits >= 8 else "mse"

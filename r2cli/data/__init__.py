@@ -1,15 +1,15 @@
 """Data sets by name, and the one path from an image to the network's input.
 
-    digits                          scikit-learn's 1,797 real 8x8 scans, embedded; a fixed split of 1,200 and 597;
-                                    digits:64 is so many of each
+    digits                          scikit-learn's 1,797 real 8x8 scans, split into 1,200 to train and 597 to test;
+                                    digits:64 takes 64 of each
     mnist, fashion_mnist,           torchvision's, downloaded once
     cifar10, cifar100
     imagefolder:DIR                 DIR/train/CLASS/* and DIR/val/CLASS/* (or DIR/test/CLASS/*), ImageNet's layout
     qnli:FILE.tsv, qnli:DIR         pairs of texts with labels, in GLUE's form; DIR has train.tsv and dev.tsv
-    fake:CxHxW:CLASSES              noise with a trace of its class: for timing and trying, not for learning
+    fake:CxHxW:CLASSES              noise that depends a little on the class: to time and try things, not to learn
 
-Images are kept as uint8 where they fit in memory, decoded once; otherwise workers decode them as they are needed. What
-preprocessing was used is an `InputSpec`, which the checkpoint records and every later command applies.
+Images that fit in memory are decoded once and kept as uint8. Others are decoded by workers each time. The preprocessing
+is an `InputSpec`: the checkpoint records it, and every later command applies it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from r2cli.data import digits, fake, imagefolder, text
-from r2cli.data import torchvision as downloaded
+from r2cli.data import digits, fake, imagefolder, text, torchvision
 from r2cli.data.decoding import decode
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import (
@@ -38,14 +37,14 @@ from r2cli.data.splits import (
     shift_and_flip,
     subset,
 )
-from r2cli.data.text import packed
+from r2cli.data.text import pack_tokenizer
 from r2cli.errors import InputError, unknown
 from r2cli.storage.checkpoint import InputSpec
 
 __all__ = [
     "KINDS",
     "LARGE_IMAGE",
-    "Again",
+    "Repeatable",
     "Batch",
     "Data",
     "FolderSplit",
@@ -60,7 +59,7 @@ __all__ = [
     "load_named_in_file",
     "named_in",
     "normalise",
-    "packed",
+    "pack_tokenizer",
     "recorded",
     "ALL_ROWS",
     "RowShare",
@@ -71,22 +70,23 @@ __all__ = [
 
 KINDS: Mapping[str, Callable[[Request], Data]] = {
     "digits": digits.load,
-    "mnist": downloaded.load,
-    "fashion_mnist": downloaded.load,
-    "cifar10": downloaded.load,
-    "cifar100": downloaded.load,
+    "mnist": torchvision.load,
+    "fashion_mnist": torchvision.load,
+    "cifar10": torchvision.load,
+    "cifar100": torchvision.load,
     "imagefolder": imagefolder.load,
     "qnli": text.load,
     "fake": fake.load,
 }
+# The kinds that need more than their name, and how to write them.
 WHERE = {
     "imagefolder": "imagefolder:DIR",
     "qnli": "qnli:FILE.tsv",
     "fake": "fake:CxHxW:CLASSES",
-}  # the kinds that need more than their name
+}
 
 TEXTS = ("qnli",)
-NOT_RECORDED = ("imagefolder", "qnli")  # where they are
+NOT_RECORDED = ("imagefolder", "qnli")  # a checkpoint does not record the paths of these kinds
 
 
 def load(
@@ -100,18 +100,22 @@ def load(
     workers: int = 2,
     tokenizer: str | None = None,
 ) -> Data:
-    """The data set `name`, at `size` pixels and with `mean` and `std` (of pixels from 0 to 1, one or one a channel), or
-    with the preprocessing of a checkpoint's `spec`. `directory` is where downloads are.
-    A text has `size` tokens, by a network's `tokenizer`.
+    """Load the data set `name` with the preprocessing of a checkpoint's `spec`, or with that of the other arguments.
 
-    Raises InputError for an unknown name, a set that is not there, a folder without the layout, impossible
-    preprocessing; reading the images, for more than 1 % that cannot be decoded.
+    `size` is in pixels; of a text, in tokens, which the network's `tokenizer` makes. `mean` and `std` are of pixels
+    from 0 to 1, one number or one for each channel. `directory` is the folder for downloads.
+
+    Raises InputError for an unknown name, a missing set, a folder with another layout, and impossible preprocessing.
+    Its batches raise InputError when more than 1 % of the images cannot be decoded.
     """
     return _load(name, Request("", "", size, mean, std, spec, directory, workers, tokenizer))
 
 
 def load_named_in_file(name: str, *, spec: InputSpec, directory: Path | None = None, workers: int = 2) -> Data:
-    """`load` for a set that a file names, with that file's preprocessing: it must be there, and nothing is fetched."""
+    """Load a data set that a file names, with the preprocessing in that file. Nothing is downloaded.
+
+    Raises InputError as `load` does, and for a set that is not on this machine.
+    """
     return _load(name, Request("", "", spec=spec, directory=directory, workers=workers, fetches=False))
 
 
@@ -134,8 +138,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Again(Iterable[T]):
-    """What `make` gives, from its beginning each time that it is gone through: nothing is kept in between."""
+class Repeatable(Iterable[T]):
+    """An iterable that starts again each time: it calls `make` for a new iterator, and keeps no items."""
 
     make: Callable[[], Iterator[T]]
 
@@ -144,15 +148,18 @@ class Again(Iterable[T]):
 
 
 def recorded(name: str) -> str:
-    """`name` as a checkpoint holds it: without the path of a folder, so that the same work gives the same bytes."""
+    """Return `name` as a checkpoint records it.
+
+    It is without the path of a folder, so that the same work in another folder gives the same bytes.
+    """
     kind = name.partition(":")[0]
     return kind if kind in NOT_RECORDED else name
 
 
 def named_in(history: object, origin: str) -> str:
-    """The data set that the file `origin` was made with, as the history in its metadata names it.
+    """Return the name of the data set that the file `origin` was made with, by the history in its metadata.
 
-    Raises InputError for a name that says where data is: only the command line says that. A file that could would
+    Raises InputError for a name with a path in it. Only the command line may say where data is: otherwise a file could
     choose what else is read.
     """
     first = history[0] if isinstance(history, list | tuple) and history else {}
@@ -164,11 +171,12 @@ def named_in(history: object, origin: str) -> str:
 
 
 def with_fewer(data: Data, count: int, seed: int) -> Data:
-    """`data` with `count` of its training images, drawn by `seed`. Raises InputError where there are not so many."""
-    there = len(data.train)
-    if count > there:
-        raise InputError(f"--images {count} is more than {data.name} has: give at most {there}")
-    index = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:count]
+    """Return `data` with `count` of its training images, drawn by `seed`. Raises InputError where it has fewer."""
+    available = len(data.train)
+    if count > available:
+        raise InputError(f"--images {count} is more than {data.name} has: give at most {available}")
+    index = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    # Sorted, so that files are read in the order of their folders.
     return replace(data, train=subset(data.train, index.sort().values))
 
 
@@ -184,13 +192,13 @@ def calibration_count(asked: int | None, data: Data) -> int:
 
 
 def calibration(data: Data, count: int, device: torch.device, seed: int, batch: int = 64) -> Iterator[Batch]:
-    """`count` training images in a fixed random order, without augmentation, as batches: what ranges are set on."""
+    """Yield batches of `count` training images, in a random order that `seed` fixes, without augmentation."""
     if not count:
         return
-    seen = 0
+    given = 0
     for images, labels in data.train.batches(batch, device, shuffle=torch.Generator().manual_seed(seed)):
-        take = min(len(labels), count - seen)
+        take = min(len(labels), count - given)
         yield images[:take], labels[:take]
-        seen += take
-        if seen >= count:
+        given += take
+        if given >= count:
             return

@@ -1,4 +1,4 @@
-"""One image file to pixels: every mode that Pillow reads, resized and cropped as the network's input asks."""
+"""Decode one image file to pixels, and resize and crop it as the network's input asks. Pillow reads the file."""
 
 import os
 from typing import TYPE_CHECKING
@@ -16,15 +16,18 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 
 
 def decode(path: str | os.PathLike[str], spec: InputSpec, crop: torch.Generator | None = None) -> Tensor | str:
-    """One file as uint8 (channels, size, size), or its path where it is not a readable image.
+    """Decode one file to uint8 (channels, size, size). Returns its path instead if it is not a readable image.
 
-    Centre crop after a resize; with `crop`, Inception's random resized crop and mirror (Szegedy et al. 2015).
+    The image is resized and cropped at the centre. With `crop`, a generator, it is cropped and mirrored at random, as
+    for Inception (Szegedy et al., "Going Deeper with Convolutions", 2015).
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError  # here, because most commands read no image files
 
     try:
         with Image.open(path) as file:
             pixels = numpy.array(_eight_bits(file).convert("L" if spec.channels == 1 else "RGB"))
+    # Pillow raises all of these for damaged files. The path is returned, not raised, so that a worker process can pass
+    # it on, and one bad image does not end the run.
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return os.fspath(path)
     image = torch.from_numpy(pixels).view(*pixels.shape[:2], spec.channels).permute(2, 0, 1)
@@ -34,13 +37,14 @@ def decode(path: str | os.PathLike[str], spec: InputSpec, crop: torch.Generator 
 
 
 def _eight_bits(file: "Image.Image") -> "Image.Image":
-    """The image with 8 bits a channel, and without Pillow's warning of transparency that a palette holds."""
-    if file.mode.startswith("I;16"):  # Pillow clips 16 bits to 255 where it should scale them
+    """Convert an image to 8 bits a channel. Colour tables with transparency become RGBA, or Pillow would warn."""
+    if file.mode.startswith("I;16"):  # Pillow would clip 16-bit values at 255 instead of scaling them
         return file.point(lambda value: value / 257).convert("L")
     return file.convert("RGBA") if file.mode == "P" and "transparency" in file.info else file
 
 
 def _centre(image: Tensor, spec: InputSpec) -> Tensor:
+    """Resize the shorter side to `spec.resize` and cut the centre: (channels, h, w) to (channels, size, size)."""
     from torchvision.transforms.v2 import functional as F
 
     scaled = image if min(image.shape[1:]) == spec.resize else F.resize(image, [spec.resize], antialias=True)
@@ -48,13 +52,17 @@ def _centre(image: Tensor, spec: InputSpec) -> Tensor:
 
 
 def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """8 to 100 % of the area at a ratio of 3/4 to 4/3, scaled to (channels, size, size), mirrored half of the time."""
+    """Cut 8 to 100 % of the area, with sides in a ratio of 3/4 to 4/3, and scale it to (channels, size, size).
+
+    Half of the crops are mirrored.
+    """
     from torchvision.transforms.v2 import functional as F
 
     _, height, width = image.shape
     area, log_ratio, top, left, mirror = torch.rand(5, generator=generator).tolist()
     side = ((0.08 + 0.92 * area) * height * width) ** 0.5
-    stretch = (3 / 4) ** (0.5 - log_ratio)  # square root of a ratio from 3/4 to 4/3, uniform in its logarithm
+    # The square root of the ratio. The logarithm of the ratio is uniform, so wide and tall crops are equally frequent.
+    stretch = (3 / 4) ** (0.5 - log_ratio)
     h, w = min(height, max(1, round(side / stretch))), min(width, max(1, round(side * stretch)))
     box = (int(top * (height - h + 1)), int(left * (width - w + 1)), h, w)
     image = F.resized_crop(image, *box, [size, size], antialias=True)

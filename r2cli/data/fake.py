@@ -1,4 +1,4 @@
-"""Noise with a trace of its class, in the shape asked for: `fake:3x224x224:1000`. For timing and trying things out."""
+"""Noise of any shape that depends a little on its class: `fake:3x224x224:1000`. To time and try things."""
 
 import re
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from r2cli.data.request import Data, Request, in_memory
 from r2cli.errors import InputError
 
-TRAIN, TEST = 1024, 256  # images; at least one a class
+TRAIN, TEST = 1024, 256  # images; more where there are more classes, so that each class has at least one
 LARGEST = 1024  # pixels
 
 
@@ -24,9 +24,10 @@ def load(request: Request) -> Data:
         )
     spec = request.input(channels, height, mean=(0.5,), std=(0.25,))
     generator = torch.Generator().manual_seed(0)
+    # Each class has its own brightness. Noise up to 159 and shades up to 95 fit uint8 together.
     shades = torch.randint(0, 96, (classes, channels, 1, 1), generator=generator, dtype=torch.uint8)
 
-    def half(count: int) -> tuple[Tensor, Tensor]:
+    def draw(count: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(max(count, classes)) % classes
         shape = (len(labels), channels, height, width)
         noise = torch.randint(0, 160, shape, generator=generator, dtype=torch.uint8)
@@ -34,4 +35,4 @@ def load(request: Request) -> Data:
 
     names = [str(number) for number in range(classes)]
     name = f"fake:{request.where}"
-    return in_memory(name, names, spec, train=half(TRAIN), test=half(TEST), augments=True)
+    return in_memory(name, names, spec, train=draw(TRAIN), test=draw(TEST), augments=True)

@@ -10,10 +10,11 @@ from r2cli.data.splits import LARGE_IMAGE, FolderSplit, Split, kept
 from r2cli.errors import InputError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 images that are kept decoded
+MEMORY_LIMIT = 2 * 2**30  # bytes; a set of small images that is larger than this is decoded anew in each epoch
 
 
 def load(request: Request) -> Data:
+    """Load a folder. Raises InputError where it lacks a part of the layout, or its two halves differ in classes."""
     root = Path(request.where)
     if not root.is_dir():
         raise InputError(f"{root} is not a directory: imagefolder:DIR wants DIR/train/CLASS/* and DIR/val/CLASS/*")
@@ -23,9 +24,13 @@ def load(request: Request) -> Data:
     classes, train = scan(root / "train")
     test_classes, test = scan(held_out)
     if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))[0]
-        raise InputError(f"{root}: class folder '{odd}' is in only one of train/ and {held_out.name}/")
-    size = request.spec.size if request.spec else request.size or _own_size([file for file, _ in train])
+        extra = sorted(set(classes) ^ set(test_classes))[0]
+        raise InputError(
+            f"{root}: class folder '{extra}' is in only one of train/ and {held_out.name}/: add it to the other, or "
+            "remove it"
+        )
+    size = request.spec.size if request.spec else request.size or _usual_size([file for file, _ in train])
+    # ImageNet's usual proportion: the shorter side becomes 256 pixels, and the centre crop takes 224 of them.
     resize = size if size < LARGE_IMAGE else round(size * 256 / 224)
     spec = request.input(3, size, mean=MEAN, std=STD, resize=resize)
     fits = (len(train) + len(test)) * spec.channels * spec.size**2 <= MEMORY_LIMIT
@@ -38,25 +43,31 @@ def load(request: Request) -> Data:
     return Data(f"imagefolder:{root}", spec, classes, split("train", train), split(held_out.name, test))
 
 
-def _own_size(files: Sequence[str]) -> int:
-    """Pixels for a folder: the first readable image's own shorter side where it is small, else ImageNet's 224."""
+def _usual_size(files: Sequence[str]) -> int:
+    """Return the size in pixels for a folder: the shorter side of its first readable image if that is small, else 224.
+
+    224 is ImageNet's size.
+    """
     shorter = next((shorter for shorter in map(_shorter_side, files) if shorter), LARGE_IMAGE)
     return shorter if shorter < LARGE_IMAGE else 224
 
 
 def _shorter_side(path: str) -> int | None:
-    """Pixels of an image's shorter side; None where it is not a readable image."""
+    """Return the pixels of an image's shorter side, or None if it is not a readable image."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
-            return min(file.size)
+            return min(file.size)  # Pillow reads only the header for this
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
         return None
 
 
 def scan(split: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Class names in order and (file, label) of one split."""
+    """Return the class names in order, and (file, label) of each image of one split.
+
+    Raises InputError for a folder that cannot be read, has fewer than two classes, or has a class without images.
+    """
     try:
         with os.scandir(split) as entries:
             folders = sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -68,14 +79,17 @@ def scan(split: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
         raise InputError(f"{split} holds no images: it wants CLASS/*.jpg (or png, bmp, webp, tiff)")
     if len(folders) < 2:
         raise InputError(f"{split} has one class folder, '{names[0]}': a classifier needs at least two")
-    bare = next((folders[label] for label in sorted(set(range(len(folders))) - {label for _, label in files})), None)
-    if bare is not None:
-        raise InputError(f"{bare} holds no images: add some, or remove the folder")
+    empty = next((folders[label] for label in sorted(set(range(len(folders))) - {label for _, label in files})), None)
+    if empty is not None:
+        raise InputError(f"{empty} holds no images: add some, or remove the folder")
     return names, files
 
 
 def _images(folder: str) -> Iterator[str]:
-    """The images below a folder, in order of their names: one listing a folder, no look at each file's status."""
+    """Yield the images below a folder, in the order of their names.
+
+    os.scandir says what is a folder without a system call for each file: ImageNet has 1.3 million files.
+    """
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:

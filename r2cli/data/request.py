@@ -1,4 +1,4 @@
-"""What a data set is asked for, and what it gives."""
+"""What a caller asks of a data set (`Request`), and what the data set returns (`Data`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from r2cli.storage.checkpoint import InputSpec
 
 @dataclass(frozen=True)
 class Request:
-    """A data set by its kind and `where` it is, with preprocessing: a checkpoint's `spec`, or what the rest says."""
+    """A data set by its kind and its place, with preprocessing: that of a checkpoint's `spec`, or of the other fields.
+
+    `where` is what stands after the colon of a name: a folder, a file, a shape or a count.
+    """
 
     kind: str
     where: str = ""
@@ -24,25 +27,26 @@ class Request:
     spec: InputSpec | None = None
     directory: Path | None = None
     workers: int = 2
-    tokenizer: str | None = None  # of the network that reads text, as `text.packed` gives it
-    fetches: bool = True  # whether a set that is not there may be downloaded
+    tokenizer: str | None = None  # of a network that reads text, compressed by `text.pack_tokenizer`
+    fetches: bool = True  # whether a missing set may be downloaded
 
     def input(
         self, channels: int, size: int, *, mean: Sequence[float], std: Sequence[float], resize: int | None = None
     ) -> InputSpec:
-        """The preprocessing asked for; where nothing was asked, what is given here.
+        """Return the preprocessing that was asked for. The arguments are the defaults of the data set.
 
         Raises InputError for a mean or std that does not fit the channels.
         """
         if self.spec:
             return self.spec
         size = self.size or size
-        mean, std = self._each("--mean", self.mean or mean, channels), self._each("--std", self.std or std, channels)
+        mean = self._per_channel("--mean", self.mean or mean, channels)
+        std = self._per_channel("--std", self.std or std, channels)
         if min(std) <= 0:
             raise InputError(f"--std {min(std):g} is impossible: give numbers above 0")
         return InputSpec(channels, size, resize or size, tuple(mean), tuple(std))
 
-    def _each(self, option: str, values: Sequence[float], channels: int) -> list[float]:
+    def _per_channel(self, option: str, values: Sequence[float], channels: int) -> list[float]:
         if len(values) not in (1, channels):
             raise InputError(f"{option} has {len(values)} numbers for {channels} channels: give 1 or {channels}")
         return list(values) * (channels if len(values) == 1 else 1)
@@ -50,6 +54,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Data:
+    """A data set: its name, the preprocessing, the classes, and its two halves."""
+
     name: str
     input: InputSpec
     class_names: tuple[str, ...]
@@ -66,7 +72,7 @@ def in_memory(
     test: tuple[Tensor, Tensor],
     augments: bool,
 ) -> Data:
-    """A data set of images uint8 (n, 1 or 3, h, w) and labels (n,), scaled to `spec`'s size and channels."""
+    """Make a data set of images uint8 (n, 1 or 3, h, w) and labels (n,), scaled to the size and channels of `spec`."""
     halves = [
         MemorySplit(half, scaled(images, spec, name), labels, spec, augments=augments)
         for half, (images, labels) in (("train", train), ("test", test))
@@ -75,19 +81,25 @@ def in_memory(
 
 
 def scaled(images: Tensor, spec: InputSpec, name: str) -> Tensor:
-    """Images uint8 (n, 1 or 3, h, w) as (n, channels, size, size). Raises InputError for channels they don't have."""
+    """Scale images uint8 (n, 1 or 3, h, w) to (n, channels, size, size).
+
+    Raises InputError where the images cannot have the channels of `spec`.
+    """
     from torchvision.transforms.v2 import functional as F
 
-    own = images.shape[1]
-    if spec.channels not in (1, own) and own != 1:
-        raise InputError(f"{name} has {own} channels, the network wants {spec.channels}: give its own --data")
+    given = images.shape[1]
+    if spec.channels not in (1, given) and given != 1:
+        raise InputError(
+            f"{name} has {given} channels, the network wants {spec.channels}: give the --data that it was trained on"
+        )
     if spec.channels not in (1, 3):
         raise InputError(
             f"{name} cannot be given {spec.channels} channels: give the data that the network was made for"
         )
-    if own != 1 and spec.channels == 1:
+    if given != 1 and spec.channels == 1:
         images = F.rgb_to_grayscale(images)
     if images.shape[2:] != (spec.size, spec.size):
+        # In parts, so that what torchvision needs in between stays small.
         parts = [F.resize(part, [spec.size, spec.size], antialias=True) for part in torch.split(images, 4096)]
         images = torch.cat(parts)
     return images.expand(-1, spec.channels, -1, -1).contiguous()

@@ -1,7 +1,12 @@
-"""Halves of data sets: images held in memory, decoded from files when first needed, or decoded by workers each time.
+"""The two halves of a data set, as batches.
 
-Every split gives the same batches for the same generator, whatever the device and however many workers; of several
-processes each gets its own images of the same batches.
+    MemorySplit    images that are in memory
+    KeptSplit      image files that are decoded when they are first needed, and then kept
+    FolderSplit    image files that worker processes decode each time
+    TextSplit      texts as tokens
+
+A split gives the same batches for the same generator, on every device and with any number of workers. If several
+processes train one network, each gets its own images of the same batches.
 """
 
 import os
@@ -17,23 +22,22 @@ from r2cli.data.decoding import decode
 from r2cli.errors import InputError, R2Error
 from r2cli.storage.checkpoint import InputSpec
 
-LARGE_IMAGE = 96  # pixels; from here on a training image is a random crop, and decoded each time by workers
-UNREADABLE_LIMIT = 0.01  # share of a split's images that may fail to decode
+LARGE_IMAGE = 96  # pixels; training images of this size or more are random crops, decoded each time by workers
+UNREADABLE_LIMIT = 0.01  # share of a split's images that may fail to decode: large collections have a few damaged files
 
-Batch = tuple[
-    Tensor, Tensor
-]  # images float32 (n, channels, size, size) or tokens int64 (n, 3, size), labels int64 (n,)
+# Images float32 (n, channels, size, size) or tokens int64 (n, 3, size), and labels int64 (n,).
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class RowShare:
-    """What one of several processes gets of every batch: its images at `rank`, `rank` + `world`, ..."""
+    """The part of every batch that one of `world` processes gets: the rows `rank`, `rank` + `world`, and so on."""
 
     rank: int = 0
     world: int = 1
 
-    def of(self, count: int) -> Tensor:
-        """Positions of its own in a batch of `count` images."""
+    def positions(self, count: int) -> Tensor:
+        """Return the rows of this process in a batch of `count` images: int64 (n,)."""
         return torch.arange(count)[self.rank :: self.world]
 
 
@@ -41,9 +45,9 @@ ALL_ROWS = RowShare()
 
 
 class Split(Protocol):
-    """One half of a data set. `batches` yields every image once, in the order of `shuffle`'s generator if given.
+    """One half of a data set. `batches` yields every image once, in an order that the generator `shuffle` draws.
 
-    `size` is that of a batch of all processes together; each yields its `share` of it.
+    `size` is the size of a batch of all processes together. Each process yields its `share` of it.
     """
 
     name: str
@@ -62,7 +66,10 @@ class Split(Protocol):
 
 
 def normalise(images: Tensor, spec: InputSpec, device: torch.device) -> Tensor:
-    """uint8 (n, c, h, w) to the network's float32 input on `device`; channels last, as convolutions like it."""
+    """Turn uint8 images (n, c, h, w) into the network's float32 input on `device`.
+
+    In channels-last memory, in which convolutions are fastest.
+    """
     mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
     std = torch.tensor(spec.std, device=device).view(1, -1, 1, 1)
     pixels = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
@@ -70,7 +77,10 @@ def normalise(images: Tensor, spec: InputSpec, device: torch.device) -> Tensor:
 
 
 def draw_shifts(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """CIFAR's augmentation for n images: shifts of up to an eighth, and whether to mirror. (n, 3) int64, on the CPU."""
+    """Draw CIFAR's augmentation for n images: shift down, shift right, and whether to mirror. int64 (n, 3) on the CPU.
+
+    A shift is up to an eighth of `size`, as 4 of CIFAR's 32 pixels (He et al., 2016, section 4.2).
+    """
     pad = _border(size)
     shifts = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
     mirror = torch.rand(n, 1, generator=generator) < 0.5
@@ -78,7 +88,10 @@ def draw_shifts(n: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def shift_and_flip(images: Tensor, draws: Tensor) -> Tensor:
-    """Shift uint8 (n, c, s, s) over a zero border and mirror it as drawn, (n, 3), on the images' own device."""
+    """Shift uint8 images (n, c, s, s) over a border of zeros and mirror them, as `draws` (n, 3) says.
+
+    One gather does it for all images at once, on the device of the images.
+    """
     n, _, size, _ = images.shape
     pad = _border(size)
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
@@ -86,8 +99,8 @@ def shift_and_flip(images: Tensor, draws: Tensor) -> Tensor:
     steps = torch.arange(size).expand(n, size)
     rows, cols = top + steps, left + torch.where(mirror > 0, size - 1 - steps, steps)
     rows, cols = rows.to(images.device, non_blocking=True), cols.to(images.device, non_blocking=True)
-    each = torch.arange(n, device=images.device)[:, None, None]
-    return padded[each, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    image = torch.arange(n, device=images.device)[:, None, None]
+    return padded[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _border(size: int) -> int:
@@ -96,7 +109,7 @@ def _border(size: int) -> int:
 
 @dataclass
 class MemorySplit:
-    """Decoded images: uint8 (n, c, size, size), and labels int64 (n,). On a GPU they are kept there."""
+    """Decoded images uint8 (n, c, size, size) and labels int64 (n,). If training is on a GPU, the images move there."""
 
     name: str
     images: Tensor
@@ -121,26 +134,26 @@ class MemorySplit:
             self.require(order)
             self.images = self.images.to(device)
         for wanted in torch.split(order, size):
-            # Drawn for the whole batch, so that every process draws the same.
-            shifts = shuffle if augment and self.augments else None
-            draws = None if shifts is None else draw_shifts(len(wanted), self.spec.size, shifts)
-            own = share.of(len(wanted))
-            own = own[self.require(wanted[own])]
-            index = wanted[own]
+            # Drawn for the whole batch, so that the generators of all processes stay in step.
+            generator = shuffle if augment and self.augments else None
+            draws = None if generator is None else draw_shifts(len(wanted), self.spec.size, generator)
+            rows = share.positions(len(wanted))
+            rows = rows[self.require(wanted[rows])]
+            index = wanted[rows]
             images = self.images[index.to(self.images.device)]
             if draws is not None:
-                images = shift_and_flip(images, draws[own])
-            if _any(index, share, len(wanted), self.name):
+                images = shift_and_flip(images, draws[rows])
+            if _has_images(index, share, len(wanted), self.name):
                 yield normalise(images, self.spec, device), self.labels[index].to(device, non_blocking=True)
 
     def require(self, index: Tensor) -> Tensor:
-        """Which of the images at `index` there are, (n,) bool; they are decoded by now."""
+        """Make sure that the images at `index` (n,) are decoded. Returns which of them can be used: bool (n,)."""
         return torch.ones_like(index, dtype=torch.bool)
 
 
 @dataclass
 class KeptSplit(MemorySplit):
-    """Image files, each decoded when it is first needed and kept: `images` is filled as they come."""
+    """Image files. Each is decoded when it is first needed, and then kept in `images`."""
 
     files: Sequence[tuple[str, int]] = ()
     state: Tensor = field(default_factory=lambda: torch.empty(0))  # (n,) int8: 0 not tried, 1 decoded, -1 unreadable
@@ -153,7 +166,7 @@ class KeptSplit(MemorySplit):
 
     def _decode(self, todo: Sequence[int]) -> None:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the threads of the pool are the parallelism
+        torch.set_num_threads(1)  # the pool already uses all cores: threads within threads would be slower
         try:
             with ThreadPoolExecutor(min(threads, len(todo))) as pool:
                 decoded = list(pool.map(lambda i: decode(self.files[i][0], self.spec), todo))
@@ -169,14 +182,15 @@ class KeptSplit(MemorySplit):
 
 
 def kept(name: str, files: Sequence[tuple[str, int]], spec: InputSpec) -> KeptSplit:
-    """A split of files to keep in memory once they are decoded."""
-    images = torch.empty(len(files), *spec.shape, dtype=torch.uint8)  # no page is touched before its image is there
+    """Make a split of files that are kept in memory once they are decoded."""
+    # torch.empty writes nothing, so the system gives a page of memory only when an image is stored in it.
+    images = torch.empty(len(files), *spec.shape, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in files])
     return KeptSplit(name, images, labels, spec, files=files, state=torch.zeros(len(files), dtype=torch.int8))
 
 
 def subset(split: Split, index: Tensor) -> Split:
-    """The images of `split` at `index` (n,) int64, in that order, as a split of their own."""
+    """Return a split of the images of `split` at `index` (n,) int64, in that order."""
     if isinstance(split, KeptSplit):
         return kept(split.name, [split.files[i] for i in index.tolist()], split.spec)
     if isinstance(split, MemorySplit):
@@ -189,7 +203,7 @@ def subset(split: Split, index: Tensor) -> Split:
 
 @dataclass
 class TextSplit:
-    """Texts as tokens: int32 (n, 3, length), and labels int64 (n,). Batches are int64."""
+    """Texts as tokens int32 (n, 3, length), and labels int64 (n,). Batches are int64, as embeddings need them."""
 
     name: str
     tokens: Tensor
@@ -209,14 +223,14 @@ class TextSplit:
     ) -> Iterator[Batch]:
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
         for wanted in torch.split(order, size):
-            own = wanted[share.of(len(wanted))]
-            if len(own):
-                yield self.tokens[own].to(device).long(), self.labels[own].to(device)
+            index = wanted[share.positions(len(wanted))]
+            if len(index):
+                yield self.tokens[index].to(device).long(), self.labels[index].to(device)
 
 
 @dataclass
 class FolderSplit:
-    """Image files, decoded by workers as they are needed: for what does not fit in memory."""
+    """Image files that worker processes decode each time. For sets that do not fit in memory."""
 
     name: str
     files: Sequence[tuple[str, int]]
@@ -237,10 +251,10 @@ class FolderSplit:
     ) -> Iterator[Batch]:
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
         seed = None if shuffle is None or not augment else int(torch.randint(2**31, (), generator=shuffle))
-        batches = [wanted[share.of(len(wanted))].tolist() for wanted in torch.split(order, size)]
+        batches = [wanted[share.positions(len(wanted))].tolist() for wanted in torch.split(order, size)]
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             _Decoder(self.files, self.spec, seed),
-            batch_sampler=[own for own in batches if own],
+            batch_sampler=[rows for rows in batches if rows],
             generator=shuffle,
             num_workers=self.workers,
             collate_fn=_stack,
@@ -249,12 +263,15 @@ class FolderSplit:
         for images, labels, unreadable in loader:
             self.unreadable += unreadable
             require_readable(self.unreadable, len(self), self.name)
-            if _any(labels, share, share.world, self.name):
+            if _has_images(labels, share, share.world, self.name):
                 yield normalise(images, self.spec, device), labels.to(device, non_blocking=True)
 
 
 class _Decoder(torch.utils.data.Dataset[tuple[Tensor | str, int]]):
-    """Item i: the decoded image (the file's path where it cannot be decoded) and its label; augmented for a `seed`."""
+    """Item i is the decoded image and its label, or the file's path and its label if it cannot be decoded.
+
+    With a `seed` the image is augmented.
+    """
 
     def __init__(self, files: Sequence[tuple[str, int]], spec: InputSpec, seed: int | None) -> None:
         self.files, self.spec, self.seed = files, spec, seed
@@ -266,35 +283,39 @@ class _Decoder(torch.utils.data.Dataset[tuple[Tensor | str, int]]):
         path, label = self.files[index]
         if self.seed is None:
             return decode(path, self.spec), label
-        # An image's augmentation depends on the epoch's seed and its index, not on the worker.
-        own = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        # A generator from the epoch's seed and the index, so that the number of workers changes nothing. The factor
+        # keeps the seeds of two epochs apart in sets of up to a million images.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         if self.spec.size >= LARGE_IMAGE:
-            return decode(path, self.spec, own), label
+            return decode(path, self.spec, generator), label
         image = decode(path, self.spec)
         if isinstance(image, Tensor):
-            image = shift_and_flip(image[None], draw_shifts(1, self.spec.size, own))[0]
+            image = shift_and_flip(image[None], draw_shifts(1, self.spec.size, generator))[0]
         return image, label
 
 
-def _any(found: Tensor, share: RowShare, size: int, split: str) -> bool:
-    """Whether anything of a batch of `size` was found. Raises R2Error where other processes would wait for this one."""
+def _has_images(found: Tensor, share: RowShare, size: int, split: str) -> bool:
+    """Say whether any image of this process's share of a batch of `size` images was decoded.
+
+    Raises R2Error where the other processes have images: they would wait for this one's gradients forever.
+    """
     if not len(found) and 1 < share.world <= size:
         raise R2Error(f"no image of a batch's share of {split} can be decoded: remove the files that cannot be decoded")
     return len(found) > 0
 
 
 def _stack(samples: list[tuple[Tensor | str, int]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images uint8 (n, c, s, s), labels int64 (n,), and the files that could not be decoded."""
+    """Stack samples into images uint8 (n, c, s, s) and labels int64 (n,), and list the files that are not decodable."""
     pairs = [(image, label) for image, label in samples if isinstance(image, Tensor)]
     images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0)
     return images, torch.tensor([label for _, label in pairs]), [path for path, _ in samples if isinstance(path, str)]
 
 
 def require_readable(unreadable: Sequence[str], total: int, split: str) -> None:
-    """Raises InputError where more of a split's images cannot be decoded than may be left out."""
+    """Raise InputError if more than `UNREADABLE_LIMIT` of a split's images cannot be decoded."""
     distinct = sorted(set(unreadable))
     if len(distinct) > UNREADABLE_LIMIT * total:
         raise InputError(
             f"{len(distinct)} of {total} images of {split} cannot be decoded, more than {UNREADABLE_LIMIT:.0%}: "
-            f"remove or replace them, first {os.fspath(distinct[0])}"
+            f"remove or replace them, beginning with {os.fspath(distinct[0])}"
         )

@@ -1,8 +1,8 @@
-"""Texts with labels in GLUE's tab-separated form, as tokens: `qnli:FILE.tsv`, or a folder with train.tsv and dev.tsv.
+"""Texts with labels in GLUE's tab-separated form: `qnli:FILE.tsv`, or a folder with train.tsv and dev.tsv.
 
-A file's first line names its columns: `label`, one or two of text, and perhaps `index`. Of a single file the same rows
-are held out in every run. The tokenizer is the network's own, a tokenizer.json that the checkpoint carries: reading it
-runs no code, and a text means the same tokens wherever the checkpoint goes.
+The first line of a file names its columns: `label`, one or two columns of text, and perhaps `index`. If there is only
+one file, the same rows of it are held out in every run. The tokenizer is the network's own: a tokenizer.json that the
+checkpoint contains. Reading it runs no code, and every machine makes the same tokens.
 """
 
 import base64
@@ -20,21 +20,25 @@ from r2cli.data.splits import TextSplit
 from r2cli.errors import InputError
 from r2cli.storage.checkpoint import InputSpec
 
-TEST = 1000  # rows of a single file that are held out, but never more than a fifth
-LENGTH = 128  # tokens, GLUE's usual
-ROWS = 3  # of a text's tensor: ids, mask, types
+TEST = 1000  # rows of a single file that are held out, but never more than a fifth of it
+LENGTH = 128  # tokens; the usual length for GLUE
+ROWS = 3  # rows of a text's tensor: ids, mask, types
 NOT_TEXT = ("index", "idx", "id", "label")
 
 
 def load(request: Request) -> Data:
-    spec = request.spec or _asked(request)
+    """Load and tokenize texts. Raises InputError for a missing file, another form, or fewer than two labels."""
+    spec = request.spec or _input_spec(request)
     if not spec.is_text:
-        raise InputError(f"{request.kind} holds text and the network reads images: give the data that it was made for")
+        raise InputError(
+            f"{request.kind} holds text and the network reads images: give the --data that it was made for"
+        )
     where = Path(request.where)
     if where.is_dir():
         halves = [_read(where / name) for name in ("train.tsv", "dev.tsv")]
     else:
         rows = _read(where)
+        # The seed is fixed: a test row must never have been a training row of an earlier command.
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         held_out = min(TEST, len(rows) // 5)
         halves = [[rows[i] for i in sorted(part)] for part in (order[held_out:], order[:held_out])]
@@ -50,7 +54,8 @@ def load(request: Request) -> Data:
     return Data(f"{request.kind}:{where}", spec, tuple(names), splits[0], splits[1])
 
 
-def _asked(request: Request) -> InputSpec:
+def _input_spec(request: Request) -> InputSpec:
+    """Return the preprocessing that was asked for. Raises InputError for options that do not apply to text."""
     if request.tokenizer is None:
         raise InputError(f"{request.kind} holds text: give --model text:DIR, or --model mobilebert")
     for option, value in (("--mean", request.mean), ("--std", request.std)):
@@ -61,9 +66,10 @@ def _asked(request: Request) -> InputSpec:
 
 
 def _read(path: Path) -> list[tuple[tuple[str, ...], str]]:
-    """The texts and the label of every row. Raises InputError for a file that is missing or not of the form."""
+    """Return the texts and the label of every row. Raises InputError for a missing file, or one of another form."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
+            # GLUE's files have no quoting: a quotation mark is part of the text.
             lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read ({error}): give qnli:FILE.tsv, or a folder with train.tsv") from error
@@ -84,22 +90,22 @@ def _read(path: Path) -> list[tuple[tuple[str, ...], str]]:
 
 
 def encoded(texts: Sequence[tuple[str, ...]], spec: InputSpec) -> Tensor:
-    """Texts, each of one or two, as tokens int32 (n, 3, length): cut to the length, or filled up with padding."""
+    """Turn n texts, or pairs of texts, into tokens int32 (n, 3, length). Long ones are cut, short ones padded."""
     tokenizer = _tokenizer(spec.tokenizer)
     pad: dict[str, Any] = tokenizer.padding or {}
     tokenizer.enable_truncation(spec.size)
     tokenizer.enable_padding(length=spec.size, **{key: pad[key] for key in ("pad_id", "pad_token") if key in pad})
-    found = tokenizer.encode_batch([each if len(each) == 2 else each[0] for each in texts])
-    return torch.tensor([[each.ids, each.attention_mask, each.type_ids] for each in found], dtype=torch.int32)
+    encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+    return torch.tensor([[one.ids, one.attention_mask, one.type_ids] for one in encodings], dtype=torch.int32)
 
 
-def packed(tokenizer: str) -> str:
-    """A tokenizer.json as a checkpoint holds it, at half its size."""
+def pack_tokenizer(tokenizer: str) -> str:
+    """Compress a tokenizer.json to text for a checkpoint's JSON, which halves its size."""
     return base64.b64encode(zlib.compress(tokenizer.encode(), 9)).decode()
 
 
 def _tokenizer(packed: str) -> Any:
-    """Raises InputError where the library is not there, or the text is not a tokenizer's."""
+    """Undo `pack_tokenizer`, and make the tokenizer. Raises InputError for a missing library or a damaged text."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

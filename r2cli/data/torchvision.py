@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 through torchvision, which downloads them once and checks their sums."""
+"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100. torchvision downloads them once, and checks their checksums."""
 
 import os
 import sys
@@ -17,12 +17,12 @@ from r2cli.errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """torchvision's class, and the mean and deviation of the training pixels, from 0 to 1, a channel each."""
+    """A class of torchvision, and the mean and standard deviation of each channel of its training pixels, 0 to 1."""
 
     dataset: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augments: bool
+    augments: bool  # False for MNIST: a mirrored digit is no digit
 
 
 SOURCES: Mapping[str, Source] = {
@@ -34,6 +34,7 @@ SOURCES: Mapping[str, Source] = {
 
 
 def load(request: Request) -> Data:
+    """Load a data set, or download it. Raises InputError if it is missing and cannot be downloaded."""
     source, folder = SOURCES[request.kind], request.directory or cache()
     (train, names), (test, _) = (_half(request, source, folder, train=half) for half in (True, False))
     spec = request.input(train[0].shape[1], train[0].shape[2], mean=source.mean, std=source.std)
@@ -41,21 +42,21 @@ def load(request: Request) -> Data:
 
 
 def cache() -> Path:
-    """Where downloads are kept unless --data-dir says otherwise."""
+    """Return the folder for downloads when there is no --data-dir."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2cli"
 
 
 def _half(request: Request, source: Source, folder: Path, *, train: bool) -> tuple[tuple[Tensor, Tensor], list[str]]:
-    """Images uint8 (n, c, h, w) with labels (n,), and the names of the classes."""
+    """Return the images uint8 (n, c, h, w) and labels int64 (n,) of one half, and the names of the classes."""
     import torchvision.datasets
 
     try:
-        with redirect_stdout(sys.stderr):  # torchvision prints; standard output is for results
-            found: Any = getattr(torchvision.datasets, source.dataset)(
+        with redirect_stdout(sys.stderr):  # torchvision prints while it downloads; standard output is for results
+            dataset: Any = getattr(torchvision.datasets, source.dataset)(
                 str(folder), train=train, download=request.fetches
             )
-        images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
-    # Whatever torchvision raises for no network, a full disk, or a file that is cut short, it is the set that lacks.
+        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets).long()
+    # torchvision raises these when there is no network, the disk is full, or a file is cut short.
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         kind = request.kind
         if not request.fetches:
@@ -65,4 +66,4 @@ def _half(request: Request, source: Source, folder: Path, *, train: bool) -> tup
             f"--data-dir a folder that holds torchvision's {source.dataset}, or --data imagefolder:DIR"
         ) from error
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    return (images, labels), list(found.classes)
+    return (images, labels), list(dataset.classes)

@@ -1,9 +1,11 @@
-"""A checkpoint as an ONNX file with integer weights, in standard operators.
+"""Export a checkpoint as an ONNX file with integer weights, in standard operators (opset 21, IR 10).
 
-torch exports the network with its parameters under their own names and nothing folded; then the initializer of every
-coded weight is replaced by what its codec says, so no float weight is left to be quantized again, and no second
-description of the network exists. Opset 21, IR 10. The forms of codes are in `onnx_codes.py`; activations are UINT8,
-with a Clip of codes below 8 bits.
+torch exports the network with float weights under their own names. Then the initializer of each quantized weight is
+replaced by nodes that compute it from its codes (`weight_nodes.py`). So the codes are never computed again from floats,
+and the network is described only once. Activations are UINT8; below 8 bits their codes are clipped.
+
+The order of the steps in `to_bytes` matters: constants are folded before the codes are in the graph, or the folding
+would turn them into float weights again.
 """
 
 import json
@@ -34,10 +36,10 @@ INPUT, OUTPUT = "input", "logits"
 
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """The ONNX file of `checkpoint`: input float32 (batch, channels, size, size), of text int64 (batch, 3, size) of
-    tokens; logits float32 (batch, classes).
+    """Return the bytes of the ONNX file of `checkpoint`. Equal checkpoints give equal bytes.
 
-    The same bytes for equal checkpoints. Raises R2Error where torch cannot export the network, or a weight is lost.
+    Its input is float32 (batch, channels, size, size), or int64 tokens (batch, 3, size); its output is the logits,
+    float32 (batch, classes). Raises R2Error where torch cannot export the network, or loses a weight.
     """
     net = deployed.network(checkpoint)
     coded = checkpoint.coded
@@ -59,9 +61,9 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 class _GlobalAveragePool(nn.Module):
-    """The mean of every channel: (n, c, h, w) to (n, c, 1, 1), or to (n, c) where `flat`.
+    """Average each channel: (n, c, h, w) to (n, c, 1, 1), or to (n, c) with `flat`.
 
-    torch would write a ReduceMean, which stays float.
+    torch would write a ReduceMean, for which ONNX Runtime has no integer kernel.
     """
 
     def __init__(self, *, flat: bool = False) -> None:
@@ -69,17 +71,17 @@ class _GlobalAveragePool(nn.Module):
         self.flat = flat
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4:
+        if x.ndim != 4:  # GlobalAveragePool would average other axes
             return x.mean((2, 3))
         mean = torch.onnx.ops.symbolic("GlobalAveragePool", (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1))
         return mean.flatten(1) if self.flat else mean
 
 
 class _QuantizeDequantize(nn.Module):
-    """An `OnGrid` as QuantizeLinear, for less than 8 bits a Clip of the codes, and DequantizeLinear.
+    """A `FakeQuantize` in ONNX: QuantizeLinear, below 8 bits a Clip of the codes, and DequantizeLinear.
 
-    `most` (channels,) are bounds of a `Clip` before it: rounding keeps order, so codes are clipped in their place, and
-    runtimes stay in integers.
+    `most` (channels,) are the bounds of a `Clip` before it. Rounding keeps the order of values, so clipping the codes
+    gives the same result as clipping the values, and runtimes stay in integers.
     """
 
     scale: Tensor
@@ -109,7 +111,7 @@ class _QuantizeDequantize(nn.Module):
 
 
 class _Relu6(nn.Module):
-    """Clip to [0, 6], any shape. What torch makes of its own under symbolic shapes takes most of an export's time."""
+    """Clip values of any shape to [0, 6]. With torch's own ReLU6 the export takes more than twice as long."""
 
     low: Tensor
     high: Tensor
@@ -124,7 +126,11 @@ class _Relu6(nn.Module):
 
 
 class _HardSigmoid(nn.Module):
-    """min(max(x / 6 + 1 / 2, 0), 1), any shape. On a grid: the sum x + 3 on six times that grid, which clips it."""
+    """Compute min(max(x / 6 + 1 / 2, 0), 1) for x of any shape.
+
+    No runtime has an integer kernel for it, but with an 8-bit grid after it, it is a sum. Quantizing x + 3 with six
+    times the scale gives the codes of (x + 3) / 6, and clips them to the range.
+    """
 
     three: Tensor
     third: Tensor
@@ -136,6 +142,7 @@ class _HardSigmoid(nn.Module):
         super().__init__()
         self.on_grid = grid is not None
         if grid is not None:
+            # The constant 3 as a code too, so that the sum runs on integers: 255 * (3 / 255).
             self.register_buffer("three", torch.tensor(255, dtype=torch.uint8))
             self.register_buffer("third", torch.tensor(3 / 255))
             self.register_buffer("scale", grid.scale)
@@ -154,11 +161,11 @@ class _HardSigmoid(nn.Module):
 
 
 def _standard_operators(net: fx.GraphModule) -> None:
-    """Put in place of modules the operators that runtimes have integer kernels for; in place."""
+    """Replace modules by operators for which runtimes have integer kernels, in place."""
 
     def replacement(node: fx.Node) -> nn.Module | None:
         module = operators.module_of(net, node)
-        if isinstance(module, deployed.OnGrid):
+        if isinstance(module, deployed.FakeQuantize):
             return _QuantizeDequantize(module.grid, bounds.get(node))
         if isinstance(module, Clip) and all(user in bounds for user in node.users):
             return nn.ReLU()
@@ -174,14 +181,16 @@ def _standard_operators(net: fx.GraphModule) -> None:
     edit.repeat_grids(net)
     _join_hard_sigmoids(net)
     clips = {node: operators.module_of(net, node) for node in net.graph.nodes}
-    on_grids = [node for node, module in clips.items() if isinstance(module, deployed.OnGrid)]
+    on_grids = [node for node, module in clips.items() if isinstance(module, deployed.FakeQuantize)]
     bounds = {n: c.high for n in on_grids if isinstance(c := clips[n.all_input_nodes[0]], Clip)}
     edit.replace_calls(net, replacement)
 
 
 def _pool_on_grids(net: fx.GraphModule) -> None:
-    """Write a mean over an image that goes to a grid as a pooling, its grid, and a flatten: runtimes have the first on
-    integers; in place."""
+    """Replace a mean over an image that has a grid by a pooling, the grid and a flatten, in place.
+
+    Runtimes have an integer kernel for the pooling, but none for the mean.
+    """
     for node in list(net.graph.nodes):
         user = structure.only_user(node)
         if user is None or not edit.is_grid(user) or not operators.is_a(net, node, (torch.mean, "mean")):
@@ -197,13 +206,17 @@ def _pool_on_grids(net: fx.GraphModule) -> None:
 
 
 def _join_hard_sigmoids(net: fx.GraphModule) -> None:
-    """Make one of every hard sigmoid and the 8-bit grid that alone reads it; in place."""
+    """Join every hard sigmoid with the 8-bit grid after it, if nothing else reads it; in place."""
     for node in list(net.graph.nodes):
         user = structure.only_user(node)
         if user is None or not operators.is_a(net, node, (nn.Hardsigmoid, F.hardsigmoid)):
             continue
         module = operators.module_of(net, user)
-        if isinstance(module, deployed.OnGrid) and module.grid.bits == 8 and edit.is_grid(node.all_input_nodes[0]):
+        if (
+            isinstance(module, deployed.FakeQuantize)
+            and module.grid.bits == 8
+            and edit.is_grid(node.all_input_nodes[0])
+        ):
             user.replace_input_with(node, node.all_input_nodes[0])
             net.graph.erase_node(node)
             net.add_submodule(f"replaced.{node.name}", _HardSigmoid(module.grid))
@@ -211,7 +224,7 @@ def _join_hard_sigmoids(net: fx.GraphModule) -> None:
 
 
 def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` takes the mean of every channel of an image (n, c, h, w)."""
+    """Say whether `node` averages each channel of an image (n, c, h, w)."""
     module, given = operators.module_of(net, node), (*node.args[1:], *node.kwargs.values())
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return module.output_size in (1, (1, 1))
@@ -221,14 +234,15 @@ def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _export(net: nn.Module, images: Tensor) -> ir.Model:
+    """Let torch export the float network. Raises R2Error where it cannot."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")  # of torch's exporter about its own parts
+        warnings.simplefilter("ignore")  # torch's exporter warns about its own deprecated parts
         try:
             program = torch.onnx.export(
                 net,
                 (images,),
                 dynamo=True,
-                optimize=False,  # it merges equal initializers, and renames what is left
+                optimize=False,  # it would merge equal initializers and rename others, and we look for them by name
                 opset_version=OPSET,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
@@ -238,19 +252,22 @@ def _export(net: nn.Module, images: Tensor) -> ir.Model:
             )
         except Exception as error:
             first = str(error).strip().splitlines()[0]
-            raise R2Error(f"torch cannot export this network to ONNX ({type(error).__name__}: {first})") from error
+            raise R2Error(
+                f"torch cannot export this network to ONNX ({type(error).__name__}: {first}): change the layer that it "
+                "names"
+            ) from error
     assert program is not None
     return program.model
 
 
 def _simplify(model: ir.Model, coded: Mapping[str, Coded]) -> None:
-    """Fold constants, without touching the coded weights: as inputs of the graph they are out of reach."""
+    """Fold constants, except the quantized weights. As inputs of the graph they are no constants for a while."""
     from onnxscript import optimizer
 
-    held = {name: model.graph.initializers.pop(name) for name in coded if name in model.graph.initializers}
-    model.graph.inputs.extend(held.values())
+    weights = {name: model.graph.initializers.pop(name) for name in coded if name in model.graph.initializers}
+    model.graph.inputs.extend(weights.values())
     optimizer.optimize_ir(model)
-    for name, value in held.items():
+    for name, value in weights.items():
         model.graph.inputs.remove(value)
         model.graph.initializers[name] = value
 
@@ -259,17 +276,23 @@ def _simplify(model: ir.Model, coded: Mapping[str, Coded]) -> None:
 
 
 def _put_codes(model: ir.Model, coded: Mapping[str, Coded], *, read_as_float: bool) -> None:
-    """Put the graph that makes each coded weight from its codes in place of its initializer, before its layer."""
-    tables: dict[str, ir.Value] = {}
+    """Replace the initializer of each quantized weight by nodes that compute it from its codes, in place.
+
+    Raises R2Error where a weight is not the one that the codes stand for, or is missing.
+    """
+    shared: dict[str, ir.Value] = {}
     initializers = model.graph.initializers
     for node in list(model.graph):
         for name in [value.name for value in node.inputs if value is not None]:
             if name is not None and name in coded and name in initializers:
-                value, one = initializers.pop(name), coded[name]
+                value, weight = initializers.pop(name), coded[name]
                 assert value.const_value is not None
-                if not torch.equal(torch.from_numpy(value.const_value.numpy().copy()), one.decode()):
-                    raise R2Error(f"torch's export changed the weight '{name}': it is not the decoded codes any more")
-                decoded, nodes = weight_nodes.emit(model.graph, name, one, tables, read_as_float=read_as_float)
+                if not torch.equal(torch.from_numpy(value.const_value.numpy().copy()), weight.decode()):
+                    raise R2Error(
+                        f"torch's export changed the weight '{name}', so its codes do not fit it: report this with the "
+                        "model's name"
+                    )
+                decoded, nodes = weight_nodes.emit(model.graph, name, weight, shared, read_as_float=read_as_float)
                 value.replace_all_uses_with(decoded)
                 decoded.name = name
                 model.graph.insert_before(node, nodes)
@@ -280,10 +303,11 @@ def _put_codes(model: ir.Model, coded: Mapping[str, Coded], *, read_as_float: bo
 
 
 def _round_last_bias(model: ir.Model) -> None:
-    """Give a layer that ends in the logits its bias as int32, DequantizeLinear with the scale of its products.
+    """Write the bias of the layer that gives the logits as int32 codes with a DequantizeLinear, in place.
 
-    Runtimes round the bias of a layer with a quantized output by themselves, and to the same grid; one with a float
-    output they would run in float. `ptq.round_biases` has put the bias on that grid, so no value changes.
+    Runtimes round the bias of a layer with a quantized output by themselves. The logits are float, and with a float
+    bias runtimes would run that layer in float. `calibrate.round_biases` has rounded the bias already, so no value
+    changes.
     """
     for node in list(model.graph):
         if node.op_type not in ("Gemm", "Conv") or len(node.inputs) < 3 or not node.outputs[0].is_graph_output():
@@ -305,7 +329,7 @@ def _round_last_bias(model: ir.Model) -> None:
 
 
 def _scale_of(value: ir.Value | None) -> "np.ndarray[Any, Any] | None":
-    """The scale of the DequantizeLinear that makes `value`, () or (channels,); None where nothing of the kind does."""
+    """Return the scale, () or (channels,), of the DequantizeLinear that computes `value`; None for another operator."""
     producer = None if value is None else value.producer()
     if producer is None or producer.op_type != "DequantizeLinear":
         return None
@@ -317,7 +341,7 @@ def _scale_of(value: ir.Value | None) -> "np.ndarray[Any, Any] | None":
 
 
 def _clean(model: ir.Model, checkpoint: Checkpoint) -> None:
-    """Drop what torch notes of its own run (stack traces, paths), so that bytes depend on the checkpoint alone."""
+    """Remove what torch writes about its own run (stack traces, paths): the bytes depend on the checkpoint alone."""
     onnx_text.shorten(model, checkpoint.coded.keys())
     model.graph.metadata_props.clear()
     model.graph.name, model.graph.doc_string, model.doc_string = "r2", None, None
@@ -331,7 +355,7 @@ def _clean(model: ir.Model, checkpoint: Checkpoint) -> None:
 
 
 def metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """What the file says of itself: how to feed it, what its outputs are, and how it was made. Sorted by key."""
+    """Return the metadata of the file, sorted by key: its preprocessing, its classes, its network and its history."""
     entries = {
         "r2.class_names": _json(checkpoint.class_names),
         "r2.history": _json(checkpoint.history),
@@ -346,5 +370,5 @@ def _json(value: Any) -> str:
 
 
 def stored_bits(codec: Codec) -> int:
-    """Bits that a code takes in the file: INT8 carries 5 to 7 bits."""
+    """Return the bits that a code takes in the file. Codes of 5 to 7 bits take 8, since ONNX has no such types."""
     return codec.bits if codec.bits <= 4 else 8

@@ -1,9 +1,9 @@
-"""What the layers of a network repeat, written once: functions of the model (ONNX's `FunctionProto`), and their calls.
+"""Make an ONNX file smaller: nodes that many layers repeat become a function (ONNX's `FunctionProto`) and its calls.
 
-First what makes a weight from its codes becomes a function, then a layer with all that it alone reads, up to the grid
-of its output. Bodies are of standard operators; runtimes put them in place of the calls when they load, as `inline`
-does here, so that nothing is slower. A call with a weight has the name of its layer, and the weight is `layer.weight`
-again where it is inlined.
+This is done twice: for the nodes that compute a weight from its codes, and then for each layer with all nodes that only
+it reads, up to the grid of its output. The bodies hold standard operators. Runtimes replace the calls by the bodies
+when they load the file, as `inline` does here, so nothing is slower. The call of a function with a weight has the name
+of its layer; after inlining, the weight is `layer.weight` again.
 """
 
 from collections import Counter, defaultdict
@@ -15,29 +15,34 @@ from string import ascii_letters
 import onnx
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, TensorProto
 
-DOMAIN = "r"
+DOMAIN = "r"  # one letter, since every call repeats it
 LAYERS = ("Conv", "Gemm", "MatMul")
-VARYING = {"Conv": "group"}  # attributes of which a function leaves the value to its calls
-NARROW = (TensorProto.INT4, TensorProto.UINT4)  # ONNX Runtime's functions do not take them: their Cast stays outside
+VARYING = {"Conv": "group"}  # attributes that a call passes to its function, so that layers can differ in them
+NARROW = (TensorProto.INT4, TensorProto.UINT4)  # ONNX Runtime does not accept these as inputs of functions
 INTEGERS = (TensorProto.INT64, TensorProto.INT32, TensorProto.UINT8, TensorProto.INT8)
-SMALL = 64  # bytes of a constant that may stand in a body: ONNX Runtime copies a body for every call
+SMALL = 64  # bytes; larger constants stay outside, because ONNX Runtime copies the body for every call
 
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes, in the file's order, of which only the last one's outputs are read outside; `weight` is made in them."""
+    """Nodes in the file's order. Only the outputs of the last are read outside. They compute `weight`, if given."""
 
     nodes: tuple[NodeProto, ...]
     weight: str | None = None
 
     @property
     def inputs(self) -> list[str]:
+        """The values that the nodes read from outside, each once, in the order in which they are read."""
         made = {name for node in self.nodes for name in node.output}
         return list(dict.fromkeys(name for node in self.nodes for name in node.input if name and name not in made))
 
 
 def outline(file: ModelProto, weights: Set[str]) -> None:
-    """Put calls in place of what is alike, where that saves bytes; in place. `weights` are the coded ones' names."""
+    """Replace equal regions by calls of a function where that saves bytes, in place.
+
+    `weights` are the names of the quantized weights.
+    """
+    # The decoders first: then the regions of layers hold one call each in their place, and more of them are equal.
     _replace(file, _decoders(file, weights), weights)
     _replace(file, _layers(file, weights), weights)
     _renumber(file, weights)
@@ -45,20 +50,20 @@ def outline(file: ModelProto, weights: Set[str]) -> None:
         file.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
 
 
-# --- what is alike -------------------------------------------------------------------------------------------------
+# --- regions that may be equal --------------------------------------------------------------------------------------
 
 
 def _decoders(file: ModelProto, weights: Set[str]) -> Iterator[Region]:
-    """The nodes that make each weight."""
-    grow = _Growth(file, weights, frozenset())
+    """Yield the nodes that compute each weight from its codes."""
+    finder = _RegionFinder(file, weights, frozenset())
     for node in file.graph.node:
         if node.output[0] in weights:
-            yield Region(grow.from_root(node))
+            yield Region(finder.above(node))
 
 
 def _layers(file: ModelProto, weights: Set[str]) -> Iterator[Region]:
-    """All nodes, parted where a layer reads and where an activation has been put on its grid."""
-    constants = {each.name for each in file.graph.initializer}
+    """Yield regions that cover all nodes: one for each layer, cut at its input and at the grid of its output."""
+    constants = {tensor.name for tensor in file.graph.initializer}
     ends = set()
     for node in file.graph.node:
         if all(name in constants for name in node.input if name):
@@ -67,31 +72,32 @@ def _layers(file: ModelProto, weights: Set[str]) -> Iterator[Region]:
             ends.add(node.output[0])
         elif node.op_type in LAYERS:
             ends.add(node.input[0])
-    grow = _Growth(file, weights, ends)
+    finder = _RegionFinder(file, weights, ends)
     taken: set[str] = set()
     for node in reversed(file.graph.node):
         if node.output[0] not in taken:
-            nodes = grow.from_root(node)
-            taken.update(each.output[0] for each in nodes)
-            own = [name for each in nodes for name in each.output if name in weights and name != node.output[0]]
-            yield Region(nodes, own[0] if own else None)
+            nodes = finder.above(node)
+            taken.update(part.output[0] for part in nodes)
+            inside = [name for part in nodes for name in part.output if name in weights and name != node.output[0]]
+            yield Region(nodes, inside[0] if inside else None)
 
 
-class _Growth:
-    """Of a node, all above it that it alone reads, up to `ends`, and with one weight at most."""
+class _RegionFinder:
+    """Finds all nodes above a node that only it reads: up to the values `ends`, and with one weight at most."""
 
     def __init__(self, file: ModelProto, weights: Set[str], ends: Set[str]) -> None:
-        self.order = {node.output[0]: place for place, node in enumerate(file.graph.node)}
+        self.position = {node.output[0]: index for index, node in enumerate(file.graph.node)}
         self.producer = {name: node for node in file.graph.node for name in node.output}
         self.readers = Counter(name for node in file.graph.node for name in node.input)
         self.readers.update(value.name for value in file.graph.output)
-        narrow = {each.name for each in file.graph.initializer if each.data_type in NARROW}
+        narrow = {tensor.name for tensor in file.graph.initializer if tensor.data_type in NARROW}
         wide = {node.output[0] for node in file.graph.node if any(name in narrow for name in node.input)}
         self.weights, self.ends = weights, ends | wide
 
-    def from_root(self, root: NodeProto) -> tuple[NodeProto, ...]:
-        found, waiting, has_weight = [root], list(root.input), any(name in self.weights for name in root.input)
-        for name in waiting:
+    def above(self, root: NodeProto) -> tuple[NodeProto, ...]:
+        """Return the region that ends in `root`, in the file's order."""
+        region, waiting, has_weight = [root], list(root.input), any(name in self.weights for name in root.input)
+        for name in waiting:  # the list grows while it is read
             node = self.producer.get(name)
             if node is None or self.readers[name] > 1 or name in self.ends or len(node.output) > 1:
                 continue
@@ -99,78 +105,80 @@ class _Growth:
             if reads_weight and has_weight:
                 continue
             has_weight |= reads_weight
-            found.append(node)
+            region.append(node)
             waiting.extend(node.input)
-        return tuple(sorted(found, key=lambda node: self.order[node.output[0]]))
+        return tuple(sorted(region, key=lambda node: self.position[node.output[0]]))
 
 
 # --- functions and calls -------------------------------------------------------------------------------------------
 
 
 def _replace(file: ModelProto, regions: Iterable[Region], weights: Set[str]) -> None:
-    """Put a call in place of every region that is like others, and the function into the file."""
-    alike: dict[bytes, list[Region]] = defaultdict(list)
+    """Add a function to the file for each group of equal regions, and replace the regions by calls; in place."""
+    equal: dict[bytes, list[Region]] = defaultdict(list)
     for region in regions:
-        alike[_body(region, {}).SerializeToString(deterministic=True)].append(region)
-    constants = {each.name: each for each in file.graph.initializer}
+        equal[_body(region, {}).SerializeToString(deterministic=True)].append(region)
+    constants = {tensor.name: tensor for tensor in file.graph.initializer}
     calls: dict[str, NodeProto | None] = {}
-    for group in alike.values():
+    for group in equal.values():
         common = _common(group, constants)
         function = _body(group[0], common)
         function.domain, function.name = DOMAIN, ascii_letters[len(file.functions)]
-        made = [_call(region, function.name, common) for region in group]
-        flat = sum(node.ByteSize() + 2 for region in group for node in region.nodes)
-        if flat <= sum(call.ByteSize() + 2 for call in made) + function.ByteSize() + 3:
+        group_calls = [_call(region, function.name, common) for region in group]
+        # A protobuf message within another costs its bytes, and 2 or 3 for its tag and its length.
+        before = sum(node.ByteSize() + 2 for region in group for node in region.nodes)
+        if before <= sum(call.ByteSize() + 2 for call in group_calls) + function.ByteSize() + 3:
             continue
         file.functions.append(function)
-        for region, call in zip(group, made, strict=True):
+        for region, call in zip(group, group_calls, strict=True):
             calls |= {node.output[0]: None for node in region.nodes}
             calls[call.output[0]] = call
     after = (calls.get(node.output[0], node) for node in file.graph.node)
+    # Copies, because the nodes belong to the list that is cleared next.
     kept = [NodeProto.FromString(node.SerializeToString()) for node in after if node is not None]
     file.graph.ClearField("node")
     file.graph.node.extend(kept)
     read = {name for node in kept for name in node.input}
-    left = [each for each in file.graph.initializer if each.name in read]
+    left = [tensor for tensor in file.graph.initializer if tensor.name in read]
     file.graph.ClearField("initializer")
     file.graph.initializer.extend(left)
 
 
 def _common(group: list[Region], constants: Mapping[str, TensorProto]) -> dict[int, TensorProto]:
-    """The small integers that all regions of a group read at the same place of their inputs."""
+    """Return the small integer constants that all regions of a group read as the same input, by the input's index."""
     columns = zip(*(region.inputs for region in group), strict=True)
-    same = {place: column[0] for place, column in enumerate(columns) if len(set(column)) == 1}
+    same = {index: column[0] for index, column in enumerate(columns) if len(set(column)) == 1}
     return {
-        place: constants[name]
-        for place, name in same.items()
+        index: constants[name]
+        for index, name in same.items()
         if name in constants and constants[name].ByteSize() <= SMALL and constants[name].data_type in INTEGERS
     }
 
 
 def _body(region: Region, common: Mapping[int, TensorProto]) -> FunctionProto:
-    """A region as a function without a name: inputs by letters, what is between by numbers, a weight by its part.
+    """Write a region as a function without a name. Regions whose functions have the same bytes are equal.
 
-    Regions with equal bodies are alike.
+    Inputs are named by letters and other values by numbers; a weight is named by the last part of its name.
     """
     function = FunctionProto()
     function.opset_import.append(onnx.helper.make_opsetid("", 21))
     names = {"": ""}
-    for place, name in enumerate(region.inputs):
-        names[name] = ascii_letters[place]
-        if place in common:
-            held = TensorProto()
-            held.CopyFrom(common[place])
-            held.ClearField("name")
-            function.node.append(onnx.helper.make_node("Constant", [], [names[name]], value=held))
+    for index, name in enumerate(region.inputs):
+        names[name] = ascii_letters[index]
+        if index in common:
+            constant = TensorProto()
+            constant.CopyFrom(common[index])
+            constant.ClearField("name")
+            function.node.append(onnx.helper.make_node("Constant", [], [names[name]], value=constant))
         else:
             function.input.append(names[name])
-    for given in region.nodes:
+    for original in region.nodes:
         node = function.node.add()
-        node.CopyFrom(given)
+        node.CopyFrom(original)
         node.ClearField("name")
-        for name in given.output:
-            names[name] = _part(name) if name == region.weight else str(len(names))
-        node.input[:], node.output[:] = [names[n] for n in given.input], [names[n] for n in given.output]
+        for name in original.output:
+            names[name] = _last_part(name) if name == region.weight else str(len(names))
+        node.input[:], node.output[:] = [names[n] for n in original.input], [names[n] for n in original.output]
         for attribute in node.attribute:
             if attribute.name == VARYING.get(node.op_type):
                 attribute.ClearField("i")
@@ -183,9 +191,9 @@ def _body(region: Region, common: Mapping[int, TensorProto]) -> FunctionProto:
 
 
 def _renumber(file: ModelProto, weights: Set[str]) -> None:
-    """Number the values between calls again, after those that are in functions now."""
+    """Number the values of the graph from 0 again, in place: many are in functions now, and short names save bytes."""
     kept = {value.name for value in file.graph.output} | weights
-    taken = {each.name for each in (*file.graph.initializer, *file.graph.input, *file.graph.output)}
+    taken = {value.name for value in (*file.graph.initializer, *file.graph.input, *file.graph.output)}
     free = (name for number in count() if (name := str(number)) not in taken)
     names: dict[str, str] = {}
     for node in file.graph.node:
@@ -195,41 +203,41 @@ def _renumber(file: ModelProto, weights: Set[str]) -> None:
 
 
 def _call(region: Region, function: str, common: Mapping[int, TensorProto]) -> NodeProto:
-    inputs = [name for place, name in enumerate(region.inputs) if place not in common]
+    """Return the call of `function` that stands for a region."""
+    inputs = [name for index, name in enumerate(region.inputs) if index not in common]
     call = NodeProto(op_type=function, domain=DOMAIN, input=inputs, output=region.nodes[-1].output)
     call.name = (region.weight or "").rpartition(".")[0]
     for node in region.nodes:
         for attribute in node.attribute:
             if attribute.name == VARYING.get(node.op_type):
                 call.attribute.append(onnx.helper.make_attribute(attribute.name[0], attribute.i))
-    if not call.name:
+    if not call.name:  # protobuf writes a field that was set, even to an empty text
         call.ClearField("name")
     return call
 
 
-def _part(weight: str) -> str:
+def _last_part(weight: str) -> str:
     return weight.rpartition(".")[2]
 
 
-# --- and back ------------------------------------------------------------------------------------------------------
+# --- the way back ----------------------------------------------------------------------------------------------------
 
 
 def inline(file: ModelProto) -> ModelProto:
-    """`file` with the bodies of its functions in place of their calls, whoever wrote it.
+    """Return `file` with the calls replaced by the bodies of their functions. Works for files of any program.
 
-    What a call with a name makes inside is called by that name, a dot and its name in the body. Constants of bodies
-    become initializers.
+    A value in a body is named by the call, a dot, and its name in the body. Constants in bodies become initializers.
     """
-    functions = {(each.domain, each.name): each for each in file.functions}
+    functions = {(function.domain, function.name): function for function in file.functions}
     if not file.functions:
         return file
     flat = ModelProto()
     flat.CopyFrom(file)
     flat.ClearField("functions")
     flat.ClearField("opset_import")
-    own = {domain for domain, _ in functions}
-    flat.opset_import.extend(each for each in file.opset_import if each.domain not in own)
-    for _ in functions:  # no deeper than that: a function does not call itself
+    domains = {domain for domain, _ in functions}
+    flat.opset_import.extend(opset for opset in file.opset_import if opset.domain not in domains)
+    for _ in functions:  # calls are nested at most as deep as there are functions: none calls itself
         nodes = [part for node in flat.graph.node for part in _inlined(node, functions)]
         flat.graph.ClearField("node")
         for node in nodes:
@@ -242,13 +250,14 @@ def inline(file: ModelProto) -> ModelProto:
 
 
 def _inlined(node: NodeProto, functions: Mapping[tuple[str, str], FunctionProto]) -> Iterator[NodeProto]:
+    """Yield the nodes that stand for `node`: the body of its function, or the node itself."""
     function = functions.get((node.domain, node.op_type))
     if function is None:
         yield node
         return
-    names = {"": ""} | dict.fromkeys(function.input, "")  # an input that is not given is left out inside, too
+    names = {"": ""} | dict.fromkeys(function.input, "")  # an optional input that the call leaves out has an empty name
     names |= dict(zip(function.input, node.input)) | dict(zip(function.output, node.output))  # noqa: B905
-    given = {each.name: each for each in (*function.attribute_proto, *node.attribute)}
+    given = {attribute.name: attribute for attribute in (*function.attribute_proto, *node.attribute)}
     for inner in function.node:
         part = NodeProto()
         part.CopyFrom(inner)
@@ -262,7 +271,7 @@ def _inlined(node: NodeProto, functions: Mapping[tuple[str, str], FunctionProto]
 
 
 def _attribute(attribute: AttributeProto, given: Mapping[str, AttributeProto]) -> Iterator[AttributeProto]:
-    """An attribute of a body's node, with the value that the call gives it; none where the call gives none."""
+    """Yield an attribute of a node in a body, with the value from the call. Yields nothing if the call has no value."""
     if not attribute.ref_attr_name:
         yield attribute
     elif attribute.ref_attr_name in given:

@@ -1,8 +1,9 @@
-"""As little text as says the same: at few bits the text of a small network's graph is more than its codes.
+"""Make an ONNX file smaller: short names, and no text that runtimes infer.
 
-A coded weight keeps its name, on the value that its layer reads. What belongs to a layer is called by a letter and the
-layer's number, in the order of the graph; every other value by a number; nodes have no names. What runtimes infer or
-take for granted is left out: types and shapes between input and output, attributes at their defaults.
+In a small network of few bits the text of the graph would take more bytes than the codes. A quantized weight keeps its
+name: it is the name of the value that its layer reads. The parts of a layer are named by a letter and the number of the
+layer, in the order of the graph. All other values are named by numbers, and nodes have no names. Types and shapes of
+values inside the graph, and attributes at their defaults, are left out.
 """
 
 from collections.abc import Iterator, Set
@@ -12,24 +13,24 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
-# The last part of an initializer's name before, and its letter after.
+# The letter that replaces the last part of an initializer's name.
 LETTERS = {
     "codes": "c",
-    "high": "h",  # bits of 3-bit codes
-    "low": "l",
+    "high": "h",  # the plane of the highest bits of 3-bit codes
+    "low": "l",  # the plane of their lower two bits
     "lut": "t",
     "offset": "o",
     "scale": "s",
     "zero_point": "z",
     "bias": "b",
-    "lowest": "f",  # code of an activation below 8 bits, and highest
+    "lowest": "f",  # the bounds of an activation's codes, below 8 bits
     "highest": "g",
 }
 CODES = ("c", "h", "l")
-SHARED = {"shape": "d", "every": "e", "step": "p"}  # the first part of a name that no layer owns
-MADE_BY_TORCH = "val_"  # constants of its exporter's own
+SHARED = {"shape": "d", "every": "e", "step": "p"}  # letters for initializers that layers share, by their first part
+MADE_BY_TORCH = "val_"  # how the names of constants begin that torch's exporter makes
 
-ONES, ZEROS = object(), object()
+ONES, ZEROS = object(), object()  # stand for a list of ones or zeros of any length
 POOLS = ("AveragePool", "MaxPool")
 DEFAULTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("Conv", *POOLS), {"auto_pad": "NOTSET", "dilations": ONES, "pads": ZEROS, "strides": ONES}),
@@ -39,9 +40,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def shorten(model: ir.Model, weights: Set[str]) -> None:
-    """Cut the text of `model`'s graph; in place. `weights` are the values that keep their names.
+    """Shorten the text of the graph of `model`, in place. The values `weights` keep their names.
 
-    The same names for the same graph. In a network without coded weights the initializers keep theirs.
+    Equal graphs get equal names. In a network without quantized weights the initializers keep their names.
     """
     graph = model.graph
     nodes = list(ir.traversal.RecursiveGraphIterator(graph))
@@ -58,7 +59,7 @@ def shorten(model: ir.Model, weights: Set[str]) -> None:
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
     for value in graph.initializers.values():
-        value.type, value.shape = None, None  # the tensor has them
+        value.type, value.shape = None, None  # the tensor states them too
     if weights:
         _rename_initializers(graph)
     values = [value for node in nodes for value in node.outputs]
@@ -70,7 +71,7 @@ def shorten(model: ir.Model, weights: Set[str]) -> None:
 
 
 def shorten_integers(file: onnx.ModelProto) -> None:
-    """Write what shapes and the like hold as numbers of varying length, where that is shorter; in place."""
+    """Write integer tensors, such as shapes, as protobuf's variable-length numbers where that is shorter; in place."""
     for tensor in file.graph.initializer:
         if tensor.data_type not in (TensorProto.INT64, TensorProto.INT32):
             continue
@@ -82,12 +83,13 @@ def shorten_integers(file: onnx.ModelProto) -> None:
 
 
 def letter(name: str) -> str:
-    """What an initializer of a coded network is, as the values of LETTERS; empty for one that kept its name."""
+    """Return the letter of LETTERS in the name of an initializer, or an empty text if it kept its name."""
     first = name[:1]
     return first if first in LETTERS.values() and name[1:].isdecimal() else ""
 
 
 def _rename_initializers(graph: ir.Graph) -> None:
+    """Give the initializers short names, in place."""
     owners: dict[str, int] = {}
     shared = dict.fromkeys(SHARED, 0)
     for value in list(_in_order(graph)):
@@ -96,32 +98,33 @@ def _rename_initializers(graph: ir.Graph) -> None:
         first = name.partition(".")[0]
         if first in SHARED:
             shared[first] += 1
-            own = f"{SHARED[first]}{shared[first] - 1}"
+            short = f"{SHARED[first]}{shared[first] - 1}"
         elif first.startswith(MADE_BY_TORCH):
             shared["shape"] += 1
-            own = f"d{shared['shape'] - 1}"
+            short = f"d{shared['shape'] - 1}"
         elif kind in LETTERS and owner:
             owner = owner.removesuffix(".weight")
-            own = f"{LETTERS[kind]}{owners.setdefault(owner, len(owners))}"
+            short = f"{LETTERS[kind]}{owners.setdefault(owner, len(owners))}"
         else:
             continue
         graph.initializers.pop(name)
-        value.name = own
-        graph.initializers[own] = value
+        value.name = short
+        graph.initializers[short] = value
 
 
 def _in_order(graph: ir.Graph) -> Iterator[ir.Value]:
-    """The initializers, as nodes first read them."""
-    seen = set()
+    """Yield the initializers in the order in which nodes first read them."""
+    yielded = set()
     for node in graph:
         for value in node.inputs:
-            if value is not None and value.name in graph.initializers and value.name not in seen:
-                seen.add(value.name)
+            if value is not None and value.name in graph.initializers and value.name not in yielded:
+                yielded.add(value.name)
                 yield value
 
 
 def _is_default(node: ir.Node, name: str, value: Any) -> bool:
-    if node.op_type == "Conv" and name == "kernel_shape":  # the weight's
+    """Say whether runtimes assume this value of the attribute `name` if it is missing."""
+    if node.op_type == "Conv" and name == "kernel_shape":  # the shape of the weight says it
         return True
     if node.op_type == "Conv" and name == "group":
         return bool(value == 1)

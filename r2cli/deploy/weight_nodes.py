@@ -1,19 +1,22 @@
-"""Codes as a graph of standard ONNX operators: from packed integers to the float weight that a layer reads.
+"""Quantized weights in ONNX: the standard operators that turn packed codes into the float weight that a layer reads.
 
     8 to 5 bits          INT8 -> DequantizeLinear
-    4 bits               INT4 -> Cast INT8 -> DequantizeLinear
-    3 to 1 bits, odd     packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
-    palette              UINT8, up to 4 bits packed -> Div and Mod, its digits -> Gather in the layer's own table of
-                         centroids -> channels of vectors apart -> DequantizeLinear for an int8 table, Mul by the scale
-                         for a float one
+    4 bits               INT4 -> Cast to INT8 -> DequantizeLinear
+    3 to 1 bits, or      packed UINT8 -> Gather in a table that maps each of the 256 bytes to its codes -> Reshape
+    a mid-rise grid      -> DequantizeLinear
+    palette              UINT8, packed up to 4 bits -> Div and Mod to unpack -> Gather in the layer's table of centroids
+                         -> Transpose where a centroid is a vector -> DequantizeLinear for an int8 table, Mul by the
+                         scale for a float one
 
-What layers share is there once: the tables of bytes' codes, and the shapes, in which the first dimension is left open.
-A palette does without the table, one or two KB: the file of a small network is hardly larger than its codes.
+Layers share the tables of bytes and the shapes; a shape has -1 as its first dimension, so that more layers can share
+it. A palette unpacks by Div and Mod, because a table of bytes takes one or two KB, and the file of a small network is
+hardly larger than its codes.
 
-Runtimes fold everything before DequantizeLinear when they load, and run int8 kernels; INT4 straight into it would be
-unpacked at every inference. Where activations stay float no integer kernel reads a weight, and DequantizeLinear, which
-ONNX Runtime does not fold, took four times as long as the float network (benchmarks/palette_speed.md): Cast, Sub and
-Mul stand in its place there. They, and a float table, are folded whole: memory and speed are fp32's.
+Why these operators: when a runtime loads the file, it computes all that depends on constants only, up to
+DequantizeLinear, and then runs int8 kernels. INT4 without the Cast would be unpacked at every inference. If activations
+stay float, no integer kernel reads the weight. ONNX Runtime does not precompute DequantizeLinear then, which took four
+times as long as the float network (benchmarks/palette_speed.md). So Cast, Sub and Mul take its place: they are
+precomputed, and the network has the memory and the speed of float32.
 """
 
 from collections.abc import Callable
@@ -30,22 +33,23 @@ from r2cli.quantized.grid import Grid
 from r2cli.quantized.packing import pack, packed_bytes, unpack
 from r2cli.quantized.palette import Palette
 
-Tables = dict[str, ir.Value]  # initializers that layers share, by name
+Shared = dict[str, ir.Value]  # initializers that several layers read, by name
 Array = np.ndarray[Any, Any]
 
 
 def emit(
-    graph: ir.Graph, name: str, coded: Coded, tables: Tables, *, read_as_float: bool
+    graph: ir.Graph, name: str, coded: Coded, shared: Shared, *, read_as_float: bool
 ) -> tuple[ir.Value, list[ir.Node]]:
-    """The float value of the coded weight `name`, and the nodes that make it; `read_as_float`: by no integer kernel.
+    """Return the float value of the quantized weight `name`, and the nodes that compute it.
 
-    Raises R2Error for a grid whose integers leave int8.
+    `read_as_float` says that activations are float, so that no integer kernel reads the weight. Raises R2Error for a
+    grid whose integers do not fit int8.
     """
     codec = coded.codec
     if isinstance(codec, Palette):
-        nodes, integers = _palette(graph, name, coded, codec, tables)
+        nodes, integers = _palette(graph, name, coded, codec, shared)
     else:
-        nodes, integers = _grid(graph, name, coded, codec, tables)
+        nodes, integers = _grid(graph, name, coded, codec, shared)
     if integers is not None:
         decode = _multiply if read_as_float else _dequantize
         nodes += decode(
@@ -56,18 +60,20 @@ def emit(
     return nodes[-1].outputs[0], nodes
 
 
-def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) -> tuple[list[ir.Node], ir.Value]:
-    """The nodes that make the integers, and the integers."""
+def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, shared: Shared) -> tuple[list[ir.Node], ir.Value]:
+    """Return the nodes that compute the integers of a uniform grid, and the integers."""
     nodes: list[ir.Node]
     if grid.bits <= 3 or (grid.odd and grid.bits <= 4):
-        nodes = _packed(graph, name, coded, tuple(coded.codes.shape), _integers(graph, grid, tables), tables)
+        nodes = _packed(graph, name, coded, tuple(coded.codes.shape), _integers(graph, grid, shared), shared)
         integers = nodes[-1].outputs[0]
     elif grid.bits == 4:
         narrow = initializer(graph, f"{name}.codes", _four_bits(coded.codes))
         nodes = [ir.node("Cast", [narrow], {"to": ir.DataType.INT8})]
         integers = nodes[-1].outputs[0]
     elif grid.odd and grid.bits == 8:
-        raise R2Error(f"the weight '{name}' has an 8-bit grid without a zero level, whose codes leave int8: use 7 bits")
+        raise R2Error(
+            f"the weight '{name}' has an 8-bit grid without a zero level, whose codes do not fit int8: use 7 bits"
+        )
     else:
         stored = grid.integers(coded.codes) if grid.odd else coded.codes
         integers, nodes = initializer(graph, f"{name}.codes", stored.to(torch.int8).numpy()), []
@@ -75,32 +81,33 @@ def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) 
 
 
 def _palette(
-    graph: ir.Graph, name: str, coded: Coded, palette: Palette, tables: Tables
+    graph: ir.Graph, name: str, coded: Coded, palette: Palette, shared: Shared
 ) -> tuple[list[ir.Node], ir.Value | None]:
-    """The nodes that look the centroids up, and their integers; None where the table is float, and all is done."""
+    """Return the nodes that look up the centroids, and their integers. The integers are None if the table is float."""
     groups, count = coded.codes.shape
     dim, shape = palette.dim, palette.shape
-    # Only an index that is added to must have the groups apart; five and more bits have their shape for nothing.
+    # Codes need an axis of groups only if an offset for each group is added. Codes of five bits and more are stored one
+    # a byte, so their initializer can have any shape and needs no Reshape.
     index_shape = (groups, count) if groups > 1 else shape if dim == 1 else (count,)
-    nodes = _index(graph, name, coded, index_shape, tables)
+    nodes = _index(graph, name, coded, index_shape, shared)
     if groups > 1:
         if palette.bits <= 4:
-            nodes.append(_reshape(graph, tables, nodes[-1], index_shape))
+            nodes.append(_reshape(graph, shared, nodes[-1], index_shape))
         offset = np.arange(groups, dtype=np.int32).reshape(-1, 1) << palette.bits
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], initializer(graph, f"{name}.offset", offset)]))
     rows = palette.lut.reshape(-1, dim) if dim > 1 else palette.lut.reshape(-1)
     lut = initializer(graph, f"{name}.lut", rows.numpy())
     nodes.append(ir.node("Gather", [lut, nodes[-1].outputs[0]], {"axis": 0}))
-    if dim > 1:  # `codec.from_vectors`
+    if dim > 1:  # the same steps as `palette.from_vectors`
         positions = palette.positions
-        nodes.append(_reshape(graph, tables, nodes[-1], (-1, positions, dim)))
+        nodes.append(_reshape(graph, shared, nodes[-1], (-1, positions, dim)))
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1]}))
-        if shape[0] % dim:
-            nodes.append(_reshape(graph, tables, nodes[-1], (-1, positions)))
-            ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (shape[0],))]
+        if shape[0] % dim:  # the last vector was filled up with channels that do not exist
+            nodes.append(_reshape(graph, shared, nodes[-1], (-1, positions)))
+            ends = [_shape(graph, shared, (0,)), _shape(graph, shared, (shape[0],))]
             nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
     if dim > 1 or groups > 1 or palette.bits <= 4:
-        nodes.append(_reshape(graph, tables, nodes[-1], shape))
+        nodes.append(_reshape(graph, shared, nodes[-1], shape))
     if not palette.lut.is_floating_point():
         return nodes, nodes[-1].outputs[0]
     if bool((palette.scale != 1).any()):
@@ -108,11 +115,11 @@ def _palette(
     return nodes, None
 
 
-def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tables: Tables) -> list[ir.Node]:
-    """A palette's codes as INT32: what Gather reads. In order, and of `shape` from five bits on."""
+def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], shared: Shared) -> list[ir.Node]:
+    """Return the nodes that give a palette's codes as INT32, for Gather. From five bits on, they have `shape`."""
     bits = coded.codec.bits
     if bits <= 4:
-        return _packed(graph, name, coded, None, _indices(graph, tables), tables)
+        return _packed(graph, name, coded, None, _indices(graph, shared), shared)
     codes = initializer(graph, f"{name}.codes", coded.codes.reshape(shape).numpy())
     return [ir.node("Cast", [codes], {"to": ir.DataType.INT32})]
 
@@ -120,7 +127,7 @@ def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tab
 def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, ndim: int) -> list[ir.Node]:
     inputs = [integers, initializer(graph, f"{name}.scale", (codec.scale / codec.raised).numpy())]
     zero = _zero_point(codec)
-    if bool(zero.any()) or ndim == 2:  # ONNX Runtime's QGemm wants one, though it be zero
+    if bool(zero.any()) or ndim == 2:  # ONNX Runtime's QGemm needs a zero point, even if it is zero
         inputs.append(initializer(graph, f"{name}.zero_point", zero.numpy()))
     return [ir.node("DequantizeLinear", inputs, {} if codec.axis is None else {"axis": codec.axis})]
 
@@ -131,7 +138,7 @@ def _multiply(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Pale
     if bool(zero.any()):
         column = initializer(graph, f"{name}.zero_point", _along(codec, zero, ndim).numpy())
         nodes.append(ir.node("Cast", [column], {"to": ir.DataType.FLOAT}))
-        nodes.append(ir.node("Sub", [each.outputs[0] for each in nodes]))
+        nodes.append(ir.node("Sub", [cast.outputs[0] for cast in nodes]))
     return [*nodes, _scaled(graph, name, nodes[-1].outputs[0], codec, ndim)]
 
 
@@ -146,7 +153,7 @@ def _zero_point(codec: Grid | Palette) -> Tensor:
 
 
 def _along(codec: Grid | Palette, parameter: Tensor, ndim: int) -> Tensor:
-    """`parameter` in a shape that goes with a weight of `ndim` axes; a palette's is along the first."""
+    """Reshape `parameter` so that it broadcasts over a weight of `ndim` axes. A palette's channels are the first."""
     if isinstance(codec, Grid):
         return codec.along(parameter, ndim)
     return parameter if codec.axis is None else parameter.reshape(-1, *[1] * (ndim - 1))
@@ -154,16 +161,17 @@ def _along(codec: Grid | Palette, parameter: Tensor, ndim: int) -> Tensor:
 
 # --- packed codes --------------------------------------------------------------------------------------------------
 
-# From a part's name, its bits and its bytes as INT32 (n,) to nodes of which the last gives (n, 8 // bits).
+# Unpacks bytes: takes the part's name, its bits, and its bytes as INT32 (n,). The last node that it returns gives
+# (n, 8 // bits).
 Lookup = Callable[[str, int, ir.Value], list[ir.Node]]
 
 
 def _packed(
-    graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...] | None, look_up: Lookup, tables: Tables
+    graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...] | None, look_up: Lookup, shared: Shared
 ) -> list[ir.Node]:
-    """Packed codes, byte by byte through `look_up`: of `shape`, or in order, however they come.
+    """Return the nodes that unpack codes by `look_up`. The result has `shape`; with None, it has any shape.
 
-    Three bits are the sum of two planes.
+    Three bits do not divide a byte, so they are stored as two planes of 1 and 2 bits, which are added here.
     """
     width = coded.codec.bits
     count, planes = coded.codes.numel(), coded.packed()
@@ -177,73 +185,73 @@ def _packed(
         nodes.append(ir.node("Cast", [packed], {"to": ir.DataType.INT32}))
         nodes += look_up(part, bits, nodes[-1].outputs[0])
         if content.numel() * (8 // bits) != count:  # drop the zeros that filled the last byte
-            nodes.append(_reshape(graph, tables, nodes[-1], (count,)))
-            ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (count,))]
+            nodes.append(_reshape(graph, shared, nodes[-1], (count,)))
+            ends = [_shape(graph, shared, (0,)), _shape(graph, shared, (count,))]
             nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
         if shape is not None or width == 3:
-            nodes.append(_reshape(graph, tables, nodes[-1], shape or (count,)))
+            nodes.append(_reshape(graph, shared, nodes[-1], shape or (count,)))
         parts.append(nodes[-1].outputs[0])
     if len(parts) == 2:
         nodes.append(ir.node("Add", parts))
     return nodes
 
 
-def _integers(graph: ir.Graph, grid: Grid, tables: Tables) -> Lookup:
-    """A grid's integers: of all bytes, in a table (256, 8 // bits) int8 that layers share."""
+def _integers(graph: ir.Graph, grid: Grid, shared: Shared) -> Lookup:
+    """Unpack a grid's bytes to its integers by a table int8 (256, 8 // bits) that layers share."""
 
     def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
-        every = f"every.{'odd' if grid.odd else 'plain'}{grid.bits}.{part}"
-        if every not in tables:
-            tables[every] = initializer(graph, every, _table(grid, part, bits))
-        return [ir.node("Gather", [tables[every], index], {"axis": 0})]
+        name = f"every.{'odd' if grid.odd else 'plain'}{grid.bits}.{part}"
+        if name not in shared:
+            shared[name] = initializer(graph, name, _table(grid, part, bits))
+        return [ir.node("Gather", [shared[name], index], {"axis": 0})]
 
     return look_up
 
 
-def _indices(graph: ir.Graph, tables: Tables) -> Lookup:
-    """A palette's codes themselves, INT32, those of the high plane worth 4: the digits of every byte, reckoned."""
+def _indices(graph: ir.Graph, shared: Shared) -> Lookup:
+    """Unpack a palette's bytes to its codes, INT32, by division. The bit of the high plane counts 4."""
 
-    def shared(values: list[int]) -> ir.Value:
-        return _shared(graph, tables, "step", np.array(values, dtype=np.int32))
+    def constant(values: list[int]) -> ir.Value:
+        return _shared(graph, shared, "step", np.array(values, dtype=np.int32))
 
     def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
-        column = ir.node("Reshape", [index, _shape(graph, tables, (-1, 1))])
-        shifted = ir.node("Div", [column.outputs[0], shared([2**low for low in range(0, 8, bits)])])
-        nodes = [column, shifted, ir.node("Mod", [shifted.outputs[0], shared([2**bits])])]
+        column = ir.node("Reshape", [index, _shape(graph, shared, (-1, 1))])
+        shifted = ir.node("Div", [column.outputs[0], constant([2**low for low in range(0, 8, bits)])])
+        nodes = [column, shifted, ir.node("Mod", [shifted.outputs[0], constant([2**bits])])]
         if part == "high":
-            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], shared([4])]))
+            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], constant([4])]))
         return nodes
 
     return look_up
 
 
 def _table(grid: Grid, part: str, bits: int) -> Array:
-    """(256, 8 // bits) int8: the integers that every byte of a grid's packed codes stands for."""
-    every = unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
-    if part == "high":  # worth 4, or -4 where the codes are two's complement
-        integers = every * 8 - 7 if grid.odd else every * -4
+    """Return the integers that each byte of packed codes stands for: int8 (256, 8 // bits)."""
+    codes = unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
+    if part == "high":  # this bit counts 4, or -4 as the sign bit of two's complement
+        integers = codes * 8 - 7 if grid.odd else codes * -4
     elif part == "low":
-        integers = every * 2 if grid.odd else every
+        integers = codes * 2 if grid.odd else codes
     elif grid.odd:
-        integers = every * 2 - (2**bits - 1)
+        integers = codes * 2 - (2**bits - 1)
     else:
-        integers = torch.where(every >= 2 ** (bits - 1), every - 2**bits, every)
+        integers = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
     return (integers * grid.raised).reshape(256, 8 // bits).to(torch.int8).numpy()
 
 
 # --- initializers --------------------------------------------------------------------------------------------------
 
 
-def _reshape(graph: ir.Graph, shared: Tables, node: ir.Node, sizes: tuple[int, ...]) -> ir.Node:
-    """What `node` makes, of the shape `sizes`: written with an open first dimension, as more layers have it."""
+def _reshape(graph: ir.Graph, shared: Shared, node: ir.Node, sizes: tuple[int, ...]) -> ir.Node:
+    """Reshape the output of `node` to `sizes`, with -1 as the first dimension, so that layers can share the shape."""
     return ir.node("Reshape", [node.outputs[0], _shape(graph, shared, (-1, *sizes[1:]))])
 
 
-def _shape(graph: ir.Graph, shared: Tables, sizes: tuple[int, ...]) -> ir.Value:
+def _shape(graph: ir.Graph, shared: Shared, sizes: tuple[int, ...]) -> ir.Value:
     return _shared(graph, shared, "shape", np.array(sizes, dtype=np.int64))
 
 
-def _shared(graph: ir.Graph, shared: Tables, kind: str, values: Array) -> ir.Value:
+def _shared(graph: ir.Graph, shared: Shared, kind: str, values: Array) -> ir.Value:
     name = f"{kind}.{'x'.join(map(str, values.tolist()))}"
     if name not in shared:
         shared[name] = initializer(graph, name, values)
@@ -251,12 +259,12 @@ def _shared(graph: ir.Graph, shared: Tables, kind: str, values: Array) -> ir.Val
 
 
 def _four_bits(codes: Tensor) -> "ir.PackedTensor[Any]":
-    """Codes (any shape, four bits) as an ONNX INT4 tensor: our packing is ONNX's."""
+    """Return 4-bit codes (any shape) as an ONNX INT4 tensor. Our packing is the same as ONNX's."""
     return ir.PackedTensor(pack(codes, 4).numpy(), ir.DataType.INT4, shape=ir.Shape(codes.shape))
 
 
 def initializer(graph: ir.Graph, name: str, content: "Array | ir.PackedTensor[Any]") -> ir.Value:
-    """`content` as an initializer of `graph`."""
+    """Add `content` to `graph` as an initializer, and return its value."""
     tensor = ir.tensor(content) if isinstance(content, np.ndarray) else content
     tensor.name = name
     value = ir.Value(

@@ -1,9 +1,11 @@
-"""Attention, and Swin's merging of patches, as a graph can show them: linear layers as layers, the rest as functions.
+"""Attention and Swin's patch merging, written so that a traced graph shows their linear layers.
 
-torch.fx takes `nn.MultiheadAttention` as one module, with the projections' weights hidden in it, and Swin's windowed
-attention (Liu et al., "Swin Transformer", 2021) as one function of those weights. `REWRITTEN` says what stands for
-each: a module of the same function in evaluation, over the same parameters. Names stay, but for `in_proj_weight` and
-`in_proj_bias`, which become `in_proj.weight` and `in_proj.bias`.
+torch.fx shows `nn.MultiheadAttention` as one module, and Swin's windowed attention (Liu et al., "Swin Transformer",
+2021) as one function. The weights of their projections are hidden inside, where no quantizer finds them. `REWRITTEN`
+maps each such class to a module that computes the same in evaluation, with the same parameters. The names of the
+parameters stay, except that `in_proj_weight` and `in_proj_bias` become `in_proj.weight` and `in_proj.bias`.
+
+The functions below have `fx.wrap`, so that each is one node of the graph.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +21,7 @@ from r2cli.errors import InputError
 
 @fx.wrap
 def attend(projected: Tensor, heads: int) -> Tensor:
-    """Softmax attention of (n, tokens, 3 * width) = queries, keys, values: (n, tokens, width)."""
+    """Compute softmax attention of queries, keys and values (n, tokens, 3 * width). Returns (n, tokens, width)."""
     n, tokens, width = projected.shape
     split = projected.reshape(n, tokens, 3, heads, width // (3 * heads))  # n, tokens, 3, heads, width of a head
     query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
@@ -30,12 +32,13 @@ def attend(projected: Tensor, heads: int) -> Tensor:
 
 @fx.wrap
 def attend_in_windows(projected: Tensor, bias: Tensor, window: list[int], shift: list[int], heads: int) -> Tensor:
-    """Softmax attention within windows of a map (n, h, w, 3 * width), h and w multiples of `window`: (n, h, w, width).
+    """Compute softmax attention within windows of queries, keys and values (n, h, w, 3 * width).
 
-    `bias` (1, heads, tokens, tokens) is added to the scores; the map is rolled by `shift` before, and back after.
+    h and w are multiples of `window`. `bias` (1, heads, tokens, tokens) is added to the scores. The map is rolled by
+    `shift` before, and rolled back after. Returns (n, h, w, width).
     """
     _, height, width, _ = projected.shape
-    # A window as large as the map sees all of it already.
+    # A window as large as the map covers all of it, so torchvision does not shift it.
     rolled = [0 if size >= whole else by for size, whole, by in zip(window, (height, width), shift, strict=True)]
     if any(rolled):
         projected = projected.roll((-rolled[0], -rolled[1]), (1, 2))
@@ -54,7 +57,11 @@ def attend_in_windows(projected: Tensor, bias: Tensor, window: list[int], shift:
 
 
 def _apart(height: int, width: int, window: list[int], shift: list[int]) -> Tensor:
-    """-100 between positions of a window that only the roll made neighbours, else 0: (windows, tokens, tokens)."""
+    """Return a mask (windows, tokens, tokens): -100 between positions that are neighbours only by the roll, else 0.
+
+    Rolling brings the map's opposite edges into one window; they must not attend to each other. A score of -100 has a
+    softmax of 0 in float32; torchvision has the same number.
+    """
     regions = []
     for whole, size, by in zip((height, width), window, shift, strict=True):
         position = torch.arange(whole)
@@ -67,25 +74,28 @@ def _apart(height: int, width: int, window: list[int], shift: list[int]) -> Tens
 
 @fx.wrap
 def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:
-    """(n, h, w, c) with zeros after it, h and w multiples of `window`."""
+    """Pad (n, h, w, c) with zeros at the end, so that h and w become multiples of `window`."""
     return F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
 
 
 @fx.wrap
 def cut(x: Tensor, like: Tensor) -> Tensor:
-    """(n, h, w, c) without what `pad_to_windows` added to `like`."""
+    """Cut x (n, h, w, c) to the height and width of `like`: remove what `pad_to_windows` added."""
     return x[:, : like.shape[1], : like.shape[2]]
 
 
 @fx.wrap
 def gather_patches(x: Tensor) -> Tensor:
-    """The four neighbours of every second position side by side: (n, h, w, c) to (n, ceil(h/2), ceil(w/2), 4 * c)."""
+    """Join the channels of each 2x2 block: (n, h, w, c) to (n, ceil(h/2), ceil(w/2), 4 * c)."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     return torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
 
 
 class SelfAttention(nn.Module):
-    """An `nn.MultiheadAttention` that attends to its own input without a mask: (n, tokens, width) to the same."""
+    """An `nn.MultiheadAttention` that attends to its own input without a mask: (n, tokens, width) to the same shape.
+
+    Raises InputError for the other uses of that class.
+    """
 
     def __init__(self, old: nn.MultiheadAttention, name: str) -> None:
         super().__init__()
@@ -93,19 +103,20 @@ class SelfAttention(nn.Module):
         if not old.batch_first or not old._qkv_same_embed_dim or old.bias_k is not None or old.add_zero_attn:
             raise InputError(_refused(name, "its input is not (n, tokens, width), or has keys of their own"))
         self.name, self.heads, self.out_proj = name, old.num_heads, old.out_proj
+        # On the meta device, since the layer gets the old parameters: memory for others would be wasted.
         self.in_proj = nn.Linear(width, 3 * width, bias=old.in_proj_bias is not None, device="meta")
         self.in_proj.weight = old.in_proj_weight
         self.in_proj.bias = old.in_proj_bias
 
     def forward(self, query: Any, key: Any, value: Any, *masks: Any, **options: Any) -> Any:
         given = [*masks, *(options.get(kind) for kind in ("key_padding_mask", "attn_mask"))]
-        if query is not key or key is not value or any(each is not None for each in given):
+        if query is not key or key is not value or any(mask is not None for mask in given):
             raise InputError(_refused(self.name, "it attends to other values than its own, or through a mask"))
         return self.out_proj(attend(self.in_proj(query), self.heads)), None
 
 
 class WindowAttention(nn.Module):
-    """torchvision's `ShiftedWindowAttention`: (n, h, w, width) to the same."""
+    """torchvision's `ShiftedWindowAttention`: (n, h, w, width) to the same shape."""
 
     def __init__(self, old: ShiftedWindowAttention, name: str) -> None:
         super().__init__()
@@ -134,7 +145,7 @@ class Merging(nn.Module):
         return self.reduction(self.norm(gather_patches(x)))
 
 
-# What reads a module of each class; called with the module and its path.
+# The class that replaces each class. It is called with the old module and its path in the network.
 REWRITTEN: Mapping[type[nn.Module], Callable[[Any, str], nn.Module]] = {
     nn.MultiheadAttention: SelfAttention,
     ShiftedWindowAttention: WindowAttention,
@@ -143,4 +154,4 @@ REWRITTEN: Mapping[type[nn.Module], Callable[[Any, str], nn.Module]] = {
 
 
 def _refused(name: str, why: str) -> str:
-    return f"the attention '{name}' cannot be read ({why})"
+    return f"the attention '{name}' cannot be read ({why}): rewrite it with nn.Linear and functions"

@@ -1,7 +1,8 @@
-"""ReLU6 behind channels that were scaled: min(relu(x), high), with a bound of its own for every channel.
+"""ReLU6 after channels were scaled: min(relu(x), high), with one bound for each channel.
 
-ReLU6(s * x) is s * min(relu(x), 6 / s), so a network with ReLU6 can be equalized and stay the same function. The bounds
-are in the checkpoint as `clips.NODE.high`, by the node of the ReLU6 in whose place they stand.
+Equalization divides a channel by s, and ReLU6(s * x) = s * min(relu(x), 6 / s). So a network with ReLU6 computes the
+same function after it, if each channel has the bound 6 / s. A checkpoint stores the bounds as `clips.NODE.high`, where
+NODE is the node of the ReLU6 that they replace.
 """
 
 from collections.abc import Mapping
@@ -13,11 +14,12 @@ from r2cli.errors import R2Error
 
 CLIPS = "clips."
 HIGH = ".high"
-NEVER = torch.finfo(torch.float32).max  # the bound of what is not clipped: a checkpoint's numbers are finite
+# The bound of a channel that is not clipped. It is not infinity, because a checkpoint holds finite numbers only.
+NEVER = torch.finfo(torch.float32).max
 
 
 class Clip(nn.Module):
-    """min(relu(x), high): x (n, channels, ...), high (channels,), or () for one bound."""
+    """Compute min(relu(x), high) for x (n, channels, ...) and high (channels,), or () for one bound."""
 
     high: Tensor
 
@@ -30,11 +32,13 @@ class Clip(nn.Module):
 
 
 def put(net: fx.GraphModule, bounds: Mapping[str, Tensor]) -> None:
-    """Put a Clip in the place of each named node; in place. Raises R2Error for a name that no node has."""
+    """Replace each named node by a Clip, in place. Raises R2Error for a name that no node has."""
     nodes = {node.name: node for node in net.graph.nodes}
     for name, high in bounds.items():
         if name not in nodes:
-            raise R2Error(f"the network has no value '{name}' to clip: the checkpoint is of another network")
+            raise R2Error(
+                f"the network has no value '{name}' to clip: give the network that the checkpoint was made of"
+            )
         net.add_submodule(f"{CLIPS}{name}", Clip(high))
         with net.graph.inserting_after(nodes[name]):
             call = net.graph.call_module(f"{CLIPS}{name}", (nodes[name].args[0],))
@@ -44,6 +48,6 @@ def put(net: fx.GraphModule, bounds: Mapping[str, Tensor]) -> None:
 
 
 def stored(floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The bounds among a checkpoint's tensors, by node."""
-    found = {name: tensor for name, tensor in floats.items() if name.startswith(CLIPS) and name.endswith(HIGH)}
-    return {name.removeprefix(CLIPS).removesuffix(HIGH): tensor for name, tensor in found.items()}
+    """Return the bounds among the tensors of a checkpoint, by node."""
+    bounds = {name: tensor for name, tensor in floats.items() if name.startswith(CLIPS) and name.endswith(HIGH)}
+    return {name.removeprefix(CLIPS).removesuffix(HIGH): tensor for name, tensor in bounds.items()}

@@ -1,9 +1,11 @@
-"""The graph of a network that torch.fx cannot trace, such as transformers' classifiers, as torch.export reads it.
+"""The graph of a network that torch.fx cannot trace, such as transformers' classifiers, read by torch.export.
 
-torch.export knows operators and tensors and no modules. Here its graph is written again over the network's own modules:
-an operator on a layer's or a norm's weights becomes a call of that layer or norm, and the rest torch's functions, so
-that parameters keep their names and all that reads graphs can read this one. A value is named by the module that it is
-computed in, and not by a running number, which another release of torch would give otherwise.
+torch.export gives a graph of operators and tensors, without modules. Here that graph is written again over the modules
+of the network. An operator that takes the weights of a layer or a norm becomes a call of that module. All others become
+functions of torch. So parameters keep their names, and the code that reads traced graphs can read this one.
+
+A node is named by the module that it is computed in. torch.export numbers its nodes, but another release of torch may
+number them differently, and a checkpoint's activations would then belong to other nodes.
 """
 
 import operator
@@ -19,6 +21,7 @@ from torch.fx.node import map_aggregate
 
 ATEN = torch.ops.aten
 MODULES = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.Embedding)
+# The function that stands for each operator, so that `operators.py` needs to know one name for each.
 FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     ATEN.add.Tensor: torch.add,
     ATEN.add_.Tensor: operator.iadd,
@@ -55,19 +58,21 @@ FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     ATEN.select.int: torch.select,
     ATEN.sym_size.int: Tensor.size,
 }
-# They do nothing in evaluation, and nothing that anyone reads.
+# Operators that do not change a value in evaluation, and are left out.
 NOTHING = (ATEN.dropout.default, ATEN.dropout_.default, ATEN.clone.default, ATEN.contiguous.default, ATEN.alias.default)
-RELU6 = (ATEN.hardtanh.default, ATEN.hardtanh_.default)  # between 0 and 6
+RELU6 = (ATEN.hardtanh.default, ATEN.hardtanh_.default)  # only with the bounds 0 and 6
+# Checks that torch.export adds for itself.
 UNREAD = (ATEN._assert_tensor_metadata.default,)
 
 
 def read(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """`model`, in evaluation, as a graph over the same modules, for any batch of inputs like `example` (n, ...), n > 1.
+    """Return `model`, in evaluation mode, as a graph over the same modules.
 
-    Raises what torch.export raises where it cannot read the network.
+    `example` is a batch (n, ...) with n > 1: torch.export takes a size of 1 for a constant. The graph accepts batches
+    of any size. Raises what torch.export raises if it cannot read the network.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.export about its own parts
+        warnings.simplefilter("ignore")  # torch.export warns about its own deprecated parts
         batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model.eval(), (example,), dynamic_shapes=batch).module()
     assert isinstance(program, fx.GraphModule)
@@ -79,55 +84,58 @@ def read(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
 
 def _over_modules(model: nn.Module, old: fx.Graph, example: Tensor) -> fx.Graph:
-    """The graph `old` of operators, written over the modules of `model`."""
-    new, now, seen = fx.Graph(), dict[fx.Node, Any](), Counter[str]()
-    given = new.placeholder(next(node.name for node in old.nodes if node.op == "placeholder"))
-    given.meta["dtype"] = example.dtype
-    device = new.call_function(getattr, (given, "device"))
+    """Write the graph `old` of operators again, over the modules of `model`."""
+    new, written, count = fx.Graph(), dict[fx.Node, Any](), Counter[str]()
+    placeholder = new.placeholder(next(node.name for node in old.nodes if node.op == "placeholder"))
+    placeholder.meta["dtype"] = example.dtype
+    device = new.call_function(getattr, (placeholder, "device"))
 
-    def moved(one: Any) -> Any:
-        # Where a constant is made is written into the graph: it is where the inputs are.
-        return device if isinstance(one, torch.device) else now[one] if isinstance(one, fx.Node) else one
+    def translate(argument: Any) -> Any:
+        # torch.export fixes the device of constants. The network must run on another, so they follow the input.
+        if isinstance(argument, torch.device):
+            return device
+        return written[argument] if isinstance(argument, fx.Node) else argument
 
-    def put(op: str, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
-        seen[name] += 1
-        return new.create_node(op, target, args, kwargs, name if seen[name] == 1 else f"{name}_{seen[name]}")
+    def write(op: str, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
+        count[name] += 1
+        return new.create_node(op, target, args, kwargs, name if count[name] == 1 else f"{name}_{count[name]}")
 
     for node in old.nodes:
         owner = _owner(model, node)
         if node.op == "placeholder":
-            now[node] = given
+            written[node] = placeholder
         elif node.op == "output":
-            new.output(now[node.args[0][0]])
+            new.output(written[node.args[0][0]])
         elif node.target in NOTHING:
-            now[node] = now[node.args[0]]
+            written[node] = written[node.args[0]]
         elif owner is not None:
-            read = next(part for part in node.all_input_nodes if part.op != "get_attr")
-            now[node] = put("call_module", owner, (now[read],), {}, owner.replace(".", "_"))
+            operand = next(part for part in node.all_input_nodes if part.op != "get_attr")
+            written[node] = write("call_module", owner, (written[operand],), {}, owner.replace(".", "_"))
         elif node.target in RELU6 and node.args[1:] == (0.0, 6.0):
-            now[node] = put("call_function", F.relu6, (now[node.args[0]],), {}, _name(node))
+            written[node] = write("call_function", F.relu6, (written[node.args[0]],), {}, _name(node))
         elif node.op == "get_attr" or (node.op == "call_function" and node.target not in UNREAD):
-            args, kwargs = (map_aggregate(part, moved) for part in (node.args, node.kwargs))
-            now[node] = put(node.op, FUNCTIONS.get(node.target, node.target), args, kwargs, _name(node))
+            args, kwargs = (map_aggregate(part, translate) for part in (node.args, node.kwargs))
+            written[node] = write(node.op, FUNCTIONS.get(node.target, node.target), args, kwargs, _name(node))
     return new
 
 
 def _owner(model: nn.Module, node: fx.Node) -> str | None:
-    """The module of `MODULES` whose weights the operator of `node` takes."""
-    held = [str(part.target) for part in node.all_input_nodes if part.op == "get_attr"]
-    names = {name.rpartition(".")[0] for name in held}
-    if node.op != "call_function" or len(names) != 1 or len(node.all_input_nodes) != len(held) + 1:
+    """Return the name of the module whose weights the operator of `node` takes, if it is one of `MODULES`."""
+    parameters = [str(part.target) for part in node.all_input_nodes if part.op == "get_attr"]
+    names = {name.rpartition(".")[0] for name in parameters}
+    # The weights of one module and one other input: anything else is not a plain call of a layer.
+    if node.op != "call_function" or len(names) != 1 or len(node.all_input_nodes) != len(parameters) + 1:
         return None
     name = names.pop()
-    # One of them by what it does: a class derived from it may do more than its one operator.
+    # Its forward must be the class's own: a derived class with another forward does more than this operator.
     return name if type(model.get_submodule(name)).forward in [kind.forward for kind in MODULES] else None
 
 
 def _name(node: fx.Node) -> str:
-    """`node` by the module that it is computed in and by what it does."""
+    """Name `node` by the module that it is computed in, and by its operator."""
     if node.op == "get_attr":
         return str(node.target).replace(".", "_")
-    # What belongs to no module is within one of torch.export's own, with an underscore.
+    # torch.export puts what belongs to no module into one of its own, whose path starts with an underscore.
     stack = (node.meta.get("nn_module_stack") or {}).values()
     within = [path for path, _ in stack if path and not path.startswith("_")]
     what = getattr(node.target, "__name__", str(node.target)).partition(".")[0]

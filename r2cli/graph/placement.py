@@ -1,9 +1,14 @@
-"""Where grids go: which values are rounded so that the network runs on integers, and what stays float, and why.
+"""Which values get a grid, so that the network runs on integers; and which operations stay float, and why.
 
-A value gets a grid because a layer reads it, or because a convolution makes it: runtimes run a convolution on integers
-only between two grids. A sum, product, concatenation, pooled mean or sigmoid whose value is wanted on a grid is run on
-integers too, so its inputs get grids, where they can come from integers. What nobody wants on a grid (the residual
-stream between a transformer's layer norms) stays float: rounding it would cost accuracy and win no time.
+A value gets a grid for one of three reasons:
+
+1. A layer reads it.
+2. A convolution computes it: runtimes run a convolution on integers only if its output has a grid too.
+3. It is an input of a sum, product, concatenation, pooled mean or sigmoid whose output has a grid: then that operation
+   can run on integers too, if all its inputs can come from integers.
+
+All other values stay float, such as the residual stream between the layer norms of a transformer. Rounding them would
+cost accuracy and save no time.
 """
 
 import operator
@@ -20,7 +25,7 @@ from r2cli.graph.edit import is_grid
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, PASSING, is_a, module_of
 from r2cli.graph.structure import only_user, propagate
 
-# Runtimes have integer kernels for them.
+# Runtimes have integer kernels for these operations.
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 CONCATENATIONS: tuple[Any, ...] = (torch.cat, torch.concat)
@@ -29,12 +34,12 @@ MEANS: tuple[Any, ...] = (
 )
 SIGMOIDS: tuple[Any, ...] = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.Hardsigmoid, F.hardsigmoid)
 INTEGER = (*SUMS, *PRODUCTS, *CONCATENATIONS, *MEANS, *SIGMOIDS)
-# Float functions of one value at a time: cheap between two grids.
+# Functions of one value at a time. They run in float, but between two grids they are cheap.
 POINTWISE: tuple[Any, ...] = (
     *(nn.GELU, F.gelu, nn.Tanh, torch.tanh, "tanh"),
     *(nn.LeakyReLU, F.leaky_relu, nn.ELU, F.elu, nn.PReLU, *NORMS, *ACTIVATIONS),
 )
-# Why what is left is float, and the ONNX operators that it is exported as.
+# Operations that may stay float: their kinds, name, reason, and the ONNX operators that they are exported as.
 REASONS: tuple[tuple[tuple[Any, ...], str, str, tuple[str, ...]], ...] = (
     (
         (nn.LayerNorm, F.layer_norm, torch.layer_norm),
@@ -73,7 +78,7 @@ REASONS: tuple[tuple[tuple[Any, ...], str, str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class FloatOperation:
-    """An operation that runs in float in a network on integers: its node, why, and its operators in ONNX."""
+    """An operation that runs in float in an integer network: its node, its kind, why, and its ONNX operators."""
 
     node: str
     kind: str
@@ -82,43 +87,47 @@ class FloatOperation:
 
 
 def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
-    """The nodes whose values get a grid, for inputs of `shape` (without batch). The network's result stays float."""
+    """Return the nodes whose values get a grid, in order, for inputs of `shape` (without the batch).
+
+    The network's result stays float: rounding it would only blur the logits.
+    """
     propagate(net, shape)
-    able: dict[fx.Node, bool] = {}
-    wanted: set[fx.Node] = set()
-    todo = [value for node in net.graph.nodes for value in _of_layer(net, node)]
-    while todo:
+    known: dict[fx.Node, bool] = {}
+    with_grid: set[fx.Node] = set()
+    todo = [value for node in net.graph.nodes for value in _around_layer(net, node)]
+    while todo:  # from the layers back towards the input
         node = _origin(net, todo.pop())
-        if node in wanted or not _is_float(node):
+        if node in with_grid or not _is_float(node):
             continue
-        wanted.add(node)
-        computes = _before_activation(net, node)
-        if is_a(net, computes, (*INTEGER, *POINTWISE)) and _able(net, computes, able):
-            todo += _inputs(computes)
-    return [node.name for node in net.graph.nodes if node in wanted and not _is_result(net, node)]
+        with_grid.add(node)
+        operation = _before_activation(net, node)
+        if is_a(net, operation, (*INTEGER, *POINTWISE)) and _can_be_integer(net, operation, known):
+            todo += _inputs(operation)
+    return [node.name for node in net.graph.nodes if node in with_grid and not _is_result(net, node)]
 
 
 def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatOperation]:
-    """What a network with grids on its values computes in float all the same, in the order in which it runs."""
+    """Return the operations that a network with grids still computes in float, in the order in which they run."""
     propagate(net, shape)
-    found, constants = [], _constants(net)
+    operations, constants = [], _constants(net)
     for node in net.graph.nodes:
         computes = node.op.startswith("call") and _is_float(node) and not is_a(net, node, PASSING)
         if not computes or isinstance(module_of(net, node), LAYERS) or is_grid(node) or node in constants:
             continue
+        # Runtimes fuse a ReLU into the operation before it, so the grid after the ReLU counts.
         user = only_user(node)
-        behind = user if user is not None and is_a(net, user, ACTIVATIONS) else node
-        rounded = all(_on_grid(net, each) for each in _inputs(node)) and any(map(is_grid, behind.users))
-        if rounded and is_a(net, node, (*INTEGER, *ACTIVATIONS)):
+        last = user if user is not None and is_a(net, user, ACTIVATIONS) else node
+        between_grids = all(_on_grid(net, value) for value in _inputs(node)) and any(map(is_grid, last.users))
+        if between_grids and is_a(net, node, (*INTEGER, *ACTIVATIONS)):
             continue
         if is_a(net, node, ACTIVATIONS) and not _is_result(net, node) and _is_fused(net, node):
             continue
-        found.append(_float_operation(net, node))
-    return found
+        operations.append(_float_operation(net, node))
+    return operations
 
 
 def _is_fused(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether an activation is part of the layer before it, or of the grids behind it."""
+    """Say whether an activation runs as part of the layer before it, or of the grids after it."""
     return isinstance(module_of(net, node.all_input_nodes[0]), LAYERS) or all(map(is_grid, node.users))
 
 
@@ -136,16 +145,16 @@ def _on_grid(net: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _constants(net: fx.GraphModule) -> set[fx.Node]:
-    """What is computed from parameters alone, and parameters: constants of the file."""
-    found: set[fx.Node] = set()
+    """Return the nodes that depend on no input: parameters, and what is computed from parameters alone."""
+    constants: set[fx.Node] = set()
     for node in net.graph.nodes:
-        if node.op != "placeholder" and found.issuperset(node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op != "placeholder" and constants.issuperset(node.all_input_nodes):
+            constants.add(node)
+    return constants
 
 
-def _of_layer(net: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
-    """What a layer reads, and what a convolution makes, the activation included."""
+def _around_layer(net: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the input of a layer, and for a convolution also its output, after the activation that follows it."""
     if not isinstance(module_of(net, node), LAYERS):
         return
     yield node.all_input_nodes[0]
@@ -154,32 +163,33 @@ def _of_layer(net: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
         yield user if user is not None and is_a(net, user, ACTIVATIONS) else node
 
 
-def _able(net: fx.GraphModule, node: fx.Node, known: dict[fx.Node, bool]) -> bool:
-    """Whether the value of `node` can come from integers: a layer's behind anything that runs on them, or beside them.
+def _can_be_integer(net: fx.GraphModule, node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    """Say whether `node` can be computed from integers. `known` keeps the answers, since branches share nodes.
 
-    A linear layer over tokens (three dimensions and more) gives floats: its bias is added after the product.
+    A layer's output can be, and so can the output of an operation whose inputs all can be. A linear layer over tokens
+    (three dimensions or more) gives floats: runtimes add its bias in float, after the product.
     """
     if node not in known:
         if isinstance(module_of(net, node), LAYERS):
             known[node] = not isinstance(module_of(net, node), nn.Linear) or len(_shape(node)) == 2
         elif is_a(net, node, (*INTEGER, *POINTWISE)):
-            known[node] = all(_able(net, each, known) for each in _inputs(node))
+            known[node] = all(_can_be_integer(net, value, known) for value in _inputs(node))
         elif is_a(net, node, PASSING):
-            known[node] = _able(net, node.all_input_nodes[0], known)
+            known[node] = _can_be_integer(net, node.all_input_nodes[0], known)
         else:
             known[node] = node.op in ("placeholder", "get_attr")
     return known[node]
 
 
 def _origin(net: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """What computes the value of `node`, behind what only passes it on."""
+    """Return the node that computes the value of `node`: skip reshapes and other nodes that only pass it on."""
     while is_a(net, node, PASSING):
         node = node.all_input_nodes[0]
     return node
 
 
 def _before_activation(net: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The node that a ReLU is fused into; `node` itself where it is none."""
+    """Return the node that the ReLU `node` is fused into, or `node` itself if there is none."""
     if not is_a(net, node, ACTIVATIONS):
         return node
     before = node.all_input_nodes[0]
@@ -187,11 +197,11 @@ def _before_activation(net: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
-    return [each for each in node.all_input_nodes if _is_float(each)]
+    return [value for value in node.all_input_nodes if _is_float(value)]
 
 
 def _is_float(node: fx.Node) -> bool:
-    """Whether the node's value is a tensor of floats, or a tuple of them."""
+    """Say whether the node's value is a float tensor, or a tuple of them."""
     meta = node.meta.get("tensor_meta")
     first = meta[0] if isinstance(meta, tuple | list) and not hasattr(meta, "dtype") and meta else meta
     return getattr(first, "dtype", None) == torch.float32
@@ -202,5 +212,5 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _is_result(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` reaches the output through nothing that computes."""
+    """Say whether the output of `node` is the network's result, without any computation in between."""
     return any(user.op == "output" or (is_a(net, user, PASSING) and _is_result(net, user)) for user in node.users)

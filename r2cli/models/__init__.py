@@ -1,13 +1,13 @@
-"""Networks by name: `build(spec)` makes one with fresh weights; the spec is what a checkpoint records.
+"""Networks by name. `build(spec)` makes one with new random weights. A checkpoint records the spec.
 
-    mobilenet_v1, resnet8 ... resnet110    ours
+    mobilenet_v1, resnet8 ... resnet110    r2's own
     resnet18, mobilenet_v2, vit_b_16 ...   every classification model of torchvision
-    timm:NAME                              every model of timm, where it is installed
-    mobilebert, text:DIR, text:HUB/NAME    sequence classifiers of transformers, where it is installed
-    file.py:FACTORY, package.module:FACTORY    the user's own: imported only when named on the command line
+    timm:NAME                              every model of timm, if it is installed
+    mobilebert, text:DIR, text:HUB/NAME    sequence classifiers of transformers, if it is installed
+    file.py:FACTORY, package.module:FACTORY    the user's own code, imported only when the command line names it
 
-A stem is 'imagenet' as its paper has it, or 'small' for images of at most 64 pixels: stride 1, and no pooling before
-the first block.
+The stem is the first layer. An 'imagenet' stem is that of the paper. A 'small' stem, for images of at most 64 pixels,
+has stride 1 and no pooling before the first block.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from r2cli.models.resnet_cifar import resnet8, resnet20, resnet32, resnet44, res
 from r2cli.storage.checkpoint import ModelSpec
 from r2cli.storage.keywords import is_own, require_safe
 
-SMALL_IMAGE = 64  # pixels; the largest image that gets the small stem
+SMALL_IMAGE = 64  # pixels; larger images get the imagenet stem
 STEMS = ("small", "imagenet")
 
 MODELS: Mapping[str, Callable[[ModelSpec], nn.Module]] = {
@@ -48,9 +48,9 @@ def spec(
     stem: str | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> ModelSpec:
-    """The spec of a network for images of `channels` x `size` x `size`. Imports the user's own code if `name` is of it.
+    """Make the spec of a network for images of `channels` x `size` x `size`. Imports the user's code if `name` says so.
 
-    Raises InputError for a name that nobody has, and for options that do not apply to it.
+    Raises InputError for an unknown name, and for options that do not apply to the network.
     """
     if text.has(name):
         for option, value in (("--width", width), ("--stem", stem)):
@@ -71,18 +71,20 @@ def spec(
         raise InputError(f"--stem does not apply to {name}: its own code says what its first layer is")
     if stem is not None and stem not in STEMS:
         raise unknown("--stem", stem, STEMS)
-    own_stem = stem or ("small" if size <= SMALL_IMAGE and not factory and not timm.has(name) else "imagenet")
-    default = 0.25 if name == "mobilenet_v1" else 1.0
+    default_stem = "small" if size <= SMALL_IMAGE and not factory and not timm.has(name) else "imagenet"
+    default_width = 0.25 if name == "mobilenet_v1" else 1.0  # a quarter trains on two cores in half a minute
+    width = default_width if width is None else width
+    # Refused here already, or training would end in a checkpoint that no command may load.
     if factory is None:
         require_safe(name, args or {}, "--model-arg")
     label = own.label(name) if factory else name
-    return ModelSpec(label, classes, channels, own_stem, default if width is None else width, args or {}, factory)
+    return ModelSpec(label, classes, channels, stem or default_stem, width, args or {}, factory)
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """The network of `spec` with fresh weights: (batch, channels, size, size) to logits (batch, classes).
+    """Build the network of `spec` with new random weights: (batch, channels, size, size) to logits (batch, classes).
 
-    Raises InputError for a name that nobody has, for the user's own code that the command line did not name, and for a
+    Raises InputError for an unknown name, for the user's own code if the command line did not name it, and for a
     factory that raises, wants other arguments, or returns no module.
     """
     if spec.factory is not None:
@@ -91,7 +93,7 @@ def build(spec: ModelSpec) -> nn.Module:
         return text.build(spec)
     if is_own(spec.name):
         raise InputError(
-            f"the network is made by {spec.name}, which is not r2's and runs only when you name it: "
+            f"the network is made by {spec.name}, which is your own code and runs only when you name it: "
             f"give --model FILE.py:{spec.name.rpartition(':')[2]}"
         )
     _require_known(spec.name)
@@ -102,17 +104,18 @@ def build(spec: ModelSpec) -> nn.Module:
 
 @torch.inference_mode()
 def require_fit(model: nn.Module, spec: ModelSpec, shape: tuple[int, ...]) -> None:
-    """Run one black image, or an empty text, of `shape` through `model`.
+    """Run one black image, or an empty text, of `shape` (channels, size, size) through `model`.
 
-    Raises InputError where it cannot pass or gives other logits.
+    Raises InputError where that fails or the logits do not have `spec.classes` classes: better now than after the data
+    has been read.
     """
     size, kind = "x".join(map(str, shape)), torch.int64 if text.has(spec.name) else torch.float32
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         logits = model.eval()(torch.zeros(1, *shape, device=device, dtype=kind))
     except Exception as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"{spec.name} cannot take images of {size} ({told}): give another --size or --data") from error
+        why = " ".join(str(error).split())
+        raise InputError(f"{spec.name} cannot take images of {size} ({why}): give another --size or --data") from error
     if not isinstance(logits, Tensor):
         raise InputError(f"{spec.name} returns a {type(logits).__name__}: it must return one tensor of logits")
     if tuple(logits.shape) != (1, spec.classes):

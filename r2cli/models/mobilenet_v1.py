@@ -1,14 +1,15 @@
 """MobileNet-V1: depthwise separable convolutions.
 
 Paper: Howard et al., "MobileNets: Efficient CNNs for Mobile Vision Applications" (2017), table 1.
-Ours: ReLU, no convolution biases, He-normal weights (fan-out); the small stem has stride 1.
+What the paper leaves open: ReLU, convolutions without bias, weights from He's normal distribution by fan-out. The small
+stem has stride 1.
 """
 
 from torch import Tensor, nn
 
 from r2cli.storage.checkpoint import ModelSpec
 
-# Output channels and stride of each separable block at width 1.
+# The output channels and the stride of each separable block at width 1.
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
 
@@ -30,6 +31,8 @@ class Separable(nn.Module):
 
 
 class MobileNetV1(nn.Module):
+    """Images (n, channels, h, w) to logits (n, classes). `width` scales the channels of all layers."""
+
     def __init__(self, *, classes: int, channels: int, stem_stride: int, width: float) -> None:
         super().__init__()
         inputs = scaled(32, width)
@@ -52,7 +55,10 @@ class MobileNetV1(nn.Module):
 
 
 def scaled(channels: int, width: float) -> int:
-    """`channels * width` rounded to a multiple of 8, at least 8 and never more than 10 % below."""
+    """Round `channels * width` to a multiple of 8: at least 8, and never more than 10 % below the exact number.
+
+    This is the rule of Google's own code; processors work on 8 channels at once.
+    """
     exact = channels * width
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * exact else rounded + 8
@@ -64,7 +70,7 @@ def mobilenet_v1(spec: ModelSpec) -> nn.Module:
 
 
 def _he_normal(model: nn.Module) -> None:
-    """He et al. (2015): convolutions N(0, 2 / fan-out), linear layers N(0, 0.01), biases 0; in place."""
+    """Initialise in place: convolutions with variance 2 / fan-out (He et al., 2015), linear layers with std 0.01."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,7 +1,7 @@
-"""The CIFAR family of residual networks: 16, 32 and 64 channels, n blocks of two convolutions each, 6n + 2 layers.
+"""The residual networks for CIFAR: three stages of 16, 32 and 64 channels with n blocks each, 6n + 2 layers in all.
 
-Paper: He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2. Ours: shortcuts that change shape
-are 1x1 convolutions with BatchNorm (its option B), and weights start as PyTorch's do.
+Paper: He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2. Here, shortcuts that change shape
+are 1x1 convolutions with BatchNorm (option B of the paper), and the initial weights are PyTorch's.
 """
 
 import torch
@@ -33,6 +33,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNetCifar(nn.Module):
+    """Images (n, channels, h, w) to logits (n, classes). `blocks` is the number of blocks in each stage."""
+
     def __init__(self, *, blocks: int, classes: int, channels: int, stem_stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, 16, 3, stem_stride, 1, bias=False)

@@ -1,7 +1,7 @@
-"""torchvision's classification networks, with the stem that the image asks for.
+"""The classification networks of torchvision, with a stem that fits the images.
 
-The small stem of the ResNets is the CIFAR one (3x3, stride 1, no pooling); any other network's first convolution gets
-stride 1. Images that have not three channels get a first convolution of theirs.
+The small stem of a ResNet is that for CIFAR (3x3, stride 1, no pooling). In any other network the first convolution
+gets stride 1. For images that do not have three channels, the first convolution is replaced.
 """
 
 from functools import cache
@@ -13,7 +13,8 @@ from r2cli.errors import InputError
 from r2cli.storage.checkpoint import ModelSpec
 from r2cli.storage.keywords import require_safe
 
-# A second head in training, and initial weights by a method of minutes: neither is of use here.
+# Without the second head that these networks have in training, since a graph has one output. `init_weights` is given
+# because torchvision warns about its default.
 ARGS = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -22,10 +23,12 @@ ARGS = {
 
 @cache
 def names() -> tuple[str, ...]:
+    """Return the names of all classification networks."""
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
 def build(spec: ModelSpec) -> nn.Module:
+    """Build a network. Raises InputError where torchvision refuses the keywords."""
     width = {"width_mult": spec.width} if spec.name == "mobilenet_v2" else {}
     require_safe(spec.name, spec.args, "the network's description")
     args = {**ARGS.get(spec.name, {}), **width, **spec.args}
@@ -39,7 +42,7 @@ def build(spec: ModelSpec) -> nn.Module:
 
 
 def _adapt(model: nn.Module, spec: ModelSpec) -> None:
-    """Give `model` the first convolution that the images ask for; in place."""
+    """Replace the first convolution of `model` by one that fits the images, in place."""
     small = spec.stem == "small"
     if isinstance(model, torchvision.models.ResNet):
         model.conv1 = _stem(model.conv1, spec.channels, kernel=3 if small else 7, stride=1 if small else 2)
@@ -47,7 +50,8 @@ def _adapt(model: nn.Module, spec: ModelSpec) -> None:
             model.maxpool = nn.Identity()
         return
     name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    patches = first.kernel_size == first.stride  # a transformer's patches are its grid, not a stride to lower
+    # A transformer's first convolution cuts patches. Its stride is their size, and must stay.
+    patches = first.kernel_size == first.stride
     stride = 1 if small and not patches else first.stride[0]
     if (stride, spec.channels) != (first.stride[0], first.in_channels):
         model.set_submodule(name, _stem(first, spec.channels, kernel=first.kernel_size[0], stride=stride))

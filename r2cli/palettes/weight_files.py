@@ -35,7 +35,7 @@ def find(source: Path) -> tuple[list[Stored], list[Stored]]:
 
     Raises InputError for a file that cannot be read, is quantized already, or has no weight.
     """
-    stored = stream.of_model(source)
+    stored = stream.tensors_of_model(source)
     if any("r2" in stream.metadata(Path(file)) for file in {each.file for each in stored}):
         raise InputError(f"{source} is quantized already: give the float one that it was made from")
     weights: list[Stored] = []

@@ -1,18 +1,22 @@
-"""AdaRound: every weight rounded up or down so that its layer's output, not the weight, stays near.
+"""AdaRound: round every weight up or down so that the output of its layer changes least.
 
 Paper: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), equations 21 to 25.
 
     code = clip(floor(w / s) + h(V), lowest, highest)    h(V) = clip(1.2 * sigmoid(V) - 0.1, 0, 1)
     loss = |act(W x) - act(code * s * x^)|^2 + weight * sum(1 - |2 h(V) - 1|^beta)
 
-x is the layer's input in the float network, x^ in the one whose earlier layers are rounded already; act is the ReLU
-that follows. The squared error is summed over the channels and averaged over the rest.
+x is the layer's input in the float network, and x^ its input in the network whose earlier layers are rounded already.
+act is the ReLU after the layer. The squared error is summed over the channels and averaged over images and positions.
 
-Ours: lambda is relative to the error that nearest rounding makes, so that a layer of large outputs is driven as well as
-one of small ones (an absolute 0.01 leaves h undecided where the error is large: at 2 bits, and in the last layer);
-minibatches are rows of a matrix, patches of the input drawn once from all images and all positions, so that a
-step is two matrix products; the gradient is written out; beta falls from 20 to 2 along half a cosine; the optimization
-ends when every h is 0 or 1. What is kept is the hard codes, and the nearest ones where they are better on the rows.
+Where we differ from the paper:
+
+- `weight` (lambda) is relative to the error of nearest rounding. With the paper's absolute 0.01, h stays undecided
+  where the error is large: at 2 bits, and in the last layer.
+- A minibatch is rows of a matrix: patches of the input, drawn once from all images and positions. So a step is two
+  matrix products.
+- The gradient is written out, which is faster than autograd.
+- beta falls from 20 to 2 along half a cosine.
+- The optimization ends as soon as every h is 0 or 1. If nearest rounding is better on the rows, its codes are kept.
 """
 
 import math
@@ -29,15 +33,15 @@ from r2cli.quantized.grid import Grid
 
 ZETA, GAMMA = 1.1, -0.1
 BETA_START, BETA_END = 20.0, 2.0
-WARM_UP = 0.2  # share of the steps without the term that drives h to 0 or 1
-MEMORY = 256 * 2**20  # bytes of a layer's rows
+WARM_UP = 0.2  # share of the steps before the term that drives h to 0 or 1 begins
+MEMORY = 256 * 2**20  # bytes that the rows of one layer may take
 
 
 @dataclass(frozen=True)
 class AdaroundSettings:
-    """`weight` is lambda, in units of the nearest codes' error a weight; `batch` rows a step, of `rows` in all.
+    """`weight` is lambda, in units of the error of nearest rounding per weight. A step uses `batch` of `rows` rows.
 
-    `grouped` are the rows a step of a grouped convolution, whose filters have few weights each.
+    A step of a grouped convolution uses `grouped` rows, since its filters have few weights each.
     """
 
     steps: int = 500
@@ -50,23 +54,23 @@ class AdaroundSettings:
 
 
 def stretched(v: Tensor) -> tuple[Tensor, Tensor]:
-    """sigmoid(V), and 1.2 times it less 0.1, which h(V) clips to 0 and 1: any shape."""
+    """Return sigmoid(V), and 1.2 * sigmoid(V) - 0.1, which h(V) clips to 0 and 1. V has any shape."""
     sigmoid = torch.sigmoid(v)
     return sigmoid, sigmoid * (ZETA - GAMMA) + GAMMA
 
 
 def start(fraction: Tensor) -> Tensor:
-    """The V whose h(V) is `fraction`, 0 <= fraction < 1: rounding starts where the weight is."""
+    """Return the V with h(V) = `fraction`, 0 <= fraction < 1, so that the optimization starts at the float weight."""
     return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
 
 
 def beta_at(progress: float) -> float:
-    """The exponent at `progress` 0 to 1 behind the warm-up: half a cosine from 20 to 2."""
+    """Return beta at `progress` 0 to 1 after the warm-up: half a cosine from 20 to 2."""
     return BETA_END + 0.5 * (BETA_START - BETA_END) * (1 + math.cos(math.pi * progress))
 
 
 def push(sigmoid: Tensor, raw: Tensor, beta: float) -> Tensor:
-    """The gradient of sum(1 - |2 h(V) - 1|^beta) by V, of what `stretched` gives of V: any shape."""
+    """Return the gradient of sum(1 - |2 h(V) - 1|^beta) by V, given the result of `stretched`. V has any shape."""
     centred = 2 * raw.clamp(0, 1) - 1
     slope = (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * ((raw > 0) & (raw < 1))
     return -2 * beta * centred.abs() ** (beta - 1) * centred.sign() * slope
@@ -74,7 +78,7 @@ def push(sigmoid: Tensor, raw: Tensor, beta: float) -> Tensor:
 
 @torch.no_grad()
 def round_layer(seen: LayerSample, coded: Coded, settings: AdaroundSettings = AdaroundSettings()) -> Coded:
-    """`coded` with codes for the layer's output: each the floor or the ceiling of the float weight on the same grid."""
+    """Return `coded` with new codes on the same grid: each is the float weight rounded down or up."""
     assert isinstance(coded.codec, Grid) and isinstance(seen.module, operators.LAYERS)
     rows = _rows(seen, settings)
     weight = seen.module.weight.detach()
@@ -87,16 +91,17 @@ def round_layer(seen: LayerSample, coded: Coded, settings: AdaroundSettings = Ad
 
 
 def on_codes(weight: Tensor, grid: Grid) -> Tensor:
-    """`weight` in units of codes, not rounded: the code of a value is the nearest integer. Shape of `weight`."""
+    """Return `weight` in units of codes, not rounded. Rounding it to integers gives the nearest codes. Same shape."""
     levels = weight / grid.along(grid.scale, weight.ndim)
     return (levels + (2**grid.bits - 1)) / 2 if grid.odd else levels + grid.along(grid.zero_point, weight.ndim)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Patches of the rounded network's input and what the float layer makes of the same places.
+    """Patches of the input in the rounded network, and the outputs of the float layer at the same positions.
 
-    `inputs` (groups, rows, inputs of a filter), `targets` (groups, rows, filters of a group) behind the activation.
+    `inputs` are (groups, rows, inputs of a filter). `targets` are (groups, rows, filters of a group), after the
+    activation.
     """
 
     inputs: Tensor
@@ -109,9 +114,11 @@ class _Rows:
 
 
 def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
-    """Whether each weight is rounded up: 0 or 1, of the shape of the weight. `unit` is the error that weighs as one."""
+    """Return whether each weight is rounded up: 0 or 1, in the shape of the weight. Errors are in units of `unit`."""
     groups = rows.inputs.shape[0]
-    step = grid.along(grid.scale, real.ndim).expand_as(real) * (2 if grid.odd else 1)  # value of one code more
+    step = grid.along(grid.scale, real.ndim).expand_as(real) * (
+        2 if grid.odd else 1
+    )  # the difference that one code makes
     value0 = grid.decode(torch.zeros_like(real, dtype=torch.int32))
     base, size, offset = (t.reshape(groups, -1, rows.inputs.shape[2]) for t in (low, step, value0))
     v = start((real - low).clamp(0, 1 - 1e-6)).reshape(base.shape)
@@ -140,7 +147,7 @@ def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adar
 
 
 def _slope(rows: _Rows, index: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the mean squared error over the rows at `index`, by `weight` (groups, filters, inputs)."""
+    """Return the gradient of the mean squared error over the rows at `index` by `weight` (groups, filters, inputs)."""
     inputs, targets = rows.inputs[:, index], rows.targets[:, index]
     outputs = inputs @ weight.transpose(1, 2)
     if rows.bias is not None:
@@ -152,14 +159,14 @@ def _slope(rows: _Rows, index: Tensor, weight: Tensor) -> Tensor:
 
 
 def _error(rows: _Rows, weight: Tensor) -> float:
-    """Mean over all rows of the squared error, summed over the channels."""
+    """Return the squared error, summed over the channels and averaged over all rows."""
     outputs = rows.inputs @ weight.reshape(rows.inputs.shape[0], -1, rows.inputs.shape[2]).transpose(1, 2)
     outputs = outputs if rows.bias is None else outputs + rows.bias
     return float((rows.act(outputs) - rows.targets).square().sum(2).mean(1).sum())
 
 
 def _rows(seen: LayerSample, settings: AdaroundSettings) -> _Rows:
-    """Rows of a layer, drawn from all images and positions."""
+    """Draw the rows of a layer from all images and positions."""
     module = seen.module
     assert isinstance(module, operators.LAYERS)
     outputs = module(seen.inputs)
@@ -180,7 +187,10 @@ def _rows(seen: LayerSample, settings: AdaroundSettings) -> _Rows:
 
 
 def _patches(x: Tensor, conv: nn.Conv1d | nn.Conv2d, out: torch.Size, index: Tensor) -> Tensor:
-    """What the kernel of `conv` sees at the output places `index` of (images, *out): (groups, rows, filter inputs)."""
+    """Return the input patches of `conv` for the output positions `index` in (images, *out).
+
+    Their shape is (groups, rows, inputs of a filter).
+    """
     x = F.pad(x, conv._reversed_padding_repeated_twice)
     stride, dilation, kernel = conv.stride, conv.dilation, conv.kernel_size
     if isinstance(conv, nn.Conv1d):

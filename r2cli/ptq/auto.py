@@ -1,10 +1,10 @@
-"""`--method auto`: what the other methods give, tried on calibration images and judged by the network's outputs.
+"""`--method auto`: try the other methods on calibration images, and keep the best by the network's outputs.
 
-First what costs a pass over some images: every grid, with min-max and least-squares ranges, rounded to the nearest
-level, without and with DFQ's bias correction, and with all of DFQ. Where the best of them still changes the outputs
-audibly (under `ENOUGH` dB), BRECQ learns the rounding on each grid, of the network as it is and equalized. What leaves
-the classes' probabilities nearest to the float network's is kept: equalization only where it is measured to help, which
-is not everywhere.
+First come the trials that cost only a pass over some images: every grid with min-max and least-squares ranges, rounded
+to the nearest level, without and with the bias correction of DFQ, and with all of DFQ. If the outputs of the best are
+still below `ENOUGH` dB, BRECQ learns the rounding on each grid, for the network as it is and for the equalized one. The
+trial whose class probabilities are nearest to the float network's is kept. Equalization is tried, not assumed: it does
+not help every network.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,9 +20,9 @@ from r2cli.ptq.post_training import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, P
 from r2cli.quantized.decibels import sqnr
 from r2cli.storage.checkpoint import Checkpoint
 
-ENOUGH = 30.0  # dB of the outputs
-FEW = 4  # bits
-SOME = 128  # images for what is not learned
+ENOUGH = 30.0  # dB of the outputs; an error of a thousandth of the signal's power hardly changes a class
+FEW = 4  # bits; with more, least-squares ranges gain nothing
+SOME = 128  # images for the trials that learn nothing
 BATCH = 64
 GRIDS = (CHANNEL, UNFOLDED)
 RANGES = ("minmax", "mse")
@@ -57,9 +57,10 @@ def choose(
     rules: Sequence[str] = (),
     told: Callable[[Trial], None] = lambda trial: None,
 ) -> tuple[Checkpoint, list[QuantizedLayer], PtqSettings, list[Trial]]:
-    """The best that `settings` gives with one of `grids`, of `rules` for ranges, some method and parts; the trials.
+    """Try `settings` with each of `grids`, of the range `rules` and of the methods. Returns the best, and all trials.
 
-    `images` are gone through more than once. Each trial is told as it ends. Raises InputError as `quantize` does.
+    `images` are read more than once. `told` is called with each trial when it ends. Raises InputError as `quantize`
+    does.
     """
     few = torch.split(layer_sweep.first(images, SOME), BATCH)
     expected = _outputs(checkpoint, images, device)
@@ -79,7 +80,7 @@ def choose(
         trials.append(Trial(*form, sqnr(outputs, expected), lost, round(perf_counter() - started, 1)))
         told(trials[-1])
 
-    # With many levels the range of least squares is that of all weights.
+    # With many levels, the range with the least squared error is nearly that of min-max.
     usual = RANGES if settings.weight_bits <= FEW else RANGES[:1]
     for own in _plain(settings, grids, rules or usual):
         attempt(own, few)
@@ -103,7 +104,7 @@ def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) ->
 def _learned(
     settings: PtqSettings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]
 ) -> list[PtqSettings]:
-    """BRECQ on every grid, as the network is and equalized: what helps rounding to the nearest may hurt what learns."""
+    """Try BRECQ on every grid, with and without equalization: what helps nearest rounding may not help BRECQ."""
     found = []
     for granularity in grids:
         for rule in rules or [weight_grids.usual("brecq", settings.weight_bits)]:
@@ -113,15 +114,16 @@ def _learned(
 
 
 def _equalizes(granularity: str, trials: Sequence[Trial]) -> bool:
-    """Whether there is something to equalize: the whole of DFQ gave other outputs than its correction alone."""
+    """Say whether the network can be equalized: then all of DFQ gave other outputs than bias correction alone."""
     own = [trial for trial in trials if trial.granularity == granularity]
     return len({trial.sqnr for trial in own if CORRECT in trial.parts}) > len({trial.weight_range for trial in own})
 
 
 def divergence(outputs: Tensor, expected: Tensor) -> float:
-    """Kullback-Leibler divergence of the classes' probabilities: mean over rows of (n, classes), in nats.
+    """Return the Kullback-Leibler divergence of the class probabilities in nats, averaged over rows of (n, classes).
 
-    Not the outputs' own noise: of that, what moves all classes alike costs nothing, and 0.1 dB can be a point of top-1.
+    The SQNR of the logits would not do: noise that moves all classes alike costs nothing, and 0.1 dB can be a point of
+    top-1.
     """
     found, wanted = outputs.double().log_softmax(1), expected.double().log_softmax(1)
     return float((wanted.exp() * (wanted - found)).sum(1).mean())
@@ -129,6 +131,6 @@ def divergence(outputs: Tensor, expected: Tensor) -> float:
 
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, images: Iterable[Tensor], device: torch.device) -> Tensor:
-    """What the network gives for all images: (n, classes)."""
+    """Return the logits of the network for all images: (n, classes)."""
     model = deployed.network(checkpoint).to(device).eval()
     return torch.cat([model(batch.to(device)).cpu() for batch in images])

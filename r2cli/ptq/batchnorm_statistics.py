@@ -1,13 +1,16 @@
-"""What the values of a network are, without data: a BatchNorm's output is N(beta, gamma^2), channel by channel.
+"""Statistics of a network's values without data: in each channel, the output of a BatchNorm is N(beta, gamma^2).
 
 Paper: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2.1 and
 appendix C (the mean behind a ReLU), section 5 (ranges of beta plus or minus 6 gamma).
 
-Ours: statistics go on through the graph, so that residual networks need no data either. A sum has the sum of the means
-and, its parts taken as independent, of the variances; it is rectified as if it were normal, and its range is the mean
-plus or minus 6 deviations within the sum of the ranges. A pooled value keeps mean, deviation and range of what it is
-pooled from (a maximum's mean is above that, so what is corrected behind it is corrected in part). The image has the
-range that its normalisation gives and, since normalisation is there for that, mean 0.
+Where we differ from the paper: the statistics are carried through the graph, so that residual networks need no data
+either.
+
+- A sum has the sum of the means, and of the variances, as if its parts were independent. A ReLU treats it as normal.
+  Its range is the mean plus or minus 6 deviations, within the sum of the ranges.
+- A pooled value keeps the mean, deviation and range of its input. The mean of a maximum is higher, so bias correction
+  after a max pooling corrects only a part.
+- The image has the range that its normalisation gives, and mean 0, because normalisation is made for that.
 """
 
 import math
@@ -25,7 +28,7 @@ from r2cli.graph import batchnorm, operators, placement, structure
 from r2cli.graph.channel_clip import Clip
 from r2cli.storage.checkpoint import InputSpec
 
-DEVIATIONS = 6.0  # of a range, on each side
+DEVIATIONS = 6.0  # a range reaches this many deviations from the mean on each side, as in the paper
 
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 POOLS: tuple[Any, ...] = (
@@ -38,7 +41,7 @@ FLATTEN: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten", "view", "resha
 
 @dataclass(frozen=True)
 class Normal:
-    """Mean and deviation of every output channel of a layer, (channels,) float64 each, before its activation."""
+    """Mean and standard deviation of each output channel of a layer before its activation: (channels,) float64."""
 
     mean: Tensor
     std: Tensor
@@ -46,7 +49,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class ValueStatistics:
-    """What a value of the graph is, channel by channel: (channels,) float64 each."""
+    """The statistics of a value of the graph for each channel: (channels,) float64."""
 
     mean: Tensor
     std: Tensor
@@ -55,7 +58,7 @@ class ValueStatistics:
 
 
 def statistics(net: fx.GraphModule) -> dict[str, Normal]:
-    """What each layer with a BatchNorm gives behind it, by the layer's name; read before BatchNorm is removed."""
+    """Give the statistics after the BatchNorm of each layer that has one, by name. Call it before their removal."""
     found = {}
     for layer in structure.layers(net):
         if layer.norm is None:
@@ -65,14 +68,14 @@ def statistics(net: fx.GraphModule) -> dict[str, Normal]:
         variance, ones = norm.running_var.double(), torch.ones_like(norm.running_var).double()
         gamma = ones if norm.weight is None else norm.weight.detach().double().abs()
         mean = 0 * ones if norm.bias is None else norm.bias.detach().double()
-        # Epsilon keeps a channel of little variance below gamma, and one without any is a constant.
+        # Because of epsilon, a channel of little variance has less than gamma, and one without variance is a constant.
         std = torch.where(batchnorm.dead(norm), 0.0, gamma * (variance / (variance + norm.eps)).sqrt())
         found[layer.name] = Normal(mean.clone(), std)
     return found
 
 
 def rectified(mean: Tensor, std: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of clip(x, 0, most) for x of N(mean, std^2): any shape, float64; `most` may be infinite."""
+    """Return mean and deviation of clip(x, 0, most) for x of N(mean, std^2): any shape, float64. `most` may be inf."""
     spread = std.clamp(min=1e-30)
     a, z = -mean / spread, (most - mean) / spread
     z_finite = z.clamp(max=1e15)
@@ -96,7 +99,7 @@ def _cdf(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def values(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) -> dict[str, ValueStatistics]:
-    """What is known of every node's value, by the node's name, for images of `spec`; BatchNorms are removed before."""
+    """Return the statistics of all nodes' values by name, for images of `spec`. BatchNorms are removed already."""
     structure.propagate(net, spec.shape)
     known: dict[str, ValueStatistics] = {}
     for node in net.graph.nodes:
@@ -107,7 +110,7 @@ def values(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) 
 
 
 def ranges(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) -> dict[str, tuple[float, float]]:
-    """The (least, greatest) value of each node that needs a grid. Raises InputError naming one that is not known."""
+    """Return the (least, greatest) value of each node that needs a grid. Raises InputError for one that is unknown."""
     known = values(net, normals, spec)
     found = {}
     for name in placement.values(net, spec.shape):
@@ -157,7 +160,7 @@ def _value(
 
 
 def _most(net: fx.GraphModule, node: fx.Node, value: ValueStatistics) -> Tensor:
-    """What the activation at `node` clips every channel at, (channels,)."""
+    """Return the upper bounds of the activation at `node`, (channels,)."""
     module = operators.module_of(net, node)
     if isinstance(module, Clip):
         return module.high.double().cpu()
@@ -177,7 +180,7 @@ def _sum(one: ValueStatistics, other: ValueStatistics) -> ValueStatistics:
 
 
 def _flat(node: fx.Node, value: ValueStatistics) -> ValueStatistics | None:
-    """(n, channels, h, w) as (n, channels * h * w); None for any other change of shape."""
+    """Turn (n, channels, h, w) into (n, channels * h * w). Returns None for any other change of shape."""
     shape: tuple[int, ...] = getattr(node.meta.get("tensor_meta"), "shape", ())
     if len(shape) != 2 or shape[0] != 2 or shape[1] % len(value.mean):
         return None

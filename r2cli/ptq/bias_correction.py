@@ -1,12 +1,12 @@
-"""Bias correction: rounding the weights shifts the mean of a layer's output, and the bias takes the shift back.
+"""Bias correction: rounding the weights shifts the mean of a layer's output, and a new bias undoes the shift.
 
 Paper: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2.2,
 equations 15 to 17, and appendices C and D. With eps = W_q - W:
 
-    analytic     b -= eps E[x]                      x the mean input that the BatchNorms give (normal.py): no data
+    analytic     b -= eps E[x]                      E[x] from the BatchNorms (batchnorm_statistics.py), without data
     empirical    b -= E[W_q x^] - E[W x]            over images and positions; x^ from layers that are corrected already
 
-Ours: E[x] is an image of its shape, which the layer runs over, so that padding counts as the zeros that it is.
+Where we differ: the layer runs over an image that has the value E[x] everywhere. So the zeros of padding count as well.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ BATCH = 64  # images at once
 
 @torch.no_grad()
 def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str, ValueStatistics]) -> dict[str, str]:
-    """Correct the biases of the float `net` for the codes of its weights, from the statistics of values; in place.
+    """Correct the biases of the float `net`, in place, for the codes of its weights. `known` are statistics of values.
 
-    Returns what became of each layer, by its name.
+    Returns a note for each layer, by name.
     """
     notes = {}
     for layer, module in structure.named_layers(net):
@@ -46,7 +46,7 @@ def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str
 
 
 def mean_shift(module: nn.Module, coded: Coded, mean: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """How far rounding moves the mean of the outputs of `module`, for inputs (channels, ...) of `mean`: (outputs,)."""
+    """Return the shift of the mean output of `module` by rounding, (outputs,), for inputs of `mean` (channels, ...)."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     image = mean.reshape(-1, *[1] * (len(shape) - 1)).expand(1, *shape)
@@ -55,7 +55,7 @@ def mean_shift(module: nn.Module, coded: Coded, mean: Tensor, shape: tuple[int, 
 
 
 def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
-    """The bias of a layer, corrected for its codes and for what its input already differs: (outputs,); None if none."""
+    """Return a bias (outputs,) corrected for the codes and the changed input of a layer; None without a bias."""
     module = seen.module
     if not isinstance(module.bias, Tensor):
         return None
@@ -68,7 +68,7 @@ def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
 
 
 def _per_channel(module: nn.Module, outputs: Tensor) -> Tensor:
-    """The mean of (n, channels, ...), or of a linear layer's (n, ..., channels), over all else: (channels,)."""
+    """Return the mean of each channel, (channels,). x is (n, channels, ...); of a linear layer (n, ..., channels)."""
     return (
         outputs.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else outputs.transpose(0, 1).flatten(1).mean(1)
     )

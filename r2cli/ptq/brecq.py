@@ -1,16 +1,19 @@
-"""BRECQ: weights rounded up or down together, block by block, so that what a block gives stays near.
+"""BRECQ: round the weights of a block up or down together, so that the output of the block changes least.
 
 Paper: Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (2021), section 3.
-Rounding is AdaRound's: h(V), its start and the push towards whole numbers (`adaround.py`).
+The rounding is AdaRound's (`adaround.py`): h(V), its initial value, and the term that drives h to 0 or 1.
 
     loss = |block(x) - block_q(x^)|^2 / |block(x) - block_nearest(x^)|^2 + weight * mean(1 - |2 h(V) - 1|^beta)
 
-x is the block's input in the float network, x^ in the one whose earlier blocks are rounded already.
+x is the block's input in the float network, and x^ its input in the network whose earlier blocks are rounded already.
 
-Ours: a block is the shortest run of operations with one value in, one value out and two layers, in any graph: a
-residual block, a depthwise pair. The error is plain, not weighted by the Fisher information, which wants labels. Each
-grid's scale and each bias is learned with the rounding: at 2 bits that is worth as much as the blocks are. The loss is
-relative to the error of nearest rounding, and where that is not beaten its codes are kept.
+Where we differ from the paper:
+
+- A block is the shortest run of operations with one input, one output and two layers, in any graph. It may be a
+  residual block, or a depthwise layer with a pointwise one.
+- The error is not weighted by the Fisher information, which needs labels.
+- The scale of each grid and each bias are learned with the rounding. At 2 bits that gains as much as the blocks do.
+- The loss is relative to the error of nearest rounding. If nearest rounding is better in the end, its codes are kept.
 """
 
 import functools
@@ -26,9 +29,9 @@ from r2cli.ptq import adaround, layer_sweep
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 
-LEAST = 2  # layers of a block
+LEAST = 2  # a block has at least this many layers
 BATCH = 64  # images at once where nothing is learned
-# Steps of a block; FEW where all of its layers have FINE bits: there more gain nothing.
+# Steps for a block. A block whose layers all have at least FINE bits needs only FEW: more gain nothing.
 MANY, FEW, FINE = 300, 100, 4
 
 State = dict[str, Tensor]  # a layer's weight and bias
@@ -36,8 +39,10 @@ State = dict[str, Tensor]  # a layer's weight and bias
 
 @dataclass(frozen=True)
 class BrecqSettings:
-    """`lr` of V; `fine_lr` of the scales' logarithms and of the biases, falling to 0; `batch` images a step; `weight`
-    of the push. `steps` None: as many as the layers of a block want."""
+    """`lr` is the learning rate of V; `fine_lr`, which falls to 0, that of the biases and the logarithms of the scales.
+
+    `weight` is that of the term that drives h to 0 or 1. A step uses `batch` images. `steps` None means MANY or FEW.
+    """
 
     steps: int | None = None
     lr: float = 0.02
@@ -52,7 +57,7 @@ class BrecqSettings:
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes that read one value, `entry`, from outside; the last one's value is all that is read of theirs."""
+    """Nodes that read only one value, `entry`, from outside. Only the value of the last one is read outside."""
 
     entry: fx.Node
     nodes: tuple[fx.Node, ...]
@@ -60,8 +65,9 @@ class Block:
 
 
 def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
-    """`net` cut before layers where one value is all that the rest reads; each with `least` layers, but for the last.
+    """Cut `net` into blocks. A cut is before a layer, where the rest of the network reads only one value.
 
+    Each block has at least `least` layers, except the last one.
     What lies between a layer and the next cut (activations, sums, pooling) is in the layer's block.
     """
     own = {layer.name for layer in structure.layers(net)}
@@ -78,7 +84,7 @@ def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
             if node.op == "output":
                 break
             entry, nodes, names = nodes[-1], [], []
-        if node.op == "get_attr":  # there whenever it is read
+        if node.op == "get_attr":  # a parameter is available in every block
             continue
         nodes.append(node)
         names += [name] if name else []
@@ -87,7 +93,7 @@ def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
 
 
 def run(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State]) -> Tensor:
-    """What `block` gives for `x` (n, ...), its layers with weights and biases of `states` where they are there."""
+    """Run `block` on `x` (n, ...). A layer in `states` uses the weight and bias there instead of its own."""
     values: dict[fx.Node, Any] = {block.entry: x}
     for node in block.nodes:
         if node is block.entry:
@@ -114,7 +120,10 @@ def _run_all(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, 
 
 @dataclass(frozen=True)
 class Learned:
-    """A layer while it is learned: codes `low` + h(`v`) of its weight's shape, exp(`size`) times each scale, a bias."""
+    """The parameters of a layer: codes `low` + h(`v`) in the shape of its weight, scales times exp(`size`), and bias.
+
+    The logarithm keeps the scales positive, and makes one learning rate fit scales of all sizes.
+    """
 
     grid: Grid
     low: Tensor
@@ -123,7 +132,7 @@ class Learned:
     bias: Tensor | None
 
     def soft(self) -> State:
-        """Weight and bias with codes between two whole numbers."""
+        """Return weight and bias while the codes are still between two integers."""
         return self._state(adaround.stretched(self.v)[1].clamp(0, 1))
 
     def hard(self) -> Coded:
@@ -138,7 +147,7 @@ class Learned:
 
 
 def learned(module: nn.Module, coded: Coded) -> Learned:
-    """What starts at the float weight and bias of `module`, on the grid of `coded`."""
+    """Return parameters that start at the float weight and bias of `module`, on the grid of `coded`."""
     grid, weight, bias = coded.codec, module.weight, module.bias
     assert isinstance(grid, Grid) and isinstance(weight, Tensor)
     real = adaround.on_codes(weight.detach(), grid)
@@ -163,8 +172,9 @@ def round_network(
     advance: Callable[[], None] = lambda: None,
     settings: BrecqSettings = BrecqSettings(),
 ) -> tuple[dict[str, Coded], dict[str, Tensor]]:
-    """Codes by the weight's name, on the grids of `nearest` or on such with other scales, and biases by the layer's.
+    """Round the weights of `net`. Returns the codes by the weight's name, and the biases by the layer's name.
 
+    The grids are those of `nearest`, with learned scales.
     The float `net` is not changed. `images` is (n, c, s, s) on its device. `advance` is called for each layer.
     """
     own = {layer.name: layer for layer in structure.layers(net)}
@@ -172,7 +182,7 @@ def round_network(
     states: dict[str, State] = {}
     plain = rounded = images
     for block in blocks(net):
-        # A layer of an earlier block that runs here again has its codes.
+        # A layer that ran in an earlier block has its codes already.
         fresh = {name: net.get_submodule(name) for name in block.layers if name not in states}
         found = {name: nearest[own[name].weight] for name in fresh}
         states |= {name: state(found[name].decode(), _bias(module)) for name, module in fresh.items()}
@@ -206,7 +216,7 @@ def _learn(
     before: float,
     settings: BrecqSettings,
 ) -> None:
-    """Learn `parts` so that `forward` gives `targets`; `before` is the squared error of nearest codes; in place."""
+    """Train `parts` in place, so that `forward` gives `targets`. `before` is the squared error of nearest rounding."""
     each = list(parts.values())
     rounding = [part.v for part in each]
     fine = [part.size for part in each] + [part.bias for part in each if part.bias is not None]
@@ -236,7 +246,7 @@ def _learn(
 
 
 def _error(net: fx.GraphModule, block: Block, x: Tensor, targets: Tensor, states: Mapping[str, State]) -> float:
-    """The mean squared error of what `block` gives, over all images."""
+    """Return the mean squared error of the output of `block` over all images."""
     parts = zip(torch.split(x, BATCH), torch.split(targets, BATCH), strict=True)
     total = sum(float((run(net, block, part, states) - target).double().square().sum()) for part, target in parts)
     return total / targets.numel()

@@ -1,19 +1,22 @@
-"""Cross-layer equalization and high-bias absorption: the same function with weights that one grid per tensor can hold.
+"""Cross-layer equalization and high-bias absorption: change weights so that one grid per tensor loses less.
+
+The network computes the same function afterwards.
 
 Paper: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), sections 4.1 and
-4.2 and appendix B. With ReLU between two layers, channel i of the first divided and of the second multiplied by
+4.2 and appendix B. If a ReLU is between two layers, channel i of the first can be divided by s_i, and that of the
+second multiplied by it:
 
     s_i = sqrt(r1_i / r2_i)         r1_i = max|W1[i, :]|,  r2_i = max|W2[:, i]|
 
-is the same network, and both ranges become sqrt(r1_i r2_i). Depthwise layers between two others share their channels:
-all ranges of such a run become their geometric mean at once. Runs are repeated until nothing changes. A channel that a
-layer does not use (a range of 0) keeps s = 1.
+Both ranges are sqrt(r1_i r2_i) then. A depthwise layer between two others has the same channels as both: all ranges of
+such a run become their geometric mean at once. The runs are repeated until nothing changes. A channel that a layer does
+not use (its range is 0) keeps s = 1.
 
-Absorption: with a pre-activation x of N(beta, gamma^2) and c = max(0, beta - 3|gamma|), ReLU(x) is c + ReLU(x - c) but
-for one value in 740; c goes from the first bias, through the weights, to the second.
+Absorption: if x before the ReLU is N(beta, gamma^2) and c = max(0, beta - 3|gamma|), then ReLU(x) = c + ReLU(x - c),
+except for one value in 740. So c can move from the first bias, through the weights, to the second bias.
 
-Ours: ReLU6 stays exact by a bound of 6 / s for each channel (clip.py). A consumer may have any groups. What follows a
-zero padding is not absorbed: at the borders it would be another function.
+Where we differ from the paper: ReLU6 stays exact, with a bound of 6 / s for each channel (channel_clip.py). The second
+layer may have any groups. Nothing is absorbed into a layer with zero padding: its borders would change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,9 +30,9 @@ from torch import Tensor, fx, nn
 from r2cli.graph import channel_clip, operators, structure
 from r2cli.ptq.batchnorm_statistics import Normal
 
-CONVERGED = 1e-3  # largest |ln s| of a last pass
-PASSES = 200  # at most
-ABSORBED = 3.0  # deviations below the mean that stay
+CONVERGED = 1e-3  # stop after a pass whose largest |ln s| is below this: a change of 0.1 %
+PASSES = 200  # stop after this many passes in any case
+ABSORBED = 3.0  # standard deviations between the mean and what is absorbed, as in the paper
 
 RELU6: tuple[Any, ...] = (nn.ReLU6, F.relu6)
 RELUS: tuple[Any, ...] = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
@@ -38,14 +41,14 @@ SHIFTED: tuple[Any, ...] = (
     *(*RELUS, channel_clip.Clip, nn.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, F.max_pool2d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d),
 )
-# Only the first of the two: what they average may be padding.
+# Only f(s x) = s f(x) holds for these: they average zeros of padding too.
 SCALED: tuple[Any, ...] = (*SHIFTED, nn.AvgPool1d, nn.AvgPool2d, F.avg_pool2d)
 FLATTEN: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten")
 
 
 @dataclass(frozen=True)
 class Link:
-    """A layer whose output one other layer alone reads, and the nodes between the two, in order."""
+    """A layer, the only layer that reads its output, and the nodes between them, in order."""
 
     first: structure.Layer
     second: structure.Layer
@@ -53,7 +56,7 @@ class Link:
 
 
 def links(net: fx.GraphModule) -> dict[str, Link]:
-    """The links of `net` over which channels can be scaled, by their first layer's name."""
+    """Return the links of `net` whose channels can be scaled, by the name of their first layer."""
     weights = [module.weight for _, module in structure.named_layers(net)]
     found = {}
     usable = {layer.node: layer for layer in structure.layers(net) if _stands_alone(net, layer, weights)}
@@ -70,7 +73,7 @@ def links(net: fx.GraphModule) -> dict[str, Link]:
 
 
 def runs(net: fx.GraphModule) -> list[list[Link]]:
-    """Links behind one another through depthwise layers, whose rows and columns are the same filters."""
+    """Join links that follow each other through depthwise layers, which have the same channels at both ends."""
     joined = links(net)
     inner = {link.second.name for link in joined.values() if _is_depthwise(net.get_submodule(link.second.name))}
     found = []
@@ -86,10 +89,10 @@ def runs(net: fx.GraphModule) -> list[list[Link]]:
 
 @torch.no_grad()
 def equalize(net: fx.GraphModule, factors: dict[str, Tensor], normals: dict[str, Normal]) -> dict[str, str]:
-    """Equalize all runs of `net`, whose BatchNorms are removed; in place, the same function.
+    """Equalize all runs of `net`, in place. Its BatchNorms are removed already. The function stays the same.
 
-    `factors` multiply the outputs of layers beside their weights (`graph.remove_norms`), `normals` are their outputs'
-    statistics; both are scaled along. Returns what became of each layer that was scaled, by its name.
+    `factors` are scales of layers that are not in their weights (`batchnorm.remove_norms`), and `normals` are the
+    statistics of their outputs. Both are changed accordingly. Returns a note for each layer that was scaled, by name.
     """
     found = runs(net)
     reach = _reaches(net, found, factors)
@@ -124,9 +127,10 @@ def equalize(net: fx.GraphModule, factors: dict[str, Tensor], normals: dict[str,
 
 @torch.no_grad()
 def absorb(net: fx.GraphModule, normals: dict[str, Normal]) -> dict[str, str]:
-    """Move what a ReLU hardly ever cuts from each layer's bias to the next one's; in place.
+    """Move the part of each bias that a ReLU almost never cuts to the bias of the next layer, in place.
 
-    The weights of `net` are folded. `normals` lose what is absorbed. Returns how many channels were, by layer.
+    The weights of `net` are folded. The means in `normals` change accordingly. Returns a note with the number of
+    channels for each layer, by name.
     """
     notes = {}
     for name, link in links(net).items():
@@ -153,16 +157,16 @@ def absorb(net: fx.GraphModule, normals: dict[str, Normal]) -> dict[str, str]:
 
 
 def without_relu6(net: fx.GraphModule) -> int:
-    """Put ReLU in the place of every ReLU6; in place, another function. Returns how many."""
+    """Replace every ReLU6 by ReLU, in place. This changes the function. Returns how many were replaced."""
     found = [node for node in net.graph.nodes if operators.is_a(net, node, RELU6)]
     channel_clip.put(net, {node.name: torch.tensor(channel_clip.NEVER) for node in found})
     return len(found)
 
 
 def scales(run: Sequence[Link], reach: Mapping[str, Tensor]) -> list[Tensor]:
-    """s of every link of a run, (channels,) float64 each, that makes all ranges their geometric mean.
+    """Return s for every link of a run, (channels,) float64: it makes all ranges equal to their geometric mean.
 
-    `reach` has by layer the greatest |w| that connects an input and an output, (groups, outputs, inputs of a group).
+    `reach` has, for each layer, the greatest |w| between an input and an output, (groups, outputs, inputs of a group).
     """
     ranges = [reach[run[0].first.name].amax(2).flatten(), *(reach[link.second.name].amax(1).flatten() for link in run)]
     stacked = torch.stack(ranges)  # (layers, channels)
@@ -175,10 +179,10 @@ def scales(run: Sequence[Link], reach: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The `reach` of every layer in the runs that were found."""
+    """Return the `reach` of every layer in the runs."""
     reach: dict[str, Tensor] = {}
     links = [link for run in found for link in run]
-    # A linear layer's inputs are the channels before the flatten, where another layer feeds it.
+    # The inputs of a linear layer after a flatten are grouped by the channels before it.
     inputs = {link.second.name: _outputs(net, link.first) for link in links}
     for name in {layer.name for link in links for layer in (link.first, link.second)}:
         module = net.get_submodule(name)
@@ -198,14 +202,14 @@ def _outputs(net: fx.GraphModule, layer: structure.Layer) -> int:
 
 
 def by_channel(module: nn.Module, channels: int) -> Tensor:
-    """A layer's weight as (groups, outputs, inputs, positions of one input channel)."""
+    """Return a layer's weight as (groups, outputs, inputs, positions of one input channel)."""
     assert isinstance(module, operators.LAYERS)
     groups, weight = _groups(module), module.weight
     return weight.reshape(groups, weight.shape[0] // groups, channels // groups, -1)
 
 
 def _scale(net: fx.GraphModule, link: Link, s: Tensor, factors: dict[str, Tensor]) -> None:
-    """Divide the first layer's channels by `s` and multiply what reads them; in place."""
+    """Divide the channels of the first layer by `s`, and multiply the weights that read them by `s`; in place."""
     first, second = net.get_submodule(link.first.name), net.get_submodule(link.second.name)
     assert isinstance(first, operators.LAYERS) and isinstance(second, operators.LAYERS)
     if link.first.name in factors:
@@ -221,7 +225,7 @@ def _scale(net: fx.GraphModule, link: Link, s: Tensor, factors: dict[str, Tensor
 
 
 def _bounds(net: fx.GraphModule, link: Link) -> list[channel_clip.Clip]:
-    """The clips of a link that bound every channel on its own."""
+    """Return the clips of a link that have a bound for each channel."""
     modules = [operators.module_of(net, node) for node in link.between]
     return [module for module in modules if isinstance(module, channel_clip.Clip) and module.high.ndim]
 
@@ -235,12 +239,12 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _pads(module: nn.Module) -> bool:
-    """Whether a layer reads zeros around its input."""
+    """Say whether a layer pads its input with zeros."""
     return not isinstance(module, nn.Linear) and any(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
 
 
 def _stands_alone(net: fx.GraphModule, layer: structure.Layer, weights: Sequence[Any]) -> bool:
-    """Whether the layer runs once, and no other has its weights."""
+    """Say whether the layer runs only once, and no other layer has the same weights."""
     own = net.get_submodule(layer.name).weight
     calls = sum(node.target == layer.name for node in net.graph.nodes)
     return calls == 1 and sum(weight is own for weight in weights) == 1
@@ -249,19 +253,19 @@ def _stands_alone(net: fx.GraphModule, layer: structure.Layer, weights: Sequence
 def _channels_match(
     net: fx.GraphModule, first: structure.Layer, second: structure.Layer, between: Sequence[fx.Node]
 ) -> bool:
-    """Whether the second layer's inputs are the first one's channels, each of them in one piece."""
+    """Say whether the inputs of the second layer are the channels of the first, each of them in one piece."""
     one, other = net.get_submodule(first.name), net.get_submodule(second.name)
     flattened = any(operators.is_a(net, node, FLATTEN) for node in between)
     if not isinstance(other, nn.Linear):
         return not isinstance(one, nn.Linear) and not flattened
     if isinstance(one, nn.Linear):
-        # A pool or a bound for each channel of (n, channels, ...) is none of (n, ..., channels).
+        # Pools and bounds for (n, channels, ...) do not fit (n, ..., channels).
         return not flattened and all(operators.is_a(net, node, (*RELUS, nn.LeakyReLU)) for node in between)
     return flattened and all(_from_channels_on(net, node) for node in between if operators.is_a(net, node, FLATTEN))
 
 
 def _from_channels_on(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a flatten keeps the batch apart, and nothing else."""
+    """Say whether a flatten joins all axes except the batch."""
     module = operators.module_of(net, node)
     if isinstance(module, nn.Flatten):
         return module.start_dim == 1 and module.end_dim == -1

@@ -1,8 +1,8 @@
-"""Two networks side by side: the float one, and the one whose earlier layers have their codes already.
+"""Run two networks node by node: the float one, and one whose layers have quantized weights as far as they are chosen.
 
-Every node runs once in each, over all calibration images, and a value is dropped when its last reader has run. So a
-method that looks at one layer at a time (AdaRound, bias correction) sees that layer's input in both networks without
-running the network once for each layer.
+Each node runs once in both networks, on all calibration images. A value is deleted after its last reader has run. So a
+method for one layer at a time (AdaRound, bias correction) gets the input of that layer in both networks, and the
+networks need not be run again for each layer.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,21 +17,21 @@ from r2cli.errors import InputError
 from r2cli.graph import structure
 from r2cli.quantized.coded import Coded
 
-MEMORY = 2 * 2**30  # bytes that the values of both networks may take together
+MEMORY = 2 * 2**30  # bytes that the values of both networks together may take
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """One layer as a method sees it: `module` holds the float weight, `inputs` and `rounded_inputs` are (n, ...)."""
+    """One layer for a method: `module` has the float weight; `inputs` and `rounded_inputs` are (n, ...)."""
 
     layer: structure.Layer
     module: nn.Module
-    bound: float | None  # of the ReLU that follows: infinity, or 6; None where none does
+    bound: float | None  # of the activation that follows: infinity for ReLU, 6 for ReLU6, None for no activation
     inputs: Tensor  # in the float network
-    rounded_inputs: Tensor  # in the network whose earlier layers have their codes
+    rounded_inputs: Tensor  # in the network whose earlier layers are quantized
 
 
-# What a method makes of a layer: its codes, and its bias in the coded network, (channels,) or None.
+# A method: for a layer it returns the codes, and the bias in the quantized network, (channels,) or None.
 Visit = Callable[[LayerSample], tuple[Coded, Tensor | None]]
 
 
@@ -72,7 +72,7 @@ def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, 
 
 
 def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...]) -> int:
-    """How many images of `shape` both networks' values hold within `MEMORY`."""
+    """Return for how many images of `shape` the values of both networks fit into `MEMORY`."""
     structure.propagate(net, shape)
     last, live, most = last_readers(net), 0, 1
     for node in net.graph.nodes:
@@ -83,7 +83,7 @@ def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...]) -> int:
 
 
 def first(batches: Iterable[Tensor], count: int) -> Tensor:
-    """The first `count` images of `batches`, or all: (n, c, s, s). Raises InputError where there is none."""
+    """Return the first `count` images of `batches`, or all: (n, c, s, s). Raises InputError where there is none."""
     taken: list[Tensor] = []
     for images in batches:
         taken.append(images[: count - sum(map(len, taken))])
@@ -95,14 +95,14 @@ def first(batches: Iterable[Tensor], count: int) -> Tensor:
 
 
 def _bytes(node: fx.Node) -> int:
-    """Bytes of the node's value for one image."""
+    """Return the bytes of the node's value for one image."""
     meta = node.meta.get("tensor_meta")
-    shape = getattr(meta, "shape", None)  # of two images
+    shape = getattr(meta, "shape", None)  # for a batch of two images
     return 0 if shape is None else 4 * int(shape.numel()) // 2
 
 
 def last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    """By node, the values that nobody reads after it has run."""
+    """Return, for each node, the values that no later node reads."""
     found: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(net.graph.nodes):
@@ -114,7 +114,7 @@ def last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
 
 
 def run(net: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The value of one node that is no layer, from the values of others."""
+    """Compute the value of a node that is not a layer from the values of others."""
     args = map_arg(node.args, lambda source: values[source])
     kwargs = map_arg(node.kwargs, lambda source: values[source])
     if node.op == "call_module":

@@ -1,4 +1,4 @@
-"""Mixed precision: bits for every layer by what each would cost the loss, within a budget of bytes.
+"""Mixed precision: choose the bits of every layer so that the loss grows least within a budget of bytes.
 
 Paper: Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks" (2020).
 
@@ -7,11 +7,14 @@ Paper: Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neura
 The mean of the diagonal is trace / n, and the trace Hutchinson's: the mean of v' H v over v of random signs. Without
 labels, `sqnr`: |Q_b(w) - w|^2 / |w|^2, the noise that a layer's output gets from rounding.
 
-Ours: Q_b is the grid that the layer will really have, and sizes are packed ones, so that only widths that take less
-room are tried. Every layer starts at the widest of its Pareto front (the lower hull of sensitivity over bytes); the
-step down that costs least for a byte is taken until the budget is met, and what is then left is spent again. A width
-whose noise is a large share of the weights themselves is no small perturbation, which is all that the Hessian tells of:
-it is left out where the budget can be met without.
+Where we differ from the paper:
+
+- Q_b is the grid that the layer will really have. Sizes are those of packed codes, so only widths that save bytes are
+  tried.
+- Every layer starts at the most bits of its Pareto front (the lower hull of sensitivity over bytes). The step down that
+  costs least per byte is taken until the budget is met. Bytes that are left are then spent again.
+- The Hessian describes small changes only. So a width whose noise is a large share of the weights is left out, if the
+  budget can be met without it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,11 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from r2cli.data import Batch
 from r2cli.errors import InputError
 
-WIDTHS = (8, 4, 3, 2, 1)  # 7 to 5 bits take a byte, as 8 do
+WIDTHS = (8, 4, 3, 2, 1)  # codes of 7 to 5 bits take a byte, as those of 8 bits do
 SENSITIVITIES = ("hessian", "sqnr")
-IMAGES = 256  # that the trace is averaged over, at most
-DRAWS = 2  # of signs, for each batch
-LIMITS = (0.2, 0.5)  # of the noise, as a share of |w|^2: the first with which the budget can be met
+IMAGES = 256  # the trace is averaged over at most this many images
+DRAWS = 2  # random sign vectors for each batch
+LIMITS = (0.2, 0.5)  # limits of the noise as a share of |w|^2; the first with which the budget can be met is used
 
 Widths = Mapping[int, tuple[int, float]]  # bits: (bytes, noise or sensitivity)
 Front = list[tuple[int, int, float]]  # (bits, bytes, sensitivity) from the widest to the narrowest
@@ -37,16 +40,16 @@ Front = list[tuple[int, int, float]]  # (bits, bytes, sensitivity) from the wide
 def curvature(
     net: fx.GraphModule, weights: Mapping[str, nn.Parameter], batches: Iterable[Batch], seed: int
 ) -> dict[str, float]:
-    """Mean of the diagonal of the loss's Hessian by each of `weights`, times |w|^2, by name.
+    """Return, for each weight by name, the mean of the diagonal of the loss's Hessian, times |w|^2.
 
-    `net` is on the images' device. An estimate below zero becomes the least of the others. Raises InputError where
-    there is no image.
+    `net` is on the device of the images. An estimate below 0, which is noise, becomes the least of the others. Raises
+    InputError where there is no image.
     """
     draw = torch.Generator().manual_seed(seed)
     found, seen = dict.fromkeys(weights, 0.0), 0
     own = list(weights.values())
     for images, labels in batches:
-        # Of attention, torch's fused kernels have no second derivative.
+        # torch's fused kernels for attention have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = F.cross_entropy(net(images), labels, reduction="sum")
             slopes = torch.autograd.grad(loss, own, create_graph=True)
@@ -66,7 +69,7 @@ def curvature(
 
 
 def noise(rounded: Tensor, weight: Tensor) -> float:
-    """|Q(w) - w|^2 / |w|^2."""
+    """Return |Q(w) - w|^2 / |w|^2."""
     return _power(rounded - weight) / max(_power(weight), 1e-30)
 
 
@@ -75,7 +78,7 @@ def _power(w: Tensor) -> float:
 
 
 def allot(tried: Mapping[str, Widths], factor: Mapping[str, float], budget: int) -> dict[str, int]:
-    """Bits for every layer, for the least sum of `factor` times noise in `budget` bytes. Raises as `choose` does."""
+    """Choose bits for every layer with the least sum of `factor` * noise in `budget` bytes. Raises as `choose` does."""
     costs = {
         name: {bits: (size, factor[name] * noise) for bits, (size, noise) in own.items()}
         for name, own in fine(tried, budget).items()
@@ -88,7 +91,7 @@ def front(widths: Widths) -> Front:
     hull: Front = []
     for bits, (size, cost) in sorted(widths.items(), key=lambda item: (item[1][0], item[1][1])):
         if hull and cost >= hull[-1][2]:
-            continue  # it takes more room, and is no better
+            continue  # more bytes without less noise
         while len(hull) > 1 and _price(hull[-1], hull[-2]) <= _price((bits, size, cost), hull[-1]):
             hull.pop()
         hull.append((bits, size, cost))
@@ -96,9 +99,9 @@ def front(widths: Widths) -> Front:
 
 
 def fine(tried: Mapping[str, Widths], budget: int) -> dict[str, Widths]:
-    """For every layer the widths whose noise is within the first limit that fits `budget`.
+    """Return, for every layer, the widths with a noise below the first of `LIMITS` with which `budget` can be met.
 
-    A layer that no width is fine enough for has its finest.
+    A layer without such a width keeps its most exact one.
     """
     for limit in LIMITS:
         found: dict[str, Widths] = {}
@@ -111,9 +114,9 @@ def fine(tried: Mapping[str, Widths], budget: int) -> dict[str, Widths]:
 
 
 def choose(fronts: Mapping[str, Front], budget: int) -> dict[str, int]:
-    """Bits for every layer, whose sizes sum up to `budget` bytes at most.
+    """Choose bits for every layer, so that their sizes add up to at most `budget` bytes.
 
-    Raises InputError for a budget that the narrowest widths exceed.
+    Raises InputError for a budget that is too small even for the fewest bits.
     """
     least = sum(own[-1][1] for own in fronts.values())
     if least > budget:
@@ -133,10 +136,10 @@ def choose(fronts: Mapping[str, Front], budget: int) -> dict[str, int]:
 
 
 def _saved(own: Front, place: int) -> int:
-    """Bytes that the step down from `place` saves."""
+    """Return the bytes that the step down from `place` saves."""
     return own[place][1] - own[place + 1][1]
 
 
 def _price(wide: tuple[int, int, float], narrow: tuple[int, int, float]) -> float:
-    """What the step down costs for a byte."""
+    """Return the cost per byte of the step down."""
     return (narrow[2] - wide[2]) / (wide[1] - narrow[1])

@@ -77,7 +77,7 @@ def quantize(
     """
     where = loop.device(config.device)
     settings, chosen_bits = settings_of(config), list[ChosenBits]()
-    batches = data.Again(lambda: data.calibration(source, calibration, where, config.seed) if source else iter(()))
+    batches = data.Repeatable(lambda: data.calibration(source, calibration, where, config.seed) if source else iter(()))
     if config.target_bits or config.target_bytes:
         target = BitTarget(config.target_bits, config.target_bytes, config.sensitivity)
         plain = replace(settings, method="none") if config.method == "auto" else settings
@@ -86,7 +86,7 @@ def quantize(
     before = None if source is None else loop.evaluate(deployed.network(made).to(where), source.test, where)
     shown = f"float top-1 {before:.2f} %" if before is not None else "no images, so accuracy is not measured"
     reporter.note(f"quantizing {made.origin} to {config.suffix}: {shown}")
-    images = data.Again(lambda: (batch for batch, _ in batches)) if calibration else None
+    images = data.Repeatable(lambda: (batch for batch, _ in batches)) if calibration else None
     trials: list[auto.Trial] = []
     if config.method == "auto":
         coded, layers, settings, trials = _best(made, settings, config, images, where, reporter)

@@ -1,8 +1,8 @@
-"""Grids of weights: from the range that a rule finds to a scale and a zero point.
+"""Grids of weights: a rule finds the range, and the range gives the scale and the zero point.
 
     minmax           from the least to the greatest weight
     percentile[:P]   without (100 - P) % of the weights at each end; P = 99.99 unless given
-    mse              the range whose grid loses least squared error
+    mse              the range whose grid has the least squared error
 
 A symmetric grid has zero point 0 and the scale max(greatest / qmax, -least / 2^(b-1)), qmax = 2^(b-1) - 1: measured
 better than max|w| / qmax and than max|w| / (qmax + 0.5). At 1 bit the levels are -s and +s with s = mean|w|, the
@@ -20,7 +20,7 @@ from r2cli.quantized import grid_search
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.value_counts import min_max_scale, usable
 
-Range = tuple[Tensor, Tensor]  # least and greatest, (grids,) each
+Range = tuple[Tensor, Tensor]  # the least and the greatest value of each grid, (grids,)
 
 
 def _minmax(w: Tensor, bits: int, symmetric: bool) -> Range:
@@ -31,7 +31,7 @@ def _percentile(percent: float) -> Callable[[Tensor, int, bool], Range]:
     def rule(w: Tensor, bits: int, symmetric: bool) -> Range:
         ordered = w.sort(1).values
         place = (w.shape[1] - 1) * (100 - percent) / 100
-        below, share = int(place), place - int(place)  # linear between neighbours, as NumPy has it
+        below, share = int(place), place - int(place)  # interpolated linearly, as NumPy does
         low, high = (x[:, below].lerp(x[:, min(below + 1, w.shape[1] - 1)], share) for x in (ordered, ordered.flip(1)))
         return low, high
 
@@ -46,7 +46,7 @@ def _mse(w: Tensor, bits: int, symmetric: bool) -> Range:
     return -scale * 2 ** (bits - 1), scale * (2 ** (bits - 1) - 1)
 
 
-# From weights (grids, n), bits, and whether the grid is symmetric, to the range of each grid.
+# A rule: takes weights (grids, n), bits, and whether the grid is symmetric, and returns the range of each grid.
 RANGES: Mapping[str, Callable[[Tensor, int, bool], Range]] = {
     "minmax": _minmax,
     "percentile": _percentile(PERCENTILE),
@@ -55,18 +55,18 @@ RANGES: Mapping[str, Callable[[Tensor, int, bool], Range]] = {
 
 
 def weight_range(rule: str) -> Callable[[Tensor, int, bool], Range]:
-    """The function of `rule`, for example 'mse' or 'percentile:99.9'. Raises InputError for another."""
+    """Return the function of `rule`, such as 'mse' or 'percentile:99.9'. Raises InputError if it is unknown."""
     name, percent = values.range_rule("--weight-range", *RANGES)(rule)
     return RANGES[name] if percent is None else _percentile(percent)
 
 
 def usual(method: str, bits: int) -> str:
-    """The rule for weights of so many bits: what is learned from few levels starts best where they lie best."""
+    """Return the default rule for `bits`. With few levels, learning starts best from the grid with the least error."""
     return "mse" if method == "brecq" and bits <= 4 else "minmax"
 
 
 def weight_grid(w: Tensor, bits: int, *, per_channel: bool, rule: str = "minmax", symmetric: bool = True) -> Grid:
-    """A grid for the weight (channels, ...): one for the tensor, or one per output channel (axis 0)."""
+    """Make the grid of a weight (channels, ...): one for the tensor, or one per output channel (axis 0)."""
     flat = w.detach().reshape(w.shape[0], -1) if per_channel else w.detach().reshape(1, -1)
     low, high = weight_range(rule)(flat, bits, symmetric)
     if symmetric or bits == 1:

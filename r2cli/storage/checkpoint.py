@@ -1,11 +1,11 @@
-"""Checkpoints: one safetensors file each, that plain safetensors and PyTorch can read where it holds floats.
+"""Checkpoints: each is one safetensors file. A float checkpoint can be read without r2.
 
-Float tensors stand under their state_dict names. A coded weight `p` stands as `p.codes` (packed), `p.scale`, and
-`p.zero_point` or `p.lut`. One metadata key, `r2`, holds JSON: format, model, input, class names, the codec of each
-coded tensor, the grid of each activation edge, and the history of commands; no times, so the same work gives the same
-bytes.
+A float tensor is stored under its state_dict name. A quantized weight `p` is stored as `p.codes` (packed), `p.scale`,
+and `p.zero_point` or `p.lut`. The metadata key `r2` holds JSON: format, model, input, class names, the codec of each
+quantized tensor, the grid of each activation, and the history of commands. It holds no times, so that the same work
+gives the same bytes.
 
-Nothing that is loaded runs code: safetensors holds tensors and text only.
+Loading a checkpoint never runs code: safetensors holds only tensors and text.
 """
 
 import json
@@ -37,8 +37,8 @@ FORMAT = 1
 class ModelSpec:
     """What `models.build` needs to make the network again. `stem` is 'small' (stride 1) or 'imagenet'.
 
-    `args` are the factory's own keywords. `factory` is set for a network of the user's own and never written: a file
-    names such code, and only the user's command line runs it.
+    `args` are the keywords of the network's factory. `factory` is the user's own code, and is never written to a file:
+    the file holds its name, and the code runs only when the command line names it.
     """
 
     name: str
@@ -50,16 +50,16 @@ class ModelSpec:
     factory: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
 
     def described(self) -> dict[str, Any]:
-        """The spec as JSON holds it."""
+        """Return the spec as it is written to JSON."""
         return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "factory"}
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How an image becomes the network's input: resized, cropped, and (pixel / 255 - mean) / std per channel.
+    """How an image becomes the network's input: resize, crop, then (pixel / 255 - mean) / std for each channel.
 
-    A text becomes `size` tokens by `tokenizer`, a tokenizer.json as `data.text.packed` keeps it; its three channels are
-    the tokens' ids, their mask, and which of two texts they are of.
+    A text becomes `size` tokens. `tokenizer` is a tokenizer.json as `data.text.pack_tokenizer` compresses it. The three
+    channels are the ids of the tokens, the attention mask, and the token types (first or second text).
     """
 
     channels: int
@@ -78,7 +78,7 @@ class InputSpec:
         return (self.channels, self.size) if self.is_text else (self.channels, self.size, self.size)
 
     def blank(self, count: int) -> Tensor:
-        """`count` inputs without content: images of zeros float32, or int64 tokens that are all of id 0 and there."""
+        """Return `count` empty inputs: float32 images of zeros, or int64 tokens of id 0 with a mask of ones."""
         if not self.is_text:
             return torch.zeros(count, *self.shape)
         tokens = torch.zeros(count, *self.shape, dtype=torch.int64)
@@ -86,14 +86,14 @@ class InputSpec:
         return tokens
 
     def described(self) -> dict[str, Any]:
-        """The spec as JSON holds it."""
+        """Return the spec as it is written to JSON."""
         return {name: value for name, value in asdict(self).items() if name != "tokenizer" or self.is_text}
 
 
 def model_spec(stored: Mapping[str, Any], origin: str) -> ModelSpec:
-    """A `ModelSpec` from the JSON that the checkpoint `origin` holds.
+    """Read a `ModelSpec` from the JSON in the checkpoint `origin`.
 
-    Raises InputError for keywords that could make the network's factory load something.
+    Raises InputError for keywords with which the network's factory could load something.
     """
     spec = ModelSpec(
         str(stored["name"]),
@@ -103,13 +103,14 @@ def model_spec(stored: Mapping[str, Any], origin: str) -> ModelSpec:
         float(stored["width"]),
         dict(stored["args"]),
     )
-    if not is_own(spec.name):  # the user's own code runs only when the command line names it, and is asked there
+    # The keywords of the user's own code need no check: that code runs only when the command line names it.
+    if not is_own(spec.name):
         require_safe(spec.name, spec.args, origin)
     return spec
 
 
 def input_spec(stored: Mapping[str, Any]) -> InputSpec:
-    """An `InputSpec` from the JSON that a checkpoint or an ONNX file of ours holds."""
+    """Read an `InputSpec` from the JSON in a checkpoint or in an ONNX file that r2 wrote."""
     mean, std = tuple(stored["mean"]), tuple(stored["std"])
     sizes = int(stored["channels"]), int(stored["size"]), int(stored["resize"])
     return InputSpec(*sizes, mean, std, str(stored.get("tokenizer", "")))
@@ -117,11 +118,11 @@ def input_spec(stored: Mapping[str, Any]) -> InputSpec:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network: float, or with weights as codes and (optionally) activations on grids.
+    """A network: float, or with quantized weights and perhaps quantized activations.
 
-    `floats` and `coded` together hold every tensor of the network's state, by its state_dict name. A coded network is
-    folded: its BatchNorms are gone into the scales and biases, where `folded` says so. `activations` maps the node that
-    produces a value (its name in the traced graph) to that value's grid.
+    `floats` and `coded` together hold every tensor of the network's state_dict, by name. `folded` says that every
+    BatchNorm was folded into the scales and biases of the layer before it, and is no longer in the network.
+    `activations` maps the name of a node in the traced graph to the grid of its output.
     """
 
     model: ModelSpec
@@ -135,19 +136,19 @@ class Checkpoint:
     origin: str = field(default="the checkpoint", compare=False)  # the file it was read from, for messages
 
     def then(self, command: str, options: Mapping[str, Any], metrics: Mapping[str, Any]) -> "Checkpoint":
-        """This checkpoint with one more line of history."""
+        """Return this checkpoint with one more entry in its history."""
         versions = {"r2cli": __version__, "torch": torch.__version__.split("+")[0]}
         entry = {"command": command, "options": dict(options), "versions": versions, "metrics": dict(metrics)}
         return replace(self, history=(*self.history, entry))
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write `checkpoint` to `path`, atomically. Raises R2Error where the disk refuses."""
+    """Write `checkpoint` to `path`, atomically. Raises R2Error if the file cannot be written."""
     write_atomically(path, to_bytes(checkpoint))
 
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """The bytes of the checkpoint's file; the same for equal checkpoints."""
+    """Return the bytes of the checkpoint's file. Equal checkpoints give equal bytes."""
     tensors = _plain(checkpoint.floats)
     codecs = {}
     for name, coded in checkpoint.coded.items():
@@ -159,7 +160,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     activations = {}
     for node, grid in checkpoint.activations.items():
         _, activations[node] = _describe(grid)
-        # Float32 values survive JSON exactly: they are written as the shortest text of their float64.
+        # JSON keeps float32 values exactly: Python writes the shortest text that reads back as the same float64.
         activations[node] |= {"scale": grid.scale.item(), "zero_point": int(grid.zero_point.item())}
     meta = {
         "format": FORMAT,
@@ -175,7 +176,10 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read an r2 checkpoint. Raises InputError for a missing, corrupt, foreign or non-finite one."""
+    """Read an r2 checkpoint.
+
+    Raises InputError for a file that is missing, damaged, not from r2, or holds NaN or infinite values.
+    """
     tensors, metadata = load_tensors(path)
     if "r2" not in metadata:
         raise InputError(f"{path} is a safetensors file but not an r2 checkpoint: make one with `r2 pretrain`")
@@ -192,7 +196,7 @@ def load(path: Path) -> Checkpoint:
             model=model_spec(meta["model"], str(path)),
             input=input_spec(meta["input"]),
             class_names=tuple(meta["class_names"]),
-            floats=tensors,  # _coded has taken its parts out
+            floats=tensors,  # what is left: `_coded` removed the codes, scales, zero points and tables
             coded=coded,
             activations={node: _activation_grid(entry) for node, entry in meta["activations"].items()},
             folded=meta["folded"],
@@ -206,9 +210,9 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of any safetensors file under the names that its network knows: coded ones decoded, float32.
+    """Return the tensors of any safetensors file by their state_dict names. Quantized ones are decoded to float32.
 
-    Raises InputError for a missing or corrupt one.
+    Raises InputError for a file that is missing or damaged.
     """
     tensors, metadata = load_tensors(path)
     try:
@@ -220,7 +224,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of any safetensors file. Raises InputError for a missing or corrupt one."""
+    """Return all tensors and the metadata of any safetensors file. Raises InputError if it is missing or damaged."""
     if path.is_dir():
         raise InputError(f"{path} is a directory: name the .safetensors file in it")
     if not path.exists():
@@ -235,12 +239,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write any tensors with text beside them, atomically: the resume state of a training run."""
+    """Write tensors and metadata to a safetensors file, atomically. Training keeps its resume state in such a file."""
     write_atomically(path, safetensors.torch.save(_plain(tensors), dict(metadata)))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors takes them: dense, and each with memory of its own, where a network ties some."""
+    """Make tensors fit for safetensors: contiguous, and no two of them in the same memory (as tied weights are)."""
     out: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in tensors.items():
@@ -251,22 +255,24 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` whole or not at all. Raises R2Error where the disk refuses."""
+    """Write `content` to `path`, all of it or nothing. Raises R2Error if the file cannot be written."""
     with replacing(path) as file:
         file.write(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file beside `path` that is moved over it when it is whole and on the disk, and is gone otherwise.
+    """Open a temporary file beside `path`. It replaces `path` when the block ends, and is removed when the block fails.
 
-    Raises R2Error where the disk refuses.
+    Raises R2Error if the file cannot be written.
     """
+    # In the same folder, since a rename is atomic only within one file system; the process id keeps two runs apart.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             yield file
+            # The bytes must be on the disk before the rename is: after a power cut the file would be empty otherwise.
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -278,23 +284,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def described(codec: Codec, shape: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A codec, and the shape of its codes, as the tensors and the JSON that bring it back."""
+    """Split a codec, and the shape of its codes, into the tensors and the JSON that are written to a file."""
     parts, entry = _describe(codec)
     return parts, entry | {"shape": list(shape)}
 
 
 def _describe(codec: Codec) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A codec as the tensors and the JSON that bring it back."""
+    """Split a codec into the tensors and the JSON that are written to a file."""
     parts = {"scale": codec.scale}
     entry: dict[str, Any] = {"bits": codec.bits, "axis": codec.axis}
     if isinstance(codec, Palette):
         return parts | {"lut": codec.lut}, entry | {"kind": "palette", "weight_shape": list(codec.shape)}
-    if bool(codec.zero_point.any()):
+    if bool(codec.zero_point.any()):  # symmetric grids have zeros only, which `_coded` puts back
         parts["zero_point"] = codec.zero_point
     return parts, entry | {"kind": "grid", "signed": codec.signed, "odd": codec.odd}
 
 
 def _coded(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Coded:
+    """Read the quantized tensor `name`, and remove its parts from `tensors`."""
     scale, packed = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.codes")
     bits, shape = int(entry["bits"]), tuple(entry["shape"])
     codec: Codec
@@ -314,6 +321,7 @@ def _activation_grid(entry: Mapping[str, Any]) -> Grid:
 
 
 def _require_finite(checkpoint: Checkpoint, path: Path) -> None:
+    """Raise InputError with the name of the first tensor that holds NaN or infinite values."""
     parts = {f"{name}.scale": coded.codec.scale for name, coded in checkpoint.coded.items()}
     parts |= {f"{name}.lut": c.codec.lut for name, c in checkpoint.coded.items() if isinstance(c.codec, Palette)}
     parts |= {f"activation {node}": grid.scale for node, grid in checkpoint.activations.items()}

@@ -1,9 +1,9 @@
-"""Which keywords of a network's factory a checkpoint may hold: those that describe the network, and none that load.
+"""Which keywords of a network's factory a checkpoint may hold: those that describe the network, not those that load.
 
-A checkpoint is a file from anywhere. Its metadata names a network and the keywords of its factory. A keyword that names
-a file, an address or a set of pre-trained weights would let that file decide what else is read, fetched or run. So the
-values are numbers, booleans, short words, and lists of these (for text also tables of these, as transformers'
-configurations have), and a keyword whose name speaks of loading is refused whatever its value.
+A checkpoint may come from anyone. Its metadata names a network and the keywords of its factory. With a keyword that
+names a file, an address or pre-trained weights, the file could decide what else is read, downloaded or run. Two rules
+prevent that. A value is a number, a boolean, a short word, or a list of these (for text networks also a dict of these,
+since transformers' configurations have dicts). A keyword with a name about loading is refused whatever its value is.
 """
 
 import math
@@ -14,28 +14,28 @@ from typing import Any
 from r2cli.errors import InputError
 
 LONGEST_WORD = 64  # characters
-DEEPEST = 6  # lists within lists
-# A word has no dot, slash, colon or tilde: it is no path, no address and no file's name.
+DEEPEST = 6  # levels of lists within lists; more would be an attack on the recursion, not a network
+# A word has no dot, slash, colon or tilde, so it cannot be a path, an address or the name of a file.
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+-]*")
-# Parts of a keyword's name, between underscores, that speak of loading weights or code.
+# A keyword is refused if one of these words is in its name, between underscores: they are about loading.
 LOADS = frozenset(
     ("pretrained", "checkpoint", "checkpoints", "weights", "url", "file", "filename", "cache", "hub", "repo")
     + ("backbone", "kernels", "implementation", "auto", "custom", "code", "quantization", "revision")
     + ("scriptable", "exportable", "adapter", "adapters", "peft")
 )
-# Keywords of transformers' configurations that have such a part in their name and load nothing.
+# These keywords of transformers' configurations have such a word in their name, but load nothing.
 HARMLESS = frozenset(("gradient_checkpointing", "use_cache"))
 
 
 def is_own(name: str) -> bool:
-    """Whether a network's name names code of the user's own: `file.py:FACTORY` or `package.module:FACTORY`."""
+    """Say whether `name` is the user's own code: `file.py:FACTORY` or `package.module:FACTORY`."""
     return ":" in name and not name.startswith(("timm:", "text:"))
 
 
 def require_safe(model: str, keywords: Mapping[str, Any], origin: str) -> None:
-    """Raises InputError, naming the keyword, where one of `keywords` for the factory of `model` may load something.
+    """Raise InputError with the name of the first of `keywords` that may make the factory of `model` load something.
 
-    `origin` is the file or the option that the keywords stand in.
+    `origin` is the file or the option that the keywords come from.
     """
     for name, value in keywords.items():
         why = _why_not(str(name), value, DEEPEST, tables=model.startswith("text:"))
@@ -47,12 +47,12 @@ def require_safe(model: str, keywords: Mapping[str, Any], origin: str) -> None:
 
 
 def is_safe(model: str, name: str, value: Any) -> bool:
-    """Whether a checkpoint may hold the keyword `name` for the factory of `model`."""
+    """Say whether a checkpoint may hold the keyword `name` for the factory of `model`."""
     return not _why_not(name, value, DEEPEST, tables=model.startswith("text:"))
 
 
 def _why_not(name: str, value: Any, depth: int, *, tables: bool) -> str:
-    """Why a keyword is refused; empty for one that is fine."""
+    """Return why a keyword is refused, or an empty text where it is allowed."""
     loads = LOADS.intersection(name.lower().replace("-", "_").split("_"))
     if name.startswith("_") or (loads and name not in HARMLESS):
         return "a keyword of this name can load files or code"
@@ -62,7 +62,7 @@ def _why_not(name: str, value: Any, depth: int, *, tables: bool) -> str:
         fine = len(value) <= LONGEST_WORD and WORD.fullmatch(value) is not None
         return "" if fine else "its value is not a short word, so it may name a file or an address"
     if depth and isinstance(value, list | tuple):
-        return next(filter(None, (_why_not("", each, depth - 1, tables=tables) for each in value)), "")
+        return next(filter(None, (_why_not("", item, depth - 1, tables=tables) for item in value)), "")
     if depth and tables and isinstance(value, Mapping):
         return next(filter(None, (_why_not(str(k), v, depth - 1, tables=tables) for k, v in value.items())), "")
     return "its value is neither a number nor a short word, nor a list of these"

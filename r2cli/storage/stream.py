@@ -1,7 +1,8 @@
-"""The tensors of any weight file, read piece by piece: nothing here holds a whole tensor of a file.
+"""The tensors of any safetensors file, read in pieces, so that memory does not grow with the file.
 
-A safetensors file is 8 bytes of header length, the header (JSON: dtype, shape and byte range of every tensor), and the
-bytes. Pieces are read into one buffer per thread; a mapped file would be as fast and count as memory.
+A safetensors file has three parts: the length of the header (8 bytes), the header (JSON with the dtype, shape and byte
+range of each tensor), and the bytes of the tensors. Each thread reads its pieces into one buffer of its own. A
+memory-mapped file would be as fast, but its pages would count as memory of the process.
 """
 
 import json
@@ -19,8 +20,9 @@ from torch import Tensor
 from r2cli.errors import InputError
 from r2cli.quantized.scratch import scratch
 
-PIECE = 1 << 18  # elements: a megabyte of float32; what is made of a piece stays in the cache, and its table is short
-MOST_HEADER = 100_000_000  # bytes, as the format has it
+# Elements of one piece, a megabyte of float32: small enough that all steps on a piece find it in the processor's cache.
+PIECE = 1 << 18
+MOST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,17 +42,17 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file or in memory.
+    """A tensor in a file or in memory that can be read in pieces.
 
-    `read(start, stop)` gives its elements start to stop in order, 1-D and in its own dtype; the next read on the same
-    thread overwrites what it gave. `dtype` is None, and nothing can be read, where torch has no such type.
+    `read(start, stop)` returns the elements start to stop as a 1-D tensor in the tensor's own dtype. The next read on
+    the same thread overwrites them. Where torch lacks the type, `dtype` is None and the tensor cannot be read.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    kind: str  # the dtype's name, in the file's words where torch has none
-    file: str  # where it is from, for messages
+    kind: str  # the name of the dtype: torch's, or the file's where torch has no such type
+    file: str  # the file that it comes from, for messages
     read: Callable[[int, int], Tensor]
 
     @property
@@ -62,46 +64,50 @@ class Stored:
         return self.size * (self.dtype.itemsize if self.dtype else 1)
 
     def pieces(self, elements: int = PIECE, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Elements start to stop in pieces of at most `elements`."""
+        """Yield the elements start to stop in pieces of at most `elements`."""
         end = self.size if stop is None else stop
         for at in range(start, end, elements):
             yield self.read(at, min(end, at + elements))
 
 
-def held(name: str, tensor: Tensor, file: str) -> Stored:
-    """A tensor that is in memory."""
+def from_memory(name: str, tensor: Tensor, file: str) -> Stored:
+    """Wrap a tensor in memory, so that it reads like one in a file."""
     flat = tensor.detach().contiguous().reshape(-1)
     kind = str(tensor.dtype).removeprefix("torch.")
     return Stored(name, tuple(tensor.shape), tensor.dtype, kind, file, lambda start, stop: flat[start:stop])
 
 
-def of_model(path: Path) -> list[Stored]:
-    """The tensors of a safetensors file, of an index of shards, or of the directory that holds one or the other.
+def tensors_of_model(path: Path) -> list[Stored]:
+    """Return the tensors of a model: a safetensors file, an index of shards, or a directory that holds one of them.
 
-    In the order of their names, numbers by size: a file holds them as they come. Raises InputError naming the file, and
-    the tensor, that cannot be read.
+    They are sorted by name, and numbers within names by value ('layer.2' before 'layer.10'). Raises InputError with the
+    name of the file and of the tensor that cannot be read.
     """
     if path.is_dir():
         path = _in_directory(path)
-    found = _of_shards(path) if path.name.endswith(".index.json") else of_file(path)
-    return sorted(
-        found, key=lambda stored: [p.zfill(12) if p.isdigit() else p for p in re.split(r"(\d+)", stored.name)]
-    )
+    tensors = _of_shards(path) if path.name.endswith(".index.json") else tensors_of_file(path)
+
+    def natural(stored: Stored) -> list[str]:
+        # Zeros in front make text sort as numbers do.
+        return [part.zfill(12) if part.isdigit() else part for part in re.split(r"(\d+)", stored.name)]
+
+    return sorted(tensors, key=natural)
 
 
-def of_file(path: Path) -> list[Stored]:
-    """The tensors of one safetensors file, in its order. Raises InputError for one that cannot be read."""
+def tensors_of_file(path: Path) -> list[Stored]:
+    """Return the tensors of one safetensors file in the order of their bytes. Raises InputError for a damaged file."""
     header, start = _header(path)
     descriptor = _Descriptor(path)
-    found = []
+    tensors = []
     for name, entry in header.items():
         if name != "__metadata__":
-            found.append((entry["data_offsets"][0], _stored(path, name, entry, start, descriptor)))
-    return [stored for _, stored in sorted(found, key=lambda pair: pair[0])]
+            tensors.append((entry["data_offsets"][0], _stored(path, name, entry, start, descriptor)))
+    # Reading from front to back is what disks do best.
+    return [stored for _, stored in sorted(tensors, key=lambda pair: pair[0])]
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The text beside the tensors of one safetensors file."""
+    """Return the metadata of one safetensors file: texts by name."""
     stored: dict[str, str] = _header(path)[0].get("__metadata__", {})
     return stored
 
@@ -110,19 +116,21 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 class _Descriptor:
-    """An open file that closes with its last tensor."""
+    """An open file that closes when the last tensor that reads from it is gone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
+        if hasattr(self, "number"):  # it is missing where os.open failed
             os.close(self.number)
 
     def read(self, offset: int, buffer: memoryview, name: str) -> None:
-        while buffer:
+        """Fill `buffer` with the bytes at `offset`. Raises InputError with the tensor's `name`."""
+        while buffer:  # one call may read less than it is asked for
             try:
+                # preadv keeps no position in the file, so threads can share the descriptor.
                 got = os.preadv(self.number, [buffer], offset)
             except OSError as error:
                 raise InputError(f"{self.path}: tensor '{name}' cannot be read ({error.strerror or error})") from error
@@ -146,7 +154,10 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descrip
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and the offset of the first tensor. Raises InputError for anything that the format does not allow."""
+    """Return the header, and the offset of the first tensor's bytes.
+
+    Raises InputError for anything that the format does not allow.
+    """
     if path.is_dir():
         raise InputError(f"{path} is a directory: name the .safetensors file in it")
     if not path.exists():
@@ -155,6 +166,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         with open(path, "rb") as file:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
+            # Checked before the read: a damaged length must not make us ask for terabytes.
             if total < 8 or length > MOST_HEADER or 8 + length > total:
                 raise InputError(f"{path} is not a safetensors file, or its header is cut off: copy or write it again")
             header = json.loads(file.read(length))
@@ -171,6 +183,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _require_sound(path: Path, name: str, entry: Any, room: int) -> None:
+    """Raise InputError unless `entry` describes a tensor within the file's `room` bytes."""
     try:
         dtype, shape, (start, stop) = str(entry["dtype"]), list(entry["shape"]), entry["data_offsets"]
         sound = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) and start <= stop
@@ -187,7 +200,9 @@ def _require_sound(path: Path, name: str, entry: Any, room: int) -> None:
 
 
 def _in_directory(folder: Path) -> Path:
+    """Return the one model in `folder`. Raises InputError where there is none, or more than one."""
     try:
+        # The index first: the shards beside it are safetensors files too.
         for pattern in ("*.safetensors.index.json", "*.safetensors"):
             found = sorted(folder.glob(pattern))
             if len(found) == 1:
@@ -201,23 +216,28 @@ def _in_directory(folder: Path) -> Path:
 
 
 def _of_shards(index: Path) -> list[Stored]:
+    """Return the tensors of all files that `index` lists. Raises InputError for a missing file or tensor."""
     try:
-        places = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text())["weight_map"]
         shards: dict[str, list[str]] = {}
-        for name, file in places.items():
+        for name, file in weight_map.items():
+            # The name alone, without folders: an index cannot make us read files elsewhere.
             shards.setdefault(Path(file).name, []).append(name)
     except OSError as error:
         raise InputError(f"{index} cannot be read: {error.strerror or error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{index} is not an index of safetensors files: name the .safetensors file itself") from error
-    found = []
+    tensors = []
     for file, names in shards.items():
         path = index.with_name(file)
         if not path.exists():
-            raise InputError(f"{path} is missing: {index.name} has '{names[0]}' and {len(names) - 1} others in it")
-        there = {stored.name: stored for stored in of_file(path)}
-        lost = next((name for name in names if name not in there), None)
-        if lost is not None:
-            raise InputError(f"{path} lacks the tensor '{lost}' that {index.name} has in it: copy both again")
-        found += [there[name] for name in names]
-    return found
+            raise InputError(
+                f"{path} is missing: {index.name} says that '{names[0]}' and {len(names) - 1} other tensors are in it, "
+                "so copy it too"
+            )
+        by_name = {stored.name: stored for stored in tensors_of_file(path)}
+        missing = next((name for name in names if name not in by_name), None)
+        if missing is not None:
+            raise InputError(f"{path} lacks the tensor '{missing}' that {index.name} lists for it: copy both again")
+        tensors += [by_name[name] for name in names]
+    return tensors

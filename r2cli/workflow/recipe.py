@@ -1,4 +1,4 @@
-"""Recipes: the commands of `r2` in a TOML file, for every combination of a matrix, and tables of what came out.
+"""Recipes: a TOML file with commands of `r2`, a matrix of values to run them with, and tables of their results.
 
     [matrix]                        # every combination of these values
     reg = ["none", "margin"]
@@ -15,9 +15,9 @@
     rows = ["reg", "bits"]
     metrics = { "top-1" = "top1" }
 
-A step's keys are exactly its command's options; `source` and `output` are files in the recipe's folder. A value of the
-matrix may be a table: `{pre.reg}` is its `reg`, and its `name` stands for it in tables. What a table does not list is
-averaged.
+The keys of a step are the options of its command; `source` and `output` are files in the folder of the run. A value of
+the matrix may be a TOML table: then `{pre.reg}` is its key `reg`, and its `name` is shown in tables. A table averages
+over the variables that it does not list, for example over seeds.
 """
 
 import itertools
@@ -37,12 +37,12 @@ PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
 COMMANDS = ("pretrain", "analyze", "ptq", "qat", "palettize", "export", "evaluate")
 FILES = ("source", "output")
-HEAD = ""  # under this key `lines` has the line of a step's own head
+HEAD = ""  # the key under which `lines` has the line of [[step]] itself
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the file says; `lines` has, for every step, the line of each key, counted from 1."""
+    """The content of a recipe file. `lines` has the line number of each key of each step, from 1."""
 
     path: Path
     matrix: Mapping[str, Sequence[Any]]
@@ -53,7 +53,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Step:
-    """One command to run, the matrix values that it was made for, and where it stands: `FILE:LINE` of every key."""
+    """One command to run, its values of the matrix, and the places `FILE:LINE` of its keys, for messages."""
 
     command: str
     options: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Step:
     places: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, folder: Path) -> list[str]:
-        """The command line after `r2`."""
+        """Return the command line after `r2`."""
         out = [self.command]
         for key, value in self.options.items():
             if key in FILES:
@@ -76,7 +76,10 @@ class Step:
         return out
 
     def blame(self, message: str) -> str:
-        """`message` behind the place that it is about: the option that it names, the value in quotes, or the step."""
+        """Put the place that `message` is about before it.
+
+        That is the option that it names, or else the option whose value it quotes, or else the step.
+        """
         named = [key for key in self.options if re.search(rf"--{re.escape(key)}(?![\w-])", message)]
         quoted = [key for key, value in self.options.items() if f"'{value}'" in message]
         place = next((self.places[key] for key in [*named, *quoted, HEAD] if key in self.places), None)
@@ -85,14 +88,14 @@ class Step:
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with r2, by name: `quickstart`, `cpu/digits`."""
-    inside = Path(__file__).with_name("recipes")  # of an installed package; in a checkout they stand beside it
+    """Return the recipes that come with r2, by name, such as `quickstart` or `cpu/digits`."""
+    inside = Path(__file__).with_name("recipes")  # in an installed package; a checkout has them beside the package
     folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
     return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.toml"))}
 
 
 def find(name: str) -> Path:
-    """The recipe at the path `name`, or the shipped one of that name. Raises InputError where there is neither."""
+    """Return the path of the recipe `name`: a file, or a recipe that comes with r2. Raises InputError for neither."""
     path, known = Path(name), shipped()
     short = path.as_posix().removeprefix("recipes/").removesuffix(".toml")
     if path.is_file() or (path.exists() and short not in known):
@@ -125,7 +128,7 @@ def load(path: Path) -> Recipe:
 
 
 def _lines(text: str) -> list[dict[str, int]]:
-    """The line of every key of every [[step]], counted from 1: a reader of TOML forgets where it read."""
+    """Return the line of every key of every [[step]], from 1. Python's TOML reader does not give line numbers."""
     steps: list[dict[str, int]] = []
     inside = False
     for number, line in enumerate(text.splitlines(), start=1):
@@ -139,7 +142,7 @@ def _lines(text: str) -> list[dict[str, int]]:
 
 
 def _require_shapes(recipe: Recipe) -> None:
-    """Raises InputError for a matrix that is no lists, steps that are no commands, and values that no option takes."""
+    """Raise InputError for a matrix without lists, a step without a command, or a value that no option can have."""
     path, matrix = recipe.path, recipe.matrix
     if not isinstance(matrix, dict) or not all(isinstance(values, list) and values for values in matrix.values()):
         raise InputError(f"{path}: [matrix] wants a list of values for every variable, for example bits = [8, 4]")
@@ -160,7 +163,7 @@ def _are_tables(value: Any) -> bool:
 
 
 def require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
-    """Raises InputError, before any work is done, for a [[table]] that lacks a key or names no variable."""
+    """Raise InputError for a [[table]] that lacks a key or names an unknown variable, before any work is done."""
     for key, kind in (("run", str), ("rows", list), ("metrics", dict)):
         if not isinstance(table.get(key), kind):
             raise InputError(f"{recipe.path}: a [[table]] wants {key}, as {kind.__name__}")
@@ -170,12 +173,12 @@ def require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
 
 
 def _require_filled(recipe: Recipe) -> None:
-    """Raises InputError, before any work is done, for a [[table]] that no step can fill."""
+    """Raise InputError for a [[table]] that no step can fill, before any work is done."""
     for table in recipe.tables:
-        own = [_mentioned(step) for step in recipe.steps if step.get("run") == table["run"]]
-        if not own:
+        mentioned = [_mentioned(step) for step in recipe.steps if step.get("run") == table["run"]]
+        if not mentioned:
             raise InputError(f"{recipe.path}: a [[table]] of {table['run']}, and no step runs that")
-        if not any(each.issuperset(_variables(table)) for each in own):
+        if not any(variables.issuperset(_variables(table)) for variables in mentioned):
             listed = ", ".join(_variables(table))
             raise InputError(
                 f"{recipe.path}: a [[table]] by {listed}, and no {table['run']} step has them in its options"
@@ -183,21 +186,21 @@ def _require_filled(recipe: Recipe) -> None:
 
 
 def _variables(table: Mapping[str, Any]) -> list[Any]:
-    """The variables of a [[table]]'s rows and columns."""
+    """Return the variables of the rows and columns of a [[table]]."""
     return [*table["rows"], *([table["column"]] if "column" in table else [])]
 
 
 def _mentioned(options: Mapping[str, Any]) -> set[str]:
-    """The variables that options have in them."""
+    """Return the variables that are used in the values of options."""
     return {name.split(".")[0] for name in PLACEHOLDER.findall(json.dumps(options, default=str))}
 
 
 def steps(recipe: Recipe) -> list[Step]:
-    """Every command of the recipe, in order. Raises InputError for a variable that the matrix does not have."""
+    """Return every command of the recipe, in order. Raises InputError for a variable that the matrix does not have."""
     out = []
     for number, step in enumerate(recipe.steps):
         options = {key: value for key, value in step.items() if key != "run"}
-        lines = recipe.lines[number] if len(recipe.lines) == len(recipe.steps) else {}  # not for steps written inline
+        lines = recipe.lines[number] if len(recipe.lines) == len(recipe.steps) else {}  # inline tables have no lines
         places = {key: f"{recipe.path}:{line}" for key, line in lines.items()}
         mentioned = _mentioned(options)
         for name in mentioned:
@@ -215,12 +218,12 @@ def steps(recipe: Recipe) -> list[Step]:
 
 
 def shell(step: Step, folder: Path) -> str:
-    """The step as a line for a shell."""
+    """Return the step as a line for a shell."""
     return shlex.join(["r2", *step.arguments(folder)])
 
 
 def reads_from(step: Step, earlier: Step) -> bool:
-    """Whether `step` reads what `earlier` writes: its checkpoint, or the ONNX file beside that."""
+    """Say whether `step` reads the checkpoint that `earlier` writes, or the ONNX file beside it."""
     source, output = step.options.get("source"), earlier.options.get("output")
     return None not in (source, output) and _stem(source) == _stem(output)
 
@@ -230,9 +233,9 @@ def _stem(name: Any) -> str:
 
 
 def only(todo: Sequence[Step], pattern: str) -> list[Step]:
-    """The steps whose output matches `pattern`, or whose command line has it in it, and those that these read from.
+    """Return the steps whose output matches `pattern` or whose command line contains it, with the steps that they need.
 
-    Raises InputError where no step does.
+    Raises InputError where there is none.
     """
     wanted = {
         number
@@ -247,10 +250,13 @@ def only(todo: Sequence[Step], pattern: str) -> list[Step]:
 
 
 def override(recipe: Recipe, texts: Iterable[str]) -> Recipe:
-    """`recipe` with `KEY=VALUE` in every step that has the key, `COMMAND.KEY=VALUE` in all steps of a command, and
-    `matrix.NAME=VALUE` for a variable; VALUE as TOML writes it, or plain text.
+    """Return `recipe` with other values.
 
-    Raises InputError for a text of another form, and for a key that no step, or a variable that the matrix, has.
+        KEY=VALUE            in every step that has the key
+        COMMAND.KEY=VALUE    in all steps of a command
+        matrix.NAME=VALUE    for a variable of the matrix
+
+    VALUE is TOML or plain text. Raises InputError for another form, and for an unknown key or variable.
     """
     for text in texts:
         key, sign, value = text.partition("=")
@@ -266,12 +272,13 @@ def override(recipe: Recipe, texts: Iterable[str]) -> Recipe:
         if name in ("run", *FILES):
             raise InputError(f"--set {text} would make all steps the same: change {name} in the recipe")
         if not touched:
-            keys = {f"{step['run']}.{own}" if scope else own for step in recipe.steps for own in step}
+            keys = {f"{step['run']}.{option}" if scope else option for step in recipe.steps for option in step}
             error = unknown(f"option of the steps of {recipe.path}", key, keys)
             raise InputError(f"{error}; COMMAND.{name}=VALUE, as ptq.{name}, gives it to all steps of a command")
         steps = [{**step, name: _parsed(value)} if n in touched else step for n, step in enumerate(recipe.steps)]
         lines = [
-            {k: at for k, at in own.items() if k != name or n not in touched} for n, own in enumerate(recipe.lines)
+            {k: line for k, line in lines.items() if k != name or n not in touched}
+            for n, lines in enumerate(recipe.lines)
         ]
         recipe = replace(recipe, steps=steps, lines=lines)
     _require_shapes(recipe)
@@ -280,25 +287,26 @@ def override(recipe: Recipe, texts: Iterable[str]) -> Recipe:
 
 
 def _parsed(text: str) -> Any:
+    """Read a value as TOML, or take it as plain text: quotes are hard to type in a shell."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
         return text
 
 
-def _chosen(there: Sequence[Any], value: Any) -> list[Any]:
-    """`value` as a list of a variable's values; one that is called as a value of the recipe is that value."""
-    named = {label(own): own for own in there}
-    return [named.get(label(own), own) for own in (value if isinstance(value, list) else [value])]
+def _chosen(values: Sequence[Any], chosen: Any) -> list[Any]:
+    """Return `chosen` as a list of values of a variable. A name of one of `values` stands for that value."""
+    named = {label(value): value for value in values}
+    return [named.get(label(value), value) for value in (chosen if isinstance(chosen, list) else [chosen])]
 
 
 def label(value: Any) -> str:
-    """What a value of the matrix is called."""
+    """Return the name of a value of the matrix."""
     return str(value.get("name", value)) if isinstance(value, Mapping) else str(value)
 
 
 def _fill(value: Any, values: Mapping[str, Any]) -> Any:
-    """`value` with its placeholders filled; a text that is one placeholder takes the type of what fills it."""
+    """Fill the placeholders in `value`. A text that is only a placeholder becomes the value itself, with its type."""
     if isinstance(value, list):
         return [_fill(item, values) for item in value]
     if not isinstance(value, str):
@@ -310,14 +318,14 @@ def _fill(value: Any, values: Mapping[str, Any]) -> Any:
     def text(match: re.Match[str]) -> str:
         found = _look_up(match[1], values)
         if found is None:
-            raise InputError(f"'{value}' has nothing to put for {match[0]}: give every value of the matrix that key")
+            raise InputError(f"'{value}' has no value for {match[0]}: give every value of the matrix that key")
         return label(found)
 
     return PLACEHOLDER.sub(text, value)
 
 
 def _look_up(path: str, values: Mapping[str, Any]) -> Any:
-    """The value of `name` or of `name.key`; None, which leaves the option out, for a key that its table lacks."""
+    """Return the value of `name` or `name.key`. None, for a key that its table lacks, leaves the option out."""
     name, _, key = path.partition(".")
     if key and not isinstance(values[name], Mapping):
         raise InputError(f"{{{path}}} asks for a key of '{values[name]}', which is not a table")

@@ -1,7 +1,7 @@
-"""The tables of a recipe: the reports of its steps by the variables of its matrix, as text, Markdown, CSV and JSON.
+"""The tables of a recipe: numbers from the reports of its steps, by the variables of its matrix.
 
-What a table does not list, a seed for example, is averaged: mean and sample standard deviation, with the least and the
-greatest value in CSV and JSON.
+They are written as text, Markdown, CSV and JSON. A cell is the mean over the variables that the table does not list,
+such as seeds, with the sample standard deviation. CSV and JSON also have the least and the greatest value.
 """
 
 import csv
@@ -17,9 +17,9 @@ from r2cli.workflow.recipe import Recipe, label, require_complete
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text by column, in the order of the steps; `records` has every cell as numbers.
+    """Rows of texts by column, in the order of the steps. `records` has the numbers of every cell.
 
-    `failures` are the gates and proofs that failed on what stands in it, in cells with a dagger.
+    `failures` are the gates and proofs that steps failed. The cells of these steps have a dagger.
     """
 
     title: str
@@ -39,15 +39,15 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def tables(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """The recipe's tables of `results`: dicts of command, values, report and failure, as `jobs.execute` returns them.
+    """Return the tables of a recipe. `results` are those of `runner.execute`: command, values, report and failure.
 
-    Raises InputError for a metric that no report has.
+    Raises InputError for a metric that a report does not have.
     """
     return [_table(recipe, table, results) for table in recipe.tables]
 
 
 def as_csv(tables: Sequence[Table]) -> str:
-    """A line for every cell of every table: its table, its row's variables, the column, and the numbers."""
+    """Return CSV with a line for every cell of every table: the table, the variables of the row, column and numbers."""
     records = [{"table": table.title, **record} for table in tables for record in table.records]
     names = dict.fromkeys(key for record in records for key in record if key not in NUMBERS)
     out = io.StringIO()
@@ -79,19 +79,19 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
             cells.setdefault(row, {}).setdefault(head, []).append(result["report"][metric])
             if result.get("failed"):
                 failures[row, head] = result["failed"]
-    heads = list(dict.fromkeys(head for own in cells.values() for head in own))
+    heads = list(dict.fromkeys(head for columns in cells.values() for head in columns))  # each once, in order
     rows = [
         dict(zip(names, row, strict=True))
         | {
-            head: f"{_cell(own[head])}{f' {DAGGER}' if (row, head) in failures else ''}" if head in own else "-"
+            head: f"{_cell(columns[head])}{f' {DAGGER}' if (row, head) in failures else ''}" if head in columns else "-"
             for head in heads
         }
-        for row, own in cells.items()
+        for row, columns in cells.items()
     ]
     records = [
         dict(zip(names, row, strict=True)) | {"column": head} | _numbers(values)
-        for row, own in cells.items()
-        for head, values in own.items()
+        for row, columns in cells.items()
+        for head, values in columns.items()
     ]
     return Table(table.get("title", ""), rows, records, tuple(dict.fromkeys(failures.values())))
 
@@ -101,7 +101,7 @@ def _are_numbers(values: Sequence[Any]) -> bool:
 
 
 def _numbers(values: Sequence[Any]) -> dict[str, Any]:
-    """Count, mean, sample standard deviation (of two and more), least and greatest; texts have a count alone."""
+    """Return count, mean, sample standard deviation (of two or more), least and greatest. Texts have only a count."""
     out: dict[str, Any] = {"n": len(values), "mean": None, "sd": None, "least": None, "greatest": None}
     if _are_numbers(values):
         out |= {"mean": mean(values), "least": min(values), "greatest": max(values)}
@@ -110,7 +110,7 @@ def _numbers(values: Sequence[Any]) -> dict[str, Any]:
 
 
 def _cell(values: Sequence[Any]) -> str:
-    """One value, or the mean of several with their sample standard deviation."""
+    """Write one value, or the mean of several with their sample standard deviation."""
     if not _are_numbers(values):
         return ", ".join(dict.fromkeys(map(str, values)))
     shape = ".0f" if all(isinstance(value, int) for value in values) else ".2f"

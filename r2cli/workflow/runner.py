@@ -1,9 +1,9 @@
-"""The steps of a recipe, run: what is up to date is not run again, what is independent may run side by side.
+"""Run the steps of a recipe. Steps that are up to date are left out, and independent steps may run at the same time.
 
-A step is up to date where it was done with the same options by the same version, its files are still there, and what
-it read (its source, its weights) has the same bytes. One that was stopped half way goes on from its last epoch, or runs
-again over its own files. One whose gate or proof failed has written its files: the others go on, and its failure stands
-beside its report. What is done is kept in the folder's results.json, after every step.
+A step is up to date if it was run with the same options by the same version of r2, its files still exist, and the files
+that it read have the same bytes. A step that was stopped goes on from its last epoch, or runs again over its own files.
+If a gate or proof of a step fails, its files are written all the same: the other steps go on, and the failure is kept
+with its report. The file results.json in the folder holds what is done. It is written after every step.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from r2cli.storage.checkpoint import write_atomically
 from r2cli.workflow.recipe import Step, reads_from, shell
 
 WITH_ONNX = ("ptq", "qat", "palettize")  # these write an ONNX file beside the checkpoint
-PAUSE = 0.1  # seconds between two looks at running processes
+PAUSE = 0.1  # seconds between two checks of the running processes
 
 
 class Job(Protocol):
-    """A command that was started. `report` is asked for once, when it is `done`, and raises what stopped it."""
+    """A command that was started. Call `report` once, when it is `done`: it raises the error that ended the command."""
 
     def done(self) -> bool: ...
     def report(self) -> Any: ...
@@ -40,7 +40,7 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class InThisProcess:
-    """A command in this process, which runs when its report is asked for."""
+    """A command in this process. It runs when `report` is called."""
 
     invoke: Callable[[list[str]], Any]
     arguments: list[str]
@@ -49,7 +49,7 @@ class InThisProcess:
         return True
 
     def report(self) -> Any:
-        with redirect_stdout(sys.stderr):  # what a network's own code prints is no result
+        with redirect_stdout(sys.stderr):  # standard output is for results, and a network's own code may print
             return self.invoke(self.arguments)
 
     def stop(self) -> None:
@@ -57,27 +57,27 @@ class InThisProcess:
 
 
 class InOwnProcess:
-    """A command in a process of its own, on so many `threads`; what it says goes to the file `log`."""
+    """A command in a new process that uses `threads` threads. Its progress and errors go to the file `log`."""
 
     def __init__(self, arguments: Sequence[str], threads: int, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self.out = log, tempfile.TemporaryFile()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with log.open("wb") as told:
+        with log.open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "r2cli", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=self.out,
-                stderr=told,
+                stderr=errors,
                 env=environment,
-                start_new_session=True,  # so that an interrupt comes from us, once
+                start_new_session=True,  # or Ctrl-C would interrupt it twice: from the terminal, and from `stop`
             )
 
     def done(self) -> bool:
         return self.process.poll() is not None
 
     def report(self) -> Any:
-        """What the command printed for machines. Raises the class of error that its exit code stands for."""
+        """Return the JSON that the command printed. Raises the class of error that its exit code stands for."""
         code = self.process.wait()
         self.out.seek(0)
         printed = self.out.read().decode(errors="replace")
@@ -85,26 +85,26 @@ class InOwnProcess:
         if code == 130:
             raise KeyboardInterrupt
         try:
-            found = json.loads(printed or "{}")
+            result = json.loads(printed or "{}")
         except ValueError as error:
             raise R2Error(f"it ended with {code} and no report, {self.log} says more") from error
         if code == 0:
-            return found
-        told = found.pop("error", f"it ended with {code}, {self.log} says more")
+            return result
+        message = result.pop("error", f"it ended with {code}, {self.log} says more")
         if code == 1:
-            found.pop("exit_code", None)
-            raise CheckFailed(told, found or None)
-        raise {2: InputError}.get(code, R2Error)(told)
+            result.pop("exit_code", None)
+            raise CheckFailed(message, result or None)
+        raise {2: InputError}.get(code, R2Error)(message)
 
     def stop(self) -> None:
-        """Interrupt it, so that it keeps its last whole epoch, and wait for its end."""
+        """Interrupt the command and wait for its end. It keeps its last complete epoch."""
         if not self.done():
             self.process.send_signal(signal.SIGINT)
         self.process.wait()
 
 
 def threads_each(jobs: int) -> int:
-    """Threads for each of `jobs` processes, of those that this one may use."""
+    """Return the number of threads for each of `jobs` processes: together they use what this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, (min(int(given), usable) if given.isdecimal() else usable) // jobs)
@@ -119,11 +119,11 @@ def execute(
     overwrite: bool = False,
     jobs: int = 1,
 ) -> list[dict[str, Any]]:
-    """Run the steps, at most `jobs` at a time, each when those that it reads from are done.
+    """Run the steps, at most `jobs` at a time. A step starts when the steps that it reads from are done.
 
-    Returns for each its values, its report, and what gate or proof failed on what it wrote, or None. `start` begins a
-    command, given its number and its arguments. Where a step fails otherwise, those that run come to their end, no
-    other begins, and its error is raised with its place in the recipe. An interrupt stops all.
+    `start` starts a command, given its number and arguments. Returns for each step its command, its values, its report,
+    and the message of the gate or proof that failed, or None. If a step fails in another way, running steps end, no
+    other starts, and the error is raised with the step's place in the recipe. An interrupt stops all steps.
     """
     record = Record.read(folder)
     before = [{n for n in range(number) if _comes_first(todo[n], step)} for number, step in enumerate(todo)]
@@ -147,9 +147,9 @@ def execute(
                     reports[number] = record.end(todo[number], running.pop(number).report())
                 except (R2Error, OSError) as error:
                     if isinstance(error, CheckFailed) and error.report is not None:
-                        told = todo[number].blame(str(error))
-                        reports[number] = record.end(todo[number], error.report, failed=told)
-                        tell(told)
+                        message = todo[number].blame(str(error))
+                        reports[number] = record.end(todo[number], error.report, failed=message)
+                        tell(message)
                     else:
                         failure, waiting = failure or _named(error, todo[number]), []
             if running and not finished:
@@ -167,7 +167,7 @@ def execute(
 
 
 def _comes_first(earlier: Step, step: Step) -> bool:
-    """Whether `step` waits for `earlier`: it reads what that writes, or writes the same, or what that reads."""
+    """Say whether `step` must wait for `earlier`: it reads its output, writes the same file, or writes its source."""
     output = step.options.get("output")
     same = output is not None and output == earlier.options.get("output")
     return same or reads_from(step, earlier) or reads_from(earlier, step)
@@ -180,50 +180,50 @@ def _named(error: Exception, step: Step) -> R2Error:
 
 @dataclass(frozen=True)
 class Record:
-    """What was done in a folder, by the name of the output: options, the bytes that were read, and the report."""
+    """What was done in a folder: for each output the options, the checksums of the inputs, and the report."""
 
     folder: Path
     done: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        """The record of `folder`; an empty one where there is none, or a damaged one."""
+        """Read the record of `folder`. If it is missing or damaged, start an empty one: then all steps run again."""
         try:
-            found = json.loads((folder / "results.json").read_text())
-            return cls(folder, {str(name): {**entry, "key": entry["key"]} for name, entry in found.items()})
+            stored = json.loads((folder / "results.json").read_text())
+            return cls(folder, {str(name): {**entry, "key": entry["key"]} for name, entry in stored.items()})
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
             return cls(folder, {})
 
     def report(self, step: Step) -> Any:
-        """The report of a step that is up to date; None for one that is to be run."""
+        """Return the report of a step that is up to date, or None for a step that must run."""
         known = self.done.get(_name(step), {})
         if known.get("key") != _key(step) or not all(file.exists() for file in self._files(step)):
             return None
-        inputs = self._inputs(step)  # records of r2 0.1 have no bytes of what was read
+        inputs = self._inputs(step)  # records of r2 0.1 have no checksums of inputs
         return known.get("report") if known.get("inputs", inputs) == inputs else None
 
     def begin(self, step: Step, *, overwrite: bool) -> list[str]:
-        """Note that `step` is about to run; its command line, with what makes it go on or replace its own files."""
+        """Record that `step` starts. Returns its command line, with --resume or --overwrite where they are needed."""
         name, key, files = _name(step), _key(step), self._files(step)
-        ours = overwrite or name in self.done  # a file of the recipe's own, which it may replace
+        ours = overwrite or name in self.done  # an earlier run of the recipe made the file, so it may be replaced
         inputs, known = self._inputs(step), self.done.get(name, {})
         same = known.get("key") == key and known.get("inputs", inputs) == inputs
         goes_on = not overwrite and same and any(resume_state(file).exists() for file in files)
         if ours or not (files and all(file.exists() for file in files)):
             self.done[name] = {"key": key, "inputs": inputs, "report": None}
             self._write()
-        # One that goes on may have written its checkpoint already, and been stopped before its ONNX file.
+        # A step that goes on may have been stopped between its checkpoint and its ONNX file.
         replaces = ours and (any(file.exists() for file in files) if goes_on else bool(files))
         more = ["--resume"] * goes_on + ["--overwrite"] * replaces
         return [*step.arguments(self.folder), *more, "--json"]
 
     def failed(self, step: Step) -> str | None:
-        """What gate or proof failed on what `step` wrote; None where none did."""
+        """Return the message of the gate or proof that `step` failed, or None."""
         failed: str | None = self.done.get(_name(step), {}).get("failed")
         return failed
 
     def end(self, step: Step, made: Any, *, failed: str | None = None) -> Any:
-        """Note what `step` came to, and what failed of it; its report, as JSON gives it back."""
+        """Record the report of `step` and what it failed. Returns the report as JSON holds it."""
         report = json.loads(json.dumps(made, default=str))
         entry: Mapping[str, Any] = self.done.get(_name(step)) or {"key": _key(step), "inputs": self._inputs(step)}
         self.done[_name(step)] = {**entry, "report": report, **({"failed": failed} if failed else {})}
@@ -236,7 +236,7 @@ class Record:
         return files + ([file.with_suffix(".onnx") for file in files] if step.command in WITH_ONNX else [])
 
     def _inputs(self, step: Step) -> dict[str, str | None]:
-        """What `step` reads, by its bytes; None for a file that is not there, or is a folder."""
+        """Return the checksums of the files that `step` reads. None stands for a folder or a missing file."""
         given = {"source": self.folder / step.options["source"]} if "source" in step.options else {}
         if "weights" in step.options:
             given["weights"] = Path(step.options["weights"])

@@ -1,6 +1,6 @@
-"""A recipe's trial: every kind of step once, on 64 scans of digits or as many pairs of sentences, two training steps.
+"""A smoke run of a recipe: each kind of step once, on 64 digits or pairs of sentences, with two training steps.
 
-Its numbers mean nothing.
+It shows that the recipe works. Its numbers mean nothing.
 """
 
 import importlib.util
@@ -14,13 +14,13 @@ from r2cli.workflow.recipe import Recipe, Step, reads_from
 DATA = "digits:64"
 TEXT = ("qnli:",)  # data that networks of text read
 NETWORK, PAIRS = "text/network", "text/pairs.tsv"
-STAND_IN = "stand-in.safetensors"  # for a source that another recipe makes
+STAND_IN = "stand-in.safetensors"  # replaces a source that another recipe makes
 TRAINING: Mapping[str, Mapping[str, Any]] = {
     "pretrain": {"data": DATA, "epochs": 1, "batch-size": 32},
     "qat": {"epochs": 1, "batch-size": 32},
     "palettize": {"epochs": 1, "batch-size": 32, "hard-epochs": 0},
 }
-# Of images that are not those of the trial, or gates on accuracies that it does not reach.
+# Options that are for other images than those of a smoke run, and gates that it would fail.
 LEFT_OUT = (
     *("size", "mean", "std", "images", "calibration", "data-dir", "device", "workers"),
     *("min-accuracy", "max-drop", "max-bytes"),
@@ -28,7 +28,7 @@ LEFT_OUT = (
 
 
 def missing(recipe: Recipe) -> str | None:
-    """Why a recipe cannot be tried here; None for one that can."""
+    """Return why a smoke run of a recipe is not possible here, or None."""
     is_text = any(str(step.get("data", "")).startswith(TEXT) for step in recipe.steps)
     if is_text and importlib.util.find_spec("transformers") is None:
         return "skipped, because it needs transformers: pip install 'r2cli[text]'"
@@ -36,16 +36,16 @@ def missing(recipe: Recipe) -> str | None:
 
 
 def reduced(recipe: Recipe) -> Recipe:
-    """The recipe with the last value of every variable: the first is often what does nothing."""
+    """Return the recipe with only the last value of every variable: the first is often 'none', which tests little."""
     matrix = {name: values[-1:] for name, values in recipe.matrix.items()}
     tables = [{**table, "title": f"SMOKE, NO RESULT: {table.get('title', '')}"} for table in recipe.tables]
     return replace(recipe, matrix=matrix, tables=tables)
 
 
 def small(todo: Sequence[Step], folder: Path) -> tuple[list[Step], list[str]]:
-    """The steps on little data and for two training steps; and what was replaced by what, in words.
+    """Return the steps with little data and two training steps, and sentences that say what was replaced.
 
-    What networks for text need, a recipe does not bring: `provide` writes it to `folder`.
+    Steps for text read a network and sentences that `provide` writes to `folder`.
     """
     out: list[Step] = []
     replaced: dict[str, None] = {}
@@ -71,18 +71,18 @@ def _is_text(step: Step) -> bool:
 
 
 def _text(folder: Path) -> dict[str, str]:
-    """The options of the network and the sentences that `provide` writes to `folder`."""
+    """Return the options that name the network and the sentences that `provide` writes to `folder`."""
     return {"model": f"text:{(folder / NETWORK).resolve()}", "data": f"qnli:{(folder / PAIRS).resolve()}"}
 
 
 def provide(todo: Sequence[Step], folder: Path) -> None:
-    """Write to `folder` what the steps of a trial for text read: a network of noise, and 128 pairs of sentences."""
+    """Write to `folder` what steps for text read: a network with random weights, and 128 pairs of sentences."""
     from r2cli.models import text
 
     if not any(_is_text(step) for step in todo):
         return
     topics = ("river", "city", "king", "song")
-    pairs = [(asked, told) for asked in topics for told in topics] * 8
+    pairs = [(question, sentence) for question in topics for sentence in topics] * 8
     rows = [
         f"{n}\twhich {a} is old\tthe {b} was long\t{'' if a == b else 'not_'}entailment"
         for n, (a, b) in enumerate(pairs)
