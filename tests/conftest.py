@@ -1,6 +1,5 @@
 """What several tests share: hypothesis' profile, `r2` as a function, and one small network that is trained once."""
 
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,17 +52,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["pretrain", "--model", "resnet8", "--size", "8", "--epochs", "4", "-o", str(path), "--device", "cpu", "--json"]
     )
     return path
-
-
-@pytest.fixture
-def quick_brecq(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BRECQ in 20 steps a block."""
-    from r2cli.ptq import brecq, post_training
-
-    rounds = functools.partial(brecq.round_network, settings=brecq.BrecqSettings(steps=20))
-    monkeypatch.setattr(
-        post_training, "METHODS", {**post_training.METHODS, "brecq": post_training.PtqMethod(whole=rounds)}
-    )
 
 
 @pytest.fixture

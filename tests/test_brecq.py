@@ -68,18 +68,17 @@ class Twice(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("least", [1, 2])
-def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int) -> None:
     torch.manual_seed(0)
     net = trace(Twice().eval())
-    monkeypatch.setattr(brecq.blocks, "__defaults__", (least,))
-    found = brecq.blocks(net)
+    found = brecq.blocks(net, least)
     assert len(found) == (4 if least == 1 else 2)
     x = images(3)
     for block in found:
         x = brecq.run(net, block, x, {})
     assert torch.equal(x, net(images(3)))
     counted: list[None] = []
-    quick = brecq.BrecqSettings(steps=3, batch=2)
+    quick = brecq.BrecqSettings(steps=3, batch=2, least=least)
     coded, biases = brecq.round_network(net, images(3), nearest(net, 3), lambda: counted.append(None), quick)
     assert set(coded) == {"first.weight", "shared.weight", "last.weight"} and set(biases) == {"first", "shared", "last"}
     assert len(counted) == 3

@@ -90,7 +90,7 @@ def test_a_depthwise_layer_between_two_others_shares_their_channels() -> None:
     net = stack(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
     run = equalize.runs(net)
     assert [[link.second.name for link in links] for links in run] == [["2", "4"]]
-    scales = [float(s) for s in equalize.scales(run[0], equalize._reaches(net, run, {}))]
+    scales = [float(s) for s in equalize.scales(run[0], equalize.reaches(net, run, {}))]
     assert scales == pytest.approx([2.5198420998, 0.7937005260], rel=1e-9)
     equalize.equalize(net, {}, {})
     assert [float(conv.weight.abs().max()) for conv in convs] == pytest.approx([1.5874010520] * 3, rel=1e-6)
@@ -117,7 +117,7 @@ def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: i
     assert notes
     assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
     runs = equalize.runs(net)
-    reach = equalize._reaches(net, runs, {})
+    reach = equalize.reaches(net, runs, {})
     assert all(float(s.log().abs().max()) < 0.01 for run in runs for s in equalize.scales(run, reach))
     # Nothing beside the runs was touched, and statistics were scaled as what they describe.
     again = batchnorm_statistics.statistics(trace(_warm(models.build(spec), 3, size)))
@@ -311,13 +311,13 @@ def test_correction_takes_the_shift_of_the_mean_back(module: nn.Module) -> None:
     state = {"weight": coded.decode(), "bias": corrected}
     with torch.no_grad():
         gap = torch.func.functional_call(module, state, (images + 0.1,)) - module(images)
-        assert float(bias_correction._per_channel(module, gap).abs().max()) < 1e-5
+        assert float(bias_correction.channel_means(module, gap).abs().max()) < 1e-5
         # The analytic shift is that of an input which has this mean everywhere.
         flat = mean.reshape(1, 4, *[1] * (len(shape) - 2)).expand(shape)
         rounded = torch.func.functional_call(module, {"weight": coded.decode()}, (flat,))
         shift = bias_correction.mean_shift(module, coded, mean, shape[1:])
         torch.testing.assert_close(
-            shift, bias_correction._per_channel(module, rounded - module(flat)), rtol=1e-3, atol=1e-5
+            shift, bias_correction.channel_means(module, rounded - module(flat)), rtol=1e-3, atol=1e-5
         )
 
 

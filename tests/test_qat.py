@@ -19,7 +19,7 @@ from r2cli import data, models
 from r2cli.calibration import deployed
 from r2cli.deploy import onnx_export, verify
 from r2cli.errors import InputError, R2Error
-from r2cli.graph import batchnorm, structure
+from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import trace
 from r2cli.qat import ewgs, finetune, lsq, prepare, quantizer_placement
 from r2cli.qat.prepare import INPUTS, METHODS, OUTPUTS, QatSettings, QatTask, TrainedLayer
@@ -111,7 +111,7 @@ def test_quantizers_take_over_the_relus_before_them(model: Path) -> None:
     prepared = prepare.prepare(work)
     first = prepared.net.get_submodule("learners.relu")
     assert first.wide.rectifies and prepared.edges["stages_0_0_relu1"].rectifies  # type: ignore[union-attr]
-    left = [node for node in prepared.net.graph.nodes if quantizer_placement._is_relu(prepared.net, node)]
+    left = [node for node in prepared.net.graph.nodes if operators.is_a(prepared.net, node, (nn.ReLU,))]
     assert len(left) == 1  # the last block's, which the wide grid alone reads
 
 
@@ -150,11 +150,8 @@ def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_the_network_that_trained_is_the_one_that_is_frozen(
-    method: str, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_network_that_trained_is_the_one_that_is_frozen(method: str, model: Path) -> None:
     """In evaluation: weights are their codes', values their grids', logits the same but for the biases' int32 grid."""
-    monkeypatch.setattr(prepare.activations, "round_biases", lambda net, coded, grids: None)
     work, source = work_on(model, method, 2, 2)
     prepared = prepare.prepare(work)
     quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
@@ -164,7 +161,7 @@ def test_the_network_that_trained_is_the_one_that_is_frozen(
         for layer, learner, weight in prepared.each():
             module = prepared.model.get_submodule(layer.name)
             assert torch.equal(module.weight, learner.freeze(weight).decode())  # type: ignore[arg-type]
-        coded, _ = prepare.finish(work, prepared)
+        coded, _ = prepare.finish(work, prepared, round_biases=False)
         found = deployed.network(coded)(images)
     # Sums are in another order, so that a value on the edge of two levels may take the other one: in few images.
     same = [sqnr(*pair) > 60 for pair in zip(found, expected, strict=True)]
@@ -274,11 +271,11 @@ def test_deltas_from_the_hessian_of_a_network(model: Path) -> None:
     prepared = prepare.prepare(work)
     plan = finetune.QatPlan(LOOP, 1e-3, delta=None)
     learners = [*prepared.weights.values(), *prepared.activations]
-    finetune._set_deltas(work, plan, prepared, 1)
+    finetune.set_deltas(work, plan, prepared, 1)
     assert all(float(learner.delta) == 0 for learner in learners)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ewgs, "PROBES", 2)
-        finetune._set_deltas(work, plan, prepared, 2)
+        finetune.set_deltas(work, plan, prepared, 2)
     deltas = [float(learner.delta) for learner in learners]  # type: ignore[arg-type]
     assert max(deltas) > 0 and min(deltas) >= 0 and all(torch.isfinite(torch.tensor(deltas)))
     images, _ = next(iter(work.batches()))

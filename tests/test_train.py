@@ -49,7 +49,7 @@ def test_the_rate_rises_and_falls() -> None:
 def test_adamw_leaves_the_regularizer_s_parameters_alone() -> None:
     network = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
     regularizer = regularizers.Regularizer(regularizers.RegularizerSpec("margin", 0.1), network)
-    (adamw,) = loop._optimizers(network, regularizer, replace(_settings(), optimizer="adamw"), None)
+    (adamw,) = loop.optimizers(network, regularizer, replace(_settings(), optimizer="adamw"), None)
     assert isinstance(adamw, torch.optim.AdamW)
     stepped = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert stepped == {id(p) for p in network.parameters()}
@@ -58,7 +58,7 @@ def test_adamw_leaves_the_regularizer_s_parameters_alone() -> None:
 def test_weights_decay_and_the_rest_does_not() -> None:
     network = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
     regularizer = regularizers.Regularizer(regularizers.RegularizerSpec("margin", 0.1), network)
-    decayed, plain, own = loop._optimizers(network, regularizer, _settings(), None)[0].param_groups
+    decayed, plain, own = loop.optimizers(network, regularizer, _settings(), None)[0].param_groups
     assert {p.ndim for p in decayed["params"]} == {2, 4} and decayed["weight_decay"] == 1e-4
     assert {p.ndim for p in plain["params"]} == {1} and plain["weight_decay"] == 0
     assert len(own["params"]) == 10 and own["weight_decay"] == 0 and own["momentum"] == 0
@@ -157,7 +157,7 @@ def test_a_running_average_starts_short() -> None:
     # 9 steps of weights 0 after one of 1: with decay 0.9 alone 0.39 of the first is left, with the start nearly none.
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
-    average = AveragedModel(model, multi_avg_fn=loop._running_average(0.9), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=loop.running_average(0.9), use_buffers=True)
     average.update_parameters(model)
     assert float(average.module.weight.detach()) == 1
     torch.nn.init.zeros_(model.weight)
@@ -230,7 +230,7 @@ def test_fused_steps_are_plain_steps() -> None:
         loop.seed_everything(0)
         model = models.build(models.spec("mobilenet_v1", classes=10, channels=3, size=16))
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = loop._optimizers(model, None, _settings(), None)[0]
+        optimizer = loop.optimizers(model, None, _settings(), None)[0]
         for group in optimizer.param_groups:
             group["fused"] = fused
         images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))

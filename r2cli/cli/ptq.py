@@ -245,15 +245,17 @@ def ptq(
             coded, rows = worker.quantize(made, settings, shown_to, where, progress.advance)
     # What was chosen is recorded, and not what was asked for: the same choice is the same bytes, however it came.
     options = {**settings.__dict__, "calibration": calibration, "seed": seed}
+    again = [*(_bits_again(settings) if choice else []), *(_trial_again(trials) if trials else [])]
     more: dict[str, Any] = {
         "ranges": "batchnorm" if without else "calibration",
         "layers": [row.__dict__ for row in rows],
         "mixed": [row.__dict__ for row in choice],
         "trials": [trial.__dict__ for trial in trials],
+        "again": again,
     }
     if not measured:
         more |= {"top1": None, "torch_top1": None}
-    notes = [*([_again(settings, rows)] if choice else []), *([_chosen(trials)] if trials else [])]
+    notes = [*([_mean_bits(settings, rows)] if choice else []), *([_chosen(trials)] if trials else [])]
     if method == "dfq" or not calibration:
         notes.append(_origin(calibration))
     if method == "dfq" and relu6 == "relu":
@@ -307,24 +309,34 @@ def _chosen(trials: "Sequence[auto.Trial]") -> str:
     plain = min((trial for trial in trials if trial.method == "none"), key=lambda trial: trial.divergence)
     rounded = f", {plain.divergence:.2g} ({plain.sqnr:.1f}) with nearest rounding at its best"
     against = "" if plain is best else rounded
-    parts = ",".join(best.parts) or "none"
-    again = f"--method {best.method} --granularity {best.granularity} --weight-range {best.weight_range}"
     return (
         f"chosen of {len(trials)} trials, for probabilities {best.divergence:.2g} nats (outputs {best.sqnr:.1f} dB) "
-        f"from the float network's{against}; the same again: {again} --parts {parts}"
+        f"from the float network's{against}; the same again: {' '.join(_trial_again(trials))}"
     )
 
 
-def _again(settings: "worker.PtqSettings", rows: "Sequence[worker.QuantizedLayer]") -> str:
-    """The choice of mixed precision as options that give the same bytes."""
-    from r2cli.ptq import weight_grids
+def _trial_again(trials: "Sequence[auto.Trial]") -> list[str]:
+    """The best trial as options that give the same bytes."""
+    best = min(trials, key=lambda trial: trial.divergence)
+    form = ["--method", best.method, "--granularity", best.granularity, "--weight-range", best.weight_range]
+    return [*form, "--parts", ",".join(best.parts) or "none"]
 
+
+def _mean_bits(settings: "worker.PtqSettings", rows: "Sequence[worker.QuantizedLayer]") -> str:
+    """The choice of mixed precision, as options that give the same bytes."""
     count = sum(math.prod(row.shape) for row in rows)
     mean = sum(row.bits * math.prod(row.shape) for row in rows) / count
-    kept = "".join(f" --keep {name}={bits}" for name, bits in settings.keep.items())
+    return f"{mean:.2f} bits a weight on average; the same again: {' '.join(_bits_again(settings))}"
+
+
+def _bits_again(settings: "worker.PtqSettings") -> list[str]:
+    """The bits of every layer as options."""
+    from r2cli.ptq import weight_grids
+
+    kept = [word for name, bits in settings.keep.items() for word in ("--keep", f"{name}={bits}")]
     if settings.weight_range != weight_grids.usual(settings.method, settings.weight_bits):
-        kept += f" --weight-range {settings.weight_range}"
-    return f"{mean:.2f} bits a weight on average; the same again: --weight-bits {settings.weight_bits}{kept}"
+        kept += ["--weight-range", settings.weight_range]
+    return ["--weight-bits", str(settings.weight_bits), *kept]
 
 
 def _layers(rows: Sequence[Any], left: Sequence[Mapping[str, Any]]) -> Any:

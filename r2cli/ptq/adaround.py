@@ -76,14 +76,14 @@ def push(sigmoid: Tensor, raw: Tensor, beta: float) -> Tensor:
 def round_layer(seen: LayerSample, coded: Coded, settings: AdaroundSettings = AdaroundSettings()) -> Coded:
     """`coded` with codes for the layer's output: each the floor or the ceiling of the float weight on the same grid."""
     assert isinstance(coded.codec, Grid) and isinstance(seen.module, operators.LAYERS)
-    rows = _rows(seen, settings)
+    rows = sample_rows(seen, settings)
     weight = seen.module.weight.detach()
     real = on_codes(weight, coded.codec)
     low = real.floor().clamp(coded.codec.lowest, coded.codec.highest)
-    before = _error(rows, coded.decode())
+    before = output_error(rows, coded.decode())
     up = _optimize(rows, real, low, coded.codec, settings, before / real.numel())
     chosen = Coded(coded.codec, (low + up).clamp(coded.codec.lowest, coded.codec.highest).to(coded.codes.dtype))
-    return chosen if _error(rows, chosen.decode()) <= before else coded
+    return chosen if output_error(rows, chosen.decode()) <= before else coded
 
 
 def on_codes(weight: Tensor, grid: Grid) -> Tensor:
@@ -93,7 +93,7 @@ def on_codes(weight: Tensor, grid: Grid) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Patches of the rounded network's input and what the float layer makes of the same places.
 
     `inputs` (groups, rows, inputs of a filter), `targets` (groups, rows, filters of a group) behind the activation.
@@ -108,7 +108,7 @@ class _Rows:
         return outputs if self.most is None else outputs.clamp(0, self.most)
 
 
-def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
+def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
     """Whether each weight is rounded up: 0 or 1, of the shape of the weight. `unit` is the error that weighs as one."""
     groups = rows.inputs.shape[0]
     step = grid.along(grid.scale, real.ndim).expand_as(real) * (2 if grid.odd else 1)  # value of one code more
@@ -125,7 +125,7 @@ def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adar
         sigmoid, raw = stretched(v)
         soft = base + raw.clamp(0, 1)
         inside = (raw > 0) & (raw < 1) & (soft < grid.highest)
-        gradient = _slope(rows, index, (soft.clamp(grid.lowest, grid.highest) * size + offset))
+        gradient = error_slope(rows, index, (soft.clamp(grid.lowest, grid.highest) * size + offset))
         gradient = gradient * size * (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * inside
         if number > warm:
             beta = beta_at((number - warm) / (settings.steps - warm))
@@ -139,7 +139,7 @@ def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adar
     return (v >= 0).to(low.dtype).reshape(low.shape)
 
 
-def _slope(rows: _Rows, index: Tensor, weight: Tensor) -> Tensor:
+def error_slope(rows: Rows, index: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the mean squared error over the rows at `index`, by `weight` (groups, filters, inputs)."""
     inputs, targets = rows.inputs[:, index], rows.targets[:, index]
     outputs = inputs @ weight.transpose(1, 2)
@@ -151,14 +151,14 @@ def _slope(rows: _Rows, index: Tensor, weight: Tensor) -> Tensor:
     return 2 / len(index) * error.transpose(1, 2) @ inputs
 
 
-def _error(rows: _Rows, weight: Tensor) -> float:
+def output_error(rows: Rows, weight: Tensor) -> float:
     """Mean over all rows of the squared error, summed over the channels."""
     outputs = rows.inputs @ weight.reshape(rows.inputs.shape[0], -1, rows.inputs.shape[2]).transpose(1, 2)
     outputs = outputs if rows.bias is None else outputs + rows.bias
     return float((rows.act(outputs) - rows.targets).square().sum(2).mean(1).sum())
 
 
-def _rows(seen: LayerSample, settings: AdaroundSettings) -> _Rows:
+def sample_rows(seen: LayerSample, settings: AdaroundSettings) -> Rows:
     """Rows of a layer, drawn from all images and positions."""
     module = seen.module
     assert isinstance(module, operators.LAYERS)
@@ -173,13 +173,13 @@ def _rows(seen: LayerSample, settings: AdaroundSettings) -> _Rows:
     if isinstance(module, nn.Linear):
         inputs = seen.rounded_inputs.flatten(0, -2)[index].unsqueeze(0)
     else:
-        inputs = _patches(seen.rounded_inputs, module, outputs.shape[2:], index)
+        inputs = patches(seen.rounded_inputs, module, outputs.shape[2:], index)
     targets = places[index].reshape(len(index), groups, -1).transpose(0, 1).contiguous()
     targets = targets if most is None else targets.clamp(0, most)
-    return _Rows(inputs, targets, None if bias is None else bias.reshape(groups, 1, -1), most)
+    return Rows(inputs, targets, None if bias is None else bias.reshape(groups, 1, -1), most)
 
 
-def _patches(x: Tensor, conv: nn.Conv1d | nn.Conv2d, out: torch.Size, index: Tensor) -> Tensor:
+def patches(x: Tensor, conv: nn.Conv1d | nn.Conv2d, out: torch.Size, index: Tensor) -> Tensor:
     """What the kernel of `conv` sees at the output places `index` of (images, *out): (groups, rows, filter inputs)."""
     x = F.pad(x, conv._reversed_padding_repeated_twice)
     stride, dilation, kernel = conv.stride, conv.dilation, conv.kernel_size

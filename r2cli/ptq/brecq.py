@@ -37,7 +37,7 @@ State = dict[str, Tensor]  # a layer's weight and bias
 @dataclass(frozen=True)
 class BrecqSettings:
     """`lr` of V; `fine_lr` of the scales' logarithms and of the biases, falling to 0; `batch` images a step; `weight`
-    of the push. `steps` None: as many as the layers of a block want."""
+    of the push; `least` layers a block. `steps` None: as many as the layers of a block want."""
 
     steps: int | None = None
     lr: float = 0.02
@@ -45,6 +45,7 @@ class BrecqSettings:
     weight: float = 20.0
     batch: int = 32
     seed: int = 0
+    least: int = LEAST
 
 
 # --- blocks --------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def round_network(
     coded, biases = dict(nearest), dict[str, Tensor]()
     states: dict[str, State] = {}
     plain = rounded = images
-    for block in blocks(net):
+    for block in blocks(net, settings.least):
         # A layer of an earlier block that runs here again has its codes.
         fresh = {name: net.get_submodule(name) for name in block.layers if name not in states}
         found = {name: nearest[own[name].weight] for name in fresh}

@@ -92,7 +92,7 @@ def equalize(net: fx.GraphModule, factors: dict[str, Tensor], normals: dict[str,
     statistics; both are scaled along. Returns what became of each layer that was scaled, by its name.
     """
     found = runs(net)
-    reach = _reaches(net, found, factors)
+    reach = reaches(net, found, factors)
     total: dict[str, Tensor] = {}
     for _ in range(PASSES):
         largest = 0.0
@@ -174,7 +174,7 @@ def scales(run: Sequence[Link], reach: Mapping[str, Tensor]) -> list[Tensor]:
     return found
 
 
-def _reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The `reach` of every layer in the runs that were found."""
     reach: dict[str, Tensor] = {}
     links = [link for run in found for link in run]
