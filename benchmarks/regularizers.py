@@ -124,7 +124,7 @@ def variant(model: nn.Module, name: str, dim: int, *, autograd: bool) -> Variant
     if name != "none":
         setting = RegularizerSpec(name, default_strength(name, size=SIZE, images=50_000), dim=dim)
         regularizer = Regularizer(setting, model)
-    return Variant(model, regularizer, autograd, loop._optimizers(model, regularizer, SETTINGS, None)[0])
+    return Variant(model, regularizer, autograd, loop.optimizers(model, regularizer, SETTINGS, None)[0])
 
 
 def require_equal(ours: Variant, theirs: Variant, images: Tensor, labels: Tensor) -> None:

@@ -240,6 +240,7 @@ def test_fewer_images_are_taken_where_memory_is_short(
     assert few == MEMORY // 1024 // (2 * 3 * 4 * 16 * 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "unfolded"])
 def test_adaround_gives_back_what_rounding_takes(made: checkpoint.Checkpoint, granularity: str) -> None:
     source = data.load("digits", spec=made.input)

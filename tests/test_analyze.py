@@ -139,6 +139,7 @@ def test_empty_levels_are_those_without_a_code(dtype: torch.dtype) -> None:
             assert found.empty[bits] == 1 - len(grid.encode(x.float()).unique()) / 2**bits, (name, bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_best_ranges_are_near_the_best_there_are(dtype: torch.dtype) -> None:
     """Against 200 scales for every grid: within 0.1 dB per tensor, and per channel, which tries six, within 1 dB."""
@@ -187,6 +188,7 @@ def test_quick_leaves_out_rounding_and_nothing_else() -> None:
             assert getattr(full, name) == getattr(quick, name), name
 
 
+@pytest.mark.slow
 def test_outliers_are_exact_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where too many values lie far out, or the first piece is no measure of the others, the tensor is read again."""
     x = torch.randn(50, 100, generator=torch.Generator().manual_seed(4))
@@ -256,6 +258,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to see the memory")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """A file of 128 MB, in two tensors: under 64 MB more than the interpreter with torch holds."""

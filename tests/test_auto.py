@@ -25,6 +25,7 @@ def _settings(bits: int) -> post_training.PtqSettings:
     return post_training.PtqSettings("auto", bits, 8, "channel", {})
 
 
+@pytest.mark.slow
 def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
     made = checkpoint.load(trained)
     shown, told = _shown(made), list[auto.Trial]()
@@ -45,6 +46,7 @@ def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
     assert all(coded.activations[name].scale.equal(same.activations[name].scale) for name in coded.activations)
 
 
+@pytest.mark.slow
 def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path) -> None:
     """On the one grid that is asked for."""
     made = checkpoint.load(trained)
@@ -92,6 +94,7 @@ def test_rounding_is_learned_on_the_network_as_it_is_and_equalized() -> None:
     assert own.parts == () and own.weight_range == "minmax"
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_chose_and_how_to_have_it_again(
     r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +112,7 @@ def test_the_command_says_what_it_chose_and_how_to_have_it_again(
         assert Path(f"first.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_lists_the_trials_and_wishes_that_clash_are_refused(
     r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def test_a_soft_weight_s_gradients_are_those_of_its_formula() -> None:
     torch.testing.assert_close(one.size.grad, (seen * one.soft()["weight"].detach()).sum(1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_blocks_come_nearer_to_the_float_network(net: fx.GraphModule, bits: int) -> None:
@@ -150,6 +151,7 @@ def test_where_nothing_is_gained_the_nearest_codes_stay(net: fx.GraphModule) -> 
     assert all(biases[name].equal(net.get_submodule(name).bias.detach()) for name in biases)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_two_bits_give_back_what_rounding_takes(trained: Path) -> None:
     made = checkpoint.load(trained)
     source = data.load("digits", spec=made.input)

@@ -347,6 +347,7 @@ def top1(made: checkpoint.Checkpoint) -> float:
     return loop.evaluate(deployed.network(made), data.load("digits", spec=made.input).test, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 @pytest.mark.parametrize("with_data", [False, True])
 def test_dfq_costs_next_to_nothing_at_eight_bits(
@@ -362,6 +363,7 @@ def test_dfq_costs_next_to_nothing_at_eight_bits(
     assert sum("equalized" in row.note for row in rows) == 3
 
 
+@pytest.mark.slow
 def test_dfq_restores_a_network_that_was_spread(
     float_one: checkpoint.Checkpoint, spreading: ModuleType, tmp_path: Path
 ) -> None:
@@ -393,6 +395,7 @@ def mobile() -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint(spec, source.input, source.class_names, model.state_dict())
 
 
+@pytest.mark.slow
 def test_relu6_with_bounds_of_its_own_survives_the_file_and_runs_on_integers(
     mobile: checkpoint.Checkpoint, tmp_path: Path
 ) -> None:
@@ -417,6 +420,7 @@ def test_relu6_with_bounds_of_its_own_survives_the_file_and_runs_on_integers(
     assert not {"Conv", "FusedConv", "Relu", "Clip"} & set(nodes)
 
 
+@pytest.mark.slow
 def test_a_float_clip_is_exported_too(mobile: checkpoint.Checkpoint, tmp_path: Path) -> None:
     made = mobile
     settings = post_training.PtqSettings("none", 8, None, "channel", {}, parts=(post_training.EQUALIZE,))
@@ -435,6 +439,7 @@ def test_adaround_without_data_is_refused(float_one: checkpoint.Checkpoint) -> N
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_data_and_says_what_it_did(
     r2: R2, float_one: checkpoint.Checkpoint, tmp_path: Path
 ) -> None:
@@ -458,6 +463,7 @@ def test_the_command_needs_no_data_and_says_what_it_did(
     assert top1(again) > top1(float_one) - 1
 
 
+@pytest.mark.slow
 def test_the_command_takes_data_where_it_is_given(r2: R2, float_one: checkpoint.Checkpoint, tmp_path: Path) -> None:
     source = tmp_path / "model.safetensors"
     checkpoint.save(float_one, source)

@@ -63,6 +63,7 @@ def test_a_budget_that_is_too_small_says_what_is_needed() -> None:
         mixed_precision.choose({"only": mixed_precision.front({8: (80, 0.0), 1: (10, 1.0)})}, 9)
 
 
+@pytest.mark.slow
 def test_hutchinsons_mean_is_the_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean of diag d2 loss / dw2, times |w|^2, against torch's own Hessian of the mean cross-entropy."""
     torch.manual_seed(0)
@@ -108,6 +109,7 @@ def _choose(
     return chosen, {row.layer: row.bits for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sensitivity", mixed_precision.SENSITIVITIES)
 @pytest.mark.parametrize("target", [3.2, 2.1])
 def test_the_average_is_met_and_the_same_seed_chooses_the_same(
@@ -129,6 +131,7 @@ def test_bytes_are_those_of_codes_and_scales_and_named_layers_keep_their_bits(ma
     assert 10_000 < sum(one.payload_bytes() for one in coded.coded.values()) <= 12_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "target", "ranges"), [("none", 3.2, False), ("brecq", 7.5, True)])
 def test_what_was_chosen_feeds_back_to_the_same_bytes(
     method: str, target: float, ranges: bool, r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

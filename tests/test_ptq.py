@@ -84,6 +84,7 @@ def test_activation_grids_hold_zero_exactly_and_reach_both_ends(low: float, high
     assert float((decoded - ends).abs().max()) <= float(grid.scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 def test_eight_bits_cost_next_to_nothing(float_one: checkpoint.Checkpoint, granularity: str) -> None:
     coded, rows = _quantize(float_one, _settings(8, granularity))
@@ -178,6 +179,7 @@ def test_a_channel_without_variance_does_not_take_the_grid(float_one: checkpoint
     assert loop.evaluate(deployed.network(coded), source.test, CPU) > before - 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", sorted(observers.OBSERVERS))
 @pytest.mark.parametrize("act_bits", [8, 6, 4])
 def test_every_range_of_activations_keeps_the_network_working(

@@ -81,6 +81,7 @@ def test_what_only_the_step_can_see_has_its_line_too(small: Path, r2: R2) -> Non
     assert "small.toml:16: r2 ptq -> none.w8.safetensors: " in ran.err and "'nosuch'" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_fails_a_check_has_a_dagger_and_stops_nothing(small: Path, r2: R2, one_thread: None, jobs: int) -> None:
     small.write_text(
@@ -100,6 +101,7 @@ def test_what_fails_a_check_has_a_dagger_and_stops_nothing(small: Path, r2: R2, 
         assert "†" in Path("runs/small/tables.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_gate_of_training_stops_nothing_either(small: Path, r2: R2, one_thread: None, jobs: int) -> None:
     small.write_text(SMALL.replace("epochs = 1", "epochs = 1\nmin-accuracy = 99.9"))
