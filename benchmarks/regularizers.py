@@ -2,7 +2,7 @@
 
 ResNet-18 on 64 random images of 32x32 in float32: with the CIFAR stem, where a step is long, and with the ImageNet
 stem, where it is ten times shorter and the weights are the same. The step is that of `r2cli.train`: channels last,
-forward, backward, regularizer, SGD with Nesterov momentum. "ours" is `r2cli.regularizers` in its stable form, which
+forward, backward, regularizer, SGD with Nesterov momentum. "ours" is train/regularizers.py in its stable form, which
 adds gradients to `.grad` after the backward pass; "autograd" is the obvious formulation of the same loss, added to the
 task's before it. Both give the same gradients, which is checked before anything is timed.
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,15 @@ def hostile(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: x.to(dtype) for name, x in made.items()}
 
 
-CASES = [pytest.param(x, id=f"{str(dtype)[6:]} {name}") for dtype in DTYPES for name, x in hostile(dtype).items()]
+QUICK = {"float32 normal", "float32 zeros of both signs", "bfloat16 a dead channel", "float8_e4m3fn one"}
+
+
+def _case(dtype: torch.dtype, name: str, x: Tensor) -> Any:
+    own = f"{str(dtype)[6:]} {name}"
+    return pytest.param(x, id=own, marks=() if own in QUICK else pytest.mark.slow)
+
+
+CASES = [_case(dtype, name, x) for dtype in DTYPES for name, x in hostile(dtype).items()]
 PIECES = (1 << 17, 64, 7)
 
 
@@ -129,6 +138,7 @@ def test_sqnr_is_that_of_really_rounding(x: Tensor) -> None:
                 assert found.sqnr[granularity]["best"][bits] >= got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty_levels_are_those_without_a_code(dtype: torch.dtype) -> None:
     for name, x in hostile(dtype).items():
@@ -203,6 +213,7 @@ def test_outliers_are_exact_however_many_there_are(monkeypatch: pytest.MonkeyPat
                     assert row(order, sigma=sigma, piece=piece).outliers == want
 
 
+@pytest.mark.slow
 def test_rows_are_in_order_on_any_number_of_threads_and_progress_is_whole() -> None:
     stored = [held(f"layer{i}", torch.randn(i + 1, 700), "memory") for i in range(20)]
     threads = torch.get_num_threads()
@@ -247,13 +258,14 @@ GROWTH = """
 import sys
 from pathlib import Path
 import torch
-from r2cli import analyze, tensors
+from r2cli.analyze import analysis
+from r2cli.storage import stream
 def resident(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) / 1024
-analyze.row(tensors.held("w", torch.zeros(8, 8), ""), analyze.Settings())
+analysis.row(stream.held("w", torch.zeros(8, 8), ""), analysis.AnalyzeSettings())
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-analyze.rows(tensors.of_model(Path(sys.argv[1])), analyze.Settings(), threads=2, advance=lambda _: None)
+analysis.rows(stream.of_model(Path(sys.argv[1])), analysis.AnalyzeSettings(), threads=2, advance=lambda _: None)
 print(resident("VmHWM") - before)
 """
 

@@ -109,6 +109,7 @@ def test_a_coded_checkpoint_and_its_onnx_hold_the_same_decoded_weights(bits: int
     assert {other["reason"] for other in file["others"]} >= {"part of a decoded weight"}
 
 
+@pytest.mark.slow
 def test_a_float_onnx_file_is_read_as_it_is(r2: R2, model: Path) -> None:
     assert r2("export", "-o", "float.onnx").code == 0
     (sheet,) = report(r2, "float.onnx")["files"]

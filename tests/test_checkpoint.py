@@ -351,7 +351,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     script = """
         import json, resource, signal, sys
         from pathlib import Path
-        from r2cli import checkpoint
+        from r2cli.storage import checkpoint
         from r2cli.errors import R2Error
 
         path = Path(sys.argv[1])

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import data, values
+from r2cli import data
 from r2cli.calibration import deployed, observers
+from r2cli.config import values
 from r2cli.palettize import palettes, soft_training
 from r2cli.ptq import post_training, weight_grids
 from r2cli.qat import prepare

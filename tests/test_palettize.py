@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import R2
 from r2cli import data
 from r2cli.calibration import deployed
-from r2cli.cli.palettize import _ended_higher
+from r2cli.cli.palettize import ended_higher
 from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, verify
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, structure
@@ -433,10 +433,9 @@ def test_training_that_diverges_says_so_and_leaves_nothing(r2: R2, model: Path, 
 
 
 def test_training_that_ends_higher_than_it_began_says_so() -> None:
-    assert _ended_higher([{"loss": 2.42}, {"loss": 1.6}, {"loss": 2.53}]) == [
-        "the last epoch's loss is above the first one's (2.53, 2.42): lower --clip-ratio or --lr"
-    ]
-    assert not _ended_higher([{"loss": 0.7}, {"loss": 0.2}]) and not _ended_higher([])
+    (told,) = ended_higher([{"loss": 2.42}, {"loss": 1.6}, {"loss": 2.53}])
+    assert "--clip-ratio" in told and "--lr" in told
+    assert not ended_higher([{"loss": 0.7}, {"loss": 0.2}]) and not ended_higher([])
 
 
 @pytest.mark.slow

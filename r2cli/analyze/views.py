@@ -1,7 +1,8 @@
 """What a file holds to analyze: its weights, in one view or two."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from r2cli.analyze import analysis, onnx_weights
-from r2cli.analyze.analysis import OtherTensor
+from r2cli.analyze.analysis import Analysis, AnalyzeSettings, OtherTensor
 from r2cli.calibration import deployed
+from r2cli.config.inspection import AnalyzeConfig
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import Unreadable, trace
@@ -106,3 +108,21 @@ def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
             factor = factors[layer.name].reshape(-1, *[1] * (weight.ndim - 1))
             found[layer.weight] = held(layer.weight, (weight.double() * factor).float(), made.origin)
     return found, silenced
+
+
+def measured(
+    views: Sequence[View], layers: Sequence[Sequence[Stored]], config: AnalyzeConfig, advance: Callable[[int], None]
+) -> list[Analysis]:
+    """A row for every one of the `layers` of each view. `advance` is told of bytes that are done."""
+    settings = AnalyzeSettings(config.outlier_sigma, config.quick, config.everything)
+    threads = config.threads or os.cpu_count() or 1
+    return [
+        Analysis(
+            str(view.file),
+            view.name,
+            analysis.rows(own, settings, threads=threads, advance=advance),
+            view.others,
+            view.note,
+        )
+        for view, own in zip(views, layers, strict=True)
+    ]

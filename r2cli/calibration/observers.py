@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from r2cli import values
+from r2cli.config import values
 from r2cli.quantized import grid_search
 
 BINS = 2048  # on each side of zero

@@ -1,39 +1,40 @@
 """What every command that ends in an ONNX file does: write it, prove it, say so."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import nn
 
-from r2cli import console
+from r2cli import api, console
 from r2cli import data as datasets
 from r2cli.calibration import deployed
+from r2cli.calibration.result import Result
 from r2cli.cli import gates
+from r2cli.config.groups import CompressionGates, FileGates
 from r2cli.deploy import onnx_export, verify
 from r2cli.errors import CheckFailed
 from r2cli.storage import checkpoint
 
+Table = Callable[[Mapping[str, Any]], console.Line]
+
 
 @dataclass(frozen=True)
-class Order:
-    """What is asked of a command that compresses: where its files go, what they must reach, and how it tells.
+class Destination:
+    """Where a command that compresses writes, what the file must reach, and how the command answers.
 
-    `output` is the checkpoint, beside which the ONNX file goes; `state` is what a stopped run left, to be removed.
+    The ONNX file goes beside `output`, the checkpoint. `data` is the option, for the next command. `state` is what a
+    stopped run keeps, which is removed at the end. `started` is a time of `perf_counter`.
     """
 
     command: str
     output: Path
-    options: Mapping[str, Any]
     data: str | None
-    started: float  # of the clock that `perf_counter` reads
+    gates: CompressionGates
     json: bool
-    min_accuracy: float | None
-    max_drop: float | None
-    max_bytes: int | None
+    started: float
     state: Path | None = None
 
     @property
@@ -42,40 +43,32 @@ class Order:
 
 
 def compressed(
-    order: Order,
-    made: checkpoint.Checkpoint,
-    source: datasets.Data,
-    before: float | None,
-    *,
-    more: Mapping[str, Any],
-    table: Callable[[Mapping[str, Any]], console.Line],
-    notes: Sequence[console.Line] = (),
+    to: Destination, result: Result, source: datasets.Data, *, table: Table, notes: Sequence[console.Line] = ()
 ) -> dict[str, Any]:
     """Write the checkpoint and its ONNX file, prove it, and tell: `table` of the report, the proof, `notes`, the rest.
 
-    `before` is the float network's top-1 in percent, None where it was not measured; the report has `more` as well.
     Raises CheckFailed as `require` does.
     """
-    made = made.then(order.command, order.options, {} if before is None else {"float_top1": before})
-    checkpoint.save(made, order.output)
-    proof, proved = to_onnx(made, order.onnx, source, what=str(order.output))
-    if order.state is not None:
-        order.state.unlink(missing_ok=True)
+    made = result.checkpoint
+    checkpoint.save(made, to.output)
+    proof, proved = to_onnx(made, to.onnx, source, what=str(to.output))
+    if to.state is not None:
+        to.state.unlink(missing_ok=True)
+    measured = {} if result.float_top1 is not None or result.is_new else {"top1": None, "torch_top1": None}
     report = {
-        "command": order.command,
-        "checkpoint": order.output,
+        "command": to.command,
+        "checkpoint": to.output,
         **proved,
-        "float_top1": before,
-        **more,
-        "options": order.options,
-        "seconds": round(perf_counter() - order.started, 1),
+        **result.report,
+        **measured,
+        "seconds": round(perf_counter() - to.started, 1),
     }
-    console.tell([table(report), *told(proof, report), *notes, *_result(order, report)], as_json=order.json)
-    require(proof, report, min_accuracy=order.min_accuracy, max_drop=order.max_drop, max_bytes=order.max_bytes)
+    console.tell([table(report), *told(proof, report), *notes, *_ending(to, report)], as_json=to.json)
+    require(proof, report, to.gates)
     return report
 
 
-def _result(order: Order, report: Mapping[str, Any]) -> list[console.Line]:
+def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
     """The file in one line, and the next command."""
     before, entropy = report["float_top1"], report.get("entropy_coded_bits")
     top1 = "accuracy not measured"
@@ -83,32 +76,22 @@ def _result(order: Order, report: Mapping[str, Any]) -> list[console.Line]:
         top1 = f"top-1 {report['top1']:.2f} % in ONNX Runtime{'' if before is None else f' (float {before:.2f})'}"
     coded = "" if entropy is None else f" with tables ({entropy:.2f} Huffman-coded)"
     bits = f"{report['bits_per_weight']:.2f} bits a weight{coded}"
-    follow = f"r2 evaluate {order.onnx}{f' --data {order.data}' if order.data else ''}"
-    return [f"{order.onnx}: {top1}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
+    follow = f"r2 evaluate {to.onnx}{f' --data {to.data}' if to.data else ''}"
+    return [f"{to.onnx}: {top1}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
 
 
 def to_onnx(
     made: checkpoint.Checkpoint, path: Path, source: datasets.Data, *, what: str
 ) -> tuple[verify.Proof, dict[str, Any]]:
     """Write `made` as ONNX to `path` and prove the file on the data set's test split, with a bar on standard error."""
-    cpu = torch.device("cpu")
     console.note(f"{what}: exporting to ONNX")
     checkpoint.write_atomically(path, onnx_export.to_bytes(made))
-    model = deployed.network(made)
-    with console.bar("prove", len(source.test)) as progress:
-
-        def batches() -> Iterator[datasets.Batch]:
-            for images, labels in source.test.batches(256, cpu):
-                yield images, labels
-                progress.advance(len(labels))
-
-        proof = verify.prove(path, made, model, batches())
-    checks = [check.__dict__ for check in proof.checks]
+    proof = api.verify(path, made, source, reporter=console)
     return proof, {
         "output": path,
         "passed": proof.passed,
-        "checks": checks,
-        "embeddings": _embeddings(made, model),
+        "checks": [check.__dict__ for check in proof.checks],
+        "embeddings": _embeddings(made, deployed.network(made)),
         **proof.measures,
     }
 
@@ -141,14 +124,7 @@ def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
     return lines
 
 
-def require(
-    proof: verify.Proof,
-    report: Mapping[str, Any],
-    *,
-    min_accuracy: float | None,
-    max_bytes: int | None,
-    max_drop: float | None = None,
-) -> None:
+def require(proof: verify.Proof, report: Mapping[str, Any], wanted: FileGates) -> None:
     """Raises CheckFailed naming what the file of `report` failed of its proof, or else every gate that is not met.
 
     A drop is from `float_top1` of the report, where that is known.
@@ -157,12 +133,5 @@ def require(
     if failed:
         raise CheckFailed(f"{report['output']} failed its proof: {'; '.join(failed)}", report)
     top1, before = report["top1"], report.get("float_top1")
-    gates.require(
-        report,
-        min_accuracy=min_accuracy,
-        top1=top1,
-        max_drop=max_drop,
-        drop=None if before is None else before - top1,
-        max_bytes=max_bytes,
-        size=report["bytes"],
-    )
+    drop = None if before is None or top1 is None else before - top1
+    gates.require(report, wanted, top1=top1, drop=drop, size=report["bytes"])

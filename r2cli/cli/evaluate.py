@@ -1,84 +1,37 @@
-"""`r2 evaluate`: accuracy, latency and size of a checkpoint or an ONNX file."""
+"""`r2 evaluate`: measure a checkpoint or an ONNX file."""
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from r2cli import console
 from r2cli.cli import gates
+from r2cli.cli.command import Report, command
+from r2cli.config.groups import DEFAULT_SOURCE, FileGates, Told
+from r2cli.config.inspection import EvaluateConfig, EvaluateSource
 from r2cli.errors import InputError
-from r2cli.options import (
-    DEFAULT_SOURCE,
-    DataDir,
-    DataName,
-    Device,
-    DryRun,
-    Json,
-    MaxBytes,
-    Mean,
-    MinAccuracy,
-    ModelArg,
-    ModelName,
-    Size,
-    Std,
-    Stem,
-    Weights,
-    Workers,
-)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+    from r2cli import data as datasets
+    from r2cli.storage.checkpoint import InputSpec
 
 
-def evaluate(
-    source: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A checkpoint, float or quantized, or an .onnx file of r2's. (default: model.safetensors)",
-            show_default=False,
-        ),
-    ] = None,
-    data: DataName = None,
-    data_dir: DataDir = None,
-    model: ModelName = None,
-    weights: Weights = None,
-    model_arg: ModelArg = None,
-    stem: Stem = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    device: Device = "auto",
-    workers: Workers = 2,
-    min_accuracy: MinAccuracy = None,
-    max_bytes: MaxBytes = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-) -> dict[str, Any]:
+@command
+def evaluate(given: EvaluateSource, config: EvaluateConfig, wanted: FileGates, answer: Told) -> Report:
     """Measure top-1, latency of one image on one thread, and size."""
     import torch
 
-    from r2cli.calibration import deployed
-    from r2cli.cli import subject
     from r2cli.deploy import verify
     from r2cli.train import loop
 
-    source = gates.source(source, weights, DEFAULT_SOURCE)
-    images = subject.Images(data, data_dir, workers, size, mean, std)
-    is_onnx = source.suffix == ".onnx"
-    if is_onnx:
-        if model is not None:
-            raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
-        spec = verify.input_spec(source)
-        loaded = images.load(verify.data_name(source), spec)
-        subject.require_classes(str(source), verify.class_names(source), loaded)
-        one_thread = verify.runner(source, threads=1)
-        predict, where = verify.runner(source), torch.device("cpu")
-        engine = "ONNX Runtime"
-    else:
-        made, loaded = subject.load(source, subject.Network(model, weights, model_arg, stem), images)
-        where = loop.device(device)
-        predict = one_thread = torch.inference_mode()(deployed.network(made).to(where))
-        spec, engine = made.input, f"torch on {where}"
-    if dry_run:
-        console.tell([f"would evaluate {source} on {loaded.name}"], as_json=json)
+    source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
+    subject = _of_onnx(given) if source.suffix == ".onnx" else _of_network(given, config.device)
+    predict, one_thread, where, spec, loaded, engine = subject
+    if answer.dry_run:
+        console.tell([f"would evaluate {source} on {loaded.name}"], as_json=answer.json)
         return {"command": "evaluate"}
     console.note(f"evaluating {source} on {len(loaded.test)} images")
     with console.bar("evaluate", len(loaded.test)) as progress:
@@ -100,6 +53,41 @@ def evaluate(
     }
     speed = f"{latency:.2f} ms an image ({engine}{', 1 thread' if where.type == 'cpu' else ''})"
     summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {size:,} bytes"
-    console.tell([summary, *gates.unreadable(loaded.test.unreadable)], as_json=json)
-    gates.require(report, min_accuracy=min_accuracy, top1=top1, max_bytes=max_bytes, size=size)
+    console.tell([summary, *gates.unreadable(loaded.test.unreadable)], as_json=answer.json)
+    gates.require(report, wanted, top1=top1, size=size)
     return report
+
+
+# What predicts, what predicts on one thread, where, the preprocessing, the data, and the engine's name.
+Subject = tuple["Callable[[Tensor], Tensor]", Any, "torch.device", "InputSpec", "datasets.Data", str]
+
+
+def _of_onnx(given: EvaluateSource) -> Subject:
+    """An ONNX file in ONNX Runtime. Raises InputError for another tool's file, and for data of other classes."""
+    import torch
+
+    from r2cli.api import inputs
+    from r2cli.deploy import verify
+
+    source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
+    if given.model is not None:
+        raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
+    spec = verify.input_spec(source)
+    loaded = inputs.load_data(given, given.data, default=verify.data_name(source), spec=spec)
+    inputs.require_classes(str(source), verify.class_names(source), loaded)
+    one_thread = verify.runner(source, threads=1)
+    return verify.runner(source), one_thread, torch.device("cpu"), spec, loaded, "ONNX Runtime"
+
+
+def _of_network(given: EvaluateSource, device: str) -> Subject:
+    """A checkpoint, or a network with weights from elsewhere, in torch."""
+    import torch
+
+    from r2cli.api import inputs
+    from r2cli.calibration import deployed
+    from r2cli.train import loop
+
+    made, loaded = inputs.load(given, tell=console.note)
+    where = loop.device(device)
+    predict = torch.inference_mode()(deployed.network(made).to(where))
+    return predict, predict, where, made.input, loaded, f"torch on {where}"

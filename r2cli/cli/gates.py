@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r2cli import console
+from r2cli.config.option import Config
 from r2cli.errors import CheckFailed, InputError
 
 
@@ -59,29 +60,27 @@ def told_of(state: Path) -> Iterator[None]:
         raise
 
 
-def optimizer(name: str | None, *, is_text: bool) -> str:
-    """The optimizer asked for: by default AdamW for text, as everyone fine-tunes it, and SGD for images."""
-    return name or ("adamw" if is_text else "sgd")
-
-
 def require(
     report: Mapping[str, Any],
+    wanted: Config,
     *,
-    min_accuracy: float | None = None,
     top1: float | None = None,
-    max_drop: float | None = None,
     drop: float | None = None,
-    max_bytes: int | None = None,
     size: int | None = None,
 ) -> None:
-    """Raises CheckFailed, with the command's `report`, naming every gate that is not met; one that is None is open."""
+    """Raises CheckFailed, with the command's `report`, naming every gate of `wanted` that is not met.
+
+    A gate that was not asked for is open, and so is one whose value was not measured.
+    """
     failed = []
-    if min_accuracy is not None and top1 is not None and top1 < min_accuracy:
-        failed.append(f"top-1 {top1:.2f} % is below --min-accuracy {min_accuracy:g}")
-    if max_drop is not None and drop is not None and drop > max_drop:
-        failed.append(f"the drop of {drop:.2f} points is above --max-drop {max_drop:g}")
-    if max_bytes is not None and size is not None and size > max_bytes:
-        failed.append(f"{size} bytes are above --max-bytes {max_bytes}")
+    least, most = getattr(wanted, "min_accuracy", None), getattr(wanted, "max_drop", None)
+    limit = getattr(wanted, "max_bytes", None)
+    if least is not None and top1 is not None and top1 < least:
+        failed.append(f"top-1 {top1:.2f} % is below --min-accuracy {least:g}")
+    if most is not None and drop is not None and drop > most:
+        failed.append(f"the drop of {drop:.2f} points is above --max-drop {most:g}")
+    if limit is not None and size is not None and size > limit:
+        failed.append(f"{size} bytes are above --max-bytes {limit}")
     if failed:
         raise CheckFailed("gate failed: " + "; ".join(failed), report)
 

@@ -11,7 +11,7 @@ import typer
 
 from r2cli import __version__, console
 from r2cli.cli import analyze, evaluate, export, palettize, pretrain, ptq, qat, recipes, run
-from r2cli.cli.parsing import UsageError
+from r2cli.cli.command import UsageError
 from r2cli.errors import InputError, R2Error
 
 app = typer.Typer(

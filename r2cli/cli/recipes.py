@@ -7,12 +7,14 @@ import typer
 
 from r2cli import console
 from r2cli.cli import gates
+from r2cli.config.option import OUTPUT
 from r2cli.errors import InputError, unknown
-from r2cli.options import Json, Overwrite
 
 recipe = typer.Typer(
     help="List, show and copy the recipes that come with r2; `r2 run NAME` runs one.", no_args_is_help=True
 )
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)]
 Name = Annotated[str, typer.Argument(help="As `r2 recipe ls` lists it: cpu/digits, for example.")]
 
 

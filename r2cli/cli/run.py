@@ -5,14 +5,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from r2cli import console
-from r2cli.cli.parsing import UsageError
+from r2cli.cli.command import Report, UsageError, command
+from r2cli.config.groups import Written
+from r2cli.config.inspection import RecipeConfig
 from r2cli.errors import CheckFailed, InputError
-from r2cli.options import DryRun, Json, Overwrite, _option
 
 if TYPE_CHECKING:
     from r2cli.workflow import recipe as recipes
@@ -20,74 +21,48 @@ if TYPE_CHECKING:
     from r2cli.workflow import runner as worker
 
 
-def run(
-    context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A recipe, FILE.toml or the name of a shipped one: `r2 recipe ls`.")],
-    jobs: Annotated[
-        int, _option("--jobs", "-j", help="Steps side by side, in processes that share the threads.", min=1)
-    ] = 1,
-    only: Annotated[
-        str | None,
-        _option("--only", help="Steps whose output matches this, or whose line has it; and what they read from."),
-    ] = None,
-    set: Annotated[
-        list[str] | None,
-        _option(
-            "--set",
-            help="KEY=VALUE in steps that have KEY, COMMAND.KEY=VALUE in a command's, matrix.NAME=VALUE; repeatable.",
-        ),
-    ] = None,
-    smoke: Annotated[
-        bool, _option("--smoke", help="Try the recipe in a minute: 64 digits, one epoch, one combination.")
-    ] = False,
-    work_dir: Annotated[
-        Path | None,
-        _option("--work-dir", help="Where the steps' files go. (default: runs/RECIPE)", panel="Output"),
-    ] = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
-) -> dict[str, Any]:
+@command
+def run(context: typer.Context, config: RecipeConfig, written: Written) -> Report:
     """Run a recipe's commands and print its tables; what was done with the same options is not done again."""
     from r2cli.workflow import recipe as recipes
     from r2cli.workflow import results
     from r2cli.workflow import runner as worker
     from r2cli.workflow import smoke as trial
 
-    path = recipes.find(recipe)
-    read = recipes.override(recipes.load(path), set or [])
+    path = recipes.find(config.recipe)
+    read = recipes.override(recipes.load(path), config.set)
     root = context.find_root()
     _require_options(recipes.steps(read), root.command)
     invoke = root.obj
-    folder = work_dir or _folder(path, smoke=smoke)
-    missing = trial.missing(read) if smoke else None
+    folder = config.work_dir or _folder(path, smoke=config.smoke)
+    missing = trial.missing(read) if config.smoke else None
     if missing:
-        console.tell([f"{path}: {missing}"], as_json=json)
+        console.tell([f"{path}: {missing}"], as_json=written.json)
         return {"command": "run", "recipe": path, "skipped": missing}
-    if smoke:
+    if config.smoke:
         read = trial.reduced(read)
     todo = recipes.steps(read)
-    if smoke:
+    if config.smoke:
         todo, replaced = trial.small(todo, folder)
         console.note(f"smoke, whose numbers mean nothing: {'; '.join(replaced)}")
-    todo = recipes.only(todo, only) if only else todo
-    if dry_run:
+    todo = recipes.only(todo, config.only) if config.only else todo
+    if written.dry_run:
         lines = [recipes.shell(step, folder) for step in todo]
-        console.tell(lines, as_json=json)
+        console.tell(lines, as_json=written.json)
         return {"command": "run", "steps": lines}
 
-    if smoke:
+    if config.smoke:
         trial.provide(todo, folder)
 
     def start(number: int, arguments: list[str]) -> "worker.Job":
-        if jobs == 1:
+        if config.jobs == 1:
             return worker.InThisProcess(invoke, arguments)
-        return worker.InOwnProcess(arguments, worker.threads_each(jobs), folder / "logs" / f"{number}.log")
+        return worker.InOwnProcess(arguments, worker.threads_each(config.jobs), folder / "logs" / f"{number}.log")
 
     with _ended_as_interrupted():
-        done = worker.execute(todo, folder, start, console.note, overwrite=overwrite, jobs=jobs)
+        done = worker.execute(todo, folder, start, console.note, overwrite=written.overwrite, jobs=config.jobs)
     tables = results.tables(read, done)
-    written = _write(tables, folder)
+    first = _write(tables, folder)
     report = {
         "command": "run",
         "recipe": path,
@@ -99,8 +74,8 @@ def run(
     for table in (table for table in tables if table.rows):
         shown += [table.title, console.table(tuple(table.rows[0]), [tuple(row.values()) for row in table.rows])]
         shown += [f"{results.DAGGER} {failure}" for failure in table.failures]
-    told = f"{folder} has the files, {written} the tables, with .csv and .json beside it"
-    console.tell([*shown, told], as_json=json)
+    told = f"{folder} has the files, {first} the tables, with .csv and .json beside it"
+    console.tell([*shown, told], as_json=written.json)
     failed = [each["failed"] for each in done if each["failed"]]
     if failed:
         rest = f", and {len(failed) - 1} more" if len(failed) > 1 else ""

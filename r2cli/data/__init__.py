@@ -54,6 +54,7 @@ __all__ = [
     "Split",
     "TextSplit",
     "calibration",
+    "calibration_count",
     "decode",
     "load",
     "load_named_in_file",
@@ -169,6 +170,17 @@ def with_fewer(data: Data, count: int, seed: int) -> Data:
         raise InputError(f"--images {count} is more than {data.name} has: give at most {there}")
     index = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:count]
     return replace(data, train=subset(data.train, index.sort().values))
+
+
+CALIBRATION = 512  # training images that calibrate, where no number is given
+
+
+def calibration_count(asked: int | None, data: Data) -> int:
+    """How many training images calibrate. Raises InputError for more than there are."""
+    there = len(data.train)
+    if asked is not None and asked > there:
+        raise InputError(f"--calibration {asked} is more than {data.name} has: give at most {there}")
+    return min(CALIBRATION, there) if asked is None else asked
 
 
 def calibration(data: Data, count: int, device: torch.device, seed: int, batch: int = 64) -> Iterator[Batch]:

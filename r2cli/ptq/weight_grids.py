@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from r2cli import values
 from r2cli.calibration.observers import PERCENTILE
+from r2cli.config import values
 from r2cli.quantized import grid_search
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.value_counts import min_max_scale, usable

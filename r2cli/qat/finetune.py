@@ -65,7 +65,7 @@ def by_training(
         source,
         plan.loop,
         device=work.device,
-        setting=_method(work, plan, prepared),
+        setting=hooks_of(work, plan, prepared),
         state=following.state,
         resume=following.resume,
         watch=following.watch,
@@ -74,7 +74,7 @@ def by_training(
     return coded, rows, history
 
 
-def _method(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHooks:
+def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHooks:
     kind = METHODS[work.settings.method]
     own = [*prepared.weights.values(), *prepared.activations]
     parameters = [parameter for learner in own for parameter in learner.parameters()]

@@ -21,8 +21,8 @@ from time import sleep
 from typing import Any, Protocol
 
 from r2cli import __version__
+from r2cli.config.groups import resume_state
 from r2cli.errors import CheckFailed, InputError, R2Error
-from r2cli.options import resume_state
 from r2cli.storage.checkpoint import write_atomically
 from r2cli.workflow.recipe import Step, reads_from, shell
 

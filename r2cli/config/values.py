@@ -1,7 +1,10 @@
-"""What the values of options may be, and what they mean. An option's `check` asks before anything runs, of a recipe's
-steps too."""
+"""What the values of options may be, and what they mean.
 
-from collections.abc import Callable, Sequence
+An option's `check` asks before anything runs, for the steps of a recipe too.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from r2cli.errors import InputError, unknown
 
@@ -65,11 +68,12 @@ def percentile(text: str) -> float:
     return value
 
 
-def act_bits(text: str, least: int = 4) -> int | None:
-    """`--act-bits` as a number, which goes down to `least`; None where activations stay float.
+def act_bits(given: str | int, least: int = 4) -> int | None:
+    """`--act-bits`, a number from 8 down to `least` or 'none', as a number; None where activations stay float.
 
     Raises InputError for anything else.
     """
+    text = str(given)
     if text == "none":
         return None
     if text not in map(str, range(least, 9)):
@@ -77,15 +81,20 @@ def act_bits(text: str, least: int = 4) -> int | None:
     return int(text)
 
 
-def trained_act_bits(text: str) -> int | None:
+def trained_act_bits(given: str | int) -> int | None:
     """`act_bits` of training, which goes down to 1."""
-    return act_bits(text, 1)
+    return act_bits(given, 1)
 
 
-def keep(patterns: Sequence[str]) -> dict[str, int]:
+def _lines(patterns: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
+    """Options NAME=VALUE, which the Python API gives as a mapping too."""
+    return [f"{name}={value}" for name, value in patterns.items()] if isinstance(patterns, Mapping) else patterns
+
+
+def keep(patterns: Mapping[str, int] | Sequence[str]) -> dict[str, int]:
     """`PATTERN=BITS` options as a mapping. Raises InputError for anything else."""
     kept = {}
-    for text in patterns:
+    for text in _lines(patterns):
         pattern, _, bits = text.rpartition("=")
         if not pattern or not (bits.isascii() and bits.isdigit()):
             raise InputError(f"--keep {text} is not PATTERN=BITS, for example --keep 'classifier=8'")
@@ -95,10 +104,10 @@ def keep(patterns: Sequence[str]) -> dict[str, int]:
     return kept
 
 
-def keep_forms(patterns: Sequence[str], usual_dim: int = 1) -> dict[str, tuple[int, int]]:
+def keep_forms(patterns: Mapping[str, object] | Sequence[str], usual_dim: int = 1) -> dict[str, tuple[int, int]]:
     """`PATTERN=BITS` or `PATTERN=BITSxDIM` options as (bits, dim). Raises InputError for anything else."""
     kept = {}
-    for text in patterns:
+    for text in _lines(patterns):
         pattern, _, form = text.rpartition("=")
         bits, _, dim = form.partition("x")
         dim = dim if "x" in form else str(usual_dim)
@@ -108,3 +117,41 @@ def keep_forms(patterns: Sequence[str], usual_dim: int = 1) -> dict[str, tuple[i
             raise InputError(f"--keep {text} is impossible: give 1 to 8 bits, and vectors of 1, 2, 4 or 8")
         kept[pattern] = int(bits), int(dim)
     return kept
+
+
+def parts(text: str | Sequence[str]) -> tuple[str, ...]:
+    """`--parts`, names with commas between them or 'none', as names. Raises InputError for what does not exist."""
+    if isinstance(text, str):
+        text = () if text == "none" else tuple(text.split(","))
+    for name in text:
+        one_of("--parts", "equalize", "absorb", "correct")(name)
+    return tuple(text)
+
+
+def delta(given: str | float) -> float | None:
+    """`--delta`: a number from 0 up, or None for 'hessian'. Raises InputError for anything else."""
+    if given == "hessian":
+        return None
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise InputError(f"--delta {given} is impossible: give a number from 0 up, or hessian")
+    return value
+
+
+MEASURED_BITS = (8, 4, 3, 2, 1)  # widths that `r2 analyze` measures
+
+
+def sqnr_floor(text: str) -> tuple[float, int]:
+    """`--min-sqnr DB@BITS` as its two numbers. Raises InputError for anything else."""
+    decibel, _, bits = text.partition("@")
+    try:
+        found = float(decibel), int(bits)
+    except ValueError as error:
+        raise InputError(f"--min-sqnr {text} is not DB@BITS, for example 20@4") from error
+    if not math.isfinite(found[0]):
+        raise InputError(f"--min-sqnr {text} would stop nothing or everything: give a number of dB")
+    number_of("--min-sqnr …@", *MEASURED_BITS, what="not measured")(found[1])
+    return found

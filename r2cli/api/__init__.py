@@ -1,0 +1,234 @@
+"""The Python API: what the commands call, for scripts and training loops of one's own.
+
+    result = r2cli.quantize("model.safetensors", None, r2cli.PtqConfig(weight_bits=3))
+    r2cli.export(result, "model.onnx")
+    assert r2cli.verify("model.onnx", result).passed
+
+A network is a `torch.nn.Module`, the path of a checkpoint, a `Checkpoint`, or what another function returned. Data is
+what `load_data` gives, a name such as "digits", or None: the data that the checkpoint names. Nothing is printed, no
+file is written unless a path is given, and errors are those of `r2cli.errors`.
+"""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from r2cli import data as datasets
+from r2cli.analyze import analysis, views
+from r2cli.analyze.analysis import Analysis
+from r2cli.api import inputs
+from r2cli.calibration import deployed
+from r2cli.calibration.result import Result
+from r2cli.config.groups import Inputs, Preparation
+from r2cli.config.inspection import AnalyzeConfig
+from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
+from r2cli.data import Data
+from r2cli.deploy import onnx_export
+from r2cli.deploy import verify as proof_of
+from r2cli.deploy.verify import Proof
+from r2cli.errors import InputError
+from r2cli.models import require_fit
+from r2cli.palettize import palettization
+from r2cli.palettize.palettization import PaletteResult
+from r2cli.ptq import quantize as post_training
+from r2cli.ptq.quantize import PtqResult
+from r2cli.qat import quantization_aware
+from r2cli.qat.quantization_aware import QatResult, Trainable
+from r2cli.storage import checkpoint
+from r2cli.storage.checkpoint import Checkpoint, ModelSpec
+from r2cli.train import pretraining
+from r2cli.train.pretraining import Pretrained
+from r2cli.train.regularizers import Regularizer, RegularizerSpec, default_strength
+from r2cli.train.reporter import SILENT, Reporter
+
+Network = nn.Module | Checkpoint | Result | Pretrained | str | Path
+PROOF_BATCH = 256  # images that the proof runs at once
+CPU = torch.device("cpu")
+
+load_data = datasets.load
+
+
+def pretrain(
+    network: nn.Module | str,
+    data: Data | str = "digits",
+    config: PretrainConfig | None = None,
+    *,
+    state: Path | None = None,
+    reporter: Reporter = SILENT,
+) -> Pretrained:
+    """Train a float network, by its name or in place, with a regularizer of its weights' range.
+
+    `state` is a file that keeps the last whole epoch. Raises R2Error where training diverges.
+    """
+    source = datasets.load(data) if isinstance(data, str) else data
+    name = network if isinstance(network, str) else ""
+    spec = inputs.model_spec(Preparation(), name, source) if name else _spec_of(network, source)  # type: ignore[arg-type]
+    config = config or PretrainConfig()
+    run = pretraining.ready(spec, source, config, recorded={"data": datasets.recorded(source.name)})
+    model = pretraining.network_of(run) if isinstance(network, str) else network
+    with _kept(state) as path:
+        return pretraining.train(run, model, path, reporter=reporter)
+
+
+def quantize(
+    network: Network, data: Data | str | None = None, config: PtqConfig | None = None, *, reporter: Reporter = SILENT
+) -> PtqResult:
+    """Quantize a float network without training. The same work as `r2 ptq`, and the same bytes.
+
+    Raises InputError for what does not fit the network.
+    """
+    config = config or PtqConfig()
+    made, source = _read(network, data)
+    looks = post_training.looks_at_images(config, has_data=data is not None)
+    count = datasets.calibration_count(config.calibration, source) if looks else 0
+    return post_training.quantize(made, source, config, calibration=count, reporter=reporter)
+
+
+def finetune(
+    network: Network,
+    data: Data | str | None = None,
+    config: QatConfig | None = None,
+    *,
+    state: Path | None = None,
+    reporter: Reporter = SILENT,
+) -> QatResult:
+    """Train a float network with weights and activations on few levels, as `r2 qat` does.
+
+    `state` is a file that keeps the last whole epoch. Raises R2Error where training diverges.
+    """
+    config = config or QatConfig()
+    made, source = _read(network, data)
+    run = quantization_aware.ready(made, source, config)
+    with _kept(state) as path:
+        return quantization_aware.train(run, path, reporter=reporter)
+
+
+def palettize(
+    network: Network,
+    data: Data | str | None = None,
+    config: PalettizeConfig | None = None,
+    *,
+    state: Path | None = None,
+    reporter: Reporter = SILENT,
+) -> PaletteResult:
+    """Compress weights to indices into small tables, as `r2 palettize` does.
+
+    `state` is a file that keeps the last whole epoch of training. Raises R2Error where training diverges.
+    """
+    config = config or PalettizeConfig()
+    made, source = _read(network, data)
+    run = palettization.ready(made, source, config)
+    with _kept(state) as path:
+        return palettization.compress(run, path, reporter=reporter)
+
+
+def prepare(network: Network, data: Data | str | None = None, config: QatConfig | None = None) -> Trainable:
+    """The network with quantizers, a module to train in a loop of one's own; its `freeze()` gives the result."""
+    config = config or QatConfig()
+    made, source = _read(network, data)
+    return Trainable(quantization_aware.ready(made, source, config))
+
+
+def regularizer(network: nn.Module, name: str, strength: float | None = None, *, dim: int = 1) -> Regularizer:
+    """A range regularizer for a loop of one's own: call its `add_gradients()` between `backward()` and `step()`.
+
+    Its `parameters` (margin's M, soft-min-max's alpha) go to the optimizer. `strength` is lambda, by default the
+    paper's 0.01; `dim` the vector length of a later palette. Raises InputError for an unknown name.
+    """
+    usual = default_strength(name, size=224, images=0)
+    return Regularizer(RegularizerSpec(name, usual if strength is None else strength, dim=dim), network)
+
+
+def export(network: Network, path: str | Path | None = None) -> bytes:
+    """The network as an ONNX file, float or with integer weights; written to `path`, atomically, where one is given."""
+    content = onnx_export.to_bytes(_checkpoint_of(network))
+    if path is not None:
+        checkpoint.write_atomically(Path(path), content)
+    return content
+
+
+def verify(path: str | Path, against: Network, data: Data | str | None = None, *, reporter: Reporter = SILENT) -> Proof:
+    """The proof of the ONNX file at `path` against the network that it was made from, on the test images.
+
+    Raises InputError where the file is not a readable ONNX model.
+    """
+    made, source = _read(against, data)
+    with reporter.bar("prove", len(source.test)) as progress:
+
+        def batches() -> Iterator[datasets.Batch]:
+            for images, labels in source.test.batches(PROOF_BATCH, CPU):
+                yield images, labels
+                progress.advance(len(labels))
+
+        return proof_of.prove(Path(path), made, deployed.network(made), batches())
+
+
+def analyze(path: str | Path, config: AnalyzeConfig | None = None, *, reporter: Reporter = SILENT) -> list[Analysis]:
+    """What the weights of a file lose at few bits: an analysis of each view of it (as trained, folded, decoded).
+
+    Raises InputError for a file that cannot be read.
+    """
+    config = config or AnalyzeConfig()
+    found = views.chosen(Path(path), config.view, everything=config.everything)
+    layers = analysis.matching([view.layers for view in found], config.only)
+    with reporter.bar("analyze", sum(map(analysis.total, layers))) as progress:
+        return views.measured(found, layers, config, progress.advance)
+
+
+def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:
+    """The checkpoint and the data that a function works on. Raises InputError where there is no data for a module."""
+    if isinstance(network, str | Path) and not isinstance(data, Data):
+        made, source = inputs.load(Inputs(source=Path(network), data=data))
+        return made, source
+    if isinstance(network, nn.Module):
+        if data is None:
+            raise InputError(f"{type(network).__name__} needs the data that it is for: give a name or `load_data(...)`")
+        source = datasets.load(data) if isinstance(data, str) else data
+        return _of_module(network, source), source
+    made = _checkpoint_of(network)
+    if isinstance(data, Data):
+        inputs.require_classes(made.origin, made.class_names, data)
+        return made, data
+    named = data or datasets.named_in(made.history, made.origin)
+    return made, datasets.load(named, spec=made.input)
+
+
+def _checkpoint_of(network: Network) -> Checkpoint:
+    if isinstance(network, Checkpoint):
+        return network
+    if isinstance(network, Result | Pretrained):
+        return network.checkpoint
+    if isinstance(network, nn.Module):
+        raise InputError("a module alone does not say how it is fed: give what `quantize` or `pretrain` returned")
+    return checkpoint.load(Path(network))
+
+
+def _spec_of(network: nn.Module, source: Data) -> ModelSpec:
+    """A spec that makes copies of `network`; its name is the class's."""
+    template = copy.deepcopy(network)
+    kind = type(network)
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    return ModelSpec(name, len(source.class_names), source.input.channels, factory=lambda: copy.deepcopy(template))
+
+
+def _of_module(network: nn.Module, source: Data) -> Checkpoint:
+    """The float checkpoint of a module. Raises InputError where it does not take the images of `source`."""
+    spec = _spec_of(network, source)
+    training = network.training
+    require_fit(network, spec, source.input.shape)
+    network.train(training)
+    floats = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+    made = Checkpoint(spec, source.input, source.class_names, floats, origin=spec.name)
+    return made.then("import", {"data": datasets.recorded(source.name), "model": spec.described()}, {})
+
+
+@contextmanager
+def _kept(state: Path | None) -> Iterator[Path]:
+    """Where a run keeps its last whole epoch: the file that is given, or one that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield state or Path(folder) / "state.safetensors"

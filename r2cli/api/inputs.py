@@ -1,0 +1,205 @@
+"""What the work is done on: a checkpoint of r2's, or a network and weights from elsewhere, with their data."""
+
+import ast
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from r2cli import data as datasets
+from r2cli import models
+from r2cli.config.groups import DEFAULT_SOURCE, Inputs, NewNetwork, Preparation
+from r2cli.errors import InputError
+from r2cli.models import own as own_code
+from r2cli.models import text
+from r2cli.storage import checkpoint, foreign
+from r2cli.storage.keywords import is_own, require_safe
+from r2cli.train import loop
+
+
+def load_data(
+    given: Preparation,
+    name: str | None,
+    *,
+    default: str,
+    spec: checkpoint.InputSpec | None = None,
+    model: str | None = None,
+) -> datasets.Data:
+    """The data set `name`, by default `default`, with the preprocessing of `spec` or of `given`; text by the tokenizer
+    of `model`.
+
+    Raises InputError for preprocessing beside a checkpoint's own, and as `data.load` does.
+    """
+    mean, std = numbers("--mean", given.mean), numbers("--std", given.std)
+    more: dict[str, Any] = {"directory": given.data_dir, "workers": given.workers}
+    if spec is not None:
+        for option, value in {"--size": given.size, "--mean": mean, "--std": std}.items():
+            if value is not None:
+                raise InputError(f"{option} does not apply: the checkpoint says how its input is prepared")
+        if name is None:
+            return datasets.load_named_in_file(default, spec=spec, **more)
+        return datasets.load(name, spec=spec, **more)
+    tokenizer = datasets.packed(text.tokenizer(model)) if model and text.has(model) else None
+    return datasets.load(name or default, size=given.size, mean=mean, std=std, tokenizer=tokenizer, **more)
+
+
+def model_spec(
+    given: Preparation, name: str, source: datasets.Data, width: float | None = None
+) -> checkpoint.ModelSpec:
+    """The spec of network `name` for the images of `source`, with the keywords of `given`."""
+    return models.spec(
+        name,
+        classes=len(source.class_names),
+        channels=source.input.channels,
+        size=source.input.size,
+        width=width,
+        stem=given.stem,
+        args=arguments(given.model_arg),
+    )
+
+
+NOISE = "noise"  # the images of a network whose data is not there
+
+
+def load(
+    given: Inputs, *, needed: bool = True, tell: Callable[[str], None] = lambda text: None
+) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+    """The checkpoint that `given` names, with its data; with --weights, those weights in the named network.
+
+    `tell` gets what the file of weights holds beside the network. Where data is not `needed` and the checkpoint only
+    says that it was a folder, images of noise stand in for it. Raises InputError for options that contradict each
+    other, weights of another architecture, data of other classes.
+    """
+    if given.weights is not None:
+        return _foreign(given, tell)
+    names_code = given.model is not None and is_own(given.model)
+    for option, value in (("--model-arg", () if names_code else given.model_arg), ("--stem", given.stem)):
+        if value:
+            raise InputError(f"{option} belongs to --weights: a checkpoint says how its network is made")
+    made = checkpoint.load(given.source or DEFAULT_SOURCE)
+    if given.model is not None:
+        made = _with_code(made, given.model, given.model_arg)
+    own = datasets.named_in(made.history, made.origin)
+    if not needed and given.data is None and own == "imagefolder":
+        spec = f"fake:{made.input.channels}x{made.input.size}x{made.input.size}:{len(made.class_names)}"
+        return made, replace(datasets.load(spec, spec=made.input), name=NOISE)
+    loaded = load_data(given, given.data, default=own, spec=made.input)
+    require_classes(made.origin, made.class_names, loaded)
+    return made, loaded
+
+
+def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+    assert given.weights is not None
+    if given.model is None:
+        raise InputError(f"--weights {given.weights} needs its network: give --model NAME or --model FILE.py:FACTORY")
+    if given.data is None:
+        raise InputError(f"--weights {given.weights} needs the data it is for: give --data, as imagefolder:DIR")
+    loaded = load_data(given, given.data, default="", model=given.model)
+    spec = model_spec(given, given.model, loaded)
+    model = models.build(spec)
+    models.require_fit(model, spec, loaded.input.shape)
+    state, beside = foreign.load(given.weights, model, spec.name)
+    if beside:
+        tell(told_of_beside(given.weights, beside))
+    made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, state, origin=str(given.weights))
+    options = {"data": datasets.recorded(given.data), "weights": given.weights.name, "model": spec.described()}
+    return made.then("import", options, {}), loaded
+
+
+def new_network(given: Inputs, seed: int) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+    """A network of `given.model` that nobody has trained, with its data."""
+    assert given.model is not None
+    name = given.data or "digits"
+    loaded = load_data(given, name, default=name, model=given.model)
+    spec = model_spec(given, given.model, loaded)
+    loop.seed_everything(seed)
+    model = models.build(spec)
+    models.require_fit(model, spec, loaded.input.shape)
+    made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, model.state_dict(), origin=spec.name)
+    options = {"data": datasets.recorded(name), "model": spec.described()}
+    return made.then("new", options, {}), loaded
+
+
+def start_from(
+    network: nn.Module, given: NewNetwork, spec: checkpoint.ModelSpec, *, tell: Callable[[str], None]
+) -> None:
+    """Give a fresh `network` the weights that `given` names, in place: a file's, or a text model's pre-trained ones.
+
+    Raises InputError where they do not fit.
+    """
+    if given.weights is not None:
+        tensors, beside = foreign.load(given.weights, network, spec.name)
+        network.load_state_dict(tensors)
+        if beside:
+            tell(told_of_beside(given.weights, beside))
+    elif text.has(given.model):
+        fresh = text.start(network, given.model)
+        tell(f"weights of {given.model}; new are {', '.join(fresh) or 'none'}")
+
+
+def told_of_beside(path: Path, beside: Sequence[str]) -> str:
+    """What a file of weights holds that the network has no place for, and that it stays there."""
+    named = ", ".join(beside[:3]) + (", …" if len(beside) > 3 else "")
+    return f"{path}: {len(beside)} tensors that stand beside the network were not used: {named}"
+
+
+def _with_code(made: checkpoint.Checkpoint, name: str, args: Sequence[str]) -> checkpoint.Checkpoint:
+    """`made` with the user's own factory, which its file only names, and with the keywords `args` or else its own."""
+    if not is_own(made.model.name):
+        raise InputError(f"{made.origin} is a checkpoint of {made.model.name}: --model belongs to --weights")
+    if own_code.label(name) != made.model.name:
+        raise InputError(f"{made.origin} was made by {made.model.name}, not by {name}: name that one with --model")
+    if not args:
+        require_safe(made.model.name, made.model.args, made.origin)
+    keywords = arguments(args) if args else made.model.args
+    return replace(made, model=replace(made.model, factory=own_code.factory(name), args=keywords))
+
+
+def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Data) -> None:
+    """Raises InputError where a data set's classes are not those, in that order, that the network tells apart."""
+    if tuple(class_names) != loaded.class_names:
+        pairs = itertools.zip_longest(class_names, loaded.class_names, fillvalue="nothing")
+        own, other = next((own, other) for own, other in pairs if own != other)
+        raise InputError(
+            f"{loaded.name} has the class '{other}' where {origin} was trained on '{own}': give the data of its classes"
+        )
+
+
+def arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` options as keywords: numbers, True, False, None and lists as Python writes them, else text."""
+    out = {}
+    for given in texts:
+        name, sign, value = given.partition("=")
+        if not sign or not name.isidentifier():
+            raise InputError(f"--model-arg {given} is not NAME=VALUE, for example --model-arg width_mult=0.5")
+        try:
+            out[name] = _plain(ast.literal_eval(value))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            out[name] = value
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back; ValueError for what JSON does not hold."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | bool | None) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(value)
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Numbers with commas between them. Raises InputError for anything else."""
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} {text} is not one number or one a channel: give for example 0.5,0.5,0.5") from error
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"{option} {text} is impossible: give finite numbers")
+    return values

@@ -1,0 +1,99 @@
+"""Configs become options: a command takes configs, and its Typer signature has one option a field.
+
+@command
+def ptq(config: PtqConfig, inputs: Inputs, gates: CompressionGates, output: PtqOutput) -> Report: ...
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from r2cli.config.option import Config, Option, flag_of
+
+Report = Mapping[str, Any]
+
+# What the parser raises for a wrong command line, whichever module of typer's defines it.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def command(function: Callable[..., Report]) -> Callable[..., Report]:
+    """`function` with one keyword parameter for each field of the configs that it takes, as Typer reads them.
+
+    Parameters that are no configs, such as Typer's context, stay as they are.
+    """
+    hints = get_type_hints(function)
+    taken: dict[str, type[Config]] = {}
+    parameters: list[inspect.Parameter] = []
+    for name in inspect.signature(function).parameters:
+        kind = hints[name]
+        if isinstance(kind, type) and issubclass(kind, Config):
+            taken[name] = kind
+        else:
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+    parameters += [parameter for kind in taken.values() for parameter in _parameters(kind)]
+
+    def run(**given: Any) -> Report:
+        made = {name: _made(kind, given) for name, kind in taken.items()}
+        own = {name: value for name, value in given.items() if name in hints}
+        return function(**made, **own)
+
+    # Typer reads these two, and nothing else, of a function (functools.wraps would show it the configs).
+    run.__signature__ = inspect.Signature(parameters, return_annotation=Report)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
+
+
+def _parameters(kind: type[Config]) -> tuple[inspect.Parameter, ...]:
+    hints = get_type_hints(kind)
+    return tuple(
+        inspect.Parameter(
+            own.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_default(own.default, own.metadata["option"]),
+            annotation=Annotated[
+                _given(hints[own.name], own.metadata["option"]), _typer(own.name, own.metadata["option"])
+            ],
+        )
+        for own in fields(kind)
+    )
+
+
+def _given(hint: Any, told: Option) -> Any:
+    return hint if told.given is None else told.given
+
+
+def _default(default: Any, told: Option) -> Any:
+    """The default on the command line: an empty sequence is not given there, and a text without default must be."""
+    if told.is_argument and default == "":
+        return inspect.Parameter.empty
+    assert default is not MISSING
+    return None if default == () else default
+
+
+def _typer(name: str, told: Option) -> Any:
+    """The field as Typer's option or argument; its check runs while the line is read, of a recipe's steps too."""
+
+    def checked(value: Any) -> Any:
+        if told.check is not None and value is not None and value != []:
+            told.check(value)
+        return value
+
+    if told.is_argument:
+        return typer.Argument(help=told.help, show_default=False)
+    bounds = {"min": told.least, "max": told.most}
+    flags = told.flags or (flag_of(name, told),)
+    return typer.Option(*flags, help=told.help, rich_help_panel=told.panel, callback=checked, **bounds)  # type: ignore[arg-type]
+
+
+def _made(kind: type[Config], given: Mapping[str, Any]) -> Config:
+    """The config of what was given. Raises InputError as the config does."""
+    own = {each.name: given[each.name] for each in fields(kind)}
+    return kind(**{name: () if value is None and _is_sequence(kind, name) else value for name, value in own.items()})
+
+
+def _is_sequence(kind: type[Config], name: str) -> bool:
+    return next(each for each in fields(kind) if each.name == name).default == ()

@@ -1,0 +1,180 @@
+"""`PalettizeConfig` to palettes: what is asked for becomes a plan, by k-means alone or with training."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from r2cli import data
+from r2cli.calibration import deployed, observers
+from r2cli.calibration.result import Result
+from r2cli.config import groups, values
+from r2cli.config.methods import PalettizeConfig
+from r2cli.data import Batch, Data
+from r2cli.errors import InputError
+from r2cli.palettize import palettes, soft_training
+from r2cli.palettize.palettes import PaletteSettings, PaletteTask, PalettizedLayer
+from r2cli.palettize.soft_training import PalettePlan, PaletteRunControl, Schedule
+from r2cli.storage.checkpoint import Checkpoint
+from r2cli.train import distributed, loop
+from r2cli.train.hooks import Epoch
+from r2cli.train.loop import ADAMW, TrainSettings
+from r2cli.train.reporter import SILENT, Reporter
+
+LR, ADAMW_LR = 0.02, 1e-4
+WARM_UP = 0.05  # share of the steps in which the rate rises
+RATIO = 0.3  # of dkm: a network with small weights, as after soft-min-max, is thrown out without it
+CLIP, CLIP_FEW, FEW = 1.0, 5.0, 2  # of dkm; where many centroids share a small layer's weights its softmax is steep
+
+
+@dataclass(frozen=True)
+class PaletteResult(Result):
+    """`epochs` are what each epoch came to, with the share of top-1 between soft and hard assignments as `gap`."""
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PaletteRun:
+    """Work that is ready to start: with training by `plan`, or by k-means alone. `options` are what it depends on."""
+
+    task: PaletteTask
+    plan: PalettePlan | None
+    source: Data
+    weighs: bool
+    options: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer over all epochs; layers, where nothing is trained."""
+        if self.plan is None:
+            return sum(tensor.ndim > 1 for tensor in self.task.checkpoint.floats.values())
+        epoch = loop.steps_per_epoch(len(self.source.train), self.plan.loop.batch_size)
+        return self.plan.loop.epochs * epoch
+
+
+def settings_of(config: PalettizeConfig, method: str) -> PaletteSettings:
+    """The settings that `config` asks for."""
+    acts = config.activation_bits
+    return PaletteSettings(
+        method,
+        config.bits,
+        config.dim,
+        config.group_size,
+        config.lut_bits,
+        acts,
+        values.keep_forms(config.keep, config.dim),
+        config.act_range or observers.usual(acts or 8),
+        config.embeddings,
+    )
+
+
+def require_consistent(config: PalettizeConfig, method: str, *, is_network: bool) -> None:
+    """Raises InputError for options that do not go together, or not with a file that holds no network."""
+    if not is_network and (method != "kmeans" or config.weigh != "none"):
+        what = f"--method {method}" if method != "kmeans" else f"--weigh {config.weigh}"
+        raise InputError(f"{what} needs a network and its data, and the file has none: give --method kmeans alone")
+    if method != "kmeans" and config.weigh != "none":
+        raise InputError(f"--weigh {config.weigh} belongs to --method kmeans")
+    if method == "dkm" and config.epochs <= config.hard_epochs:
+        raise InputError("--hard-epochs leaves none of --epochs soft: give fewer")
+
+
+def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun:
+    """The work that `config` asks for, on the float network `made` and the images of `source`.
+
+    Raises InputError for options that do not go together, and for more images than there are.
+    """
+    method = config.method or "dkm"
+    require_consistent(config, method, is_network=True)
+    where = loop.device(config.device)
+    calibration = data.calibration_count(config.calibration, source)
+    settings = settings_of(config, method)
+    if not calibration and (settings.act_bits or method != "kmeans" or config.weigh != "none"):
+        raise InputError("--calibration 0 leaves no images to work on: give --method kmeans and --act-bits none")
+
+    def batches() -> Iterator[Batch]:
+        return data.calibration(source, calibration, where, config.seed)
+
+    options: dict[str, Any] = {**settings.__dict__, "calibration": calibration, "seed": config.seed}
+    plan = None
+    if method == "kmeans":
+        options["weigh"] = config.weigh
+    else:
+        training = _training(config, method, loop.precision(config.precision, where), is_text=made.input.is_text)
+        hard = config.hard_epochs if method == "dkm" else 0
+        schedule = Schedule(config.epochs, hard, config.temperature, config.temperature / 10)
+        plan = PalettePlan(training, schedule, config.iterations, config.lut_lr)
+        options |= {**training.__dict__, "hard_epochs": config.hard_epochs, "temperature": config.temperature}
+        options |= {"iterations": config.iterations, "lut_lr": config.lut_lr}
+    task = PaletteTask(made, settings, batches if calibration else None, where, config.seed)
+    return PaletteRun(task, plan, source, config.weigh == "fisher", options)
+
+
+def _training(config: PalettizeConfig, method: str, precision: str, *, is_text: bool) -> TrainSettings:
+    optimizer = groups.usual_optimizer(config.optimizer, is_text=is_text)
+    usual = ADAMW_LR if optimizer == ADAMW else LR
+    clip_ratio, clip_grad = config.clip_ratio, config.clip_grad
+    if method == "dkm":
+        clip_ratio = RATIO if clip_ratio is None else clip_ratio
+        clip_grad = (CLIP_FEW if config.bits <= FEW else CLIP) if clip_grad is None else clip_grad
+    return TrainSettings(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=usual if config.lr is None else config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        warmup=WARM_UP,
+        label_smoothing=0.0,
+        reg_lr=0.0,
+        seed=config.seed,
+        clip_grad=clip_grad,
+        clip_ratio=clip_ratio,
+        precision=precision,
+        optimizer=optimizer,
+    )
+
+
+def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Reporter = SILENT) -> PaletteResult:
+    """Palettes for the network of `run`; `state` is where training keeps its last whole epoch.
+
+    Raises R2Error where training diverges.
+    """
+    task, source = run.task, run.source
+    loop.seed_everything(task.seed)
+    before = loop.evaluate(deployed.network(task.checkpoint).to(task.device), source.test, task.device)
+    reporter.note(f"palettizing {task.checkpoint.origin}: float top-1 {before:.2f} %")
+    epochs: list[dict[str, float]] = []
+    if run.plan is None:
+        with reporter.bar("k-means", run.steps) as progress:
+            coded, layers = palettes.by_kmeans(task, weigh=run.weighs, advance=progress.advance)
+    else:
+        with reporter.bar(task.settings.method, run.steps) as progress:
+
+            def told(epoch: Epoch, gap: float) -> None:
+                epochs.append({**epoch.__dict__, "gap": gap})
+                progress.line(_line(epoch, task, run.plan, gap))
+
+            control = PaletteRunControl(state, resume, progress.advance, told)
+            coded, layers = soft_training.by_training(task, run.plan, source, control)
+    distributed.end_others()
+    details = {**sizes(layers), "epochs": epochs}
+    coded = coded.then("palettize", run.options, {"float_top1": before})
+    return PaletteResult(coded, layers, before, run.options, details, epochs=epochs)
+
+
+def sizes(layers: Sequence[PalettizedLayer]) -> dict[str, float]:
+    """Bits a weight over all layers, tables and scales included, as they are and entropy-coded."""
+    count = sum(math.prod(layer.shape) for layer in layers)
+    size = sum(layer.size * math.prod(layer.shape) for layer in layers) / count
+    coded = sum(layer.entropy_coded * math.prod(layer.shape) for layer in layers) / count
+    return {"bits_per_weight": size, "entropy_coded_bits": coded}
+
+
+def _line(epoch: Epoch, task: PaletteTask, plan: PalettePlan | None, gap: float) -> str:
+    total = plan.loop.epochs if plan else 0
+    return (
+        f"epoch {epoch.epoch:>{len(str(total))}}/{total}  loss {epoch.loss:.4f}  hard top-1 {epoch.top1:.2f} %  "
+        f"soft to hard {100 * gap:.1f} %  {epoch.images_per_second:,.0f} images/s"
+    )

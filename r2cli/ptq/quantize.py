@@ -1,0 +1,163 @@
+"""`PtqConfig` to codes: what is asked for becomes settings, bits and grids are chosen, and the network is quantized."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2cli import data
+from r2cli.calibration import deployed, observers
+from r2cli.calibration.result import Result
+from r2cli.config import values
+from r2cli.config.methods import PtqConfig
+from r2cli.data import Data
+from r2cli.errors import InputError
+from r2cli.graph.read import trace
+from r2cli.ptq import auto, equalize, mixed_precision, post_training, weight_grids
+from r2cli.ptq.post_training import BitTarget, ChosenBits, PtqSettings
+from r2cli.storage.checkpoint import Checkpoint
+from r2cli.train import loop
+from r2cli.train.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class PtqResult(Result):
+    """`settings` are those that were chosen, `bits` and `trials` what they were chosen from.
+
+    `calibration` is how many images were looked at. `relu_top1` is the float network's accuracy with ReLU in the place
+    of ReLU6, where that was asked for.
+    """
+
+    settings: PtqSettings = field(kw_only=True)
+    calibration: int = field(kw_only=True)
+    bits: Sequence[ChosenBits] = ()
+    trials: Sequence[auto.Trial] = ()
+    relu_top1: float | None = None
+
+
+def looks_at_images(config: PtqConfig, *, has_data: bool) -> bool:
+    """Whether calibration images are wanted: dfq works without, unless data or a number of images is given."""
+    return config.calibration != 0 and not (config.method == "dfq" and not has_data and config.calibration is None)
+
+
+def settings_of(config: PtqConfig) -> PtqSettings:
+    """The settings that `config` asks for, with the defaults of its method."""
+    bits = config.weight_bits or 8
+    mixed = bool(config.target_bits or config.target_bytes)
+    acts = values.act_bits(config.act_bits)
+    return PtqSettings(
+        config.method,
+        bits,
+        acts,
+        config.granularity or post_training.CHANNEL,
+        values.keep(config.keep),
+        None if config.parts is None else values.parts(config.parts),
+        config.relu6,
+        config.weight_range or weight_grids.usual(config.method, min(mixed_precision.WIDTHS) if mixed else bits),
+        config.act_range or observers.usual(acts or 8),
+        config.symmetric,
+        config.embeddings,
+    )
+
+
+def options_of(config: PtqConfig, settings: PtqSettings, calibration: int) -> dict[str, Any]:
+    """What the work depends on, by the names of options."""
+    return {**settings.__dict__, "calibration": calibration, "seed": config.seed}
+
+
+def bits_again(settings: PtqSettings) -> list[str]:
+    """The bits that mixed precision chose, as options that give the same bytes."""
+    kept = [word for name, bits in settings.keep.items() for word in ("--keep", f"{name}={bits}")]
+    if settings.weight_range != weight_grids.usual(settings.method, settings.weight_bits):
+        kept += ["--weight-range", settings.weight_range]
+    return ["--weight-bits", str(settings.weight_bits), *kept]
+
+
+def trial_again(trials: Sequence[auto.Trial]) -> list[str]:
+    """The best of the trials, as options that give the same bytes."""
+    best = min(trials, key=lambda trial: trial.divergence)
+    form = ["--method", best.method, "--granularity", best.granularity, "--weight-range", best.weight_range]
+    return [*form, "--parts", ",".join(best.parts) or "none"]
+
+
+def quantize(
+    made: Checkpoint, source: Data | None, config: PtqConfig, *, calibration: int, reporter: Reporter = SILENT
+) -> PtqResult:
+    """The float network `made` with codes for weights and grids for activations, from `calibration` images of `source`.
+
+    Without `source` accuracy is not measured, and nothing may look at images. Raises InputError for what does not fit
+    the network or needs images that are not there.
+    """
+    where = loop.device(config.device)
+    settings, chosen_bits = settings_of(config), list[ChosenBits]()
+    batches = data.Again(lambda: data.calibration(source, calibration, where, config.seed) if source else iter(()))
+    if config.target_bits or config.target_bytes:
+        target = BitTarget(config.target_bits, config.target_bytes, config.sensitivity)
+        plain = replace(settings, method="none") if config.method == "auto" else settings
+        plain, chosen_bits = post_training.choose_bits(made, plain, target, batches, where, config.seed)
+        settings = replace(plain, method=config.method)
+    before = None if source is None else loop.evaluate(deployed.network(made).to(where), source.test, where)
+    shown = f"float top-1 {before:.2f} %" if before is not None else "no images, so accuracy is not measured"
+    reporter.note(f"quantizing {made.origin} to {config.suffix}: {shown}")
+    images = data.Again(lambda: (batch for batch, _ in batches)) if calibration else None
+    trials: list[auto.Trial] = []
+    if config.method == "auto":
+        coded, layers, settings, trials = _best(made, settings, config, images, where, reporter)
+    else:
+        with reporter.bar(config.method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
+            coded, layers = post_training.quantize(made, settings, images, where, progress.advance)
+    # What was chosen is recorded, and not what was asked for: the same choice is the same bytes, however it came.
+    options = options_of(config, settings, calibration)
+    relu = _top1_with_relu(made, source, where) if config.method == "dfq" and config.relu6 == "relu" else None
+    details: dict[str, Any] = {
+        "ranges": "calibration" if calibration else "batchnorm",
+        "mixed": [each.__dict__ for each in chosen_bits],
+        "trials": [trial.__dict__ for trial in trials],
+        "again": [*(bits_again(settings) if chosen_bits else []), *(trial_again(trials) if trials else [])],
+    }
+    if config.method == "dfq" and config.relu6 == "relu":
+        details["relu_top1"] = relu
+    return PtqResult(
+        coded.then("ptq", options, {} if before is None else {"float_top1": before}),
+        layers,
+        before,
+        options,
+        details,
+        settings=settings,
+        calibration=calibration,
+        bits=chosen_bits,
+        trials=trials,
+        relu_top1=relu,
+    )
+
+
+def _best(
+    made: Checkpoint,
+    settings: PtqSettings,
+    config: PtqConfig,
+    images: Iterable[Tensor] | None,
+    where: torch.device,
+    reporter: Reporter,
+) -> tuple[Checkpoint, list[post_training.QuantizedLayer], PtqSettings, list[auto.Trial]]:
+    """What `--method auto` keeps, with its settings and all trials."""
+    if images is None:
+        raise InputError("--method auto needs images: give --calibration, or --method dfq, which needs none")
+
+    def tried(trial: auto.Trial) -> None:
+        measured = f"outputs at {trial.sqnr:.1f} dB, {trial.divergence:.2g} nats, {trial.seconds:.1f} s"
+        reporter.note(f"{trial}: {measured}")
+
+    grids = (config.granularity,) if config.granularity else auto.GRIDS
+    rules = (config.weight_range,) if config.weight_range else ()
+    return auto.choose(made, settings, images, where, grids=grids, rules=rules, told=tried)
+
+
+def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) -> float | None:
+    """Top-1 of the float network with ReLU in the place of ReLU6, in percent; None without data."""
+    if source is None:
+        return None
+    net = trace(deployed.network(made))
+    equalize.without_relu6(net)
+    return loop.evaluate(net.to(where), source.test, where)

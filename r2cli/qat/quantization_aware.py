@@ -1,0 +1,175 @@
+"""`QatConfig` to codes: what is asked for becomes a plan, the network trains on it, and its levels become integers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from r2cli import data
+from r2cli.calibration import deployed
+from r2cli.calibration.result import Result
+from r2cli.config import values
+from r2cli.config.methods import QatConfig
+from r2cli.data import Batch, Data
+from r2cli.errors import InputError
+from r2cli.qat import finetune, prepare
+from r2cli.qat.finetune import QatPlan
+from r2cli.qat.prepare import QatSettings, QatTask
+from r2cli.qat.quantizer_placement import Prepared
+from r2cli.storage.checkpoint import Checkpoint
+from r2cli.train import distributed, loop, regularizers
+from r2cli.train.hooks import Epoch, Progress, RunControl
+from r2cli.train.loop import TrainSettings
+from r2cli.train.reporter import SILENT, Reporter
+
+EWGS_LR = 1e-3  # of the quantizers, by Adam: the authors' 1e-5 is for 400 epochs
+WARM_UP = 0.05  # share of the steps in which the rate rises
+# Fewer bits are regularization enough: the share of the usual weight decay that is left, by bits.
+DECAY, DECAY_LEFT = 1e-4, {3: 0.5, 2: 0.25, 1: 0.25}
+
+
+@dataclass(frozen=True)
+class QatResult(Result):
+    """`epochs` are what each epoch of the training came to."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class QatRun:
+    """A training run that is ready to start: `options` are what it depends on."""
+
+    task: QatTask
+    plan: QatPlan
+    source: Data
+    options: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer, over all epochs."""
+        return self.plan.loop.epochs * loop.steps_per_epoch(len(self.source.train), self.plan.loop.batch_size)
+
+
+def require_bits(config: QatConfig) -> None:
+    """Raises InputError for options of another method, and for bits that the method is not defined for."""
+    method = config.method
+    if config.bin_reg and method != "lsq":
+        raise InputError(f"--bin-reg belongs to --method lsq: {method} has no step whose levels weights are drawn to")
+    if str(config.delta) != "0.001" and method != "ewgs":
+        raise InputError(f"--delta belongs to --method ewgs: {method} passes gradients straight through")
+    prepare.require_bits(method, config.weight_bits, f"--weight-bits {config.weight_bits}")
+    for name, bits in values.keep(config.keep).items():
+        prepare.require_bits(method, bits, f"--keep {name}={bits}")
+
+
+def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
+    """The run that `config` asks for, on the float network `made` and the images of `source`.
+
+    Raises InputError as `require_bits` does, and for more images than there are.
+    """
+    require_bits(config)
+    where = loop.device(config.device)
+    source = source if config.images is None else data.with_fewer(source, config.images, config.seed)
+    calibration = data.calibration_count(config.calibration, source)
+    regularizer = None
+    if config.reg != "none":
+        usual = regularizers.default_strength(config.reg, size=source.input.size, images=len(source.train))
+        strength = usual if config.reg_weight is None else config.reg_weight
+        regularizer = regularizers.RegularizerSpec(config.reg, strength)
+    decay = DECAY * DECAY_LEFT.get(config.weight_bits, 1.0) if config.weight_decay is None else config.weight_decay
+    training = TrainSettings(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=decay,
+        warmup=WARM_UP,
+        label_smoothing=0.0,
+        reg_lr=config.lr,
+        seed=config.seed,
+        clip_grad=config.clip_grad,
+        precision=loop.precision(config.precision, where),
+    )
+    quantizer_lr = EWGS_LR if config.method == "ewgs" else config.lr
+    plan = QatPlan(
+        training,
+        quantizer_lr if config.quantizer_lr is None else config.quantizer_lr,
+        distill=config.distill,
+        progressive=config.progressive,
+        bin_reg=config.bin_reg,
+        delta=values.delta(config.delta),
+        norms=config.norms == "again",
+        regularizer=regularizer,
+    )
+    settings = QatSettings(
+        config.method,
+        config.weight_bits,
+        values.trained_act_bits(config.act_bits),
+        values.keep(config.keep),
+        config.activations,
+        config.start,
+    )
+
+    def batches() -> Iterator[Batch]:
+        return data.calibration(source, calibration, where, config.seed)
+
+    task = QatTask(made, settings, batches, where, config.from_scratch)
+    options = {**plan.identity(task), **training.__dict__, "calibration": calibration, "images": config.images}
+    options |= {"reg": regularizer.__dict__ if regularizer else None}
+    return QatRun(task, plan, source, options)
+
+
+def train(
+    run: QatRun, state: Path, *, resume: bool = False, is_new: bool = False, reporter: Reporter = SILENT
+) -> QatResult:
+    """Train, and turn levels into codes; `state` keeps the last whole epoch. A network that `is_new` has no accuracy.
+
+    Raises R2Error where training diverges.
+    """
+    task, source = run.task, run.source
+    loop.seed_everything(run.plan.loop.seed)
+    before = None
+    if not is_new:
+        before = loop.evaluate(deployed.network(task.checkpoint).to(task.device), source.test, task.device)
+    told = "" if before is None else f": float top-1 {before:.2f} %"
+    reporter.note(f"training {task.checkpoint.model.name} on {task.device}{told}")
+    epochs = run.plan.loop.epochs
+    with reporter.bar(task.settings.method, run.steps) as progress:
+        watch = Progress(progress.advance, lambda epoch: progress.line(line(epoch, epochs)))
+        coded, layers, history = finetune.by_training(task, run.plan, source, RunControl(state, resume, watch))
+    distributed.end_others()
+    details = {"trained_top1": history[-1].top1, "epochs": [epoch.__dict__ for epoch in history]}
+    coded = coded.then("qat", run.options, {} if before is None else {"float_top1": before})
+    return QatResult(coded, layers, before, run.options, details, is_new, epochs=history)
+
+
+def line(epoch: Epoch, epochs: int) -> str:
+    """An epoch of training in a line."""
+    return (
+        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  top-1 {epoch.top1:.2f} %  "
+        f"{epoch.images_per_second:,.0f} images/s"
+    )
+
+
+class Trainable(nn.Module):
+    """A network with quantizers, to train in a loop of one's own; `freeze` ends it."""
+
+    def __init__(self, run: QatRun) -> None:
+        super().__init__()
+        self._run = run
+        self._prepared: list[Prepared] = [prepare.prepare(run.task)]  # in a list: no second registration of modules
+        self.net = self._prepared[0].net
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.net(*inputs)
+
+    def freeze(self) -> QatResult:
+        """The trained levels as codes, activations and biases on their grids. Raises R2Error for what is not finite."""
+        prepared, run = self._prepared[0], self._run
+        hooks_of_run = finetune.hooks_of(run.task, run.plan, prepared)
+        hooks_of_run.before_evaluation(run.plan.loop.epochs)
+        coded, layers = prepare.finish(run.task, prepared)
+        return QatResult(coded.then("qat", run.options, {}), layers, None, run.options)

@@ -1,0 +1,152 @@
+"""`PretrainConfig` to a float checkpoint: what is asked for becomes settings, and the network trains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from r2cli import models
+from r2cli.config import groups
+from r2cli.config.methods import PretrainConfig
+from r2cli.data import Data
+from r2cli.storage.checkpoint import Checkpoint, ModelSpec
+from r2cli.train import distributed, loop, regularizers
+from r2cli.train.hooks import Epoch, Progress
+from r2cli.train.loop import ADAMW, TrainSettings
+from r2cli.train.regularizers import RegularizerSpec
+from r2cli.train.reporter import SILENT, Reporter
+
+PAPER_STRENGTH = 0.01
+LR, LR_BATCH = 0.1, 64  # the default rate grows with the batch (Goyal et al. 2017)
+ADAMW_LR, ADAMW_REG_LR = 1e-4, 0.1
+PAPER_REG_LR = 0.01
+
+
+@dataclass(frozen=True)
+class PretrainRun:
+    """A training run that is ready to start. `start` are weights to begin with, fresh ones where it is None."""
+
+    spec: ModelSpec
+    source: Data
+    config: PretrainConfig
+    settings: TrainSettings
+    regularizer: RegularizerSpec | None
+    options: dict[str, Any]
+
+    @property
+    def plan(self) -> str:
+        """The run in a few words."""
+        given, config = self.source.input, self.config
+        size = f"{given.size} tokens" if given.is_text else f"{given.size}x{given.size}"
+        stem = "" if self.spec.factory or given.is_text else f" ({self.spec.stem} stem)"
+        told = "no regularizer"
+        if self.regularizer:
+            told = f"{config.reg} {self.regularizer.strength:g} ({config.reg_form})"
+        return f"{self.spec.name}{stem} on {self.source.name} at {size}, {told}, {config.epochs} epochs"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A float network that was trained: its checkpoint and the epochs of its training."""
+
+    checkpoint: Checkpoint
+    epochs: list[Epoch]
+    parameters: int
+    options: Mapping[str, Any]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `--json` prints of the work, as plain values."""
+        last = self.epochs[-1]
+        return {
+            "parameters": self.parameters,
+            "top1": last.top1,
+            "range_max": last.range_max,
+            "range_mean": last.range_mean,
+            "epochs": [epoch.__dict__ for epoch in self.epochs],
+            "options": dict(self.options),
+        }
+
+
+def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Mapping[str, Any]) -> PretrainRun:
+    """The run that `config` asks for. `recorded` is what the checkpoint's history has of network and data."""
+    regularizer = None
+    if config.reg != "none":
+        strength = _strength(config.reg, source) if config.reg_weight is None else config.reg_weight
+        form = config.reg_form == "stable", config.reg_dim, config.margin_k
+        regularizer = RegularizerSpec(config.reg, strength, *form)
+    optimizer = groups.usual_optimizer(config.optimizer, is_text=source.input.is_text)
+    usual = ADAMW_LR if optimizer == ADAMW else LR * config.batch_size / LR_BATCH
+    rate = usual if config.lr is None else config.lr
+    usual = ADAMW_REG_LR if optimizer == ADAMW else rate if config.reg_form == "stable" else PAPER_REG_LR
+    settings = TrainSettings(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+        label_smoothing=config.label_smoothing,
+        reg_lr=usual if config.reg_lr is None else config.reg_lr,
+        seed=config.seed,
+        clip_grad=config.clip_grad,
+        ema=config.ema,
+        precision=loop.precision(config.precision, loop.device(config.device)),
+        compile=config.compile,
+        optimizer=optimizer,
+    )
+    # No paths of files, no device: the same work gives the same bytes.
+    reg = regularizer.__dict__ if regularizer else None
+    options = {"data": recorded["data"], "model": spec.described(), "reg": reg, **settings.__dict__}
+    options |= {name: value for name, value in recorded.items() if name != "data"}
+    return PretrainRun(spec, source, config, settings, regularizer, options)
+
+
+def _strength(reg: str, source: Data) -> float:
+    """The default strength: for text the paper's 0.01, whatever the size."""
+    if source.input.is_text:
+        return PAPER_STRENGTH
+    return regularizers.default_strength(reg, size=source.input.size, images=len(source.train))
+
+
+def network_of(run: PretrainRun) -> nn.Module:
+    """The network of `run` with fresh weights. Raises InputError where it does not fit the data."""
+    loop.seed_everything(run.config.seed)
+    network = models.build(run.spec)
+    models.require_fit(network, run.spec, run.source.input.shape)
+    return network
+
+
+def train(
+    run: PretrainRun, network: nn.Module, state: Path, *, resume: bool = False, reporter: Reporter = SILENT
+) -> Pretrained:
+    """Train `network` in place; `state` keeps the last whole epoch. Raises R2Error where training diverges."""
+    epochs, source = run.config.epochs, run.source
+    total = epochs * loop.steps_per_epoch(len(source.train), run.config.batch_size)
+    with reporter.bar("pretrain", total) as progress:
+        history = loop.fit(
+            network,
+            source,
+            run.settings,
+            device=loop.device(run.config.device),
+            setting=run.regularizer,
+            state=state,
+            resume=resume,
+            watch=Progress(progress.advance, lambda epoch: progress.line(_line(epoch, epochs))),
+        )
+    distributed.end_others()
+    last = history[-1]
+    metrics = {"top1": last.top1, "range_max": last.range_max, "range_mean": last.range_mean}
+    floats: dict[str, Tensor] = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    made = Checkpoint(run.spec, source.input, source.class_names, floats).then("pretrain", run.options, metrics)
+    return Pretrained(made, history, sum(p.numel() for p in network.parameters()), run.options)
+
+
+def _line(epoch: Epoch, epochs: int) -> str:
+    return (
+        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  penalty {epoch.penalty:.4f}  "
+        f"top-1 {epoch.top1:.2f} %  max|w|/std {epoch.range_mean:.2f} (worst {epoch.range_max:.2f})  "
+        f"{epoch.images_per_second:,.0f} images/s"
+    )
