@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from conftest import R2
 from r2cli.analyze import analysis as worker
 from r2cli.analyze import terminal
-from r2cli.cli import analyze as command
+from r2cli.config import inspection
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,7 +240,7 @@ def test_cells_of_the_small_histogram() -> None:
 
 
 def test_sorts_and_bits_are_those_of_the_worker() -> None:
-    assert set(command.SORTS) == set(worker.SORTS)
+    assert set(inspection.SORTS) == set(worker.SORTS)
 
 
 # --- outputs and gates ---------------------------------------------------------------------------------------------

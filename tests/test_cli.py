@@ -442,6 +442,7 @@ def test_another_architectures_tensors_are_named(r2: R2, model: Path) -> None:
     assert ran.code == 2 and "stages.0.1.conv1.weight" in ran.err and "other.safetensors" in ran.err
 
 
+@pytest.mark.slow
 def test_existing_outputs_are_never_overwritten_unasked(r2: R2, model: Path) -> None:
     Path("model.w8a8-none.onnx").write_text("mine")
     ran = r2("ptq")

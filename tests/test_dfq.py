@@ -39,18 +39,18 @@ def stack(*modules: nn.Module) -> torch.fx.GraphModule:
 
 
 def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
-    made = nn.Linear(len(weight[0]), len(weight), bias=bias_correction is not None)
+    made = nn.Linear(len(weight[0]), len(weight), bias=bias is not None)
     with torch.no_grad():
         made.weight.copy_(torch.tensor(weight))
-        if bias_correction is not None:
-            made.bias.copy_(torch.tensor(bias_correction))
+        if bias is not None:
+            made.bias.copy_(torch.tensor(bias))
     return made
 
 
 def pointwise(weight: list[list[float]], bias: list[float]) -> nn.Conv2d:
     made = nn.Conv2d(len(weight[0]), len(weight), 1)
     with torch.no_grad():
-        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.bias.copy_(torch.tensor(bias_correction))
+        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.bias.copy_(torch.tensor(bias))
     return made
 
 
@@ -98,7 +98,12 @@ def test_a_depthwise_layer_between_two_others_shares_their_channels() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("mobilenet_v1", 16), ("mobilenet_v2", 16), ("resnet8", 16), ("resnet18", 16), ("squeezenet1_1", 32)],
+    [
+        ("mobilenet_v1", 16),
+        ("resnet8", 16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("mobilenet_v2", 16), ("resnet18", 16)]),
+        pytest.param("squeezenet1_1", 32, marks=pytest.mark.slow),
+    ],
 )
 def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: int) -> None:
     spec = models.spec(name, classes=10, channels=3, size=size)

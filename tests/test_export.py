@@ -44,6 +44,7 @@ INTEGER_NODES = {"QLinearConv": 9, "QLinearAdd": 3, "QGemm": 1}
 FLOAT_NODES = {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "ReduceMean"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "granularity"), [(8, "channel"), (4, "unfolded"), (3, "tensor"), (2, "channel")])
 def test_weights_with_zero_points_run_on_integers(bits: int, granularity: str, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, bits, granularity=granularity, symmetric=False)
