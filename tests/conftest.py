@@ -27,7 +27,9 @@ def _is_quick(config: pytest.Config) -> bool:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """All of the quick tests leave no module of r2cli out, or the run fails and names it."""
-    is_whole = session.config.args_source is not pytest.Config.ArgsSource.ARGS and not session.config.option.keyword
+    option = session.config.option
+    is_named = session.config.args_source is pytest.Config.ArgsSource.ARGS
+    is_whole = not (is_named or option.keyword or option.collectonly)
     if exitstatus == pytest.ExitCode.OK and _is_quick(session.config) and is_whole:
         session.config.stash[LEFT_OUT] = left = sorted(modules() - APART - sys.modules.keys())
         session.exitstatus = pytest.ExitCode.TESTS_FAILED if left else exitstatus
