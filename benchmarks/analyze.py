@@ -111,16 +111,17 @@ GROWTH = """
 import sys
 from pathlib import Path
 import torch
-from r2cli import analyze, tensors
+from r2cli.analysis import layer_table
+from r2cli.storage import stream
 torch.set_num_threads(1)
-analyze.row(tensors.from_memory("w", torch.zeros(64, 64), ""), analyze.Settings())
+layer_table.row(stream.from_memory("w", torch.zeros(64, 64), ""), layer_table.AnalyzeSettings())
 def resident(field):
     text = Path("/proc/self/status").read_text()
     return int(text.split(field + ":")[1].split()[0]) / 1024
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-layers, _ = analyze.split(tensors.of_model(Path(sys.argv[1])), everything=False)
-analyze.rows(layers, analyze.Settings(), threads=int(sys.argv[2]), advance=lambda _: None)
+layers, _ = analysis.split(stream.tensors_of_model(Path(sys.argv[1])), everything=False)
+analysis.rows(layers, analysis.AnalyzeSettings(), threads=int(sys.argv[2]), advance=lambda _: None)
 print(resident("VmHWM") - before)
 """
 

@@ -2,7 +2,7 @@
 
 ResNet-18 on 64 random images of 32x32 in float32: with the CIFAR stem, where a step is long, and with the ImageNet
 stem, where it is ten times shorter and the weights are the same. The step is that of `r2cli.train`: channels last,
-forward, backward, regularizer, SGD with Nesterov momentum. "ours" is `r2cli.regularizers` in its stable form, which
+forward, backward, regularizer, SGD with Nesterov momentum. "ours" is train/regularizers.py in its stable form, which
 adds gradients to `.grad` after the backward pass; "autograd" is the obvious formulation of the same loss, added to the
 task's before it. Both give the same gradients, which is checked before anything is timed.
 
@@ -124,7 +124,7 @@ def variant(model: nn.Module, name: str, dim: int, *, autograd: bool) -> Variant
     if name != "none":
         setting = RegularizerSpec(name, default_strength(name, size=SIZE, images=50_000), dim=dim)
         regularizer = Regularizer(setting, model)
-    return Variant(model, regularizer, autograd, loop._optimizers(model, regularizer, SETTINGS, None)[0])
+    return Variant(model, regularizer, autograd, loop.optimizers(model, regularizer, SETTINGS, None)[0])
 
 
 def require_equal(ours: Variant, theirs: Variant, images: Tensor, labels: Tensor) -> None:

@@ -1,6 +1,5 @@
 """What several tests share: hypothesis' profile, `r2` as a function, and one small network that is trained once."""
 
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +10,43 @@ from hypothesis import settings
 
 # The same examples in every run, and no clock, for machines that are shared.
 settings.register_profile("gate", derandomize=True, deadline=None, database=None, max_examples=60)
-settings.load_profile("gate")
+settings.register_profile("quick", settings.get_profile("gate"), max_examples=10)
+
+ROOT = Path(__file__).parent.parent
+# What only a process of its own runs.
+APART = {"r2cli.__main__"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("quick" if _is_quick(config) else "gate")
+
+
+def _is_quick(config: pytest.Config) -> bool:
+    return config.option.markexpr == "not slow"
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """All of the quick tests leave no module of r2cli out, or the run fails and names it."""
+    option = session.config.option
+    is_named = session.config.args_source is pytest.Config.ArgsSource.ARGS
+    is_whole = not (is_named or option.keyword or option.collectonly)
+    if exitstatus == pytest.ExitCode.OK and _is_quick(session.config) and is_whole:
+        session.config.stash[LEFT_OUT] = left = sorted(modules() - APART - sys.modules.keys())
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED if left else exitstatus
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name in config.stash.get(LEFT_OUT, []):
+        terminalreporter.write_line(f"no quick test reaches {name}: every module has one that is not marked slow")
+
+
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+def modules() -> set[str]:
+    """The full names of all modules of r2cli."""
+    files = (ROOT / "r2cli").rglob("*.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
 
 
 @dataclass(frozen=True)
@@ -53,17 +88,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["pretrain", "--model", "resnet8", "--size", "8", "--epochs", "4", "-o", str(path), "--device", "cpu", "--json"]
     )
     return path
-
-
-@pytest.fixture
-def quick_brecq(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BRECQ in 20 steps a block."""
-    from r2cli.ptq import brecq, post_training
-
-    rounds = functools.partial(brecq.round_network, settings=brecq.BrecqSettings(steps=20))
-    monkeypatch.setattr(
-        post_training, "METHODS", {**post_training.METHODS, "brecq": post_training.PtqMethod(whole=rounds)}
-    )
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def seen(module: nn.Module, bound: float | None = None) -> LayerSample:
 @pytest.mark.parametrize("module", CONVS, ids=str)
 def test_rows_are_the_layer_at_its_places(module: nn.Module, bound: float | None) -> None:
     one = seen(module, bound)
-    rows = adaround._rows(one, adaround.AdaroundSettings(rows=10**6))
+    rows = adaround.sample_rows(one, adaround.AdaroundSettings(rows=10**6))
     weight = module.weight
     assert isinstance(weight, Tensor)
     outputs = rows.inputs @ weight.reshape(rows.inputs.shape[0], -1, rows.inputs.shape[2]).transpose(1, 2)
@@ -110,7 +110,7 @@ def test_rows_are_the_layer_at_its_places(module: nn.Module, bound: float | None
     assert float(rows.targets.sum()) == pytest.approx(float(reference.sum()), rel=1e-4)
     paired = float((outputs - rows.targets).square().sum())
     assert paired == pytest.approx(float((wanted - reference).square().sum()), rel=1e-4)
-    assert adaround._error(rows, weight) == pytest.approx(paired / rows.inputs.shape[1], rel=1e-4)
+    assert adaround.output_error(rows, weight) == pytest.approx(paired / rows.inputs.shape[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("bound", [None, torch.inf, 6.0])
@@ -121,12 +121,12 @@ def test_the_slope_is_autograd_s(groups: int, bound: float | None) -> None:
         torch.randn(shape, generator=draw, dtype=torch.float64) * 3
         for shape in ((groups, 40, 5), (groups, 40, 2), (groups, 1, 2), (groups, 2, 5))
     )
-    rows = adaround._Rows(inputs, targets, bias, bound)
+    rows = adaround.Rows(inputs, targets, bias, bound)
     index = torch.arange(0, 40, 2)
     weight.requires_grad_()
     outputs = rows.act(inputs[:, index] @ weight.transpose(1, 2) + bias)
     ((outputs - targets[:, index]).square().sum(2).mean(1)).sum().backward()
-    torch.testing.assert_close(adaround._slope(rows, index, weight.detach()), weight.grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(adaround.error_slope(rows, index, weight.detach()), weight.grad, rtol=1e-10, atol=1e-10)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -174,8 +174,8 @@ def test_codes_are_floors_or_ceilings_and_never_worse(bits: int, per_channel: bo
     codes = chosen.codes.to(real.dtype)
     assert bool(((codes == low) | (codes == high)).all()) and chosen.codec is grid
     assert chosen.codes.dtype == nearest.codes.dtype
-    rows = adaround._rows(one, adaround.AdaroundSettings(rows=10**6))
-    before, after = (adaround._error(rows, c.decode()) for c in (nearest, chosen))
+    rows = adaround.sample_rows(one, adaround.AdaroundSettings(rows=10**6))
+    before, after = (adaround.output_error(rows, c.decode()) for c in (nearest, chosen))
     assert after <= before
     if bits < 8:
         assert after < 0.97 * before
@@ -240,6 +240,7 @@ def test_fewer_images_are_taken_where_memory_is_short(
     assert few == MEMORY // 1024 // (2 * 3 * 4 * 16 * 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "unfolded"])
 def test_adaround_gives_back_what_rounding_takes(made: checkpoint.Checkpoint, granularity: str) -> None:
     source = data.load("digits", spec=made.input)
@@ -260,6 +261,6 @@ def test_a_layer_s_patches_are_unfold_s() -> None:
     conv = nn.Conv2d(3, 2, 3, stride=2, padding=1)
     x = torch.randn(2, 3, 7, 7)
     out = conv(x).shape[2:]
-    every = adaround._patches(x, conv, out, torch.arange(2 * out[0] * out[1]))
+    every = adaround.patches(x, conv, out, torch.arange(2 * out[0] * out[1]))
     unfolded = F.unfold(x, 3, padding=1, stride=2).transpose(1, 2).reshape(1, -1, 27)
     assert every.equal(unfolded)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,15 @@ def hostile(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: x.to(dtype) for name, x in made.items()}
 
 
-CASES = [pytest.param(x, id=f"{str(dtype)[6:]} {name}") for dtype in DTYPES for name, x in hostile(dtype).items()]
+QUICK = {"float32 normal", "float32 zeros of both signs", "bfloat16 a dead channel", "float8_e4m3fn one"}
+
+
+def _case(dtype: torch.dtype, name: str, x: Tensor) -> Any:
+    own = f"{str(dtype)[6:]} {name}"
+    return pytest.param(x, id=own, marks=() if own in QUICK else pytest.mark.slow)
+
+
+CASES = [_case(dtype, name, x) for dtype in DTYPES for name, x in hostile(dtype).items()]
 PIECES = (1 << 17, 64, 7)
 
 
@@ -129,6 +138,7 @@ def test_sqnr_is_that_of_really_rounding(x: Tensor) -> None:
                 assert found.sqnr[granularity]["best"][bits] >= got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty_levels_are_those_without_a_code(dtype: torch.dtype) -> None:
     for name, x in hostile(dtype).items():
@@ -139,6 +149,7 @@ def test_empty_levels_are_those_without_a_code(dtype: torch.dtype) -> None:
             assert found.empty[bits] == 1 - len(grid.encode(x.float()).unique()) / 2**bits, (name, bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_best_ranges_are_near_the_best_there_are(dtype: torch.dtype) -> None:
     """Against 200 scales for every grid: within 0.1 dB per tensor, and per channel, which tries six, within 1 dB."""
@@ -187,6 +198,7 @@ def test_quick_leaves_out_rounding_and_nothing_else() -> None:
             assert getattr(full, name) == getattr(quick, name), name
 
 
+@pytest.mark.slow
 def test_outliers_are_exact_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where too many values lie far out, or the first piece is no measure of the others, the tensor is read again."""
     x = torch.randn(50, 100, generator=torch.Generator().manual_seed(4))
@@ -201,6 +213,7 @@ def test_outliers_are_exact_however_many_there_are(monkeypatch: pytest.MonkeyPat
                     assert row(order, sigma=sigma, piece=piece).outliers == want
 
 
+@pytest.mark.slow
 def test_rows_are_in_order_on_any_number_of_threads_and_progress_is_whole() -> None:
     stored = [from_memory(f"layer{i}", torch.randn(i + 1, 700), "memory") for i in range(20)]
     threads = torch.get_num_threads()
@@ -245,17 +258,19 @@ GROWTH = """
 import sys
 from pathlib import Path
 import torch
-from r2cli import analyze, tensors
+from r2cli.analysis import analysis
+from r2cli.storage import stream
 def resident(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) / 1024
 analyze.row(tensors.from_memory("w", torch.zeros(8, 8), ""), analyze.Settings())
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-analyze.rows(tensors.of_model(Path(sys.argv[1])), analyze.Settings(), threads=2, advance=lambda _: None)
+analysis.rows(stream.tensors_of_model(Path(sys.argv[1])), analysis.AnalyzeSettings(), threads=2, advance=lambda _: None)
 print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to see the memory")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """A file of 128 MB, in two tensors: under 64 MB more than the interpreter with torch holds."""

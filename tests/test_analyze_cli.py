@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from conftest import R2
 from r2cli.analysis import layer_table as worker
 from r2cli.analysis import terminal
-from r2cli.cli import analyze as command
+from r2cli.config import inspection
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +55,7 @@ def report(r2: R2, *arguments: object) -> dict[str, Any]:
 # --- files of every kind -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_float_checkpoint_is_shown_as_trained_and_as_ptq_rounds_it(r2: R2, model: Path) -> None:
     trained, folded = report(r2)["files"]
     assert (trained["view"], folded["view"]) == ("as trained", "folded")
@@ -70,6 +71,7 @@ def test_a_float_checkpoint_is_shown_as_trained_and_as_ptq_rounds_it(r2: R2, mod
             assert layer["sqnr_db"]["channel"]["min_max"][str(bits)] == pytest.approx(rounded[layer["layer"]], abs=0.01)
 
 
+@pytest.mark.slow
 def test_dead_channels_are_folded_as_ptq_folds_them(r2: R2, model: Path) -> None:
     """Folding alone would multiply a filter without variance by some 300."""
     with safe_open(model, framework="pt") as file:
@@ -87,12 +89,14 @@ def test_dead_channels_are_folded_as_ptq_folds_them(r2: R2, model: Path) -> None
     assert any(layer["channels"]["min"][3] == layer["channels"]["max"][3] == 0 for layer in sheet["layers"])
 
 
+@pytest.mark.slow
 def test_views_can_be_chosen(r2: R2, model: Path) -> None:
     assert [sheet["view"] for sheet in report(r2, "--view", "trained")["files"]] == ["as trained"]
     assert [sheet["view"] for sheet in report(r2, "--view", "folded")["files"]] == ["folded"]
     assert r2("analyze", "--view", "sideways").code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4, 3, 1])
 def test_a_coded_checkpoint_and_its_onnx_hold_the_same_decoded_weights(bits: int, r2: R2, model: Path) -> None:
     assert r2("ptq", "--weight-bits", bits, "-o", "q.safetensors").code == 0
@@ -105,6 +109,7 @@ def test_a_coded_checkpoint_and_its_onnx_hold_the_same_decoded_weights(bits: int
     assert {other["reason"] for other in file["others"]} >= {"part of a decoded weight"}
 
 
+@pytest.mark.slow
 def test_a_float_onnx_file_is_read_as_it_is(r2: R2, model: Path) -> None:
     assert r2("export", "-o", "float.onnx").code == 0
     (sheet,) = report(r2, "float.onnx")["files"]
@@ -187,6 +192,7 @@ def test_the_documented_keys_are_those_that_are_printed(r2: R2, foreign: Path) -
     assert set(sheet["others"][0]) == {"name", "shape", "dtype", "reason"}
 
 
+@pytest.mark.slow
 def test_eighty_columns_without_colour_are_enough(foreign: Path) -> None:
     long = "model.layers.31.self_attn.q_proj.weight"
     save_file({long: torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) ** 5}, "long.safetensors")
@@ -207,6 +213,7 @@ def test_eighty_columns_without_colour_are_enough(foreign: Path) -> None:
     assert lines[-1] == "next: r2 analyze long.safetensors x.safetensors -o report.html"
 
 
+@pytest.mark.slow
 def test_the_worst_come_first_and_the_others_are_counted(r2: R2, model: Path) -> None:
     ran = r2("analyze", "--limit", 3, "--view", "trained")
     assert ran.code == 0 and "7 more layers: --limit 0 shows all" in ran.out and "tensors are no layers (" in ran.out
@@ -233,12 +240,13 @@ def test_cells_of_the_small_histogram() -> None:
 
 
 def test_sorts_and_bits_are_those_of_the_worker() -> None:
-    assert set(command.SORTS) == set(worker.SORTS)
+    assert set(inspection.SORTS) == set(worker.SORTS)
 
 
 # --- outputs and gates ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_and_pages_are_written_whole_and_never_over_anything(r2: R2, foreign: Path) -> None:
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF", "html": b"<!doctype html>"}
     outputs = [argument for kind in starts for argument in ("-o", f"out.{kind}")]
@@ -255,6 +263,7 @@ def test_pictures_and_pages_are_written_whole_and_never_over_anything(r2: R2, fo
     assert not list(Path().glob(".*partial"))
 
 
+@pytest.mark.slow
 def test_a_picture_of_thousands_of_layers_is_refused(r2: R2, foreign: Path) -> None:
     save_file({f"l{n}": torch.tensor([[0.0, n + 1.0]]) for n in range(1600)}, "many.safetensors")
     assert r2("analyze", "many.safetensors", "-o", "m.png", "--quick").code == 0
@@ -344,6 +353,7 @@ def test_bad_input_is_one_sentence_that_names_the_file(r2: R2, foreign: Path, mo
     assert not Path("p.html").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_graph_cannot_be_built_is_shown_as_trained(r2: R2, model: Path) -> None:
     state = load_file(model)
     with safe_open(model, framework="pt") as file:
@@ -357,6 +367,7 @@ def test_a_checkpoint_whose_graph_cannot_be_built_is_shown_as_trained(r2: R2, mo
     assert ran.code == 2 and "other.safetensors cannot be folded" in ran.err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_nan_is_counted_not_refused(r2: R2, model: Path) -> None:
     with safe_open(model, framework="pt") as file:
         stored = file.metadata()

@@ -25,6 +25,7 @@ def _settings(bits: int) -> post_training.PtqSettings:
     return post_training.PtqSettings("auto", bits, 8, "channel", {})
 
 
+@pytest.mark.slow
 def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
     made = checkpoint.load(trained)
     shown, told = _shown(made), list[auto.Trial]()
@@ -45,18 +46,30 @@ def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
     assert all(coded.activations[name].scale.equal(same.activations[name].scale) for name in coded.activations)
 
 
-def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path, quick_brecq: None) -> None:
+@pytest.mark.slow
+def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path) -> None:
+    """On the one grid that is asked for."""
     made = checkpoint.load(trained)
     shown = _shown(made)
-    coded, _, own, trials = auto.choose(made, _settings(2), shown, CPU)
-    learned = [trial for trial in trials if trial.method == "brecq"]
-    assert len(trials) == 16 and len(learned) == 4
+    coded, _, own, trials = auto.choose(made, _settings(4), shown, CPU, grids=["tensor"])
+    assert {trial.granularity for trial in trials} == {"tensor"}
+    assert [trial.method for trial in trials] == ["none"] * 6 + ["brecq"] * 2
     best = min(trials, key=lambda trial: trial.divergence)
-    assert best in learned and own.granularity == best.granularity and own.weight_range == best.weight_range
+    assert (own.method, own.parts, own.weight_range) == ("brecq", best.parts, best.weight_range)
     with torch.inference_mode():
         outputs, expected = (torch.cat([deployed.network(one)(x) for x in shown]) for one in (coded, made))
+    # What the trial told in float32, summed again.
     assert sqnr(outputs, expected) == pytest.approx(best.sqnr, abs=1e-3)
     assert auto.divergence(outputs, expected) == pytest.approx(best.divergence, rel=1e-3)
+
+
+def test_one_range_where_it_is_asked_for(trained: Path) -> None:
+    made = checkpoint.load(trained)
+    *_, own, trials = auto.choose(made, _settings(8), _shown(made), CPU, grids=["unfolded"], rules=["mse"])
+    assert [(trial.granularity, trial.weight_range, trial.parts) for trial in trials] == [
+        ("unfolded", "mse", parts) for parts in auto.PARTS
+    ]
+    assert own.granularity == "unfolded" and own.weight_range == "mse"
 
 
 def test_divergence_is_of_probabilities() -> None:
@@ -66,45 +79,40 @@ def test_divergence_is_of_probabilities() -> None:
     assert auto.divergence(found, expected) == pytest.approx(0.5 * (0.5 * math.log((1 + math.e) ** 2 / (4 * math.e))))
 
 
-def test_one_grid_and_one_range_where_they_are_asked_for(trained: Path, quick_brecq: None) -> None:
-    made = checkpoint.load(trained)
-    *_, own, trials = auto.choose(made, _settings(2), _shown(made), CPU, grids=["tensor"], rules=["minmax"])
-    assert {(trial.granularity, trial.weight_range) for trial in trials} == {("tensor", "minmax")}
-    assert [trial.method for trial in trials] == ["none"] * 3 + ["brecq"] * 2 and own.granularity == "tensor"
-
-
 def test_rounding_is_learned_on_the_network_as_it_is_and_equalized() -> None:
     def trial(parts: tuple[str, ...], sqnr: float) -> auto.Trial:
         return auto.Trial("none", "tensor", "minmax", parts, sqnr, 0.1, 0.1)
 
     plain = [trial((), 3.0), trial(("correct",), 9.0)]
-    both = auto._learned(_settings(4), ["tensor"], [], [*plain, trial(post_training.DFQ, 4.0)])
+    both = auto.learned_trials(_settings(4), ["tensor"], [], [*plain, trial(post_training.DFQ, 4.0)])
     assert [(own.method, own.parts, own.weight_range) for own in both] == [
         ("brecq", (), "mse"),
         ("brecq", ("equalize",), "mse"),
     ]
     # Where nothing is equalized the whole of DFQ is its correction.
-    (own,) = auto._learned(_settings(5), ["tensor"], [], [*plain, trial(post_training.DFQ, 9.0)])
+    (own,) = auto.learned_trials(_settings(5), ["tensor"], [], [*plain, trial(post_training.DFQ, 9.0)])
     assert own.parts == () and own.weight_range == "minmax"
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_chose_and_how_to_have_it_again(
-    r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_brecq: None
+    r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(trained.read_bytes())
-    common = ("--weight-bits", 2, "--calibration", 128)
-    first = r2("ptq", "--method", "auto", *common, "-o", "first.safetensors")
+    common = ("--weight-bits", 4, "--calibration", 128, "--json")
+    first = r2("ptq", "--method", "auto", "--granularity", "tensor", *common, "-o", "first.safetensors")
     assert first.code == 0, first.err
-    assert first.err.count("outputs at") == 16
-    line = next(line for line in first.out.splitlines() if "the same again: " in line)
-    assert "chosen of 16 trials" in line and "brecq" in line
-    again = r2("ptq", *line.split("the same again: ")[1].split(), *common, "-o", "again.safetensors")
+    report = json.loads(first.out)
+    best = min(report["trials"], key=lambda trial: trial["divergence"])
+    assert len(report["trials"]) == 8 and best["method"] == "brecq" and "brecq" in report["again"]
+    again = r2("ptq", *report["again"], *common, "-o", "again.safetensors")
     assert again.code == 0, again.err
     for ending in ("safetensors", "onnx"):
         assert Path(f"first.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_lists_the_trials_and_wishes_that_clash_are_refused(
     r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,18 +68,17 @@ class Twice(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("least", [1, 2])
-def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int) -> None:
     torch.manual_seed(0)
     net = trace(Twice().eval())
-    monkeypatch.setattr(brecq.blocks, "__defaults__", (least,))
-    found = brecq.blocks(net)
+    found = brecq.blocks(net, least)
     assert len(found) == (4 if least == 1 else 2)
     x = images(3)
     for block in found:
         x = brecq.run(net, block, x, {})
     assert torch.equal(x, net(images(3)))
     counted: list[None] = []
-    quick = brecq.BrecqSettings(steps=3, batch=2)
+    quick = brecq.BrecqSettings(steps=3, batch=2, least=least)
     coded, biases = brecq.round_network(net, images(3), nearest(net, 3), lambda: counted.append(None), quick)
     assert set(coded) == {"first.weight", "shared.weight", "last.weight"} and set(biases) == {"first", "shared", "last"}
     assert len(counted) == 3
@@ -119,6 +118,7 @@ def test_a_soft_weight_s_gradients_are_those_of_its_formula() -> None:
     torch.testing.assert_close(one.size.grad, (seen * one.soft()["weight"].detach()).sum(1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_blocks_come_nearer_to_the_float_network(net: fx.GraphModule, bits: int) -> None:
@@ -151,6 +151,7 @@ def test_where_nothing_is_gained_the_nearest_codes_stay(net: fx.GraphModule) -> 
     assert all(biases[name].equal(net.get_submodule(name).bias.detach()) for name in biases)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_two_bits_give_back_what_rounding_takes(trained: Path) -> None:
     made = checkpoint.load(trained)
     source = data.load("digits", spec=made.input)

@@ -345,13 +345,14 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"what was there")
     script = """
         import json, resource, signal, sys
         from pathlib import Path
-        from r2cli import checkpoint
+        from r2cli.storage import checkpoint
         from r2cli.errors import R2Error
 
         path = Path(sys.argv[1])

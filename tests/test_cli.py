@@ -31,6 +31,7 @@ def model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 # --- the road ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_whole_road(r2: R2, model: Path) -> None:
     quantized = r2("ptq", "--weight-bits", "4", "--json")
     assert quantized.code == 0, quantized.err
@@ -64,6 +65,7 @@ def test_float_checkpoints_need_no_r2(model: Path) -> None:
     network.load_state_dict(load_file(model))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
@@ -73,6 +75,7 @@ def test_the_same_seed_gives_the_same_bytes(r2: R2, tmp_path: Path, monkeypatch:
     assert a == b != c
 
 
+@pytest.mark.slow
 def test_an_image_folder_goes_the_whole_road(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for split, count in (("train", 40), ("val", 10)):
@@ -132,6 +135,7 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_network_and_weights_from_elsewhere_go_the_whole_road(r2: R2, net: Path) -> None:
     options = ["--model", "net.py:own", "--model-arg", "width=24", "--size", 8]
     trained = r2("pretrain", *options, "--epochs", 6, "--lr", 0.2, "-o", "own.safetensors", "--json")
@@ -161,6 +165,7 @@ def test_a_network_and_weights_from_elsewhere_go_the_whole_road(r2: R2, net: Pat
     assert json.loads(again.out)["top1"] == pytest.approx(report["top1"], abs=0.35)
 
 
+@pytest.mark.slow
 def test_weights_from_elsewhere_are_where_training_starts(r2: R2, model: Path) -> None:
     options = ["--model", "resnet8", "--size", 8, "--epochs", 1, "--lr", 1e-6, "-o", "more.safetensors"]
     before = checkpoint.load(model).history[0]["metrics"]["top1"]
@@ -219,6 +224,7 @@ def test_a_dry_run_writes_nothing(command: str, r2: R2, model: Path) -> None:
     assert sorted(Path().iterdir()) == before
 
 
+@pytest.mark.slow
 def test_run_makes_tables_and_does_nothing_twice(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("small.toml").write_text(
@@ -251,6 +257,7 @@ def test_run_makes_tables_and_does_nothing_twice(r2: R2, tmp_path: Path, monkeyp
 # --- gates ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", [("--min-accuracy", 100.1), ("--max-drop", -50), ("--max-bytes", 10)])
 def test_a_gate_that_fails_exits_1_and_leaves_the_files(gate: tuple[str, float], r2: R2, model: Path) -> None:
     ran = r2("ptq", *gate, "--json")
@@ -258,11 +265,13 @@ def test_a_gate_that_fails_exits_1_and_leaves_the_files(gate: tuple[str, float],
     assert Path("model.w8a8-none.onnx").exists() and Path("model.w8a8-none.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_gates_that_hold_pass(r2: R2, model: Path) -> None:
     assert r2("ptq", "--min-accuracy", 80, "--max-drop", 3, "--max-bytes", 200_000).code == 0
     assert r2("evaluate", "--min-accuracy", 99.99).code == 1
 
 
+@pytest.mark.slow
 def test_a_proof_that_fails_exits_1_and_says_where(r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = onnx_export.to_bytes
 
@@ -371,6 +380,7 @@ def test_errors_are_json_too(r2: R2, model: Path) -> None:
     assert json.loads(ran.out) == {"error": ran.err.removeprefix("r2: ").strip(), "exit_code": 2}
 
 
+@pytest.mark.slow
 def test_a_failed_gate_is_in_the_one_object_of_the_report(r2: R2, model: Path) -> None:
     gate = ("--json", "--max-bytes", 10)
     for ran in (r2("evaluate", *gate), r2("ptq", *gate), r2("run", _recipe_with_a_gate(), "--json")):
@@ -379,6 +389,7 @@ def test_a_failed_gate_is_in_the_one_object_of_the_report(r2: R2, model: Path) -
         assert told["command"] in ("evaluate", "ptq", "run") and ("bytes" in told or told["results"][0]["failed"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_a_network_s_own_code_prints_is_no_result(
     r2: R2, one_thread: None, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -431,6 +442,7 @@ def test_another_architectures_tensors_are_named(r2: R2, model: Path) -> None:
     assert ran.code == 2 and "stages.0.1.conv1.weight" in ran.err and "other.safetensors" in ran.err
 
 
+@pytest.mark.slow
 def test_existing_outputs_are_never_overwritten_unasked(r2: R2, model: Path) -> None:
     Path("model.w8a8-none.onnx").write_text("mine")
     ran = r2("ptq")
@@ -441,6 +453,7 @@ def test_existing_outputs_are_never_overwritten_unasked(r2: R2, model: Path) -> 
     assert Path("model.w8a8-none.onnx").stat().st_size > 50_000
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(model: Path) -> None:
     before = model.read_bytes()
     code = (
@@ -453,6 +466,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(model: Path) -> None:
     assert model.read_bytes() == before and [path.name for path in Path().iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_and_leaves_a_state_to_resume(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "r2cli", "pretrain", "--model", "resnet8", "--size", "8", "--epochs", "500"]
     process = subprocess.Popen(
@@ -474,6 +488,7 @@ def test_ctrl_c_exits_130_and_leaves_a_state_to_resume(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [state.name]
 
 
+@pytest.mark.slow
 def test_an_internal_error_exits_3_without_a_traceback(r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(made: checkpoint.Checkpoint) -> bytes:
         raise ZeroDivisionError("of ours")

@@ -24,6 +24,7 @@ def test_the_command_line_knows_what_there_is() -> None:
     assert set(values.REGULARIZERS) == {"none", "clip", *regularizers.REGULARIZERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1])
 @pytest.mark.parametrize("method", sorted(post_training.METHODS))
@@ -41,6 +42,7 @@ def test_codes_survive_decoding_and_the_disk(
 PALETTES = [(8, 1, None, 8), (4, 1, None, 8), (3, 1, None, 32), (2, 2, None, 8), (1, 1, 2, 8), (4, 4, None, 32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "dim", "group", "lut_bits"), PALETTES)
 @pytest.mark.parametrize("method", compression.METHODS)
 def test_palettes_survive_decoding_and_the_disk(
@@ -62,6 +64,7 @@ def test_palettes_survive_decoding_and_the_disk(
     _require_contract(coded, source, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_learned_codes_survive_folding_and_the_disk(method: str, bits: int, trained: Path, tmp_path: Path) -> None:

@@ -39,18 +39,18 @@ def stack(*modules: nn.Module) -> torch.fx.GraphModule:
 
 
 def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
-    made = nn.Linear(len(weight[0]), len(weight), bias=bias_correction is not None)
+    made = nn.Linear(len(weight[0]), len(weight), bias=bias is not None)
     with torch.no_grad():
         made.weight.copy_(torch.tensor(weight))
-        if bias_correction is not None:
-            made.bias.copy_(torch.tensor(bias_correction))
+        if bias is not None:
+            made.bias.copy_(torch.tensor(bias))
     return made
 
 
 def pointwise(weight: list[list[float]], bias: list[float]) -> nn.Conv2d:
     made = nn.Conv2d(len(weight[0]), len(weight), 1)
     with torch.no_grad():
-        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.bias.copy_(torch.tensor(bias_correction))
+        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.bias.copy_(torch.tensor(bias))
     return made
 
 
@@ -90,7 +90,7 @@ def test_a_depthwise_layer_between_two_others_shares_their_channels() -> None:
     net = stack(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
     run = equalize.runs(net)
     assert [[link.second.name for link in links] for links in run] == [["2", "4"]]
-    scales = [float(s) for s in equalize.scales(run[0], equalize._reaches(net, run, {}))]
+    scales = [float(s) for s in equalize.scales(run[0], equalize.reaches(net, run, {}))]
     assert scales == pytest.approx([2.5198420998, 0.7937005260], rel=1e-9)
     equalize.equalize(net, {}, {})
     assert [float(conv.weight.abs().max()) for conv in convs] == pytest.approx([1.5874010520] * 3, rel=1e-6)
@@ -98,7 +98,12 @@ def test_a_depthwise_layer_between_two_others_shares_their_channels() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("mobilenet_v1", 16), ("mobilenet_v2", 16), ("resnet8", 16), ("resnet18", 16), ("squeezenet1_1", 32)],
+    [
+        ("mobilenet_v1", 16),
+        ("resnet8", 16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("mobilenet_v2", 16), ("resnet18", 16)]),
+        pytest.param("squeezenet1_1", 32, marks=pytest.mark.slow),
+    ],
 )
 def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: int) -> None:
     spec = models.spec(name, classes=10, channels=3, size=size)
@@ -117,7 +122,7 @@ def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: i
     assert notes
     assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
     runs = equalize.runs(net)
-    reach = equalize._reaches(net, runs, {})
+    reach = equalize.reaches(net, runs, {})
     assert all(float(s.log().abs().max()) < 0.01 for run in runs for s in equalize.scales(run, reach))
     # Nothing beside the runs was touched, and statistics were scaled as what they describe.
     again = batchnorm_statistics.statistics(trace(_warm(models.build(spec), 3, size)))
@@ -311,13 +316,13 @@ def test_correction_takes_the_shift_of_the_mean_back(module: nn.Module) -> None:
     state = {"weight": coded.decode(), "bias": corrected}
     with torch.no_grad():
         gap = torch.func.functional_call(module, state, (images + 0.1,)) - module(images)
-        assert float(bias_correction._per_channel(module, gap).abs().max()) < 1e-5
+        assert float(bias_correction.channel_means(module, gap).abs().max()) < 1e-5
         # The analytic shift is that of an input which has this mean everywhere.
         flat = mean.reshape(1, 4, *[1] * (len(shape) - 2)).expand(shape)
         rounded = torch.func.functional_call(module, {"weight": coded.decode()}, (flat,))
         shift = bias_correction.mean_shift(module, coded, mean, shape[1:])
         torch.testing.assert_close(
-            shift, bias_correction._per_channel(module, rounded - module(flat)), rtol=1e-3, atol=1e-5
+            shift, bias_correction.channel_means(module, rounded - module(flat)), rtol=1e-3, atol=1e-5
         )
 
 
@@ -347,6 +352,7 @@ def top1(made: checkpoint.Checkpoint) -> float:
     return loop.evaluate(deployed.network(made), data.load("digits", spec=made.input).test, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 @pytest.mark.parametrize("with_data", [False, True])
 def test_dfq_costs_next_to_nothing_at_eight_bits(
@@ -362,6 +368,7 @@ def test_dfq_costs_next_to_nothing_at_eight_bits(
     assert sum("equalized" in row.note for row in rows) == 3
 
 
+@pytest.mark.slow
 def test_dfq_restores_a_network_that_was_spread(
     float_one: checkpoint.Checkpoint, spreading: ModuleType, tmp_path: Path
 ) -> None:
@@ -393,6 +400,7 @@ def mobile() -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint(spec, source.input, source.class_names, model.state_dict())
 
 
+@pytest.mark.slow
 def test_relu6_with_bounds_of_its_own_survives_the_file_and_runs_on_integers(
     mobile: checkpoint.Checkpoint, tmp_path: Path
 ) -> None:
@@ -417,6 +425,7 @@ def test_relu6_with_bounds_of_its_own_survives_the_file_and_runs_on_integers(
     assert not {"Conv", "FusedConv", "Relu", "Clip"} & set(nodes)
 
 
+@pytest.mark.slow
 def test_a_float_clip_is_exported_too(mobile: checkpoint.Checkpoint, tmp_path: Path) -> None:
     made = mobile
     settings = post_training.PtqSettings("none", 8, None, "channel", {}, parts=(post_training.EQUALIZE,))
@@ -435,6 +444,7 @@ def test_adaround_without_data_is_refused(float_one: checkpoint.Checkpoint) -> N
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_data_and_says_what_it_did(
     r2: R2, float_one: checkpoint.Checkpoint, tmp_path: Path
 ) -> None:
@@ -458,6 +468,7 @@ def test_the_command_needs_no_data_and_says_what_it_did(
     assert top1(again) > top1(float_one) - 1
 
 
+@pytest.mark.slow
 def test_the_command_takes_data_where_it_is_given(r2: R2, float_one: checkpoint.Checkpoint, tmp_path: Path) -> None:
     source = tmp_path / "model.safetensors"
     checkpoint.save(float_one, source)

@@ -10,6 +10,7 @@ from r2cli.ptq import post_training
 from r2cli.storage import checkpoint
 from r2cli.train import loop
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 

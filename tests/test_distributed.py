@@ -18,6 +18,7 @@ from r2cli.storage import checkpoint
 from r2cli.train import hooks, loop, regularizers
 from r2cli.train.loop import TrainSettings
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 

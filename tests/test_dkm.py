@@ -101,10 +101,14 @@ def test_vectors_in_chunks_have_the_naive_gradient(
 def test_attention_is_none_before_it_is_too_small_for_a_normal_number() -> None:
     centroids = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     away = torch.tensor([50.0, 58.0, 65.0, 90.0, 200.0])  # logits between the two, tau 1
-    v = torch.stack([(1 - away) / 2, torch.zeros(5)])
-    a = dkm._attend(v, centroids, 1.0)
-    assert a[0].equal(torch.ones(5)) and a[1, 2:].equal(torch.zeros(3))
-    torch.testing.assert_close(a[1, :2], (-away[:2]).exp(), rtol=1e-4, atol=0)
+    # The sixth vector is the second centroid's alone and takes it to a height of 1: each other vector's height is its
+    # attention to that centroid.
+    v = torch.stack([torch.cat([(1 - away) / 2, torch.tensor([200.0])]), torch.tensor([0.0, 0, 0, 0, 0, 1])])
+    found, after = dkm.vector(v.reshape(1, 2, 6), centroids, 1.0, 1)
+    assert after[:, 1].tolist() == [0, 1]
+    height = found[0, 1]
+    assert height[2:5].equal(torch.zeros(3)) and height[5] == 1
+    torch.testing.assert_close(height[:2], (-away[:2]).exp(), rtol=1e-4, atol=0)
 
 
 def test_a_centroid_that_nothing_is_near_stays_and_is_finite() -> None:
@@ -131,6 +135,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(learners.LEARNERS))
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -44,6 +44,7 @@ INTEGER_NODES = {"QLinearConv": 9, "QLinearAdd": 3, "QGemm": 1}
 FLOAT_NODES = {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "ReduceMean"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "granularity"), [(8, "channel"), (4, "unfolded"), (3, "tensor"), (2, "channel")])
 def test_weights_with_zero_points_run_on_integers(bits: int, granularity: str, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, bits, granularity=granularity, symmetric=False)
@@ -56,6 +57,7 @@ def test_weights_with_zero_points_run_on_integers(bits: int, granularity: str, t
     assert nodes.items() >= INTEGER_NODES.items() and not FLOAT_NODES & set(nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_bits", [6, 4])
 def test_activations_of_few_bits_ride_in_uint8(act_bits: int, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 4, act_bits=act_bits)
@@ -91,6 +93,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", sorted(FORMS))
 def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, bits)
@@ -110,6 +113,7 @@ def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: P
     } == between - {"Add", "Reshape"}
 
 
+@pytest.mark.slow
 def test_a_file_has_little_text_and_its_weights_have_their_names(trained: Path) -> None:
     made = _coded(trained, 2)
     content = onnx_export.to_bytes(made)
@@ -124,12 +128,14 @@ def test_a_file_has_little_text_and_its_weights_have_their_names(trained: Path) 
     assert "conv.weight" in {each.name for each in graph.initializer}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "unfolded"])
 def test_one_grid_per_tensor_passes_too(granularity: str, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 4, granularity=granularity)
     assert _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made)).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "symmetric"), [(8, True), (8, False), (4, True), (4, False), (3, True), (3, False), (1, True)]
 )
@@ -142,12 +148,14 @@ def test_weights_alone_are_folded_when_they_are_loaded(
     assert not {"QuantizeLinear", "DequantizeLinear", "Cast", "Sub", "Mul", "Gather"} & set(proof.measures["nodes"])
 
 
+@pytest.mark.slow
 def test_a_float_checkpoint_is_exported_and_compared_as_well(trained: Path, tmp_path: Path) -> None:
     made = checkpoint.load(trained)
     proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed and proof.measures["bits_per_weight"] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_odd_grids_of_every_width_decode_in_onnx_runtime(bits: int, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 4, act_bits=None)
@@ -161,6 +169,7 @@ def test_odd_grids_of_every_width_decode_in_onnx_runtime(bits: int, trained: Pat
     assert proof.passed, proof.checks
 
 
+@pytest.mark.slow
 def test_asymmetric_weights_keep_their_zero_point(trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 4)
     shifted = {}
@@ -174,6 +183,7 @@ def test_asymmetric_weights_keep_their_zero_point(trained: Path, tmp_path: Path)
     assert proof.measures["nodes"]["QLinearConv"] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [6, 4, 2])
 def test_activations_below_eight_bits_are_clipped_in_their_codes(bits: int, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 8)
@@ -193,6 +203,7 @@ def test_activations_below_eight_bits_are_clipped_in_their_codes(bits: int, trai
     assert sum(node.op_type == "Clip" for node in verify.read(path).graph.node) >= len(narrow)
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes(trained: Path) -> None:
     made = _coded(trained, 3)
     assert onnx_export.to_bytes(made) == onnx_export.to_bytes(made)
@@ -208,6 +219,7 @@ def test_the_batch_is_dynamic_and_the_file_says_how_to_feed_it(trained: Path, tm
     assert b"/" + b"home" not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_relu6_and_a_max_pool_stay_integer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for name, size in (("mobilenet_v2", 32), ("resnet18", 96)):
@@ -236,6 +248,7 @@ def _failed(proof: verify.Proof) -> set[str]:
     return {check.name for check in proof.checks if not check.passed}
 
 
+@pytest.mark.slow
 def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
     file = _flat(onnx_export.to_bytes(made))
@@ -263,6 +276,7 @@ def _prove_audit(made: checkpoint.Checkpoint, path: Path, file: onnx.ModelProto)
     return verify.Proof((audit.all_integer(onnx.load(path), made.coded),), {})
 
 
+@pytest.mark.slow
 def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 4), tmp_path / "model.onnx"
     file = _flat(onnx_export.to_bytes(made))
@@ -272,6 +286,7 @@ def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: 
     assert _failed(_prove(made, path, file.SerializeToString())) == {"size"}
 
 
+@pytest.mark.slow
 def test_the_proof_sees_logits_that_are_not_torchs(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
     file = _flat(onnx_export.to_bytes(made))

@@ -113,6 +113,7 @@ def test_a_network_has_no_place(name: str, r2: R2, tmp_path: Path) -> None:
     assert ran.code == 2 and "Traceback" not in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data", ["imagefolder:/etc", "qnli:/etc/passwd", "cifar10:/x", "text.py:run", 3, None, ["digits"]]
 )
@@ -124,6 +125,7 @@ def test_a_checkpoint_cannot_choose_a_folder(data: object, r2: R2, tmp_path: Pat
     assert r2("evaluate", path).code == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_fetches_no_data(r2: R2, tmp_path: Path, trained: Path) -> None:
     made = checkpoint.load(trained)
     first = {**made.history[0], "options": {**made.history[0]["options"], "data": "cifar10"}}
@@ -147,6 +149,7 @@ def test_what_describes_a_network_is_fine(name: str, args: dict[str, Any]) -> No
     require_safe(name, args, "the file")
 
 
+@pytest.mark.slow
 def test_keywords_of_own_code_are_named_again(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file's keyword for the user's own factory may be a path only where the command line gives it."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """Mixed precision: the choice against every other, the trace against the Hessian itself, and the way back by --keep."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_a_budget_that_is_too_small_says_what_is_needed() -> None:
         mixed_precision.choose({"only": mixed_precision.front({8: (80, 0.0), 1: (10, 1.0)})}, 9)
 
 
+@pytest.mark.slow
 def test_hutchinsons_mean_is_the_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean of diag d2 loss / dw2, times |w|^2, against torch's own Hessian of the mean cross-entropy."""
     torch.manual_seed(0)
@@ -107,6 +109,7 @@ def _choose(
     return chosen, {row.layer: row.bits for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sensitivity", mixed_precision.SENSITIVITIES)
 @pytest.mark.parametrize("target", [3.2, 2.1])
 def test_the_average_is_met_and_the_same_seed_chooses_the_same(
@@ -128,19 +131,20 @@ def test_bytes_are_those_of_codes_and_scales_and_named_layers_keep_their_bits(ma
     assert 10_000 < sum(one.payload_bytes() for one in coded.coded.values()) <= 12_000
 
 
-@pytest.mark.usefixtures("quick_brecq")
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "target", "ranges"), [("none", 3.2, False), ("brecq", 7.5, True)])
 def test_what_was_chosen_feeds_back_to_the_same_bytes(
     method: str, target: float, ranges: bool, r2: R2, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(trained.read_bytes())
-    common = ("--calibration", 64, "--method", method)
+    common = ("--calibration", 64, "--method", method, "--json")
     first = r2("ptq", "--target-bits", target, *common, "-o", "first.safetensors")
     assert first.code == 0, first.err
-    line = next(line for line in first.out.splitlines() if "the same again: " in line)
-    assert ("--weight-range mse" in line) == ranges  # most layers have 8 bits, for which brecq alone would take minmax
-    again = r2("ptq", *line.split("the same again: ")[1].split(), *common, "-o", "again.safetensors")
+    options = json.loads(first.out)["again"]
+    # Most layers have 8 bits, for which brecq alone would take minmax.
+    assert (("--weight-range", "mse") in itertools.pairwise(options)) == ranges and "--keep" in options
+    again = r2("ptq", *options, *common, "-o", "again.safetensors")
     assert again.code == 0, again.err
     for ending in ("safetensors", "onnx"):
         assert Path(f"first.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()

@@ -36,6 +36,7 @@ def sizes(model: nn.Module, shape: tuple[int, int, int], watched: list[str]) -> 
     return [found[name] for name in watched], tuple(logits.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "count"),
     [
@@ -149,6 +150,7 @@ def test_a_width_that_no_network_has_is_refused() -> None:
 # --- torchvision's and timm's ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -173,6 +175,7 @@ def test_torchvision_s_networks_by_name(name: str, size: int, channels: int) -> 
     assert isinstance(out, torch.Tensor) and out.shape == (2, 5), "no second head in training"
 
 
+@pytest.mark.slow
 def test_the_small_stem_of_any_network_has_stride_one() -> None:
     def first(size: int, stem: str | None = None) -> nn.Conv2d:
         model = models.build(models.spec("efficientnet_b0", classes=2, channels=3, size=size, stem=stem))
@@ -199,6 +202,7 @@ def test_an_image_that_a_network_cannot_take_is_refused_with_its_reason() -> Non
             models.require_fit(models.build(spec), spec, (3, size, size))
 
 
+@pytest.mark.slow
 def test_timm_s_networks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     spec = models.spec("timm:resnet10t", classes=5, channels=1, size=32)
@@ -300,6 +304,7 @@ def test_a_file_that_cannot_be_imported_is_named(content: str, net: Path) -> Non
         own("net.py:small")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "told"), [("net.py:two", r"\(3, 8, 8\) logits"), ("net.py:Wide", None)])
 def test_logits_are_one_a_class(name: str, told: str | None, net: Path) -> None:
     spec = own(name)

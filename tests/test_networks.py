@@ -112,6 +112,7 @@ LEFT: dict[Callable[[], nn.Module], dict[str, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", SIZES, ids=lambda factory: factory.__name__)
 @torch.no_grad()
 def test_every_weight_is_coded_and_what_stays_float_is_said(factory: Callable[[], nn.Module]) -> None:
@@ -162,6 +163,7 @@ def test_attention_as_layers_is_the_same_function(factory: Callable[[], nn.Modul
     assert torch.allclose(trace(model)(images), expected, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", SIZES, ids=lambda factory: factory.__name__)
 def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     visited = []
@@ -176,6 +178,7 @@ def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypat
     assert sorted(visited) == sorted(coded.coded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", SIZES, ids=lambda factory: factory.__name__)
 @torch.no_grad()
 def test_the_blocks_of_every_graph_are_the_graph(factory: Callable[[], nn.Module]) -> None:
@@ -193,6 +196,7 @@ def test_the_blocks_of_every_graph_are_the_graph(factory: Callable[[], nn.Module
     assert coded is None or len(coded.coded) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", [Mixed, vit, "mobilenet_v3_small"], ids=str)
 def test_the_file_runs_and_holds_no_float_that_was_not_announced(
     factory: Callable[[], nn.Module] | str, tmp_path: Path
@@ -211,6 +215,7 @@ def test_the_file_runs_and_holds_no_float_that_was_not_announced(
         assert not float_nodes.operators(verify.read(path))
 
 
+@pytest.mark.slow
 def test_the_audit_sees_a_sum_in_float(tmp_path: Path) -> None:
     helper = onnx.helper
     value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in ("x", "z")]
@@ -261,6 +266,7 @@ def test_a_network_without_a_graph_gets_its_weights_quantized_alone(tmp_path: Pa
     assert proof.passed, proof.checks
 
 
+@pytest.mark.slow
 def test_a_network_that_only_torch_export_can_read_gets_grids_too(tmp_path: Path) -> None:
     coded = _quantized(_made(Branch, 16))
     assert coded.folded and {"x", "relu"} <= set(coded.activations)

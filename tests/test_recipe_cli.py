@@ -81,6 +81,7 @@ def test_what_only_the_step_can_see_has_its_line_too(small: Path, r2: R2) -> Non
     assert "small.toml:16: r2 ptq -> none.w8.safetensors: " in ran.err and "'nosuch'" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_fails_a_check_has_a_dagger_and_stops_nothing(small: Path, r2: R2, one_thread: None, jobs: int) -> None:
     small.write_text(
@@ -93,13 +94,16 @@ def test_what_fails_a_check_has_a_dagger_and_stops_nothing(small: Path, r2: R2, 
         .replace("{limit}", "{reg.limit}")
     )
     for _ in range(2):  # made, and remembered
-        ran = r2("run", "small.toml", "--jobs", jobs)
-        assert ran.code == 1 and "1 of 4 steps failed a check: " in ran.err and "-> none.w8.safetensors: " in ran.err
-        rows = {line.split()[0]: line for line in ran.out.splitlines() if line.startswith(("none", "linf", "†"))}
-        assert "†" in rows["none"] and "†" not in rows["linf"] and "--max-bytes 9" in rows["†"]
+        ran = r2("run", "small.toml", "--jobs", jobs, "--json")
+        (table,) = json.loads(ran.out)["tables"]
+        assert ran.code == 1 and [bool(step["failed"]) for step in json.loads(ran.out)["results"]].count(True) == 1
+        cells = {row["reg"]: row["top-1"] for row in table["rows"]}
+        assert "†" in cells["none"] and "†" not in cells["linf"]
+        assert len(table["failures"]) == 1 and "--max-bytes 9" in table["failures"][0]
         assert "†" in Path("runs/small/tables.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_gate_of_training_stops_nothing_either(small: Path, r2: R2, one_thread: None, jobs: int) -> None:
     small.write_text(SMALL.replace("epochs = 1", "epochs = 1\nmin-accuracy = 99.9"))
@@ -197,4 +201,4 @@ def test_the_wheel_has_the_recipes(tmp_path: Path) -> None:
         for path in (tmp_path / folder).rglob(f"*{suffix}"):
             name = str(path.relative_to(tmp_path))
             assert name in inside or f"r2cli/{name}" in inside, name
-    assert "r2cli/recipes/cpu/digits.toml" in inside and "r2cli/report/page.html" in inside
+    assert "r2cli/recipes/cpu/digits.toml" in inside and "r2cli/analyze/page.html" in inside

@@ -49,7 +49,7 @@ def test_the_rate_rises_and_falls() -> None:
 def test_adamw_leaves_the_regularizer_s_parameters_alone() -> None:
     network = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
     regularizer = regularizers.Regularizer(regularizers.RegularizerSpec("margin", 0.1), network)
-    (adamw,) = loop._optimizers(network, regularizer, replace(_settings(), optimizer="adamw"), None)
+    (adamw,) = loop.optimizers(network, regularizer, replace(_settings(), optimizer="adamw"), None)
     assert isinstance(adamw, torch.optim.AdamW)
     stepped = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert stepped == {id(p) for p in network.parameters()}
@@ -58,12 +58,13 @@ def test_adamw_leaves_the_regularizer_s_parameters_alone() -> None:
 def test_weights_decay_and_the_rest_does_not() -> None:
     network = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
     regularizer = regularizers.Regularizer(regularizers.RegularizerSpec("margin", 0.1), network)
-    decayed, plain, own = loop._optimizers(network, regularizer, _settings(), None)[0].param_groups
+    decayed, plain, own = loop.optimizers(network, regularizer, _settings(), None)[0].param_groups
     assert {p.ndim for p in decayed["params"]} == {2, 4} and decayed["weight_decay"] == 1e-4
     assert {p.ndim for p in plain["params"]} == {1} and plain["weight_decay"] == 0
     assert len(own["params"]) == 10 and own["weight_decay"] == 0 and own["momentum"] == 0
 
 
+@pytest.mark.slow
 def test_digits_are_learned_and_linf_narrows_the_range(tmp_path: Path) -> None:
     _, plain = _fit(tmp_path / "a", _settings(epochs=6, lr=0.2))
     _, narrow = _fit(tmp_path / "b", _settings(epochs=6, lr=0.2), regularizers.RegularizerSpec("linf", 0.1))
@@ -73,6 +74,7 @@ def test_digits_are_learned_and_linf_narrows_the_range(tmp_path: Path) -> None:
     assert plain[-1].loss < plain[0].loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linf", "margin", "soft-minmax", "kure"])
 def test_every_regularizer_lowers_the_range_measurably(name: str, tmp_path: Path) -> None:
     _, plain = _fit(tmp_path / "a", _settings(epochs=8))
@@ -81,6 +83,7 @@ def test_every_regularizer_lowers_the_range_measurably(name: str, tmp_path: Path
     assert regular[-1].top1 > 90
 
 
+@pytest.mark.slow
 def test_clip_holds_every_layer_s_range(tmp_path: Path) -> None:
     network, history = _fit(tmp_path / "a", _settings(epochs=4), regularizers.RegularizerSpec("clip", 1.8))
     for weight in regularizers.regularized(network).values():
@@ -90,6 +93,7 @@ def test_clip_holds_every_layer_s_range(tmp_path: Path) -> None:
     assert history[-1].top1 > 85 and history[-1].penalty == 0
 
 
+@pytest.mark.slow
 def test_margin_is_stable_at_a_high_rate(tmp_path: Path) -> None:
     network, history = _fit(
         tmp_path / "a", _settings(lr=0.4, reg_lr=0.4, epochs=4), regularizers.RegularizerSpec("margin", 0.1)
@@ -98,12 +102,14 @@ def test_margin_is_stable_at_a_high_rate(tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(p).all()) for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     with pytest.raises(R2Error, match="diverged in epoch"):
         _fit(state, _settings(lr=1e30, warmup=0.9, epochs=3))
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_options_and_names_them(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     _fit(state, _settings(epochs=1))
@@ -113,6 +119,7 @@ def test_resume_refuses_other_options_and_names_them(tmp_path: Path) -> None:
         _fit(state, _settings(epochs=1), regularizers.RegularizerSpec("linf", 0.1), resume=True)
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_network_other_data_and_damage(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     _fit(state, _settings(epochs=1))
@@ -133,6 +140,7 @@ def test_resume_refuses_another_network_other_data_and_damage(tmp_path: Path) ->
         again("resnet8", 8)
 
 
+@pytest.mark.slow
 def test_a_last_batch_of_one_image_is_left_out(tmp_path: Path) -> None:
     # 1,200 = 109 * 11 + 1, and BatchNorm cannot train on one image where its maps are one pixel.
     assert [loop.steps_per_epoch(n, 11) for n in (1200, 1199, 1, 12)] == [109, 109, 1, 1]
@@ -140,6 +148,7 @@ def test_a_last_batch_of_one_image_is_left_out(tmp_path: Path) -> None:
     assert len(history) == 1
 
 
+@pytest.mark.slow
 def test_the_running_average_is_what_is_kept(tmp_path: Path) -> None:
     # The same training, so the same last weights: with a decay of 0 the average is the last step's.
     network, _ = _fit(tmp_path / "a", _settings())
@@ -157,7 +166,7 @@ def test_a_running_average_starts_short() -> None:
     # 9 steps of weights 0 after one of 1: with decay 0.9 alone 0.39 of the first is left, with the start nearly none.
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
-    average = AveragedModel(model, multi_avg_fn=loop._running_average(0.9), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=loop.running_average(0.9), use_buffers=True)
     average.update_parameters(model)
     assert float(average.module.weight.detach()) == 1
     torch.nn.init.zeros_(model.weight)
@@ -169,6 +178,7 @@ def test_a_running_average_starts_short() -> None:
     assert expected < 0.001
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_to_the_length_that_is_asked_for(tmp_path: Path) -> None:
     # One step of plain SGD without decay moves the weights by the rate times the gradient.
     moved = {}
@@ -184,6 +194,7 @@ def test_gradients_are_clipped_to_the_length_that_is_asked_for(tmp_path: Path) -
     assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2) and moved[None] > 0.1  # float32 differences of weights
 
 
+@pytest.mark.slow
 def test_a_weight_s_gradient_is_clipped_to_a_share_of_the_weight(tmp_path: Path) -> None:
     # One step of plain SGD: without clipping the weights move by their gradients, of lengths that differ by far.
     moved = {}
@@ -207,6 +218,7 @@ def test_a_weight_s_gradient_is_clipped_to_a_share_of_the_weight(tmp_path: Path)
     assert 0 < clipped < sum(tensor.ndim > 1 for tensor in moved[None].values())
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_in_bfloat16_and_keeps_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -230,7 +242,7 @@ def test_fused_steps_are_plain_steps() -> None:
         loop.seed_everything(0)
         model = models.build(models.spec("mobilenet_v1", classes=10, channels=3, size=16))
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = loop._optimizers(model, None, _settings(), None)[0]
+        optimizer = loop.optimizers(model, None, _settings(), None)[0]
         for group in optimizer.param_groups:
             group["fused"] = fused
         images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -244,6 +256,7 @@ def test_fused_steps_are_plain_steps() -> None:
         torch.testing.assert_close(parameter, networks[1][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_and_keeps_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     real = torch.compile
@@ -260,6 +273,7 @@ def test_a_compiled_network_trains_and_keeps_its_names(tmp_path: Path, monkeypat
     assert history[0].loss == pytest.approx(plain[0].loss, rel=1e-2)  # fused graphs round differently
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_compiled_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(graph: object, inputs: object) -> object:
         raise RuntimeError("no compiler here")
@@ -278,6 +292,7 @@ def test_weights_that_two_layers_share_are_saved(tmp_path: Path) -> None:
     assert back["one"].equal(back["two"]) and back["part"].equal(shared[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [["none"], ["margin"], ["linf", "--ema", "0.99", "--clip-grad", "5"], ["margin", "--optimizer", "adamw"]],

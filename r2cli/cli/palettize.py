@@ -50,7 +50,7 @@ def palettize(config: PalettizeConfig, given: Inputs, wanted: CompressionGates, 
     with gates.told_of(state):
         result = worker.compress(run, state, resume=written.resume, reporter=console)
     to = deliver.Destination("palettize", output, given.data, wanted, written.json, started, state)
-    notes = _ended_higher(result.epochs)
+    notes = ended_higher(result.epochs)
     return deliver.compressed(to, result, loaded, table=lambda _: _layers(result.layers), notes=notes)
 
 
@@ -86,7 +86,7 @@ def _file(
     return report
 
 
-def _ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
+def ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
     """A line where training ended with more loss than its first epoch had: steps were too large, most likely."""
     if not epochs or epochs[-1]["loss"] <= epochs[0]["loss"]:
         return []

@@ -74,29 +74,26 @@ def _notes(result: "PtqResult") -> list[str]:
 
 def _chosen(trials: "Sequence[Trial]") -> str:
     """What was chosen and why, as options that give the same bytes."""
+    from r2cli.ptq.quantize import trial_again
+
     best = min(trials, key=lambda trial: trial.divergence)
     plain = min((trial for trial in trials if trial.method == "none"), key=lambda trial: trial.divergence)
     rounded = f", {plain.divergence:.2g} ({plain.sqnr:.1f}) with nearest rounding at its best"
     against = "" if plain is best else rounded
-    parts = ",".join(best.parts) or "none"
-    again = f"--method {best.method} --granularity {best.granularity} --weight-range {best.weight_range}"
     return (
         f"chosen of {len(trials)} trials, for probabilities {best.divergence:.2g} nats (outputs {best.sqnr:.1f} dB) "
-        f"from the float network's{against}; the same again: {again} --parts {parts}"
+        f"from the float network's{against}; the same again: {' '.join(trial_again(trials))}"
     )
 
 
 def _again(result: "PtqResult") -> str:
     """The choice of mixed precision as options that give the same bytes."""
-    from r2cli.ptq import weight_grids
+    from r2cli.ptq.quantize import bits_again
 
-    settings, layers = result.settings, result.layers
+    layers = result.layers
     count = sum(math.prod(layer.shape) for layer in layers)
     mean = sum(layer.bits * math.prod(layer.shape) for layer in layers) / count
-    kept = "".join(f" --keep {name}={bits}" for name, bits in settings.keep.items())
-    if settings.weight_range != weight_grids.usual(settings.method, settings.weight_bits):
-        kept += f" --weight-range {settings.weight_range}"
-    return f"{mean:.2f} bits a weight on average; the same again: --weight-bits {settings.weight_bits}{kept}"
+    return f"{mean:.2f} bits a weight on average; the same again: {' '.join(bits_again(result.settings))}"
 
 
 def _layers(layers: Sequence[Any], float_operations: Sequence[Mapping[str, Any]]) -> Any:

@@ -44,6 +44,16 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         except Exception as error:  # torch.export passes on whatever the network raises
             first = next(iter(str(error).strip().splitlines()), "")
             raise Unreadable(f"{unreadable.why}, and torch.export cannot either ({first})") from error
+    return _simplified(net)
+
+
+def by_export(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """What `trace` gives of `model`, read by torch.export alone over an `example` of its inputs (n, ...), n > 1."""
+    return _simplified(exported.read(model, example))
+
+
+def _simplified(net: fx.GraphModule) -> fx.GraphModule:
+    """`net` without operations that do nothing in evaluation, and SiLU and Hardswish as the products they are."""
     for node in list(net.graph.nodes):
         if is_a(net, node, NOTHING):
             bypass(net, node)

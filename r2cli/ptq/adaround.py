@@ -80,14 +80,14 @@ def push(sigmoid: Tensor, raw: Tensor, beta: float) -> Tensor:
 def round_layer(seen: LayerSample, coded: Coded, settings: AdaroundSettings = AdaroundSettings()) -> Coded:
     """Return `coded` with new codes on the same grid: each is the float weight rounded down or up."""
     assert isinstance(coded.codec, Grid) and isinstance(seen.module, operators.LAYERS)
-    rows = _rows(seen, settings)
+    rows = sample_rows(seen, settings)
     weight = seen.module.weight.detach()
     real = on_codes(weight, coded.codec)
     low = real.floor().clamp(coded.codec.lowest, coded.codec.highest)
-    before = _error(rows, coded.decode())
+    before = output_error(rows, coded.decode())
     up = _optimize(rows, real, low, coded.codec, settings, before / real.numel())
     chosen = Coded(coded.codec, (low + up).clamp(coded.codec.lowest, coded.codec.highest).to(coded.codes.dtype))
-    return chosen if _error(rows, chosen.decode()) <= before else coded
+    return chosen if output_error(rows, chosen.decode()) <= before else coded
 
 
 def on_codes(weight: Tensor, grid: Grid) -> Tensor:
@@ -97,7 +97,7 @@ def on_codes(weight: Tensor, grid: Grid) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Patches of the input in the rounded network, and the outputs of the float layer at the same positions.
 
     `inputs` are (groups, rows, inputs of a filter). `targets` are (groups, rows, filters of a group), after the
@@ -113,7 +113,7 @@ class _Rows:
         return outputs if self.most is None else outputs.clamp(0, self.most)
 
 
-def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
+def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
     """Return whether each weight is rounded up: 0 or 1, in the shape of the weight. Errors are in units of `unit`."""
     groups = rows.inputs.shape[0]
     step = grid.along(grid.scale, real.ndim).expand_as(real) * (
@@ -132,7 +132,7 @@ def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adar
         sigmoid, raw = stretched(v)
         soft = base + raw.clamp(0, 1)
         inside = (raw > 0) & (raw < 1) & (soft < grid.highest)
-        gradient = _slope(rows, index, (soft.clamp(grid.lowest, grid.highest) * size + offset))
+        gradient = error_slope(rows, index, (soft.clamp(grid.lowest, grid.highest) * size + offset))
         gradient = gradient * size * (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * inside
         if number > warm:
             beta = beta_at((number - warm) / (settings.steps - warm))
@@ -146,7 +146,7 @@ def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adar
     return (v >= 0).to(low.dtype).reshape(low.shape)
 
 
-def _slope(rows: _Rows, index: Tensor, weight: Tensor) -> Tensor:
+def error_slope(rows: Rows, index: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of the mean squared error over the rows at `index` by `weight` (groups, filters, inputs)."""
     inputs, targets = rows.inputs[:, index], rows.targets[:, index]
     outputs = inputs @ weight.transpose(1, 2)
@@ -158,14 +158,14 @@ def _slope(rows: _Rows, index: Tensor, weight: Tensor) -> Tensor:
     return 2 / len(index) * error.transpose(1, 2) @ inputs
 
 
-def _error(rows: _Rows, weight: Tensor) -> float:
+def output_error(rows: Rows, weight: Tensor) -> float:
     """Return the squared error, summed over the channels and averaged over all rows."""
     outputs = rows.inputs @ weight.reshape(rows.inputs.shape[0], -1, rows.inputs.shape[2]).transpose(1, 2)
     outputs = outputs if rows.bias is None else outputs + rows.bias
     return float((rows.act(outputs) - rows.targets).square().sum(2).mean(1).sum())
 
 
-def _rows(seen: LayerSample, settings: AdaroundSettings) -> _Rows:
+def sample_rows(seen: LayerSample, settings: AdaroundSettings) -> Rows:
     """Draw the rows of a layer from all images and positions."""
     module = seen.module
     assert isinstance(module, operators.LAYERS)
@@ -180,13 +180,13 @@ def _rows(seen: LayerSample, settings: AdaroundSettings) -> _Rows:
     if isinstance(module, nn.Linear):
         inputs = seen.rounded_inputs.flatten(0, -2)[index].unsqueeze(0)
     else:
-        inputs = _patches(seen.rounded_inputs, module, outputs.shape[2:], index)
+        inputs = patches(seen.rounded_inputs, module, outputs.shape[2:], index)
     targets = places[index].reshape(len(index), groups, -1).transpose(0, 1).contiguous()
     targets = targets if most is None else targets.clamp(0, most)
-    return _Rows(inputs, targets, None if bias is None else bias.reshape(groups, 1, -1), most)
+    return Rows(inputs, targets, None if bias is None else bias.reshape(groups, 1, -1), most)
 
 
-def _patches(x: Tensor, conv: nn.Conv1d | nn.Conv2d, out: torch.Size, index: Tensor) -> Tensor:
+def patches(x: Tensor, conv: nn.Conv1d | nn.Conv2d, out: torch.Size, index: Tensor) -> Tensor:
     """Return the input patches of `conv` for the output positions `index` in (images, *out).
 
     Their shape is (groups, rows, inputs of a filter).

@@ -85,7 +85,7 @@ def choose(
     for own in _plain(settings, grids, rules or usual):
         attempt(own, few)
     if max(trial.sqnr for trial in trials) < ENOUGH:
-        for own in _learned(settings, grids, rules, trials):
+        for own in learned_trials(settings, grids, rules, trials):
             attempt(own, images)
     assert best is not None
     made, rows, own = best
@@ -101,7 +101,7 @@ def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) ->
                 yield replace(settings, method="none", granularity=granularity, weight_range=rule, parts=parts)
 
 
-def _learned(
+def learned_trials(
     settings: PtqSettings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]
 ) -> list[PtqSettings]:
     """Try BRECQ on every grid, with and without equalization: what helps nearest rounding may not help BRECQ."""

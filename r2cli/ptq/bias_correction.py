@@ -51,7 +51,7 @@ def mean_shift(module: nn.Module, coded: Coded, mean: Tensor, shape: tuple[int, 
     assert isinstance(weight, Tensor)
     image = mean.reshape(-1, *[1] * (len(shape) - 1)).expand(1, *shape)
     error = {"weight": coded.decode() - weight, "bias": torch.zeros_like(mean[:1]).expand(weight.shape[0])}
-    return _per_channel(module, torch.func.functional_call(module, error, (image,)))
+    return channel_means(module, torch.func.functional_call(module, error, (image,)))
 
 
 def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
@@ -63,11 +63,11 @@ def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
     shift = torch.zeros_like(module.bias)
     for plain, rounded in zip(*(torch.split(x, BATCH) for x in (seen.inputs, seen.rounded_inputs)), strict=True):
         difference = torch.func.functional_call(module, state, (rounded,)) - module(plain)
-        shift += _per_channel(module, difference) * len(plain) / len(seen.inputs)
+        shift += channel_means(module, difference) * len(plain) / len(seen.inputs)
     return module.bias - shift
 
 
-def _per_channel(module: nn.Module, outputs: Tensor) -> Tensor:
+def channel_means(module: nn.Module, outputs: Tensor) -> Tensor:
     """Return the mean of each channel, (channels,). x is (n, channels, ...); of a linear layer (n, ..., channels)."""
     return (
         outputs.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else outputs.transpose(0, 1).flatten(1).mean(1)

@@ -50,6 +50,7 @@ class BrecqSettings:
     weight: float = 20.0
     batch: int = 32
     seed: int = 0
+    least: int = LEAST
 
 
 # --- blocks --------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def round_network(
     coded, biases = dict(nearest), dict[str, Tensor]()
     states: dict[str, State] = {}
     plain = rounded = images
-    for block in blocks(net):
+    for block in blocks(net, settings.least):
         # A layer that ran in an earlier block has its codes already.
         fresh = {name: net.get_submodule(name) for name in block.layers if name not in states}
         found = {name: nearest[own[name].weight] for name in fresh}

@@ -95,7 +95,7 @@ def equalize(net: fx.GraphModule, factors: dict[str, Tensor], normals: dict[str,
     statistics of their outputs. Both are changed accordingly. Returns a note for each layer that was scaled, by name.
     """
     found = runs(net)
-    reach = _reaches(net, found, factors)
+    reach = reaches(net, found, factors)
     total: dict[str, Tensor] = {}
     for _ in range(PASSES):
         largest = 0.0
@@ -178,7 +178,7 @@ def scales(run: Sequence[Link], reach: Mapping[str, Tensor]) -> list[Tensor]:
     return found
 
 
-def _reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the `reach` of every layer in the runs."""
     reach: dict[str, Tensor] = {}
     links = [link for run in found for link in run]

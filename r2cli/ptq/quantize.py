@@ -67,6 +67,21 @@ def options_of(config: PtqConfig, settings: PtqSettings, calibration: int) -> di
     return {**settings.__dict__, "calibration": calibration, "seed": config.seed}
 
 
+def bits_again(settings: PtqSettings) -> list[str]:
+    """The bits that mixed precision chose, as options that give the same bytes."""
+    kept = [word for name, bits in settings.keep.items() for word in ("--keep", f"{name}={bits}")]
+    if settings.weight_range != weight_grids.usual(settings.method, settings.weight_bits):
+        kept += ["--weight-range", settings.weight_range]
+    return ["--weight-bits", str(settings.weight_bits), *kept]
+
+
+def trial_again(trials: Sequence[auto.Trial]) -> list[str]:
+    """The best of the trials, as options that give the same bytes."""
+    best = min(trials, key=lambda trial: trial.divergence)
+    form = ["--method", best.method, "--granularity", best.granularity, "--weight-range", best.weight_range]
+    return [*form, "--parts", ",".join(best.parts) or "none"]
+
+
 def quantize(
     made: Checkpoint, source: Data | None, config: PtqConfig, *, calibration: int, reporter: Reporter = SILENT
 ) -> PtqResult:
@@ -100,6 +115,7 @@ def quantize(
         "ranges": "calibration" if calibration else "batchnorm",
         "mixed": [each.__dict__ for each in chosen_bits],
         "trials": [trial.__dict__ for trial in trials],
+        "again": [*(bits_again(settings) if chosen_bits else []), *(trial_again(trials) if trials else [])],
     }
     if config.method == "dfq" and config.relu6 == "relu":
         details["relu_top1"] = relu

@@ -86,7 +86,7 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
         epoch[0] = number
         if plan.progressive:
             _step_down(work, prepared, number, plan.loop.epochs)
-        _set_deltas(work, plan, prepared, number)
+        set_deltas(work, plan, prepared, number)
 
     def before_evaluation(number: int) -> None:
         for name, parameter in prepared.net.named_parameters():
@@ -155,7 +155,7 @@ def _step_down(work: QatTask, prepared: Prepared, number: int, epochs: int) -> N
         quantizer_placement.start(prepared, images)
 
 
-def _set_deltas(work: QatTask, plan: QatPlan, prepared: Prepared, number: int) -> None:
+def set_deltas(work: QatTask, plan: QatPlan, prepared: Prepared, number: int) -> None:
     """EWGS's delta of this epoch: the fixed one, or from the Hessian, 0 in the first epoch."""
     every = [
         learner

@@ -142,10 +142,11 @@ def keep_scales(prepared: Prepared) -> None:
 
 
 @torch.no_grad()
-def finish(work: QatTask, prepared: Prepared) -> tuple[Checkpoint, list[TrainedLayer]]:
+def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> tuple[Checkpoint, list[TrainedLayer]]:
     """The coded checkpoint of a trained network; its learners are gone from `prepared` after.
 
-    Raises R2Error where a bias does not fit.
+    Without `round_biases` they stay as trained, off the int32 grids that a file wants. Raises R2Error where a bias
+    does not fit.
     """
     model = prepared.model.cpu().eval()
     prepared.net.cpu()
@@ -166,7 +167,7 @@ def finish(work: QatTask, prepared: Prepared) -> tuple[Checkpoint, list[TrainedL
         turned = int(negative[layer.name].sum()) if layer.name in negative else 0
         note = f"{turned} channels turned around" if turned else ""
         rows.append(_row(layer.name, coded[layer.name], grids[reads].bits if reads else None, note))
-    if grids:
+    if grids and round_biases:
         calibrate.round_biases(net, folded, grids)
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
     return replace(work.checkpoint, floats=floats, coded=folded, activations=grids, folded=True), rows

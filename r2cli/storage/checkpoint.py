@@ -214,13 +214,19 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
     Raises InputError for a file that is missing or damaged.
     """
+    coded, floats = load_coded(path)
+    return {**floats, **{name: one.decode() for name, one in coded.items()}}
+
+
+def load_coded(path: Path) -> tuple[dict[str, Coded], dict[str, Tensor]]:
+    """The coded tensors of any safetensors file, and the others. Raises InputError for a missing or corrupt one."""
     tensors, metadata = load_tensors(path)
     try:
         codecs = json.loads(metadata["r2"])["codecs"] if "r2" in metadata else {}
-        decoded = {name: _coded(name, entry, tensors).decode() for name, entry in codecs.items()}
+        coded = {name: _coded(name, entry, tensors) for name, entry in codecs.items()}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
-    return {**tensors, **decoded}
+    return coded, tensors
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -172,17 +172,17 @@ def _run(
     """Everything that training `model`, which is on `device`, needs."""
     average = None
     if settings.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=_running_average(settings.ema), use_buffers=True)
+        average = AveragedModel(model, multi_avg_fn=running_average(settings.ema), use_buffers=True)
     method = setting if isinstance(setting, TrainHooks) else None
     penalty = method.regularizer if method else setting
     regularizer = (
         regularizers.Regularizer(penalty, model) if isinstance(penalty, regularizers.RegularizerSpec) else None
     )
-    optimizers = _optimizers(model, regularizer, settings, method)
+    steps_by = optimizers(model, regularizer, settings, method)
     forward = distributed.wrapped(model, device)
     if settings.compile:
         forward = torch.compile(forward)  # type: ignore[assignment]
-    return _Run(model, forward, average, source, settings, device, regularizer, method, optimizers, watch)
+    return _Run(model, forward, average, source, settings, device, regularizer, method, steps_by, watch)
 
 
 def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
@@ -273,7 +273,7 @@ def _weighed(loss: Tensor, own: int, index: int, run: _Run) -> Tensor:
     return loss if world == 1 else loss * (own * world / min(size, len(run.source.train) - index * size))
 
 
-def _running_average(decay: float) -> Callable[[Any, Any, Any], None]:
+def running_average(decay: float) -> Callable[[Any, Any, Any], None]:
     """An exponential average that starts short, so that it soon forgets the initial weights (as TensorFlow's does)."""
 
     def update(averaged: Any, current: Any, count: Tensor) -> None:
@@ -329,7 +329,7 @@ def range_ratios(model: nn.Module) -> dict[str, float]:
     return ratios
 
 
-def _optimizers(
+def optimizers(
     model: nn.Module, regularizer: regularizers.Regularizer | None, settings: TrainSettings, method: TrainHooks | None
 ) -> tuple[torch.optim.Optimizer, ...]:
     """SGD or AdamW, in which weights decay and biases and norms do not, nor parameters of a method or a regularizer;
