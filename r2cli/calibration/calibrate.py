@@ -73,7 +73,7 @@ def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: M
         if where is None or module.bias is None:
             continue
         codec = coded[layer.weight].codec
-        scale = activations[where].scale * (codec.scale / codec.raised)
+        scale = activations[where].scale * (codec.scale / codec.integer_factor)
         bias = module.bias
         assert isinstance(bias, Tensor)
         codes = torch.round(bias.double() / scale.double())

@@ -2,7 +2,8 @@
 
     8 to 5 bits          INT8 -> DequantizeLinear
     4 bits               INT4 -> Cast INT8 -> DequantizeLinear
-    3 to 1 bits, odd     packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
+    3 to 1 bits          packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
+    4 bits, midrise      the same
     palette              UINT8, up to 4 bits packed -> Div and Mod, its digits -> Gather in the layer's own table of
                          centroids -> channels of vectors apart -> DequantizeLinear for an int8 table, Mul by the scale
                          for a float one
@@ -59,17 +60,17 @@ def emit(
 def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, tables: Tables) -> tuple[list[ir.Node], ir.Value]:
     """The nodes that make the integers, and the integers."""
     nodes: list[ir.Node]
-    if grid.bits <= 3 or (grid.odd and grid.bits <= 4):
+    if grid.bits <= 3 or (grid.midrise and grid.bits <= 4):
         nodes = _packed(graph, name, coded, tuple(coded.codes.shape), _integers(graph, grid, tables), tables)
         integers = nodes[-1].outputs[0]
     elif grid.bits == 4:
         narrow = initializer(graph, f"{name}.codes", _four_bits(coded.codes))
         nodes = [ir.node("Cast", [narrow], {"to": ir.DataType.INT8})]
         integers = nodes[-1].outputs[0]
-    elif grid.odd and grid.bits == 8:
+    elif grid.midrise and grid.bits == 8:
         raise R2Error(f"the weight '{name}' has an 8-bit grid without a zero level, whose codes leave int8: use 7 bits")
     else:
-        stored = grid.integers(coded.codes) if grid.odd else coded.codes
+        stored = grid.integers(coded.codes) if grid.midrise else coded.codes
         integers, nodes = initializer(graph, f"{name}.codes", stored.to(torch.int8).numpy()), []
     return nodes, integers
 
@@ -118,7 +119,7 @@ def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], tab
 
 
 def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, ndim: int) -> list[ir.Node]:
-    inputs = [integers, initializer(graph, f"{name}.scale", (codec.scale / codec.raised).numpy())]
+    inputs = [integers, initializer(graph, f"{name}.scale", (codec.scale / codec.integer_factor).numpy())]
     zero = _zero_point(codec)
     if bool(zero.any()) or ndim == 2:  # ONNX Runtime's QGemm wants one, though it be zero
         inputs.append(initializer(graph, f"{name}.zero_point", zero.numpy()))
@@ -136,13 +137,13 @@ def _multiply(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Pale
 
 
 def _scaled(graph: ir.Graph, name: str, value: ir.Value, codec: Grid | Palette, ndim: int) -> ir.Node:
-    column = _along(codec, codec.scale / codec.raised, ndim)
+    column = _along(codec, codec.scale / codec.integer_factor, ndim)
     return ir.node("Mul", [value, initializer(graph, f"{name}.scale", column.numpy())])
 
 
 def _zero_point(codec: Grid | Palette) -> Tensor:
     zero = codec.zero_point if isinstance(codec, Grid) else torch.zeros_like(codec.scale, dtype=torch.int32)
-    return (zero * codec.raised).to(torch.int8)
+    return (zero * codec.integer_factor).to(torch.int8)
 
 
 def _along(codec: Grid | Palette, parameter: Tensor, ndim: int) -> Tensor:
@@ -192,7 +193,7 @@ def _integers(graph: ir.Graph, grid: Grid, tables: Tables) -> Lookup:
     """A grid's integers: of all bytes, in a table (256, 8 // bits) int8 that layers share."""
 
     def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
-        every = f"every.{'odd' if grid.odd else 'plain'}{grid.bits}.{part}"
+        every = f"every.{'odd' if grid.midrise else 'plain'}{grid.bits}.{part}"
         if every not in tables:
             tables[every] = initializer(graph, every, _table(grid, part, bits))
         return [ir.node("Gather", [tables[every], index], {"axis": 0})]
@@ -221,14 +222,14 @@ def _table(grid: Grid, part: str, bits: int) -> Array:
     """(256, 8 // bits) int8: the integers that every byte of a grid's packed codes stands for."""
     every = unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
     if part == "high":  # worth 4, or -4 where the codes are two's complement
-        integers = every * 8 - 7 if grid.odd else every * -4
+        integers = every * 8 - 7 if grid.midrise else every * -4
     elif part == "low":
-        integers = every * 2 if grid.odd else every
-    elif grid.odd:
+        integers = every * 2 if grid.midrise else every
+    elif grid.midrise:
         integers = every * 2 - (2**bits - 1)
     else:
         integers = torch.where(every >= 2 ** (bits - 1), every - 2**bits, every)
-    return (integers * grid.raised).reshape(256, 8 // bits).to(torch.int8).numpy()
+    return (integers * grid.integer_factor).reshape(256, 8 // bits).to(torch.int8).numpy()
 
 
 # --- initializers --------------------------------------------------------------------------------------------------

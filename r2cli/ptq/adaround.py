@@ -89,7 +89,7 @@ def round_layer(seen: LayerSample, coded: Coded, settings: AdaroundSettings = Ad
 def on_codes(weight: Tensor, grid: Grid) -> Tensor:
     """`weight` in units of codes, not rounded: the code of a value is the nearest integer. Shape of `weight`."""
     levels = weight / grid.along(grid.scale, weight.ndim)
-    return (levels + (2**grid.bits - 1)) / 2 if grid.odd else levels + grid.along(grid.zero_point, weight.ndim)
+    return (levels + (2**grid.bits - 1)) / 2 if grid.midrise else levels + grid.along(grid.zero_point, weight.ndim)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Rows:
 def _optimize(rows: _Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
     """Whether each weight is rounded up: 0 or 1, of the shape of the weight. `unit` is the error that weighs as one."""
     groups = rows.inputs.shape[0]
-    step = grid.along(grid.scale, real.ndim).expand_as(real) * (2 if grid.odd else 1)  # value of one code more
+    step = grid.along(grid.scale, real.ndim).expand_as(real) * (2 if grid.midrise else 1)  # value of one code more
     value0 = grid.decode(torch.zeros_like(real, dtype=torch.int32))
     base, size, offset = (t.reshape(groups, -1, rows.inputs.shape[2]) for t in (low, step, value0))
     v = start((real - low).clamp(0, 1 - 1e-6)).reshape(base.shape)

@@ -133,7 +133,7 @@ class Learned:
 
     def _state(self, up: Tensor) -> State:
         grid, codes = self.grid, (self.low + up).clamp(self.grid.lowest, self.grid.highest)
-        integers = 2 * codes - (2**grid.bits - 1) if grid.odd else codes - grid.along(grid.zero_point, codes.ndim)
+        integers = 2 * codes - (2**grid.bits - 1) if grid.midrise else codes - grid.along(grid.zero_point, codes.ndim)
         return state(integers * grid.along(grid.scale * self.size.exp(), codes.ndim), self.bias)
 
 

@@ -180,7 +180,7 @@ def _negative(norm: torch.nn.Module) -> Tensor:
 def fold(coded: Coded, factor: Tensor | None, negative: Tensor | None) -> Coded:
     """A weight with BatchNorm's factor (channels,), its sign given apart, in per-channel scales: the same integers.
 
-    Where the factor is negative the integers change sign: odd ones and those without the lowest code have their
+    Where the factor is negative the integers change sign: midrise ones and those without the lowest code have their
     negatives on the same grid; else codes q become ~q about a zero point of -1, which is -q.
     """
     grid, codes = coded.codec, coded.codes
@@ -190,7 +190,7 @@ def fold(coded: Coded, factor: Tensor | None, negative: Tensor | None) -> Coded:
     scale = usable((grid.scale.double() * factor).float())
     zero = torch.zeros_like(scale, dtype=torch.int32)
     turned = negative.reshape(-1, *[1] * (codes.ndim - 1))
-    if grid.odd:
+    if grid.midrise:
         return Coded(
             replace(grid, scale=scale, zero_point=zero, axis=0),
             torch.where(turned, grid.highest - codes, codes).to(codes.dtype),

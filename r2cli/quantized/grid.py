@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 8
-RAISED = 64  # the greatest integer that a table of few bits gives
+LARGEST_INTEGER = 64  # the greatest integer that a table of few bits gives
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Grid:
     bits: int
     signed: bool
     axis: int | None = None
-    odd: bool = False
+    midrise: bool = False
 
     @property
     def lowest(self) -> int:
-        return -(1 << (self.bits - 1)) if self.signed and not self.odd else 0
+        return -(1 << (self.bits - 1)) if self.signed and not self.midrise else 0
 
     @property
     def highest(self) -> int:
@@ -46,22 +46,22 @@ class Grid:
         return torch.int8 if self.lowest < 0 else torch.uint8
 
     @property
-    def raised(self) -> int:
+    def integer_factor(self) -> int:
         """What an ONNX file multiplies the integers by, and divides the scale by: a power of two, the same values.
 
         A bias is an integer in units of scale_x * scale_w, and with two or four levels such a unit is a large part of
         what a channel gives. Where integers come out of a table they may as well be large; up to 64, two products with
         8-bit activations fit the 16 bits that processors without VNNI add them in.
         """
-        if self.bits > 4 or (self.bits == 4 and not self.odd):
+        if self.bits > 4 or (self.bits == 4 and not self.midrise):
             return 1
-        most = 2**self.bits - 1 if self.odd else -self.lowest
-        return 1 << (RAISED // most).bit_length() - 1 if most else 1
+        most = 2**self.bits - 1 if self.midrise else -self.lowest
+        return 1 << (LARGEST_INTEGER // most).bit_length() - 1 if most else 1
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest levels, ties to even as ONNX QuantizeLinear has it. Shape of `x`, int8 or uint8."""
         levels = x / self.along(self.scale, x.ndim)
-        if self.odd:
+        if self.midrise:
             # The shift is a half-integer multiple of 2, so it is added before the rounding.
             codes = torch.round((levels + (2**self.bits - 1)) / 2)
         else:
@@ -71,7 +71,7 @@ class Grid:
     def integers(self, codes: Tensor) -> Tensor:
         """The integers that the scale multiplies: what an ONNX file stores. Shape of `codes`, int32."""
         wide = codes.to(torch.int32)
-        if self.odd:
+        if self.midrise:
             return 2 * wide - ((1 << self.bits) - 1)
         return wide - self.along(self.zero_point, codes.ndim)
 

@@ -28,7 +28,7 @@ class Palette:
         return int(self.lut.shape[2])
 
     @property
-    def raised(self) -> int:
+    def integer_factor(self) -> int:
         """As a grid's: an int8 table has large integers already."""
         return 1
 

@@ -221,7 +221,7 @@ def usable(scale: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`x` really rounded as `codec.Grid` does, signed, odd at one bit: (what is lost / scale, codes).
+    """`x` really rounded as `codec.Grid` does, signed, midrise at one bit: (what is lost / scale, codes).
 
     `scale` broadcasts to float32 `x`; both results have the shape and dtype of `x`, and the next call on the same
     thread overwrites them. The codes are the grid's.

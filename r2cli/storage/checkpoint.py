@@ -291,7 +291,7 @@ def _describe(codec: Codec) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return parts | {"lut": codec.lut}, entry | {"kind": "palette", "weight_shape": list(codec.shape)}
     if bool(codec.zero_point.any()):
         parts["zero_point"] = codec.zero_point
-    return parts, entry | {"kind": "grid", "signed": codec.signed, "odd": codec.odd}
+    return parts, entry | {"kind": "grid", "signed": codec.signed, "odd": codec.midrise}
 
 
 def _coded(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Coded:
