@@ -1,7 +1,7 @@
 """The tensors of any weight file, read piece by piece: nothing here holds a whole tensor of a file.
 
 A safetensors file is 8 bytes of header length, the header (JSON: dtype, shape and byte range of every tensor), and the
-bytes. Pieces are read into one buffer per thread; a mapped file would be as fast and count as memory.
+bytes. Pieces are read into memory that the reader brings; a mapped file would be as fast and count as memory.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r2cli.errors import InputError
-from r2cli.quantized.scratch import scratch
+from r2cli.quantized.scratch import Scratch
 
 PIECE = 1 << 18  # elements: a megabyte of float32; what is made of a piece stays in the cache, and its table is short
 MOST_HEADER = 100_000_000  # bytes, as the format has it
@@ -42,8 +42,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 class Stored:
     """A tensor in a file or in memory.
 
-    `read(start, stop)` gives its elements start to stop in order, 1-D and in its own dtype; the next read on the same
-    thread overwrites what it gave. `dtype` is None, and nothing can be read, where torch has no such type.
+    `read(start, stop, memory)` gives its elements start to stop in order, 1-D and in its own dtype. They are in
+    `memory`, where the next read with it overwrites them, or in the tensor's own. `dtype` is None, and nothing can be
+    read, where torch has no such type.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Stored:
     dtype: torch.dtype | None
     kind: str  # the dtype's name, in the file's words where torch has none
     file: str  # where it is from, for messages
-    read: Callable[[int, int], Tensor]
+    read: Callable[[int, int, Scratch], Tensor]
 
     @property
     def size(self) -> int:
@@ -62,17 +63,17 @@ class Stored:
         return self.size * (self.dtype.itemsize if self.dtype else 1)
 
     def pieces(self, elements: int = PIECE, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Elements start to stop in pieces of at most `elements`."""
-        end = self.size if stop is None else stop
+        """Elements start to stop in pieces of at most `elements`; each overwrites the one before."""
+        end, memory = self.size if stop is None else stop, Scratch()
         for at in range(start, end, elements):
-            yield self.read(at, min(end, at + elements))
+            yield self.read(at, min(end, at + elements), memory)
 
 
 def held(name: str, tensor: Tensor, file: str) -> Stored:
     """A tensor that is in memory."""
     flat = tensor.detach().contiguous().reshape(-1)
     kind = str(tensor.dtype).removeprefix("torch.")
-    return Stored(name, tuple(tensor.shape), tensor.dtype, kind, file, lambda start, stop: flat[start:stop])
+    return Stored(name, tuple(tensor.shape), tensor.dtype, kind, file, lambda start, stop, _: flat[start:stop])
 
 
 def of_model(path: Path) -> list[Stored]:
@@ -135,9 +136,9 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descrip
     dtype = DTYPES.get(entry["dtype"])
     base = start + entry["data_offsets"][0]
 
-    def read(first: int, last: int) -> Tensor:
+    def read(first: int, last: int, memory: Scratch) -> Tensor:
         assert dtype is not None
-        part = scratch("read", (last - first) * dtype.itemsize, torch.uint8)
+        part = memory.take((last - first) * dtype.itemsize, torch.uint8)
         descriptor.read(base + first * dtype.itemsize, part.numpy().data.cast("B"), name)
         return part.view(dtype)
 
