@@ -18,6 +18,7 @@ Mul stand in its place there. They, and a float table, are folded whole: memory 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch import Tensor
 from r2cli.errors import R2Error
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.packing import pack, packed_bytes, unpack
+from r2cli.quantized.packing import Plane, pack, split_planes, twos_complement, unpack_plane
 from r2cli.quantized.palette import Palette
 
 Tables = dict[str, ir.Value]  # initializers that layers share, by name
@@ -130,14 +131,14 @@ def _multiply(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Pale
     nodes = [ir.node("Cast", [integers], {"to": ir.DataType.FLOAT})]
     zero = _zero_point(codec)
     if bool(zero.any()):
-        column = initializer(graph, f"{name}.zero_point", _along(codec, zero, ndim).numpy())
+        column = initializer(graph, f"{name}.zero_point", codec.along(zero, ndim).numpy())
         nodes.append(ir.node("Cast", [column], {"to": ir.DataType.FLOAT}))
         nodes.append(ir.node("Sub", [each.outputs[0] for each in nodes]))
     return [*nodes, _scaled(graph, name, nodes[-1].outputs[0], codec, ndim)]
 
 
 def _scaled(graph: ir.Graph, name: str, value: ir.Value, codec: Grid | Palette, ndim: int) -> ir.Node:
-    column = _along(codec, codec.scale / codec.integer_factor, ndim)
+    column = codec.along(codec.scale / codec.integer_factor, ndim)
     return ir.node("Mul", [value, initializer(graph, f"{name}.scale", column.numpy())])
 
 
@@ -146,17 +147,10 @@ def _zero_point(codec: Grid | Palette) -> Tensor:
     return (zero * codec.integer_factor).to(torch.int8)
 
 
-def _along(codec: Grid | Palette, parameter: Tensor, ndim: int) -> Tensor:
-    """`parameter` in a shape that goes with a weight of `ndim` axes; a palette's is along the first."""
-    if isinstance(codec, Grid):
-        return codec.along(parameter, ndim)
-    return parameter if codec.axis is None else parameter.reshape(-1, *[1] * (ndim - 1))
-
-
 # --- packed codes --------------------------------------------------------------------------------------------------
 
-# From a part's name, its bits and its bytes as INT32 (n,) to nodes of which the last gives (n, 8 // bits).
-Lookup = Callable[[str, int, ir.Value], list[ir.Node]]
+# From a plane and its bytes as INT32 (n,) to nodes of which the last gives (n, 8 // plane.bits).
+Lookup = Callable[[Plane, ir.Value], list[ir.Node]]
 
 
 def _packed(
@@ -166,25 +160,22 @@ def _packed(
 
     Three bits are the sum of two planes.
     """
-    width = coded.codec.bits
-    count, planes = coded.codes.numel(), coded.packed()
+    count = coded.codes.numel()
     nodes: list[ir.Node] = []
     parts = []
-    split = packed_bytes(count, 1)
-    for part, bits, content in (
-        [("high", 1, planes[:split]), ("low", 2, planes[split:])] if width == 3 else [("codes", width, planes)]
-    ):
-        packed = initializer(graph, f"{name}.{part}", content.numpy())
+    planes = split_planes(coded.packed(), coded.codec.bits, count)
+    for plane, content in planes:
+        packed = initializer(graph, f"{name}.{plane.name}", content.numpy())
         nodes.append(ir.node("Cast", [packed], {"to": ir.DataType.INT32}))
-        nodes += look_up(part, bits, nodes[-1].outputs[0])
-        if content.numel() * (8 // bits) != count:  # drop the zeros that filled the last byte
+        nodes += look_up(plane, nodes[-1].outputs[0])
+        if content.numel() * (8 // plane.bits) != count:  # drop the zeros that filled the last byte
             nodes.append(_reshape(graph, tables, nodes[-1], (count,)))
             ends = [_shape(graph, tables, (0,)), _shape(graph, tables, (count,))]
             nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
-        if shape is not None or width == 3:
+        if shape is not None or len(planes) > 1:
             nodes.append(_reshape(graph, tables, nodes[-1], shape or (count,)))
         parts.append(nodes[-1].outputs[0])
-    if len(parts) == 2:
+    if len(planes) > 1:
         nodes.append(ir.node("Add", parts))
     return nodes
 
@@ -192,44 +183,41 @@ def _packed(
 def _integers(graph: ir.Graph, grid: Grid, tables: Tables) -> Lookup:
     """A grid's integers: of all bytes, in a table (256, 8 // bits) int8 that layers share."""
 
-    def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
-        every = f"every.{'odd' if grid.midrise else 'plain'}{grid.bits}.{part}"
+    def look_up(plane: Plane, index: ir.Value) -> list[ir.Node]:
+        every = f"every.{'odd' if grid.midrise else 'plain'}{grid.bits}.{plane.name}"
         if every not in tables:
-            tables[every] = initializer(graph, every, _table(grid, part, bits))
+            tables[every] = initializer(graph, every, _table(grid, plane))
         return [ir.node("Gather", [tables[every], index], {"axis": 0})]
 
     return look_up
 
 
 def _indices(graph: ir.Graph, tables: Tables) -> Lookup:
-    """A palette's codes themselves, INT32, those of the high plane worth 4: the digits of every byte, reckoned."""
+    """A palette's codes themselves, INT32, those of the high plane worth 4: computed from the bytes, without a table."""
 
     def shared(values: list[int]) -> ir.Value:
         return _shared(graph, tables, "step", np.array(values, dtype=np.int32))
 
-    def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
+    def look_up(plane: Plane, index: ir.Value) -> list[ir.Node]:
         column = ir.node("Reshape", [index, _shape(graph, tables, (-1, 1))])
-        shifted = ir.node("Div", [column.outputs[0], shared([2**low for low in range(0, 8, bits)])])
-        nodes = [column, shifted, ir.node("Mod", [shifted.outputs[0], shared([2**bits])])]
-        if part == "high":
-            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], shared([4])]))
+        shifted = ir.node("Div", [column.outputs[0], shared([2**low for low in range(0, 8, plane.bits)])])
+        nodes = [column, shifted, ir.node("Mod", [shifted.outputs[0], shared([2**plane.bits])])]
+        if plane.shift:
+            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], shared([2**plane.shift])]))
         return nodes
 
     return look_up
 
 
-def _table(grid: Grid, part: str, bits: int) -> Array:
-    """(256, 8 // bits) int8: the integers that every byte of a grid's packed codes stands for."""
-    every = unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
-    if part == "high":  # worth 4, or -4 where the codes are two's complement
-        integers = every * 8 - 7 if grid.midrise else every * -4
-    elif part == "low":
-        integers = every * 2 if grid.midrise else every
-    elif grid.midrise:
-        integers = every * 2 - (2**bits - 1)
-    else:
-        integers = torch.where(every >= 2 ** (bits - 1), every - 2**bits, every)
-    return (integers * grid.integer_factor).reshape(256, 8 // bits).to(torch.int8).numpy()
+def _table(grid: Grid, plane: Plane) -> Array:
+    """(256, 8 // plane.bits) int8: the integers that each byte of a plane of a grid's packed codes stands for."""
+    every = unpack_plane(torch.arange(256, dtype=torch.uint8), plane.bits) << plane.shift
+    codes = twos_complement(every, grid.bits) if grid.lowest < 0 else every
+    plain = replace(grid, zero_point=torch.zeros((), dtype=torch.int32), axis=None)  # DequantizeLinear has the zero point
+    integers = plain.integers(codes)
+    if plane.name == "low":  # planes are added: what a code of 0 stands for is in the high one already
+        integers = integers - plain.integers(torch.zeros_like(codes))
+    return (integers * grid.integer_factor).reshape(256, 8 // plane.bits).to(torch.int8).numpy()
 
 
 # --- initializers --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 from r2cli.quantized.value_counts import usable
-from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.checkpoint import Checkpoint, require_float
 
 KMEANS, DKM, SHARED = "kmeans", "dkm", "shared"
 METHODS = (KMEANS, *learners.LEARNERS)
@@ -126,8 +126,7 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
 
     Raises InputError for a coded checkpoint, a graph that cannot be read, and embeddings beside activations on grids.
     """
-    if checkpoint.coded:
-        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    require_float(checkpoint)
     if settings.embeddings and settings.act_bits is not None:
         raise InputError("--embeddings is for weights alone: give --act-bits none")
     model = deployed.network(checkpoint)

@@ -33,7 +33,7 @@ from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.packing import packed_bytes
 from r2cli.quantized.value_counts import usable
-from r2cli.storage.checkpoint import Checkpoint, InputSpec
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, require_float
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
@@ -230,8 +230,7 @@ def _prepare(
 ) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, batchnorm_statistics.Normal], Notes]:
     """The float network without BatchNorms, equalized where it is to be; the factor that is left to apply and the
     statistics of each layer's BatchNorm, and notes by layer."""
-    if checkpoint.coded:
-        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    require_float(checkpoint)
     example = checkpoint.input.blank(2) if _needs_graph(settings) else None
     net = trace(deployed.network(checkpoint), example)
     notes = [
@@ -289,8 +288,7 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
 
     Raises InputError as `quantize` and `graph.weighted` do.
     """
-    if checkpoint.coded:
-        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    require_float(checkpoint)
     model = deployed.network(checkpoint)
     modules = structure.weighted(model, embeddings=settings.embeddings)
     normed = any(isinstance(module, operators.NORMS) for module in model.modules())

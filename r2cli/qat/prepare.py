@@ -24,7 +24,7 @@ from r2cli.qat.quantizers import ActivationQuantizer, WeightQuantizer
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.value_counts import usable
-from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.checkpoint import Checkpoint, require_float
 
 OUTPUTS, INPUTS = "outputs", "inputs"
 PAPER, FITTED = "paper", "fitted"
@@ -106,8 +106,7 @@ def prepare(work: QatTask) -> Prepared:
     that cannot be read, and a layer that cannot be quantized.
     """
     made, settings = work.checkpoint, work.settings
-    if made.coded:
-        raise InputError(f"{made.origin} is quantized already: give the float one that it was made from")
+    require_float(made)
     model = models.build(made.model) if work.scratch else deployed.network(made)
     names = [layer.name for layer in structure.layers(quantizer_placement.read(model))]
     if not names:
