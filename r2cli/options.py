@@ -27,11 +27,6 @@ def _option(
 DEFAULT_SOURCE = Path("model.safetensors")
 
 
-def resume_state(output: Path) -> Path:
-    """Where a training command that is to write `output` keeps its last whole epoch."""
-    return output.with_name(f"{output.stem}.resume.safetensors")
-
-
 Source = Annotated[
     Path | None, typer.Argument(help="The checkpoint to read. (default: model.safetensors)", show_default=False)
 ]

@@ -119,7 +119,11 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
         "int64": torch.tensor(7),
         "channels last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
     }
-    grids = {"conv1": grid(8, 0.1, 3, signed=False), "add_1": grid(4, 1e-6, -2), "midrise": grid(2, 1 / 3, midrise=True)}
+    grids = {
+        "conv1": grid(8, 0.1, 3, signed=False),
+        "add_1": grid(4, 1e-6, -2),
+        "midrise": grid(2, 1 / 3, midrise=True),
+    }
     parts = {"fc.weight": CODECS["plain 4"]}
     first = Checkpoint(spec, shown, ("a", "é", "c d"), floats, parts, grids, folded=True)
     first = first.then("pretrain", {"lr": 0.1, "reg": None}, {"top1": 97.3}).then("ptq", {"keep": ["a=8"]}, {})

@@ -70,12 +70,11 @@ def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: M
     """
     for layer, module in structure.named_layers(net):
         where = edit.source(net, structure.node_of(net, layer))
-        if where is None or module.bias is None:
+        bias = module.bias
+        if where is None or bias is None:
             continue
         codec = coded[layer.weight].codec
         scale = activations[where].scale * (codec.scale / codec.integer_factor)
-        bias = module.bias
-        assert isinstance(bias, Tensor)
         codes = torch.round(bias.double() / scale.double())
         if float(codes.abs().max()) >= 2**31:
             raise R2Error(f"the bias of '{layer.name}' does not fit int32 on its grid: give --keep {layer.name}=8")

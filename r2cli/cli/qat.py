@@ -29,9 +29,9 @@ from r2cli.options import (
     Weights,
     Workers,
     _option,
-    resume_state,
 )
 from r2cli.options import Device as DeviceName
+from r2cli.train.resume import resume_state
 
 if TYPE_CHECKING:
     from r2cli import data as datasets

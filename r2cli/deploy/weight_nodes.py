@@ -184,6 +184,7 @@ def _integers(graph: ir.Graph, grid: Grid, tables: Tables) -> Lookup:
     """A grid's integers: of all bytes, in a table (256, 8 // bits) int8 that layers share."""
 
     def look_up(plane: Plane, index: ir.Value) -> list[ir.Node]:
+        # The names of shared tables are those of files that are out already.
         every = f"every.{'odd' if grid.midrise else 'plain'}{grid.bits}.{plane.name}"
         if every not in tables:
             tables[every] = initializer(graph, every, _table(grid, plane))
@@ -193,7 +194,7 @@ def _integers(graph: ir.Graph, grid: Grid, tables: Tables) -> Lookup:
 
 
 def _indices(graph: ir.Graph, tables: Tables) -> Lookup:
-    """A palette's codes themselves, INT32, those of the high plane worth 4: computed from the bytes, without a table."""
+    """A palette's codes themselves, INT32, those of the high plane worth 4: by division, without a table."""
 
     def shared(values: list[int]) -> ir.Value:
         return _shared(graph, tables, "step", np.array(values, dtype=np.int32))
@@ -213,7 +214,8 @@ def _table(grid: Grid, plane: Plane) -> Array:
     """(256, 8 // plane.bits) int8: the integers that each byte of a plane of a grid's packed codes stands for."""
     every = unpack_plane(torch.arange(256, dtype=torch.uint8), plane.bits) << plane.shift
     codes = twos_complement(every, grid.bits) if grid.lowest < 0 else every
-    plain = replace(grid, zero_point=torch.zeros((), dtype=torch.int32), axis=None)  # DequantizeLinear has the zero point
+    # The zero point comes later, with DequantizeLinear.
+    plain = replace(grid, zero_point=torch.zeros((), dtype=torch.int32), axis=None)
     integers = plain.integers(codes)
     if plane.name == "low":  # planes are added: what a code of 0 stands for is in the high one already
         integers = integers - plain.integers(torch.zeros_like(codes))

@@ -172,7 +172,9 @@ class _Layer:
         coded = tables.entropy_coded_bytes(palette, occurrences.tolist())
         sizes = 8 * payload / stored.size, 8 * coded / stored.size
         layer = name.removesuffix(".weight")
-        return PalettizedLayer(layer, stored.shape, form.bits, form.dim, groups, *sizes, decibels(signal, error), few(used, form))
+        return PalettizedLayer(
+            layer, stored.shape, form.bits, form.dim, groups, *sizes, decibels(signal, error), few(used, form)
+        )
 
     @property
     def _positions(self) -> int:

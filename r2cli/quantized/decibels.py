@@ -1,4 +1,7 @@
-"""Signal to noise in decibels (dB): how close a rounded tensor is to the float one. Ten dB more is a tenth of the noise."""
+"""Signal to noise in decibels (dB): how close a rounded tensor is to the float one.
+
+Ten dB more is a tenth of the noise, in squared error.
+"""
 
 import math
 

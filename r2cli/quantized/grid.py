@@ -6,8 +6,8 @@
 A midrise grid has no zero level: its levels are the odd multiples of the scale, -3, -1, 1, 3 times it for two bits. The
 grids of one bit are of this kind, with the levels -scale and scale, and so are the weight grids of DoReFa and EWGS.
 
-A grid turns values into codes (`encode`) and codes into values (`decode`). The codes are what a method chooses, and what
-is stored. They need not be those of the nearest levels: AdaRound's are not.
+A grid turns values into codes (`encode`) and codes into values (`decode`). The codes are what a method chooses, and
+what is stored. They need not be those of the nearest levels: AdaRound's are not.
 """
 
 from dataclasses import dataclass
@@ -55,8 +55,8 @@ class Grid:
         """What an ONNX file multiplies the integers by, and divides the scale by: a power of two, the same values.
 
         Biases are integers too, in units of scale_x * scale_w. With two or four levels scale_w is large, and rounding a
-        bias to such a unit would change what a channel gives. Larger integers have a smaller scale. Up to 64, the sum of
-        two products with 8-bit activations fits the 16 bits in which processors without VNNI add them.
+        bias to such a unit would change what a channel gives. Larger integers have a smaller scale. Up to 64, the sum
+        of two products with 8-bit activations fits the 16 bits in which processors without VNNI add them.
         """
         if self.bits > 4 or (self.bits == 4 and not self.midrise):
             return 1
@@ -81,7 +81,7 @@ class Grid:
         """
         levels = x / self.along(self.scale, x.ndim)
         if self.midrise:
-            return (levels + (2**self.bits - 1)) / 2
+            return levels.add(2**self.bits - 1).div(2)
         return levels + self.along(self.zero_point, x.ndim)
 
     def integers(self, codes: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Grid:
         """
         codes = codes if codes.is_floating_point() else codes.to(torch.int32)
         if self.midrise:
-            return 2 * codes - (2**self.bits - 1)
+            return codes.mul(2).sub(2**self.bits - 1)
         return codes - self.along(self.zero_point, codes.ndim)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Plane:
 
     def of(self, codes: Tensor) -> Tensor:
         """The plane's bits of `codes` (n,), uint8 without a sign: (n,) uint8."""
-        return (codes >> self.shift) & (2**self.bits - 1)
+        return (codes >> self.shift).bitwise_and(2**self.bits - 1)
 
 
 def planes(bits: int) -> tuple[Plane, ...]:
@@ -71,7 +71,7 @@ def unpack_plane(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return ((packed.unsqueeze(1) >> shifts) & (2**bits - 1)).reshape(-1)
+    return (packed.unsqueeze(1) >> shifts).bitwise_and(2**bits - 1).reshape(-1)
 
 
 def twos_complement(codes: Tensor, bits: int) -> Tensor:
