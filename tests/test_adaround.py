@@ -169,7 +169,7 @@ def test_codes_are_floors_or_ceilings_and_never_worse(bits: int, per_channel: bo
     grid = weight_grids.weight_grid(module.weight, bits, per_channel=per_channel)
     nearest = Coded(grid, grid.encode(module.weight))
     chosen = adaround.round_layer(one, nearest, adaround.AdaroundSettings(steps=300))
-    real = adaround.on_codes(module.weight.detach(), grid)
+    real = grid.unrounded(module.weight.detach())
     low, high = real.floor().clamp(grid.lowest, grid.highest), real.ceil().clamp(grid.lowest, grid.highest)
     codes = chosen.codes.to(real.dtype)
     assert bool(((codes == low) | (codes == high)).all()) and chosen.codec is grid

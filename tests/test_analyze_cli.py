@@ -232,7 +232,8 @@ def test_names_are_no_markup(r2: R2, foreign: Path) -> None:
 def test_cells_of_the_small_histogram() -> None:
     x = torch.cat([torch.linspace(-1, 1, 2000), torch.tensor([5.0])]).reshape(3, -1)
     row = worker.row(
-        worker.Stored("w", (3, 667), x.dtype, "float32", "", lambda a, b: x.reshape(-1)[a:b]), worker.AnalyzeSettings()
+        worker.Stored("w", (3, 667), x.dtype, "float32", "", lambda a, b, _: x.reshape(-1)[a:b]),
+        worker.AnalyzeSettings(),
     )
     heights, marked = terminal.cells(row, 4.0)
     assert heights[-1] > 0 and marked[-1] and not any(marked[:-1])

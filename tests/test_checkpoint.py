@@ -33,10 +33,10 @@ def int32(values: object) -> Tensor:
 
 
 def grid(
-    bits: int, scale: object, zero: object = 0, *, signed: bool = True, axis: int | None = None, odd: bool = False
+    bits: int, scale: object, zero: object = 0, *, signed: bool = True, axis: int | None = None, midrise: bool = False
 ) -> Grid:
     step = torch.tensor(scale, dtype=torch.float32)
-    return Grid(step, int32(zero).expand(step.shape).clone(), bits, signed, axis, odd)
+    return Grid(step, int32(zero).expand(step.shape).clone(), bits, signed, axis, midrise)
 
 
 def every_code(codec: Grid) -> Tensor:
@@ -48,7 +48,7 @@ def every_code(codec: Grid) -> Tensor:
 
 CODECS: dict[str, Coded] = {
     **{f"plain {bits}": Coded(g, every_code(g)) for bits in range(1, 9) for g in [grid(bits, 0.1)]},
-    **{f"odd {bits}": Coded(g, every_code(g)) for bits in range(1, 9) for g in [grid(bits, 0.3, odd=True)]},
+    **{f"midrise {bits}": Coded(g, every_code(g)) for bits in range(1, 9) for g in [grid(bits, 0.3, midrise=True)]},
     **{
         f"channels {bits}": Coded(g, every_code(g))
         for bits in (3, 4, 8)
@@ -119,7 +119,11 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
         "int64": torch.tensor(7),
         "channels last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
     }
-    grids = {"conv1": grid(8, 0.1, 3, signed=False), "add_1": grid(4, 1e-6, -2), "odd": grid(2, 1 / 3, odd=True)}
+    grids = {
+        "conv1": grid(8, 0.1, 3, signed=False),
+        "add_1": grid(4, 1e-6, -2),
+        "midrise": grid(2, 1 / 3, midrise=True),
+    }
     parts = {"fc.weight": CODECS["plain 4"]}
     first = Checkpoint(spec, shown, ("a", "é", "c d"), floats, parts, grids, folded=True)
     first = first.then("pretrain", {"lr": 0.1, "reg": None}, {"top1": 97.3}).then("ptq", {"keep": ["a=8"]}, {})
@@ -160,7 +164,7 @@ def test_the_order_of_names_is_not_in_the_bytes() -> None:
         made = Checkpoint(SPEC, INPUT, NAMES, floats, parts, grids)
         return checkpoint.to_bytes(made.then("ptq", dict.fromkeys(names, 1), {}))
 
-    names = ["plain 4", "odd 2", "channels 8", "palette int8"]
+    names = ["plain 4", "midrise 2", "channels 8", "palette int8"]
     assert ordered(names) == ordered(names[::-1])
 
 
@@ -193,11 +197,11 @@ def test_all_kinds_of_codes_live_in_one_file(tmp_path: Path) -> None:
         assert back.coded[name].codes.equal(own.codes)
 
 
-@pytest.mark.parametrize(("bits", "odd"), [(1, True), (2, False), (2, True), (3, False), (4, False), (8, False)])
-def test_a_coded_tensor_takes_its_packed_size(bits: int, odd: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "midrise"), [(1, True), (2, False), (2, True), (3, False), (4, False), (8, False)])
+def test_a_coded_tensor_takes_its_packed_size(bits: int, midrise: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     count = 40_001
-    codec = grid(bits, 0.1, odd=odd)
+    codec = grid(bits, 0.1, midrise=midrise)
     codes = torch.randint(codec.lowest, codec.highest + 1, (count,)).to(codec.dtype)
     checkpoint.save(Checkpoint(SPEC, INPUT, NAMES, {}, {"w": Coded(codec, codes)}), path)
     content = path.read_bytes()

@@ -25,10 +25,10 @@ def grid(
     zero: int | list[int] = 0,
     signed: bool = True,
     axis: int | None = None,
-    odd: bool = False,
+    midrise: bool = False,
 ) -> Grid:
     step = torch.tensor(scale, dtype=torch.float32)
-    return Grid(step, torch.tensor(zero, dtype=torch.int32).expand(step.shape), bits, signed, axis, odd)
+    return Grid(step, torch.tensor(zero, dtype=torch.int32).expand(step.shape), bits, signed, axis, midrise)
 
 
 def every_code(codec: Grid) -> Tensor:
@@ -112,8 +112,8 @@ def test_four_bits_are_the_bytes_of_onnx(signed: bool, count: int) -> None:
         (grid(8), -128, 127, torch.int8),
         (grid(1, signed=False), 0, 1, torch.uint8),
         (grid(8, signed=False), 0, 255, torch.uint8),
-        (grid(1, odd=True), 0, 1, torch.uint8),
-        (grid(8, odd=True), 0, 255, torch.uint8),
+        (grid(1, midrise=True), 0, 1, torch.uint8),
+        (grid(8, midrise=True), 0, 255, torch.uint8),
     ],
 )
 def test_codes_run_from_lowest_to_highest(codec: Grid, lowest: int, highest: int, dtype: torch.dtype) -> None:
@@ -132,9 +132,9 @@ def test_codes_run_from_lowest_to_highest(codec: Grid, lowest: int, highest: int
         # The zero point is added after the rounding: 0.25 / 0.5 + 3 would round to 4.
         (grid(4, 0.5, zero=3, signed=False), [-9, -1.5, 0.0, 0.25, 0.75, 6.0, 9.0], [0, 0, 3, 3, 5, 15, 15]),
         (grid(8, 2.0, zero=-3), [-1000.0, 0.0, 1.0, 3.0, 1000.0], [-128, -3, -3, -1, 127]),
-        # An odd grid's ties go to the even code as well: 0 is between codes 1 and 2, -1 between 0 and 1.
-        (grid(2, 0.5, odd=True), [-9.0, -1.0, -0.6, 0.0, 0.1, 1.0, 9.0], [0, 0, 1, 2, 2, 2, 3]),
-        (grid(1, 0.5, odd=True), [-3.0, -0.1, 0.0, 0.1, 3.0], [0, 0, 0, 1, 1]),
+        # A midrise grid's ties go to the even code as well: 0 is between codes 1 and 2, -1 between 0 and 1.
+        (grid(2, 0.5, midrise=True), [-9.0, -1.0, -0.6, 0.0, 0.1, 1.0, 9.0], [0, 0, 1, 2, 2, 2, 3]),
+        (grid(1, 0.5, midrise=True), [-3.0, -0.1, 0.0, 0.1, 3.0], [0, 0, 0, 1, 1]),
     ],
 )
 def test_encode_gives_these_codes(codec: Grid, values: list[float], codes: list[int]) -> None:
@@ -149,9 +149,9 @@ def test_encode_gives_these_codes(codec: Grid, values: list[float], codes: list[
         (grid(4, 0.5), [-8, -1, 0, 7], [-4.0, -0.5, 0.0, 3.5]),
         (grid(4, 0.5, zero=3, signed=False), [0, 3, 15], [-1.5, 0.0, 6.0]),
         (grid(1, 0.25), [-1, 0], [-0.25, 0.0]),
-        (grid(1, 0.25, odd=True), [0, 1], [-0.25, 0.25]),
-        (grid(2, 0.5, odd=True), [0, 1, 2, 3], [-1.5, -0.5, 0.5, 1.5]),
-        (grid(3, 2.0, odd=True), [0, 1, 2, 3, 4, 5, 6, 7], [-14.0, -10.0, -6.0, -2.0, 2.0, 6.0, 10.0, 14.0]),
+        (grid(1, 0.25, midrise=True), [0, 1], [-0.25, 0.25]),
+        (grid(2, 0.5, midrise=True), [0, 1, 2, 3], [-1.5, -0.5, 0.5, 1.5]),
+        (grid(3, 2.0, midrise=True), [0, 1, 2, 3, 4, 5, 6, 7], [-14.0, -10.0, -6.0, -2.0, 2.0, 6.0, 10.0, 14.0]),
     ],
 )
 def test_decode_gives_these_values(codec: Grid, codes: list[int], values: list[float]) -> None:
@@ -162,8 +162,8 @@ def test_decode_gives_these_values(codec: Grid, codes: list[int], values: list[f
 
 def test_odd_integers_are_what_the_scale_multiplies() -> None:
     codes = torch.arange(4, dtype=torch.uint8)
-    assert grid(2, 7.0, odd=True).integers(codes).tolist() == [-3, -1, 1, 3]
-    assert grid(1, 7.0, odd=True).integers(codes[:2]).tolist() == [-1, 1]
+    assert grid(2, 7.0, midrise=True).integers(codes).tolist() == [-3, -1, 1, 3]
+    assert grid(1, 7.0, midrise=True).integers(codes[:2]).tolist() == [-1, 1]
     assert grid(2, 7.0, zero=2, signed=False).integers(codes).tolist() == [-2, -1, 0, 1]
 
 
@@ -178,40 +178,40 @@ def test_a_scale_along_an_axis_belongs_to_its_channel() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_odd_grids_are_symmetric_and_have_no_zero(bits: int) -> None:
-    codec = grid(bits, 0.3, odd=True)
+    codec = grid(bits, 0.3, midrise=True)
     values = codec.decode(every_code(codec))
     assert values.equal(-values.flip(0))
     assert bool((values != 0).all())
 
 
-@pytest.mark.parametrize("kind", ["signed", "unsigned", "odd"])
+@pytest.mark.parametrize("kind", ["signed", "unsigned", "midrise"])
 @pytest.mark.parametrize("bits", BITS)
 @given(scale=SCALES, zero=st.integers(0, 255))
 def test_every_code_of_one_grid_survives(bits: int, kind: str, scale: float, zero: int) -> None:
-    codec = grid(bits, scale, signed=kind == "signed", odd=kind == "odd")
-    if kind != "odd":
+    codec = grid(bits, scale, signed=kind == "signed", midrise=kind == "midrise")
+    if kind != "midrise":
         codec = grid(bits, scale, zero=codec.lowest + zero % 2**bits, signed=kind == "signed")
     codes = every_code(codec)
     assert codec.encode(codec.decode(codes)).equal(codes)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["signed", "unsigned", "odd"])
+@pytest.mark.parametrize("kind", ["signed", "unsigned", "midrise"])
 @given(bits=st.sampled_from(BITS), scales=st.lists(SCALES, min_size=1, max_size=5), zero=st.integers(0, 255))
 def test_every_code_of_grids_along_an_axis_survives(
     axis: int, kind: str, bits: int, scales: list[float], zero: int
 ) -> None:
-    signed, odd = kind == "signed", kind == "odd"
+    signed, midrise = kind == "signed", kind == "midrise"
     lowest = grid(bits, signed=signed).lowest
-    zeros = [0 if odd else lowest + (zero + channel) % 2**bits for channel in range(len(scales))]
-    codec = grid(bits, scales, zero=zeros, signed=signed, axis=axis, odd=odd)
+    zeros = [0 if midrise else lowest + (zero + channel) % 2**bits for channel in range(len(scales))]
+    codec = grid(bits, scales, zero=zeros, signed=signed, axis=axis, midrise=midrise)
     codes = every_code(codec).expand(len(scales), 1, 2**bits).movedim(0, axis).contiguous()
     assert codec.encode(codec.decode(codes)).equal(codes)
 
 
-@given(bits=st.sampled_from(BITS), scale=SCALES, odd=st.booleans(), at=st.floats(-2, 2))
-def test_encode_takes_the_nearest_level(bits: int, scale: float, odd: bool, at: float) -> None:
-    codec = grid(bits, scale, odd=odd)
+@given(bits=st.sampled_from(BITS), scale=SCALES, midrise=st.booleans(), at=st.floats(-2, 2))
+def test_encode_takes_the_nearest_level(bits: int, scale: float, midrise: bool, at: float) -> None:
+    codec = grid(bits, scale, midrise=midrise)
     x = torch.tensor([at * scale * 2**bits])
     levels = codec.decode(every_code(codec)).double()
     chosen = (codec.decode(codec.encode(x)).double() - x).abs()
@@ -327,8 +327,8 @@ def test_a_short_last_block_keeps_its_values(channels: int, dim: int) -> None:
         (Coded(grid(8), torch.zeros(9, dtype=torch.int8)), 9 + 4),
         (Coded(grid(4), torch.zeros(3, 3, dtype=torch.int8)), 5 + 4),
         (Coded(grid(3), torch.zeros(3, 3, dtype=torch.int8)), (2 + 3) + 4),
-        (Coded(grid(2, odd=True), torch.zeros(3, 3, dtype=torch.uint8)), 3 + 4),
-        (Coded(grid(1, [1.0] * 3, odd=True, axis=0), torch.zeros(3, 3, dtype=torch.uint8)), 2 + 3 * 4),
+        (Coded(grid(2, midrise=True), torch.zeros(3, 3, dtype=torch.uint8)), 3 + 4),
+        (Coded(grid(1, [1.0] * 3, midrise=True, axis=0), torch.zeros(3, 3, dtype=torch.uint8)), 2 + 3 * 4),
         (
             Coded(grid(4, [1.0] * 3, zero=[0, 0, 7], signed=False, axis=0), torch.zeros(3, 3, dtype=torch.uint8)),
             5 + 3 * 4 + 3,

@@ -121,10 +121,10 @@ def test_nan_and_infinities_are_counted_apart() -> None:
 def test_rounding_is_the_codecs(bits: int, values: list[float], scale: float) -> None:
     """residual * scale == x - decode(encode(x)), the same codes."""
     x = torch.tensor(values).clamp(-1e6, 1e6)
-    grid = Grid(torch.tensor(scale), torch.tensor(0, dtype=torch.int32), bits, signed=True, odd=bits == 1)
+    grid = Grid(torch.tensor(scale), torch.tensor(0, dtype=torch.int32), bits, signed=True, midrise=bits == 1)
     residual, codes = value_counts.rounded(x, torch.tensor(scale), bits)
     want = grid.encode(x)
-    away = x.abs() > 1e-6 * scale  # an odd grid's own sum rounds away what is nearer to its edge at zero
+    away = x.abs() > 1e-6 * scale  # a midrise grid's own sum rounds away what is nearer to its edge at zero
     assert torch.equal(codes[away], want[away].float())
     error = x.double() - Coded(grid, want).decode().double()
     # float32 rounds x / scale, and decode rounds scale * code: one part in 2**23 of x each.

@@ -159,12 +159,12 @@ def test_a_float_checkpoint_is_exported_and_compared_as_well(trained: Path, tmp_
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_odd_grids_of_every_width_decode_in_onnx_runtime(bits: int, trained: Path, tmp_path: Path) -> None:
     made = _coded(trained, 4, act_bits=None)
-    odd = {}
+    midrise = {}
     for name, one in made.coded.items():
         scale = one.codec.scale * 8 / (2**bits - 1)
-        grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32), bits, signed=False, axis=0, odd=True)
-        odd[name] = Coded(grid, grid.encode(one.decode()))
-    made = replace(made, coded=odd)
+        grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32), bits, signed=False, axis=0, midrise=True)
+        midrise[name] = Coded(grid, grid.encode(one.decode()))
+    made = replace(made, coded=midrise)
     proof = _prove(made, tmp_path / "model.onnx", onnx_export.to_bytes(made))
     assert proof.passed, proof.checks
 

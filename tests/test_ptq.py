@@ -55,7 +55,7 @@ def float_one(trained: Path) -> checkpoint.Checkpoint:
 def test_the_scale_rule(weights: list[float], bits: int, scale: float) -> None:
     grid = weight_grids.weight_grid(torch.tensor([weights]), bits, per_channel=False)
     assert float(grid.scale) == pytest.approx(scale, rel=1e-6)
-    assert grid.odd == (bits == 1)
+    assert grid.midrise == (bits == 1)
 
 
 def test_one_outlier_costs_a_factor_of_twenty() -> None:

@@ -169,12 +169,12 @@ def test_the_network_that_trained_is_the_one_that_is_frozen(method: str, model: 
     assert sum(same) >= 0.85 * len(same)  # 61 of 64 at the least seen
 
 
-@pytest.mark.parametrize("odd", [False, True], ids=["plain", "odd"])
-def test_folding_changes_no_integer_but_its_sign(odd: bool) -> None:
-    codes = torch.randint(0, 4, (6, 3, 3, 3), generator=torch.Generator().manual_seed(0)) - (0 if odd else 2)
-    codes[1] = codes[1].clamp_min(1 if odd else -1)  # a channel without the lowest code
-    grid = Grid(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), 2, signed=True, odd=odd)
-    coded = Coded(grid, codes.to(torch.uint8 if odd else torch.int8))
+@pytest.mark.parametrize("midrise", [False, True], ids=["plain", "midrise"])
+def test_folding_changes_no_integer_but_its_sign(midrise: bool) -> None:
+    codes = torch.randint(0, 4, (6, 3, 3, 3), generator=torch.Generator().manual_seed(0)) - (0 if midrise else 2)
+    codes[1] = codes[1].clamp_min(1 if midrise else -1)  # a channel without the lowest code
+    grid = Grid(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), 2, signed=True, midrise=midrise)
+    coded = Coded(grid, codes.to(torch.uint8 if midrise else torch.int8))
     factor = torch.tensor([0.1, 2.0, 3.0, 0.5, 1.0, 4.0], dtype=torch.float64)
     negative = torch.tensor([True, True, False, True, False, False])
     folded = prepare.fold(coded, factor, negative)
@@ -183,7 +183,7 @@ def test_folding_changes_no_integer_but_its_sign(odd: bool) -> None:
     assert bool((folded.codec.scale > 0).all()) and torch.equal(folded.codec.encode(folded.decode()), folded.codes)
     assert isinstance(folded.codec, Grid)
     assert torch.equal(folded.codec.integers(folded.codes).abs(), grid.integers(coded.codes).abs())
-    assert (folded.codec.zero_point != 0).tolist() == [not odd, False, False, not odd, False, False]
+    assert (folded.codec.zero_point != 0).tolist() == [not midrise, False, False, not midrise, False, False]
 
 
 @pytest.mark.slow

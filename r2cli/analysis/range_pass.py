@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from r2cli.quantized import value_counts
-from r2cli.quantized.scratch import scratch
+from r2cli.quantized.scratch import Scratch
 from r2cli.quantized.value_counts import SIXTEEN_BIT, Count, Counts, Moments
 from r2cli.storage.stream import Stored
 
@@ -84,14 +84,15 @@ def read(stored: Stored, *, channels: bool, sigma: float, piece: int, advance: A
     """Read the floating-point tensor `stored` once. Outliers are `sigma` standard deviations from the mean."""
     assert stored.dtype is not None
     whole = _counted_as(stored.dtype) in SIXTEEN_BIT
-    count, wide = Count(_counted_as(stored.dtype)), _Wide(sigma)
-    rows = _Rows(matrix(stored.shape)) if channels else None
+    raw, floats, sizes = Scratch(), Scratch(), Scratch()
+    count, wide = Count(_counted_as(stored.dtype)), _Wide(sigma, sizes)
+    rows = _Rows(matrix(stored.shape), sizes) if channels else None
     for row, many, start, stop in spans(stored.shape, piece):
-        part = stored.read(start, stop)
+        part = stored.read(start, stop, raw)
         if whole:
             count.add(part if part.dtype == count.dtype else part.to(count.dtype))
         if not whole or rows is not None:
-            part = as_float(part)
+            part = as_float(part, floats)
         if not whole:
             count.add(wide.add(part))
         if rows is not None:
@@ -109,14 +110,15 @@ def read(stored: Stored, *, channels: bool, sigma: float, piece: int, advance: A
 
 
 def finite_pieces(stored: Stored, piece: int) -> Iterator[Tensor]:
-    """Yield the finite values in pieces, float32."""
+    """The finite values in pieces, float32."""
+    floats = Scratch()
     for part in stored.pieces(piece):
-        yield _finite(as_float(part))
+        yield _finite(as_float(part, floats))
 
 
-def as_float(part: Tensor) -> Tensor:
-    """Return `part` as float32: itself, or a copy that the next call on the same thread overwrites."""
-    return part if part.dtype == torch.float32 else scratch("float", part.numel(), torch.float32).copy_(part)
+def as_float(part: Tensor, memory: Scratch) -> Tensor:
+    """`part` as float32: itself, or a copy in `memory`."""
+    return part if part.dtype == torch.float32 else memory.like(part, torch.float32).copy_(part)
 
 
 def _finite(part: Tensor) -> Tensor:
@@ -133,17 +135,14 @@ def _counted_as(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else torch.float32
 
 
-def _sizes(part: Tensor) -> Tensor:
-    return torch.abs(part, out=scratch("sizes", part.numel(), part.dtype).view_as(part))
-
-
 class _Wide:
-    """Extremes, sums of powers and far values of a tensor whose counts are too coarse to compute them.
+    """Extremes, power sums and the far values of what is counted by float32's top halves.
 
-    Float32 values are counted by their upper 16 bits only.
+    `sizes` is memory for |w|, which `_Rows` uses after it.
     """
 
-    def __init__(self, sigma: float) -> None:
+    def __init__(self, sigma: float, sizes: Scratch) -> None:
+        self._sizes, self._square, self._power = sizes, Scratch(), Scratch()
         self.low, self.high = math.inf, -math.inf
         self.nan = self.inf = 0
         self._sigma = sigma
@@ -172,12 +171,12 @@ class _Wide:
             self._gate = float(value_counts.ceil32(abs(mean) + GATE * self._sigma * std))
         reach = max(-low, high)
         if self._shift or not 1 / SAFE < reach < SAFE:
-            sums = _power_sums(part.double().sub_(self._shift))
+            sums = self._power_sums(part.double().sub_(self._shift))
         else:
-            sums = _power_sums(part)  # torch adds pairwise, so float32 is exact enough for a report
+            sums = self._power_sums(part)  # torch adds in pairs: float32 loses nothing that could be seen
         self._sums = [before + more for before, more in zip(self._sums, sums, strict=True)]
         self._count += len(part)
-        size = _sizes(part)
+        size = torch.abs(part, out=self._sizes.like(part))
         self._size += float(size.sum() if reach < SAFE else size.double().sum())
         if reach > self._gate and self._room:
             # Few values are far. NumPy's flatnonzero finds them faster than a mask does, and much faster than torch.
@@ -199,20 +198,19 @@ class _Wide:
     def far(self) -> "Outliers | None":
         return Outliers(self._gate, torch.cat(self._far)) if self._room else None
 
-
-def _power_sums(x: Tensor) -> list[float]:
-    """Return the sums of x, x**2, x**3 and x**4 for x (n,)."""
-    square = torch.mul(x, x, out=scratch("square", len(x), x.dtype))
-    power = scratch("power", len(x), x.dtype)
-    sums = [x.sum(), square.sum(), torch.mul(square, x, out=power).sum()]
-    return [float(each) for each in (*sums, torch.mul(square, square, out=power).sum())]
+    def _power_sums(self, x: Tensor) -> list[float]:
+        """The sums of x, x**2, x**3 and x**4, (n,)."""
+        square, power = torch.mul(x, x, out=self._square.like(x)), self._power.like(x)
+        sums = [x.sum(), square.sum(), torch.mul(square, x, out=power).sum()]
+        return [float(each) for each in (*sums, torch.mul(square, square, out=power).sum())]
 
 
 class _Rows:
     """Collects the range of every row from its parts."""
 
-    def __init__(self, matrix: tuple[int, int]) -> None:
+    def __init__(self, matrix: tuple[int, int], sizes: Scratch) -> None:
         self._rows, self._width = matrix
+        self._sizes = sizes
         self._low = torch.full((self._rows,), math.inf)
         self._high = torch.full((self._rows,), -math.inf)
         self._sum = torch.zeros(self._rows, dtype=torch.float64)
@@ -222,8 +220,9 @@ class _Rows:
         own = slice(row, row + len(part))
         self._low[own] = torch.minimum(self._low[own], part.amin(1))
         self._high[own] = torch.maximum(self._high[own], part.amax(1))
-        sums = _sizes(part).sum(1)
-        self._sum[own] += sums if bool(torch.isfinite(sums).all()) else _sizes(part).sum(1, dtype=torch.float64)
+        size = torch.abs(part, out=self._sizes.like(part))
+        sums = size.sum(1)
+        self._sum[own] += sums if bool(torch.isfinite(sums).all()) else size.sum(1, dtype=torch.float64)
 
     def ranges(self) -> Ranges:
         return Ranges(self._low, self._high, (self._sum / self._width).float())

@@ -5,7 +5,6 @@ ones. Of a 16-bit dtype the tensor's own grid needs no reading: its distinct val
 occurs. A channel tries the tensor's best range, scaled to its own mean|w|, and one below and one above that.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from r2cli.analysis.range_pass import Advance, Ranges, Reading, as_float, matrix, spans
 from r2cli.quantized import value_counts as tables
-from r2cli.quantized.scratch import scratch
+from r2cli.quantized.decibels import decibels
+from r2cli.quantized.scratch import Pair, Scratch, pair
 from r2cli.storage.stream import Stored
 
 BITS = (8, 4, 3, 2, 1)
@@ -50,11 +50,12 @@ class Losses:
 def losses(stored: Stored, reading: Reading, *, piece: int, advance: Advance) -> Losses:
     """Round `stored`, which has at least one value and only finite ones."""
     assert reading.channels is not None and reading.moments is not None
-    tensor = _TensorGrids(reading)
-    channels = _ChannelGrids(reading.channels, tensor)
+    raw, floats, memory = Scratch(), Scratch(), pair()  # one pair for all rounding: what is in the cache is used again
+    tensor = _TensorGrids(reading, memory)
+    channels = _ChannelGrids(reading.channels, tensor, memory)
     counted = _ChannelCount(stored.shape, reading.reach)
     for row, many, start, stop in spans(stored.shape, piece):
-        part = as_float(stored.read(start, stop)).view(many, -1)
+        part = as_float(stored.read(start, stop, raw), floats).view(many, -1)
         if not reading.counts.whole:
             tensor.add(part.view(-1))
         channels.add(row, part)
@@ -63,20 +64,17 @@ def losses(stored: Stored, reading: Reading, *, piece: int, advance: Advance) ->
     signal = stored.size * (reading.moments.std**2 + reading.moments.mean**2)
     noise = {TENSOR: tensor.noise(), CHANNEL: channels.noise()}
     sqnr = {
-        granularity: {rule: {bits: _decibel(signal, n) for bits, n in of_bits.items()} for rule, of_bits in own.items()}
+        granularity: {rule: {bits: decibels(signal, n) for bits, n in of_bits.items()} for rule, of_bits in own.items()}
         for granularity, own in noise.items()
     }
     return Losses(sqnr, tensor.empty(), counted.bins())
 
 
-def _decibel(signal: float, noise: float) -> float:
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
-
-
 class _TensorGrids:
     """One grid for all weights, for every number of bits: the min-max grid, and the best one by the counts."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading, memory: Pair) -> None:
+        self._memory, self._index = memory, Scratch()
         assert reading.moments is not None
         self.mean_abs = reading.moments.mean_abs
         low, high, mean_abs = (torch.tensor(v) for v in (reading.low, reading.high, reading.moments.mean_abs))
@@ -104,13 +102,13 @@ class _TensorGrids:
     def add(self, x: Tensor) -> None:
         """Add float32 values (n,). Only needed where the counts are not exact."""
         for bits, (widest, best) in self.scales.items():
-            error, codes = tables.rounded(x, widest, bits)
+            error, codes = tables.rounded(x, widest, bits, self._memory)
             if self._open[bits]:
-                index = scratch("levels used", len(codes), torch.int32).copy_(codes).sub_(_lowest(bits))
+                index = self._index.like(codes, torch.int32).copy_(codes).sub_(_lowest(bits))
                 self._used[bits] |= torch.bincount(index, minlength=1 << bits) > 0
             self._noise[bits][0] += _energy(error, widest)
             if best != widest:
-                error, _ = tables.rounded(x, best, bits)
+                error, _ = tables.rounded(x, best, bits, self._memory)
             self._noise[bits][1] += _energy(error, best)
 
     def noise(self) -> dict[str, dict[int, float]]:
@@ -135,7 +133,8 @@ def _energy(error: Tensor, scale: Tensor) -> float:
 class _ChannelGrids:
     """One grid for every channel, for every number of bits, each with several scales."""
 
-    def __init__(self, channels: Ranges, tensor: _TensorGrids) -> None:
+    def __init__(self, channels: Ranges, tensor: _TensorGrids, memory: Pair) -> None:
+        self._memory = memory
         self._scales: dict[int, Tensor] = {}  # (candidates, channels), the min-max scale first
         for bits in BITS:
             widest = tables.usable(tables.min_max_scale(channels.low, channels.high, channels.mean_abs, bits))
@@ -151,7 +150,7 @@ class _ChannelGrids:
         own = slice(row, row + len(part))
         for bits, scales in self._scales.items():
             for candidate, scale in enumerate(scales):
-                error, _ = tables.rounded(part, scale[own, None], bits)
+                error, _ = tables.rounded(part, scale[own, None], bits, self._memory)
                 self._squares[bits][candidate, own] += torch.linalg.vector_norm(error, dim=1).double().square()
 
     def noise(self) -> dict[str, dict[int, float]]:
@@ -168,12 +167,12 @@ class _ChannelCount:
 
     def __init__(self, shape: tuple[int, ...], reach: float) -> None:
         rows, _ = matrix(shape)
-        self._group = -(-rows // MAPPED)
+        self._group, self._memory = -(-rows // MAPPED), pair()
         self._step = tables.bin_step(reach, MAP_BINS)
         self._table = torch.zeros(-(-rows // self._group), 2 * MAP_BINS, dtype=torch.int64)
 
     def add(self, row: int, part: Tensor) -> None:
-        index = tables.bin_index(part, self._step)
+        index = tables.bin_index(part, self._step, self._memory)
         group = torch.arange(row, row + len(part), dtype=torch.int32) // self._group
         index += (group * 2 * MAP_BINS + MAP_BINS)[:, None]
         self._table += torch.bincount(index.view(-1), minlength=self._table.numel()).view_as(self._table)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from r2cli.analysis import layer_table, onnx_weights
 from r2cli.analysis.layer_table import Analysis, AnalyzeSettings, OtherTensor
@@ -98,15 +97,13 @@ def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
     if not any(isinstance(module, operators.NORMS) for module in model.modules()):
         return {}, 0
     net = trace(model)
-    silenced = sum(batchnorm.silence_dead_channels(net).values())
+    silenced = sum(batchnorm.make_dead_channels_constant(net).values())
     factors = batchnorm.remove_norms(net)
     found = {}
     for layer, module in structure.named_layers(net):
         if layer.name in factors:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            factor = factors[layer.name].reshape(-1, *[1] * (weight.ndim - 1))
-            found[layer.weight] = from_memory(layer.weight, (weight.double() * factor).float(), made.origin)
+            weight = batchnorm.folded(module.weight, factors[layer.name])
+            found[layer.weight] = from_memory(layer.weight, weight, made.origin)
     return found, silenced
 
 

@@ -77,15 +77,12 @@ def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: M
     R2Error where a bias does not fit int32.
     """
     for layer, module in structure.named_layers(net):
-        source = edit.source(net, structure.node_of(net, layer))
-        if source is None or module.bias is None:
+        where = edit.source(net, structure.node_of(net, layer))
+        bias = module.bias
+        if where is None or bias is None:
             continue
         codec = coded[layer.weight].codec
-        # The ONNX file multiplies codes of few bits by `raised` and divides the scale by it, so the unit is finer.
-        scale = activations[source].scale * (codec.scale / codec.raised)
-        bias = module.bias
-        assert isinstance(bias, Tensor)
-        # float64, since float32 holds integers only up to 2**24.
+        scale = activations[where].scale * (codec.scale / codec.integer_factor)
         codes = torch.round(bias.double() / scale.double())
         if float(codes.abs().max()) >= 2**31:
             raise R2Error(f"the bias of '{layer.name}' does not fit int32 on its grid: give --keep {layer.name}=8")

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs, resume_state
+from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
 from r2cli.errors import InputError
+from r2cli.train.resume import resume_state
 
 if TYPE_CHECKING:
     from r2cli.palettes.compression import PalettizedLayer

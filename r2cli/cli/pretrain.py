@@ -5,9 +5,10 @@ from time import perf_counter
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import AccuracyGate, NewNetwork, resume_state
+from r2cli.config.groups import AccuracyGate, NewNetwork
 from r2cli.config.inspection import PretrainOutput
 from r2cli.config.methods import PretrainConfig
+from r2cli.train.resume import resume_state
 
 
 @command

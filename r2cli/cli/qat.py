@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs, resume_state
+from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
 from r2cli.config.inspection import QatOutput
 from r2cli.config.methods import QatConfig
+from r2cli.train.resume import resume_state
 
 if TYPE_CHECKING:
     from r2cli.qat.prepare import TrainedLayer

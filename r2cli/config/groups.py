@@ -93,11 +93,6 @@ def output(default: Path | None, help: str) -> Any:
     return option(default, help, "--output", "-o", panel=OUTPUT)
 
 
-def resume_state(output: Path) -> Path:
-    """Where a training command that is to write `output` keeps its last whole epoch."""
-    return output.with_name(f"{output.stem}.resume.safetensors")
-
-
 def usual_optimizer(name: str | None, *, is_text: bool) -> str:
     """The optimizer asked for: by default AdamW for text, as everyone fine-tunes it, and SGD for images."""
     return name or ("adamw" if is_text else "sgd")

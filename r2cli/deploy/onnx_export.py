@@ -27,6 +27,7 @@ from r2cli.deploy.weight_nodes import initializer
 from r2cli.errors import R2Error
 from r2cli.graph import edit, operators, structure
 from r2cli.graph.channel_clip import Clip
+from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Codec, Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint
@@ -105,7 +106,7 @@ class _QuantizeDequantize(nn.Module):
         if self.clips:
             codes = symbolic("Clip", (codes, self.lowest, self.highest), dtype=torch.uint8, shape=shape)
         if self.bounds:
-            most = self.most.reshape(-1, *[1] * (x.ndim - 2))
+            most = per_channel(self.most, x.ndim - 1)
             codes = symbolic("Min", (codes, most), dtype=torch.uint8, shape=shape)
         return symbolic("DequantizeLinear", (codes, self.scale, self.zero_point), dtype=torch.float32, shape=shape)
 

@@ -28,6 +28,7 @@ from r2cli.deploy import audit, onnx_functions
 from r2cli.errors import InputError
 from r2cli.graph import placement
 from r2cli.quantized.coded import Coded
+from r2cli.quantized.decibels import decibels
 from r2cli.storage import checkpoint as checkpoints
 from r2cli.storage.checkpoint import Checkpoint, InputSpec
 
@@ -271,9 +272,7 @@ class _Run:
     @property
     def sqnr(self) -> float:
         """Logits' signal to noise in dB, at most 200."""
-        return (
-            200.0 if not self.noise or not self.signal else min(200.0, float(10 * np.log10(self.signal / self.noise)))
-        )
+        return min(200.0, decibels(self.signal, self.noise))
 
 
 @torch.inference_mode()

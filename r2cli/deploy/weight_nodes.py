@@ -1,12 +1,12 @@
 """Quantized weights in ONNX: the standard operators that turn packed codes into the float weight that a layer reads.
 
     8 to 5 bits          INT8 -> DequantizeLinear
-    4 bits               INT4 -> Cast to INT8 -> DequantizeLinear
-    3 to 1 bits, or      packed UINT8 -> Gather in a table that maps each of the 256 bytes to its codes -> Reshape
-    a mid-rise grid      -> DequantizeLinear
-    palette              UINT8, packed up to 4 bits -> Div and Mod to unpack -> Gather in the layer's table of centroids
-                         -> Transpose where a centroid is a vector -> DequantizeLinear for an int8 table, Mul by the
-                         scale for a float one
+    4 bits               INT4 -> Cast INT8 -> DequantizeLinear
+    3 to 1 bits          packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
+    4 bits, midrise      the same
+    palette              UINT8, up to 4 bits packed -> Div and Mod, its digits -> Gather in the layer's own table of
+                         centroids -> channels of vectors apart -> DequantizeLinear for an int8 table, Mul by the scale
+                         for a float one
 
 Layers share the tables of bytes and the shapes; a shape has -1 as its first dimension, so that more layers can share
 it. A palette unpacks by Div and Mod, because a table of bytes takes one or two KB, and the file of a small network is
@@ -20,6 +20,7 @@ precomputed, and the network has the memory and the speed of float32.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor
 from r2cli.errors import R2Error
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.packing import pack, packed_bytes, unpack
+from r2cli.quantized.packing import Plane, pack, split_planes, twos_complement, unpack_plane
 from r2cli.quantized.palette import Palette
 
 Shared = dict[str, ir.Value]  # initializers that several layers read, by name
@@ -63,19 +64,17 @@ def emit(
 def _grid(graph: ir.Graph, name: str, coded: Coded, grid: Grid, shared: Shared) -> tuple[list[ir.Node], ir.Value]:
     """Return the nodes that compute the integers of a uniform grid, and the integers."""
     nodes: list[ir.Node]
-    if grid.bits <= 3 or (grid.odd and grid.bits <= 4):
+    if grid.bits <= 3 or (grid.midrise and grid.bits <= 4):
         nodes = _packed(graph, name, coded, tuple(coded.codes.shape), _integers(graph, grid, shared), shared)
         integers = nodes[-1].outputs[0]
     elif grid.bits == 4:
         narrow = initializer(graph, f"{name}.codes", _four_bits(coded.codes))
         nodes = [ir.node("Cast", [narrow], {"to": ir.DataType.INT8})]
         integers = nodes[-1].outputs[0]
-    elif grid.odd and grid.bits == 8:
-        raise R2Error(
-            f"the weight '{name}' has an 8-bit grid without a zero level, whose codes do not fit int8: use 7 bits"
-        )
+    elif grid.midrise and grid.bits == 8:
+        raise R2Error(f"the weight '{name}' has an 8-bit grid without a zero level, whose codes leave int8: use 7 bits")
     else:
-        stored = grid.integers(coded.codes) if grid.odd else coded.codes
+        stored = grid.integers(coded.codes) if grid.midrise else coded.codes
         integers, nodes = initializer(graph, f"{name}.codes", stored.to(torch.int8).numpy()), []
     return nodes, integers
 
@@ -125,7 +124,7 @@ def _index(graph: ir.Graph, name: str, coded: Coded, shape: tuple[int, ...], sha
 
 
 def _dequantize(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Palette, ndim: int) -> list[ir.Node]:
-    inputs = [integers, initializer(graph, f"{name}.scale", (codec.scale / codec.raised).numpy())]
+    inputs = [integers, initializer(graph, f"{name}.scale", (codec.scale / codec.integer_factor).numpy())]
     zero = _zero_point(codec)
     if bool(zero.any()) or ndim == 2:  # ONNX Runtime's QGemm needs a zero point, even if it is zero
         inputs.append(initializer(graph, f"{name}.zero_point", zero.numpy()))
@@ -136,34 +135,26 @@ def _multiply(graph: ir.Graph, name: str, integers: ir.Value, codec: Grid | Pale
     nodes = [ir.node("Cast", [integers], {"to": ir.DataType.FLOAT})]
     zero = _zero_point(codec)
     if bool(zero.any()):
-        column = initializer(graph, f"{name}.zero_point", _along(codec, zero, ndim).numpy())
+        column = initializer(graph, f"{name}.zero_point", codec.along(zero, ndim).numpy())
         nodes.append(ir.node("Cast", [column], {"to": ir.DataType.FLOAT}))
         nodes.append(ir.node("Sub", [cast.outputs[0] for cast in nodes]))
     return [*nodes, _scaled(graph, name, nodes[-1].outputs[0], codec, ndim)]
 
 
 def _scaled(graph: ir.Graph, name: str, value: ir.Value, codec: Grid | Palette, ndim: int) -> ir.Node:
-    column = _along(codec, codec.scale / codec.raised, ndim)
+    column = codec.along(codec.scale / codec.integer_factor, ndim)
     return ir.node("Mul", [value, initializer(graph, f"{name}.scale", column.numpy())])
 
 
 def _zero_point(codec: Grid | Palette) -> Tensor:
     zero = codec.zero_point if isinstance(codec, Grid) else torch.zeros_like(codec.scale, dtype=torch.int32)
-    return (zero * codec.raised).to(torch.int8)
-
-
-def _along(codec: Grid | Palette, parameter: Tensor, ndim: int) -> Tensor:
-    """Reshape `parameter` so that it broadcasts over a weight of `ndim` axes. A palette's channels are the first."""
-    if isinstance(codec, Grid):
-        return codec.along(parameter, ndim)
-    return parameter if codec.axis is None else parameter.reshape(-1, *[1] * (ndim - 1))
+    return (zero * codec.integer_factor).to(torch.int8)
 
 
 # --- packed codes --------------------------------------------------------------------------------------------------
 
-# Unpacks bytes: takes the part's name, its bits, and its bytes as INT32 (n,). The last node that it returns gives
-# (n, 8 // bits).
-Lookup = Callable[[str, int, ir.Value], list[ir.Node]]
+# From a plane and its bytes as INT32 (n,) to nodes of which the last gives (n, 8 // plane.bits).
+Lookup = Callable[[Plane, ir.Value], list[ir.Node]]
 
 
 def _packed(
@@ -173,25 +164,22 @@ def _packed(
 
     Three bits do not divide a byte, so they are stored as two planes of 1 and 2 bits, which are added here.
     """
-    width = coded.codec.bits
-    count, planes = coded.codes.numel(), coded.packed()
+    count = coded.codes.numel()
     nodes: list[ir.Node] = []
     parts = []
-    split = packed_bytes(count, 1)
-    for part, bits, content in (
-        [("high", 1, planes[:split]), ("low", 2, planes[split:])] if width == 3 else [("codes", width, planes)]
-    ):
-        packed = initializer(graph, f"{name}.{part}", content.numpy())
+    planes = split_planes(coded.packed(), coded.codec.bits, count)
+    for plane, content in planes:
+        packed = initializer(graph, f"{name}.{plane.name}", content.numpy())
         nodes.append(ir.node("Cast", [packed], {"to": ir.DataType.INT32}))
-        nodes += look_up(part, bits, nodes[-1].outputs[0])
-        if content.numel() * (8 // bits) != count:  # drop the zeros that filled the last byte
+        nodes += look_up(plane, nodes[-1].outputs[0])
+        if content.numel() * (8 // plane.bits) != count:  # drop the zeros that filled the last byte
             nodes.append(_reshape(graph, shared, nodes[-1], (count,)))
             ends = [_shape(graph, shared, (0,)), _shape(graph, shared, (count,))]
             nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends]))
-        if shape is not None or width == 3:
+        if shape is not None or len(planes) > 1:
             nodes.append(_reshape(graph, shared, nodes[-1], shape or (count,)))
         parts.append(nodes[-1].outputs[0])
-    if len(parts) == 2:
+    if len(planes) > 1:
         nodes.append(ir.node("Add", parts))
     return nodes
 
@@ -199,44 +187,43 @@ def _packed(
 def _integers(graph: ir.Graph, grid: Grid, shared: Shared) -> Lookup:
     """Unpack a grid's bytes to its integers by a table int8 (256, 8 // bits) that layers share."""
 
-    def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
-        name = f"every.{'odd' if grid.odd else 'plain'}{grid.bits}.{part}"
-        if name not in shared:
-            shared[name] = initializer(graph, name, _table(grid, part, bits))
-        return [ir.node("Gather", [shared[name], index], {"axis": 0})]
+    def look_up(plane: Plane, index: ir.Value) -> list[ir.Node]:
+        # The names of shared tables are those of files that are out already.
+        every = f"every.{'odd' if grid.midrise else 'plain'}{grid.bits}.{plane.name}"
+        if every not in shared:
+            shared[every] = initializer(graph, every, _table(grid, plane))
+        return [ir.node("Gather", [shared[every], index], {"axis": 0})]
 
     return look_up
 
 
 def _indices(graph: ir.Graph, shared: Shared) -> Lookup:
-    """Unpack a palette's bytes to its codes, INT32, by division. The bit of the high plane counts 4."""
+    """A palette's codes themselves, INT32, those of the high plane worth 4: by division, without a table."""
 
     def constant(values: list[int]) -> ir.Value:
         return _shared(graph, shared, "step", np.array(values, dtype=np.int32))
 
-    def look_up(part: str, bits: int, index: ir.Value) -> list[ir.Node]:
+    def look_up(plane: Plane, index: ir.Value) -> list[ir.Node]:
         column = ir.node("Reshape", [index, _shape(graph, shared, (-1, 1))])
-        shifted = ir.node("Div", [column.outputs[0], constant([2**low for low in range(0, 8, bits)])])
-        nodes = [column, shifted, ir.node("Mod", [shifted.outputs[0], constant([2**bits])])]
-        if part == "high":
-            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], constant([4])]))
+        shifted = ir.node("Div", [column.outputs[0], constant([2**low for low in range(0, 8, plane.bits)])])
+        nodes = [column, shifted, ir.node("Mod", [shifted.outputs[0], constant([2**plane.bits])])]
+        if plane.shift:
+            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], constant([2**plane.shift])]))
         return nodes
 
     return look_up
 
 
-def _table(grid: Grid, part: str, bits: int) -> Array:
-    """Return the integers that each byte of packed codes stands for: int8 (256, 8 // bits)."""
-    codes = unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * (8 // bits), signed=False).to(torch.int16)
-    if part == "high":  # this bit counts 4, or -4 as the sign bit of two's complement
-        integers = codes * 8 - 7 if grid.odd else codes * -4
-    elif part == "low":
-        integers = codes * 2 if grid.odd else codes
-    elif grid.odd:
-        integers = codes * 2 - (2**bits - 1)
-    else:
-        integers = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
-    return (integers * grid.raised).reshape(256, 8 // bits).to(torch.int8).numpy()
+def _table(grid: Grid, plane: Plane) -> Array:
+    """(256, 8 // plane.bits) int8: the integers that each byte of a plane of a grid's packed codes stands for."""
+    every = unpack_plane(torch.arange(256, dtype=torch.uint8), plane.bits) << plane.shift
+    codes = twos_complement(every, grid.bits) if grid.lowest < 0 else every
+    # The zero point comes later, with DequantizeLinear.
+    plain = replace(grid, zero_point=torch.zeros((), dtype=torch.int32), axis=None)
+    integers = plain.integers(codes)
+    if plane.name == "low":  # planes are added: what a code of 0 stands for is in the high one already
+        integers = integers - plain.integers(torch.zeros_like(codes))
+    return (integers * grid.integer_factor).reshape(256, 8 // plane.bits).to(torch.int8).numpy()
 
 
 # --- initializers --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from r2cli.errors import R2Error
+from r2cli.quantized.channels import per_channel
 
 CLIPS = "clips."
 HIGH = ".high"
@@ -28,7 +29,7 @@ class Clip(nn.Module):
         self.register_buffer("high", high)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.minimum(torch.relu(x), self.high.reshape(-1, *[1] * (x.ndim - 2)))
+        return torch.minimum(torch.relu(x), per_channel(self.high, x.ndim - 1))
 
 
 def put(net: fx.GraphModule, bounds: Mapping[str, Tensor]) -> None:

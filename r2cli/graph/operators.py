@@ -11,6 +11,8 @@ from torchvision.ops import stochastic_depth
 from r2cli.graph.attention import cut, pad_to_windows
 from r2cli.graph.channel_clip import Clip
 
+LayerModule = nn.Conv1d | nn.Conv2d | nn.Linear
+NormModule = nn.BatchNorm1d | nn.BatchNorm2d
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Fused into the layer or the sum before them, by us and by every runtime.

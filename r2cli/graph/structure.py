@@ -11,11 +11,12 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import parametrize
 
 from r2cli.errors import InputError, unknown
-from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, SHAPES, is_a, module_of
+from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, SHAPES, LayerModule, NormModule, is_a, module_of
 
 T = TypeVar("T")
 
@@ -118,6 +119,53 @@ def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:
     return found
 
 
-def named_layers(net: fx.GraphModule) -> Iterator[tuple[Layer, nn.Module]]:
+# --- modules, typed ------------------------------------------------------------------------------------------------
+
+
+def named_layers(net: fx.GraphModule) -> Iterator[tuple[Layer, LayerModule]]:
+    """The layers with their modules, in the order in which they run."""
     for layer in layers(net):
-        yield layer, net.get_submodule(layer.name)
+        yield layer, layer_module(net, layer.name)
+
+
+def layer_module(net: nn.Module, name: str) -> LayerModule:
+    """The module of the layer called `name`."""
+    module = net.get_submodule(name)
+    assert isinstance(module, LAYERS), name
+    return module
+
+
+def norm_module(net: nn.Module, layer: Layer) -> NormModule | None:
+    """The BatchNorm, with statistics, behind `layer`; None where none follows."""
+    if layer.norm is None:
+        return None
+    norm = net.get_submodule(layer.norm)
+    assert isinstance(norm, NORMS), layer.norm
+    return norm
+
+
+def norm_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The running mean and variance of a BatchNorm, (channels,) each: its own buffers."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
+    return mean, variance
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer or an embedding, as it computes with it: (output channels, ...)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a layer, (output channels,); None where it has none."""
+    return module.bias if isinstance(module.bias, Tensor) else None
+
+
+def float_weight(module: nn.Module) -> nn.Parameter:
+    """The weight that is trained: the one behind a quantizer or palette that stands before it, or the layer's own."""
+    learned = parametrize.is_parametrized(module, "weight")
+    weight = module.parametrizations.weight.original if learned else module.weight  # type: ignore[union-attr]
+    assert isinstance(weight, nn.Parameter)
+    return weight

@@ -18,12 +18,12 @@ from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import Unreadable, trace
 from r2cli.palettes import learners, tables
 from r2cli.palettes.tables import PaletteForm
+from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
-from r2cli.quantized.value_counts import usable
-from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.checkpoint import Checkpoint, require_float
 
 KMEANS, DKM, SHARED = "kmeans", "dkm", "shared"
 METHODS = (KMEANS, *learners.LEARNERS)
@@ -110,8 +110,7 @@ def by_kmeans(
     coded, notes = {}, {}
     with torch.no_grad():
         for name, module in subject.layers.items():
-            weight, form = module.weight, wanted[name]
-            assert isinstance(weight, Tensor)
+            weight, form = structure.weight_of(module), wanted[name]
             centroids, used = tables.start(weight, form, importance.get(name), work.generator)
             palette = tables.palette(centroids, weight.shape, form)
             coded[name] = Coded(palette, palette.encode(weight))
@@ -126,8 +125,7 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
 
     Raises InputError for a coded checkpoint, a graph that cannot be read, and embeddings beside activations on grids.
     """
-    if checkpoint.coded:
-        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    require_float(checkpoint)
     if settings.embeddings and settings.act_bits is not None:
         raise InputError("--embeddings is for weights alone: give --act-bits none")
     model = deployed.network(checkpoint)
@@ -152,7 +150,7 @@ def forms(layers: Mapping[str, nn.Module], settings: PaletteSettings) -> dict[st
     Raises InputError for a pattern that matches no layer, a vector longer than a layer has channels, and a group that
     divides no layer's channels.
     """
-    shapes = {name: tuple(module.weight.shape) for name, module in layers.items()}  # type: ignore[arg-type]
+    shapes = {name: tuple(structure.weight_of(module).shape) for name, module in layers.items()}
     found = with_exceptions(layers, settings)
     for name, form in found.items():
         tables.require_fit(f"{name}.weight", shapes[name], form)
@@ -181,15 +179,16 @@ def even_out(subject: ReadNetwork, wanted: Mapping[str, PaletteForm]) -> dict[st
     say of such layers; one that it does not help stays as it is.
     """
     evened: dict[str, str] = {}
-    for layer, module in [] if subject.net is None else structure.named_layers(subject.net):
+    if subject.net is None:
+        return evened
+    for layer, module in structure.named_layers(subject.net):
         form, weight = wanted[layer.name], module.weight
-        assert isinstance(weight, Tensor) and subject.net is not None
-        norm = subject.net.get_submodule(layer.norm) if layer.norm else None
+        norm = structure.norm_module(subject.net, layer)
         if norm is None or norm.weight is None or form.dim > 1 or weight[0].numel() == 1:
             continue
         if _shapeless(weight.detach(), form) >= SHAPELESS:
             size = _sizes(weight.detach())
-            if _shapeless(weight.detach() / size.reshape(-1, *[1] * (weight.ndim - 1)), form) < SHAPELESS:
+            if _shapeless(weight.detach() / per_channel(size, weight.ndim), form) < SHAPELESS:
                 batchnorm.divide_filters(subject.net, layer, size)
                 evened[layer.name] = "channels evened out"
     return evened
@@ -225,13 +224,12 @@ def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
     It is the Fisher information's diagonal, of batches where that has images. Raises R2Error where it is not finite.
     """
     model.eval()
-    total = {name: torch.zeros_like(module.weight) for name, module in layers.items()}  # type: ignore[arg-type]
+    total = {name: torch.zeros_like(structure.weight_of(module)) for name, module in layers.items()}
     for images, labels in batches:
         model.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         for name, module in layers.items():
-            weight = module.weight
-            assert isinstance(weight, Tensor)
+            weight = structure.weight_of(module)
             if weight.grad is not None:
                 total[name] += weight.grad.square()
     model.zero_grad(set_to_none=True)
@@ -252,20 +250,21 @@ def finish(
     batches, device, net = work.batches, work.device, subject.net
     if net is None:
         return _finish_weights(work, subject, coded, notes)
-    before = {layer.name: module.weight.detach().clone() for layer, module in structure.named_layers(net)}  # type: ignore[operator]
+    before = {layer.name: module.weight.detach().clone() for layer, module in structure.named_layers(net)}
     for layer, module in structure.named_layers(net):
-        module.weight.copy_(coded[layer.name].decode())  # type: ignore[operator]
+        module.weight.copy_(coded[layer.name].decode())
     if batches is not None:
         batchnorm.reestimate_norms(net.to(device), (images for images, _ in batches()))
         net.cpu()
-    constant = {name: f"{count} dead channels made constant" for name, count in _make_constant(net).items()}
+    dead = batchnorm.make_dead_channels_constant(net, keep_filters=True)
+    constant = {name: f"{count} dead channels made constant" for name, count in dead.items()}
     factors = batchnorm.remove_norms(net)
     folded: dict[str, Coded] = {}
     rows = []
     for layer, module in structure.named_layers(net):
         one = _with_factor(coded[layer.name], factors.get(layer.name))
         folded[layer.weight] = one
-        module.weight.copy_(one.decode())  # type: ignore[operator]
+        module.weight.copy_(one.decode())
         note = together(notes.get(layer.name), constant.get(layer.name))
         rows.append(_row(layer.name, one, before[layer.name], coded[layer.name], note))
     found: dict[str, Grid] = {}
@@ -284,8 +283,7 @@ def _finish_weights(
     """`finish` where no graph was read: BatchNorms stay."""
     model, rows = subject.model, []
     for name, module in subject.layers.items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = structure.weight_of(module)
         rows.append(_row(name, coded[name], weight.detach().clone(), coded[name], notes[name]))
         weight.copy_(coded[name].decode())
     if work.batches is not None and any(isinstance(module, operators.NORMS) for module in model.modules()):
@@ -296,34 +294,13 @@ def _finish_weights(
     return replace(work.checkpoint, floats=floats, coded=own), rows
 
 
-def _make_constant(net: fx.GraphModule) -> dict[str, int]:
-    """Set gamma to zero in channels whose output never varies; in place. Returns how many, by layer.
-
-    Their variance is far below BatchNorm's epsilon: folded, their scale would be some 300 times that of the others.
-    """
-    made = {}
-    for layer, _ in structure.named_layers(net):
-        norm = net.get_submodule(layer.norm) if layer.norm else None
-        if norm is None or norm.weight is None:
-            continue
-        assert isinstance(norm, operators.NORMS) and norm.running_var is not None
-        dead = batchnorm.dead(norm)
-        if bool(dead.any()):
-            norm.weight[dead] = 0.0
-            made[layer.name] = int(dead.sum())
-    return made
-
-
 def _with_factor(coded: Coded, factor: Tensor | None) -> Coded:
-    """A palette with BatchNorm's factor (channels,) >= 0 in its scale. The codes stay as they are.
-
-    Where the factor is zero the scale is the least that is of use: what is left of the channel is 1e-5 of the others.
-    """
+    """A palette with BatchNorm's factor (channels,) >= 0 in its scale. The codes stay as they are."""
     palette = coded.codec
     assert isinstance(palette, Palette)
     if factor is None:
         return coded
-    scale = usable((palette.scale.double() * factor).float())
+    scale, _ = batchnorm.folded_scale(palette.scale, factor)
     return Coded(replace(palette, scale=scale, axis=0), coded.codes)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from r2cli.graph.structure import float_weight
 from r2cli.palettes import dkm, tables
 from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.coded import Coded
@@ -169,7 +170,7 @@ def put_on(model: nn.Module, learners: Mapping[str, Learner]) -> None:
     for name, learner in learners.items():
         module = model.get_submodule(name)
         parametrize.register_parametrization(module, "weight", learner)
-        original(module).requires_grad_(learner.trains_weight)
+        float_weight(module).requires_grad_(learner.trains_weight)
 
 
 def take_off(model: nn.Module, learners: Mapping[str, Learner]) -> dict[str, Coded]:
@@ -177,22 +178,15 @@ def take_off(model: nn.Module, learners: Mapping[str, Learner]) -> dict[str, Cod
     coded = {}
     for name, learner in learners.items():
         module = model.get_submodule(name)
-        coded[name] = learner.eval().freeze(original(module))
+        coded[name] = learner.eval().freeze(float_weight(module))
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     return coded
-
-
-def original(module: nn.Module) -> Tensor:
-    """The float weight behind a learner."""
-    weight = module.parametrizations.weight.original  # type: ignore[union-attr]
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def each(model: nn.Module, learners: Mapping[str, Learner]) -> Iterator[tuple[Learner, Tensor]]:
     """The learners with their float weights."""
     for name, learner in learners.items():
-        yield learner, original(model.get_submodule(name)).detach()
+        yield learner, float_weight(model.get_submodule(name)).detach()
 
 
 def _filled_up(v: Tensor, centroids: Tensor, tau: float) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from r2cli.data import Data
 from r2cli.errors import R2Error
@@ -80,8 +80,7 @@ def by_training(
     evened = compression.even_out(subject, wanted)
     made: dict[str, Learner] = {}
     for name, form in wanted.items():
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
+        weight = structure.weight_of(model.get_submodule(name))
         made[name] = LEARNERS[work.settings.method](weight.detach(), form, plan.iterations, work.generator)
     learners.put_on(model, made)
     gaps: dict[int, float] = {}
@@ -117,7 +116,7 @@ def _method(
 ) -> hooks.TrainHooks:
     """What the learners ask of the loop; the soft-to-hard gap of every epoch comes into `gaps`."""
     model, net = subject.model, subject.net
-    norms = [] if net is None else [net.get_submodule(layer.norm) for layer in structure.layers(net) if layer.norm]
+    norms = [] if net is None else [structure.norm_module(net, layer) for layer in structure.layers(net)]
 
     @torch.no_grad()
     def before_epoch(number: int) -> None:
@@ -127,8 +126,8 @@ def _method(
     @torch.no_grad()
     def before_evaluation(number: int) -> None:
         for norm in norms:  # a palette has no room for a sign that comes with the scale
-            if norm.weight is not None:
-                norm.weight.clamp_(min=0)  # type: ignore[operator]
+            if norm is not None and norm.weight is not None:
+                norm.weight.clamp_(min=0)
         found = []
         for learner, weight in learners.each(model, made):
             if not bool(torch.isfinite(learner.centroids).all() and torch.isfinite(weight).all()):

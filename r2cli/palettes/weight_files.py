@@ -7,6 +7,7 @@ and scales as a checkpoint does, everything else as it was, and no network; `che
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,8 @@ from r2cli.errors import InputError
 from r2cli.palettes import kmeans, tables
 from r2cli.palettes.compression import PaletteSettings, PalettizedLayer, few, with_exceptions
 from r2cli.palettes.tables import PaletteForm
-from r2cli.quantized.packing import pack, packed_bytes
+from r2cli.quantized.decibels import decibels
+from r2cli.quantized.packing import pack_planes, packed_bytes, planes
 from r2cli.quantized.palette import Palette, nearest
 from r2cli.quantized.value_counts import PATTERNS, SIXTEEN_BIT
 from r2cli.storage import checkpoint, stream
@@ -37,7 +39,7 @@ def find(source: Path) -> tuple[list[Stored], list[Stored]]:
     """
     stored = stream.tensors_of_model(source)
     if any("r2" in stream.metadata(Path(file)) for file in {each.file for each in stored}):
-        raise InputError(f"{source} is quantized already: give the float one that it was made from")
+        raise checkpoint.quantized_already(str(source))
     weights: list[Stored] = []
     others: list[Stored] = []
     for each in stored:
@@ -168,10 +170,11 @@ class _Layer:
         self.advance(stored.bytes - stored.bytes // 2)
         payload = packed_bytes(packer.count, form.bits) + tables.own_bytes(palette)
         coded = tables.entropy_coded_bytes(palette, occurrences.tolist())
-        sqnr = 10 * torch.tensor(signal / error).log10().item() if error and signal else float("inf")
         sizes = 8 * payload / stored.size, 8 * coded / stored.size
         layer = name.removesuffix(".weight")
-        return PalettizedLayer(layer, stored.shape, form.bits, form.dim, groups, *sizes, sqnr, few(used, form))
+        return PalettizedLayer(
+            layer, stored.shape, form.bits, form.dim, groups, *sizes, decibels(signal, error), few(used, form)
+        )
 
     @property
     def _positions(self) -> int:
@@ -246,8 +249,8 @@ class _Packer:
 
     def __init__(self, file: IO[bytes], at: int, bits: int, count: int) -> None:
         self.file, self.bits, self.count = file, bits, count
-        # Three bits are two planes, one behind the other.
-        self.ends = [at, at + packed_bytes(count, 1)] if bits == 3 else [at]
+        sizes = [plane.size(count) for plane in planes(bits)]
+        self.ends = [at + before for before in (0, *accumulate(sizes[:-1]))]  # where each plane is written on
         self.left = torch.zeros(0, dtype=torch.uint8)
 
     def add(self, codes: Tensor) -> None:
@@ -260,8 +263,7 @@ class _Packer:
         self._write(self.left)
 
     def _write(self, codes: Tensor) -> None:
-        planes = [pack(codes >> 2, 1), pack(codes & 3, 2)] if self.bits == 3 else [pack(codes, self.bits)]
-        for index, plane in enumerate(planes):
+        for index, content in enumerate(pack_planes(codes, self.bits)):
             self.file.seek(self.ends[index])
-            self.file.write(plane.numpy().tobytes())
-            self.ends[index] += len(plane)
+            self.file.write(content.numpy().tobytes())
+            self.ends[index] += len(content)

@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r2cli.graph import operators
 from r2cli.ptq.layer_sweep import LayerSample
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
@@ -78,22 +77,15 @@ def push(sigmoid: Tensor, raw: Tensor, beta: float) -> Tensor:
 
 @torch.no_grad()
 def round_layer(seen: LayerSample, coded: Coded, settings: AdaroundSettings = AdaroundSettings()) -> Coded:
-    """Return `coded` with new codes on the same grid: each is the float weight rounded down or up."""
-    assert isinstance(coded.codec, Grid) and isinstance(seen.module, operators.LAYERS)
+    """`coded` with codes for the layer's output: each the floor or the ceiling of the float weight on the same grid."""
+    assert isinstance(coded.codec, Grid)
     rows = sample_rows(seen, settings)
-    weight = seen.module.weight.detach()
-    real = on_codes(weight, coded.codec)
+    real = coded.codec.unrounded(seen.module.weight.detach())
     low = real.floor().clamp(coded.codec.lowest, coded.codec.highest)
     before = output_error(rows, coded.decode())
     up = _optimize(rows, real, low, coded.codec, settings, before / real.numel())
     chosen = Coded(coded.codec, (low + up).clamp(coded.codec.lowest, coded.codec.highest).to(coded.codes.dtype))
     return chosen if output_error(rows, chosen.decode()) <= before else coded
-
-
-def on_codes(weight: Tensor, grid: Grid) -> Tensor:
-    """Return `weight` in units of codes, not rounded. Rounding it to integers gives the nearest codes. Same shape."""
-    levels = weight / grid.along(grid.scale, weight.ndim)
-    return (levels + (2**grid.bits - 1)) / 2 if grid.odd else levels + grid.along(grid.zero_point, weight.ndim)
 
 
 @dataclass(frozen=True)
@@ -116,13 +108,11 @@ class Rows:
 def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
     """Return whether each weight is rounded up: 0 or 1, in the shape of the weight. Errors are in units of `unit`."""
     groups = rows.inputs.shape[0]
-    step = grid.along(grid.scale, real.ndim).expand_as(real) * (
-        2 if grid.odd else 1
-    )  # the difference that one code makes
+    step = grid.along(grid.scale, real.ndim).expand_as(real) * (2 if grid.midrise else 1)  # value of one code more
     value0 = grid.decode(torch.zeros_like(real, dtype=torch.int32))
     base, size, offset = (t.reshape(groups, -1, rows.inputs.shape[2]) for t in (low, step, value0))
     v = start((real - low).clamp(0, 1 - 1e-6)).reshape(base.shape)
-    first, second = torch.zeros_like(v), torch.zeros_like(v)
+    adam = torch.optim.Adam([v], settings.lr)
     draw = torch.Generator().manual_seed(settings.seed)
     count = rows.inputs.shape[1]
     batch = min(settings.batch if groups == 1 else settings.grouped, count)
@@ -137,10 +127,8 @@ def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adaro
         if number > warm:
             beta = beta_at((number - warm) / (settings.steps - warm))
             gradient += weight * push(sigmoid, raw, beta)
-        first.lerp_(gradient, 0.1)  # Adam
-        second.lerp_(gradient.square(), 0.001)
-        rate = settings.lr * math.sqrt(1 - 0.999**number) / (1 - 0.9**number)
-        v -= rate * first / (second.sqrt() + 1e-8)
+        v.grad = gradient
+        adam.step()
         if number > warm and number % 50 == 0 and bool(((raw <= 0) | (raw >= 1)).all()):
             break
     return (v >= 0).to(low.dtype).reshape(low.shape)
@@ -168,10 +156,9 @@ def output_error(rows: Rows, weight: Tensor) -> float:
 def sample_rows(seen: LayerSample, settings: AdaroundSettings) -> Rows:
     """Draw the rows of a layer from all images and positions."""
     module = seen.module
-    assert isinstance(module, operators.LAYERS)
     outputs = module(seen.inputs)
     most = seen.bound
-    bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
+    bias = None if module.bias is None else module.bias.detach()
     groups = 1 if isinstance(module, nn.Linear) else module.groups
     draw = torch.Generator().manual_seed(settings.seed)
     places = outputs.flatten(0, -2) if isinstance(module, nn.Linear) else outputs.movedim(1, -1).flatten(0, -2)

@@ -61,11 +61,11 @@ def statistics(net: fx.GraphModule) -> dict[str, Normal]:
     """Give the statistics after the BatchNorm of each layer that has one, by name. Call it before their removal."""
     found = {}
     for layer in structure.layers(net):
-        if layer.norm is None:
+        norm = structure.norm_module(net, layer)
+        if norm is None:
             continue
-        norm = net.get_submodule(layer.norm)
-        assert isinstance(norm, operators.NORMS) and norm.running_mean is not None and norm.running_var is not None
-        variance, ones = norm.running_var.double(), torch.ones_like(norm.running_var).double()
+        variance = structure.norm_statistics(norm)[1].double()
+        ones = torch.ones_like(variance)
         gamma = ones if norm.weight is None else norm.weight.detach().double().abs()
         mean = 0 * ones if norm.bias is None else norm.bias.detach().double()
         # Because of epsilon, a channel of little variance has less than gamma, and one without variance is a constant.
@@ -136,17 +136,15 @@ def _value(
     if node.op == "call_module" and str(node.target) in normals:
         own = normals[str(node.target)]
         return ValueStatistics(own.mean, own.std, own.mean - DEVIATIONS * own.std, own.mean + DEVIATIONS * own.std)
-    read = [known.get(source.name) for source in node.all_input_nodes if source.target not in operators.SHAPES]
-    if not read or any(value is None for value in read):
+    sources = [source.name for source in node.all_input_nodes if source.target not in operators.SHAPES]
+    read = [known[name] for name in sources if name in known]
+    if not read or len(read) < len(sources):
         return None
     first = read[0]
-    assert first is not None
     if operators.is_a(net, node, operators.ACTIVATIONS):
         return _clipped(first, _most(net, node, first))
     if operators.is_a(net, node, SUMS) and len(node.args) == 2 and all(isinstance(part, fx.Node) for part in node.args):
-        second = read[-1]
-        assert second is not None
-        return _sum(first, second)
+        return _sum(first, read[-1])
     if operators.is_a(net, node, POOLS):
         return first
     if operators.is_a(net, node, FLATTEN):

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from r2cli.graph import structure
+from r2cli.graph.operators import LayerModule
 from r2cli.ptq.batchnorm_statistics import ValueStatistics
 from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 
 BATCH = 64  # images at once
@@ -33,7 +35,7 @@ def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str
         node = structure.node_of(net, layer)
         read = node.all_input_nodes[0]
         value = known.get(read.name)
-        if not isinstance(module.bias, Tensor):
+        if module.bias is None:
             notes[layer.name] = "not corrected: it has no bias"
         elif value is None or sum(other.target == layer.name for other in net.graph.nodes) > 1:
             notes[layer.name] = "not corrected: its input's mean is not known without data"
@@ -45,30 +47,29 @@ def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str
     return notes
 
 
-def mean_shift(module: nn.Module, coded: Coded, mean: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the shift of the mean output of `module` by rounding, (outputs,), for inputs of `mean` (channels, ...)."""
+def mean_shift(module: LayerModule, coded: Coded, mean: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """How far rounding moves the mean of the outputs of `module`, for inputs (channels, ...) of `mean`: (outputs,)."""
     weight = module.weight
-    assert isinstance(weight, Tensor)
-    image = mean.reshape(-1, *[1] * (len(shape) - 1)).expand(1, *shape)
+    image = per_channel(mean, len(shape)).expand(1, *shape)
     error = {"weight": coded.decode() - weight, "bias": torch.zeros_like(mean[:1]).expand(weight.shape[0])}
-    return channel_means(module, torch.func.functional_call(module, error, (image,)))
+    return _channel_means(module, torch.func.functional_call(module, error, (image,)))
 
 
 def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
     """Return a bias (outputs,) corrected for the codes and the changed input of a layer; None without a bias."""
     module = seen.module
-    if not isinstance(module.bias, Tensor):
+    if module.bias is None:
         return None
     state = {"weight": coded.decode()}
     shift = torch.zeros_like(module.bias)
     for plain, rounded in zip(*(torch.split(x, BATCH) for x in (seen.inputs, seen.rounded_inputs)), strict=True):
         difference = torch.func.functional_call(module, state, (rounded,)) - module(plain)
-        shift += channel_means(module, difference) * len(plain) / len(seen.inputs)
+        shift += _channel_means(module, difference) * len(plain) / len(seen.inputs)
     return module.bias - shift
 
 
-def channel_means(module: nn.Module, outputs: Tensor) -> Tensor:
-    """Return the mean of each channel, (channels,). x is (n, channels, ...); of a linear layer (n, ..., channels)."""
+def _channel_means(module: LayerModule, outputs: Tensor) -> Tensor:
+    """The mean of (n, channels, ...), or of a linear layer's (n, ..., channels), over all else: (channels,)."""
     return (
         outputs.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else outputs.transpose(0, 1).flatten(1).mean(1)
     )

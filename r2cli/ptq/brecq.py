@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from r2cli.graph import structure
+from r2cli.graph.operators import LayerModule
 from r2cli.ptq import adaround, layer_sweep
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
@@ -143,18 +144,17 @@ class Learned:
 
     def _state(self, up: Tensor) -> State:
         grid, codes = self.grid, (self.low + up).clamp(self.grid.lowest, self.grid.highest)
-        integers = 2 * codes - (2**grid.bits - 1) if grid.odd else codes - grid.along(grid.zero_point, codes.ndim)
-        return state(integers * grid.along(grid.scale * self.size.exp(), codes.ndim), self.bias)
+        return state(grid.integers(codes) * grid.along(grid.scale * self.size.exp(), codes.ndim), self.bias)
 
 
-def learned(module: nn.Module, coded: Coded) -> Learned:
-    """Return parameters that start at the float weight and bias of `module`, on the grid of `coded`."""
-    grid, weight, bias = coded.codec, module.weight, module.bias
-    assert isinstance(grid, Grid) and isinstance(weight, Tensor)
-    real = adaround.on_codes(weight.detach(), grid)
+def learned(module: LayerModule, coded: Coded) -> Learned:
+    """What starts at the float weight and bias of `module`, on the grid of `coded`."""
+    grid, bias = coded.codec, module.bias
+    assert isinstance(grid, Grid)
+    real = grid.unrounded(module.weight.detach())
     low = real.floor().clamp(grid.lowest, grid.highest)
     v = adaround.start((real - low).clamp(0, 1 - 1e-6)).requires_grad_()
-    own = bias.detach().clone().requires_grad_() if isinstance(bias, Tensor) else None
+    own = None if bias is None else bias.detach().clone().requires_grad_()
     return Learned(grid, low, v, torch.zeros_like(grid.scale).requires_grad_(), own)
 
 
@@ -182,9 +182,9 @@ def round_network(
     coded, biases = dict(nearest), dict[str, Tensor]()
     states: dict[str, State] = {}
     plain = rounded = images
-    for block in blocks(net, settings.least):
-        # A layer that ran in an earlier block has its codes already.
-        fresh = {name: net.get_submodule(name) for name in block.layers if name not in states}
+    for block in blocks(net):
+        # A layer of an earlier block that runs here again has its codes.
+        fresh = {name: structure.layer_module(net, name) for name in block.layers if name not in states}
         found = {name: nearest[own[name].weight] for name in fresh}
         states |= {name: state(found[name].decode(), _bias(module)) for name, module in fresh.items()}
         targets = _run_all(net, block, plain, {})
@@ -253,5 +253,5 @@ def _error(net: fx.GraphModule, block: Block, x: Tensor, targets: Tensor, states
     return total / targets.numel()
 
 
-def _bias(module: nn.Module) -> Tensor | None:
-    return module.bias.detach() if isinstance(module.bias, Tensor) else None
+def _bias(module: LayerModule) -> Tensor | None:
+    return None if module.bias is None else module.bias.detach()

@@ -28,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from r2cli.graph import channel_clip, operators, structure
+from r2cli.graph.operators import LayerModule
 from r2cli.ptq.batchnorm_statistics import Normal
+from r2cli.quantized.channels import per_channel
 
 CONVERGED = 1e-3  # stop after a pass whose largest |ln s| is below this: a change of 0.1 %
 PASSES = 200  # stop after this many passes in any case
@@ -75,7 +77,9 @@ def links(net: fx.GraphModule) -> dict[str, Link]:
 def runs(net: fx.GraphModule) -> list[list[Link]]:
     """Join links that follow each other through depthwise layers, which have the same channels at both ends."""
     joined = links(net)
-    inner = {link.second.name for link in joined.values() if _is_depthwise(net.get_submodule(link.second.name))}
+    inner = {
+        link.second.name for link in joined.values() if _is_depthwise(structure.layer_module(net, link.second.name))
+    }
     found = []
     for name, link in joined.items():
         if name in inner:
@@ -134,8 +138,7 @@ def absorb(net: fx.GraphModule, normals: dict[str, Normal]) -> dict[str, str]:
     """
     notes = {}
     for name, link in links(net).items():
-        first, second = net.get_submodule(name), net.get_submodule(link.second.name)
-        assert isinstance(first, operators.LAYERS) and isinstance(second, operators.LAYERS)
+        first, second = structure.layer_module(net, name), structure.layer_module(net, link.second.name)
         whole = all(operators.is_a(net, node, (*SHIFTED, *FLATTEN)) for node in link.between) and not _pads(second)
         if name not in normals or first.bias is None or second.bias is None or not whole:
             continue
@@ -185,8 +188,7 @@ def reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mappi
     # The inputs of a linear layer after a flatten are grouped by the channels before it.
     inputs = {link.second.name: _outputs(net, link.first) for link in links}
     for name in {layer.name for link in links for layer in (link.first, link.second)}:
-        module = net.get_submodule(name)
-        assert isinstance(module, operators.LAYERS)
+        module = structure.layer_module(net, name)
         channels = inputs.get(name, module.weight.shape[1] * _groups(module))
         own = by_channel(module, channels).abs().amax(3).double()
         if name in factors:
@@ -196,26 +198,22 @@ def reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mappi
 
 
 def _outputs(net: fx.GraphModule, layer: structure.Layer) -> int:
-    module = net.get_submodule(layer.name)
-    assert isinstance(module, operators.LAYERS)
-    return int(module.weight.shape[0])
+    return int(structure.layer_module(net, layer.name).weight.shape[0])
 
 
-def by_channel(module: nn.Module, channels: int) -> Tensor:
-    """Return a layer's weight as (groups, outputs, inputs, positions of one input channel)."""
-    assert isinstance(module, operators.LAYERS)
+def by_channel(module: LayerModule, channels: int) -> Tensor:
+    """A layer's weight as (groups, outputs, inputs, positions of one input channel)."""
     groups, weight = _groups(module), module.weight
     return weight.reshape(groups, weight.shape[0] // groups, channels // groups, -1)
 
 
 def _scale(net: fx.GraphModule, link: Link, s: Tensor, factors: dict[str, Tensor]) -> None:
-    """Divide the channels of the first layer by `s`, and multiply the weights that read them by `s`; in place."""
-    first, second = net.get_submodule(link.first.name), net.get_submodule(link.second.name)
-    assert isinstance(first, operators.LAYERS) and isinstance(second, operators.LAYERS)
+    """Divide the first layer's channels by `s` and multiply what reads them; in place."""
+    first, second = structure.layer_module(net, link.first.name), structure.layer_module(net, link.second.name)
     if link.first.name in factors:
         factors[link.first.name] = factors[link.first.name] / s.to(factors[link.first.name].device)
     else:
-        first.weight.copy_((first.weight.double() / s.reshape(-1, *[1] * (first.weight.ndim - 1))).float())
+        first.weight.copy_((first.weight.double() / per_channel(s, first.weight.ndim)).float())
     if first.bias is not None:
         first.bias.copy_((first.bias.double() / s).float())
     for one in _bounds(net, link):
@@ -230,22 +228,22 @@ def _bounds(net: fx.GraphModule, link: Link) -> list[channel_clip.Clip]:
     return [module for module in modules if isinstance(module, channel_clip.Clip) and module.high.ndim]
 
 
-def _groups(module: nn.Module) -> int:
-    return 1 if isinstance(module, nn.Linear) else int(module.groups)  # type: ignore[arg-type]
+def _groups(module: LayerModule) -> int:
+    return 1 if isinstance(module, nn.Linear) else module.groups
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def _is_depthwise(module: LayerModule) -> bool:
     return not isinstance(module, nn.Linear) and module.groups == module.in_channels == module.out_channels
 
 
-def _pads(module: nn.Module) -> bool:
-    """Say whether a layer pads its input with zeros."""
-    return not isinstance(module, nn.Linear) and any(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+def _pads(module: LayerModule) -> bool:
+    """Whether a layer reads zeros around its input."""
+    return not isinstance(module, nn.Linear) and any(module._reversed_padding_repeated_twice)
 
 
 def _stands_alone(net: fx.GraphModule, layer: structure.Layer, weights: Sequence[Any]) -> bool:
-    """Say whether the layer runs only once, and no other layer has the same weights."""
-    own = net.get_submodule(layer.name).weight
+    """Whether the layer runs once, and no other has its weights."""
+    own = structure.layer_module(net, layer.name).weight
     calls = sum(node.target == layer.name for node in net.graph.nodes)
     return calls == 1 and sum(weight is own for weight in weights) == 1
 
@@ -253,8 +251,8 @@ def _stands_alone(net: fx.GraphModule, layer: structure.Layer, weights: Sequence
 def _channels_match(
     net: fx.GraphModule, first: structure.Layer, second: structure.Layer, between: Sequence[fx.Node]
 ) -> bool:
-    """Say whether the inputs of the second layer are the channels of the first, each of them in one piece."""
-    one, other = net.get_submodule(first.name), net.get_submodule(second.name)
+    """Whether the second layer's inputs are the first one's channels, each of them in one piece."""
+    one, other = structure.layer_module(net, first.name), structure.layer_module(net, second.name)
     flattened = any(operators.is_a(net, node, FLATTEN) for node in between)
     if not isinstance(other, nn.Linear):
         return not isinstance(one, nn.Linear) and not flattened

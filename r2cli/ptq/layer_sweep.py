@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from r2cli.errors import InputError
 from r2cli.graph import structure
+from r2cli.graph.operators import LayerModule
 from r2cli.quantized.coded import Coded
 
 MEMORY = 2 * 2**30  # bytes that the values of both networks together may take
@@ -25,8 +26,8 @@ class LayerSample:
     """One layer for a method: `module` has the float weight; `inputs` and `rounded_inputs` are (n, ...)."""
 
     layer: structure.Layer
-    module: nn.Module
-    bound: float | None  # of the activation that follows: infinity for ReLU, 6 for ReLU6, None for no activation
+    module: LayerModule
+    bound: float | None  # of the ReLU that follows: infinity, or 6; None where none does
     inputs: Tensor  # in the float network
     rounded_inputs: Tensor  # in the network whose earlier layers are quantized
 
@@ -57,7 +58,7 @@ def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, 
             same = all(plain[source] is rounded[source] for source in node.all_input_nodes)
             rounded[node] = plain[node] if same else run(net, node, rounded)
         else:
-            module, source = net.get_submodule(layer.name), node.all_input_nodes[0]
+            module, source = structure.layer_module(net, layer.name), node.all_input_nodes[0]
             if layer.weight not in coded:
                 seen = LayerSample(layer, module, structure.bound(net, node), plain[source], rounded[source])
                 coded[layer.weight], biases[layer.name] = visit(seen)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
@@ -28,12 +28,12 @@ from r2cli.ptq import (
     weight_grids,
 )
 from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.packing import packed_bytes
-from r2cli.quantized.value_counts import usable
-from r2cli.storage.checkpoint import Checkpoint, InputSpec
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, require_float
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
@@ -142,7 +142,6 @@ def quantize(
     rows = []
     for layer, module in structure.named_layers(net):
         one, weight = coded[layer.weight], module.weight
-        assert isinstance(weight, Tensor)
         note = "; ".join(each[layer.name] for each in notes if layer.name in each)
         rows.append(_quantized_layer(layer.name, one, weight.cpu(), settings.granularity, note))
         weight.copy_(one.decode())
@@ -190,8 +189,7 @@ def choose_bits(
     usual = [bits for bits in mixed_precision.WIDTHS if settings.symmetric or bits > 1]
     weights, tried = {}, {}
     for layer, module in structure.named_layers(net):
-        weight, own = module.weight, {}
-        assert isinstance(weight, nn.Parameter)
+        weight, own = structure.float_weight(module), {}
         for bits in [fixed[layer.name]] if fixed[layer.name] else usual:
             coded, folded = _on_grid(weight, bits, settings, factors.get(layer.name))
             size = coded.payload_bytes() if target.size else packed_bytes(weight.numel(), bits)
@@ -230,13 +228,11 @@ def _prepare(
 ) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, batchnorm_statistics.Normal], Notes]:
     """The float network without BatchNorms, equalized where it is to be; the factor that is left to apply and the
     statistics of each layer's BatchNorm, and notes by layer."""
-    if checkpoint.coded:
-        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    require_float(checkpoint)
     example = checkpoint.input.blank(2) if _needs_graph(settings) else None
     net = trace(deployed.network(checkpoint), example)
-    notes = [
-        {name: f"{count} dead channels made constant" for name, count in batchnorm.silence_dead_channels(net).items()}
-    ]
+    constant = batchnorm.make_dead_channels_constant(net)
+    notes = [{name: f"{count} dead channels made constant" for name, count in constant.items()}]
     if settings.granularity == TENSOR:
         notes.append(
             {name: f"{count} quiet channels lowered" for name, count in batchnorm.lower_quiet_channels(net).items()}
@@ -278,7 +274,6 @@ def _nearest(net: fx.GraphModule, settings: PtqSettings, factors: Mapping[str, T
     coded = {}
     for layer, module in structure.named_layers(net):
         weight = module.weight
-        assert isinstance(weight, Tensor)
         coded[layer.weight], folded = _on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
         weight.copy_(folded)
     return coded
@@ -289,8 +284,7 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
 
     Raises InputError as `quantize` and `graph.weighted` do.
     """
-    if checkpoint.coded:
-        raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
+    require_float(checkpoint)
     model = deployed.network(checkpoint)
     modules = structure.weighted(model, embeddings=settings.embeddings)
     normed = any(isinstance(module, operators.NORMS) for module in model.modules())
@@ -298,9 +292,7 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
     bits = structure.by_pattern(modules, settings.weight_bits, settings.keep)
     coded, rows = {}, []
     for name, module in modules.items():
-        own = module.weight
-        assert isinstance(own, Tensor)
-        one, weight = _on_grid(own, bits[name], settings, None)
+        one, weight = _on_grid(structure.weight_of(module), bits[name], settings, None)
         coded[f"{name}.weight"] = one
         rows.append(_quantized_layer(name, one, weight, settings.granularity, note))
     floats = {name: tensor for name, tensor in checkpoint.floats.items() if name not in coded}
@@ -323,11 +315,11 @@ def _look(
         return coded, dict.fromkeys(learned, "bias learned")
 
     def visit(seen: LayerSample) -> tuple[Coded, Tensor | None]:
-        own, chosen = seen.module.bias, nearest[seen.layer.weight]
+        chosen = nearest[seen.layer.weight]
         if method.rounds is not None:
             chosen = method.rounds(seen, chosen)
         advance()
-        return chosen, bias_correction.empirical(seen, chosen) if corrects else own if isinstance(own, Tensor) else None
+        return chosen, bias_correction.empirical(seen, chosen) if corrects else structure.bias_of(seen.module)
 
     coded, biases = layer_sweep.sweep(net, images, visit)
     return coded, _set_biases(net, biases) if corrects else {}
@@ -336,8 +328,8 @@ def _look(
 def _set_biases(net: fx.GraphModule, biases: Mapping[str, Tensor | None]) -> dict[str, str]:
     """Give each layer its corrected bias; in place. Returns what became of it, by the layer's name."""
     for name, corrected in biases.items():
-        own = net.get_submodule(name).bias
-        if corrected is not None and isinstance(own, Tensor):
+        own = structure.bias_of(net.get_submodule(name))
+        if corrected is not None and own is not None:
             own.copy_(corrected)
     return {n: "not corrected: it has no bias" if b is None else "bias corrected" for n, b in biases.items()}
 
@@ -350,8 +342,7 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
         grid = weight_grids.weight_grid(w, bits, per_channel=per_channel, rule=rule, symmetric=symmetric)
         return Coded(grid, grid.encode(w))
 
-    column = None if factor is None else factor.reshape(-1, *[1] * (weight.ndim - 1))
-    folded = weight if column is None else (weight.double() * column).float()
+    folded = batchnorm.folded(weight, factor)
     if settings.granularity != UNFOLDED:
         return nearest(folded, per_channel=settings.granularity == CHANNEL), folded
     raw = nearest(weight, per_channel=False)
@@ -359,11 +350,10 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
         return raw, folded
     grid = raw.codec
     assert isinstance(grid, Grid)
-    exact = (grid.scale.double() * factor).float()
-    scale = usable(exact)
+    scale, exact = batchnorm.folded_scale(grid.scale, factor)
     own = replace(grid, scale=scale, zero_point=grid.zero_point.expand(len(scale)).contiguous(), axis=0)
     # Where a scale was lifted to a usable one the codes are found again: multiplied by it as they are, they would grow.
-    lifted = (scale != exact).reshape(column.shape)  # type: ignore[union-attr]
+    lifted = per_channel(scale != exact, weight.ndim)
     return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
 
 

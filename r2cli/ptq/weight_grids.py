@@ -78,4 +78,4 @@ def weight_grid(w: Tensor, bits: int, *, per_channel: bool, rule: str = "minmax"
         zero = torch.round(-low / scale).clamp(0, 2**bits - 1).int() - 2 ** (bits - 1)
     if not per_channel:
         scale, zero = scale.squeeze(0), zero.squeeze(0)
-    return Grid(scale, zero, bits, signed=True, axis=0 if per_channel else None, odd=bits == 1)
+    return Grid(scale, zero, bits, signed=True, axis=0 if per_channel else None, midrise=bits == 1)

@@ -89,7 +89,7 @@ class DorefaWeight(quantizers.WeightQuantizer):
     def freeze(self, w: Tensor) -> Coded:
         w = w.detach()
         scale = scale_of(w, self.bits, self.factor).clone()
-        grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32), self.bits, signed=True, odd=True)
+        grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32), self.bits, signed=True, midrise=True)
         return Coded(grid, to_codes(w, self.bits, top(w), torch.empty_like(w)).to(torch.uint8))
 
     def forward(self, w: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class EwgsWeight(quantizers.WeightQuantizer):
 
     def freeze(self, w: Tensor) -> Coded:
         scale = self.scale()
-        grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32), self.bits, signed=True, odd=True)
+        grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32), self.bits, signed=True, midrise=True)
         return Coded(grid, self.to_codes(w.detach(), torch.empty_like(w)).to(torch.uint8))
 
     def forward(self, w: Tensor) -> Tensor:

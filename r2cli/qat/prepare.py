@@ -21,10 +21,10 @@ from r2cli.graph.read import trace
 from r2cli.qat import dorefa, ewgs, lsq, pact, quantizer_placement
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.qat.quantizers import ActivationQuantizer, WeightQuantizer
+from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.value_counts import usable
-from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.checkpoint import Checkpoint, require_float
 
 OUTPUTS, INPUTS = "outputs", "inputs"
 PAPER, FITTED = "paper", "fitted"
@@ -106,8 +106,7 @@ def prepare(work: QatTask) -> Prepared:
     that cannot be read, and a layer that cannot be quantized.
     """
     made, settings = work.checkpoint, work.settings
-    if made.coded:
-        raise InputError(f"{made.origin} is quantized already: give the float one that it was made from")
+    require_float(made)
     model = models.build(made.model) if work.scratch else deployed.network(made)
     names = [layer.name for layer in structure.layers(quantizer_placement.read(model))]
     if not names:
@@ -155,14 +154,16 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
     for layer in prepared.layers:
         parametrize.remove_parametrizations(model.get_submodule(layer.name), "weight", leave_parametrized=False)
     net = trace(model)
-    negative = {layer.name: _negative(model.get_submodule(layer.norm)) for layer in prepared.layers if layer.norm}
+    norms = {layer.name: structure.norm_module(model, layer) for layer in prepared.layers}
+    # Which channels a BatchNorm negates, (channels,) bool.
+    negative = {name: batchnorm.affine(norm)[0] < 0 for name, norm in norms.items() if norm is not None}
     factors = batchnorm.remove_norms(net)
     deployed.insert_grids(net, grids)
     folded, rows = {}, []
     for layer, module in structure.named_layers(net):
         one = fold(coded[layer.name], factors.get(layer.name), negative.get(layer.name))
         folded[layer.weight] = one
-        module.weight.copy_(one.decode())  # type: ignore[operator]
+        module.weight.copy_(one.decode())
         reads = edit.source(net, structure.node_of(net, layer))
         turned = int(negative[layer.name].sum()) if layer.name in negative else 0
         note = f"{turned} channels turned around" if turned else ""
@@ -173,25 +174,20 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
     return replace(work.checkpoint, floats=floats, coded=folded, activations=grids, folded=True), rows
 
 
-def _negative(norm: torch.nn.Module) -> Tensor:
-    """Which channels a BatchNorm negates, (channels,) bool."""
-    return batchnorm.affine(norm)[0] < 0
-
-
 def fold(coded: Coded, factor: Tensor | None, negative: Tensor | None) -> Coded:
     """A weight with BatchNorm's factor (channels,), its sign given apart, in per-channel scales: the same integers.
 
-    Where the factor is negative the integers change sign: odd ones and those without the lowest code have their
+    Where the factor is negative the integers change sign: midrise ones and those without the lowest code have their
     negatives on the same grid; else codes q become ~q about a zero point of -1, which is -q.
     """
     grid, codes = coded.codec, coded.codes
     assert isinstance(grid, Grid)
     if factor is None or negative is None:
         return coded
-    scale = usable((grid.scale.double() * factor).float())
+    scale, _ = batchnorm.folded_scale(grid.scale, factor)
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    turned = negative.reshape(-1, *[1] * (codes.ndim - 1))
-    if grid.odd:
+    turned = per_channel(negative, codes.ndim)
+    if grid.midrise:
         return Coded(
             replace(grid, scale=scale, zero_point=zero, axis=0),
             torch.where(turned, grid.highest - codes, codes).to(codes.dtype),

@@ -62,14 +62,7 @@ class Prepared:
     def each(self) -> Iterator[tuple[Layer, WeightQuantizer, Tensor]]:
         """Layers with their learners and their float weights."""
         for layer in self.layers:
-            yield layer, self.weights[layer.name], original(self.model.get_submodule(layer.name))
-
-
-def original(module: nn.Module) -> nn.Parameter:
-    """The float weight behind a learner."""
-    weight = module.parametrizations.weight.original  # type: ignore[union-attr]
-    assert isinstance(weight, nn.Parameter)
-    return weight
+            yield layer, self.weights[layer.name], structure.float_weight(self.model.get_submodule(layer.name))
 
 
 def require_known(net: fx.GraphModule, *, activations: bool) -> None:
@@ -155,8 +148,8 @@ def prepare(
         placed = places(folded, shape, bits, inputs=inputs)
     made = {}
     for layer in layers:
-        module = model.get_submodule(layer.name)
-        made[layer.name] = weights(layer.name, module.weight.detach())  # type: ignore[operator]
+        module = structure.layer_module(model, layer.name)
+        made[layer.name] = weights(layer.name, module.weight.detach())
         parametrize.register_parametrization(module, "weight", made[layer.name])
     on_edges = _put_on(net, placed, edges) if edges is not None else {}
     _tell_what_is_read(net, layers, made)

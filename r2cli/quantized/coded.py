@@ -1,4 +1,4 @@
-"""A tensor as integer codes, and the codec that says what they stand for."""
+"""A tensor as integer codes, with the codec that says what they stand for: a grid or a palette."""
 
 from dataclasses import dataclass
 
@@ -14,20 +14,21 @@ Codec = Grid | Palette
 
 @dataclass(frozen=True)
 class Coded:
-    """A tensor as a codec and the codes that were chosen for it."""
+    """A weight as it is deployed: the codes that a method chose for it, and the codec that decodes them."""
 
     codec: Codec
     codes: Tensor
 
     def decode(self) -> Tensor:
+        """The values: float32, the shape of the weight."""
         return self.codec.decode(self.codes)
 
     def packed(self) -> Tensor:
-        """The codes at their packed size: uint8, one dimension."""
+        """The codes as bytes, as `packing.pack` has them: (bytes,) uint8."""
         return pack(self.codes, self.codec.bits)
 
     def payload_bytes(self) -> int:
-        """Bytes of the packed codes with the scales, zero points and table that decode them."""
+        """Bytes of the packed codes, and of the scales, zero points and table that decode them."""
         parts = [self.codec.scale]
         if isinstance(self.codec, Palette):
             parts.append(self.codec.lut)

@@ -1,11 +1,22 @@
-"""Signal to noise in decibels: how close a rounded tensor is to the float one."""
+"""Signal to noise in decibels (dB): how close a rounded tensor is to the float one.
 
-import torch
+Ten dB more is a tenth of the noise, in squared error.
+"""
+
+import math
+
 from torch import Tensor
 
 
+def decibels(signal: float, noise: float) -> float:
+    """10 * log10(signal / noise), of two sums of squares; infinity where either is zero.
+
+    Without noise nothing is lost, and without a signal nothing is there to lose.
+    """
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+
+
 def sqnr(rounded: Tensor, weight: Tensor) -> float:
-    """Signal to noise of `rounded` against `weight`, of one shape, in dB; infinity without noise, or without signal."""
-    error = (rounded - weight).double().square().sum()
-    signal = weight.double().square().sum()
-    return float(10 * torch.log10(signal / error)) if error > 0 and signal > 0 else float("inf")
+    """Signal to noise in dB of `rounded` against `weight`, two tensors of one shape; see `decibels`."""
+    noise = (rounded - weight).double().square().sum()
+    return decibels(float(weight.double().square().sum()), float(noise))

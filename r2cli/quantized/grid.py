@@ -1,12 +1,13 @@
-"""Codecs: how integers stand for weights and activations, and how those integers are packed into bytes.
+"""Uniform grids: evenly spaced levels, and the integers that stand for them.
 
-A codec turns values into codes and codes into values; `Coded` is a codec with the codes that a method chose. The codes
-are the result: AdaRound's or DKM's are not the nearest neighbours of the original weight, so they are kept, not found
-again at export.
+    plain     value = scale * (code - zero_point)
+    midrise   value = scale * (2 * code - (2**bits - 1))
 
-    Grid      value = scale * (code - zero_point)
-    Grid odd  value = scale * (2 * code - (2**bits - 1))         no zero level; codes 0 .. 2**bits - 1
-    Palette   value = scale * lut[group, code]                   one code for `dim` neighbouring output channels
+A midrise grid has no zero level: its levels are the odd multiples of the scale, -3, -1, 1, 3 times it for two bits. The
+grids of one bit are of this kind, with the levels -scale and scale, and so are the weight grids of DoReFa and EWGS.
+
+A grid turns values into codes (`encode`) and codes into values (`decode`). The codes are what a method chooses, and
+what is stored. They need not be those of the nearest levels: AdaRound's are not.
 """
 
 from dataclasses import dataclass
@@ -14,81 +15,89 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from r2cli.quantized.channels import per_channel
+
 MAX_BITS = 8
-RAISED = 64  # the greatest integer that a table of few bits gives
+LARGEST_INTEGER = 64  # of a weight, where `Grid.integer_factor` makes integers larger
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform grid of 2**bits levels.
+    """A uniform grid of 2**bits levels, or one for each channel.
 
-    `scale` and `zero_point` have shape () for one grid, or (channels,) along `axis`. Plain signed codes run from
-    -2**(bits-1) to 2**(bits-1)-1, unsigned and odd ones from 0 to 2**bits-1.
+    Codes run from `lowest` to `highest`: from -2**(bits-1) on where the grid is signed and plain, from 0 on otherwise.
     """
 
-    scale: Tensor  # float32, () or (channels,), > 0
-    zero_point: Tensor  # int32, the shape of scale; all zero for an odd grid
+    scale: Tensor  # float32, () for one grid, or (channels,) along `axis`; > 0
+    zero_point: Tensor  # int32, the shape of `scale`: the code of the value 0; all zero for a midrise grid
     bits: int
     signed: bool
-    axis: int | None = None
-    odd: bool = False
+    axis: int | None = None  # of the values that are encoded; None for one grid
+    midrise: bool = False
 
     @property
     def lowest(self) -> int:
-        return -(1 << (self.bits - 1)) if self.signed and not self.odd else 0
+        """The least code."""
+        return -(1 << (self.bits - 1)) if self.signed and not self.midrise else 0
 
     @property
     def highest(self) -> int:
+        """The greatest code."""
         return self.lowest + (1 << self.bits) - 1
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the codes: int8 where some are negative, else uint8."""
         return torch.int8 if self.lowest < 0 else torch.uint8
 
     @property
-    def raised(self) -> int:
+    def integer_factor(self) -> int:
         """What an ONNX file multiplies the integers by, and divides the scale by: a power of two, the same values.
 
-        A bias is an integer in units of scale_x * scale_w, and with two or four levels such a unit is a large part of
-        what a channel gives. Where integers come out of a table they may as well be large; up to 64, two products with
-        8-bit activations fit the 16 bits that processors without VNNI add them in.
+        Biases are integers too, in units of scale_x * scale_w. With two or four levels scale_w is large, and rounding a
+        bias to such a unit would change what a channel gives. Larger integers have a smaller scale. Up to 64, the sum
+        of two products with 8-bit activations fits the 16 bits in which processors without VNNI add them.
         """
-        if self.bits > 4 or (self.bits == 4 and not self.odd):
+        if self.bits > 4 or (self.bits == 4 and not self.midrise):
             return 1
-        most = 2**self.bits - 1 if self.odd else -self.lowest
-        return 1 << (RAISED // most).bit_length() - 1 if most else 1
+        most = 2**self.bits - 1 if self.midrise else -self.lowest
+        return 1 << (LARGEST_INTEGER // most).bit_length() - 1 if most else 1
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes of the nearest levels, ties to even as ONNX QuantizeLinear has it. Shape of `x`, int8 or uint8."""
-        levels = x / self.along(self.scale, x.ndim)
-        if self.odd:
-            # The shift is a half-integer multiple of 2, so it is added before the rounding.
-            codes = torch.round((levels + (2**self.bits - 1)) / 2)
-        else:
-            codes = torch.round(levels) + self.along(self.zero_point, x.ndim)
+        """The codes of the levels nearest to `x`: int8 or uint8, the shape of `x`.
+
+        What lies in the middle of two levels gets the even code, as ONNX's QuantizeLinear does it.
+        """
+        if self.midrise:
+            codes = torch.round(self.unrounded(x))
+        else:  # rounded before the zero point is added: an odd one would turn ties to the odd code
+            codes = torch.round(x / self.along(self.scale, x.ndim)) + self.along(self.zero_point, x.ndim)
         return codes.clamp_(self.lowest, self.highest).to(self.dtype)
 
+    def unrounded(self, x: Tensor) -> Tensor:
+        """Where `x` lies in units of codes, neither rounded nor clipped: 2.5 is between the codes 2 and 3.
+
+        float32, the shape of `x`.
+        """
+        levels = x / self.along(self.scale, x.ndim)
+        if self.midrise:
+            return levels.add(2**self.bits - 1).div(2)
+        return levels + self.along(self.zero_point, x.ndim)
+
     def integers(self, codes: Tensor) -> Tensor:
-        """The integers that the scale multiplies: what an ONNX file stores. Shape of `codes`, int32."""
-        wide = codes.to(torch.int32)
-        if self.odd:
-            return 2 * wide - ((1 << self.bits) - 1)
-        return wide - self.along(self.zero_point, codes.ndim)
+        """What the scale multiplies, the shape of `codes`: int32; floats for floating codes that lie between integers.
+
+        An ONNX file stores these integers, `integer_factor` times as large.
+        """
+        codes = codes if codes.is_floating_point() else codes.to(torch.int32)
+        if self.midrise:
+            return codes.mul(2).sub(2**self.bits - 1)
+        return codes - self.along(self.zero_point, codes.ndim)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Values of `codes`: float32, the shape of `codes`."""
+        """The values of `codes`: float32, the shape of `codes`."""
         return self.integers(codes).to(torch.float32) * self.along(self.scale, codes.ndim)
 
     def along(self, parameter: Tensor, ndim: int) -> Tensor:
-        """`parameter`, of the shape of the scale, in a shape that goes with values of `ndim` axes."""
-        if self.axis is None:
-            return parameter
-        shape = [1] * ndim
-        shape[self.axis] = -1
-        return parameter.reshape(shape)
-
-
-# --- vectors -------------------------------------------------------------------------------------------------------
-
-
-# --- packing -------------------------------------------------------------------------------------------------------
+        """`parameter`, which has the shape of the scale, as it broadcasts against values of `ndim` axes."""
+        return per_channel(parameter, ndim, self.axis)

@@ -1,48 +1,92 @@
-"""Packing: how codes of 1 to 8 bits become bytes, and come back."""
+"""Packing: how codes of 1 to 8 bits become bytes, and come back.
+
+Codes of 1, 2 and 4 bits share bytes, the first code in a byte's low bits; 5 to 8 bits take a byte each. Three bits do
+not divide a byte, so they are two planes: first the high bit of every code, then the two low bits of every code.
+
+Negative codes are packed as two's complement, so four bits are ONNX INT4's own bytes.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Plane:
+    """The same bits of every code, packed together: `bits` of them (1, 2, 4 or 8), from bit `shift` on."""
+
+    name: str
+    bits: int
+    shift: int = 0
+
+    def size(self, count: int) -> int:
+        """Bytes of the plane of `count` codes; the last one is filled up with zeros."""
+        return -(-count * self.bits // 8)
+
+    def of(self, codes: Tensor) -> Tensor:
+        """The plane's bits of `codes` (n,), uint8 without a sign: (n,) uint8."""
+        return (codes >> self.shift).bitwise_and(2**self.bits - 1)
+
+
+def planes(bits: int) -> tuple[Plane, ...]:
+    """The planes of codes of `bits`, in the order in which their bytes stand."""
+    if bits == 3:
+        return Plane("high", 1, shift=2), Plane("low", 2)
+    return (Plane("codes", bits if bits in (1, 2, 4) else 8),)
+
+
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that `pack` makes of `count` codes."""
-    if bits == 3:
-        return packed_bytes(count, 1) + packed_bytes(count, 2)
-    return -(-count * (bits if bits in (1, 2, 4) else 8) // 8)
+    return sum(plane.size(count) for plane in planes(bits))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes as uint8 bytes: 8 to 5 bits a byte each; 4, 2, 1 bits little end first, zero-padded; 3 bits as planes.
+    """Codes (any shape) as bytes: (packed_bytes,) uint8."""
+    return torch.cat(pack_planes(codes, bits))
 
-    Negative codes are packed as two's complement of `bits` bits, so four bits are ONNX INT4's own bytes. The plane of
-    3-bit codes' high bits comes first, then the plane of their two low bits.
-    """
+
+def pack_planes(codes: Tensor, bits: int) -> list[Tensor]:
+    """The bytes of every plane, (plane.size,) uint8 each, in the order of `planes`."""
     flat = codes.reshape(-1).to(torch.int16).bitwise_and(2**bits - 1).to(torch.uint8)
-    if bits == 3:
-        return torch.cat([pack(flat >> 2, 1), pack(flat & 3, 2)])
-    if bits > 4:
-        return flat
-    per_byte = 8 // bits
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).reshape(-1, per_byte)
-    packed = torch.zeros(flat.shape[0], dtype=torch.uint8)
-    for position in range(per_byte):
-        packed |= flat[:, position] << (position * bits)
-    return packed
+    return [_packed(plane.of(flat), plane.bits) for plane in planes(bits)]
+
+
+def split_planes(packed: Tensor, bits: int, count: int) -> list[tuple[Plane, Tensor]]:
+    """The planes of `count` packed codes, each with its bytes."""
+    each = planes(bits)
+    return list(zip(each, torch.split(packed, [plane.size(count) for plane in each]), strict=True))
 
 
 def unpack(packed: Tensor, bits: int, count: int, signed: bool) -> Tensor:
-    """Undo `pack`: `count` codes, int8 where `signed`, else uint8."""
-    if bits == 3:
-        split = packed_bytes(count, 1)
-        high, low = unpack(packed[:split], 1, count, False), unpack(packed[split:], 2, count, False)
-        codes = (high << 2) | low
-    elif bits > 4:
-        codes = packed.clone()
-    else:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-        codes = ((packed.unsqueeze(1) >> shifts) & (2**bits - 1)).reshape(-1)
-    codes = codes[:count]
-    if not signed:
-        return codes
+    """Undo `pack`: (count,) int8 where `signed`, else uint8."""
+    codes = torch.zeros(count, dtype=torch.uint8)
+    for plane, content in split_planes(packed, bits, count):
+        codes |= unpack_plane(content, plane.bits)[:count] << plane.shift
+    return twos_complement(codes, bits).to(torch.int8) if signed else codes
+
+
+def unpack_plane(packed: Tensor, bits: int) -> Tensor:
+    """All that the bytes of a plane hold, what fills up the last one too: (bytes * 8 / bits,) uint8."""
+    if bits == 8:
+        return packed
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (packed.unsqueeze(1) >> shifts).bitwise_and(2**bits - 1).reshape(-1)
+
+
+def twos_complement(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned `codes` of `bits` as the signed numbers that have the same bits: int16, the shape of `codes`."""
     wide = codes.to(torch.int16)
-    return torch.where(wide >= 2 ** (bits - 1), wide - 2**bits, wide).to(torch.int8)
+    return torch.where(wide >= 2 ** (bits - 1), wide - 2**bits, wide)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """One plane's `codes` (n,), uint8 below 2**bits, as bytes."""
+    if bits == 8:
+        return codes
+    per_byte = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % per_byte)).reshape(-1, per_byte)
+    packed = torch.zeros(codes.shape[0], dtype=torch.uint8)
+    for position in range(per_byte):
+        packed |= codes[:, position] << (position * bits)
+    return packed

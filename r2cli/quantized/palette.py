@@ -1,4 +1,9 @@
-"""Palettes: an index stands for a centroid, a short vector of values in a small table."""
+"""Palettes: a code is a row of a small table, and the row is the value: `dim` numbers, a centroid.
+
+    value = scale * lut[group, code]
+
+One code stands for `dim` neighbouring output channels at one position; with dim 1 it stands for one weight.
+"""
 
 from dataclasses import dataclass
 from math import prod
@@ -6,15 +11,17 @@ from math import prod
 import torch
 from torch import Tensor
 
-FEW = 64  # centroids
+from r2cli.quantized.channels import per_channel
+
+FEW = 64  # centroids that are compared one by one; more are searched
 NEAREST_ROWS = 1 << 16  # vectors whose distances to all centroids are in memory together
 
 
 @dataclass(frozen=True)
 class Palette:
-    """A table of 2**bits centroids of `dim` values for each group of output channels.
+    """A table of 2**bits centroids of `dim` values for each group of neighbouring output channels.
 
-    Codes have shape (groups, vectors of a group). Vectors are cut by `to_vectors`.
+    Codes are uint8, (groups, vectors of a group); `to_vectors` says which weights a vector holds.
     """
 
     lut: Tensor  # (groups, 2**bits, dim), int8 or float32; the rows of a group are distinct
@@ -28,8 +35,8 @@ class Palette:
         return int(self.lut.shape[2])
 
     @property
-    def raised(self) -> int:
-        """As a grid's: an int8 table has large integers already."""
+    def integer_factor(self) -> int:
+        """As `Grid.integer_factor`: 1, because an int8 table has large integers already."""
         return 1
 
     @property
@@ -40,7 +47,7 @@ class Palette:
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest centroids: (groups, vectors of a group), uint8."""
         groups, _, dim = self.lut.shape
-        weight = x / self._per_channel()
+        weight = x / self.along(self.scale, len(self.shape))
         vectors = to_vectors(weight, dim).reshape(groups, -1, dim)
         lut = self.lut.to(vectors.dtype)
         codes = torch.stack([nearest(v, centroids) for v, centroids in zip(vectors, lut, strict=True)])
@@ -54,17 +61,15 @@ class Palette:
         """Values of `codes`: float32, `self.shape`."""
         index = codes.long().unsqueeze(-1).expand(-1, -1, self.dim)  # (groups, vectors, dim)
         vectors = self.lut.to(torch.float32).gather(1, index)
-        return from_vectors(vectors.reshape(-1, self.dim), self.shape) * self._per_channel()
+        return from_vectors(vectors.reshape(-1, self.dim), self.shape) * self.along(self.scale, len(self.shape))
 
-    def _per_channel(self) -> Tensor:
-        return self.scale if self.axis is None else self.scale.reshape(-1, *[1] * (len(self.shape) - 1))
+    def along(self, parameter: Tensor, ndim: int) -> Tensor:
+        """`parameter`, which has the shape of the scale, as it broadcasts against values of `ndim` axes."""
+        return per_channel(parameter, ndim, self.axis)
 
 
 def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
-    """The row of `centroids` (k, dim) that is nearest to every vector (n, dim): (n,), uint8; some rows at once.
-
-    Both float32.
-    """
+    """Which of `centroids` (k, dim) is nearest to each of `vectors` (n, dim): (n,) uint8. Both float32."""
     if centroids.shape[1] == 1:
         value, order = centroids[:, 0].double().sort()
         middle = (value[1:] + value[:-1]) / 2  # exact in float64
@@ -80,7 +85,7 @@ def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _above(values: Tensor, limits: Tensor) -> Tensor:
-    """How many of the ascending `limits` (k,) every one of `values` (n,) is above: (n,), int32."""
+    """How many of the ascending `limits` (k,) each of `values` (n,) is above: (n,) int32."""
     if len(limits) >= FEW:
         return torch.bucketize(values, limits, out_int32=True)
     count = torch.zeros_like(values, dtype=torch.uint8)

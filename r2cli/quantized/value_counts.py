@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from r2cli.quantized import grid_search
-from r2cli.quantized.scratch import scratch
+from r2cli.quantized.scratch import Pair, Scratch, pair
 
 PATTERNS = 1 << 16
 # Dtypes whose every value is one pattern; the others are counted as float32.
@@ -59,10 +59,11 @@ class Count:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._table = torch.zeros(PATTERNS, dtype=torch.int64)
+        self._patterns = Scratch()
 
     def add(self, piece: Tensor) -> None:
         """Count `piece`: 1-D, of this count's dtype, float32 for dtypes of more than 16 bits; float32 finite."""
-        patterns = scratch("patterns", len(piece), torch.int32)
+        patterns = self._patterns.take(len(piece), torch.int32)
         if self.dtype in SIXTEEN_BIT:
             patterns.copy_(piece.view(torch.int16)).bitwise_and_(PATTERNS - 1)
         else:
@@ -175,10 +176,11 @@ def bin_step(reach: float, most: int = 128) -> float:
     return 2.0 ** max(math.frexp(reach)[1] - most.bit_length() + 1, LEAST_STEP)
 
 
-def bin_index(x: Tensor, step: float) -> Tensor:
-    """The bin of every float32 value: int32, the shape of `x`; the next call on the same thread overwrites it."""
-    size = torch.abs(x, out=scratch("sizes", x.numel(), x.dtype).view_as(x)).div_(step)
-    index = scratch("bins", x.numel(), torch.int32).view_as(x).copy_(size)
+def bin_index(x: Tensor, step: float, memory: Pair | None = None) -> Tensor:
+    """The bin of every float32 value: int32, the shape of `x`; in the `memory` that is given, or in its own."""
+    first, second = memory or pair()
+    size = torch.abs(x, out=first.like(x)).div_(step)
+    index = second.like(x, torch.int32).copy_(size)
     sign = size.view(torch.int32)  # its values are not needed any more
     return index.bitwise_xor_(torch.bitwise_right_shift(x.view(torch.int32), 31, out=sign))  # -k - 1 below zero
 
@@ -220,14 +222,15 @@ def usable(scale: Tensor) -> Tensor:
     return scale.clamp_min(coarsest * FINEST) if coarsest > 0 else torch.ones_like(scale)
 
 
-def rounded(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`x` really rounded as `codec.Grid` does, signed, odd at one bit: (what is lost / scale, codes).
+def rounded(x: Tensor, scale: Tensor, bits: int, memory: Pair | None = None) -> tuple[Tensor, Tensor]:
+    """`x` rounded as a signed `Grid` does it, which is midrise at one bit: (what is lost / scale, codes).
 
-    `scale` broadcasts to float32 `x`; both results have the shape and dtype of `x`, and the next call on the same
-    thread overwrites them. The codes are the grid's.
+    `scale` broadcasts to float32 `x`. Both results have the shape and dtype of `x`, and are in the `memory` that is
+    given, or in their own.
     """
-    levels = torch.div(x, scale, out=scratch("levels", x.numel(), x.dtype).view_as(x))
-    codes = scratch("codes", x.numel(), x.dtype).view_as(x)
+    first, second = memory or pair()
+    levels = torch.div(x, scale, out=first.like(x))
+    codes = second.like(x)
     if bits == 1:
         # Levels -scale and scale; 0 goes down, as halves go to even codes.
         torch.gt(levels, 0, out=codes)

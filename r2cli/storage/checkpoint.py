@@ -142,6 +142,17 @@ class Checkpoint:
         return replace(self, history=(*self.history, entry))
 
 
+def require_float(checkpoint: Checkpoint) -> None:
+    """Raises InputError for a checkpoint whose weights are codes already."""
+    if checkpoint.coded:
+        raise quantized_already(checkpoint.origin)
+
+
+def quantized_already(origin: str) -> InputError:
+    """The error for the file `origin`, whose weights are codes already."""
+    return InputError(f"{origin} is quantized already: give the float one that it was made from")
+
+
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write `checkpoint` to `path`, atomically. Raises R2Error if the file cannot be written."""
     write_atomically(path, to_bytes(checkpoint))
@@ -303,7 +314,7 @@ def _describe(codec: Codec) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return parts | {"lut": codec.lut}, entry | {"kind": "palette", "weight_shape": list(codec.shape)}
     if bool(codec.zero_point.any()):  # symmetric grids have zeros only, which `_coded` puts back
         parts["zero_point"] = codec.zero_point
-    return parts, entry | {"kind": "grid", "signed": codec.signed, "odd": codec.odd}
+    return parts, entry | {"kind": "grid", "signed": codec.signed, "odd": codec.midrise}  # the format's word
 
 
 def _coded(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Coded:

@@ -1,8 +1,7 @@
 """The tensors of any safetensors file, read in pieces, so that memory does not grow with the file.
 
-A safetensors file has three parts: the length of the header (8 bytes), the header (JSON with the dtype, shape and byte
-range of each tensor), and the bytes of the tensors. Each thread reads its pieces into one buffer of its own. A
-memory-mapped file would be as fast, but its pages would count as memory of the process.
+A safetensors file is 8 bytes of header length, the header (JSON: dtype, shape and byte range of every tensor), and the
+bytes. Pieces are read into memory that the reader brings; a mapped file would be as fast and count as memory.
 """
 
 import json
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r2cli.errors import InputError
-from r2cli.quantized.scratch import scratch
+from r2cli.quantized.scratch import Scratch
 
 # Elements of one piece, a megabyte of float32: small enough that all steps on a piece find it in the processor's cache.
 PIECE = 1 << 18
@@ -44,16 +43,17 @@ DTYPES: Mapping[str, torch.dtype] = {
 class Stored:
     """A tensor in a file or in memory that can be read in pieces.
 
-    `read(start, stop)` returns the elements start to stop as a 1-D tensor in the tensor's own dtype. The next read on
-    the same thread overwrites them. Where torch lacks the type, `dtype` is None and the tensor cannot be read.
+    `read(start, stop, memory)` gives its elements start to stop in order, 1-D and in its own dtype. They are in
+    `memory`, where the next read with it overwrites them, or in the tensor's own. `dtype` is None, and nothing can be
+    read, where torch has no such type.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    kind: str  # the name of the dtype: torch's, or the file's where torch has no such type
-    file: str  # the file that it comes from, for messages
-    read: Callable[[int, int], Tensor]
+    kind: str  # the dtype's name, in the file's words where torch has none
+    file: str  # where it is from, for messages
+    read: Callable[[int, int, Scratch], Tensor]
 
     @property
     def size(self) -> int:
@@ -64,17 +64,17 @@ class Stored:
         return self.size * (self.dtype.itemsize if self.dtype else 1)
 
     def pieces(self, elements: int = PIECE, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Yield the elements start to stop in pieces of at most `elements`."""
-        end = self.size if stop is None else stop
+        """Elements start to stop in pieces of at most `elements`; each overwrites the one before."""
+        end, memory = self.size if stop is None else stop, Scratch()
         for at in range(start, end, elements):
-            yield self.read(at, min(end, at + elements))
+            yield self.read(at, min(end, at + elements), memory)
 
 
 def from_memory(name: str, tensor: Tensor, file: str) -> Stored:
     """Wrap a tensor in memory, so that it reads like one in a file."""
     flat = tensor.detach().contiguous().reshape(-1)
     kind = str(tensor.dtype).removeprefix("torch.")
-    return Stored(name, tuple(tensor.shape), tensor.dtype, kind, file, lambda start, stop: flat[start:stop])
+    return Stored(name, tuple(tensor.shape), tensor.dtype, kind, file, lambda start, stop, _: flat[start:stop])
 
 
 def tensors_of_model(path: Path) -> list[Stored]:
@@ -143,9 +143,9 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descrip
     dtype = DTYPES.get(entry["dtype"])
     base = start + entry["data_offsets"][0]
 
-    def read(first: int, last: int) -> Tensor:
+    def read(first: int, last: int, memory: Scratch) -> Tensor:
         assert dtype is not None
-        part = scratch("read", (last - first) * dtype.itemsize, torch.uint8)
+        part = memory.take((last - first) * dtype.itemsize, torch.uint8)
         descriptor.read(base + first * dtype.itemsize, part.numpy().data.cast("B"), name)
         return part.view(dtype)
 

@@ -23,9 +23,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from r2cli.errors import InputError, unknown
+from r2cli.graph.structure import float_weight
 
 CHUNK = 65536  # elements: five fp32 temporaries of this size fit a core's L2 cache
 KURE_TARGET = 1.8  # the kurtosis of the uniform distribution
@@ -270,11 +270,7 @@ def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
-            # A weight that a learner stands before is the one behind it.
-            learned = parametrize.is_parametrized(module, "weight")
-            weight = module.parametrizations.weight.original if learned else module.weight  # type: ignore[union-attr]
-            assert isinstance(weight, nn.Parameter)
-            found[f"{name}.weight"] = weight
+            found[f"{name}.weight"] = float_weight(module)
     return found
 
 

@@ -21,9 +21,9 @@ from time import sleep
 from typing import Any, Protocol
 
 from r2cli import __version__
-from r2cli.config.groups import resume_state
 from r2cli.errors import CheckFailed, InputError, R2Error
 from r2cli.storage.checkpoint import write_atomically
+from r2cli.train.resume import resume_state
 from r2cli.workflow.recipe import Step, reads_from, shell
 
 WITH_ONNX = ("ptq", "qat", "palettize")  # these write an ONNX file beside the checkpoint
