@@ -58,12 +58,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick_brecq(monkeypatch: pytest.MonkeyPatch) -> None:
     """BRECQ in 20 steps a block."""
-    from r2cli.ptq import brecq, post_training
+    from r2cli.ptq import brecq
+    from r2cli.ptq.ptq_method import PtqMethod
 
     rounds = functools.partial(brecq.round_network, settings=brecq.BrecqSettings(steps=20))
-    monkeypatch.setattr(
-        post_training, "METHODS", {**post_training.METHODS, "brecq": post_training.PtqMethod(whole=rounds)}
-    )
+    monkeypatch.setattr(brecq, "METHOD", PtqMethod(whole=rounds))
 
 
 @pytest.fixture

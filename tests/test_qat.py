@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from conftest import R2
-from r2cli import data, models
+from r2cli import data, models, registry
 from r2cli.calibration import deployed
 from r2cli.deploy import onnx_export, verify
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, structure
 from r2cli.graph.read import trace
 from r2cli.qat import ewgs, finetune, lsq, prepare, quantizer_placement
-from r2cli.qat.prepare import INPUTS, METHODS, OUTPUTS, QatSettings, QatTask, TrainedLayer
+from r2cli.qat.prepare import INPUTS, OUTPUTS, QatSettings, QatTask, TrainedLayer
 from r2cli.qat.quantizers import ActivationQuantizer, WideQuantizer
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
@@ -132,7 +132,7 @@ def test_a_range_below_zero_has_a_zero_point_and_the_input_is_never_cut_at_zero(
 # --- what is trained is what is frozen, and what is exported -------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(registry.QAT_METHODS))
 def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: Path) -> None:
     coded, top1, rows = trained_to(model, method, 2, 2, tmp_path)
     source, path = data.load("digits", spec=coded.input), tmp_path / "model.onnx"
@@ -149,7 +149,7 @@ def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: 
     assert {row.bits for row in rows} == {2} and {row.act_bits for row in rows} == {8, 2}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(registry.QAT_METHODS))
 def test_the_network_that_trained_is_the_one_that_is_frozen(
     method: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +272,7 @@ def test_the_hessians_trace_sets_delta() -> None:
 def test_deltas_from_the_hessian_of_a_network(model: Path) -> None:
     work, _ = work_on(model, "ewgs", 2, 2)
     prepared = prepare.prepare(work)
-    plan = finetune.QatPlan(LOOP, 1e-3, delta=None)
+    plan = finetune.QatPlan(LOOP, 1e-3, options={"delta": None})
     learners = [*prepared.weights.values(), *prepared.activations]
     finetune._set_deltas(work, plan, prepared, 1)
     assert all(float(learner.delta) == 0 for learner in learners)  # type: ignore[arg-type]

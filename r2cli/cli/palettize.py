@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from r2cli import console, values
+from r2cli import console, registry, values
 from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
@@ -43,13 +43,7 @@ if TYPE_CHECKING:
     from r2cli.palettize import palettes as worker
     from r2cli.train.hooks import Epoch
 
-METHODS = ("kmeans", "dkm", "shared")
 TRAINING = "Training (dkm, shared)"
-LR = {"dkm": 0.02, "shared": 0.02}
-ADAMW_LR = LUT_LR = 1e-4
-WARM_UP = 0.05  # of the steps
-RATIO = 0.3  # of dkm: a network with small weights, as after soft-min-max, is thrown out without it
-CLIP, CLIP_FEW, FEW = 1.0, 5.0, 2  # of dkm; where many centroids share a small layer's weights its softmax is steep
 
 
 def palettize(
@@ -67,9 +61,9 @@ def palettize(
         str | None,
         _option(
             "--method",
-            help="kmeans: no training; dkm: through soft assignments; shared: k-means' codes, centroids trained. "
+            help=f"{registry.described(registry.PALETTE_METHODS)}. "
             "(default: dkm; kmeans for a file without a network of r2's)",
-            check=values.one_of("method", *METHODS),
+            check=registry.one_of(registry.PALETTE_METHODS),
         ),
     ] = None,
     group_size: Annotated[
@@ -136,8 +130,9 @@ def palettize(
         float | None, _option("--lr", help="Peak learning rate. (default: 0.02; adamw 1e-4)", min=0, panel=TRAINING)
     ] = None,
     lut_lr: Annotated[
-        float, _option("--lut-lr", help="shared: peak rate of the centroids.", min=0, panel=TRAINING)
-    ] = LUT_LR,
+        float | None,
+        _option("--lut-lr", help="shared: peak rate of the centroids. (default: 1e-4)", min=0, panel=TRAINING),
+    ] = None,
     momentum: Annotated[float, _option("--momentum", help="Nesterov momentum.", min=0, max=1, panel=TRAINING)] = 0.9,
     clip_grad: Annotated[
         float | None,
@@ -200,6 +195,7 @@ def palettize(
     source = gates.source(source, weights, DEFAULT_SOURCE)
     is_network = weights is not None or _is_checkpoint(source)
     method = method or ("dkm" if is_network else "kmeans")
+    entry = registry.get(registry.PALETTE_METHODS, method)
     suffix = f"b{bits}d{dim}{f'g{group_size}' if group_size else ''}-{method}"
     output = output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
@@ -219,26 +215,26 @@ def palettize(
     settings = worker.PaletteSettings(method, bits, dim, group_size, lut_bits, acts, kept, act_range, embeddings)
     if not is_network:
         return _file(source, output, settings, seed=seed, dry_run=dry_run, max_bytes=max_bytes, json=json)
-    if method != "kmeans":
+    if entry.trains:
         gates.require_no_state(state, resume=resume, overwrite=overwrite)
     network = subject.Network(model, weights, model_arg, stem)
     made, loaded = subject.load(source, network, subject.Images(data, data_dir, workers, size, mean, std))
     where, there = loop.device(device), len(loaded.train)
     calibration = subject.calibration(calibration, loaded)
-    if not calibration and (acts or method != "kmeans" or weigh != "none"):
+    if not calibration and (acts or entry.trains or weigh != "none"):
         raise InputError("--calibration 0 leaves no images to work on: give --method kmeans and --act-bits none")
     options: dict[str, Any] = {**settings.__dict__, "calibration": calibration, "seed": seed}
     training = None
-    if method == "kmeans":
+    if not entry.trains:
         options["weigh"] = weigh
     else:
         steps_by = gates.optimizer(optimizer, is_text=made.input.is_text)
-        usual = ADAMW_LR if steps_by == ADAMW else LR[method]
-        if method == "dkm":
-            clip_ratio = RATIO if clip_ratio is None else clip_ratio
-            clip_grad = (CLIP_FEW if bits <= FEW else CLIP) if clip_grad is None else clip_grad
+        usual = entry.adamw_lr if steps_by == ADAMW else entry.lr
+        lut_lr = entry.lut_lr if lut_lr is None else lut_lr
+        clip_ratio = entry.clip_ratio if clip_ratio is None else clip_ratio
+        clip_grad = registry.default_clip_grad(method, bits) if clip_grad is None else clip_grad
         training = TrainSettings(
-            *(epochs, batch_size, usual if lr is None else lr, momentum, weight_decay, WARM_UP, 0.0, 0.0, seed),
+            *(epochs, batch_size, usual if lr is None else lr, momentum, weight_decay, entry.warm_up, 0.0, 0.0, seed),
             clip_grad=clip_grad,
             clip_ratio=clip_ratio,
             precision=loop.precision(precision, where),
@@ -263,8 +259,9 @@ def palettize(
         with console.bar("k-means", sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
             coded, rows = worker.by_kmeans(work, weigh=weigh == "fisher", advance=progress.advance)
     else:
-        schedule = soft_training.Schedule(epochs, hard_epochs if method == "dkm" else 0, temperature, temperature / 10)
-        plan = soft_training.PalettePlan(training, schedule, iterations, lut_lr)
+        assert lut_lr is not None
+        schedule = soft_training.Schedule(epochs, hard_epochs if entry.soft else 0, temperature, temperature / 10)
+        plan = soft_training.PalettePlan(training, schedule, lut_lr, {"iterations": iterations})
         total = epochs * loop.steps_per_epoch(there, batch_size)
         with gates.told_of(state), console.bar(method, total) as progress:
 
@@ -283,14 +280,15 @@ def palettize(
 
 def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: str, soft: int) -> None:
     """Raises InputError for options that do not go together."""
-    if not is_network and (method != "kmeans" or weigh != "none"):
-        what = f"--method {method}" if method != "kmeans" else f"--weigh {weigh}"
+    entry = registry.get(registry.PALETTE_METHODS, method)
+    if not is_network and (not entry.files or weigh != "none"):
+        what = f"--method {method}" if not entry.files else f"--weigh {weigh}"
         raise InputError(f"{what} needs a network and its data, and the file has none: give --method kmeans alone")
-    if method == "kmeans" and resume:
-        raise InputError("--resume belongs to training: --method kmeans has nothing to resume")
-    if method != "kmeans" and weigh != "none":
+    if not entry.trains and resume:
+        raise InputError(f"--resume belongs to training: --method {method} has nothing to resume")
+    if entry.trains and weigh != "none":
         raise InputError(f"--weigh {weigh} belongs to --method kmeans")
-    if method == "dkm" and soft < 1:
+    if entry.soft and soft < 1:
         raise InputError("--hard-epochs leaves none of --epochs soft: give fewer")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from r2cli import console, values
+from r2cli import console, registry, values
 from r2cli.cli import gates
 from r2cli.options import (
     DATA,
@@ -29,15 +29,13 @@ from r2cli.options import (
 from r2cli.options import Device as DeviceName
 
 if TYPE_CHECKING:
-    from r2cli import data as datasets
     from r2cli.storage import checkpoint
     from r2cli.train.hooks import Epoch
 
-PAPER_STRENGTH = 0.01
 LR, LR_BATCH = 0.1, 64  # the default rate grows with the batch (Goyal et al. 2017)
 ADAMW_LR, ADAMW_REG_LR = 1e-4, 0.1
 
-REG = "none, linf, margin, soft-minmax, kure, or clip: weights are clamped after every step."
+REG = f"none; {registry.described(registry.REGULARIZERS)}."
 
 
 def pretrain(
@@ -62,7 +60,7 @@ def pretrain(
     std: Std = None,
     reg: Annotated[
         str,
-        _option("--reg", help=REG, panel="Regularization", check=values.one_of("regularizer", *values.REGULARIZERS)),
+        _option("--reg", help=REG, panel="Regularization", check=registry.one_of(registry.REGULARIZERS, "none")),
     ] = "none",
     reg_weight: Annotated[
         float | None,
@@ -163,7 +161,9 @@ def pretrain(
     if reg != "none":
         strength = reg_weight
         if strength is None:
-            strength = _strength(reg, source)
+            strength = registry.default_strength(
+                reg, size=source.input.size, images=len(source.train), is_text=source.input.is_text
+            )
         setting = regularizers.RegularizerSpec(reg, strength, reg_form == "stable", reg_dim, margin_k)
     steps_by = gates.optimizer(optimizer, is_text=source.input.is_text)
     usual = ADAMW_LR if steps_by == ADAMW else LR * batch_size / LR_BATCH
@@ -237,15 +237,6 @@ def pretrain(
     console.tell([summary, *gates.unreadable(unreadable), follow], as_json=json)
     gates.require(report, min_accuracy=min_accuracy, top1=last.top1)
     return report
-
-
-def _strength(reg: str, source: "datasets.Data") -> float:
-    """The default strength: for text the paper's 0.01, whatever the size."""
-    from r2cli.train import regularizers
-
-    if source.input.is_text:
-        return PAPER_STRENGTH
-    return regularizers.default_strength(reg, size=source.input.size, images=len(source.train))
 
 
 def _stem(spec: "checkpoint.ModelSpec", given: "checkpoint.InputSpec") -> str:

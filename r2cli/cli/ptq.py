@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from r2cli import console, values
+from r2cli import console, registry, values
 from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
@@ -88,10 +88,8 @@ def ptq(
         str,
         _option(
             "--method",
-            help="none: to the nearest level; dfq: channels equalized, biases corrected, without data unless --data or "
-            "--calibration is given; adaround: by each layer's output; brecq: by each block's, with scales and biases; "
-            "auto: the best of these.",
-            check=values.one_of("method", "none", "dfq", "adaround", "brecq", "auto"),
+            help=f"{registry.described(registry.PTQ_METHODS)}.",
+            check=registry.one_of(registry.PTQ_METHODS),
         ),
     ] = "none",
     granularity: Annotated[
@@ -184,23 +182,24 @@ def ptq(
     gates.require_output(output, ".safetensors", source=source)
     onnx = output.with_suffix(".onnx")
     gates.require_free([output, onnx], overwrite=overwrite)
-    if parts is not None and method == "auto":
+    entry = registry.get(registry.PTQ_METHODS, method)
+    if parts is not None and entry.chooses:
         raise InputError("--method auto tries which --parts help: leave one of the two out")
     prepared = None if parts is None else _parts(parts)
-    without = calibration == 0 or (method == "dfq" and data is None and calibration is None)
+    without = calibration == 0 or (entry.dataless and data is None and calibration is None)
     if without and act_range is not None:
         raise InputError(f"--act-range {act_range} looks at images: give --calibration, or leave it to the BatchNorms")
 
     from r2cli import data as datasets
     from r2cli.calibration import deployed, observers
     from r2cli.cli import deliver, subject
-    from r2cli.ptq import auto, mixed_precision, weight_grids
+    from r2cli.ptq import auto, mixed_precision
     from r2cli.ptq import post_training as worker
     from r2cli.train import loop
 
     act_range = act_range or observers.usual(acts or 8)
     narrow = weight_bits if target_bits is None and target_bytes is None else min(mixed_precision.WIDTHS)
-    asked, weight_range = weight_range, weight_range or weight_grids.usual(method, narrow)
+    asked, weight_range = weight_range, weight_range or registry.usual_weight_range(method, narrow)
     started = perf_counter()
     network = subject.Network(model, weights, model_arg, stem)
     images = subject.Images(data, data_dir, workers, size, mean, std)
@@ -225,7 +224,7 @@ def ptq(
     choice: list[worker.ChosenBits] = []
     if target_bits or target_bytes:
         target = worker.BitTarget(target_bits, target_bytes, sensitivity)
-        plain = replace(settings, method="none") if method == "auto" else settings
+        plain = replace(settings, method="none") if entry.chooses else settings
         plain, choice = worker.choose_bits(made, plain, target, batches, where, seed)
         settings = replace(plain, method=method)
     before = loop.evaluate(deployed.network(made).to(where), loaded.test, where) if measured else None
@@ -233,7 +232,7 @@ def ptq(
     console.note(f"quantizing {source} to {suffix}: {note}")
     shown_to = None if without else datasets.Again(lambda: (batch for batch, _ in batches))
     trials: list[auto.Trial] = []
-    if method == "auto":
+    if entry.chooses:
         if shown_to is None:
             raise InputError("--method auto needs images: give --calibration, or --method dfq, which needs none")
         grids, rules = (granularity,) if granularity else auto.GRIDS, (asked,) if asked else ()
@@ -254,9 +253,9 @@ def ptq(
     if not measured:
         more |= {"top1": None, "torch_top1": None}
     notes = [*([_again(settings, rows)] if choice else []), *([_chosen(trials)] if trials else [])]
-    if method == "dfq" or not calibration:
+    if entry.dataless or not calibration:
         notes.append(_origin(calibration))
-    if method == "dfq" and relu6 == "relu":
+    if entry.parts and relu6 == "relu":
         more["relu_top1"] = relu = _top1_with_relu(made, loaded, where) if measured else None
         notes += [f"ReLU6 became ReLU: float top-1 {relu:.2f} %, {before:.2f} before"] if measured else []
     order = deliver.Order("ptq", output, options, data, started, json, min_accuracy, max_drop, max_bytes)
@@ -317,12 +316,10 @@ def _chosen(trials: "Sequence[auto.Trial]") -> str:
 
 def _again(settings: "worker.PtqSettings", rows: "Sequence[worker.QuantizedLayer]") -> str:
     """The choice of mixed precision as options that give the same bytes."""
-    from r2cli.ptq import weight_grids
-
     count = sum(math.prod(row.shape) for row in rows)
     mean = sum(row.bits * math.prod(row.shape) for row in rows) / count
     kept = "".join(f" --keep {name}={bits}" for name, bits in settings.keep.items())
-    if settings.weight_range != weight_grids.usual(settings.method, settings.weight_bits):
+    if settings.weight_range != registry.usual_weight_range(settings.method, settings.weight_bits):
         kept += f" --weight-range {settings.weight_range}"
     return f"{mean:.2f} bits a weight on average; the same again: --weight-bits {settings.weight_bits}{kept}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from r2cli import console, values
+from r2cli import console, registry, values
 from r2cli.cli import gates
 from r2cli.errors import InputError
 from r2cli.options import (
@@ -39,12 +39,7 @@ if TYPE_CHECKING:
     from r2cli.storage import checkpoint
     from r2cli.train.hooks import Epoch
 
-METHODS = ("dorefa", "pact", "lsq", "ewgs")
 EXTRAS, SCRATCH = "What comes to the training", "From scratch"
-LR = 0.05
-EWGS_LR = 1e-3  # of the quantizers, by Adam: the authors' 1e-5 is for 400 epochs
-CLIP = 1.0
-WARM_UP = 0.05  # of the steps
 
 
 def _delta(text: str) -> None:
@@ -71,8 +66,8 @@ def qat(
         str,
         _option(
             "--method",
-            help="lsq, ewgs, dorefa, or pact: its activations with dorefa's weights.",
-            check=values.one_of("method", *METHODS),
+            help=f"{registry.described(registry.QAT_METHODS)}.",
+            check=registry.one_of(registry.QAT_METHODS),
         ),
     ] = "lsq",
     keep: Annotated[
@@ -105,20 +100,24 @@ def qat(
     images: Annotated[
         int | None, _option("--images", help="Train on so many of the images. (default: all)", min=2)
     ] = None,
-    lr: Annotated[float, _option("--lr", help="Peak learning rate; a cosine falls from it to 0.", min=0)] = LR,
+    lr: Annotated[
+        float | None,
+        _option("--lr", help="Peak learning rate; a cosine falls from it to 0. (default: the method's, 0.05)", min=0),
+    ] = None,
     quantizer_lr: Annotated[
         float | None,
         _option("--quantizer-lr", help="Of steps and ranges. (default: --lr; ewgs, by Adam, 0.001)", min=0),
     ] = None,
     momentum: Annotated[float, _option("--momentum", help="Nesterov momentum.", min=0, max=1)] = 0.9,
     clip_grad: Annotated[
-        float,
+        float | None,
         _option(
             "--clip-grad",
-            help="Most length of the gradient, all weights together, 0: any; a channel gone dead has a huge one.",
+            help="Most length of the gradient, all weights together, 0: any; a channel gone dead has a huge one. "
+            "(default: the method's, 1)",
             min=0,
         ),
-    ] = CLIP,
+    ] = None,
     weight_decay: Annotated[
         float | None,
         _option("--weight-decay", help="L2 on weights. (default: 1e-4; half of it at 3 bits, a quarter below)", min=0),
@@ -160,7 +159,7 @@ def qat(
             "--reg",
             help="none, linf, margin, soft-minmax, kure or clip, as in pretrain.",
             panel=SCRATCH,
-            check=values.one_of("regularizer", *values.REGULARIZERS),
+            check=registry.one_of(registry.REGULARIZERS, "none"),
         ),
     ] = "none",
     reg_weight: Annotated[
@@ -211,7 +210,12 @@ def qat(
     """Train with quantized weights and activations: codes, an ONNX file, and its proof."""
     started = perf_counter()
     acts, kept = values.trained_act_bits(act_bits), values.keep(keep or [])
-    _require_consistent(method, delta=delta, bin_reg=bin_reg, from_scratch=from_scratch, reg=reg)
+    entry = registry.get(registry.QAT_METHODS, method)
+    own = {"bin_reg": bin_reg, "delta": None if delta == "hessian" else float(delta)}
+    registry.require_own(registry.QAT_METHODS, method, own)
+    if reg != "none" and not from_scratch:
+        raise InputError(f"--reg {reg} belongs to --from-scratch: pretrain with it, and fine-tune without")
+    lr = entry.lr if lr is None else lr
     fresh = from_scratch and model is not None and source is None and weights is None
     source = gates.source(source, weights, DEFAULT_SOURCE)
     suffix = f"w{weight_bits}{f'a{acts}' if acts else ''}-{method}"
@@ -225,13 +229,12 @@ def qat(
     from r2cli.calibration import deployed
     from r2cli.cli import deliver, subject
     from r2cli.qat import finetune
-    from r2cli.qat import prepare as worker
     from r2cli.qat.prepare import QatSettings, QatTask
     from r2cli.train import distributed, hooks, loop, regularizers
     from r2cli.train.loop import TrainSettings
 
-    for bits, what in [(weight_bits, "--weight-bits"), *((own, f"--keep {name}=") for name, own in kept.items())]:
-        worker.require_bits(method, bits, f"{what}{'' if what.endswith('=') else ' '}{bits}")
+    for bits, what in [(weight_bits, "--weight-bits"), *((more, f"--keep {name}=") for name, more in kept.items())]:
+        registry.require_bits(method, bits, f"{what}{'' if what.endswith('=') else ' '}{bits}")
     network = subject.Network(model, weights, model_arg, stem)
     wanted = subject.Images(data, data_dir, workers, size, mean, std)
     made, loaded = _fresh(network, wanted, seed) if fresh else subject.load(source, network, wanted)
@@ -241,7 +244,7 @@ def qat(
     decay = 1e-4 * {3: 0.5, 2: 0.25, 1: 0.25}.get(weight_bits, 1.0) if weight_decay is None else weight_decay
     setting = None
     if reg != "none":
-        usual = regularizers.default_strength(reg, size=loaded.input.size, images=there)
+        usual = registry.default_strength(reg, size=loaded.input.size, images=there)
         setting = regularizers.RegularizerSpec(reg, usual if reg_weight is None else reg_weight)
     training = TrainSettings(
         epochs,
@@ -249,22 +252,21 @@ def qat(
         lr,
         momentum,
         decay,
-        WARM_UP,
+        entry.warm_up,
         0.0,
         lr,
         seed,
-        clip_grad=clip_grad,
+        clip_grad=entry.clip_grad if clip_grad is None else clip_grad,
         precision=loop.precision(precision, where),
     )
     plan = finetune.QatPlan(
         training,
-        (EWGS_LR if method == "ewgs" else lr) if quantizer_lr is None else quantizer_lr,
+        next(rate for rate in (quantizer_lr, entry.quantizer_lr, lr) if rate is not None),
         distill=distill,
         progressive=progressive,
-        bin_reg=bin_reg,
-        delta=None if delta == "hessian" else float(delta),
         norms=norms == "again",
         regularizer=setting,
+        options=own,
     )
     settings = QatSettings(method, weight_bits, acts, kept, activations, start)
 
@@ -294,16 +296,6 @@ def qat(
         "epochs": [epoch.__dict__ for epoch in history],
     }
     return deliver.compressed(order, coded, loaded, before, more=more, table=lambda _: _layers(rows))
-
-
-def _require_consistent(method: str, *, delta: str, bin_reg: float, from_scratch: bool, reg: str) -> None:
-    """Raises InputError for options that do not go together."""
-    if bin_reg and method != "lsq":
-        raise InputError(f"--bin-reg belongs to --method lsq: {method} has no step whose levels weights are drawn to")
-    if delta != "0.001" and method != "ewgs":
-        raise InputError(f"--delta belongs to --method ewgs: {method} passes gradients straight through")
-    if reg != "none" and not from_scratch:
-        raise InputError(f"--reg {reg} belongs to --from-scratch: pretrain with it, and fine-tune without")
 
 
 def _fresh(network: Any, images: Any, seed: int) -> "tuple[checkpoint.Checkpoint, datasets.Data]":

@@ -2,11 +2,12 @@
 
 First what costs a pass over some images: every grid, with min-max and least-squares ranges, rounded to the nearest
 level, without and with DFQ's bias correction, and with all of DFQ. Where the best of them still changes the outputs
-audibly (under `ENOUGH` dB), BRECQ learns the rounding on each grid, of the network as it is and equalized. What leaves
-the classes' probabilities nearest to the float network's is kept: equalization only where it is measured to help, which
-is not everywhere.
+audibly (under `ENOUGH` dB), BRECQ, and what else the registry has as `tried`, learns the rounding on each grid, of the
+network as it is and equalized. What leaves the classes' probabilities nearest to the float network's is kept:
+equalization only where it is measured to help, which is not everywhere.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -14,8 +15,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from r2cli import registry
 from r2cli.calibration import deployed
-from r2cli.ptq import layer_sweep, weight_grids
+from r2cli.ptq import layer_sweep
 from r2cli.ptq.post_training import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, PtqSettings, QuantizedLayer, quantize
 from r2cli.quantized.decibels import sqnr
 from r2cli.storage.checkpoint import Checkpoint
@@ -26,6 +28,7 @@ SOME = 128  # images for what is not learned
 BATCH = 64
 GRIDS = (CHANNEL, UNFOLDED)
 RANGES = ("minmax", "mse")
+NEAREST = "none"  # the method that rounds to the nearest level
 PARTS: tuple[tuple[str, ...], ...] = ((), (CORRECT,), DFQ)
 
 
@@ -88,7 +91,7 @@ def choose(
             attempt(own, images)
     assert best is not None
     made, rows, own = best
-    if own.method == "none":  # its ranges are of some images yet
+    if not registry.get(registry.PTQ_METHODS, own.method).looks:  # its ranges are of some images yet
         made, rows = quantize(checkpoint, own, images, device)
     return made, rows, own, trials
 
@@ -97,17 +100,18 @@ def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) ->
     for granularity in grids:
         for rule in rules:
             for parts in PARTS:
-                yield replace(settings, method="none", granularity=granularity, weight_range=rule, parts=parts)
+                yield replace(settings, method=NEAREST, granularity=granularity, weight_range=rule, parts=parts)
 
 
 def _learned(
     settings: PtqSettings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]
 ) -> list[PtqSettings]:
-    """BRECQ on every grid, as the network is and equalized: what helps rounding to the nearest may hurt what learns."""
+    """What learns on every grid, as the network is and equalized: what helps rounding to the nearest may hurt it."""
     found = []
-    for granularity in grids:
-        for rule in rules or [weight_grids.usual("brecq", settings.weight_bits)]:
-            own = replace(settings, method="brecq", granularity=granularity, weight_range=rule, parts=())
+    methods = [name for name in registry.names(registry.PTQ_METHODS) if registry.PTQ_METHODS[name].tried]
+    for name, granularity in itertools.product(methods, grids):
+        for rule in rules or [registry.usual_weight_range(name, settings.weight_bits)]:
+            own = replace(settings, method=name, granularity=granularity, weight_range=rule, parts=())
             found += [own, replace(own, parts=(EQUALIZE,))] if _equalizes(granularity, trials) else [own]
     return found
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from r2cli.graph import structure
 from r2cli.ptq import adaround, layer_sweep
+from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 
@@ -244,3 +245,6 @@ def _error(net: fx.GraphModule, block: Block, x: Tensor, targets: Tensor, states
 
 def _bias(module: nn.Module) -> Tensor | None:
     return module.bias.detach() if isinstance(module.bias, Tensor) else None
+
+
+METHOD = PtqMethod(whole=round_network)
