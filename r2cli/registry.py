@@ -11,7 +11,6 @@ here, or when all names are listed.
 
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -221,7 +220,9 @@ def described(kind: Mapping[str, Entry]) -> str:
 @functools.cache
 def read_entry_points() -> None:
     """Add the methods of other packages, once. Raises InputError for an entry point that is none of r2's kinds."""
-    for point in importlib.metadata.entry_points(group=GROUP):
+    from importlib import metadata  # here, so that no command waits for it that asks for what is known
+
+    for point in metadata.entry_points(group=GROUP):
         who = f"the entry point '{point.name}' of {point.dist.name if point.dist else GROUP}"
         prefix, _, name = point.name.partition(":")
         if prefix not in _KINDS or not name:

@@ -23,6 +23,7 @@ from r2cli.graph import batchnorm, structure
 from r2cli.graph.read import trace
 from r2cli.qat import ewgs, finetune, lsq, prepare, quantizer_placement
 from r2cli.qat.prepare import INPUTS, OUTPUTS, QatSettings, QatTask, TrainedLayer
+from r2cli.qat.qat_method import EpochStart
 from r2cli.qat.quantizers import ActivationQuantizer, WideQuantizer
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
@@ -154,7 +155,7 @@ def test_the_network_that_trained_is_the_one_that_is_frozen(
     method: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In evaluation: weights are their codes', values their grids', logits the same but for the biases' int32 grid."""
-    monkeypatch.setattr(prepare.activations, "round_biases", lambda net, coded, grids: None)
+    monkeypatch.setattr(prepare.calibrate, "round_biases", lambda net, coded, grids: None)
     work, source = work_on(model, method, 2, 2)
     prepared = prepare.prepare(work)
     quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
@@ -272,13 +273,13 @@ def test_the_hessians_trace_sets_delta() -> None:
 def test_deltas_from_the_hessian_of_a_network(model: Path) -> None:
     work, _ = work_on(model, "ewgs", 2, 2)
     prepared = prepare.prepare(work)
-    plan = finetune.QatPlan(LOOP, 1e-3, options={"delta": None})
+    options = registry.EwgsOptions(delta=None)
     learners = [*prepared.weights.values(), *prepared.activations]
-    finetune._set_deltas(work, plan, prepared, 1)
+    ewgs.before_epoch(prepared, EpochStart(1, 2, 0, work.batches, options))
     assert all(float(learner.delta) == 0 for learner in learners)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ewgs, "PROBES", 2)
-        finetune._set_deltas(work, plan, prepared, 2)
+        ewgs.before_epoch(prepared, EpochStart(2, 2, 0, work.batches, options))
     deltas = [float(learner.delta) for learner in learners]  # type: ignore[arg-type]
     assert max(deltas) > 0 and min(deltas) >= 0 and all(torch.isfinite(torch.tensor(deltas)))
     images, _ = next(iter(work.batches()))
