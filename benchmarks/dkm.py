@@ -45,25 +45,19 @@ def measured(step: Callable[[], None], unit: int) -> dict[str, float]:
     return {"ms": 1000 * min(times), "copies": (mark("VmHWM") - before) / unit}
 
 
-def naive(w: Any, centroids: Any, tau: float) -> tuple[Any, Any]:
-    """The paper's loop on vectors (n, dim)."""
-    import torch
-
-    for _ in range(ITERATIONS):
-        a = torch.softmax(-(w[:, None] - centroids).square().sum(2) / tau, 1)
-        centroids = (a.T @ w) / a.sum(0)[:, None]
-    return a @ centroids, centroids
-
-
 def learner_of(kind: str, w: Any, bits: int, dim: int) -> Any:
     """A function from the weight to the soft weight, as a training step calls it."""
     import torch
 
+    from r2cli.palettes import dkm
     from r2cli.palettes.learners import Dkm
     from r2cli.palettes.tables import PaletteForm
     from r2cli.quantized.palette import from_vectors, to_vectors
+    from r2cli.registry import DkmOptions
 
-    ours = Dkm(w.detach(), PaletteForm(bits, dim, None, 8), ITERATIONS, torch.Generator().manual_seed(0)).train()
+    ours = Dkm(
+        w.detach(), PaletteForm(bits, dim, None, 8), DkmOptions(ITERATIONS), torch.Generator().manual_seed(0)
+    ).train()
     ours.before_epoch(w.detach(), SHARE)
     if kind == "ours":
         return ours
@@ -72,7 +66,7 @@ def learner_of(kind: str, w: Any, bits: int, dim: int) -> Any:
     state, tau = [ours.centroids[0].clone()], float(ours.spread) * SHARE
 
     def step(weight: Any) -> Any:
-        soft, after = naive(to_vectors(weight, dim), state[0], tau)
+        soft, after = dkm.reference(to_vectors(weight, dim), state[0], tau, ITERATIONS)
         state[0] = after.detach()
         return from_vectors(soft, tuple(weight.shape))
 

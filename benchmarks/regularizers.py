@@ -15,7 +15,6 @@ other work on the machine counts little; a ratio is the median of a variant's st
 import argparse
 import platform
 import random
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,11 +23,11 @@ from time import process_time
 import torch
 from torch import Tensor, nn
 
-from r2cli import __version__, models
+from r2cli import __version__, models, registry
 from r2cli.storage.checkpoint import ModelSpec
 from r2cli.train import loop
 from r2cli.train.loop import TrainSettings
-from r2cli.train.regularizers import KURE_TARGET, Regularizer, RegularizerSpec, columns, default_strength
+from r2cli.train.regularizers import Regularizer, RegularizerSpec, columns
 
 BATCH, SIZE, CLASSES, WARM_UP = 64, 32, 10, 2
 STEMS = {"small": "CIFAR stem", "imagenet": "ImageNet stem"}
@@ -47,33 +46,7 @@ SETTINGS = TrainSettings(
 criterion = nn.CrossEntropyLoss()
 
 
-# --- through autograd: a column of weights and its M or alpha to R ---------------------------------------------------
-
-
-def linf(w: Tensor, parameter: Tensor) -> Tensor:
-    return w.abs().max()
-
-
-def margin(w: Tensor, parameter: Tensor) -> Tensor:
-    return parameter.abs() + torch.relu(w.abs() - parameter.abs()).sum()
-
-
-def soft_minmax(w: Tensor, parameter: Tensor) -> Tensor:
-    x = parameter * w / w.detach().std(correction=0)
-    return (torch.softmax(x, 0) * w).sum() - (torch.softmax(-x, 0) * w).sum() + torch.exp(-parameter)
-
-
-def kure(w: Tensor, parameter: Tensor) -> Tensor:
-    z = (w - w.mean()) / w.std(correction=0)
-    return ((z**4).mean() - KURE_TARGET) ** 2
-
-
-AUTOGRAD: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "linf": linf,
-    "margin": margin,
-    "soft-minmax": soft_minmax,
-    "kure": kure,
-}
+# --- through autograd: the formulas of `range_penalties.py` ----------------------------------------------------------
 
 
 def penalty(regularizer: Regularizer) -> Tensor:
@@ -81,10 +54,12 @@ def penalty(regularizer: Regularizer) -> Tensor:
     setting, parts = regularizer.setting, []
     for name, w in regularizer.weights.items():
         own = regularizer.parameters.get(name, w.new_zeros(setting.dim))
+        assert regularizer.own.reference is not None
         parts += [
-            AUTOGRAD[setting.name](column, one)
+            regularizer.own.reference(column, one, setting)
             for column, one in zip(columns(w, setting.dim), own.unbind(), strict=True)
         ]
+        parts += [regularizer.own.once(own)[0]] if regularizer.own.once is not None else []
     return setting.strength * torch.stack(parts).sum()
 
 
@@ -122,7 +97,7 @@ class Variant:
 def variant(model: nn.Module, name: str, dim: int, *, autograd: bool) -> Variant:
     regularizer = None
     if name != "none":
-        setting = RegularizerSpec(name, default_strength(name, size=SIZE, images=50_000), dim=dim)
+        setting = RegularizerSpec(name, registry.default_strength(name, size=SIZE, images=50_000), dim=dim)
         regularizer = Regularizer(setting, model)
     return Variant(model, regularizer, autograd, loop.optimizers(model, regularizer, SETTINGS, None)[0])
 

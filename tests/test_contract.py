@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2cli import data
+from r2cli import data, registry
 from r2cli.calibration import deployed, observers
 from r2cli.config import values
 from r2cli.palettes import compression, soft_training
 from r2cli.ptq import post_training, weight_grids
 from r2cli.qat import prepare
-from r2cli.qat.prepare import METHODS, QatSettings, QatTask
+from r2cli.qat.prepare import QatSettings, QatTask
 from r2cli.storage import checkpoint
-from r2cli.train import regularizers
 from r2cli.train.loop import TrainSettings
 
 CPU = torch.device("cpu")
@@ -21,13 +20,12 @@ CPU = torch.device("cpu")
 
 def test_the_command_line_knows_what_there_is() -> None:
     assert values.ACT_RANGES == tuple(observers.OBSERVERS) and values.WEIGHT_RANGES == tuple(weight_grids.RANGES)
-    assert set(values.REGULARIZERS) == {"none", "clip", *regularizers.REGULARIZERS}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1])
-@pytest.mark.parametrize("method", sorted(post_training.METHODS))
+@pytest.mark.parametrize("method", [name for name, entry in registry.PTQ_METHODS.items() if not entry.chooses])
 def test_codes_survive_decoding_and_the_disk(
     method: str, bits: int, granularity: str, trained: Path, tmp_path: Path
 ) -> None:
@@ -44,7 +42,7 @@ PALETTES = [(8, 1, None, 8), (4, 1, None, 8), (3, 1, None, 32), (2, 2, None, 8),
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "dim", "group", "lut_bits"), PALETTES)
-@pytest.mark.parametrize("method", compression.METHODS)
+@pytest.mark.parametrize("method", registry.PALETTE_METHODS)
 def test_palettes_survive_decoding_and_the_disk(
     method: str, bits: int, dim: int, group: int | None, lut_bits: int, trained: Path, tmp_path: Path
 ) -> None:
@@ -52,11 +50,11 @@ def test_palettes_survive_decoding_and_the_disk(
     source = data.load("digits", spec=made.input)
     settings = compression.PaletteSettings(method, bits, dim, group, lut_bits, None, {})
     work = compression.PaletteTask(made, settings, lambda: data.calibration(source, 64, CPU, 0), CPU, 0)
-    if method == compression.KMEANS:
+    if not registry.PALETTE_METHODS[method].trains:
         coded, _ = compression.by_kmeans(work, weigh=False, advance=lambda layers: None)
     else:
         loop = TrainSettings(1, 256, 0.01, 0.9, 0.0, 0.0, 0.0, 0.0, 0)
-        plan = soft_training.PalettePlan(loop, soft_training.Schedule(1, 0, 0.5, 0.05), 2, 1e-4)
+        plan = soft_training.PalettePlan(loop, soft_training.Schedule(1, 0, 0.5, 0.05), 1e-4, {"iterations": 2})
         following = soft_training.PaletteRunControl(
             tmp_path / "state", False, lambda steps: None, lambda epoch, gap: None
         )
@@ -66,10 +64,10 @@ def test_palettes_survive_decoding_and_the_disk(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(registry.QAT_METHODS))
 def test_learned_codes_survive_folding_and_the_disk(method: str, bits: int, trained: Path, tmp_path: Path) -> None:
-    kind = METHODS[method].weight
-    bits = min(max(bits, kind.least), kind.most)
+    least, most = registry.QAT_METHODS[method].bits
+    bits = min(max(bits, least), most)
     made = checkpoint.load(trained)
     source = data.load("digits", spec=made.input)
     settings = QatSettings(method, bits, bits, {})

@@ -14,6 +14,7 @@ from r2cli import data
 from r2cli.data.splits import RowShare
 from r2cli.palettes import learners, tables
 from r2cli.quantized.palette import Palette
+from r2cli.registry import DkmOptions
 from r2cli.storage import checkpoint
 from r2cli.train import hooks, loop, regularizers
 from r2cli.train.loop import TrainSettings
@@ -62,7 +63,7 @@ def fit_palettes(folder: Path, method: str) -> dict[str, Tensor]:
     for name in ("conv", "linear"):
         weight, form = network.get_submodule(name).weight, tables.PaletteForm(2, 1, None, 32)
         assert isinstance(weight, Tensor)
-        made[name] = learners.LEARNERS[method](weight.detach(), form, 3, torch.Generator().manual_seed(0))
+        made[name] = learners.learner_of(method)(weight.detach(), form, DkmOptions(), torch.Generator().manual_seed(0))
     learners.put_on(network, made)
 
     def before_epoch(number: int) -> None:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
 
+from r2cli import registry
 from r2cli.palettes import dkm, learners, tables
 from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import from_vectors, to_vectors
+from r2cli.registry import DkmOptions
 
 # w, first centroids and incoming gradient, worked by hand.
 W = [-0.9, -0.7, 0.1, 0.2, 0.8, 1.0]
@@ -37,14 +38,6 @@ CASES = [
 ]
 
 
-def _naive(v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """The paper's loop, through autograd."""
-    for _ in range(iterations):
-        a = torch.softmax(-(v[:, None] - centroids).square().sum(2) / tau, 1)
-        centroids = (a.T @ v) / a.sum(0)[:, None]
-    return a @ centroids, centroids
-
-
 @pytest.mark.parametrize("form", ["scalar", "vector"])
 @pytest.mark.parametrize(("tau", "iterations", "centroids", "out", "gradient"), CASES)
 def test_cases_worked_by_hand(
@@ -70,7 +63,7 @@ def test_a_large_layers_scalars_are_the_naive_ones_to_the_interpolation(k: int, 
     start, g = torch.linspace(-0.04, 0.04, k), torch.randn(30_000, generator=generator)
     one, other = w.clone().requires_grad_(), w.double()[:, None].requires_grad_()
     found, after = dkm.scalar(one, start, tau, 3)
-    expected, centroids = _naive(other, start.double()[:, None], tau, 3)
+    expected, centroids = dkm.reference(other, start.double()[:, None], tau, 3)
     (dw,) = torch.autograd.grad(found, one, g)
     (exact,) = torch.autograd.grad(expected, other, g.double()[:, None])
     found, expected = found.detach(), expected.detach()
@@ -90,7 +83,7 @@ def test_vectors_in_chunks_have_the_naive_gradient(
     start = 0.02 * torch.randn(k, dim, generator=generator, dtype=torch.float64)
     into = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((90 * dim, 5), (k, dim))]
     soft, after = dkm.vector(w.reshape(90, dim, 5), start, tau, 3)
-    vectors, expected = _naive(to_vectors(w, dim), start, tau, 3)
+    vectors, expected = dkm.reference(to_vectors(w, dim), start, tau, 3)
     found, naive = (soft.reshape(w.shape), after), (from_vectors(vectors, tuple(w.shape)), expected)
     for one, other in zip(found, naive, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-14)
@@ -136,7 +129,7 @@ FORMS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(learners.LEARNERS))
+@pytest.mark.parametrize("method", [name for name, entry in registry.PALETTE_METHODS.items() if entry.trains])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_hard_weight_is_what_is_frozen(method: str, form: PaletteForm, shape: tuple[int, ...]) -> None:
@@ -144,7 +137,7 @@ def test_the_hard_weight_is_what_is_frozen(method: str, form: PaletteForm, shape
     w = torch.randn(shape, generator=generator)
     if len(shape) == 4:
         w = w.to(memory_format=torch.channels_last)
-    learner = learners.LEARNERS[method](w, form, 3, generator)
+    learner = learners.learner_of(method)(w, form, DkmOptions(), generator)
     for share in (0.5, None):
         learner.train().before_epoch(w, share)
         trained = w.clone(memory_format=torch.preserve_format).requires_grad_()
@@ -161,11 +154,11 @@ def test_the_hard_weight_is_what_is_frozen(method: str, form: PaletteForm, shape
 
 def test_soft_scalars_of_a_learner_are_the_naive_ones_in_either_memory_format() -> None:
     w = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
-    made = [learners.Dkm(w, PaletteForm(2, 1, None, 8), 3, torch.Generator()) for _ in range(2)]
+    made = [learners.Dkm(w, PaletteForm(2, 1, None, 8), DkmOptions(), torch.Generator()) for _ in range(2)]
     for learner in made:
         learner.train().before_epoch(w, 0.5)
     tau = float(made[0].spread) * 0.5
-    expected, _ = _naive(w.reshape(-1, 1), made[0].centroids[0].clone(), tau, 3)
+    expected, _ = dkm.reference(w.reshape(-1, 1), made[0].centroids[0].clone(), tau, 3)
     plain, last = made[0](w), made[1](w.to(memory_format=torch.channels_last))
     assert torch.allclose(plain, expected.reshape(w.shape), atol=1e-5)
     assert torch.allclose(plain, last, atol=1e-6)
@@ -173,10 +166,10 @@ def test_soft_scalars_of_a_learner_are_the_naive_ones_in_either_memory_format() 
 
 def test_the_tails_vectors_are_near_in_what_they_have_and_do_not_vote() -> None:
     w = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    learner = learners.Dkm(w, PaletteForm(2, 2, None, 32), 3, torch.Generator())
+    learner = learners.Dkm(w, PaletteForm(2, 2, None, 32), DkmOptions(), torch.Generator())
     learner.train().before_epoch(w, 0.5)
     tau, start = float(learner.spread) * 0.5, learner.centroids[0].clone()
-    whole, centroids = _naive(to_vectors(w[:4], 2), start, tau, 3)
+    whole, centroids = dkm.reference(to_vectors(w[:4], 2), start, tau, 3)
     soft = learner(w)
     assert torch.allclose(to_vectors(soft[:4], 2), whole, atol=1e-5)
     a = torch.softmax(-(w[4][:, None] - centroids[:, 0]).square() / tau, 1)
@@ -191,7 +184,7 @@ def test_a_hard_cluster_moves_by_its_members_mean_and_a_shared_one_by_their_sum(
     # Deep Compression's figure.
     indices = torch.tensor([3, 0, 2, 1, 1, 1, 0, 3, 0, 3, 1, 0, 3, 1, 2, 2])
     w = torch.tensor([-1.0, 0.0, 1.5, 2.0])[indices].reshape(4, 4)
-    learner = learners.Shared(w, PaletteForm(2, 1, None, 32), 3, torch.Generator())
+    learner = learners.Shared(w, PaletteForm(2, 1, None, 32), None, torch.Generator())
     assert learner.codes[0].tolist() == indices.tolist()
     gradient = (torch.arange(16) / 10).reshape(4, 4)
     learner.train()(w).backward(gradient)
@@ -202,7 +195,7 @@ def test_a_hard_cluster_moves_by_its_members_mean_and_a_shared_one_by_their_sum(
 def test_a_collapsed_palette_is_found_and_started_again() -> None:
     w = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
     for form in (PaletteForm(2, 1, None, 8), PaletteForm(2, 2, 20, 8)):
-        learner = learners.Dkm(w, form, 3, torch.Generator())
+        learner = learners.Dkm(w, form, DkmOptions(), torch.Generator())
         learner.centroids[0, 1] = learner.centroids[0, 0]
         assert tables.coinciding(learner.centroids).tolist() == [True, *[False] * (len(learner.centroids) - 1)]
         learner.train().before_epoch(w, 0.5)

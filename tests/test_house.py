@@ -17,6 +17,7 @@ PACKAGE = ROOT / "r2cli"
 # Imports go down only: a room may import from itself and from the rooms above it in this list.
 ROOMS = [
     ["errors"],
+    ["registry"],
     ["console", "config"],
     ["quantized"],
     ["storage"],
@@ -111,7 +112,7 @@ def test_no_import_cycles_between_files() -> None:
 
 
 def test_there_are_at_most_twenty_rooms() -> None:
-    assert len({_room(path) for path in FILES}) <= 20
+    assert len({_room(path) for path in PARTS}) <= 20
 
 
 def test_no_two_files_have_one_name() -> None:

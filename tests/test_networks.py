@@ -16,7 +16,8 @@ from r2cli.deploy import float_nodes, onnx_export, verify
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, placement, structure
 from r2cli.graph.read import trace
-from r2cli.ptq import brecq, layer_sweep, post_training
+from r2cli.ptq import adaround, brecq, layer_sweep, post_training
+from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 CPU = torch.device("cpu")
@@ -173,7 +174,7 @@ def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypat
         visited.append(seen.layer.weight)
         return nearest
 
-    monkeypatch.setattr(post_training, "METHODS", {"adaround": post_training.PtqMethod(as_it_is)})
+    monkeypatch.setattr(adaround, "METHOD", PtqMethod(as_it_is))
     coded = _quantized(_made(factory, SIZES[factory]), bits=4, method="adaround", act_bits=None)
     assert sorted(visited) == sorted(coded.coded)
 

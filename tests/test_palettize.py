@@ -448,7 +448,7 @@ def test_a_resumed_run_must_have_the_same_options(r2: R2, model: Path, tmp_path:
     settings = compression.PaletteSettings("dkm", 2, 1, None, 8, 8, {})
     work = compression.PaletteTask(made, settings, lambda: data.calibration(source, 512, CPU, 0), CPU, 0)
     loop = TrainSettings(8, 64, 0.02, 0.9, 4e-5, 0.05, 0.0, 0.0, 0, clip_grad=5.0, clip_ratio=0.3)
-    plan = soft_training.PalettePlan(replace(loop, epochs=1), soft_training.Schedule(1, 0, 0.5, 0.05), 3, 1e-4)
+    plan = soft_training.PalettePlan(replace(loop, epochs=1), soft_training.Schedule(1, 0, 0.5, 0.05), 1e-4)
     soft_training.by_training(
         work, plan, source, soft_training.PaletteRunControl(state, False, lambda steps: None, lambda epoch, gap: None)
     )

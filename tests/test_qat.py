@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from conftest import R2
-from r2cli import data, models
+from r2cli import data, models, registry
 from r2cli.calibration import deployed
 from r2cli.deploy import onnx_export, verify
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import trace
 from r2cli.qat import ewgs, finetune, lsq, prepare, quantizer_placement
-from r2cli.qat.prepare import INPUTS, METHODS, OUTPUTS, QatSettings, QatTask, TrainedLayer
+from r2cli.qat.prepare import INPUTS, OUTPUTS, QatSettings, QatTask, TrainedLayer
+from r2cli.qat.qat_method import EpochStart
 from r2cli.qat.quantizers import ActivationQuantizer, WideQuantizer
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
@@ -133,7 +134,7 @@ def test_a_range_below_zero_has_a_zero_point_and_the_input_is_never_cut_at_zero(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(registry.QAT_METHODS))
 def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: Path) -> None:
     coded, top1, rows = trained_to(model, method, 2, 2, tmp_path)
     source, path = data.load("digits", spec=coded.input), tmp_path / "model.onnx"
@@ -150,7 +151,7 @@ def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: 
     assert {row.bits for row in rows} == {2} and {row.act_bits for row in rows} == {8, 2}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(registry.QAT_METHODS))
 def test_the_network_that_trained_is_the_one_that_is_frozen(method: str, model: Path) -> None:
     """In evaluation: weights are their codes', values their grids', logits the same but for the biases' int32 grid."""
     work, source = work_on(model, method, 2, 2)
@@ -274,13 +275,13 @@ def test_the_hessians_trace_sets_delta() -> None:
 def test_deltas_from_the_hessian_of_a_network(model: Path) -> None:
     work, _ = work_on(model, "ewgs", 2, 2)
     prepared = prepare.prepare(work)
-    plan = finetune.QatPlan(LOOP, 1e-3, delta=None)
+    options = registry.EwgsOptions(delta=None)
     learners = [*prepared.weights.values(), *prepared.activations]
-    finetune.set_deltas(work, plan, prepared, 1)
+    ewgs.before_epoch(prepared, EpochStart(1, 2, 0, work.batches, options))
     assert all(float(learner.delta) == 0 for learner in learners)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ewgs, "PROBES", 2)
-        finetune.set_deltas(work, plan, prepared, 2)
+        ewgs.before_epoch(prepared, EpochStart(2, 2, 0, work.batches, options))
     deltas = [float(learner.delta) for learner in learners]  # type: ignore[arg-type]
     assert max(deltas) > 0 and min(deltas) >= 0 and all(torch.isfinite(torch.tensor(deltas)))
     images, _ = next(iter(work.batches()))

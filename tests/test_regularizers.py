@@ -1,20 +1,28 @@
 """Range regularizers against tables of numbers, and against autograd of the formulas as they are written."""
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from r2cli import registry
 from r2cli.errors import InputError
 from r2cli.quantized.palette import from_vectors, to_vectors
-from r2cli.train import regularizers
-from r2cli.train.regularizers import REGULARIZERS, Regularizer, RegularizerSpec, penalty
+from r2cli.train import range_penalties, regularizers
+from r2cli.train.range_penalties import RangePenalty
+from r2cli.train.regularizers import Regularizer, RegularizerSpec, penalty
 
 W = [0.5, -1.25, 0.25, 1.0]
 V = [[0.5, -1.25], [0.25, 1.0], [-0.75, 0.1]]  # three vectors of two channels
-NAMES = tuple(REGULARIZERS)
+NAMES = tuple(name for name in registry.REGULARIZERS if name != "clip")
+
+
+def of(name: str) -> RangePenalty:
+    found = registry.load(registry.REGULARIZERS, name)
+    assert isinstance(found, RangePenalty)
+    return found
 
 
 def apply(
@@ -144,20 +152,6 @@ def test_table_of_vectors(
 # --- the formulas as they are written ------------------------------------------------------------------------------
 
 
-def literal(name: str, column: Tensor, parameter: Tensor | None, k: int, stable: bool) -> Tensor:
-    """One column's R for autograd; soft-minmax without its exp(-alpha), which is added once a layer."""
-    if name == "linf":
-        return column.abs().amax()
-    if name == "kure":
-        z = (column - column.mean()) / column.std(correction=0)
-        return ((z**4).mean() - 1.8) ** 2
-    assert parameter is not None
-    if name == "margin":
-        return parameter.abs() + (column.abs() - parameter.abs()).clamp_min(0).sum() / k
-    exponent = parameter * column / (column.std(correction=0).detach() if stable else 1)
-    return ((exponent.softmax(0) - (-exponent).softmax(0)) * column).sum()
-
-
 def by_autograd(
     name: str, w: Tensor, parameter: Tensor | None, *, dim: int, k: int, stable: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -167,7 +161,9 @@ def by_autograd(
     value = torch.zeros((), dtype=w.dtype)
     for index, column in enumerate(to_vectors(whole, dim).unbind(1)):
         mine = None if own is None else own[index if len(own) > 1 else 0]
-        value = value + literal(name, column, mine, k, stable)
+        spec = RegularizerSpec(name, 1.0, stable=stable, margin_k=k)
+        assert of(name).reference is not None
+        value = value + of(name).reference(column, torch.zeros(()) if mine is None else mine, spec)  # type: ignore[misc]
     if name == "soft-minmax":
         assert own is not None
         value = value + torch.exp(-own[0])
@@ -195,6 +191,18 @@ def test_closed_form_is_the_gradient(name: str, shape: tuple[int, ...], dim: int
         close(slope, want_slope, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_formula_without_a_kernel_is_enough(name: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = of(name)
+    by_kernel = apply(name, random(6, 5), start(name, dim), strength=0.3, dim=dim)
+    where = registry.REGULARIZERS[name].where.partition(":")[2]
+    monkeypatch.setattr(range_penalties, where, replace(own, kernel=None))
+    for one, other in zip(by_kernel, apply(name, random(6, 5), start(name, dim), strength=0.3, dim=dim), strict=True):
+        # Float64 sums in another order.
+        close(one, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_added_to_those_of_the_loss(name: str) -> None:
     w, before = random(5, 4), random(5, 4) + 1
@@ -216,7 +224,7 @@ def test_one_dimension_is_the_scalar_regularizer(name: str) -> None:
     value, dw, slope = apply(name, w, parameter, stable=True)
     own = torch.zeros(()) if parameter is None else parameter[0]
     scalar_dw = torch.zeros(30, dtype=torch.float64)
-    scalar, scalar_slope = REGULARIZERS[name](w.view(-1), own, scalar_dw, 1.0, RegularizerSpec(name, 1.0))
+    scalar, scalar_slope = of(name).term(w.view(-1), own, scalar_dw, 1.0, RegularizerSpec(name, 1.0))
     extra = torch.exp(-own) if name == "soft-minmax" else torch.zeros(())
     assert value == scalar + extra
     assert dw.equal(scalar_dw.view(6, 5))
@@ -298,12 +306,12 @@ def test_the_stable_margin_moves_by_at_most_one(weight: list[float], parameter: 
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_change_nothing(name: str, dim: int, stable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     w = random(264, 32, 3, 3)
-    assert w.numel() // dim > regularizers.CHUNK / 2 * (3 - dim), "one chunk would show nothing"
+    assert w.numel() // dim > range_penalties.CHUNK / 2 * (3 - dim), "one chunk would show nothing"
     w[3, 0, 0, 0] = w[77, 1, 1, 1] = -2.0  # a tie between chunks
     w[200, 0, 2, 0] = 2.0
     by_default = apply(name, w, start(name, dim), stable=stable, dim=dim)
     for chunk in (1000, 2**30):
-        monkeypatch.setattr(regularizers, "CHUNK", chunk)
+        monkeypatch.setattr(range_penalties, "CHUNK", chunk)
         for default, own in zip(by_default, apply(name, w, start(name, dim), stable=stable, dim=dim), strict=True):
             # Float64 sums of 76,032 terms in another order.
             close(own, default, rtol=1e-10, atol=1e-14)
@@ -460,20 +468,6 @@ def test_the_margin_as_written_is_thrown_out(channels: int) -> None:
     assert furthest > 2 * top
 
 
-def test_default_strengths() -> None:
-    table: dict[tuple[str, int, int], float] = {
-        ("linf", 16, 1200): 0.1,
-        ("margin", 16, 1200): 0.1,
-        ("margin", 32, 50_000): 0.03,
-        ("soft-minmax", 32, 50_000): 0.1,
-        ("kure", 32, 50_000): 0.01,
-        ("margin", 224, 1_000_000): 0.01,
-        ("linf", 224, 1_000_000): 0.01,
-    }
-    default: Callable[..., float] = regularizers.default_strength
-    assert {key: default(key[0], size=key[1], images=key[2]) for key in table} == table
-
-
 # --- clip ----------------------------------------------------------------------------------------------------------
 
 
@@ -487,14 +481,14 @@ def test_default_strengths() -> None:
 )
 def test_clip_clamps_to_deviations(k: float, clipped: list[float]) -> None:
     w = torch.tensor(W, dtype=torch.float64).view(4, 1)
-    regularizers.clip(w, k)
+    range_penalties.clip(w, k)
     close(w, clipped, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.3, -2.0])
 def test_clip_leaves_a_constant(constant: float) -> None:
     w = torch.full((3, 3), constant)
-    regularizers.clip(w, 1.0)
+    range_penalties.clip(w, 1.0)
     close(w, [[constant] * 3] * 3, rtol=1e-6, atol=0)
 
 
@@ -535,7 +529,6 @@ def test_the_others_do_nothing_after_the_step() -> None:
 def test_clip_below_one_deviation_is_refused() -> None:
     with pytest.raises(InputError, match="--reg-weight 0.5"):
         Regularizer(RegularizerSpec("clip", 0.5), nn.Sequential(nn.Linear(2, 2)))
-    assert regularizers.default_strength("clip", size=224, images=10**6) == 2
 
 
 def test_a_step_by_itself_is_the_penalty_s_gradient_and_nothing_of_the_task_s() -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from common import Clock, Job, Made, main
 
+from r2cli import registry
 from r2cli.deploy import onnx_export
-from r2cli.ptq import auto, post_training, weight_grids
+from r2cli.ptq import auto, post_training
 from r2cli.storage import checkpoint
 
 CPU = torch.device("cpu")
@@ -16,7 +17,7 @@ def quantize(job: Job, clock: Clock) -> Made:
     made = checkpoint.load(Path(job.checkpoint))
     # As `r2 ptq` has it, dfq looks at no image.
     images = None if job.method == "dfq" else [torch.from_numpy(batch) for batch in job.batches()]
-    rule = weight_grids.usual(job.method, job.weight_bits)
+    rule = registry.usual_weight_range(job.method, job.weight_bits)
     settings = post_training.PtqSettings(job.method, job.weight_bits, 8, job.granularity, keep={}, weight_range=rule)
     chosen = ""
     if job.method == "auto":

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from r2cli import data as datasets
+from r2cli import registry
 from r2cli.analysis import layer_table, views
 from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs
@@ -43,7 +44,7 @@ from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
 from r2cli.train import pretraining
 from r2cli.train.pretraining import Pretrained
-from r2cli.train.regularizers import Regularizer, RegularizerSpec, default_strength
+from r2cli.train.regularizers import Regularizer, RegularizerSpec
 from r2cli.train.reporter import SILENT, Reporter
 
 Network = nn.Module | Checkpoint | Result | Pretrained | str | Path
@@ -140,7 +141,7 @@ def regularizer(network: nn.Module, name: str, strength: float | None = None, *,
     Its `parameters` (margin's M, soft-min-max's alpha) go to the optimizer. `strength` is lambda, by default the
     paper's 0.01; `dim` the vector length of a later palette. Raises InputError for an unknown name.
     """
-    usual = default_strength(name, size=224, images=0)
+    usual = registry.default_strength(name, size=224, images=0)
     return Regularizer(RegularizerSpec(name, usual if strength is None else strength, dim=dim), network)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from r2cli import console
+from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
 from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
@@ -30,8 +30,9 @@ def palettize(config: PalettizeConfig, given: Inputs, wanted: CompressionGates, 
     gates.require_output(output, ".safetensors", source=source)
     onnx, state = output.with_suffix(".onnx"), resume_state(output)
     gates.require_free([output, onnx] if is_network else [output], overwrite=written.overwrite)
-    if method == "kmeans" and written.resume:
-        raise InputError("--resume belongs to training: --method kmeans has nothing to resume")
+    trains = registry.get(registry.PALETTE_METHODS, method).trains
+    if written.resume and not trains:
+        raise InputError(f"--resume belongs to training: --method {method} has nothing to resume")
 
     from r2cli.api import inputs
     from r2cli.cli import deliver
@@ -40,7 +41,7 @@ def palettize(config: PalettizeConfig, given: Inputs, wanted: CompressionGates, 
     worker.require_consistent(config, method, is_network=is_network)
     if not is_network:
         return _file(source, output, config, wanted, written)
-    if method != "kmeans":
+    if trains:
         gates.require_no_state(state, resume=written.resume, overwrite=written.overwrite)
     made, loaded = inputs.load(given, tell=console.note)
     run = worker.ready(made, loaded, config)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from r2cli import console
+from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
 from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
@@ -63,7 +63,7 @@ def ptq(config: PtqConfig, given: Inputs, wanted: CompressionGates, written: Ptq
 def _notes(result: "PtqResult") -> list[str]:
     """What was chosen, and what ranges and corrections are from."""
     notes = [*([_again(result)] if result.bits else []), *([_chosen(result.trials)] if result.trials else [])]
-    if result.settings.method == "dfq" or not result.calibration:
+    if registry.get(registry.PTQ_METHODS, result.settings.method).dataless or not result.calibration:
         images = result.calibration
         shown = f"{images} images" if images else "the BatchNorms' statistics, without an image"
         notes.append(f"ranges and corrections: from {shown}")
@@ -74,10 +74,11 @@ def _notes(result: "PtqResult") -> list[str]:
 
 def _chosen(trials: "Sequence[Trial]") -> str:
     """What was chosen and why, as options that give the same bytes."""
+    from r2cli.ptq.auto import NEAREST
     from r2cli.ptq.quantize import trial_again
 
     best = min(trials, key=lambda trial: trial.divergence)
-    plain = min((trial for trial in trials if trial.method == "none"), key=lambda trial: trial.divergence)
+    plain = min((trial for trial in trials if trial.method == NEAREST), key=lambda trial: trial.divergence)
     rounded = f", {plain.divergence:.2g} ({plain.sqnr:.1f}) with nearest rounding at its best"
     against = "" if plain is best else rounded
     return (

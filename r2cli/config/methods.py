@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from r2cli import registry
 from r2cli.config import groups, values
 from r2cli.config.option import FOREIGN, Config, option
 from r2cli.errors import InputError
@@ -11,9 +12,6 @@ __all__ = ["FOREIGN", "PalettizeConfig", "PretrainConfig", "PtqConfig", "QatConf
 
 REGULARIZATION, EXTRAS, SCRATCH = "Regularization", "What comes to the training", "From scratch"
 PALETTE_TRAINING = "Training (dkm, shared)"
-METHODS = ("none", "dfq", "adaround", "brecq", "auto")
-QAT_METHODS = ("dorefa", "pact", "lsq", "ewgs")
-PALETTE_METHODS = ("kmeans", "dkm", "shared")
 Keep = Mapping[str, int] | Sequence[str]
 
 
@@ -23,9 +21,9 @@ class PretrainConfig(Config):
 
     reg: str = option(
         "none",
-        "none, linf, margin, soft-minmax, kure, or clip: weights are clamped after every step.",
+        f"none; {registry.described(registry.REGULARIZERS)}.",
         panel=REGULARIZATION,
-        check=values.one_of("regularizer", *values.REGULARIZERS),
+        check=registry.one_of(registry.REGULARIZERS, "none"),
     )
     reg_weight: float | None = option(
         None,
@@ -91,10 +89,8 @@ class PtqConfig(Config):
     act_bits: int | str = option("8", "8 to 4, or none to leave activations float.", check=values.act_bits, given=str)
     method: str = option(
         "none",
-        "none: to the nearest level; dfq: channels equalized, biases corrected, without data unless --data or "
-        "--calibration is given; adaround: by each layer's output; brecq: by each block's, with scales and biases; "
-        "auto: the best of these.",
-        check=values.one_of("method", *METHODS),
+        f"{registry.described(registry.PTQ_METHODS)}.",
+        check=registry.one_of(registry.PTQ_METHODS),
     )
     granularity: str | None = option(
         None,
@@ -143,8 +139,8 @@ class PtqConfig(Config):
         given = [f"{flag} {value}" for flag, value in asked.items() if value is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} are two wishes: give one of them")
-        if self.parts is not None and self.method == "auto":
-            raise InputError("--method auto tries which --parts help: leave one of the two out")
+        if self.parts is not None and registry.get(registry.PTQ_METHODS, self.method).chooses:
+            raise InputError(f"--method {self.method} tries which --parts help: leave one of the two out")
         if self.calibration == 0 and self.act_range is not None:
             raise InputError(
                 f"--act-range {self.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
@@ -173,8 +169,8 @@ class QatConfig(Config):
     )
     method: str = option(
         "lsq",
-        "lsq, ewgs, dorefa, or pact: its activations with dorefa's weights.",
-        check=values.one_of("method", *QAT_METHODS),
+        f"{registry.described(registry.QAT_METHODS)}.",
+        check=registry.one_of(registry.QAT_METHODS),
     )
     keep: Keep = groups.keep(
         "PATTERN=BITS: other weight bits for some layers, and inputs of as many; repeatable.", values.keep
@@ -192,12 +188,12 @@ class QatConfig(Config):
     epochs: int = option(20, "Passes over the data.", least=1)
     batch_size: int = option(64, "Images a step.", least=2)
     images: int | None = option(None, "Train on so many of the images. (default: all)", least=2)
-    lr: float = option(0.05, "Peak learning rate; a cosine falls from it to 0.", least=0)
+    lr: float | None = option(None, "Peak learning rate; a cosine falls from it to 0. (default: 0.05)", least=0)
     quantizer_lr: float | None = option(None, "Of steps and ranges. (default: --lr; ewgs, by Adam, 0.001)", least=0)
     momentum: float = option(0.9, "Nesterov momentum.", least=0, most=1)
-    clip_grad: float = option(
-        1.0,
-        "Most length of the gradient, all weights together, 0: any; a channel gone dead has a huge one.",
+    clip_grad: float | None = option(
+        None,
+        "Most length of the gradient, all weights together, 0: any; a channel gone dead has a huge one. (default: 1)",
         least=0,
     )
     weight_decay: float | None = option(
@@ -225,9 +221,9 @@ class QatConfig(Config):
     from_scratch: bool = option(False, "Fresh weights, of the checkpoint's network or of --model.", panel=SCRATCH)
     reg: str = option(
         "none",
-        "none, linf, margin, soft-minmax, kure or clip, as in pretrain.",
+        "none, or a regularizer, as in pretrain.",
         panel=SCRATCH,
-        check=values.one_of("regularizer", *values.REGULARIZERS),
+        check=registry.one_of(registry.REGULARIZERS, "none"),
     )
     reg_weight: float | None = option(None, "Strength. (default: as in pretrain)", least=0, panel=SCRATCH)
     calibration: int | None = option(
@@ -243,8 +239,14 @@ class QatConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        registry.require_own(registry.QAT_METHODS, self.method, self.own_options)
         if self.reg != "none" and not self.from_scratch:
             raise InputError(f"--reg {self.reg} belongs to --from-scratch: pretrain with it, and fine-tune without")
+
+    @property
+    def own_options(self) -> dict[str, float | None]:
+        """The options that single methods have."""
+        return {"bin_reg": self.bin_reg, "delta": values.delta(self.delta)}
 
     @property
     def suffix(self) -> str:
@@ -265,9 +267,8 @@ class PalettizeConfig(Config):
     )
     method: str | None = option(
         None,
-        "kmeans: no training; dkm: through soft assignments; shared: k-means' codes, centroids trained. "
-        "(default: dkm; kmeans for a file without a network of r2's)",
-        check=values.one_of("method", *PALETTE_METHODS),
+        f"{registry.described(registry.PALETTE_METHODS)}. (default: dkm; kmeans for a file without a network of r2's)",
+        check=registry.one_of(registry.PALETTE_METHODS),
     )
     group_size: int | None = option(
         None,
@@ -305,7 +306,9 @@ class PalettizeConfig(Config):
     batch_size: int = option(64, "Images a step.", least=2, panel=PALETTE_TRAINING)
     optimizer: str | None = groups.optimizer()
     lr: float | None = option(None, "Peak learning rate. (default: 0.02; adamw 1e-4)", least=0, panel=PALETTE_TRAINING)
-    lut_lr: float = option(1e-4, "shared: peak rate of the centroids.", least=0, panel=PALETTE_TRAINING)
+    lut_lr: float | None = option(
+        None, "shared: peak rate of the centroids. (default: 0.0001)", least=0, panel=PALETTE_TRAINING
+    )
     momentum: float = option(0.9, "Nesterov momentum.", least=0, most=1, panel=PALETTE_TRAINING)
     clip_grad: float | None = option(
         None,

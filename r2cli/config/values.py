@@ -10,7 +10,6 @@ from r2cli.errors import InputError, unknown
 
 ACT_RANGES = ("minmax", "moving-average", "percentile", "mse", "entropy")
 WEIGHT_RANGES = ("minmax", "percentile", "mse")
-REGULARIZERS = ("none", "linf", "margin", "soft-minmax", "kure", "clip")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
+from r2cli import registry
 from r2cli.calibration import calibrate, deployed
 from r2cli.data import Batch
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import Unreadable, trace
-from r2cli.palettes import learners, tables
+from r2cli.palettes import tables
 from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
@@ -25,8 +26,6 @@ from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 from r2cli.storage.checkpoint import Checkpoint, require_float
 
-KMEANS, DKM, SHARED = "kmeans", "dkm", "shared"
-METHODS = (KMEANS, *learners.LEARNERS)
 SHAPELESS = 0.9  # of a layer's filters with one value each: no filter is left to speak of
 
 Batches = Callable[[], Iterable[Batch]]
@@ -95,7 +94,8 @@ class ReadNetwork:
 def by_kmeans(
     work: PaletteTask, *, weigh: bool, advance: Callable[[int], None]
 ) -> tuple[Checkpoint, list[PalettizedLayer]]:
-    """Palettes without training; `weigh` by sensitivity. `advance` is told of layers that are done.
+    """Palettes without training, by the function of `work.settings.method`, as k-means' is; `weigh` by sensitivity.
+    `advance` is told of layers that are done.
 
     Raises InputError for settings that do not fit the network, R2Error where something is not finite.
     """
@@ -108,10 +108,11 @@ def by_kmeans(
         importance = {k: v.cpu() for k, v in sensitivity(model.to(work.device), subject.layers, work.batches()).items()}
         model.cpu()
     coded, notes = {}, {}
+    find = registry.load(registry.PALETTE_METHODS, work.settings.method)
     with torch.no_grad():
         for name, module in subject.layers.items():
             weight, form = structure.weight_of(module), wanted[name]
-            centroids, used = tables.start(weight, form, importance.get(name), work.generator)
+            centroids, used = find(weight, form, importance.get(name), work.generator)
             palette = tables.palette(centroids, weight.shape, form)
             coded[name] = Coded(palette, palette.encode(weight))
             notes[name] = together(evened.get(name), few(used, form))

@@ -4,33 +4,44 @@ In training they give the soft, or tied, weight; in evaluation the hard one, whi
 keep from step to step is in buffers and parameters, so that a resumed run goes on with it.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from r2cli import registry
+from r2cli.errors import InputError
 from r2cli.graph.structure import float_weight
 from r2cli.palettes import dkm, tables
 from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import from_vectors, to_vectors
+from r2cli.registry import DkmOptions
 
 LEAST_TAU = 1e-12  # of a layer's mean square: below it a softmax in float32 is an argmax
 
 
 class Learner(nn.Module):
-    """What the learners of all methods have: centroids (groups, rows, dim) and a hard weight."""
+    """What the learners of all methods have: centroids (groups, rows, dim), k-means' at first, and a hard weight.
+
+    A method's class takes a weight (channels, ...), its palette's form, the options of the method's entry and a
+    generator. It keeps its centroids as a buffer, or as a parameter where they have a gradient.
+    """
 
     centroids: Tensor
     trains_weight = True  # whether the float weight has a gradient
 
-    def __init__(self, shape: tuple[int, ...], form: PaletteForm) -> None:
+    def __init__(self, w: Tensor, form: PaletteForm) -> None:
         super().__init__()
-        self.shape, self.form = shape, form
+        self.shape, self.form = tuple(w.shape), form
         self.reseeded = 0  # tables that had collapsed and were started again
         self.least_used = form.rows  # different vectors of a group, where they are fewer than its rows
+
+    def started(self, w: Tensor, generator: torch.Generator) -> Tensor:
+        """k-means' centroids of a weight, (groups, rows, dim)."""
+        centroids, self.least_used = tables.start(w, self.form, None, generator)
+        return centroids
 
     def freeze(self, w: Tensor) -> Coded:
         """The hard weight of the float one: the nearest centroids of the table that is stored."""
@@ -50,12 +61,12 @@ class Dkm(Learner):
 
     spread: Tensor
 
-    def __init__(self, w: Tensor, form: PaletteForm, iterations: int, generator: torch.Generator) -> None:
-        super().__init__(tuple(w.shape), form)
-        centroids, self.least_used = tables.start(w, form, None, generator)
+    def __init__(self, w: Tensor, form: PaletteForm, options: DkmOptions, generator: torch.Generator) -> None:
+        super().__init__(w, form)
+        centroids = self.started(w, generator)
         self.register_buffer("centroids", centroids)
         self.register_buffer("spread", self._spread(w, centroids))
-        self.iterations, self.share = iterations, 1.0
+        self.iterations, self.share = options.iterations, 1.0
         self.soft = True
 
     def before_epoch(self, w: Tensor, share: float | None) -> None:
@@ -140,9 +151,9 @@ class Shared(Learner):
     codes: Tensor
     trains_weight = False
 
-    def __init__(self, w: Tensor, form: PaletteForm, iterations: int, generator: torch.Generator) -> None:
-        super().__init__(tuple(w.shape), form)
-        centroids, self.least_used = tables.start(w, form, None, generator)
+    def __init__(self, w: Tensor, form: PaletteForm, options: object, generator: torch.Generator) -> None:
+        super().__init__(w, form)
+        centroids = self.started(w, generator)
         palette = tables.palette(centroids, self.shape, PaletteForm(form.bits, form.dim, form.group, 32))
         self.register_buffer("codes", palette.encode(w.detach()))
         self.centroids = nn.Parameter(palette.lut.clone())
@@ -162,7 +173,16 @@ class Shared(Learner):
         return from_vectors(self.centroids.gather(1, index).reshape(-1, self.form.dim), self.shape)
 
 
-LEARNERS: Mapping[str, Any] = {"dkm": Dkm, "shared": Shared}
+def learner_of(name: str) -> Callable[[Tensor, PaletteForm, object, torch.Generator], Learner]:
+    """What makes the learners of a method, of a weight, its palette's form, the method's own options and a generator.
+
+    Raises InputError for a name that nobody has, and for a method that does not train.
+    """
+    found = registry.load(registry.PALETTE_METHODS, name)
+    if not registry.get(registry.PALETTE_METHODS, name).trains:
+        raise InputError(f"the method '{name}' does not train: give --method dkm, or another one that does")
+    made: Callable[[Tensor, PaletteForm, object, torch.Generator], Learner] = found
+    return made
 
 
 def put_on(model: nn.Module, learners: Mapping[str, Learner]) -> None:

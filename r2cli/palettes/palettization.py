@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r2cli import data
+from r2cli import data, registry
 from r2cli.calibration import deployed, observers
 from r2cli.calibration.result import Result
 from r2cli.config import groups, values
@@ -22,10 +22,7 @@ from r2cli.train.hooks import Epoch
 from r2cli.train.loop import ADAMW, TrainSettings
 from r2cli.train.reporter import SILENT, Reporter
 
-LR, ADAMW_LR = 0.02, 1e-4
-WARM_UP = 0.05  # share of the steps in which the rate rises
-RATIO = 0.3  # of dkm: a network with small weights, as after soft-min-max, is thrown out without it
-CLIP, CLIP_FEW, FEW = 1.0, 5.0, 2  # of dkm; where many centroids share a small layer's weights its softmax is steep
+DEFAULT, DEFAULT_OF_FILES = "dkm", "kmeans"  # the method for a network, and for a file of weights without one
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,13 @@ def settings_of(config: PalettizeConfig, method: str) -> PaletteSettings:
 
 def require_consistent(config: PalettizeConfig, method: str, *, is_network: bool) -> None:
     """Raises InputError for options that do not go together, or not with a file that holds no network."""
-    if not is_network and (method != "kmeans" or config.weigh != "none"):
-        what = f"--method {method}" if method != "kmeans" else f"--weigh {config.weigh}"
+    entry = registry.get(registry.PALETTE_METHODS, method)
+    if not is_network and (not entry.files or config.weigh != "none"):
+        what = f"--method {method}" if not entry.files else f"--weigh {config.weigh}"
         raise InputError(f"{what} needs a network and its data, and the file has none: give --method kmeans alone")
-    if method != "kmeans" and config.weigh != "none":
+    if entry.trains and config.weigh != "none":
         raise InputError(f"--weigh {config.weigh} belongs to --method kmeans")
-    if method == "dkm" and config.epochs <= config.hard_epochs:
+    if entry.soft and config.epochs <= config.hard_epochs:
         raise InputError("--hard-epochs leaves none of --epochs soft: give fewer")
 
 
@@ -86,12 +84,12 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
 
     Raises InputError for options that do not go together, and for more images than there are.
     """
-    method = config.method or "dkm"
+    method = config.method or DEFAULT
     require_consistent(config, method, is_network=True)
     where = loop.device(config.device)
     calibration = data.calibration_count(config.calibration, source)
-    settings = settings_of(config, method)
-    if not calibration and (settings.act_bits or method != "kmeans" or config.weigh != "none"):
+    settings, entry = settings_of(config, method), registry.get(registry.PALETTE_METHODS, method)
+    if not calibration and (settings.act_bits or entry.trains or config.weigh != "none"):
         raise InputError("--calibration 0 leaves no images to work on: give --method kmeans and --act-bits none")
 
     def batches() -> Iterator[Batch]:
@@ -99,38 +97,37 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
 
     options: dict[str, Any] = {**settings.__dict__, "calibration": calibration, "seed": config.seed}
     plan = None
-    if method == "kmeans":
+    if not entry.trains:
         options["weigh"] = config.weigh
     else:
         training = _training(config, method, loop.precision(config.precision, where), is_text=made.input.is_text)
-        hard = config.hard_epochs if method == "dkm" else 0
+        hard = config.hard_epochs if entry.soft else 0
         schedule = Schedule(config.epochs, hard, config.temperature, config.temperature / 10)
-        plan = PalettePlan(training, schedule, config.iterations, config.lut_lr)
+        lut_lr = entry.lut_lr if config.lut_lr is None else config.lut_lr
+        plan = PalettePlan(training, schedule, lut_lr, {"iterations": config.iterations})
         options |= {**training.__dict__, "hard_epochs": config.hard_epochs, "temperature": config.temperature}
-        options |= {"iterations": config.iterations, "lut_lr": config.lut_lr}
+        options |= {"iterations": config.iterations, "lut_lr": lut_lr}
     task = PaletteTask(made, settings, batches if calibration else None, where, config.seed)
     return PaletteRun(task, plan, source, config.weigh == "fisher", options)
 
 
 def _training(config: PalettizeConfig, method: str, precision: str, *, is_text: bool) -> TrainSettings:
     optimizer = groups.usual_optimizer(config.optimizer, is_text=is_text)
-    usual = ADAMW_LR if optimizer == ADAMW else LR
-    clip_ratio, clip_grad = config.clip_ratio, config.clip_grad
-    if method == "dkm":
-        clip_ratio = RATIO if clip_ratio is None else clip_ratio
-        clip_grad = (CLIP_FEW if config.bits <= FEW else CLIP) if clip_grad is None else clip_grad
+    entry = registry.get(registry.PALETTE_METHODS, method)
+    usual = entry.adamw_lr if optimizer == ADAMW else entry.lr
+    usual_clip = registry.default_clip_grad(method, config.bits)
     return TrainSettings(
         epochs=config.epochs,
         batch_size=config.batch_size,
         lr=usual if config.lr is None else config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        warmup=WARM_UP,
+        warmup=entry.warm_up,
         label_smoothing=0.0,
         reg_lr=0.0,
         seed=config.seed,
-        clip_grad=clip_grad,
-        clip_ratio=clip_ratio,
+        clip_grad=usual_clip if config.clip_grad is None else config.clip_grad,
+        clip_ratio=entry.clip_ratio if config.clip_ratio is None else config.clip_ratio,
         precision=precision,
         optimizer=optimizer,
     )

@@ -6,19 +6,20 @@ accuracy that is reported is that of the hard network.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from r2cli import registry
 from r2cli.data import Data
 from r2cli.errors import R2Error
 from r2cli.graph import batchnorm, structure
 from r2cli.palettes import compression, learners
 from r2cli.palettes.compression import PaletteSettings, PaletteTask, PalettizedLayer
-from r2cli.palettes.learners import LEARNERS, Learner
+from r2cli.palettes.learners import Learner
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.train import hooks, loop
 from r2cli.train.hooks import Epoch
@@ -44,18 +45,21 @@ class Schedule:
 
 @dataclass(frozen=True)
 class PalettePlan:
-    """A training run with palettes. `lut_lr` steps the centroids that are parameters; `iterations` are DKM's."""
+    """A training run with palettes. `lut_lr` steps the centroids that are parameters.
+
+    `options` are those that single methods have, by name: each takes its own, and has its entry's defaults.
+    """
 
     loop: TrainSettings
     schedule: Schedule
-    iterations: int
     lut_lr: float
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self, settings: PaletteSettings) -> dict[str, Any]:
         """What a resumed run must share, beside the loop's settings, by the names of options."""
         keep = {name: list(form) for name, form in settings.keep.items()}
-        own = {"hard_epochs": self.schedule.hard, "temperature": self.schedule.warm, "iterations": self.iterations}
-        return {**asdict(settings), "keep": keep, **own, "lut_lr": self.lut_lr}
+        own = {"hard_epochs": self.schedule.hard, "temperature": self.schedule.warm, "lut_lr": self.lut_lr}
+        return {**asdict(settings), "keep": keep, **own, **self.options}
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,12 @@ def by_training(
     subject = compression.read(work.checkpoint, work.settings)
     model, wanted = subject.model, compression.forms(subject.layers, work.settings)
     evened = compression.even_out(subject, wanted)
+    make = learners.learner_of(work.settings.method)
+    options = registry.own_options(registry.get(registry.PALETTE_METHODS, work.settings.method), plan.options)
     made: dict[str, Learner] = {}
     for name, form in wanted.items():
         weight = structure.weight_of(model.get_submodule(name))
-        made[name] = LEARNERS[work.settings.method](weight.detach(), form, plan.iterations, work.generator)
+        made[name] = make(weight.detach(), form, options, work.generator)
     learners.put_on(model, made)
     gaps: dict[int, float] = {}
     method = _method(work, plan, subject, made, gaps)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 
@@ -188,3 +189,6 @@ def patches(x: Tensor, conv: nn.Conv1d | nn.Conv2d, out: torch.Size, index: Tens
     places = [(i * dilation[0], j * dilation[1]) for i in range(kernel[0]) for j in range(kernel[1])]
     seen = torch.stack([x[image, :, top + i, left + j] for i, j in places], dim=2)  # (rows, channels, kernel places)
     return seen.reshape(len(index), conv.groups, -1).transpose(0, 1).contiguous()
+
+
+METHOD = PtqMethod(round_layer)

@@ -2,11 +2,12 @@
 
 First come the trials that cost only a pass over some images: every grid with min-max and least-squares ranges, rounded
 to the nearest level, without and with the bias correction of DFQ, and with all of DFQ. If the outputs of the best are
-still below `ENOUGH` dB, BRECQ learns the rounding on each grid, for the network as it is and for the equalized one. The
-trial whose class probabilities are nearest to the float network's is kept. Equalization is tried, not assumed: it does
-not help every network.
+still below `ENOUGH` dB, BRECQ, and every other method that the registry marks as `tried`, learns the rounding on each
+grid, for the network as it is and for the equalized one. The trial whose class probabilities are nearest to the float
+network's is kept. Equalization is tried, not assumed: it does not help every network.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -14,8 +15,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from r2cli import registry
 from r2cli.calibration import deployed
-from r2cli.ptq import layer_sweep, weight_grids
+from r2cli.ptq import layer_sweep
 from r2cli.ptq.post_training import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, PtqSettings, QuantizedLayer, quantize
 from r2cli.quantized.decibels import sqnr
 from r2cli.storage.checkpoint import Checkpoint
@@ -26,6 +28,7 @@ SOME = 128  # images for the trials that learn nothing
 BATCH = 64
 GRIDS = (CHANNEL, UNFOLDED)
 RANGES = ("minmax", "mse")
+NEAREST = "none"  # the method that rounds to the nearest level
 PARTS: tuple[tuple[str, ...], ...] = ((), (CORRECT,), DFQ)
 
 
@@ -89,7 +92,7 @@ def choose(
             attempt(own, images)
     assert best is not None
     made, rows, own = best
-    if own.method == "none":  # its ranges are of some images yet
+    if not registry.get(registry.PTQ_METHODS, own.method).looks:  # its ranges are of some images yet
         made, rows = quantize(checkpoint, own, images, device)
     return made, rows, own, trials
 
@@ -98,17 +101,18 @@ def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) ->
     for granularity in grids:
         for rule in rules:
             for parts in PARTS:
-                yield replace(settings, method="none", granularity=granularity, weight_range=rule, parts=parts)
+                yield replace(settings, method=NEAREST, granularity=granularity, weight_range=rule, parts=parts)
 
 
 def learned_trials(
     settings: PtqSettings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]
 ) -> list[PtqSettings]:
-    """Try BRECQ on every grid, with and without equalization: what helps nearest rounding may not help BRECQ."""
+    """What learns on every grid, as the network is and equalized: what helps rounding to the nearest may hurt it."""
     found = []
-    for granularity in grids:
-        for rule in rules or [weight_grids.usual("brecq", settings.weight_bits)]:
-            own = replace(settings, method="brecq", granularity=granularity, weight_range=rule, parts=())
+    methods = [name for name in registry.names(registry.PTQ_METHODS) if registry.PTQ_METHODS[name].tried]
+    for name, granularity in itertools.product(methods, grids):
+        for rule in rules or [registry.usual_weight_range(name, settings.weight_bits)]:
+            own = replace(settings, method=name, granularity=granularity, weight_range=rule, parts=())
             found += [own, replace(own, parts=(EQUALIZE,))] if _equalizes(granularity, trials) else [own]
     return found
 

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from r2cli.graph import structure
 from r2cli.graph.operators import LayerModule
 from r2cli.ptq import adaround, layer_sweep
+from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 
@@ -255,3 +256,6 @@ def _error(net: fx.GraphModule, block: Block, x: Tensor, targets: Tensor, states
 
 def _bias(module: LayerModule) -> Tensor | None:
     return None if module.bias is None else module.bias.detach()
+
+
+METHOD = PtqMethod(whole=round_network)

@@ -2,7 +2,7 @@
 
 fold (or keep the factor of BatchNorm for the scale) -> equalize -> grid and codes of every weight -> absorb, correct ->
 ranges of the activations over calibration images, or from the BatchNorms where there are none -> biases onto their
-int32 grid. A method is one dict line: how it rounds a layer, and which parts of DFQ it has.
+int32 grid. A method is one entry of `registry.PTQ_METHODS`: how it rounds, and which parts of DFQ it has.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from r2cli import registry
 from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
 from r2cli.data import Batch
@@ -18,16 +19,16 @@ from r2cli.errors import InputError
 from r2cli.graph import batchnorm, operators, structure
 from r2cli.graph.read import Unreadable, trace
 from r2cli.ptq import (
-    adaround,
     batchnorm_statistics,
     bias_correction,
-    brecq,
     equalize,
     layer_sweep,
     mixed_precision,
+    ptq_method,
     weight_grids,
 )
 from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
@@ -37,33 +38,8 @@ from r2cli.storage.checkpoint import Checkpoint, InputSpec, require_float
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
-EQUALIZE, ABSORB, CORRECT = "equalize", "absorb", "correct"
-DFQ = (EQUALIZE, ABSORB, CORRECT)
+EQUALIZE, ABSORB, CORRECT = DFQ = registry.DFQ_PARTS
 CLIP, RELU = "clip", "relu"
-Rounded = tuple[dict[str, Coded], dict[str, Tensor]]  # codes by the weight's name, biases by the layer's
-
-
-@dataclass(frozen=True)
-class PtqMethod:
-    """How a method rounds one layer, given what the layer sees and the nearest codes, or `whole`, the network, given
-    images and the nearest codes of all; None of them keeps those. `parts` is what of DFQ it does."""
-
-    rounds: Callable[[LayerSample, Coded], Coded] | None = None
-    whole: Callable[[fx.GraphModule, Tensor, Mapping[str, Coded], Callable[[], None]], Rounded] | None = None
-    parts: tuple[str, ...] = ()
-
-    @property
-    def looks(self) -> bool:
-        """Whether it looks at images."""
-        return self.rounds is not None or self.whole is not None
-
-
-METHODS: Mapping[str, PtqMethod] = {
-    "none": PtqMethod(),
-    "dfq": PtqMethod(parts=DFQ),
-    "adaround": PtqMethod(adaround.round_layer),
-    "brecq": PtqMethod(whole=brecq.round_network),
-}
 
 
 @dataclass(frozen=True)
@@ -115,13 +91,13 @@ def quantize(
     InputError for a coded checkpoint, a pattern that names no layer, a graph that cannot be read, and for what is not
     known without images.
     """
-    method = METHODS[settings.method]
+    method, looks = ptq_method.method(settings.method), _looks(settings)
     parts = _parts(settings)
     if settings.embeddings and _needs_graph(settings):
         raise InputError("--embeddings is for weights alone: give --method none --act-bits none")
     if settings.embeddings:
         return _weights_alone(checkpoint, settings)
-    if method.looks and images is None:
+    if looks and images is None:
         raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
     try:
         net, factors, normals, notes = _prepare(checkpoint, settings)
@@ -135,7 +111,7 @@ def quantize(
     if CORRECT in parts and images is None:
         notes.append(bias_correction.analytic(net, coded, batchnorm_statistics.values(net, normals, checkpoint.input)))
     net.to(device)
-    if images is not None and (method.looks or CORRECT in parts):
+    if images is not None and (looks or CORRECT in parts):
         shown = layer_sweep.first(images, layer_sweep.images_that_fit(net, checkpoint.input.shape))
         coded, told = _look(method, net, shown, coded, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
@@ -213,11 +189,16 @@ def choose_bits(
 
 def _parts(settings: PtqSettings) -> tuple[str, ...]:
     """What of DFQ is done."""
-    return METHODS[settings.method].parts if settings.parts is None else settings.parts
+    return registry.get(registry.PTQ_METHODS, settings.method).parts if settings.parts is None else settings.parts
+
+
+def _looks(settings: PtqSettings) -> bool:
+    """Whether the method looks at images."""
+    return registry.get(registry.PTQ_METHODS, settings.method).looks
 
 
 def _needs_graph(settings: PtqSettings) -> bool:
-    return settings.act_bits is not None or METHODS[settings.method].looks or bool(_parts(settings))
+    return settings.act_bits is not None or _looks(settings) or bool(_parts(settings))
 
 
 Notes = list[dict[str, str]]

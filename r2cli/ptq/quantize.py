@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2cli import data
+from r2cli import data, registry
 from r2cli.calibration import deployed, observers
 from r2cli.calibration.result import Result
 from r2cli.config import values
@@ -15,7 +15,7 @@ from r2cli.config.methods import PtqConfig
 from r2cli.data import Data
 from r2cli.errors import InputError
 from r2cli.graph.read import trace
-from r2cli.ptq import auto, equalize, mixed_precision, post_training, weight_grids
+from r2cli.ptq import auto, equalize, mixed_precision, post_training
 from r2cli.ptq.post_training import BitTarget, ChosenBits, PtqSettings
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.train import loop
@@ -38,8 +38,9 @@ class PtqResult(Result):
 
 
 def looks_at_images(config: PtqConfig, *, has_data: bool) -> bool:
-    """Whether calibration images are wanted: dfq works without, unless data or a number of images is given."""
-    return config.calibration != 0 and not (config.method == "dfq" and not has_data and config.calibration is None)
+    """Whether calibration images are wanted. DFQ works without, unless data or a number of images is given."""
+    dataless = registry.get(registry.PTQ_METHODS, config.method).dataless
+    return config.calibration != 0 and not (dataless and not has_data and config.calibration is None)
 
 
 def settings_of(config: PtqConfig) -> PtqSettings:
@@ -55,7 +56,8 @@ def settings_of(config: PtqConfig) -> PtqSettings:
         values.keep(config.keep),
         None if config.parts is None else values.parts(config.parts),
         config.relu6,
-        config.weight_range or weight_grids.usual(config.method, min(mixed_precision.WIDTHS) if mixed else bits),
+        config.weight_range
+        or registry.usual_weight_range(config.method, min(mixed_precision.WIDTHS) if mixed else bits),
         config.act_range or observers.usual(acts or 8),
         config.symmetric,
         config.embeddings,
@@ -70,7 +72,7 @@ def options_of(config: PtqConfig, settings: PtqSettings, calibration: int) -> di
 def bits_again(settings: PtqSettings) -> list[str]:
     """The bits that mixed precision chose, as options that give the same bytes."""
     kept = [word for name, bits in settings.keep.items() for word in ("--keep", f"{name}={bits}")]
-    if settings.weight_range != weight_grids.usual(settings.method, settings.weight_bits):
+    if settings.weight_range != registry.usual_weight_range(settings.method, settings.weight_bits):
         kept += ["--weight-range", settings.weight_range]
     return ["--weight-bits", str(settings.weight_bits), *kept]
 
@@ -90,12 +92,12 @@ def quantize(
     Without `source` accuracy is not measured, and nothing may look at images. Raises InputError for what does not fit
     the network or needs images that are not there.
     """
-    where = loop.device(config.device)
+    where, entry = loop.device(config.device), registry.get(registry.PTQ_METHODS, config.method)
     settings, chosen_bits = settings_of(config), list[ChosenBits]()
     batches = data.Repeatable(lambda: data.calibration(source, calibration, where, config.seed) if source else iter(()))
     if config.target_bits or config.target_bytes:
         target = BitTarget(config.target_bits, config.target_bytes, config.sensitivity)
-        plain = replace(settings, method="none") if config.method == "auto" else settings
+        plain = replace(settings, method=auto.NEAREST) if entry.chooses else settings
         plain, chosen_bits = post_training.choose_bits(made, plain, target, batches, where, config.seed)
         settings = replace(plain, method=config.method)
     before = None if source is None else loop.evaluate(deployed.network(made).to(where), source.test, where)
@@ -103,21 +105,21 @@ def quantize(
     reporter.note(f"quantizing {made.origin} to {config.suffix}: {shown}")
     images = data.Repeatable(lambda: (batch for batch, _ in batches)) if calibration else None
     trials: list[auto.Trial] = []
-    if config.method == "auto":
+    if entry.chooses:
         coded, layers, settings, trials = _best(made, settings, config, images, where, reporter)
     else:
         with reporter.bar(config.method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
             coded, layers = post_training.quantize(made, settings, images, where, progress.advance)
     # What was chosen is recorded, and not what was asked for: the same choice is the same bytes, however it came.
     options = options_of(config, settings, calibration)
-    relu = _top1_with_relu(made, source, where) if config.method == "dfq" and config.relu6 == "relu" else None
+    relu = _top1_with_relu(made, source, where) if entry.parts and config.relu6 == post_training.RELU else None
     details: dict[str, Any] = {
         "ranges": "calibration" if calibration else "batchnorm",
         "mixed": [each.__dict__ for each in chosen_bits],
         "trials": [trial.__dict__ for trial in trials],
         "again": [*(bits_again(settings) if chosen_bits else []), *(trial_again(trials) if trials else [])],
     }
-    if config.method == "dfq" and config.relu6 == "relu":
+    if entry.parts and config.relu6 == post_training.RELU:
         details["relu_top1"] = relu
     return PtqResult(
         coded.then("ptq", options, {} if before is None else {"float_top1": before}),

@@ -60,11 +60,6 @@ def weight_range(rule: str) -> Callable[[Tensor, int, bool], Range]:
     return RANGES[name] if percent is None else _percentile(percent)
 
 
-def usual(method: str, bits: int) -> str:
-    """Return the default rule for `bits`. With few levels, learning starts best from the grid with the least error."""
-    return "mse" if method == "brecq" and bits <= 4 else "minmax"
-
-
 def weight_grid(w: Tensor, bits: int, *, per_channel: bool, rule: str = "minmax", symmetric: bool = True) -> Grid:
     """Make the grid of a weight (channels, ...): one for the tensor, or one per output channel (axis 0)."""
     flat = w.detach().reshape(w.shape[0], -1) if per_channel else w.detach().reshape(1, -1)

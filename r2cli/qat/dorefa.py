@@ -6,6 +6,9 @@ Paper: Zhou et al., "DoReFa-Net" (2016), equations 5 to 10.
     dW_q/dW = (1 - tanh(W)**2) / max|tanh W|, the rounding straight through and the maximum a constant    1 bit: 1
     activations: round(n * clip(x, 0, 1)) / n
 
+`reference` is the formula with its gradient. The kernel gives the same from the weight alone, in chunks that stay in
+cache (tests/test_qat_methods.py holds them equal); its time beside the formula's is not measured.
+
 Levels reach from -1 to 1 whatever the weights' scale: a BatchNorm behind the layer takes it back, and where there is
 none a constant factor does, the least-squares one of the weights as they are at first. Ours: activations are clipped at
 a constant that loses least of the first images, not at 1: the paper trains from scratch, where 1 is as good as any.
@@ -17,14 +20,25 @@ import torch
 from torch import Tensor
 
 from r2cli.qat import quantizers
+from r2cli.qat.qat_method import QatMethod
 from r2cli.quantized import fake_quant
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.fake_quant import Bound, Rule
 from r2cli.quantized.grid import Grid
 
 
+def reference(w: Tensor, bits: int, g: Tensor) -> tuple[Tensor, Tensor]:
+    """W_q of w (any shape), and for its gradient `g` that of w: equations 5 to 9."""
+    if bits == 1:
+        return torch.where(w >= 0, 1.0, -1.0).to(w) * w.abs().mean(), g
+    n, tanh = 2**bits - 1, w.tanh()
+    most = tanh.abs().max()
+    x = tanh / (2 * most) + 1 / 2
+    return 2 * (n * x).round() / n - 1, g * (1 - tanh**2) / most
+
+
 def quantized(w: Tensor, bits: int, factor: Tensor) -> Tensor:
-    """DoReFa's weight times `factor` (), any shape."""
+    """DoReFa's weight times `factor` (), any shape: `reference` times that."""
     out: Tensor = _Quantized.apply(w, factor, bits)
     return out
 
@@ -73,7 +87,6 @@ def scale_of(w: Tensor, bits: int, factor: Tensor) -> Tensor:
 
 
 class DorefaWeight(quantizers.WeightQuantizer):
-    most, why = 7, "its levels have no zero and leave int8 at 8 bits"
     factor: Tensor
 
     def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
@@ -120,3 +133,6 @@ class DorefaActivation(quantizers.ActivationQuantizer):
 
     def rule(self, x: Tensor) -> Rule:
         return Rule(slope, torch.zeros_like(self.parameter))
+
+
+METHOD = QatMethod(DorefaWeight, DorefaActivation)

@@ -5,18 +5,20 @@ the calibration images. With `progressive` the epochs are shared out among 8, 4 
 again at each change.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from r2cli import registry
 from r2cli.calibration import deployed
 from r2cli.data import Data
 from r2cli.errors import R2Error
-from r2cli.qat import ewgs, lsq, prepare, quantizer_placement, quantizers
-from r2cli.qat.prepare import METHODS, QatTask, TrainedLayer
+from r2cli.qat import prepare, qat_method, quantizer_placement
+from r2cli.qat.prepare import QatTask, TrainedLayer
+from r2cli.qat.qat_method import EpochStart
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.train import hooks, loop, regularizers
@@ -24,31 +26,28 @@ from r2cli.train.hooks import Epoch, RunControl
 from r2cli.train.loop import TrainSettings
 
 STEPS_DOWN = (8, 4)  # bits on the way
-TRACED = 3  # batches that the Hessian is taken over
-BINS_FROM = 0.5  # share of the epochs after which bin regularization sets in
 
 
 @dataclass(frozen=True)
 class QatPlan:
     """A training run. `quantizer_lr` steps the quantizers' own numbers.
 
-    `distill` weighs the distance to the float network's predictions, `bin_reg` bin regularization; `delta` is EWGS's,
-    None: from the Hessian before every epoch but the first. `norms`: collect BatchNorm's statistics again.
+    `distill` weighs the distance to the float network's predictions. `norms`: collect BatchNorm's statistics again.
+    `options` are those that single methods have, by name: each takes its own, and has its entry's defaults.
     """
 
     loop: TrainSettings
     quantizer_lr: float
     distill: float = 0.0
     progressive: bool = False
-    bin_reg: float = 0.0
-    delta: float | None = ewgs.DELTA
     norms: bool = True
     regularizer: regularizers.RegularizerSpec | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self, work: QatTask) -> dict[str, Any]:
         """What a resumed run must share, beside the loop's settings, by the names of options."""
         own = {"quantizer_lr": self.quantizer_lr, "distill": self.distill, "progressive": self.progressive}
-        more = {"bin_reg": self.bin_reg, "delta": self.delta, "norms": self.norms, "from_scratch": work.scratch}
+        more = {**self.options, "norms": self.norms, "from_scratch": work.scratch}
         return {**asdict(work.settings), "keep": dict(work.settings.keep), **own, **more}
 
 
@@ -75,28 +74,25 @@ def by_training(
 
 
 def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHooks:
-    kind = METHODS[work.settings.method]
+    kind = qat_method.method(work.settings.method)
+    options = registry.own_options(registry.get(registry.QAT_METHODS, work.settings.method), plan.options)
     own = [*prepared.weights.values(), *prepared.activations]
     parameters = [parameter for learner in own for parameter in learner.parameters()]
     decay = plan.loop.weight_decay if kind.decays else 0.0
     groups = [{"params": parameters, "base_lr": plan.quantizer_lr, "weight_decay": decay}] if parameters else []
-    epoch = [0]
+    now: list[EpochStart] = []
 
     def before_epoch(number: int) -> None:
-        epoch[0] = number
         if plan.progressive:
             _step_down(work, prepared, number, plan.loop.epochs)
-        set_deltas(work, plan, prepared, number)
+        now[:] = [EpochStart(number, plan.loop.epochs, plan.loop.seed, work.batches, options)]
+        kind.before_epoch(prepared, now[0])
 
     def before_evaluation(number: int) -> None:
         for name, parameter in prepared.net.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise R2Error(f"training diverged in epoch {number}: '{name}' is not finite; use a lower --lr")
         quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=plan.norms)
-
-    def add_gradients() -> None:
-        if plan.bin_reg and epoch[0] > BINS_FROM * plan.loop.epochs:
-            _draw_to_levels(prepared, plan.bin_reg)
 
     return hooks.TrainHooks(
         identity=plan.identity(work),
@@ -105,7 +101,7 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
         before_epoch=before_epoch,
         before_evaluation=before_evaluation,
         loss=_distance_to(work, plan.distill) if plan.distill else None,
-        add_gradients=add_gradients,
+        add_gradients=lambda: kind.add_gradients(prepared, now[0]),
         regularizer=plan.regularizer,
     )
 
@@ -120,14 +116,6 @@ def _distance_to(work: QatTask, weight: float) -> Callable[[Tensor, Tensor], Ten
         return weight * nn.functional.cross_entropy(logits, wanted)
 
     return loss
-
-
-@torch.no_grad()
-def _draw_to_levels(prepared: Prepared, strength: float) -> None:
-    for layer, learner, weight in prepared.each():
-        assert isinstance(learner, lsq.LsqWeight) and weight.grad is not None, layer.name
-        _, gradient = lsq.bins(weight, quantizers.positive(learner.step), learner.codes)
-        weight.grad.add_(gradient, alpha=strength)
 
 
 def bits_at(number: int, epochs: int, bits: int) -> int:
@@ -153,20 +141,3 @@ def _step_down(work: QatTask, prepared: Prepared, number: int, epochs: int) -> N
         prepare.keep_scales(prepared)
         images, _ = next(iter(work.batches()))
         quantizer_placement.start(prepared, images)
-
-
-def set_deltas(work: QatTask, plan: QatPlan, prepared: Prepared, number: int) -> None:
-    """EWGS's delta of this epoch: the fixed one, or from the Hessian, 0 in the first epoch."""
-    every = [
-        learner
-        for learner in (*prepared.weights.values(), *prepared.activations)
-        if isinstance(learner, ewgs.EwgsWeight | ewgs.EwgsActivation)
-    ]
-    if plan.delta is not None or number == 1:
-        for learner in every:
-            learner.delta.fill_(0.0 if plan.delta is None else plan.delta)
-        return
-    net = prepared.net.eval()
-    batches = [batch for batch, _ in zip(work.batches(), range(TRACED), strict=False)]
-    losses = [lambda b=batch: nn.functional.cross_entropy(net(b[0]), b[1]) for batch in batches]
-    ewgs.set_deltas(every, losses, plan.loop.seed + number)

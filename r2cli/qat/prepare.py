@@ -5,22 +5,21 @@ make BatchNorm's factors positive -> learners on weights and edges, started on o
 training: folding multiplies scales, and turns a channel's codes around where its factor has become negative.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from r2cli import models
+from r2cli import models, registry
 from r2cli.calibration import calibrate, deployed
-from r2cli.data import Batch
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, edit, structure
 from r2cli.graph.read import trace
-from r2cli.qat import dorefa, ewgs, lsq, pact, quantizer_placement
+from r2cli.qat import qat_method, quantizer_placement
+from r2cli.qat.qat_method import Batches
 from r2cli.qat.quantizer_placement import Prepared
-from r2cli.qat.quantizers import ActivationQuantizer, WeightQuantizer
 from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
@@ -28,25 +27,6 @@ from r2cli.storage.checkpoint import Checkpoint, require_float
 
 OUTPUTS, INPUTS = "outputs", "inputs"
 PAPER, FITTED = "paper", "fitted"
-Batches = Callable[[], Iterable[Batch]]
-
-
-@dataclass(frozen=True)
-class Quantizers:
-    """A method: what quantizes weights and what quantizes activations, and how their own numbers are trained."""
-
-    weight: type[WeightQuantizer]
-    activation: type[ActivationQuantizer]
-    adam: bool = False  # by Adam, not with the weights
-    decays: bool = False  # as weights do
-
-
-METHODS: Mapping[str, Quantizers] = {
-    "dorefa": Quantizers(dorefa.DorefaWeight, dorefa.DorefaActivation),
-    "pact": Quantizers(dorefa.DorefaWeight, pact.PactActivation, decays=True),
-    "lsq": Quantizers(lsq.LsqWeight, lsq.LsqActivation),
-    "ewgs": Quantizers(ewgs.EwgsWeight, ewgs.EwgsActivation, adam=True),
-}
 
 
 @dataclass(frozen=True)
@@ -92,13 +72,6 @@ class TrainedLayer:
     note: str = ""
 
 
-def require_bits(method: str, bits: int, what: str) -> None:
-    """Raises InputError for bits that the method's weights are not defined for, with the reason."""
-    kind = METHODS[method].weight
-    if not kind.least <= bits <= kind.most:
-        raise InputError(f"{what} is impossible with {method}: {kind.why}; give {kind.least} to {kind.most}")
-
-
 def prepare(work: QatTask) -> Prepared:
     """The checkpoint's network with learners, on the device of the work, started on the first of its images.
 
@@ -113,8 +86,8 @@ def prepare(work: QatTask) -> Prepared:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")
     bits = structure.by_pattern(names, settings.weight_bits, settings.keep)
     for name, own in bits.items():
-        require_bits(settings.method, own, f"{own}-bit weights ('{name}')")
-    method, acts = METHODS[settings.method], settings.act_bits
+        registry.require_bits(settings.method, own, f"{own}-bit weights ('{name}')")
+    method, acts = qat_method.method(settings.method), settings.act_bits
     reads = {name: max(acts or 0, own) if own != settings.weight_bits else acts or 0 for name, own in bits.items()}
     prepared = quantizer_placement.prepare(
         model,
@@ -134,9 +107,9 @@ def prepare(work: QatTask) -> Prepared:
 
 
 def keep_scales(prepared: Prepared) -> None:
-    """DoReFa's weights keep their scale where no BatchNorm would take another one back."""
+    """Weights keep their scale where no BatchNorm would take another one back."""
     for layer, learner, weight in prepared.each():
-        if isinstance(learner, dorefa.DorefaWeight) and layer.norm is None:
+        if layer.norm is None:
             learner.keep_scale(weight.detach())
 
 

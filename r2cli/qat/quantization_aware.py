@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from r2cli import data
+from r2cli import data, registry
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.config import values
 from r2cli.config.methods import QatConfig
 from r2cli.data import Batch, Data
-from r2cli.errors import InputError
 from r2cli.qat import finetune, prepare
 from r2cli.qat.finetune import QatPlan
 from r2cli.qat.prepare import QatSettings, QatTask
@@ -25,8 +24,6 @@ from r2cli.train.hooks import Epoch, Progress, RunControl
 from r2cli.train.loop import TrainSettings
 from r2cli.train.reporter import SILENT, Reporter
 
-EWGS_LR = 1e-3  # of the quantizers, by Adam: the authors' 1e-5 is for 400 epochs
-WARM_UP = 0.05  # share of the steps in which the rate rises
 # Fewer bits are regularization enough: the share of the usual weight decay that is left, by bits.
 DECAY, DECAY_LEFT = 1e-4, {3: 0.5, 2: 0.25, 1: 0.25}
 
@@ -54,15 +51,10 @@ class QatRun:
 
 
 def require_bits(config: QatConfig) -> None:
-    """Raises InputError for options of another method, and for bits that the method is not defined for."""
-    method = config.method
-    if config.bin_reg and method != "lsq":
-        raise InputError(f"--bin-reg belongs to --method lsq: {method} has no step whose levels weights are drawn to")
-    if str(config.delta) != "0.001" and method != "ewgs":
-        raise InputError(f"--delta belongs to --method ewgs: {method} passes gradients straight through")
-    prepare.require_bits(method, config.weight_bits, f"--weight-bits {config.weight_bits}")
+    """Raises InputError for bits that the method is not defined for."""
+    registry.require_bits(config.method, config.weight_bits, f"--weight-bits {config.weight_bits}")
     for name, bits in values.keep(config.keep).items():
-        prepare.require_bits(method, bits, f"--keep {name}={bits}")
+        registry.require_bits(config.method, bits, f"--keep {name}={bits}")
 
 
 def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
@@ -71,38 +63,37 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
     Raises InputError as `require_bits` does, and for more images than there are.
     """
     require_bits(config)
-    where = loop.device(config.device)
+    where, entry = loop.device(config.device), registry.get(registry.QAT_METHODS, config.method)
+    lr = entry.lr if config.lr is None else config.lr
     source = source if config.images is None else data.with_fewer(source, config.images, config.seed)
     calibration = data.calibration_count(config.calibration, source)
     regularizer = None
     if config.reg != "none":
-        usual = regularizers.default_strength(config.reg, size=source.input.size, images=len(source.train))
+        usual = registry.default_strength(config.reg, size=source.input.size, images=len(source.train))
         strength = usual if config.reg_weight is None else config.reg_weight
         regularizer = regularizers.RegularizerSpec(config.reg, strength)
     decay = DECAY * DECAY_LEFT.get(config.weight_bits, 1.0) if config.weight_decay is None else config.weight_decay
     training = TrainSettings(
         epochs=config.epochs,
         batch_size=config.batch_size,
-        lr=config.lr,
+        lr=lr,
         momentum=config.momentum,
         weight_decay=decay,
-        warmup=WARM_UP,
+        warmup=entry.warm_up,
         label_smoothing=0.0,
-        reg_lr=config.lr,
+        reg_lr=lr,
         seed=config.seed,
-        clip_grad=config.clip_grad,
+        clip_grad=entry.clip_grad if config.clip_grad is None else config.clip_grad,
         precision=loop.precision(config.precision, where),
     )
-    quantizer_lr = EWGS_LR if config.method == "ewgs" else config.lr
     plan = QatPlan(
         training,
-        quantizer_lr if config.quantizer_lr is None else config.quantizer_lr,
+        next(rate for rate in (config.quantizer_lr, entry.quantizer_lr, lr) if rate is not None),
         distill=config.distill,
         progressive=config.progressive,
-        bin_reg=config.bin_reg,
-        delta=values.delta(config.delta),
         norms=config.norms == "again",
         regularizer=regularizer,
+        options=config.own_options,
     )
     settings = QatSettings(
         config.method,

@@ -19,7 +19,6 @@ from r2cli.graph import batchnorm, operators, placement, structure
 from r2cli.graph.edit import FOR_LAYERS
 from r2cli.graph.read import Unreadable, trace
 from r2cli.graph.structure import Layer
-from r2cli.qat.ewgs import EwgsWeight as EwgsWeight
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WeightQuantizer, WideQuantizer
 
 WIDE = 8  # bits
@@ -199,15 +198,15 @@ def _part(values: tuple[Tensor, Tensor], index: int) -> Tensor:
 
 
 def _tell_what_is_read(net: fx.GraphModule, layers: Iterable[Layer], weights: Mapping[str, WeightQuantizer]) -> None:
-    """EWGS divides a weight's scale by the range of what its layer reads."""
+    """Let each weight's learner know the quantizer of what its layer reads."""
     for layer in layers:
         learner, read = weights[layer.name], structure.node_of(net, layer).args[0]
         while isinstance(read, fx.Node) and (operators.is_a(net, read, operators.PASSING) or read.target is _part):
             read = read.args[0]
         module = operators.module_of(net, read) if isinstance(read, fx.Node) else None
         low = module.low if isinstance(module, TwoGrids) else module
-        if isinstance(learner, EwgsWeight) and isinstance(low, ActivationQuantizer):
-            learner.reads = (low,)  # type: ignore[assignment]
+        if isinstance(low, ActivationQuantizer):
+            learner.reads = (low,)
 
 
 # --- starting ------------------------------------------------------------------------------------------------------
@@ -248,8 +247,7 @@ def _matching(learner: WeightQuantizer, weight: Tensor) -> Callable[[nn.Module, 
 
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
         (rounded,) = inputs
-        reads = getattr(learner, "reads", ())
-        seen = reads[0].seen if reads else None
+        seen = learner.reads[0].seen if learner.reads else None
         exact = rounded if seen is None or seen.shape != rounded.shape else seen
         learner.match(_without_bias(module, exact, weight), _without_bias(module, rounded, learner(weight)))
 

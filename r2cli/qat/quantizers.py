@@ -23,16 +23,15 @@ SAMPLE = 1 << 15  # values that it tries them on
 
 
 class WeightQuantizer(nn.Module):
-    """A quantizer of a weight. `least` and `most` are the bits that the method is defined for, `why` the reason.
+    """A quantizer of a weight. `fitted`: start where least is lost of the weight, in place of where the paper does.
 
-    `fitted`: start where least is lost of the weight, in place of where the paper does.
+    `reads` is the quantizer of what the layer reads, alone in a tuple; empty where there is none of low bits.
     """
-
-    least, most, why = 1, 8, ""
 
     def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
         super().__init__()
         self.bits, self.fitted = bits, fitted
+        self.reads: tuple[ActivationQuantizer, ...] = ()
 
     def start(self, w: Tensor) -> None:
         """Set what is trained from the weight (channels, ...) as it is."""
@@ -47,6 +46,9 @@ class WeightQuantizer(nn.Module):
 
     def match(self, exact: Tensor, rounded: Tensor) -> None:
         """Told once what the layer makes of its first images: with floats, and with its quantized input and weight."""
+
+    def keep_scale(self, w: Tensor) -> None:
+        """Told of the float weight where no BatchNorm follows, which would take another scale back."""
 
 
 class _OnEdge(nn.Module):

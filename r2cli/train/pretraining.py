@@ -7,18 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from r2cli import models
+from r2cli import models, registry
 from r2cli.config import groups
 from r2cli.config.methods import PretrainConfig
 from r2cli.data import Data
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
-from r2cli.train import distributed, loop, regularizers
+from r2cli.train import distributed, loop
 from r2cli.train.hooks import Epoch, Progress
 from r2cli.train.loop import ADAMW, TrainSettings
 from r2cli.train.regularizers import RegularizerSpec
 from r2cli.train.reporter import SILENT, Reporter
 
-PAPER_STRENGTH = 0.01
 LR, LR_BATCH = 0.1, 64  # the default rate grows with the batch (Goyal et al. 2017)
 ADAMW_LR, ADAMW_REG_LR = 1e-4, 0.1
 PAPER_REG_LR = 0.01
@@ -74,7 +73,12 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
     """The run that `config` asks for. `recorded` is what the checkpoint's history has of network and data."""
     regularizer = None
     if config.reg != "none":
-        strength = _strength(config.reg, source) if config.reg_weight is None else config.reg_weight
+        strength = config.reg_weight
+        if strength is None:
+            given = source.input
+            strength = registry.default_strength(
+                config.reg, size=given.size, images=len(source.train), is_text=given.is_text
+            )
         form = config.reg_form == "stable", config.reg_dim, config.margin_k
         regularizer = RegularizerSpec(config.reg, strength, *form)
     optimizer = groups.usual_optimizer(config.optimizer, is_text=source.input.is_text)
@@ -102,13 +106,6 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
     options = {"data": recorded["data"], "model": spec.described(), "reg": reg, **settings.__dict__}
     options |= {name: value for name, value in recorded.items() if name != "data"}
     return PretrainRun(spec, source, config, settings, regularizer, options)
-
-
-def _strength(reg: str, source: Data) -> float:
-    """The default strength: for text the paper's 0.01, whatever the size."""
-    if source.input.is_text:
-        return PAPER_STRENGTH
-    return regularizers.default_strength(reg, size=source.input.size, images=len(source.train))
 
 
 def network_of(run: PretrainRun) -> nn.Module:

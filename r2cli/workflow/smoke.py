@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from r2cli import registry
 from r2cli.workflow.recipe import Recipe, Step, reads_from
 
 DATA = "digits:64"
@@ -55,7 +56,7 @@ def small(todo: Sequence[Step], folder: Path) -> tuple[list[Step], list[str]]:
         stand_ins = {key: value for key, value in given.items() if key in options}
         replaced |= {f"{options[key]} is {value}": None for key, value in stand_ins.items()}
         options |= {**TRAINING.get(step.command, {}), **stand_ins}
-        if step.command == "palettize" and options.get("method") == "kmeans":
+        if step.command == "palettize" and not _trains(options.get("method")):
             del options["hard-epochs"]
         if "source" in options and not any(reads_from(step, earlier) for earlier in out):
             replaced[f"{options['source']} is a network trained for two steps"] = None
@@ -64,6 +65,11 @@ def small(todo: Sequence[Step], folder: Path) -> tuple[list[Step], list[str]]:
                 out.append(Step("pretrain", {**TRAINING["pretrain"], "output": STAND_IN}, {}))
         out.append(replace(step, options=options))
     return out, [*replaced, "training is two steps of 32 images", "of every variable the last value"]
+
+
+def _trains(method: object) -> bool:
+    """Whether a method of palettes trains, as the default does."""
+    return method is None or registry.get(registry.PALETTE_METHODS, str(method)).trains
 
 
 def _is_text(step: Step) -> bool:

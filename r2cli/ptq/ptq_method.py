@@ -1,0 +1,37 @@
+"""What a method of post-training quantization is: how it rounds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from r2cli import registry
+from r2cli.errors import InputError
+from r2cli.ptq.layer_sweep import LayerSample
+from r2cli.quantized.coded import Coded
+
+Rounded = tuple[dict[str, Coded], dict[str, Tensor]]  # codes by the weight's name, biases by the layer's
+
+
+@dataclass(frozen=True)
+class PtqMethod:
+    """How a method rounds one layer, given what the layer sees and the nearest codes; or `whole`, the network, given
+    images, the nearest codes of all, and whom to tell of each layer that is done. Neither: it keeps the nearest."""
+
+    rounds: Callable[[LayerSample, Coded], Coded] | None = None
+    whole: Callable[[fx.GraphModule, Tensor, Mapping[str, Coded], Callable[[], None]], Rounded] | None = None
+
+
+NEAREST = PtqMethod()
+
+
+def method(name: str) -> PtqMethod:
+    """The method of that name. Raises InputError for a name that nobody has, and for one that does not fit its
+    entry."""
+    found = registry.load(registry.PTQ_METHODS, name)
+    if not isinstance(found, PtqMethod):
+        raise InputError(f"the method '{name}' is a {type(found).__name__} and no PtqMethod: mend the package it is of")
+    looks = found.rounds is not None or found.whole is not None
+    if looks != registry.get(registry.PTQ_METHODS, name).looks:
+        raise InputError(f"the entry of the method '{name}' must say looks={looks}, as its PtqMethod does")
+    return found

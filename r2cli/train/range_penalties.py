@@ -1,0 +1,252 @@
+"""The range regularizers: what each makes of one layer's weights, as a formula and as a fast kernel.
+
+Papers: "R^2: Range Regularization for Model Compression and Quantization" (arXiv 2303.08253), equations 1 to 3, for
+L-inf, margin and soft-min-max; Shkolnik et al., "Robust Quantization" (2020), for KURE. The loss is
+task + strength * sum over layers of R.
+
+The formulas stand first, as autograd reads them. The kernels behind them give the same R and the same gradients in
+closed form (tests/test_regularizers.py holds them equal): autograd would build, keep and walk a graph over every weight
+at every step. A step of ResNet-18 on 224-pixel stems is, by kernel and by autograd, 1.05 and 1.24 plain steps for
+L-inf, 1.18 and 1.23 for margin, 1.55 and 1.75 for soft-min-max, 1.33 and 1.71 for KURE (benchmarks/regularizers.md).
+Weights are walked in chunks that stay in cache.
+
+Where we differ: in the stable form the margin's own gradient is clamped to [-strength, strength] (as written it is
+minus the number of weights outside, and throws M out of the layer), and soft-min-max's exponent is in units of the
+layer's standard deviation (as written, a layer of small weights never gets beyond a weak variance penalty) and at least
+1: what alone keeps alpha up is exp(-alpha), and in layers of large weights, or of vectors, it would come to rest below
+zero, where softmax picks the other end and the penalty drives the ends apart.
+
+`clip` is the baseline that they are compared with, and no penalty: weights are clamped after every optimizer step.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from r2cli.errors import InputError
+
+CHUNK = 65536  # elements: five fp32 temporaries of this size fit a core's L2 cache
+KURE_TARGET = 1.8  # the kurtosis of the uniform distribution
+ALPHA_START = 0.1
+ALPHA_LEAST = 1.0  # the least exponent of the stable soft-min-max, for weights in units of their deviation
+MARGIN_START = 2.0  # standard deviations of the initial weights
+
+
+@dataclass(frozen=True)
+class RegularizerSpec:
+    """What to add to the loss: `strength` is lambda; `dim` is the vector length of a later palette (1: scalars).
+
+    For clip, which adds nothing, `strength` is the number of deviations that weights are clamped to.
+    """
+
+    name: str
+    strength: float
+    stable: bool = True
+    dim: int = 1
+    margin_k: int = 1
+
+
+class Kernel(Protocol):
+    """R () of the weights `w` of any shape, and dR/dparameter; adds strength * dR/dw to `grad`."""
+
+    def __call__(
+        self, w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class RangePenalty:
+    """A regularizer: a formula, what makes it fast, and what else it asks for.
+
+    `reference` is R of one column of a layer's weights, for autograd; its own parameter is () and of no use where there
+    is none. `kernel` gives the same in closed form; None: autograd of the reference does.
+    `start` gives a layer's parameter before training, from its columns: one number a column, or one for all.
+    `once` is what is added once a layer: its value and its slope, from that parameter.
+    `least` is the parameter's least value in the stable form. `after_step` changes a column after the optimizer's step,
+    in place. `require` raises InputError for a strength that cannot be.
+    """
+
+    reference: Callable[[Tensor, Tensor, RegularizerSpec], Tensor] | None = None
+    kernel: Kernel | None = None
+    start: Callable[[list[Tensor]], Tensor] | None = None
+    once: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    least: float | None = None
+    after_step: Callable[[Tensor, float], None] | None = None
+    require: Callable[[float], None] = lambda strength: None
+
+    def term(
+        self, w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec
+    ) -> tuple[Tensor, Tensor]:
+        """One column's R and dR/dparameter; adds strength * dR/dw to `grad`."""
+        if self.kernel is not None:
+            return self.kernel(w, parameter, grad, strength, spec)
+        assert self.reference is not None
+        with torch.enable_grad():
+            own, number = w.detach().requires_grad_(), parameter.detach().requires_grad_()
+            value = self.reference(own, number, spec)
+            slopes = torch.autograd.grad(value, (own, number), allow_unused=True, materialize_grads=True)
+        grad.add_(slopes[0], alpha=strength)
+        return value.detach(), slopes[1]
+
+
+# --- the formulas --------------------------------------------------------------------------------------------------
+
+
+def linf_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tensor:
+    """R = max |w| (equation 1)."""
+    return w.abs().amax()
+
+
+def margin_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tensor:
+    """R = |M| + (1/k) * sum max(|w| - |M|, 0) (equation 2, the sum over the hinge only; k = 1 unless `margin_k`)."""
+    m = parameter.abs()
+    return m + (w.abs() - m).clamp_min(0).sum() / spec.margin_k
+
+
+def soft_minmax_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tensor:
+    """R = <softmax(alpha w), w> - <softmax(-alpha w), w> (equation 3 without its exp(-alpha), added once a layer)."""
+    unit = w.std(correction=0).detach() if spec.stable else 1.0
+    exponent = (parameter * w / unit).flatten()
+    return ((exponent.softmax(0) - (-exponent).softmax(0)) * w.flatten()).sum()
+
+
+def kure_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tensor:
+    """R = (mean(((w - mean) / std)^4) - 1.8)^2, std biased."""
+    z = (w - w.mean()) / w.std(correction=0)
+    return ((z**4).mean() - KURE_TARGET) ** 2
+
+
+# --- the kernels ---------------------------------------------------------------------------------------------------
+
+
+def linf(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec) -> tuple[Tensor, Tensor]:
+    """`linf_reference`; tied maxima share the gradient. No parameter."""
+    chunks = list(_chunks(w, grad))
+    tops = [torch.maximum(-low, high) for low, high in (torch.aminmax(c) for c, _ in chunks)]
+    top = torch.stack(tops).amax()
+    # On a CPU a look at the number is free and skips nearly every chunk; a GPU has one chunk and needs no look.
+    hit = [chunk for chunk, own in zip(chunks, tops, strict=True) if len(chunks) == 1 or bool(own == top)]
+    masks = [c.abs() == top for c, _ in hit]
+    count = torch.stack([mask.sum() for mask in masks]).sum()
+    for (c, g), mask in zip(hit, masks, strict=True):
+        g.add_(torch.sign(c) * mask / count, alpha=strength)
+    return top, torch.zeros_like(parameter)
+
+
+def margin(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec) -> tuple[Tensor, Tensor]:
+    """`margin_reference`; in the stable form the slope of M is clamped."""
+    m = parameter.abs()
+    outside = torch.zeros((), dtype=torch.float64, device=w.device)
+    hinge = torch.zeros((), dtype=torch.float64, device=w.device)
+    for c, g in _chunks(w, grad):
+        direction = torch.sign(c).mul_(c.abs() > m)
+        g.add_(direction, alpha=strength / spec.margin_k)
+        count = direction.abs().sum()
+        outside += count
+        hinge += (c * direction).sum() - m * count
+    value = m + hinge / spec.margin_k
+    slope = torch.sign(parameter) * (1 - outside / spec.margin_k)
+    return value, (slope.clamp(-1, 1) if spec.stable else slope).to(parameter.dtype)
+
+
+def soft_minmax(
+    w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec
+) -> tuple[Tensor, Tensor]:
+    """`soft_minmax_reference`, with sums in float64, and from the ends: no exponential overflows."""
+    unit = _deviation(w) if spec.stable else torch.ones((), dtype=torch.float64, device=w.device)
+    # A filter driven to a constant has no deviation: any exponent then gives uniform weights and a range of zero.
+    alpha = parameter / torch.where(unit > 0, unit, 1.0).to(parameter.dtype)
+    low, high = torch.aminmax(w)
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=w.device)  # of 1, u, u^2 under p and q
+    for c, _ in _chunks(w, grad):
+        for row, (sign, extreme) in enumerate(((1, high), (-1, low))):
+            u = c - extreme
+            p = torch.exp(sign * alpha * u)
+            sums[row] += torch.stack([p.sum(), (p * u).sum(), (p * u * u).sum()])
+    mean = sums[:, 1] / sums[:, 0]  # of u: distance from the extreme, so the variance below does not cancel
+    variance = sums[:, 2] / sums[:, 0] - mean**2
+    s_max, s_min = high + mean[0], low + mean[1]
+    top, bottom = s_max.to(w.dtype), s_min.to(w.dtype)
+    scale = (strength / sums[:, 0]).to(w.dtype)
+    for c, g in _chunks(w, grad):
+        p = torch.exp(alpha * (c - high)).mul_(scale[0])
+        q = torch.exp(alpha * (low - c)).mul_(scale[1])
+        g.add_(p.mul_(1 + alpha * (c - top))).sub_(q.mul_(1 - alpha * (c - bottom)))
+    slope = variance.sum() / torch.where(unit > 0, unit, 1.0)
+    return s_max - s_min, slope.to(parameter.dtype)
+
+
+def kure(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec) -> tuple[Tensor, Tensor]:
+    """`kure_reference`; a constant tensor costs 0. No parameter.
+
+    KURE's authors average over layers, so that a strength of ours is theirs divided by the number of layers.
+    """
+    mean, std = w.mean(dtype=torch.float64), _deviation(w)
+    inverse = torch.where(std > 0, 1 / std, 0.0)
+    cubes = torch.zeros(2, dtype=torch.float64, device=w.device)  # sums of z^3 and z^4
+    for c, _ in _chunks(w, grad):
+        z = (c - mean.to(w.dtype)).mul_(inverse.to(w.dtype))
+        cube = z * z * z
+        cubes += torch.stack([cube.sum(), (cube * z).sum()])
+    third, fourth = cubes / w.numel()
+    factor = strength * 2 * (fourth - KURE_TARGET) * 4 * inverse / w.numel()
+    for c, g in _chunks(w, grad):
+        z = (c - mean.to(w.dtype)).mul_(inverse.to(w.dtype))
+        slope = (z * z).sub_(fourth.to(w.dtype)).mul_(z).sub_(third.to(w.dtype))
+        g.add_(slope.mul_(factor.to(w.dtype)))
+    value = torch.where(std > 0, (fourth - KURE_TARGET) ** 2, 0.0)
+    return value, torch.zeros_like(parameter)
+
+
+def clip(w: Tensor, strength: float) -> None:
+    """Clamp `w`, of any shape and in place, to `strength` deviations from zero on both sides.
+
+    The deviation is the root mean square, which is the standard deviation where the mean is zero: the symmetric grid of
+    a later quantizer is centred on zero, and a filter that is constant stays as it is.
+    """
+    bound = strength * w.square().mean().sqrt()
+    w.clamp_(-bound, bound)
+
+
+def _deviation(w: Tensor) -> Tensor:
+    """Biased standard deviation, float64."""
+    if not w.numel():
+        return torch.tensor(math.nan)
+    low, high = torch.aminmax(w)  # the rounded variance of a constant is not always 0
+    return torch.where(low < high, w.var(correction=0).to(torch.float64).sqrt(), 0.0)
+
+
+def _chunks(w: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matching views of `w` and `grad` that stay in a core's cache; the whole at once on a GPU."""
+    rows = max(1, CHUNK // math.prod(w.shape[1:])) if w.device.type == "cpu" else max(1, w.shape[0])
+    return zip(torch.split(w, rows), torch.split(grad, rows), strict=True)
+
+
+# --- what there is -------------------------------------------------------------------------------------------------
+
+
+def _require_one(strength: float) -> None:
+    if strength < 1:
+        raise InputError(
+            f"--reg-weight {strength:g} is below one deviation, so that clip would shrink all weights to nothing: give "
+            "1 or more"
+        )
+
+
+LINF = RangePenalty(linf_reference, linf)
+MARGIN = RangePenalty(
+    margin_reference, margin, start=lambda columns: MARGIN_START * torch.stack([column.std() for column in columns])
+)
+SOFT_MINMAX = RangePenalty(
+    soft_minmax_reference,
+    soft_minmax,
+    start=lambda columns: columns[0].new_full((1,), ALPHA_START),
+    once=lambda alpha: (torch.exp(-alpha[0]), -torch.exp(-alpha)),
+    least=ALPHA_LEAST,
+)
+KURE = RangePenalty(kure_reference, kure)
+CLIP = RangePenalty(after_step=clip, require=_require_one)
