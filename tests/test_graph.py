@@ -168,7 +168,7 @@ def test_torch_export_reads_what_fx_cannot_over_the_same_modules() -> None:
 def test_both_readers_find_the_same_network(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model, shape = models.build(models.spec(name, classes=10, channels=3, size=64)).eval(), (3, 64, 64)
     traced = trace(model)
-    monkeypatch.setattr(structure, "_traced", lambda model: (_ for _ in ()).throw(Unreadable("not today")))
+    monkeypatch.setattr("r2cli.graph.read._traced", lambda model: (_ for _ in ()).throw(Unreadable("not today")))
     read = trace(model, torch.zeros(2, *shape))
     images = torch.randn(3, *shape)
     with torch.no_grad():

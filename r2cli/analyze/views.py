@@ -12,8 +12,8 @@ from r2cli.analyze import analysis, onnx_weights
 from r2cli.analyze.analysis import OtherTensor
 from r2cli.calibration import deployed
 from r2cli.errors import InputError, R2Error
-from r2cli.graph import batchnorm, operators, structure
-from r2cli.graph.read import Unreadable, trace
+from r2cli.graph import batchnorm, equivalence, operators, structure
+from r2cli.graph.read import Unreadable
 from r2cli.storage import checkpoint, stream
 from r2cli.storage.stream import Stored, held
 
@@ -95,7 +95,7 @@ def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
     model = deployed.network(made)
     if not any(isinstance(module, operators.NORMS) for module in model.modules()):
         return {}, 0
-    net = trace(model)
+    net = equivalence.read(model, made.input, by_export=False)
     silenced = sum(batchnorm.silence_dead_channels(net).values())
     factors = batchnorm.remove_norms(net)
     found = {}

@@ -15,8 +15,8 @@ from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
 from r2cli.data import Batch
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, operators, structure
-from r2cli.graph.read import Unreadable, trace
+from r2cli.graph import batchnorm, equivalence, operators, structure
+from r2cli.graph.read import Unreadable
 from r2cli.ptq import (
     adaround,
     batchnorm_statistics,
@@ -125,7 +125,7 @@ def quantize(
         raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
     try:
         net, factors, normals, notes = _prepare(checkpoint, settings)
-    except Unreadable:
+    except (Unreadable, equivalence.Misread):
         if _needs_graph(settings):
             raise
         return _weights_alone(checkpoint, settings)
@@ -232,8 +232,7 @@ def _prepare(
     statistics of each layer's BatchNorm, and notes by layer."""
     if checkpoint.coded:
         raise InputError(f"{checkpoint.origin} is quantized already: give the float one that it was made from")
-    example = checkpoint.input.blank(2) if _needs_graph(settings) else None
-    net = trace(deployed.network(checkpoint), example)
+    net = equivalence.read(deployed.network(checkpoint), checkpoint.input, by_export=_needs_graph(settings))
     notes = [
         {name: f"{count} dead channels made constant" for name, count in batchnorm.silence_dead_channels(net).items()}
     ]

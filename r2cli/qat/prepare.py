@@ -16,7 +16,7 @@ from r2cli import models
 from r2cli.calibration import calibrate, deployed
 from r2cli.data import Batch
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, edit, structure
+from r2cli.graph import batchnorm, edit, equivalence, structure
 from r2cli.graph.read import trace
 from r2cli.qat import dorefa, ewgs, lsq, pact, quantizer_placement
 from r2cli.qat.quantizer_placement import Prepared
@@ -109,7 +109,8 @@ def prepare(work: QatTask) -> Prepared:
     if made.coded:
         raise InputError(f"{made.origin} is quantized already: give the float one that it was made from")
     model = models.build(made.model) if work.scratch else deployed.network(made)
-    names = [layer.name for layer in structure.layers(quantizer_placement.read(model))]
+    net = equivalence.require_same(quantizer_placement.read(model), model, made.input)
+    names = [layer.name for layer in structure.layers(net)]
     if not names:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")
     bits = structure.by_pattern(names, settings.weight_bits, settings.keep)
