@@ -77,7 +77,11 @@ def test_who_reads_the_memory_later_reads_the_new_value(
     net = reader(model, images)
     assert torch.allclose(net(images), expected, rtol=0, atol=1e-6)
     assert torch.equal(model(images.clone()), expected)  # the network's own modules are as they were
-    written = [node.name for node in net.graph.nodes if str(node.target).rstrip("'").endswith("_") or node.kwargs.get("inplace")]
+    written = [
+        node.name
+        for node in net.graph.nodes
+        if str(node.target).rstrip("'").endswith("_") or node.kwargs.get("inplace")
+    ]
     assert not written and not any(getattr(module, "inplace", False) for module in net.modules())
 
 

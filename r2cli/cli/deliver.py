@@ -47,18 +47,20 @@ def compressed(
     source: datasets.Data,
     before: float | None,
     *,
+    original: checkpoint.Checkpoint | None = None,
     more: Mapping[str, Any],
     table: Callable[[Mapping[str, Any]], console.Line],
     notes: Sequence[console.Line] = (),
 ) -> dict[str, Any]:
     """Write the checkpoint and its ONNX file, prove it, and tell: `table` of the report, the proof, `notes`, the rest.
 
-    `before` is the float network's top-1 in percent, None where it was not measured; the report has `more` as well.
+    `before` is the float network's top-1 in percent, None where it was not measured; `original` that network's own
+    checkpoint, None where training began without one; the report has `more` as well.
     Raises CheckFailed as `require` does.
     """
     made = made.then(order.command, order.options, {} if before is None else {"float_top1": before})
     checkpoint.save(made, order.output)
-    proof, proved = to_onnx(made, order.onnx, source, what=str(order.output))
+    proof, proved = to_onnx(made, order.onnx, source, what=str(order.output), original=original)
     if order.state is not None:
         order.state.unlink(missing_ok=True)
     report = {
@@ -88,13 +90,20 @@ def _result(order: Order, report: Mapping[str, Any]) -> list[console.Line]:
 
 
 def to_onnx(
-    made: checkpoint.Checkpoint, path: Path, source: datasets.Data, *, what: str
+    made: checkpoint.Checkpoint,
+    path: Path,
+    source: datasets.Data,
+    *,
+    what: str,
+    original: checkpoint.Checkpoint | None = None,
 ) -> tuple[verify.Proof, dict[str, Any]]:
-    """Write `made` as ONNX to `path` and prove the file on the data set's test split, with a bar on standard error."""
+    """Write `made` as ONNX to `path` and prove the file on the data set's test split, with a bar on standard error;
+    beside the float network that it was made from, where its checkpoint, `original`, is at hand."""
     cpu = torch.device("cpu")
     console.note(f"{what}: exporting to ONNX")
     checkpoint.write_atomically(path, onnx_export.to_bytes(made))
     model = deployed.network(made)
+    float_network = None if original is None else deployed.network(original)
     with console.bar("prove", len(source.test)) as progress:
 
         def batches() -> Iterator[datasets.Batch]:
@@ -102,7 +111,7 @@ def to_onnx(
                 yield images, labels
                 progress.advance(len(labels))
 
-        proof = verify.prove(path, made, model, batches())
+        proof = verify.prove(path, made, model, batches(), float_network)
     checks = [check.__dict__ for check in proof.checks]
     return proof, {
         "output": path,

@@ -278,7 +278,9 @@ def palettize(
     order = deliver.Order("palettize", output, options, data, started, json, min_accuracy, max_drop, max_bytes, state)
     more = {**_sizes(rows), "layers": [row.__dict__ for row in rows], "epochs": epochs_told}
     notes = _ended_higher(epochs_told)
-    return deliver.compressed(order, coded, loaded, before, more=more, table=lambda _: _layers(rows), notes=notes)
+    return deliver.compressed(
+        order, coded, loaded, before, original=made, more=more, table=lambda _: _layers(rows), notes=notes
+    )
 
 
 def _require_consistent(method: str, *, is_network: bool, resume: bool, weigh: str, soft: int) -> None:

@@ -265,6 +265,7 @@ def ptq(
         coded,
         loaded,
         before,
+        original=made,
         more=more,
         table=lambda report: _layers(rows, report["float_operations"]),
         notes=notes,

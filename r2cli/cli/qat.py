@@ -293,7 +293,8 @@ def qat(
         "layers": [row.__dict__ for row in rows],
         "epochs": [epoch.__dict__ for epoch in history],
     }
-    return deliver.compressed(order, coded, loaded, before, more=more, table=lambda _: _layers(rows))
+    original = None if fresh else made
+    return deliver.compressed(order, coded, loaded, before, original=original, more=more, table=lambda _: _layers(rows))
 
 
 def _require_consistent(method: str, *, delta: str, bin_reg: float, from_scratch: bool, reg: str) -> None:

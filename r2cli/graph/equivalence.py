@@ -24,7 +24,7 @@ class Misread(R2Error):
 
 
 def read(model: nn.Module, spec: InputSpec, *, by_export: bool = True) -> fx.GraphModule:
-    """The graph of a float network as `trace` reads it, by torch.export too where that is wanted, compared with `model`.
+    """The graph of a float network, as `trace` reads it (by torch.export too where wanted), compared with `model`.
 
     Raises Unreadable as `trace` does, and Misread where the two are not the same function.
     """

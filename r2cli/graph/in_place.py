@@ -90,9 +90,7 @@ class _Tensor:
             yield from view.below()
 
 
-def _remove(
-    graph: fx.Graph, memory: Callable[[fx.Node], Memory], out_of_place: Callable[[fx.Node], None]
-) -> None:
+def _remove(graph: fx.Graph, memory: Callable[[fx.Node], Memory], out_of_place: Callable[[fx.Node], None]) -> None:
     tensors: dict[fx.Node, _Tensor] = {}
 
     def current(tensor: _Tensor, reader: fx.Node) -> fx.Node:
