@@ -85,10 +85,13 @@ class _Forced(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
-        return self._on_grid(str(target), module, *args) if isinstance(module, OnGrid) else module(*args, **kwargs)
+        if isinstance(module, OnGrid):
+            return self._on_grid(str(target), module, *args)
+        return super().call_module(target, args, kwargs)
 
     def _on_grid(self, target: str, module: OnGrid, x: Tensor) -> Tensor:
-        expected, name = module(x), target.partition(".")[2]
+        expected: Tensor = module(x)
+        name = target.partition(".")[2]
         scale, zero = float(module.scale), int(module.zero_point)
         alike = [r for r in self.free if (r.scale, r.zero) == (scale, zero) and self._fits(r, x)]
         if not alike:
@@ -96,7 +99,7 @@ class _Forced(fx.Interpreter):
             return expected
         best = min(alike, key=lambda rounding: self._flipped(self.values[rounding.gives], expected, scale))
         self.free.remove(best)
-        given = self.values[best.gives].reshape(x.shape)
+        given: Tensor = self.values[best.gives].reshape(x.shape)
         self._compare(name, best, x, scale)
         far = float((given - expected).abs().max()) > 1.5 * scale
         if far or self._flipped(given, expected, scale) > max(2.0, FLIPPED * x.numel()):
@@ -230,7 +233,8 @@ def _constant(name: str, held: Mapping[str, Any], made: Mapping[str, onnx.NodePr
     if node is None or node.op_type != "DequantizeLinear" or not all(part in held for part in node.input):
         return None
     codes, scale = (onnx.numpy_helper.to_array(held[part]) for part in node.input[:2])
-    return codes.astype(np.float32) * scale
+    decoded: Array = codes.astype(np.float32) * scale
+    return decoded
 
 
 def same_metadata(file: onnx.ModelProto, checkpoint: Checkpoint) -> Check:

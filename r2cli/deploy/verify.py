@@ -156,7 +156,11 @@ def runner(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
     name = own.get_inputs()[0].name
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(own.run(None, {name: images.cpu().contiguous().numpy()})[0])
+        try:
+            return torch.from_numpy(own.run(None, {name: images.cpu().contiguous().numpy()})[0])
+        except Exception as error:  # as above
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{path} fails when ONNX Runtime {ort.__version__} runs it: {first}") from error
 
     return run
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 INTEGERS = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64}
+BITS: Mapping[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64}
 
 # The inputs that are weights, whatever their shape.
 LAYERS: Mapping[str, tuple[int, ...]] = {
@@ -61,7 +61,8 @@ def sources(file: onnx.ModelProto) -> dict[str, list[str]]:
 
 def size(tensor: TensorProto) -> int:
     """Bytes of a tensor's values."""
-    return (prod(tensor.dims) * BITS.get(tensor.data_type, 16 if tensor.data_type in FLOATS else 8) + 7) // 8
+    bits = BITS.get(tensor.data_type, 16 if tensor.data_type in FLOATS else 8)
+    return (int(prod(tensor.dims)) * bits + 7) // 8
 
 
 def of(file: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str, list[str], bool]]:
@@ -97,7 +98,7 @@ def unaccounted(value: np.ndarray[Any, Any], floats: Mapping[str, Tensor]) -> bo
         return False
     if any(np.isin(value, each).all() for each in own):
         return False
-    return not np.isin(value, np.concatenate([each.reshape(-1) for each in own] or [np.zeros(0)])).all()
+    return not bool(np.isin(value, np.concatenate([each.reshape(-1) for each in own] or [np.zeros(0)])).all())
 
 
 def beside(written: onnx.ModelProto, file: onnx.ModelProto) -> list[str]:
