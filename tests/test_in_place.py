@@ -106,7 +106,9 @@ def test_a_part_is_followed_and_the_whole_of_a_written_part_is_refused(
 ) -> None:
     x = torch.randn(2, 4)
     assert torch.equal(reader(Parts(), x)(x), Parts()(x))
-    with pytest.raises((Unreadable, in_place.Shared), match="the in-place operation 'relu_' changes memory that 'cat'"):
+    with pytest.raises(
+        (Unreadable, in_place.AliasLost), match="the in-place operation 'relu_' changes memory that 'cat'"
+    ):
         reader(Whole(), x)
 
 

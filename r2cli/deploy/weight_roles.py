@@ -86,7 +86,7 @@ def of(file: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str, list[str], 
 
 
 def _is_matrix(tensor: TensorProto) -> bool:
-    return sum(length > 1 for length in tensor.dims) > 1
+    return len([length for length in tensor.dims if length > 1]) > 1
 
 
 def unaccounted(value: np.ndarray[Any, Any], floats: Mapping[str, Tensor]) -> bool:

@@ -50,12 +50,12 @@ VIEWS = (
 PERHAPS = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "float", "type", "type_as", "cut")
 
 
-class Shared(R2Error):
+class AliasLost(R2Error):
     """A graph that reads memory after an in-place operation has changed it in a way that cannot be followed."""
 
 
 def remove(net: fx.GraphModule) -> None:
-    """Write every in-place operation of a graph that torch.fx traced out of place; in place. Raises Shared."""
+    """Write every in-place operation of a graph that torch.fx traced out of place; in place. Raises AliasLost."""
     numbers = _numbers(net.graph)
     for node in numbers:
         node.target = AUGMENTED.get(node.target, node.target)
@@ -95,7 +95,7 @@ def _remove(graph: fx.Graph, memory: Callable[[fx.Node], Memory], out_of_place: 
 
     def current(tensor: _Tensor, reader: fx.Node) -> fx.Node:
         if tensor.lost:
-            raise Shared(
+            raise AliasLost(
                 f"the in-place operation '{tensor.lost}' changes memory that '{reader.name}' reads through another view"
             )
         if tensor.outdated:

@@ -84,7 +84,7 @@ def _traced(model: nn.Module) -> fx.GraphModule:
         for name, module in rewritten.items():
             net.set_submodule(name, module.eval())
         return _out_of_place(fx.GraphModule(net, _Tracer().trace(net))) if rewritten else net
-    except in_place.Shared as shared:
+    except in_place.AliasLost as shared:
         raise Unreadable(str(shared), "write it out of place in the network's code") from shared
     except Exception as error:
         last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
