@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 
 from r2cli import data, models
 from r2cli.calibration import deployed
-from r2cli.deploy import audit, onnx_export, onnx_functions, verify
+from r2cli.deploy import audit, onnx_export, onnx_functions, verify, weight_roles
 from r2cli.errors import InputError
 from r2cli.ptq import post_training
 from r2cli.quantized.coded import Coded
@@ -79,7 +79,7 @@ def _flat(content: bytes) -> onnx.ModelProto:
 
 def _codes(file: onnx.ModelProto, name: str) -> list[TensorProto]:
     """The initializers that hold the codes of a weight."""
-    return audit.codes(name, audit.sources(file), {i.name: i for i in file.graph.initializer})
+    return audit.codes(name, weight_roles.sources(file), {i.name: i for i in file.graph.initializer})
 
 
 # Codes' container, and the nodes between it and DequantizeLinear.
@@ -273,7 +273,7 @@ def test_the_proof_sees_a_weight_left_in_float(trained: Path, tmp_path: Path) ->
 
 def _prove_audit(made: checkpoint.Checkpoint, path: Path, file: onnx.ModelProto) -> verify.Proof:
     onnx.save(file, path)
-    return verify.Proof((audit.all_integer(onnx.load(path), made.coded),), {})
+    return verify.Proof((audit.all_integer(onnx.load(path), made.coded, made.floats),), {})
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from conftest import R2
 from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.cli.palettize import ended_higher
-from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, verify
+from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, verify, weight_roles
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, structure
 from r2cli.graph.read import trace
@@ -248,12 +248,12 @@ def test_weights_alone_pass_and_are_folded_when_they_are_loaded(form: PaletteFor
 def test_the_proof_sees_a_float_table_where_integers_were_promised(model: Path, tmp_path: Path) -> None:
     made, path = _palettized(model, PaletteForm(2, 1, None, 8), None), tmp_path / "model.onnx"
     file = onnx_functions.inline(onnx.load_from_string(onnx_export.to_bytes(made)))
-    parts = audit.sources(file)["conv.weight"]
+    parts = weight_roles.sources(file)["conv.weight"]
     lut = next(i for i in file.graph.initializer if i.name in parts and onnx_text.letter(i.name) == "t")
     assert lut.data_type == TensorProto.INT8
     lut.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(lut).astype("float32"), lut.name))
     onnx.save(file, path)
-    assert not audit.all_integer(onnx.load(path), made.coded).passed
+    assert not audit.all_integer(onnx.load(path), made.coded, made.floats).passed
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

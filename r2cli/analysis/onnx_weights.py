@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from r2cli.analysis.layer_table import OtherTensor
-from r2cli.deploy import audit, verify
+from r2cli.deploy import verify, weight_roles
 from r2cli.storage.stream import Stored, from_memory
 
 # Which input of each operator is the weight.
@@ -30,7 +30,7 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[OtherTensor]]:
     file = verify.read(path)
     initializers = {each.name: each for each in file.graph.initializer}
     weights = dict(_weights(file))
-    above = audit.sources(file)
+    above = weight_roles.sources(file)
     given = {value.name for value in file.graph.input} - set(initializers)
     computed = [name for name in weights if name in above and not given & {name, *above[name]}]
     arrays = verify.run_constants(file, dict.fromkeys(computed)) if computed else []

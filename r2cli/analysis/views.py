@@ -13,8 +13,8 @@ from r2cli.analysis.layer_table import Analysis, AnalyzeSettings, OtherTensor
 from r2cli.calibration import deployed
 from r2cli.config.inspection import AnalyzeConfig
 from r2cli.errors import InputError, R2Error
-from r2cli.graph import batchnorm, operators, structure
-from r2cli.graph.read import Unreadable, trace
+from r2cli.graph import batchnorm, equivalence, operators, structure
+from r2cli.graph.read import Unreadable
 from r2cli.storage import checkpoint, stream
 from r2cli.storage.stream import Stored, from_memory
 
@@ -96,7 +96,7 @@ def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
     model = deployed.network(made)
     if not any(isinstance(module, operators.NORMS) for module in model.modules()):
         return {}, 0
-    net = trace(model)
+    net = equivalence.read(model, made.input, by_export=False)
     silenced = sum(batchnorm.make_dead_channels_constant(net).values())
     factors = batchnorm.remove_norms(net)
     found = {}

@@ -153,12 +153,22 @@ def export(network: Network, path: str | Path | None = None) -> bytes:
     return content
 
 
-def verify(path: str | Path, against: Network, data: Data | str | None = None, *, reporter: Reporter = SILENT) -> Proof:
+def verify(
+    path: str | Path,
+    against: Network,
+    data: Data | str | None = None,
+    *,
+    original: Checkpoint | None = None,
+    reporter: Reporter = SILENT,
+) -> Proof:
     """The proof of the ONNX file at `path` against the network that it was made from, on the test images.
 
-    Raises InputError where the file is not a readable ONNX model.
+    It also says how far that is from the float network, which a result brings along, or `original` is. Raises
+    InputError where the file is not a readable ONNX model.
     """
     made, source = _read(against, data)
+    original = against.original if isinstance(against, Result) else original
+    float_network = None if original is None else deployed.network(original)
     with reporter.bar("prove", len(source.test)) as progress:
 
         def batches() -> Iterator[datasets.Batch]:
@@ -166,7 +176,7 @@ def verify(path: str | Path, against: Network, data: Data | str | None = None, *
                 yield images, labels
                 progress.advance(len(labels))
 
-        return proof_of.prove(Path(path), made, deployed.network(made), batches())
+        return proof_of.prove(Path(path), made, deployed.network(made), batches(), float_network)
 
 
 def analyze(path: str | Path, config: AnalyzeConfig | None = None, *, reporter: Reporter = SILENT) -> list[Analysis]:

@@ -26,6 +26,7 @@ class Result:
     options: Mapping[str, Any]
     details: Mapping[str, Any] = field(default_factory=dict)
     is_new: bool = False  # nobody trained it before, so that there is no accuracy to compare with
+    original: Checkpoint | None = None  # the float network that it was made from, where there was one
 
     @property
     def network(self) -> nn.Module:

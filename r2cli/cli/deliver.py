@@ -51,7 +51,7 @@ def compressed(
     """
     made = result.checkpoint
     checkpoint.save(made, to.output)
-    proof, proved = to_onnx(made, to.onnx, source, what=str(to.output))
+    proof, proved = to_onnx(made, to.onnx, source, what=str(to.output), original=result.original)
     if to.state is not None:
         to.state.unlink(missing_ok=True)
     measured = {} if result.float_top1 is not None or result.is_new else {"top1": None, "torch_top1": None}
@@ -81,12 +81,20 @@ def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
 
 
 def to_onnx(
-    made: checkpoint.Checkpoint, path: Path, source: datasets.Data, *, what: str
+    made: checkpoint.Checkpoint,
+    path: Path,
+    source: datasets.Data,
+    *,
+    what: str,
+    original: checkpoint.Checkpoint | None = None,
 ) -> tuple[verify.Proof, dict[str, Any]]:
-    """Write `made` as ONNX to `path` and prove the file on the data set's test split, with a bar on standard error."""
+    """Write `made` as ONNX to `path` and prove the file on the data set's test split, with a bar on standard error.
+
+    `original` is the float checkpoint that it was made from, where that is at hand: the proof compares with it too.
+    """
     console.note(f"{what}: exporting to ONNX")
     checkpoint.write_atomically(path, onnx_export.to_bytes(made))
-    proof = api.verify(path, made, source, reporter=console)
+    proof = api.verify(path, made, source, original=original, reporter=console)
     return proof, {
         "output": path,
         "passed": proof.passed,

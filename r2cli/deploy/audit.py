@@ -11,15 +11,13 @@ from pathlib import Path
 
 import onnx
 from onnx import TensorProto
+from torch import Tensor
 
-from r2cli.deploy import float_nodes, onnx_export, onnx_text
+from r2cli.deploy import float_nodes, onnx_export, onnx_text, weight_roles
 from r2cli.graph import placement
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.packing import packed_bytes
 from r2cli.quantized.palette import Palette
-
-INTEGERS = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
-INDICES = (TensorProto.INT32, TensorProto.INT64)  # shapes, and where a group's table begins
 
 
 @dataclass(frozen=True)
@@ -31,31 +29,116 @@ class Check:
     detail: str
 
 
-def all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> Check:
-    """Every coded weight comes from integers, a float table of centroids at most, and no layer reads a float one."""
-    made_from = sources(file)
-    initializers = {i.name: i for i in file.graph.initializer}
-    for name, one in coded.items():
-        if not codes(name, made_from, initializers):
-            return Check("integer weights", False, f"{name} has no codes in the file")
-        floats = {"s": one.codec.scale.numel()}
-        if isinstance(one.codec, Palette) and has_float_table(one):
-            floats["t"] = one.codec.lut.numel()
-        for part in (p for p in made_from[name] if p in initializers):
-            is_integer = initializers[part].data_type in (*INTEGERS, *INDICES)
-            if not is_integer and floats.get(onnx_text.letter(part)) != prod(initializers[part].dims):
-                return Check("integer weights", False, f"{name} is made from the float initializer {part}")
-    for node in file.graph.node:
-        for used in node.input:
-            if node.op_type in ("Conv", "Gemm", "MatMul") and used in initializers and len(initializers[used].dims) > 1:
-                if initializers[used].data_type == TensorProto.FLOAT and coded:
-                    return Check("integer weights", False, f"{used} is float32")
-    held_codes = [part for name in coded for part in codes(name, made_from, initializers)]
-    kinds = Counter(TensorProto.DataType.Name(part.data_type) for part in held_codes)
-    held = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "float network"
+@dataclass(frozen=True)
+class HeldWeights:
+    """What the weights of a file take: bytes of integers, and the float ones each."""
+
+    integer_bytes: int
+    floats: tuple[weight_roles.FloatWeight, ...]
+
+    @property
+    def share(self) -> float:
+        """Percent of the weights' bytes that are integers."""
+        total = self.integer_bytes + sum(each.bytes for each in self.floats)
+        return 100 * self.integer_bytes / total if total else 0.0
+
+
+def held_weights(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> HeldWeights:
+    """The weights of every operator that holds some. What decodes integers (scales, tables) is no weight."""
+    held = weight_roles.constants(file)
+    integers: dict[str, int] = {}
+    floats: dict[str, weight_roles.FloatWeight] = {}
+    for node, _, leaves, adds in weight_roles.of(file):
+        whole = {part for part in leaves if held[part].data_type in weight_roles.INTEGERS}
+        integers |= {part: weight_roles.size(held[part]) for part in whole}
+        for part in leaves:
+            if held[part].data_type in weight_roles.FLOATS and not adds and not (whole and _decodes(held[part], coded)):
+                floats[part] = weight_roles.FloatWeight(part, node.op_type, weight_roles.size(held[part]))
+    return HeldWeights(sum(integers.values()), tuple(floats.values()))
+
+
+def _decodes(part: TensorProto, coded: Mapping[str, Coded]) -> bool:
+    """Whether a float constant beside integers is of a size that scales or tables have."""
+    sizes = {one.codec.scale.numel() for one in coded.values()}
+    sizes |= {one.codec.lut.numel() for one in coded.values() if isinstance(one.codec, Palette)}
+    return prod(part.dims) in sizes
+
+
+def all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded], floats: Mapping[str, Tensor]) -> Check:
+    """Every coded weight comes from integers, a float table of centroids at most; no layer reads a float one, and a
+    float weight of another operator is a tensor of `floats`, those that the checkpoint has left."""
+    made_from, held = weight_roles.sources(file), weight_roles.constants(file)
+    problem = _decoded_from(made_from, held, coded) or (_float_weight(file, held, coded, floats) if coded else None)
+    if problem:
+        return Check("integer weights", False, problem)
+    kinds = Counter(
+        TensorProto.DataType.Name(held[part].data_type)
+        for name in coded
+        for part in made_from[name]
+        if part in held and onnx_text.letter(part) in onnx_text.CODES
+    )
+    told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "float network"
     if any(has_float_table(one) for one in coded.values()):
-        held += " of codes, float tables"
-    return Check("integer weights", True, f"{len(coded)} layers ({held})")
+        told += " of codes, float tables"
+    return Check("integer weights", True, f"{len(coded)} layers ({told}), {_shares(held_weights(file, coded))}")
+
+
+def _shares(weights: HeldWeights) -> str:
+    told = f"{weights.share:.3g} % of the weights' bytes"
+    if not weights.floats:
+        return told
+    listed = ", ".join(f"{each.name} ({each.bytes:,} bytes)" for each in weights.floats[:3])
+    more = f" and {len(weights.floats) - 3} more" if len(weights.floats) > 3 else ""
+    return f"{told}; float: {listed}{more}"
+
+
+def _decoded_from(
+    made_from: Mapping[str, Sequence[str]], held: Mapping[str, TensorProto], coded: Mapping[str, Coded]
+) -> str | None:
+    """What is wrong with a coded weight: it comes from no integers, or from floats that are not its scale and table."""
+    for name, one in coded.items():
+        leaves = [held[part] for part in made_from.get(name, []) if part in held]
+        if not any(part.data_type in weight_roles.INTEGERS for part in leaves):
+            return f"{name} has no codes in the file"
+        allowed = [one.codec.scale.numel()]
+        if isinstance(one.codec, Palette) and has_float_table(one):
+            allowed.append(one.codec.lut.numel())
+        for part in leaves:
+            if part.data_type in weight_roles.FLOATS:
+                if prod(part.dims) not in allowed:
+                    return f"{name} is made from the float initializer {part.name}"
+                allowed.remove(prod(part.dims))
+    return None
+
+
+def _float_weight(
+    file: onnx.ModelProto, held: Mapping[str, TensorProto], coded: Mapping[str, Coded], floats: Mapping[str, Tensor]
+) -> str | None:
+    """A float weight that nothing announces."""
+    large = {one.codes.numel() for one in coded.values()}
+    seen: set[str] = set()
+    for node, _, leaves, adds in weight_roles.of(file):
+        integers = any(held[part].data_type in weight_roles.INTEGERS for part in leaves)
+        for part in leaves:
+            tensor = held[part]
+            if tensor.data_type not in weight_roles.FLOATS or (integers and _decodes(tensor, coded)):
+                continue
+            if node.op_type in weight_roles.LAYERS:
+                return f"{part}, which {node.op_type} reads, is {TensorProto.DataType.Name(tensor.data_type).lower()}"
+            if part in seen or (adds and prod(tensor.dims) not in large):
+                continue
+            seen.add(part)
+            if weight_roles.unaccounted(onnx.numpy_helper.to_array(tensor), floats):
+                return f"{part}, which {node.op_type} reads, holds floats that the checkpoint has not"
+    return None
+
+
+def nothing_beside(written: onnx.ModelProto, file: onnx.ModelProto) -> Check:
+    """All that the file holds, as it was `written` and inlined as `file`, goes into its result."""
+    dead = weight_roles.beside(written, file)
+    more = f" and {len(dead) - 1} more" if len(dead) > 1 else ""
+    told = f"{dead[0]}{more} goes into no result" if dead else "every initializer and node goes into the result"
+    return Check("nothing beside", not dead, told)
 
 
 def announced(file: onnx.ModelProto, weights: Check, left: Sequence[placement.FloatOperation] | None) -> Check:
@@ -83,7 +166,7 @@ def size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check
 
     The ideal: codes, scales, tables, and the floats that stay, which are biases most of all.
     """
-    initializers, made_from = {i.name: i for i in file.graph.initializer}, sources(file)
+    initializers, made_from = {i.name: i for i in file.graph.initializer}, weight_roles.sources(file)
     ideal, parts = 0, {name for name in coded for name in made_from.get(name, [])}
     for name, one in coded.items():
         held = sum(len(part.raw_data) for part in codes(name, made_from, initializers))
@@ -96,15 +179,6 @@ def size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check
         return Check("size", True, f"{total:,} bytes, float network")
     ideal += sum(len(one.raw_data) for name, one in initializers.items() if name not in parts)
     return Check("size", True, f"{total:,} bytes; codes, scales and biases alone {ideal:,}")
-
-
-def sources(file: onnx.ModelProto) -> dict[str, list[str]]:
-    """For every value: the values that it is made from, however far up, in the file's order of nodes."""
-    above: dict[str, list[str]] = {}
-    for node in file.graph.node:
-        own = list(dict.fromkeys(v for used in node.input if used for v in (used, *above.get(used, []))))
-        above |= dict.fromkeys(node.output, own)
-    return above
 
 
 def codes(

@@ -24,11 +24,12 @@ from torch import Tensor, fx, nn
 
 from r2cli import data
 from r2cli.data import Batch
-from r2cli.deploy import audit, onnx_functions
+from r2cli.deploy import audit, comparison, onnx_functions, weight_roles
 from r2cli.errors import InputError
 from r2cli.graph import placement
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import decibels
+from r2cli.quantized.palette import Palette
 from r2cli.storage import checkpoint as checkpoints
 from r2cli.storage.checkpoint import Checkpoint, InputSpec
 
@@ -36,7 +37,8 @@ WEIGHT_ONLY_TOLERANCE = 1e-5  # relative: the order of float sums is all that ma
 AGREEMENT = 0.99  # share of equal decisions: a value on the edge of two codes may round either way
 SQNR_DB = 30.0
 TOP1_POINTS = 0.5
-OFF_SAMPLES = 512  # images for the slow session without optimisation
+OFF_SAMPLES = 512  # images for the slow session without optimisation, and for the float network
+FOLLOWED = 8  # images of which every value on a grid is compared
 EXACT_PRODUCTS = "session.x64quantprecision"  # ONNX Runtime's session option; "1": no overflow without VNNI
 
 
@@ -50,21 +52,39 @@ class Proof:
         return all(check.passed for check in self.checks)
 
 
-def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterable[Batch]) -> Proof:
+def prove(
+    path: Path,
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    float_network: nn.Module | None = None,
+) -> Proof:
     """Audit the file at `path` against `checkpoint`, and run it beside `model`, the checkpoint's network, on `batches`.
 
+    `float_network` is what the checkpoint was made from, as its own code builds it; None where it is not at hand.
     Raises InputError where the file is not a readable ONNX model.
     """
-    file = read(path)
+    written = _opened(path)
+    file = onnx_functions.inline(written)
     on_grids = isinstance(model, fx.GraphModule) and bool(checkpoint.activations)
     left = placement.float_operations(model, checkpoint.input.shape) if on_grids else None  # type: ignore[arg-type]
+    integer = audit.all_integer(file, checkpoint.coded, checkpoint.floats)
     checks = [
-        audit.announced(file, audit.all_integer(file, checkpoint.coded), left),
+        audit.announced(file, integer, left),
+        audit.nothing_beside(written, file),
         _same_codes(file, checkpoint.coded),
+        comparison.same_biases(file, checkpoint),
+        comparison.same_metadata(file, checkpoint),
         audit.size(file, path, checkpoint.coded),
     ]
-    compared = _compare(path, model, batches, has_vnni=has_vnni())
-    checks += [_runs(file, path, compared), _parity(compared, exact=not checkpoint.activations)]
+    compared, first = _compare(path, model, batches, float_network)
+    if on_grids:
+        followed = _values(file, first[:FOLLOWED])
+        checks += comparison.between_grids(model, first[:FOLLOWED], file, followed)  # type: ignore[arg-type]
+    away = compared["float"].sqnr if compared["float"].samples else None
+    parity = _parity(compared, exact=not checkpoint.activations)
+    checks += [_runs(file, path, compared), comparison.with_float(parity, away, stated=bool(checkpoint.coded))]
+    held = audit.held_weights(file, checkpoint.coded)
     payload = sum(coded.payload_bytes() for coded in checkpoint.coded.values())
     weights = sum(coded.decode().numel() for coded in checkpoint.coded.values())
     measures = {
@@ -74,6 +94,9 @@ def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterabl
         "bits_per_weight": 8 * payload / weights if weights else 32.0,
         "agreement": compared["default"].agreement,
         "sqnr_db": compared["default"].sqnr,
+        "float_sqnr_db": away,
+        "integer_share": held.share,
+        "float_weights": [each.__dict__ for each in held.floats],
         "overflow_db": compared["overflowing"].sqnr if compared["overflowing"].samples else None,
         "samples": compared["default"].samples,
         "nodes": node_counts(path),
@@ -86,6 +109,10 @@ def prove(path: Path, checkpoint: Checkpoint, model: nn.Module, batches: Iterabl
 
 def read(path: Path) -> onnx.ModelProto:
     """The ONNX model at `path`, with its functions inlined. Raises InputError for a missing or corrupt one."""
+    return onnx_functions.inline(_opened(path))
+
+
+def _opened(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise InputError(f"{path} does not exist: name an .onnx file, or make one with `r2 ptq`")
     try:
@@ -93,11 +120,11 @@ def read(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's and the checker's own classes share no base
         raise InputError(f"{path} is not a valid ONNX model ({type(error).__name__}): write it again") from error
-    return onnx_functions.inline(model)
+    return model
 
 
 def session(
-    path: Path, *, optimise: bool = True, threads: int = 0, save_to: Path | None = None, exact: bool = True
+    path: Path | bytes, *, optimise: bool = True, threads: int = 0, save_to: Path | None = None, exact: bool = True
 ) -> ort.InferenceSession:
     """A CPU session, in which weight-only MatMuls keep float activations: else ONNX Runtime rounds them to int8.
 
@@ -115,10 +142,13 @@ def session(
     if save_to:
         options.optimized_model_filepath = str(save_to)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            path if isinstance(path, bytes) else str(path), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:  # its exceptions have no common base but this
         first = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} does not load in ONNX Runtime {ort.__version__}: {first}") from error
+        what = "the file" if isinstance(path, bytes) else path
+        raise InputError(f"{what} does not load in ONNX Runtime {ort.__version__}: {first}") from error
 
 
 def runner(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
@@ -127,7 +157,11 @@ def runner(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
     name = own.get_inputs()[0].name
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(own.run(None, {name: images.cpu().contiguous().numpy()})[0])
+        try:
+            return torch.from_numpy(own.run(None, {name: images.cpu().contiguous().numpy()})[0])
+        except Exception as error:  # as above
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{path} fails when ONNX Runtime {ort.__version__} runs it: {first}") from error
 
     return run
 
@@ -201,7 +235,7 @@ def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> audit.Chec
     shapes = {name: list(one.decode().shape) for name, one in coded.items()}
     decoded_weights = run_constants(file, shapes)
     for (name, one), found in zip(coded.items(), decoded_weights, strict=True):
-        if not np.array_equal(found, one.decode().numpy()):
+        if not np.array_equal(found, one.decode().numpy()) or not _same_indices(file, name, one):
             return audit.Check("same codes", False, f"{name} decodes to other values than the checkpoint's")
     return audit.Check(
         "same codes",
@@ -210,12 +244,21 @@ def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> audit.Chec
     )
 
 
+def _same_indices(file: onnx.ModelProto, name: str, coded: Coded) -> bool:
+    """Whether a palette's indices are the checkpoint's: two of them may stand for one value."""
+    if not isinstance(coded.codec, Palette):
+        return True
+    held = audit.codes(name, weight_roles.sources(file), {each.name: each for each in file.graph.initializer})
+    indices = coded.packed() if coded.codec.bits <= 4 else coded.codes
+    return b"".join(each.raw_data for each in held) == indices.numpy().tobytes()
+
+
 def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | None]) -> list[Any]:
     """The values of a file that come from constants alone, by ONNX Runtime without optimisation: arrays, in order.
 
     `shapes` names them; a shape may be None where it is not known. Raises InputError where ONNX Runtime cannot.
     """
-    above = audit.sources(file)
+    above = weight_roles.sources(file)
     needed = {value for name in shapes for value in (name, *above.get(name, []))}
     kinds = {info.name: info.type.tensor_type.elem_type for info in file.graph.value_info}
     part = onnx.ModelProto()
@@ -275,23 +318,41 @@ class _Run:
         return min(200.0, decibels(self.signal, self.noise))
 
 
+def _values(file: onnx.ModelProto, images: Tensor) -> dict[str, Tensor]:
+    """The file's result and every value that it puts on a grid, by name, without optimisation."""
+    open_file = onnx.ModelProto()
+    open_file.CopyFrom(file)
+    open_file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in comparison.exposed(file))
+    own = session(open_file.SerializeToString(), optimise=False)
+    names, given = [each.name for each in own.get_outputs()], own.get_inputs()[0].name
+    found = own.run(names, {given: images.cpu().contiguous().numpy()})
+    return {given: images.cpu()} | {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+
 @torch.inference_mode()
-def _compare(path: Path, model: nn.Module, batches: Iterable[Batch], *, has_vnni: bool) -> dict[str, _Run]:
-    """Every engine on the samples; 'overflowing' is ONNX Runtime without `EXACT_PRODUCTS`, where that matters."""
+def _compare(
+    path: Path, model: nn.Module, batches: Iterable[Batch], float_network: nn.Module | None
+) -> tuple[dict[str, _Run], Tensor]:
+    """Every engine on the samples, and the first of them; 'overflowing' is ONNX Runtime without `EXACT_PRODUCTS`, where
+    that matters, and 'float' the checkpoint's network beside the user's float one."""
     engines = {"default": runner(path), "off": runner(path, optimise=False)}
-    if not has_vnni:
+    if not has_vnni():
         engines["overflowing"] = runner(path, exact=False)
-    runs = {name: _Run() for name in ("torch", "default", "off", "overflowing")}
+    runs = {name: _Run() for name in ("torch", "default", "off", "overflowing", "float")}
+    first = None
     model.eval()
     for images, labels in batches:
+        first = images if first is None else first
         reference, labels = model(images).cpu(), labels.cpu()
+        if float_network is not None and runs["float"].samples < OFF_SAMPLES:
+            runs["float"].add(reference, float_network(images.clone()).cpu(), labels)  # it may write into its input
         runs["torch"].add(reference, reference, labels)
         for name, engine in engines.items():
             if name == "default" or runs["off"].samples < OFF_SAMPLES:
                 runs[name].add(engine(images), reference, labels)
-    if not runs["torch"].samples:
+    if first is None:
         raise InputError("there is no image to compare the file on: the test split is empty")
-    return runs
+    return runs, first.cpu()
 
 
 def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, _Run]) -> audit.Check:

@@ -8,7 +8,6 @@ A node is named by the module that it is computed in. torch.export numbers its n
 number them differently, and a checkpoint's activations would then belong to other nodes.
 """
 
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,28 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from r2cli.graph import in_place
+
 ATEN = torch.ops.aten
 MODULES = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.Embedding)
 # The function that stands for each operator, so that `operators.py` needs to know one name for each.
 FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     ATEN.add.Tensor: torch.add,
-    ATEN.add_.Tensor: operator.iadd,
     ATEN.mul.Tensor: torch.mul,
-    ATEN.mul_.Tensor: operator.imul,
     ATEN.matmul.default: torch.matmul,
     ATEN.mean.dim: torch.mean,
     ATEN.cat.default: torch.cat,
     ATEN.chunk.default: torch.chunk,
     ATEN.pad.default: F.pad,
     ATEN.relu.default: torch.relu,
-    ATEN.relu_.default: torch.relu_,
+    ATEN.leaky_relu.default: F.leaky_relu,
     ATEN.hardswish.default: F.hardswish,
-    ATEN.hardswish_.default: F.hardswish,
     ATEN.hardsigmoid.default: F.hardsigmoid,
     ATEN.gelu.default: F.gelu,
     ATEN.layer_norm.default: torch.layer_norm,
     ATEN.silu.default: F.silu,
-    ATEN.silu_.default: F.silu,
     ATEN.tanh.default: torch.tanh,
     ATEN.sigmoid.default: torch.sigmoid,
     ATEN.softmax.int: torch.softmax,
@@ -60,7 +57,7 @@ FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
 }
 # Operators that do not change a value in evaluation, and are left out.
 NOTHING = (ATEN.dropout.default, ATEN.dropout_.default, ATEN.clone.default, ATEN.contiguous.default, ATEN.alias.default)
-RELU6 = (ATEN.hardtanh.default, ATEN.hardtanh_.default)  # only with the bounds 0 and 6
+RELU6 = (ATEN.hardtanh.default,)  # only with the bounds 0 and 6
 # Checks that torch.export adds for itself.
 UNREAD = (ATEN._assert_tensor_metadata.default,)
 
@@ -76,6 +73,7 @@ def read(model: nn.Module, example: Tensor) -> fx.GraphModule:
         batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model.eval(), (example,), dynamic_shapes=batch).module()
     assert isinstance(program, fx.GraphModule)
+    in_place.remove_operators(program.graph)
     net = fx.GraphModule(model, _over_modules(model, program.graph, example))
     net.graph.eliminate_dead_code()
     net.delete_all_unused_submodules()
@@ -138,5 +136,6 @@ def _name(node: fx.Node) -> str:
     # torch.export puts what belongs to no module into one of its own, whose path starts with an underscore.
     stack = (node.meta.get("nn_module_stack") or {}).values()
     within = [path for path, _ in stack if path and not path.startswith("_")]
-    what = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    target = node.meta.get("in_place", node.target)
+    what = getattr(target, "__name__", str(target)).partition(".")[0]
     return f"{within[-1]}.{what}".replace(".", "_") if within else what

@@ -1,30 +1,51 @@
 """Read a network: its graph over its own modules, in evaluation mode."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from r2cli.errors import InputError
-from r2cli.graph import exported
+from r2cli.graph import exported, in_place
 from r2cli.graph.attention import REWRITTEN
 from r2cli.graph.edit import as_product, bypass
 from r2cli.graph.operators import NOTHING, is_a
 
 
+class _Proxy(fx.Proxy):
+    """A value of a graph. torch.fx's own takes `x += y` for `x = x + y`, which leaves what else reads x as it was."""
+
+
+def _augmented(kind: Callable[..., Any], plain: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def write(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", kind, (self, other), {}, name=plain.__name__)
+
+    return write
+
+
+for _kind, _plain in in_place.AUGMENTED.items():
+    setattr(_Proxy, f"__{_kind.__name__}__", _augmented(_kind, _plain))
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in REWRITTEN or super().is_leaf_module(m, module_qualified_name)
+
+
+WEIGHTS_ALONE = "or quantize the weights alone: --act-bits none, and for r2 ptq --method none"
 
 
 class Unreadable(InputError):
     """A network whose graph torch.fx cannot trace, nor torch.export read where that was tried; `why` is without a
     way out."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(
-            f"{why}: take out what depends on the values of tensors, or quantize the weights alone: --act-bits none, "
-            "and for r2 ptq --method none"
-        )
+    def __init__(self, why: str, way_out: str = "take out what depends on the values of tensors") -> None:
+        super().__init__(f"{why}: {way_out}, {WEIGHTS_ALONE}")
         self.why = why
 
 
@@ -68,14 +89,22 @@ def _simplified(net: fx.GraphModule) -> fx.GraphModule:
 def _traced(model: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     try:
-        net = fx.GraphModule(model.eval(), tracer.trace(model))
+        net = _out_of_place(fx.GraphModule(model.eval(), tracer.trace(model)))
         rewritten = {name: REWRITTEN[type(m)](m, name) for name, m in net.named_modules() if type(m) in REWRITTEN}
         for name, module in rewritten.items():
             net.set_submodule(name, module.eval())
-        return fx.symbolic_trace(net) if rewritten else net
+        return _out_of_place(fx.GraphModule(net, _Tracer().trace(net))) if rewritten else net
+    except in_place.AliasLost as shared:
+        raise Unreadable(str(shared), "write it out of place in the network's code") from shared
     except Exception as error:
         last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
         raise Unreadable(
             f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}"
             f"{f', at the node {last.name!r}' if last is not None else ''})"
         ) from error
+
+
+def _out_of_place(net: fx.GraphModule) -> fx.GraphModule:
+    in_place.remove(net)
+    net.recompile()
+    return net

@@ -15,8 +15,8 @@ from r2cli import registry
 from r2cli.calibration import calibrate, deployed
 from r2cli.data import Batch
 from r2cli.errors import InputError, R2Error
-from r2cli.graph import batchnorm, operators, structure
-from r2cli.graph.read import Unreadable, trace
+from r2cli.graph import batchnorm, equivalence, operators, structure
+from r2cli.graph.read import Unreadable
 from r2cli.palettes import tables
 from r2cli.palettes.tables import PaletteForm
 from r2cli.quantized.channels import per_channel
@@ -130,11 +130,11 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
     if settings.embeddings and settings.act_bits is not None:
         raise InputError("--embeddings is for weights alone: give --act-bits none")
     model = deployed.network(checkpoint)
-    example = None if settings.act_bits is None else checkpoint.input.blank(2)
+    on_grids = settings.act_bits is not None
     try:
-        net = None if settings.embeddings else trace(model, example)
-    except Unreadable:
-        if settings.act_bits is not None:
+        net = None if settings.embeddings else equivalence.read(model, checkpoint.input, by_export=on_grids)
+    except (Unreadable, equivalence.Misread):
+        if on_grids:
             raise
         net = None
     if net is None:

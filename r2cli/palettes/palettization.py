@@ -158,7 +158,7 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
     distributed.end_others()
     details = {**sizes(layers), "epochs": epochs}
     coded = coded.then("palettize", run.options, {"float_top1": before})
-    return PaletteResult(coded, layers, before, run.options, details, epochs=epochs)
+    return PaletteResult(coded, layers, before, run.options, details, original=task.checkpoint, epochs=epochs)
 
 
 def sizes(layers: Sequence[PalettizedLayer]) -> dict[str, float]:

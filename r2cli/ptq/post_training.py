@@ -16,8 +16,8 @@ from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
 from r2cli.data import Batch
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, operators, structure
-from r2cli.graph.read import Unreadable, trace
+from r2cli.graph import batchnorm, equivalence, operators, structure
+from r2cli.graph.read import Unreadable
 from r2cli.ptq import (
     batchnorm_statistics,
     bias_correction,
@@ -101,7 +101,7 @@ def quantize(
         raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
     try:
         net, factors, normals, notes = _prepare(checkpoint, settings)
-    except Unreadable:
+    except (Unreadable, equivalence.Misread):
         if _needs_graph(settings):
             raise
         return _weights_alone(checkpoint, settings)
@@ -210,8 +210,7 @@ def _prepare(
     """The float network without BatchNorms, equalized where it is to be; the factor that is left to apply and the
     statistics of each layer's BatchNorm, and notes by layer."""
     require_float(checkpoint)
-    example = checkpoint.input.blank(2) if _needs_graph(settings) else None
-    net = trace(deployed.network(checkpoint), example)
+    net = equivalence.read(deployed.network(checkpoint), checkpoint.input, by_export=_needs_graph(settings))
     constant = batchnorm.make_dead_channels_constant(net)
     notes = [{name: f"{count} dead channels made constant" for name, count in constant.items()}]
     if settings.granularity == TENSOR:

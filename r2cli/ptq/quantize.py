@@ -127,6 +127,7 @@ def quantize(
         before,
         options,
         details,
+        original=made,
         settings=settings,
         calibration=calibration,
         bits=chosen_bits,

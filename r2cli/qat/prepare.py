@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from r2cli import models, registry
 from r2cli.calibration import calibrate, deployed
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, edit, structure
+from r2cli.graph import batchnorm, edit, equivalence, structure
 from r2cli.graph.read import trace
 from r2cli.qat import qat_method, quantizer_placement
 from r2cli.qat.qat_method import Batches
@@ -81,7 +81,8 @@ def prepare(work: QatTask) -> Prepared:
     made, settings = work.checkpoint, work.settings
     require_float(made)
     model = models.build(made.model) if work.scratch else deployed.network(made)
-    names = [layer.name for layer in structure.layers(quantizer_placement.read(model))]
+    net = equivalence.require_same(quantizer_placement.read(model), model, made.input)
+    names = [layer.name for layer in structure.layers(net)]
     if not names:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")
     bits = structure.by_pattern(names, settings.weight_bits, settings.keep)

@@ -133,8 +133,9 @@ def train(
         coded, layers, history = finetune.by_training(task, run.plan, source, RunControl(state, resume, watch))
     distributed.end_others()
     details = {"trained_top1": history[-1].top1, "epochs": [epoch.__dict__ for epoch in history]}
+    original = None if is_new else task.checkpoint
     coded = coded.then("qat", run.options, {} if before is None else {"float_top1": before})
-    return QatResult(coded, layers, before, run.options, details, is_new, epochs=history)
+    return QatResult(coded, layers, before, run.options, details, is_new, original, epochs=history)
 
 
 def line(epoch: Epoch, epochs: int) -> str:
@@ -163,4 +164,4 @@ class Trainable(nn.Module):
         hooks_of_run = finetune.hooks_of(run.task, run.plan, prepared)
         hooks_of_run.before_evaluation(run.plan.loop.epochs)
         coded, layers = prepare.finish(run.task, prepared)
-        return QatResult(coded.then("qat", run.options, {}), layers, None, run.options)
+        return QatResult(coded.then("qat", run.options, {}), layers, None, run.options, original=run.task.checkpoint)

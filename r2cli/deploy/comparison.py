@@ -1,0 +1,266 @@
+"""The file beside the checkpoint's network, value by value: grids, biases, and all that is computed between grids.
+
+A code on the edge of two may fall either way, and what follows differs then, so two runs of a whole network agree only
+roughly. Here each part between grids is compared alone: torch computes it from the codes that the file's own run gave,
+so nothing may differ but the order in which floats are summed. A grid of the file is found by its scale, its zero point
+and its values, not by its name.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx
+
+from r2cli.calibration.deployed import FakeQuantize
+from r2cli.deploy import weight_roles
+from r2cli.deploy.audit import Check
+from r2cli.deploy.float_nodes import MOVING
+from r2cli.graph.edit import is_grid
+from r2cli.storage.checkpoint import Checkpoint
+
+Array = np.ndarray[Any, Any]
+# Of a value's largest magnitude, for what torch and ONNX Runtime make of the same codes: sums in another order, and
+# their own erf, exp and tanh, differ by some 1e-6. A ReLU that is lacking, or a shift by 0.1, is a thousandth and more.
+BETWEEN_GRIDS = 1e-4
+FLIPPED = 1e-3  # share of codes that may fall to the neighbour, where a value is on the edge of both
+BIAS = 3e-7  # relative: a bias as int32 codes times a scale is rounded twice to float32
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A value that the file puts on a grid: what QuantizeLinear reads, and what DequantizeLinear gives."""
+
+    reads: str
+    gives: str
+    scale: float
+    zero: int
+    codes_scale: float  # QuantizeLinear's own
+    codes_zero: int
+    bounded: bool  # codes clipped in each channel, in the place of the value
+    repeats: bool  # it reads a value that is on this grid already
+
+
+def roundings(file: onnx.ModelProto) -> list[Rounding]:
+    """Every value that the inlined `file` rounds as it runs, in its order."""
+    held = weight_roles.constants(file)
+    producer = {name: node for node in file.graph.node for name in node.output}
+    found: dict[str, Rounding] = {}
+
+    def parameters(node: onnx.NodeProto) -> tuple[float, int]:
+        scale, zero = (onnx.numpy_helper.to_array(held[name]) for name in node.input[1:3])
+        return float(scale), int(zero)
+
+    for node in file.graph.node:
+        if node.op_type != "DequantizeLinear" or not all(n in held for n in node.input[1:]) or len(node.input) < 3:
+            continue
+        codes, bounded = producer.get(node.input[0]), False
+        while codes is not None and codes.op_type in ("Clip", "Min"):
+            bounded |= codes.op_type == "Min"
+            codes = producer.get(codes.input[0])
+        if codes is None or codes.op_type != "QuantizeLinear":
+            continue
+        (scale, zero), origin = parameters(node), codes.input[0]
+        while origin in producer and producer[origin].op_type in MOVING:
+            origin = producer[origin].input[0]
+        before = found.get(origin)
+        repeats = before is not None and (before.scale, before.zero) == (scale, zero) == parameters(codes)
+        own = Rounding(codes.input[0], node.output[0], scale, zero, *parameters(codes), bounded, repeats)
+        found[node.output[0]] = own
+    return list(found.values())
+
+
+class _Forced(fx.Interpreter):
+    """The checkpoint's network from grid to grid, each grid's value that of the file."""
+
+    def __init__(self, net: fx.GraphModule, rounded: list[Rounding], values: Mapping[str, Tensor]) -> None:
+        super().__init__(net)
+        self.free, self.values = [each for each in rounded if not each.repeats], values
+        self.lost: list[str] = []  # grids of the checkpoint that the file lacks
+        self.differ: list[str] = []  # values that the file computes otherwise
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, FakeQuantize):
+            return self._on_grid(str(target), module, *args)
+        return super().call_module(target, args, kwargs)
+
+    def _on_grid(self, target: str, module: FakeQuantize, x: Tensor) -> Tensor:
+        expected: Tensor = module(x)
+        name = target.partition(".")[2]
+        scale, zero = float(module.scale), int(module.zero_point)
+        alike = [r for r in self.free if (r.scale, r.zero) == (scale, zero) and self._fits(r, x)]
+        if not alike:
+            self.lost.append(f"'{name}' (scale {scale:.6g}, zero point {zero})")
+            return expected
+        best = min(alike, key=lambda rounding: self._flipped(self.values[rounding.gives], expected, scale))
+        self.free.remove(best)
+        given: Tensor = self.values[best.gives].reshape(x.shape)
+        self._compare(name, best, x, scale)
+        far = float((given - expected).abs().max()) > 1.5 * scale
+        if far or self._flipped(given, expected, scale) > max(2.0, FLIPPED * x.numel()):
+            self.differ.append(f"'{name}'")
+        return given
+
+    def _fits(self, rounding: Rounding, x: Tensor) -> bool:
+        given = self.values[rounding.gives]
+        return given.numel() == x.numel() and given.shape[0] == x.shape[0]
+
+    def _flipped(self, given: Tensor, expected: Tensor, scale: float) -> float:
+        return float(((given.reshape(expected.shape) - expected).abs() > 0.5 * scale).sum())
+
+    def _compare(self, name: str, rounding: Rounding, x: Tensor, scale: float) -> None:
+        if rounding.bounded:
+            return
+        before = self.values[rounding.reads].reshape(x.shape)
+        if rounding.codes_scale != rounding.scale:  # a hard sigmoid: its sum on six times the grid, which clips it
+            before = (before / (rounding.codes_scale / scale)).clamp(0, 255 * scale)
+        if not _equal(before, x):
+            self.differ.append(f"'{name}'")
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= BETWEEN_GRIDS * max(float(expected.abs().max()), 1e-30)
+
+
+@torch.no_grad()
+def between_grids(
+    net: fx.GraphModule, images: Tensor, file: onnx.ModelProto, values: Mapping[str, Tensor]
+) -> list[Check]:
+    """'same grids' and 'same graph': `net` is the checkpoint's network, `values` what an unoptimised session made of
+    `images`, by name, of the file's result and of all that `exposed` names."""
+    rounded = roundings(file)
+    forced = _Forced(net, rounded, values)
+    result = forced.run(images)
+    grids = len({node.target for node in net.graph.nodes if is_grid(node)})
+    # A second grid like the one before it is taken for a repetition.
+    repeated = sum(is_grid(node) and is_grid(node.all_input_nodes[0]) for node in net.graph.nodes)
+    strange = [r for r in rounded if not _same_parameters(r)]
+    problem = ""
+    if len(forced.lost) > repeated:
+        problem = f"the checkpoint's grid {forced.lost[0]} is on no value of the file"
+    elif forced.free:
+        one = forced.free[0]
+        problem = f"the file has a grid that the checkpoint has not (scale {one.scale:.6g}, zero point {one.zero})"
+    elif strange:
+        one = strange[0]
+        problem = f"a value is put on a grid of scale {one.codes_scale:.6g} and read from one of {one.scale:.6g}"
+    checks = [Check("same grids", not problem, problem or f"{grids} grids of values, scale and zero point equal")]
+    if not _equal(values[file.graph.output[0].name], result):
+        forced.differ.append("the logits")
+    told = f"each part between grids within {BETWEEN_GRIDS:g} of torch's, from the same codes"
+    if forced.differ:
+        told = f"the file computes {forced.differ[0]} otherwise than the checkpoint's network, from the same codes"
+    return [*checks, Check("same graph", not forced.differ, told)]
+
+
+def _same_parameters(rounding: Rounding) -> bool:
+    same = rounding.codes_zero == rounding.zero
+    return same and rounding.codes_scale in (rounding.scale, float(np.float32(6) * np.float32(rounding.scale)))
+
+
+def exposed(file: onnx.ModelProto) -> list[str]:
+    """The values of the file that `between_grids` wants."""
+    own = {each.name for each in (*file.graph.input, *file.graph.output)}
+    names = dict.fromkeys(name for each in roundings(file) for name in (each.reads, each.gives))
+    return [name for name in names if name not in own]
+
+
+def same_biases(file: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
+    """Each bias of a layer with codes, and each norm's parameters, are the checkpoint's numbers."""
+    held = weight_roles.constants(file)
+    made = {name: node for node in file.graph.node for name in node.output}
+    floats = [tensor.numpy().reshape(-1) for tensor in checkpoint.floats.values() if tensor.is_floating_point()]
+    count = 0
+    for node in file.graph.node:
+        if node.op_type in ("BatchNormalization", "LayerNormalization"):
+            for name in node.input[1:]:
+                own = _constant(name, held, made)
+                if (
+                    own is not None
+                    and np.ptp(own)
+                    and not any(np.array_equal(own.reshape(-1), each) for each in floats)
+                ):
+                    return Check("same biases", False, f"{name} of a {node.op_type} is no tensor of the checkpoint")
+        weight = _weight(node, checkpoint.coded, made)
+        if weight is None:
+            continue
+        name = f"{weight.removesuffix('.weight')}.bias"
+        expected, found = checkpoint.floats.get(name), _bias(file, node, held, made)
+        if expected is None:
+            if found is not None and np.any(found) and node.op_type != "MatMul":
+                return Check("same biases", False, f"the file has {name}, which the checkpoint has not")
+            continue
+        count += 1
+        same = found is not None and found.size == expected.numel()
+        if not same or not np.allclose(found.reshape(-1), expected.numpy(), rtol=BIAS, atol=0):  # type: ignore[union-attr]
+            return Check("same biases", False, f"{name} has other numbers than the checkpoint's")
+    return Check("same biases", True, f"{count} biases of layers equal, and all parameters of norms")
+
+
+def _weight(node: onnx.NodeProto, coded: Mapping[str, Any], made: Mapping[str, onnx.NodeProto]) -> str | None:
+    """The weight with codes that the layer `node` reads, as it is or transposed."""
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return None
+    turned = [made[name].input[0] for name in node.input if name in made and made[name].op_type == "Transpose"]
+    return next((name for name in (*node.input, *turned) if name in coded), None)
+
+
+def _bias(
+    file: onnx.ModelProto, node: onnx.NodeProto, held: Mapping[str, Any], made: Mapping[str, onnx.NodeProto]
+) -> Array | None:
+    """What is added to the layer `node`: its own third input, or a constant in the sum that reads a product."""
+    if node.op_type != "MatMul":
+        return _constant(node.input[2], held, made) if len(node.input) > 2 else None
+    for reader in file.graph.node:
+        if reader.op_type == "Add" and node.output[0] in reader.input:
+            for name in reader.input:
+                value = _constant(name, held, made)
+                if value is not None:
+                    return value
+    return None
+
+
+def _constant(name: str, held: Mapping[str, Any], made: Mapping[str, onnx.NodeProto]) -> Array | None:
+    """The numbers of a constant, from codes where it has them; None for anything else."""
+    if name in held:
+        return onnx.numpy_helper.to_array(held[name])
+    node = made.get(name)
+    if node is None or node.op_type != "DequantizeLinear" or not all(part in held for part in node.input):
+        return None
+    codes, scale = (onnx.numpy_helper.to_array(held[part]) for part in node.input[:2])
+    decoded: Array = codes.astype(np.float32) * scale
+    return decoded
+
+
+def same_metadata(file: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
+    """What the file says of itself, how to feed it above all, is what the checkpoint says."""
+    expected = {
+        "r2.class_names": checkpoint.class_names,
+        "r2.history": checkpoint.history,
+        "r2.input": checkpoint.input.described(),
+        "r2.model": checkpoint.model.described(),
+    }
+    found = {entry.key: entry.value for entry in file.metadata_props}
+    for key in sorted({*expected, *found}):
+        if key not in found:
+            return Check("same metadata", False, f"the file lacks '{key}'")
+        try:
+            same = key in expected and json.loads(found[key]) == json.loads(json.dumps(expected[key]))
+        except ValueError:
+            same = False
+        if not same:
+            return Check("same metadata", False, f"'{key}' is not what the checkpoint says")
+    return Check("same metadata", True, "input, classes, network and history as the checkpoint's")
+
+
+def with_float(check: Check, decibels: float | None, *, stated: bool) -> Check:
+    """`check` of parity, and how far the network is from the user's float one, or that this was not compared."""
+    if not stated:
+        return check
+    told = "not compared with a float network" if decibels is None else f"{decibels:.0f} dB from your float network"
+    return replace(check, detail=f"{check.detail}; {told}")

@@ -1,0 +1,236 @@
+"""Faults planted in healthy files: each fails the proof, by the name of the check that is for it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from r2cli import data, models
+from r2cli.calibration import deployed
+from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, verify, weight_roles
+from r2cli.palettes import palettes
+from r2cli.ptq import post_training
+from r2cli.storage.checkpoint import Checkpoint
+
+CPU = torch.device("cpu")
+Fault = Callable[[ModelProto], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint, its file with functions inlined, the network that it was made from, and images."""
+
+    made: Checkpoint
+    file: bytes
+    original: Checkpoint
+    batches: tuple[data.Batch, ...]
+
+    def prove(self, path: Path, fault: Fault | None = None) -> verify.Proof:
+        file = onnx.load_from_string(self.file)
+        if fault is not None:
+            fault(file)
+        path.write_bytes(file.SerializeToString())
+        network = deployed.network(self.made)
+        return verify.prove(path, self.made, network, self.batches, deployed.network(self.original))
+
+
+def _float(name: str, source: data.Data) -> Checkpoint:
+    """Random weights, BatchNorms that have seen digits, and classes that are told apart a little."""
+    torch.manual_seed(0)
+    width = 0.25 if name == "mobilenet_v1" else None
+    spec = models.spec(name, classes=10, channels=source.input.channels, size=8, width=width)
+    network, batches = models.build(spec).train(), iter(source.train.batches(64, CPU))
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    for images, labels in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+    return Checkpoint(spec, source.input, source.class_names, state).then("pretrain", {}, {})
+
+
+@pytest.fixture(scope="module", params=["resnet8", "mobilenet_v1", "palette"])
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    source = data.load("digits", size=8)
+    original = _float("resnet8" if request.param == "palette" else request.param, source)
+    shown = [batch for batch, _ in data.calibration(source, 128, CPU, 0)]
+    if request.param == "palette":
+        settings = palettes.PaletteSettings("kmeans", 4, 1, None, 8, 8, {})
+        work = palettes.PaletteTask(original, settings, lambda: data.calibration(source, 128, CPU, 0), CPU, 0)
+        made = palettes.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
+    else:
+        made = post_training.quantize(original, post_training.PtqSettings("none", 8, 8, "channel", {}), shown, CPU)[0]
+    flat = onnx_functions.inline(onnx.load_from_string(onnx_export.to_bytes(made)))
+    images, labels = next(iter(source.test.batches(128, CPU)))
+    yield Subject(made, flat.SerializeToString(), original, ((images, labels),))
+
+
+def _held(file: ModelProto, name: str) -> TensorProto:
+    return weight_roles.constants(file)[name]
+
+
+def _set(tensor: TensorProto, value: np.ndarray) -> None:  # type: ignore[type-arg]
+    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+
+def _scaled(tensor: TensorProto, factor: float) -> None:
+    value = numpy_helper.to_array(tensor)
+    _set(tensor, np.asarray(value * factor, value.dtype))
+
+
+def _own_copy(file: ModelProto, node: onnx.NodeProto, place: int, like: str) -> TensorProto:
+    """The constant that `node` reads at `place`, as an initializer that nothing else reads."""
+    own = file.graph.initializer.add()
+    own.CopyFrom(_held(file, like))
+    own.name = f"own{place}"
+    node.input[place] = own.name
+    return own
+
+
+def _rounding(file: ModelProto, place: int) -> list[onnx.NodeProto]:
+    """The QuantizeLinear of a value in the middle, and the DequantizeLinear that reads it."""
+    quantize = [node for node in file.graph.node if node.op_type == "QuantizeLinear"][place]
+    return [quantize, *(node for node in file.graph.node if quantize.output[0] in node.input)]
+
+
+def _grid(factor: float, more: int) -> Fault:
+    def plant(file: ModelProto) -> None:
+        # Behind a ReLU ONNX Runtime's optimiser makes a graph that does not run of another zero point: so the input's.
+        nodes = _rounding(file, 0 if more else 1)
+        scale = _own_copy(file, nodes[0], 1, nodes[0].input[1])
+        zero = _own_copy(file, nodes[0], 2, nodes[0].input[2])
+        _scaled(scale, factor)
+        _set(zero, numpy_helper.to_array(zero) + np.uint8(more))
+        nodes[1].input[1], nodes[1].input[2] = scale.name, zero.name
+
+    return plant
+
+
+def _metadata(key: str, old: str | None, new: str) -> Fault:
+    def plant(file: ModelProto) -> None:
+        entry = next(each for each in file.metadata_props if each.key == key)
+        if old is None:
+            file.metadata_props.remove(entry)
+        else:
+            assert old in entry.value
+            entry.value = entry.value.replace(old, new)
+
+    return plant
+
+
+def _no_metadata(file: ModelProto) -> None:
+    file.ClearField("metadata_props")
+
+
+def _bias(file: ModelProto) -> None:
+    layer = [node for node in file.graph.node if node.op_type == "Conv"][2]
+    _scaled(_held(file, layer.input[2]), 1.01)
+
+
+def _last_bias(file: ModelProto) -> None:
+    made = {node.output[0]: node for node in file.graph.node}
+    layer = next(node for node in file.graph.node if node.op_type == "Gemm")
+    codes = _held(file, made[layer.input[2]].input[0])
+    _set(codes, np.rint(numpy_helper.to_array(codes) * 1.01).astype(np.int32))
+
+
+def _without_relu(file: ModelProto) -> None:
+    relu = [node for node in file.graph.node if node.op_type == "Relu"][2]
+    for node in file.graph.node:
+        node.input[:] = [relu.input[0] if name == relu.output[0] else name for name in node.input]
+    file.graph.node.remove(relu)
+
+
+def _shifted(file: ModelProto) -> None:
+    last = file.graph.node[-1]
+    last.output[0] = "before"
+    file.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "shift"))
+    file.graph.node.append(helper.make_node("Add", ["before", "shift"], [file.graph.output[0].name]))
+
+
+def _code(file: ModelProto) -> None:
+    name = next(name for node in file.graph.node if node.op_type == "Conv" for name in node.input[1:2])
+    (codes,) = audit.codes(name, weight_roles.sources(file), {each.name: each for each in file.graph.initializer})
+    changed = bytearray(codes.raw_data)
+    changed[0] ^= 1
+    codes.raw_data = bytes(changed)
+
+
+def _weight_scale(file: ModelProto) -> None:
+    scale = next(each for each in file.graph.initializer if onnx_text.letter(each.name) == "s" and each.dims)
+    value = numpy_helper.to_array(scale).copy()
+    value[0] = np.nextafter(value[0], np.float32(np.inf))
+    _set(scale, value)
+
+
+def _dead(file: ModelProto) -> None:
+    file.graph.initializer.append(numpy_helper.from_array(np.ones((64, 64), np.float32), "beside"))
+
+
+def _hidden(make: Callable[[str, str, str], list[onnx.NodeProto]], shape: tuple[int, ...]) -> Fault:
+    """The logits through an identity in float, by operators that no layer of r2's is."""
+
+    def plant(file: ModelProto) -> None:
+        last = file.graph.node[-1]
+        last.output[0] = "before"
+        identity = np.broadcast_to(np.eye(10, dtype=np.float32), shape) if shape else np.eye(10, dtype=np.float32)
+        identity = identity + np.arange(100, dtype=np.float32).reshape(10, 10) * np.float32(1e-9)
+        file.graph.initializer.append(numpy_helper.from_array(identity.astype(np.float32), "hidden"))
+        file.graph.node.extend(make("before", "hidden", file.graph.output[0].name))
+
+    return plant
+
+
+def _einsum(x: str, w: str, y: str) -> list[onnx.NodeProto]:
+    return [helper.make_node("Einsum", [x, w], [y], equation="nc,cd->nd")]
+
+
+def _products(x: str, w: str, y: str) -> list[onnx.NodeProto]:
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+    return [
+        helper.make_node("Constant", [], ["last"], value=helper.make_tensor("v", TensorProto.INT64, [1], [2])),
+        helper.make_node("Unsqueeze", [x, "last"], ["column"]),
+        helper.make_node("Mul", ["column", w], ["products"]),
+        helper.make_node("Constant", [], ["middle"], value=axes),
+        helper.make_node("ReduceSum", ["products", "middle"], [y], keepdims=0),
+    ]
+
+
+FAULTS: dict[str, tuple[Fault, str]] = {
+    "mean": (_metadata("r2.input", '"mean":[', '"mean":[0.5,'), "same metadata"),
+    "deviation": (_metadata("r2.input", '"std":[', '"std":[0.25,'), "same metadata"),
+    "class names": (_metadata("r2.class_names", '"3"', '"three"'), "same metadata"),
+    "no history": (_metadata("r2.history", None, ""), "same metadata"),
+    "no metadata": (_no_metadata, "same metadata"),
+    "activation scale by 5 %": (_grid(1.05, 0), "same grids"),
+    "activation scale by 20 %": (_grid(1.2, 0), "same grids"),
+    "zero point by one": (_grid(1.0, 1), "same grids"),
+    "bias by 1 %": (_bias, "same biases"),
+    "last bias by 1 %": (_last_bias, "same biases"),
+    "dropped ReLU": (_without_relu, "same graph"),
+    "logits shifted by 0.1": (_shifted, "same graph"),
+    "code or index": (_code, "same codes"),
+    "weight scale by one ulp": (_weight_scale, "same codes"),
+    "dead initializer": (_dead, "nothing beside"),
+    "float weight in an Einsum": (_hidden(_einsum, ()), "integer weights"),
+    "float weight in a Mul": (_hidden(_products, ()), "integer weights"),
+}
+
+
+def test_the_healthy_file_passes(subject: Subject, tmp_path: Path) -> None:
+    proof = subject.prove(tmp_path / "model.onnx")
+    assert proof.passed, [check for check in proof.checks if not check.passed]
+    assert proof.measures["integer_share"] == 100 and not proof.measures["float_weights"]
+    assert 5 < proof.measures["float_sqnr_db"] < 80  # four bits a weight, eight
+    assert "dB from your float network" in proof.checks[-1].detail
+
+
+@pytest.mark.parametrize(("fault", "check"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_fails_the_check_that_is_for_it(subject: Subject, fault: Fault, check: str, tmp_path: Path) -> None:
+    failed = {each.name for each in subject.prove(tmp_path / "model.onnx", fault).checks if not each.passed}
+    assert check in failed
