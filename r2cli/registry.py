@@ -173,6 +173,9 @@ PALETTE_METHODS: dict[str, PaletteEntry] = {
     "shared": PaletteEntry("r2cli.palettes.learners:Shared", "k-means' codes, centroids trained"),
 }
 
+# The method where none is named: for a network, and for a file of weights without one.
+PALETTE_METHOD, PALETTE_METHOD_OF_FILES = "dkm", "kmeans"
+
 # The kinds by their names in entry points: the dict, the class of its entries, and its word in errors.
 _KINDS: Mapping[str, tuple[dict[str, Any], type[Entry], str]] = {
     "regularizer": (REGULARIZERS, RegularizerEntry, "regularizer"),

@@ -201,4 +201,4 @@ def test_the_wheel_has_the_recipes(tmp_path: Path) -> None:
         for path in (tmp_path / folder).rglob(f"*{suffix}"):
             name = str(path.relative_to(tmp_path))
             assert name in inside or f"r2cli/{name}" in inside, name
-    assert "r2cli/recipes/cpu/digits.toml" in inside and "r2cli/analyze/page.html" in inside
+    assert "r2cli/recipes/cpu/digits.toml" in inside and "r2cli/analysis/page.html" in inside

@@ -185,7 +185,7 @@ ROOMS = {
     "train": [registry.REGULARIZERS],
     "ptq": [registry.PTQ_METHODS],
     "qat": [registry.QAT_METHODS, registry.REGULARIZERS],
-    "palettize": [registry.PALETTE_METHODS, registry.REGULARIZERS],
+    "palettes": [registry.PALETTE_METHODS, registry.REGULARIZERS],
 }
 FILES = [path for room in ROOMS for path in sorted((PACKAGE / room).glob("*.py"))]
 OWN = {

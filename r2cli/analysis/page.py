@@ -44,7 +44,7 @@ def to_bytes(sheets: Sequence[Analysis], shown_first: Mapping[str, object], *, s
     text = json.dumps(_compact(data), separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    template = files("r2cli.analyze").joinpath("page.html").read_text(encoding="utf-8")
+    template = files("r2cli.analysis").joinpath("page.html").read_text(encoding="utf-8")
     return template.replace(PLACE, text).encode()
 
 

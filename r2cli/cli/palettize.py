@@ -24,7 +24,7 @@ def palettize(config: PalettizeConfig, given: Inputs, wanted: CompressionGates, 
     started = perf_counter()
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
     is_network = given.weights is not None or _is_checkpoint(source)
-    method = config.method or ("dkm" if is_network else "kmeans")
+    method = config.method or (registry.PALETTE_METHOD if is_network else registry.PALETTE_METHOD_OF_FILES)
     suffix = config.suffix(method)
     output = written.output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
@@ -63,7 +63,7 @@ def _file(
     from r2cli.palettes import palettization, weight_files
 
     started = perf_counter()
-    settings = palettization.settings_of(config, "kmeans")
+    settings = palettization.settings_of(config, registry.PALETTE_METHOD_OF_FILES)
     size = weight_files.total(source)
     options = {**settings.__dict__, "seed": config.seed}
     if written.dry_run:

@@ -118,10 +118,13 @@ def keep_forms(patterns: Mapping[str, object] | Sequence[str], usual_dim: int = 
     return kept
 
 
+NO_PARTS = "none"  # `--parts none`: nothing of DFQ is done
+
+
 def parts(text: str | Sequence[str]) -> tuple[str, ...]:
     """`--parts`, names with commas between them or 'none', as names. Raises InputError for what does not exist."""
     if isinstance(text, str):
-        text = () if text == "none" else tuple(text.split(","))
+        text = () if text == NO_PARTS else tuple(text.split(","))
     for name in text:
         one_of("--parts", "equalize", "absorb", "correct")(name)
     return tuple(text)

@@ -22,8 +22,6 @@ from r2cli.train.hooks import Epoch
 from r2cli.train.loop import ADAMW, TrainSettings
 from r2cli.train.reporter import SILENT, Reporter
 
-DEFAULT, DEFAULT_OF_FILES = "dkm", "kmeans"  # the method for a network, and for a file of weights without one
-
 
 @dataclass(frozen=True)
 class PaletteResult(Result):
@@ -84,7 +82,7 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
 
     Raises InputError for options that do not go together, and for more images than there are.
     """
-    method = config.method or DEFAULT
+    method = config.method or registry.PALETTE_METHOD
     require_consistent(config, method, is_network=True)
     where = loop.device(config.device)
     calibration = data.calibration_count(config.calibration, source)

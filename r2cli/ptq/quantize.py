@@ -81,7 +81,7 @@ def trial_again(trials: Sequence[auto.Trial]) -> list[str]:
     """The best of the trials, as options that give the same bytes."""
     best = min(trials, key=lambda trial: trial.divergence)
     form = ["--method", best.method, "--granularity", best.granularity, "--weight-range", best.weight_range]
-    return [*form, "--parts", ",".join(best.parts) or "none"]
+    return [*form, "--parts", ",".join(best.parts) or values.NO_PARTS]
 
 
 def quantize(
