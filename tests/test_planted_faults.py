@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from r2cli import data, models
 from r2cli.calibration import deployed
 from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, verify, weight_roles
-from r2cli.palettes import palettes
+from r2cli.palettes import compression
 from r2cli.ptq import post_training
 from r2cli.storage.checkpoint import Checkpoint
 
@@ -60,9 +60,9 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     original = _float("resnet8" if request.param == "palette" else request.param, source)
     shown = [batch for batch, _ in data.calibration(source, 128, CPU, 0)]
     if request.param == "palette":
-        settings = palettes.PaletteSettings("kmeans", 4, 1, None, 8, 8, {})
-        work = palettes.PaletteTask(original, settings, lambda: data.calibration(source, 128, CPU, 0), CPU, 0)
-        made = palettes.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
+        settings = compression.PaletteSettings("kmeans", 4, 1, None, 8, 8, {})
+        work = compression.PaletteTask(original, settings, lambda: data.calibration(source, 128, CPU, 0), CPU, 0)
+        made = compression.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
     else:
         made = post_training.quantize(original, post_training.PtqSettings("none", 8, 8, "channel", {}), shown, CPU)[0]
     flat = onnx_functions.inline(onnx.load_from_string(onnx_export.to_bytes(made)))

@@ -89,8 +89,9 @@ class Step:
 
 def shipped() -> dict[str, Path]:
     """Return the recipes that come with r2, by name, such as `quickstart` or `cpu/digits`."""
-    inside = Path(__file__).with_name("recipes")  # in an installed package; a checkout has them beside the package
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    package = Path(__file__).parent.parent
+    inside = package / "recipes"  # in an installed package; a checkout has them beside the package
+    folder = inside if inside.is_dir() else package.parent / "recipes"
     return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.toml"))}
 
 
