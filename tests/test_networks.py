@@ -198,7 +198,7 @@ def test_the_blocks_of_every_graph_are_the_graph(factory: Callable[[], nn.Module
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factory", [Mixed, vit, "mobilenet_v3_small"], ids=str)
+@pytest.mark.parametrize("factory", [Mixed, vit, "mobilenet_v3_small"], ids=lambda own: getattr(own, "__name__", own))
 def test_the_file_runs_and_holds_no_float_that_was_not_announced(
     factory: Callable[[], nn.Module] | str, tmp_path: Path
 ) -> None:
