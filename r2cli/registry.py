@@ -74,8 +74,8 @@ class QatEntry(Entry):
 
 @dataclass(frozen=True)
 class PaletteEntry(Entry):
-    """A method of palettes. The object of one that `trains` is a class as `palettize.learners.Learner`; that of one
-    that does not is a function as `palettize.tables.start`. `options` are as a `QatEntry`'s.
+    """A method of palettes. The object of one that `trains` is a class as `palettes.learners.Learner`; that of one
+    that does not is a function as `palettes.tables.start`. `options` are as a `QatEntry`'s.
     """
 
     trains: bool = True

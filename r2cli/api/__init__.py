@@ -36,7 +36,7 @@ from r2cli.errors import InputError
 from r2cli.models import require_fit
 from r2cli.palettes import palettization
 from r2cli.palettes.palettization import PaletteResult
-from r2cli.ptq import quantize as post_training
+from r2cli.ptq import quantize as ptq
 from r2cli.ptq.quantize import PtqResult
 from r2cli.qat import quantization_aware
 from r2cli.qat.quantization_aware import QatResult, Trainable
@@ -85,9 +85,9 @@ def quantize(
     """
     config = config or PtqConfig()
     made, source = _read(network, data)
-    looks = post_training.looks_at_images(config, has_data=data is not None)
+    looks = ptq.looks_at_images(config, has_data=data is not None)
     count = datasets.calibration_count(config.calibration, source) if looks else 0
-    return post_training.quantize(made, source, config, calibration=count, reporter=reporter)
+    return ptq.quantize(made, source, config, calibration=count, reporter=reporter)
 
 
 def finetune(

@@ -47,7 +47,7 @@ class PtqSettings:
     """`act_bits` None leaves activations float. `keep` maps layer-name patterns to other weight bits.
 
     `parts` of DFQ stand in the place of the method's own. `relu6` is what equalization makes of one: 'clip' (the same
-    function) or 'relu' (another one). `weight_range` is a rule of `ranges.RANGES`, `act_range` one of
+    function) or 'relu' (another one). `weight_range` is a rule of `weight_grids.RANGES`, `act_range` one of
     `observers.OBSERVERS` for what images show.
     """
 

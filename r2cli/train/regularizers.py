@@ -114,7 +114,7 @@ def _by_parameter(slopes: Sequence[Tensor], count: int) -> Tensor:
 
 
 def columns(w: Tensor, dim: int) -> list[Tensor]:
-    """The `dim` columns of `codec.to_vectors`' full blocks as views of `w` that can be written through.
+    """The `dim` columns of `palette.to_vectors`' full blocks as views of `w` that can be written through.
 
     Column j is every `dim`-th output channel from j: (channels // dim, elements of a filter); for dim 1, (elements,).
     """
