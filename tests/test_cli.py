@@ -54,7 +54,7 @@ def test_the_whole_road(r2: R2, model: Path) -> None:
 def test_people_get_a_table_ticks_and_the_next_command(r2: R2, model: Path) -> None:
     ran = r2("ptq", "--granularity", "unfolded")
     assert ran.code == 0
-    assert ran.out.count("✓") == 5 and "next: r2 evaluate model.w8a8-none-unfolded.onnx" in ran.out
+    assert ran.out.count("✓") == 10 and "next: r2 evaluate model.w8a8-none-unfolded.onnx" in ran.out
     assert "stages.2.0.conv1" in ran.out
 
 
