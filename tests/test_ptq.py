@@ -202,7 +202,7 @@ def test_activations_that_are_not_finite_are_named(float_one: checkpoint.Checkpo
 
 def test_ranges_need_images_and_say_so(float_one: checkpoint.Checkpoint) -> None:
     for method, act_bits, way_out in (("none", 8, "--act-bits none"), ("adaround", None, "--method none")):
-        with pytest.raises(InputError, match=f"there are none: give {way_out}"):
+        with pytest.raises(InputError, match=f"there are none: give .*{way_out}"):
             post_training.quantize(float_one, replace(_settings(4), method=method, act_bits=act_bits), [], CPU)
     assert post_training.quantize(float_one, _settings(4, act_bits=None), [], CPU)[0].coded
 

@@ -183,11 +183,14 @@ def test_a_checkpoint_names_no_code(mobilebert: Path) -> None:
         "_attn_implementation": "evil/kernel",
         "attn_implementation": "x",
     }
-    model = models.build(ModelSpec(spec.name, 2, args={**spec.args, **code}))
+    for name, value in code.items():
+        with pytest.raises(InputError, match=f"keyword '{name}'"):
+            models.build(ModelSpec(spec.name, 2, args={**spec.args, name: value}))
+    model = models.build(spec)
     assert type(model).__mro__[2] is transformers.MobileBertForSequenceClassification
     assert len(model.mobilebert.encoder.layer) == 1  # type: ignore[union-attr, arg-type]
     with pytest.raises(InputError, match="cannot load text:evil"):
-        models.build(ModelSpec("text:evil", 2, args={"model_type": "evil", **code}))
+        models.build(ModelSpec("text:evil", 2, args={"model_type": "evil"}))
 
 
 def test_names_and_options_that_cannot_be_had(

@@ -58,7 +58,9 @@ def random_inputs(model: nn.Module, spec: InputSpec, count: int) -> Tensor:
         pixels = (0.5 + 0.25 * torch.randn(count, *spec.shape, generator=generator)).clamp_(0, 1)
         mean, std = (torch.tensor(each).reshape(-1, 1, 1) for each in (spec.mean, spec.std))
         return (pixels - mean) / std
-    most = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
+    # Ids that every table has: of words, of positions, and not of the two types.
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings > 2]
+    most = min(sizes, default=2)
     tokens = torch.zeros(count, *spec.shape, dtype=torch.int64)
     tokens[:, 0] = torch.randint(most, tokens[:, 0].shape, generator=generator)
     tokens[:, 1] = 1

@@ -52,7 +52,7 @@ def mean_shift(module: LayerModule, coded: Coded, mean: Tensor, shape: tuple[int
     weight = module.weight
     image = per_channel(mean, len(shape)).expand(1, *shape)
     error = {"weight": coded.decode() - weight, "bias": torch.zeros_like(mean[:1]).expand(weight.shape[0])}
-    return _channel_means(module, torch.func.functional_call(module, error, (image,)))
+    return channel_means(module, torch.func.functional_call(module, error, (image,)))
 
 
 def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
@@ -64,11 +64,11 @@ def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
     shift = torch.zeros_like(module.bias)
     for plain, rounded in zip(*(torch.split(x, BATCH) for x in (seen.inputs, seen.rounded_inputs)), strict=True):
         difference = torch.func.functional_call(module, state, (rounded,)) - module(plain)
-        shift += _channel_means(module, difference) * len(plain) / len(seen.inputs)
+        shift += channel_means(module, difference) * len(plain) / len(seen.inputs)
     return module.bias - shift
 
 
-def _channel_means(module: LayerModule, outputs: Tensor) -> Tensor:
+def channel_means(module: LayerModule, outputs: Tensor) -> Tensor:
     """The mean of (n, channels, ...), or of a linear layer's (n, ..., channels), over all else: (channels,)."""
     return (
         outputs.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else outputs.transpose(0, 1).flatten(1).mean(1)
