@@ -201,10 +201,7 @@ def same_biases(file: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
         if found is None and not bool(expected.any()):  # a bias of zeros needs no input in the file
             continue
         same = found is not None and found.size == expected.numel()
-        # A small bias has the rounding of the larger terms that it is left from.
-        wanted = expected.numpy()
-        room = BIAS * float(np.abs(wanted).max(initial=0.0))
-        if not same or not np.allclose(found.reshape(-1), wanted, rtol=BIAS, atol=room):  # type: ignore[union-attr]
+        if not same or not np.allclose(found.reshape(-1), expected.numpy(), rtol=BIAS, atol=0):  # type: ignore[union-attr]
             return Check("same biases", False, f"{name} has other numbers than the checkpoint's")
     return Check("same biases", True, f"{count} biases of layers equal, and all parameters of norms")
 
