@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from r2cli import __version__, models
 from r2cli.calibration import deployed
-from r2cli.deploy import onnx_export, verify
+from r2cli.deploy import onnx_export, runtime, verify
 from r2cli.ptq import post_training
 from r2cli.quantized.decibels import sqnr
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
@@ -102,7 +102,7 @@ def row(name: str, bits: int, size: int, rounds: int) -> dict[str, Any]:
             float_file = Path(folder) / "float.onnx"
             float_file.write_bytes(onnx_export.to_bytes(made))
             image = noise(1, 4, size)[0][:1]
-            runs = {each.stem: verify.runner(each, threads=1) for each in (path, float_file)}
+            runs = {each.stem: runtime.runner(each, threads=1) for each in (path, float_file)}
             least = least_ms(runs, rounds, image)
             ratio = least[path.stem] / least[float_file.stem]
     found = torch.cat([model(images) for images, _ in test])
@@ -159,7 +159,7 @@ def main() -> None:
         [
             "# Twelve networks from float to a proved integer file",
             f"`python benchmarks/networks.py{' --speed' if arguments.speed else ''} --size {arguments.size}`; "
-            f"{machine()} ({verify.cpu()}); r2cli {__version__}, torch {torch.__version__}, "
+            f"{machine()} ({runtime.cpu()}); r2cli {__version__}, torch {torch.__version__}, "
             f"ONNX Runtime {onnxruntime.__version__}; seeds 0 to 4 in the script.",
             "Nodes are those that ONNX Runtime runs at its default; `dB to torch`: logits of the file in ONNX Runtime "
             "against the quantized network in torch; `dB to float`: that network against the float one.",

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from r2cli import __version__, models
 from r2cli.calibration import deployed
-from r2cli.deploy import onnx_export, verify
+from r2cli.deploy import onnx_export, runtime, verify
 from r2cli.ptq import post_training
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
@@ -127,10 +127,11 @@ def least_ms(runs: Mapping[str, Callable[[Tensor], Tensor]], rounds: int, image:
 
 def rows(name: str, paths: Mapping[str, Path], rounds: int) -> list[list[str]]:
     """The speed table's rows of one network."""
-    least = least_ms({what: verify.runner(path, threads=1) for what, path in paths.items()}, rounds, noise(1, 4)[0][:1])
+    runs = {what: runtime.runner(path, threads=1) for what, path in paths.items()}
+    least = least_ms(runs, rounds, noise(1, 4)[0][:1])
     found = []
     for what, path in paths.items():
-        counts = verify.node_counts(path)
+        counts = runtime.node_counts(path)
         left = sum(counts.get(op, 0) for op in FLOAT_LAYERS)
         ratios = [f"{least[what] / least[other]:.2f}" for other in (FLOAT, REFERENCE)]
         nodes = [str(counts.get(op, 0)) for op in COUNTED]
@@ -166,7 +167,7 @@ def main() -> None:
     text = "\n\n".join(
         [
             "# ONNX files: speed, size and proofs",
-            f"{machine()} ({verify.cpu()}), 1 thread, batch 1, least of {arguments.rounds} runs in turn; "
+            f"{machine()} ({runtime.cpu()}), 1 thread, batch 1, least of {arguments.rounds} runs in turn; "
             f"r2cli {__version__}, torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}.",
             table(["network", "file", "bytes", "ms", f"/ {FLOAT}", f"/ {REFERENCE}", *nodes], speed),
             table(["network", "file", "check", "", "detail"], proved),

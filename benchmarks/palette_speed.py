@@ -17,7 +17,7 @@ import torch
 from onnx_speed import COUNTED, FLOAT_LAYERS, least_ms, machine, table
 
 from r2cli import __version__
-from r2cli.deploy import onnx_export, onnx_functions, verify
+from r2cli.deploy import onnx_export, onnx_functions, runtime
 from r2cli.storage import checkpoint
 
 COLUMNS = ["file", "bytes", "ms", "/ float32", "/ inlined", *COUNTED, "float layers"]
@@ -32,10 +32,10 @@ def rows(given: list[Path], folder: Path, rounds: int) -> list[list[str]]:
         onnx.save(onnx_functions.inline(onnx.load(path)), path.with_suffix(".inlined.onnx"))
     files = [*paths, *(path.with_suffix(".inlined.onnx") for path in paths)]
     image = torch.randn(1, *loaded[0].input.shape, generator=torch.Generator().manual_seed(0))
-    least = least_ms({str(path): verify.runner(path, threads=1) for path in files}, rounds, image)
+    least = least_ms({str(path): runtime.runner(path, threads=1) for path in files}, rounds, image)
     found = []
     for path in paths:
-        counts, own = verify.node_counts(path), least[str(path)]
+        counts, own = runtime.node_counts(path), least[str(path)]
         ratios = [own / least[str(other)] for other in (paths[0], path.with_suffix(".inlined.onnx"))]
         left = sum(counts.get(operator, 0) for operator in FLOAT_LAYERS)
         nodes = [str(counts.get(operator, 0)) for operator in COUNTED]
@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         content = rows(arguments.files, Path(folder), arguments.rounds)
     head = (
-        f"{machine()} ({verify.cpu()}), 1 thread, batch 1, least of {arguments.rounds} runs in turn; "
+        f"{machine()} ({runtime.cpu()}), 1 thread, batch 1, least of {arguments.rounds} runs in turn; "
         f"r2cli {__version__}, torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}."
     )
     text = f"{head}\n\n{table(COLUMNS, content)}\n"

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from r2cli import __version__
-from r2cli.deploy import verify
+from r2cli.deploy import runtime
 
 SIZE, GRID, TILE = (500, 375), (4, 3), 125  # pixels, photographs in a mosaic, pixels of each
 BATCH, CLASSES = 32, 10
@@ -60,7 +60,7 @@ def main() -> None:
             "# Two processes beside one, on photographs of ImageNet's size",
             "",
             "`torchrun --nproc-per-node 2 -m r2cli pretrain --data imagefolder:…`: 500 x 375 JPEGs, decoded anew in "
-            f"each epoch, 224 pixels, batches of {BATCH} in all, two loading workers a process; {verify.cpu()}, "
+            f"each epoch, 224 pixels, batches of {BATCH} in all, two loading workers a process; {runtime.cpu()}, "
             f"{os.cpu_count()} cores; medians of {chosen.rounds} runs each, in turn; r2cli {__version__}, torch "
             f"{torch.__version__}.",
             "",

@@ -20,7 +20,7 @@ import torch
 
 from r2cli import __version__
 from r2cli.cli.main import SPINS as OURS
-from r2cli.deploy import verify
+from r2cli.deploy import runtime
 
 SPINS = {"OpenMP's": "300000", "r2's": OURS}
 ALONE, TWICE, BESIDE = "alone", "two at once, each", "beside one of a single thread on each core"
@@ -51,8 +51,8 @@ def main() -> None:
         [
             "# Training on cores that others use too",
             "",
-            f"`r2 pretrain`, the default network on digits, {torch.get_num_threads()} threads; {verify.cpu()}; medians "
-            f"of {chosen.rounds} rounds, in turn; r2cli {__version__}, torch {torch.__version__}.",
+            f"`r2 pretrain`, the default network on digits, {torch.get_num_threads()} threads; {runtime.cpu()}; "
+            f"medians of {chosen.rounds} rounds, in turn; r2cli {__version__}, torch {torch.__version__}.",
             "",
             "| | spinning as OpenMP does, images/s | as r2 has it | ratio |",
             "|---|---|---|---|",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from r2cli import __version__, data, models
 from r2cli.data import KeptSplit
-from r2cli.deploy import verify
+from r2cli.deploy import runtime
 from r2cli.train import hooks, loop
 from r2cli.train.loop import TrainSettings
 
@@ -61,7 +61,7 @@ def main() -> None:
     source.train.require(torch.arange(len(source.train)))
     decoding = perf_counter() - started
     images, labels = in_memory(source, where)
-    what = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{verify.cpu()}, {threads()}"
+    what = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{runtime.cpu()}, {threads()}"
     rows = [measure(case, source, images, labels, where, chosen.rounds) for case in CASES]
     text = "\n".join(
         [

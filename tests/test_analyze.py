@@ -258,14 +258,15 @@ GROWTH = """
 import sys
 from pathlib import Path
 import torch
-from r2cli.analysis import analysis
+from r2cli.analysis import layer_table
 from r2cli.storage import stream
 def resident(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) / 1024
-analyze.row(tensors.from_memory("w", torch.zeros(8, 8), ""), analyze.Settings())
+settings = layer_table.AnalyzeSettings()
+layer_table.row(stream.from_memory("w", torch.zeros(8, 8), ""), settings)
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-analysis.rows(stream.tensors_of_model(Path(sys.argv[1])), analysis.AnalyzeSettings(), threads=2, advance=lambda _: None)
+layer_table.rows(stream.tensors_of_model(Path(sys.argv[1])), settings, threads=2, advance=lambda _: None)
 print(resident("VmHWM") - before)
 """
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 
 from r2cli import data, models
 from r2cli.calibration import deployed
-from r2cli.deploy import audit, onnx_export, onnx_functions, verify, weight_roles
+from r2cli.deploy import audit, onnx_export, onnx_functions, runtime, verify, weight_roles
 from r2cli.errors import InputError
 from r2cli.ptq import post_training
 from r2cli.quantized.coded import Coded
@@ -65,7 +65,7 @@ def test_activations_of_few_bits_ride_in_uint8(act_bits: int, trained: Path, tmp
     assert proof.passed, proof.checks
     nodes = proof.measures["nodes"]
     assert nodes.items() >= INTEGER_NODES.items() and not FLOAT_NODES & set(nodes)
-    file = verify.read(tmp_path / "model.onnx")
+    file = runtime.read(tmp_path / "model.onnx")
     clips = [node for node in file.graph.node if node.op_type == "Clip"]
     constants = {each.name: numpy_helper.to_array(each) for each in file.graph.initializer}
     assert clips and all(int(constants[node.input[2]]) == 2**act_bits - 1 for node in clips)
@@ -102,7 +102,7 @@ def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: P
     nodes = proof.measures["nodes"]
     assert nodes["QLinearConv"] == 9 and nodes["QLinearAdd"] == 3 and nodes["QGemm"] == 1
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "ReduceMean"} & set(nodes)
-    file = verify.read(tmp_path / "model.onnx")
+    file = runtime.read(tmp_path / "model.onnx")
     assert file.ir_version == 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 21)]
     container, between = FORMS[bits]
     codes = {i.data_type for name in made.coded for i in _codes(file, name)}
@@ -198,9 +198,9 @@ def test_activations_below_eight_bits_are_clipped_in_their_codes(bits: int, trai
     with torch.no_grad():
         expected = deployed.network(made)(batch)
     # Biases are off their grid here, so only the session without optimisation computes the same function.
-    found = verify.runner(path, optimise=False)(batch)
+    found = runtime.runner(path, optimise=False)(batch)
     assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
-    assert sum(node.op_type == "Clip" for node in verify.read(path).graph.node) >= len(narrow)
+    assert sum(node.op_type == "Clip" for node in runtime.read(path).graph.node) >= len(narrow)
 
 
 @pytest.mark.slow
@@ -212,10 +212,10 @@ def test_the_same_checkpoint_gives_the_same_bytes(trained: Path) -> None:
 def test_the_batch_is_dynamic_and_the_file_says_how_to_feed_it(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 4), tmp_path / "model.onnx"
     path.write_bytes(onnx_export.to_bytes(made))
-    run = verify.runner(path)
+    run = runtime.runner(path)
     for count in (1, 5):
         assert run(torch.zeros(count, *made.input.shape)).shape == (count, 10)
-    assert verify.input_spec(path) == made.input
+    assert runtime.input_spec(path) == made.input
     assert b"/" + b"home" not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
 
@@ -300,13 +300,13 @@ def test_the_proof_sees_logits_that_are_not_torchs(trained: Path, tmp_path: Path
 def test_unreadable_and_foreign_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     with pytest.raises(InputError, match="broken.onnx does not exist"):
-        verify.read(path)
+        runtime.read(path)
     path.write_bytes(b"\x08\x0anot a model")
     with pytest.raises(InputError, match="broken.onnx is not a valid ONNX model"):
-        verify.read(path)
+        runtime.read(path)
     identity = onnx.helper.make_node("Identity", ["x"], ["y"])
     value = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = onnx.helper.make_graph([identity], "g", value[:1], value[1:])
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
     with pytest.raises(InputError, match="only files written by r2"):
-        verify.input_spec(path)
+        runtime.input_spec(path)

@@ -38,7 +38,7 @@ OWNERS = {
     "safetensors": {"storage/checkpoint"},
     "onnx": {"deploy", "analysis/onnx_weights"},
     "onnx_ir": {"deploy"},
-    "onnxruntime": {"deploy/verify"},
+    "onnxruntime": {"deploy/runtime"},
     "typer": {"cli"},
     "matplotlib": {"analysis/figure"},
     "transformers": {"models"},

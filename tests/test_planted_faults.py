@@ -8,14 +8,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torchvision
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from r2cli import data, models
 from r2cli.calibration import deployed
-from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, verify, weight_roles
+from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, runtime, verify, weight_roles
 from r2cli.palettes import compression
 from r2cli.ptq import post_training
-from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 CPU = torch.device("cpu")
 Fault = Callable[[ModelProto], None]
@@ -70,6 +71,37 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     yield Subject(made, flat.SerializeToString(), original, ((images, labels),))
 
 
+def _vit() -> torch.nn.Module:
+    return torchvision.models.VisionTransformer(16, 8, 1, 2, 24, 48, num_classes=10)
+
+
+def _untrained(name: str) -> tuple[Checkpoint, list[torch.Tensor]]:
+    """Random weights, in which roundings add up layer by layer, and images of many contrasts."""
+    torch.manual_seed(0)
+    spec = ModelSpec("faults.py:vit", 10, factory=_vit) if name == "vit" else ModelSpec(name, 10)
+    size = 16 if name == "vit" else 32
+    images = [torch.randn(16, 3, size, size) * (2 * torch.rand(16, 3, 1, 1)) for _ in range(3)]
+    network = models.build(spec)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        for batch in images:
+            network.train()(batch)
+    state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+    return Checkpoint(spec, InputSpec(3, size, size, (0.0,) * 3, (1.0,) * 3), tuple("0123456789"), state), images
+
+
+@pytest.fixture(scope="module", params=["resnet18", "mobilenet_v3_small", "vit"])
+def large(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    original, images = _untrained(request.param)
+    bits = 4 if request.param == "resnet18" else 8
+    settings = post_training.PtqSettings("none", bits, bits, "channel", {})
+    made = post_training.quantize(original, settings, images[:2], CPU)[0]
+    flat = onnx_functions.inline(onnx.load_from_string(onnx_export.to_bytes(made)))
+    yield Subject(made, flat.SerializeToString(), original, ((images[2], torch.zeros(16, dtype=torch.int64)),))
+
+
 def _held(file: ModelProto, name: str) -> TensorProto:
     return weight_roles.constants(file)[name]
 
@@ -93,15 +125,16 @@ def _own_copy(file: ModelProto, node: onnx.NodeProto, place: int, like: str) -> 
 
 
 def _rounding(file: ModelProto, place: int) -> list[onnx.NodeProto]:
-    """The QuantizeLinear of a value in the middle, and the DequantizeLinear that reads it."""
-    quantize = [node for node in file.graph.node if node.op_type == "QuantizeLinear"][place]
-    return [quantize, *(node for node in file.graph.node if quantize.output[0] in node.input)]
+    """The QuantizeLinear of a value, and the DequantizeLinear of its codes, which are clipped where they are few."""
+    last = quantize = [node for node in file.graph.node if node.op_type == "QuantizeLinear"][place]
+    while last.op_type != "DequantizeLinear":
+        last = next(node for node in file.graph.node if last.output[0] in node.input)
+    return [quantize, last]
 
 
-def _grid(factor: float, more: int) -> Fault:
+def _grid(factor: float, more: int, place: int = 1) -> Fault:
     def plant(file: ModelProto) -> None:
-        # Behind a ReLU ONNX Runtime's optimiser makes a graph that does not run of another zero point: so the input's.
-        nodes = _rounding(file, 0 if more else 1)
+        nodes = _rounding(file, place)
         scale = _own_copy(file, nodes[0], 1, nodes[0].input[1])
         zero = _own_copy(file, nodes[0], 2, nodes[0].input[2])
         _scaled(scale, factor)
@@ -209,7 +242,9 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "no metadata": (_no_metadata, "same metadata"),
     "activation scale by 5 %": (_grid(1.05, 0), "same grids"),
     "activation scale by 20 %": (_grid(1.2, 0), "same grids"),
-    "zero point by one": (_grid(1.0, 1), "same grids"),
+    "zero point by one": (_grid(1.0, 1, 0), "same grids"),
+    # ONNX Runtime's optimiser makes a graph that does not run of another zero point behind a ReLU.
+    "zero point by one behind a ReLU": (_grid(1.0, 1), "runs|same grids"),
     "bias by 1 %": (_bias, "same biases"),
     "last bias by 1 %": (_last_bias, "same biases"),
     "dropped ReLU": (_without_relu, "same graph"),
@@ -233,4 +268,57 @@ def test_the_healthy_file_passes(subject: Subject, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fault", "check"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_fails_the_check_that_is_for_it(subject: Subject, fault: Fault, check: str, tmp_path: Path) -> None:
     failed = {each.name for each in subject.prove(tmp_path / "model.onnx", fault).checks if not each.passed}
-    assert check in failed
+    assert failed & set(check.split("|"))
+
+
+def _swapped_biases(file: ModelProto) -> None:
+    made = {node.output[0]: node for node in file.graph.node}
+    for node in file.graph.node:
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
+            name = node.input[2]
+            bias = _held(file, made[name].input[0] if name in made else name)
+            value = numpy_helper.to_array(bias).copy()
+            if value[0] != value[1]:
+                value[[0, 1]] = value[[1, 0]]
+                return _set(bias, value)
+    raise AssertionError("no layer has two biases")
+
+
+def _without_grid(file: ModelProto) -> None:
+    quantize, dequantize = _rounding(file, 1)
+    for node in file.graph.node:
+        node.input[:] = [quantize.input[0] if name == dequantize.output[0] else name for name in node.input]
+
+
+def _float_weights(file: ModelProto) -> None:
+    layer = next(node for node in file.graph.node if node.op_type == "Conv")
+    (value,) = runtime.run_constants(file, {layer.input[1]: None})
+    file.graph.initializer.append(numpy_helper.from_array(value, "weights"))
+    layer.input[1] = "weights"
+
+
+PLANTED: dict[str, tuple[Fault, str]] = {
+    "code flipped": (_code, "same codes"),
+    "scale by 1 %": (_grid(1.01, 0), "same grids"),
+    "biases swapped": (_swapped_biases, "same biases"),
+    "quantizer dropped": (_without_grid, "runs|same grids"),
+    "weights in float": (_float_weights, "integer weights"),
+    "zero point by one": (_grid(1.0, 1), "runs|same grids"),
+}
+
+
+@pytest.mark.slow
+def test_roundings_that_add_up_are_no_fault(large: Subject, tmp_path: Path) -> None:
+    proof = large.prove(tmp_path / "model.onnx")
+    assert proof.passed, [check for check in proof.checks if not check.passed]
+    near = proof.measures["sqnr_db"] >= verify.SQNR_DB
+    assert near != ("single codes at the edge of two add up" in proof.checks[-1].detail)
+    four_bits = any(coded.codec.bits == 4 for coded in large.made.coded.values())
+    assert near != four_bits  # ResNet-18 on four bits is too deep for 30 dB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "check"), PLANTED.values(), ids=PLANTED)
+def test_a_fault_fails_its_check_in_a_large_network(large: Subject, fault: Fault, check: str, tmp_path: Path) -> None:
+    failed = {each.name for each in large.prove(tmp_path / "model.onnx", fault).checks if not each.passed}
+    assert failed & set(check.split("|"))

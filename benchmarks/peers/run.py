@@ -34,7 +34,7 @@ import onnxruntime
 import torch
 
 from r2cli import data
-from r2cli.deploy import onnx_export, verify
+from r2cli.deploy import onnx_export, runtime
 from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import InputSpec
 
@@ -236,7 +236,7 @@ def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             record |= run(arguments.peer, own, cell, arguments)
             if beside:
                 record |= beside_r2(record, own, cell, arguments)
-            record |= {"cpu": verify.cpu(), "runtime": onnxruntime.__version__, "calibration": arguments.calibration}
+            record |= {"cpu": runtime.cpu(), "runtime": onnxruntime.__version__, "calibration": arguments.calibration}
             with arguments.output.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             yield record

@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from r2cli.analysis.layer_table import OtherTensor
-from r2cli.deploy import verify, weight_roles
+from r2cli.deploy import runtime, weight_roles
 from r2cli.storage.stream import Stored, from_memory
 
 # Which input of each operator is the weight.
@@ -27,13 +27,13 @@ def of_onnx(path: Path) -> tuple[list[Stored], list[Stored], list[OtherTensor]]:
 
     Raises InputError where the file is no valid model or ONNX Runtime cannot decode it.
     """
-    file = verify.read(path)
+    file = runtime.read(path)
     initializers = {each.name: each for each in file.graph.initializer}
     weights = dict(_weights(file))
     above = weight_roles.sources(file)
     given = {value.name for value in file.graph.input} - set(initializers)
     computed = [name for name in weights if name in above and not given & {name, *above[name]}]
-    arrays = verify.run_constants(file, dict.fromkeys(computed)) if computed else []
+    arrays = runtime.run_constants(file, dict.fromkeys(computed)) if computed else []
     decoded = []
     for name, array in zip(computed, arrays, strict=True):
         values = _channels_first(torch.from_numpy(np.asarray(array, dtype=np.float32)), weights[name])

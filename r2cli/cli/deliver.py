@@ -14,7 +14,7 @@ from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.cli import gates
 from r2cli.config.groups import CompressionGates, FileGates
-from r2cli.deploy import onnx_export, verify
+from r2cli.deploy import onnx_export, runtime, verify
 from r2cli.errors import CheckFailed
 from r2cli.storage import checkpoint
 
@@ -122,7 +122,7 @@ def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
     if overflow is not None and overflow < verify.SQNR_DB:
         lines.append(
             "note: on a processor without VNNI, as this one, ONNX Runtime's default kernels overflow "
-            f'({overflow:.0f} dB): deploy with the session option {verify.EXACT_PRODUCTS} = "1", as r2 does, '
+            f'({overflow:.0f} dB): deploy with the session option {runtime.EXACT_PRODUCTS} = "1", as r2 does, '
             "or with --weight-bits 7"
         )
     own = report["embeddings"]

@@ -24,7 +24,7 @@ def evaluate(given: EvaluateSource, config: EvaluateConfig, wanted: FileGates, a
     """Measure top-1, latency of one image on one thread, and size."""
     import torch
 
-    from r2cli.deploy import verify
+    from r2cli.deploy import runtime
     from r2cli.train import loop
 
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
@@ -38,7 +38,7 @@ def evaluate(given: EvaluateSource, config: EvaluateConfig, wanted: FileGates, a
         top1 = loop.top1(predict, loaded.test, where, advance=progress.advance)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    latency = verify.latency_ms(lambda image: one_thread(image.to(where)).cpu(), spec.blank(1))
+    latency = runtime.latency_ms(lambda image: one_thread(image.to(where)).cpu(), spec.blank(1))
     torch.set_num_threads(threads)
     size = source.stat().st_size
     report = {
@@ -49,7 +49,7 @@ def evaluate(given: EvaluateSource, config: EvaluateConfig, wanted: FileGates, a
         "latency_ms": latency,
         "bytes": size,
         "engine": engine,
-        "cpu": verify.cpu(),
+        "cpu": runtime.cpu(),
     }
     speed = f"{latency:.2f} ms an image ({engine}{', 1 thread' if where.type == 'cpu' else ''})"
     summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {size:,} bytes"
@@ -67,16 +67,16 @@ def _of_onnx(given: EvaluateSource) -> Subject:
     import torch
 
     from r2cli.api import inputs
-    from r2cli.deploy import verify
+    from r2cli.deploy import runtime
 
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
     if given.model is not None:
         raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
-    spec = verify.input_spec(source)
-    loaded = inputs.load_data(given, given.data, default=verify.data_name(source), spec=spec)
-    inputs.require_classes(str(source), verify.class_names(source), loaded)
-    one_thread = verify.runner(source, threads=1)
-    return verify.runner(source), one_thread, torch.device("cpu"), spec, loaded, "ONNX Runtime"
+    spec = runtime.input_spec(source)
+    loaded = inputs.load_data(given, given.data, default=runtime.data_name(source), spec=spec)
+    inputs.require_classes(str(source), runtime.class_names(source), loaded)
+    one_thread = runtime.runner(source, threads=1)
+    return runtime.runner(source), one_thread, torch.device("cpu"), spec, loaded, "ONNX Runtime"
 
 
 def _of_network(given: EvaluateSource, device: str) -> Subject:
