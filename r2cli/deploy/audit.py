@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto
 from torch import Tensor
 
-from r2cli.deploy import float_nodes, onnx_export, onnx_text, weight_roles
+from r2cli.deploy import float_nodes, onnx_export, weight_roles
 from r2cli.graph import placement
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.packing import packed_bytes
@@ -72,10 +72,7 @@ def all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded], floats: Mappi
     if problem:
         return Check("integer weights", False, problem)
     kinds = Counter(
-        TensorProto.DataType.Name(held[part].data_type)
-        for name in coded
-        for part in made_from[name]
-        if part in held and onnx_text.letter(part) in onnx_text.CODES
+        TensorProto.DataType.Name(part.data_type) for name in coded for part in weight_roles.codes(file, name)
     )
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "float network"
     if any(has_float_table(one) for one in coded.values()):
@@ -169,7 +166,7 @@ def size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check
     initializers, made_from = {i.name: i for i in file.graph.initializer}, weight_roles.sources(file)
     ideal, parts = 0, {name for name in coded for name in made_from.get(name, [])}
     for name, one in coded.items():
-        held = sum(len(part.raw_data) for part in codes(name, made_from, initializers))
+        held = sum(len(part.raw_data) for part in weight_roles.codes(file, name))
         least = packed_bytes(one.codes.numel(), onnx_export.stored_bits(one.codec))
         if held != least:
             return Check("size", False, f"{name} takes {held} bytes of codes, {least} are enough")
@@ -179,10 +176,3 @@ def size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check
         return Check("size", True, f"{total:,} bytes, float network")
     ideal += sum(len(one.raw_data) for name, one in initializers.items() if name not in parts)
     return Check("size", True, f"{total:,} bytes; codes, scales and biases alone {ideal:,}")
-
-
-def codes(
-    name: str, made_from: Mapping[str, Sequence[str]], initializers: Mapping[str, TensorProto]
-) -> list[TensorProto]:
-    """The initializers that hold the codes of the weight `name`."""
-    return [initializers[part] for part in made_from.get(name, []) if onnx_text.letter(part) in onnx_text.CODES]

@@ -1,38 +1,35 @@
-"""Export a checkpoint as an ONNX file with integer weights, in standard operators (opset 21, IR 10).
+"""Export a checkpoint as an ONNX file with integer weights, in standard operators that every runtime knows.
 
-torch exports the network with float weights under their own names. Then the initializer of each quantized weight is
-replaced by nodes that compute it from its codes (`weight_nodes.py`). So the codes are never computed again from floats,
-and the network is described only once. Activations are UINT8; below 8 bits their codes are clipped.
+The network's graph is written node by node (`onnx_operators.py`, `onnx_layers.py`). The weight of a quantized layer is
+computed from its codes (`weight_nodes.py`): they are never computed again from floats. Every value keeps the name that
+it has in the network: the codes of `features.0.weight` are `features.0.weight.codes`. Activations are UINT8; below 8
+bits their codes are clipped.
 
-The order of the steps in `to_bytes` matters: constants are folded before the codes are in the graph, or the folding
-would turn them into float weights again.
+The file is plain: opset 13 unless an operator asks for more, IR version 8, no functions, no types of 4 bits.
 """
 
 import json
-import warnings
-from collections.abc import Mapping
-from contextlib import redirect_stdout
-from io import StringIO
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
 from r2cli.calibration import deployed
-from r2cli.deploy import onnx_functions, onnx_text, weight_nodes
-from r2cli.deploy.weight_nodes import initializer
+from r2cli.deploy import onnx_layers
+from r2cli.deploy.onnx_layers import Weights
+from r2cli.deploy.onnx_operators import OPERATORS
+from r2cli.deploy.onnx_sheet import Shape, Sheet, Unwritable, Value
+from r2cli.deploy.onnx_writer import Writer
 from r2cli.errors import R2Error
 from r2cli.graph import edit, operators, structure
 from r2cli.graph.channel_clip import Clip
-from r2cli.quantized.channels import per_channel
-from r2cli.quantized.coded import Codec, Coded
+from r2cli.graph.read import trace
+from r2cli.quantized.coded import Codec
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint
 
-OPSET, IR_VERSION = 21, 10
 INPUT, OUTPUT = "input", "logits"
 
 
@@ -40,151 +37,225 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     """Return the bytes of the ONNX file of `checkpoint`. Equal checkpoints give equal bytes.
 
     Its input is float32 (batch, channels, size, size), or int64 tokens (batch, 3, size); its output is the logits,
-    float32 (batch, classes). Raises R2Error where torch cannot export the network, or loses a weight.
+    float32 (batch, classes). Raises R2Error for an operation that has no form in ONNX, or a weight that is lost.
     """
     net = deployed.network(checkpoint)
-    coded = checkpoint.coded
-    if isinstance(net, fx.GraphModule):
-        _standard_operators(net)
-    model = _export(net, checkpoint.input.blank(2))
-    _simplify(model, coded)
-    _put_codes(model, coded, read_as_float=not checkpoint.activations)
-    _round_last_bias(model)
-    _clean(model, checkpoint)
-    file = ir.to_proto(model)
-    onnx_text.shorten_integers(file)
-    onnx_functions.outline(file, checkpoint.coded.keys())
-    content: bytes = file.SerializeToString(deterministic=True)
+    blank = checkpoint.input.blank(2)
+    graph = net if isinstance(net, fx.GraphModule) else trace(net, blank)
+    _pool_on_grids(graph)
+    edit.repeat_grids(graph)
+    writer = Writer()
+    weights = Weights(writer, checkpoint.coded)
+    weights.float_activations = not checkpoint.activations
+    _Export(graph.eval(), writer, weights).write(blank)
+    lost = [name for name in checkpoint.coded if not any(name in node.output for node in writer.nodes)]
+    if lost:
+        raise R2Error(f"nothing in the network reads the weight '{lost[0]}': report this with the model's name")
+    kind = TensorProto.INT64 if blank.dtype == torch.int64 else TensorProto.FLOAT
+    given = helper.make_tensor_value_info(INPUT, kind, ["batch", *blank.shape[1:]])
+    result = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", len(checkpoint.class_names)])
+    content: bytes = writer.model([given], [result], metadata(checkpoint)).SerializeToString(deterministic=True)
     return content
 
 
-# --- the float graph -----------------------------------------------------------------------------------------------
+# --- the graph -----------------------------------------------------------------------------------------------------
 
 
-class _GlobalAveragePool(nn.Module):
-    """Average each channel: (n, c, h, w) to (n, c, 1, 1), or to (n, c) with `flat`.
+class _Shapes(fx.Interpreter):
+    """Runs a graph and keeps what each node gives: for a tensor its shape and type, and the value itself of others."""
 
-    torch would write a ReduceMean, for which ONNX Runtime has no integer kernel.
-    """
+    def __init__(self, net: fx.GraphModule) -> None:
+        super().__init__(net)
+        self.found: dict[fx.Node, Any] = {}
+        self.constants: dict[fx.Node, Tensor] = {}  # those that do not depend on the input's values
+        self.fixed: set[fx.Node] = set()
 
-    def __init__(self, *, flat: bool = False) -> None:
-        super().__init__()
-        self.flat = flat
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4:  # GlobalAveragePool would average other axes
-            return x.mean((2, 3))
-        mean = torch.onnx.ops.symbolic("GlobalAveragePool", (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1))
-        return mean.flatten(1) if self.flat else mean
-
-
-class _QuantizeDequantize(nn.Module):
-    """A `FakeQuantize` in ONNX: QuantizeLinear, below 8 bits a Clip of the codes, and DequantizeLinear.
-
-    `most` (channels,) are the bounds of a `Clip` before it. Rounding keeps the order of values, so clipping the codes
-    gives the same result as clipping the values, and runtimes stay in integers.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    lowest: Tensor
-    highest: Tensor
-    most: Tensor
-
-    def __init__(self, grid: Grid, most: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("scale", grid.scale)
-        self.register_buffer("zero_point", grid.zero_point.to(torch.uint8))
-        self.register_buffer("lowest", torch.tensor(grid.lowest, dtype=torch.uint8))
-        self.register_buffer("highest", torch.tensor(grid.highest, dtype=torch.uint8))
-        self.register_buffer("most", torch.tensor(grid.highest) if most is None else grid.encode(most))
-        self.clips, self.bounds = grid.bits < 8, bool((self.most < grid.highest).any())
-
-    def forward(self, x: Tensor) -> Tensor:
-        symbolic, shape = torch.onnx.ops.symbolic, x.shape
-        codes = symbolic("QuantizeLinear", (x, self.scale, self.zero_point), dtype=torch.uint8, shape=shape)
-        if self.clips:
-            codes = symbolic("Clip", (codes, self.lowest, self.highest), dtype=torch.uint8, shape=shape)
-        if self.bounds:
-            most = per_channel(self.most, x.ndim - 1)
-            codes = symbolic("Min", (codes, most), dtype=torch.uint8, shape=shape)
-        return symbolic("DequantizeLinear", (codes, self.scale, self.zero_point), dtype=torch.float32, shape=shape)
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.found[n] = fx.node.map_aggregate(result, lambda one: _seen(one))
+        reads = [node for node in n.all_input_nodes if not isinstance(self.found[node], int | torch.device)]
+        if n.op != "placeholder" and all(node in self.fixed for node in reads):
+            self.fixed.add(n)
+            if isinstance(result, Tensor):
+                self.constants[n] = result
+        return result
 
 
-class _Relu6(nn.Module):
-    """Clip values of any shape to [0, 6]. With torch's own ReLU6 the export takes more than twice as long."""
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("low", torch.tensor(0.0))
-        self.register_buffer("high", torch.tensor(6.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic("Clip", (x, self.low, self.high), dtype=x.dtype, shape=x.shape)
+def _seen(one: Any) -> Any:
+    return (tuple(one.shape), one.dtype) if isinstance(one, Tensor) else one
 
 
-class _HardSigmoid(nn.Module):
-    """Compute min(max(x / 6 + 1 / 2, 0), 1) for x of any shape.
+class _Export:
+    """One walk over a graph, which writes each node by its row of `OPERATORS` or `onnx_layers.LAYERS`."""
 
-    No runtime has an integer kernel for it, but with an 8-bit grid after it, it is a sum. Quantizing x + 3 with six
-    times the scale gives the codes of (x + 3) / 6, and clips them to the range.
-    """
+    def __init__(self, net: fx.GraphModule, writer: Writer, weights: Weights) -> None:
+        self.net, self.writer, self.weights = net, writer, weights
+        self.values: dict[fx.Node, Any] = {}  # Value, or a list of them, or what a node without a tensor gives
+        self.modules = {node: operators.module_of(net, node) for node in net.graph.nodes}
+        self.batch = ""
 
-    three: Tensor
-    third: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    sixfold: Tensor
+    def write(self, blank: Tensor) -> None:
+        """Write the nodes in their order. `blank` (2, ...) is an input; what a third one changes follows the batch."""
+        with torch.no_grad():
+            first, second = _Shapes(self.net), _Shapes(self.net)
+            first.run(blank)
+            second.run(blank.new_zeros((3, *blank.shape[1:])))
+        for node in self.net.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = Value(INPUT, (None, *blank.shape[1:]), blank.dtype)
+            elif node.op == "output":
+                self._result(node.args[0])
+            else:
+                self.values[node] = self._node(node, first, second)
 
-    def __init__(self, grid: Grid | None) -> None:
-        super().__init__()
-        self.on_grid = grid is not None
-        if grid is not None:
-            # The constant 3 as a code too, so that the sum runs on integers: 255 * (3 / 255).
-            self.register_buffer("three", torch.tensor(255, dtype=torch.uint8))
-            self.register_buffer("third", torch.tensor(3 / 255))
-            self.register_buffer("scale", grid.scale)
-            self.register_buffer("zero_point", grid.zero_point.to(torch.uint8))
-            self.register_buffer("sixfold", 6 * grid.scale)
+    def _result(self, given: Any) -> None:
+        one = given if isinstance(given, fx.Node) else next(iter(given.values() if isinstance(given, dict) else given))
+        name = self.values[one].name
+        if not any(name in node.output for node in self.writer.nodes):
+            self.writer.enter("result")
+            name = self.writer.node("Identity", [name])
+        self.writer.rename(name, OUTPUT)
 
-    def forward(self, x: Tensor) -> Tensor:
-        symbolic, shape = torch.onnx.ops.symbolic, x.shape
-        if not self.on_grid:
-            return symbolic("HardSigmoid", (x,), {"alpha": 1 / 6}, dtype=x.dtype, shape=shape)
-        zero: Tensor = self.zero_point
-        three = symbolic("DequantizeLinear", (self.three, self.third, zero), dtype=torch.float32, shape=())
-        total = symbolic("Add", (x, three), dtype=torch.float32, shape=shape)
-        codes = symbolic("QuantizeLinear", (total, self.sixfold, zero), dtype=torch.uint8, shape=shape)
-        return symbolic("DequantizeLinear", (codes, self.scale, zero), dtype=torch.float32, shape=shape)
+    def _node(self, node: fx.Node, first: _Shapes, second: _Shapes) -> Any:
+        seen = _merged(first.found[node], second.found[node])
+        constant = first.constants.get(node)
+        if constant is not None and not self._from_codes(node):
+            if node.op == "get_attr":
+                return Value(self.weights.tensor(str(node.target), constant), *_typed(constant))
+            if not node.users or all(user in first.constants for user in node.users):
+                return Value("", *_typed(constant))  # what reads it is a constant too, and written instead
+            if torch.equal(torch.as_tensor(constant.shape), torch.as_tensor(second.constants[node].shape)):
+                return Value(self.weights.tensor(f"{node.name}.constant", constant), *_typed(constant))
+        if not _has_tensor(seen):
+            return seen
+        if self._joins(node):
+            return None  # the grid that reads it writes both
+        try:
+            names = self._write(node, seen)
+        except Unwritable as why:
+            raise R2Error(self._refusal(node, str(why))) from why
+        return _valued(names, seen)
 
+    def _from_codes(self, node: fx.Node) -> bool:
+        """Whether a constant is made from a quantized weight: then it is computed in the file, from the codes."""
+        if node.op == "get_attr":
+            return str(node.target) in self.weights.coded
+        return any(self._from_codes(each) for each in node.all_input_nodes if each.op != "placeholder")
 
-def _standard_operators(net: fx.GraphModule) -> None:
-    """Replace modules by operators for which runtimes have integer kernels, in place."""
+    def _write(self, node: fx.Node, seen: Any) -> Any:
+        shapes = tuple(each[0] for each in (seen if isinstance(seen, list) else [seen]))
+        sheet = Sheet(self.writer, shapes, self._batch)
+        module = self.modules[node]
+        args: Any = fx.node.map_arg(node.args, lambda each: self.values[each])
+        kwargs = fx.node.map_arg(node.kwargs, lambda each: self.values[each])
+        self.writer.enter(node.name)
+        if module is not None:
+            return self._module(sheet, node, module, args[0])
+        if node.op == "get_attr":
+            return self.weights.tensor(str(node.target), getattr_path(self.net, str(node.target)))
+        if node.target not in OPERATORS:
+            raise Unwritable("r2 knows no form of it")
+        count = len(self.writer.nodes)
+        return self._named(OPERATORS[node.target](sheet, *args, **kwargs), node.name, count)
 
-    def replacement(node: fx.Node) -> nn.Module | None:
-        module = operators.module_of(net, node)
+    def _module(self, sheet: Sheet, node: fx.Node, module: nn.Module, x: Value) -> str:
+        name, before = str(node.target), len(self.writer.nodes)
         if isinstance(module, deployed.FakeQuantize):
-            return _QuantizeDequantize(module.grid, bounds.get(node))
-        if isinstance(module, Clip) and all(user in bounds for user in node.users):
-            return nn.ReLU()
-        if operators.is_a(net, node, (nn.ReLU6, F.relu6)):
-            return _Relu6()
-        if operators.is_a(net, node, (nn.Hardsigmoid, F.hardsigmoid)):
-            return _HardSigmoid(None)
-        if _is_global_mean(net, node):
-            return _GlobalAveragePool(flat=not operators.is_a(net, node, (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)))
-        return None
+            return self._grid(sheet, node, module.grid, x)
+        if isinstance(module, Clip):
+            if all(edit.is_grid(user) for user in node.users):  # the grid clips the codes of each channel
+                return sheet.node("Relu", x)
+            return onnx_layers.channel_clip(sheet, name, module, x)
+        for kinds, handler in onnx_layers.LAYERS:
+            if isinstance(module, kinds):
+                own = handler(sheet, self.weights, name, module, x)
+                return self._named(own, node.name, before)  # type: ignore[no-any-return]
+        known = onnx_layers.as_function(module)
+        if known is None:
+            raise Unwritable("r2 knows no form of it")
+        function, args, given = known
+        accepted = OPERATORS[function].__code__.co_varnames
+        return self._named(  # type: ignore[no-any-return]
+            OPERATORS[function](sheet, x, *args, **{key: value for key, value in given.items() if key in accepted}),
+            node.name,
+            before,
+        )
 
-    _pool_on_grids(net)
-    edit.repeat_grids(net)
-    _join_hard_sigmoids(net)
-    clips = {node: operators.module_of(net, node) for node in net.graph.nodes}
-    on_grids = [node for node, module in clips.items() if isinstance(module, deployed.FakeQuantize)]
-    bounds = {n: c.high for n in on_grids if isinstance(c := clips[n.all_input_nodes[0]], Clip)}
-    edit.replace_calls(net, replacement)
+    def _grid(self, sheet: Sheet, node: fx.Node, grid: Grid, x: Value) -> str:
+        name = str(node.target)
+        before = node.all_input_nodes[0]
+        if self._joins(before):
+            given = self.values[before.all_input_nodes[0]]
+            return onnx_layers.hard_sigmoid_on_grid(sheet, self.weights, name, grid, given)
+        module = self.modules[before]
+        return onnx_layers.quantize(
+            sheet, self.weights, name, grid, x.name, module.high if isinstance(module, Clip) else None
+        )
+
+    def _joins(self, node: fx.Node) -> bool:
+        """Whether `node` is a hard sigmoid between two grids of 8 bits, which is written with the second."""
+        user = structure.only_user(node)
+        grid = None if user is None else self.modules[user]
+        return (
+            isinstance(grid, deployed.FakeQuantize)
+            and grid.grid.bits == 8
+            and operators.is_a(self.net, node, (nn.Hardsigmoid, F.hardsigmoid))
+            and edit.is_grid(node.all_input_nodes[0])
+        )
+
+    def _named(self, given: Any, name: str, before: int) -> Any:
+        """Call the value that the last node gives, where it is the result, as the network does."""
+        if isinstance(given, str) and len(self.writer.nodes) > before and given in self.writer.nodes[-1].output:
+            return self.writer.rename(given, name)
+        return given
+
+    def _batch(self) -> str:
+        """Write the size of the batch as the network runs, once: (1,) INT64."""
+        if not self.batch:
+            shape = self.writer.node("Shape", [INPUT])
+            self.batch = self.writer.node("Slice", [shape, self.writer.ints([0]), self.writer.ints([1])])
+        return self.batch
+
+    def _refusal(self, node: fx.Node, why: str) -> str:
+        module = self.modules[node]
+        what = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        return f"'{node.name}' ({what}) cannot be written as ONNX: {why}. Write it another way in the network's code"
+
+
+def getattr_path(net: nn.Module, path: str) -> Tensor:
+    """The tensor at a path of a network."""
+    owner, _, name = path.rpartition(".")
+    found: Tensor = getattr(net.get_submodule(owner), name)
+    return found
+
+
+def _typed(tensor: Tensor) -> tuple[Shape, torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _is_typed(seen: Any) -> bool:
+    return isinstance(seen, tuple) and len(seen) == 2 and isinstance(seen[1], torch.dtype)
+
+
+def _has_tensor(seen: Any) -> bool:
+    return _is_typed(seen) or (isinstance(seen, list) and any(map(_has_tensor, seen)))
+
+
+def _merged(one: Any, other: Any) -> Any:
+    """What a node gives for any batch: lengths, and numbers, that differ between two batches are None."""
+    if _is_typed(one):
+        return tuple(a if a == b else None for a, b in zip(one[0], other[0], strict=True)), one[1]
+    if isinstance(one, tuple | list) and not isinstance(one, torch.Size):
+        return [_merged(a, b) for a, b in zip(one, other, strict=True)]
+    if isinstance(one, torch.Size):
+        return tuple(a if a == b else None for a, b in zip(one, other, strict=True))
+    return one if one == other else None
+
+
+def _valued(names: Any, seen: Any) -> Any:
+    if isinstance(seen, list):
+        return [_valued(name, each) for name, each in zip(names, seen, strict=True)]
+    return names if isinstance(names, Value) else Value(names, *seen)
 
 
 def _pool_on_grids(net: fx.GraphModule) -> None:
@@ -206,24 +277,6 @@ def _pool_on_grids(net: fx.GraphModule) -> None:
             net.graph.erase_node(node)
 
 
-def _join_hard_sigmoids(net: fx.GraphModule) -> None:
-    """Join every hard sigmoid with the 8-bit grid after it, if nothing else reads it; in place."""
-    for node in list(net.graph.nodes):
-        user = structure.only_user(node)
-        if user is None or not operators.is_a(net, node, (nn.Hardsigmoid, F.hardsigmoid)):
-            continue
-        module = operators.module_of(net, user)
-        if (
-            isinstance(module, deployed.FakeQuantize)
-            and module.grid.bits == 8
-            and edit.is_grid(node.all_input_nodes[0])
-        ):
-            user.replace_input_with(node, node.all_input_nodes[0])
-            net.graph.erase_node(node)
-            net.add_submodule(f"replaced.{node.name}", _HardSigmoid(module.grid))
-            user.target = f"replaced.{node.name}"
-
-
 def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
     """Say whether `node` averages each channel of an image (n, c, h, w)."""
     module, given = operators.module_of(net, node), (*node.args[1:], *node.kwargs.values())
@@ -234,125 +287,7 @@ def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
     return operators.is_a(net, node, (torch.mean, "mean")) and given in (([2, 3],), ((2, 3),))
 
 
-def _export(net: nn.Module, images: Tensor) -> ir.Model:
-    """Let torch export the float network. Raises R2Error where it cannot."""
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")  # torch's exporter warns about its own deprecated parts
-        try:
-            program = torch.onnx.export(
-                net,
-                (images,),
-                dynamo=True,
-                optimize=False,  # it would merge equal initializers and rename others, and we look for them by name
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                external_data=False,
-                verbose=False,
-            )
-        except Exception as error:
-            first = str(error).strip().splitlines()[0]
-            raise R2Error(
-                f"torch cannot export this network to ONNX ({type(error).__name__}: {first}): change the layer that it "
-                "names"
-            ) from error
-    assert program is not None
-    return program.model
-
-
-def _simplify(model: ir.Model, coded: Mapping[str, Coded]) -> None:
-    """Fold constants, except the quantized weights. As inputs of the graph they are no constants for a while."""
-    from onnxscript import optimizer
-
-    weights = {name: model.graph.initializers.pop(name) for name in coded if name in model.graph.initializers}
-    model.graph.inputs.extend(weights.values())
-    optimizer.optimize_ir(model)
-    for name, value in weights.items():
-        model.graph.inputs.remove(value)
-        model.graph.initializers[name] = value
-
-
-# --- the codes -----------------------------------------------------------------------------------------------------
-
-
-def _put_codes(model: ir.Model, coded: Mapping[str, Coded], *, read_as_float: bool) -> None:
-    """Replace the initializer of each quantized weight by nodes that compute it from its codes, in place.
-
-    Raises R2Error where a weight is not the one that the codes stand for, or is missing.
-    """
-    shared: dict[str, ir.Value] = {}
-    initializers = model.graph.initializers
-    for node in list(model.graph):
-        for name in [value.name for value in node.inputs if value is not None]:
-            if name is not None and name in coded and name in initializers:
-                value, weight = initializers.pop(name), coded[name]
-                assert value.const_value is not None
-                if not torch.equal(torch.from_numpy(value.const_value.numpy().copy()), weight.decode()):
-                    raise R2Error(
-                        f"torch's export changed the weight '{name}', so its codes do not fit it: report this with the "
-                        "model's name"
-                    )
-                decoded, nodes = weight_nodes.emit(model.graph, name, weight, shared, read_as_float=read_as_float)
-                value.replace_all_uses_with(decoded)
-                decoded.name = name
-                model.graph.insert_before(node, nodes)
-    made = {value.name for node in model.graph for value in node.outputs}
-    lost = [name for name in coded if name not in made]
-    if lost:
-        raise R2Error(f"the weight '{lost[0]}' was lost in torch's export: report this with the model's name")
-
-
-def _round_last_bias(model: ir.Model) -> None:
-    """Write the bias of the layer that gives the logits as int32 codes with a DequantizeLinear, in place.
-
-    Runtimes round the bias of a layer with a quantized output by themselves. The logits are float, and with a float
-    bias runtimes would run that layer in float. `calibrate.round_biases` has rounded the bias already, so no value
-    changes.
-    """
-    for node in list(model.graph):
-        if node.op_type not in ("Gemm", "Conv") or len(node.inputs) < 3 or not node.outputs[0].is_graph_output():
-            continue
-        bias, scales = node.inputs[2], [_scale_of(value) for value in node.inputs[:2]]
-        if bias is None or bias.name is None or bias.const_value is None or scales[0] is None or scales[1] is None:
-            continue
-        scale = np.asarray(scales[0] * scales[1])
-        codes = np.rint(bias.const_value.numpy().astype(np.float64) / scale)
-        parts = [
-            initializer(model.graph, f"{bias.name}.codes", codes.astype(np.int32)),
-            initializer(model.graph, f"{bias.name}.scale", scale),
-        ]
-        decoded = ir.node("DequantizeLinear", parts, {"axis": 0} if scale.ndim else {})
-        decoded.outputs[0].name = f"{bias.name}.decoded"
-        model.graph.insert_before(node, decoded)
-        node.replace_input_with(2, decoded.outputs[0])
-        del model.graph.initializers[bias.name]
-
-
-def _scale_of(value: ir.Value | None) -> "np.ndarray[Any, Any] | None":
-    """Return the scale, () or (channels,), of the DequantizeLinear that computes `value`; None for another operator."""
-    producer = None if value is None else value.producer()
-    if producer is None or producer.op_type != "DequantizeLinear":
-        return None
-    scale = producer.inputs[1]
-    return None if scale is None or scale.const_value is None else scale.const_value.numpy()
-
-
 # --- the file ------------------------------------------------------------------------------------------------------
-
-
-def _clean(model: ir.Model, checkpoint: Checkpoint) -> None:
-    """Remove what torch writes about its own run (stack traces, paths): the bytes depend on the checkpoint alone."""
-    onnx_text.shorten(model, checkpoint.coded.keys())
-    model.graph.metadata_props.clear()
-    model.graph.name, model.graph.doc_string, model.doc_string = "r2", None, None
-    model.ir_version, model.producer_name, model.producer_version = IR_VERSION, "r2cli", None
-    model.metadata_props.clear()
-    model.metadata_props.update(metadata(checkpoint))
-    model.functions.clear()
-    used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
-    for domain in [domain for domain in model.opset_imports if domain not in used and domain != ""]:
-        del model.opset_imports[domain]
 
 
 def metadata(checkpoint: Checkpoint) -> dict[str, str]:
@@ -371,5 +306,5 @@ def _json(value: Any) -> str:
 
 
 def stored_bits(codec: Codec) -> int:
-    """Return the bits that a code takes in the file. Codes of 5 to 7 bits take 8, since ONNX has no such types."""
+    """Return the bits that a code takes in the file. Codes of 5 to 7 bits take 8: they would not pack well."""
     return codec.bits if codec.bits <= 4 else 8

@@ -11,13 +11,14 @@ from time import perf_counter
 from typing import Any
 
 import onnx
+import onnx.inliner
 import onnxruntime as ort
 import torch
 from onnx import TensorProto
 from torch import Tensor
 
 from r2cli import data
-from r2cli.deploy import onnx_functions, weight_roles
+from r2cli.deploy import weight_roles
 from r2cli.errors import InputError
 from r2cli.storage import checkpoint as checkpoints
 from r2cli.storage.checkpoint import InputSpec
@@ -32,7 +33,12 @@ class UnrunnableError(InputError):
 
 def read(path: Path) -> onnx.ModelProto:
     """The ONNX model at `path`, with its functions inlined. Raises InputError for a missing or corrupt one."""
-    return onnx_functions.inline(opened(path))
+    return inlined(opened(path))
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the bodies of its own functions in the place of their calls: r2 writes none, others do."""
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def opened(path: Path) -> onnx.ModelProto:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from r2cli.data import Batch
-from r2cli.deploy import audit, comparison, onnx_functions, runtime, weight_roles
+from r2cli.deploy import audit, comparison, runtime, weight_roles
 from r2cli.errors import InputError
 from r2cli.graph import placement
 from r2cli.quantized.coded import Coded
@@ -54,7 +54,7 @@ def prove(
     Raises InputError where the file is not a readable ONNX model.
     """
     written = runtime.opened(path)
-    file = onnx_functions.inline(written)
+    file = runtime.inlined(written)
     on_grids = isinstance(model, fx.GraphModule) and bool(checkpoint.activations)
     left = placement.float_operations(model, checkpoint.input.shape) if on_grids else None  # type: ignore[arg-type]
     integer = audit.all_integer(file, checkpoint.coded, checkpoint.floats)
@@ -139,7 +139,7 @@ def _same_indices(file: onnx.ModelProto, name: str, coded: Coded) -> bool:
     """Whether a palette's indices are the checkpoint's: two of them may stand for one value."""
     if not isinstance(coded.codec, Palette):
         return True
-    held = audit.codes(name, weight_roles.sources(file), {each.name: each for each in file.graph.initializer})
+    held = weight_roles.codes(file, name)
     indices = coded.packed() if coded.codec.bits <= 4 else coded.codes
     return b"".join(each.raw_data for each in held) == indices.numpy().tobytes()
 

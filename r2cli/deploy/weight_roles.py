@@ -59,6 +59,29 @@ def sources(file: onnx.ModelProto) -> dict[str, list[str]]:
     return above
 
 
+def codes(file: onnx.ModelProto, name: str) -> list[TensorProto]:
+    """The initializers that hold the codes of the weight that is the value `name`: what is decoded, looked up, or put
+    together to make it, and neither a scale nor a table. Planes stand in the order in which they are added."""
+    made = {value: node for node in file.graph.node for value in node.output}
+    held = constants(file)
+    found: list[TensorProto] = []
+    todo = [name]
+    while todo:
+        value = todo.pop(0)
+        if value in held:
+            found.append(held[value])
+            continue
+        node = made.get(value)
+        if node is None:
+            continue
+        # A lookup's codes are its indices. Planes are added to each other; a constant is added as an offset.
+        read = node.input[1:2] if node.op_type == "Gather" else node.input[:1]
+        if node.op_type == "Add":
+            read = [each for each in node.input if each not in held]
+        todo = [*read, *todo]
+    return found
+
+
 def size(tensor: TensorProto) -> int:
     """Bytes of a tensor's values."""
     bits = BITS.get(tensor.data_type, 16 if tensor.data_type in FLOATS else 8)

@@ -1,0 +1,352 @@
+"""How layers with weights, norms, and grids are written in ONNX.
+
+A layer whose input is on a grid and whose weight is on one too gets its bias as INT32 codes behind a DequantizeLinear,
+with the scale of its sums: all runtimes then run it on integers. Those before ONNX Runtime 1.23 run a layer with a
+float bias in float.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r2cli.deploy import weight_nodes
+from r2cli.deploy.onnx_moving import pad
+from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value
+from r2cli.deploy.onnx_writer import Array, Writer
+from r2cli.errors import R2Error
+from r2cli.graph.channel_clip import Clip
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.palette import Palette
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+MODES = {"reflect": "reflect", "replicate": "edge"}
+
+
+class Weights:
+    """The network's tensors in the file: each is written once, when the first node reads it."""
+
+    def __init__(self, writer: Writer, coded: Mapping[str, Coded]) -> None:
+        self.writer, self.coded = writer, coded
+        self.float_activations = True
+        self.scales: dict[str, Array] = {}  # of values that a DequantizeLinear gives, by name
+        self._written: dict[tuple[str, Any], str] = {}
+
+    def tensor(self, name: str, content: Tensor) -> str:
+        """Write the tensor called `name` in the network, from its codes where it has some; return its name.
+
+        Raises R2Error where the network's own values are not those that the codes stand for.
+        """
+        if (name, None) in self._written:
+            return name
+        one = self.coded.get(name)
+        if one is None:
+            self.writer.initializer(name, content.detach().numpy())
+        else:
+            if not torch.equal(content, one.decode()):
+                raise R2Error(f"the weight '{name}' is not what its codes stand for: report this with the model's name")
+            weight_nodes.emit(self.writer, name, one, read_as_float=self.float_activations)
+        self._written[name, None] = name
+        return name
+
+    def turned(self, name: str, content: Tensor) -> str:
+        """The same, with its two axes exchanged."""
+        if (name, "turned") not in self._written:
+            self.tensor(name, content)
+            self.writer.enter(f"{name}.transposed")
+            self._written[name, "turned"] = self.writer.node("Transpose", [name], perm=[1, 0])
+        return self._written[name, "turned"]
+
+    def bias(self, name: str, weight: str, bias: Tensor | None, x: Value) -> str | None:
+        """Write the bias `name` of the layer that reads `x` and `weight`: as codes where its sums are integers."""
+        if bias is None:
+            return None
+        scale = self._unit(weight, x)
+        if scale is None:
+            return self.tensor(name, bias)
+        # A layer that runs on two values has two units, and so its bias twice.
+        if (name, x.name) not in self._written:
+            codes = np.rint(bias.detach().numpy().astype(np.float64) / scale)
+            if np.abs(codes).max() >= 2**31:
+                raise R2Error(f"the bias '{name}' does not fit INT32 on its grid: report this with the model's name")
+            twice = any(key[0] == name for key in self._written)
+            own = f"{name}.{x.name}" if twice else name
+            self.writer.enter(own)
+            parts = [
+                self.writer.initializer(f"{own}.codes", codes.astype(np.int32)),
+                self.writer.initializer(f"{own}.scale", scale),
+            ]
+            value = self.writer.node("DequantizeLinear", parts, axis=0 if scale.ndim else None)
+            self._written[name, x.name] = self.writer.rename(value, own)
+        return self._written[name, x.name]
+
+    def _unit(self, weight: str, x: Value) -> Array | None:
+        """What 1 stands for in the layer's integer sums, () or (channels,); None where it computes in float."""
+        one, scale = self.coded.get(weight), self.scales.get(x.name)
+        if one is None or scale is None or (isinstance(one.codec, Palette) and one.codec.lut.is_floating_point()):
+            return None
+        return np.asarray(scale * weight_nodes.scale_of(one))
+
+
+def convolution(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
+    """Write a convolution of one, two or three axes, with its padding of any mode."""
+    padding = _padding(module, x)
+    if module.padding_mode != "zeros":
+        before, after = padding[: len(padding) // 2], padding[len(padding) // 2 :]
+        pairs = [each for pair in zip(reversed(before), reversed(after), strict=True) for each in pair]
+        x = Value(pad(sheet, x, pairs, module.padding_mode), x.shape, x.dtype)
+        padding = [0] * len(padding)
+    weight = weights.tensor(f"{name}.weight", module.weight)
+    bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
+    sheet.writer.enter(name)
+    return sheet.writer.node("Conv", _present(x.name, weight, bias), **_window(module), pads=_any(padding))
+
+
+def transposed(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
+    weight = weights.tensor(f"{name}.weight", module.weight)
+    bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
+    sheet.writer.enter(name)
+    more = list(module.output_padding)
+    return sheet.writer.node(
+        "ConvTranspose",
+        _present(x.name, weight, bias),
+        **_window(module),
+        pads=_any(2 * list(module.padding)),
+        output_padding=_any(more),
+    )
+
+
+def _window(module: Any) -> dict[str, Any]:
+    """The attributes that convolutions share; what is at its default is left out."""
+    ones = [1] * len(module.kernel_size)
+    return {
+        "kernel_shape": list(module.kernel_size),
+        "strides": list(module.stride) if list(module.stride) != ones else None,
+        "dilations": list(module.dilation) if list(module.dilation) != ones else None,
+        "group": module.groups if module.groups != 1 else None,
+    }
+
+
+def _padding(module: Any, x: Value) -> list[int]:
+    """The padding as ONNX has it: of all axes before, then of all axes behind."""
+    if module.padding == "valid":
+        return [0] * (2 * len(module.kernel_size))
+    if module.padding == "same":
+        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [each // 2 for each in whole] + [each - each // 2 for each in whole]
+    return 2 * list(module.padding)
+
+
+def linear(sheet: Sheet, weights: Weights, name: str, module: nn.Linear, x: Value) -> str:
+    """Write a Gemm on (n, features); on tensors of more axes a product and a sum, which runtimes add in float."""
+    if len(x.shape) == 2:
+        weight = weights.tensor(f"{name}.weight", module.weight)
+        bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
+        sheet.writer.enter(name)
+        return sheet.writer.node("Gemm", _present(x.name, weight, bias), transB=1)
+    weight = weights.turned(f"{name}.weight", module.weight)
+    bias = None if module.bias is None else weights.tensor(f"{name}.bias", module.bias)
+    sheet.writer.enter(name)
+    product = sheet.writer.node("MatMul", [x.name, weight])
+    return product if bias is None else sheet.writer.node("Add", [product, bias])
+
+
+def batch_norm(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
+    if module.running_mean is None:
+        raise Unwritable("it has no running statistics, so its result depends on the batch")
+    count = len(module.running_mean)
+    given = {
+        "weight": torch.ones(count) if module.weight is None else module.weight,
+        "bias": torch.zeros(count) if module.bias is None else module.bias,
+        "running_mean": module.running_mean,
+        "running_var": module.running_var,
+    }
+    parts = [weights.tensor(f"{name}.{key}", tensor) for key, tensor in given.items()]
+    sheet.writer.enter(name)
+    return sheet.writer.node("BatchNormalization", [x.name, *parts], epsilon=float(module.eps))
+
+
+def layer_norm(sheet: Sheet, weights: Weights, name: str, module: nn.LayerNorm, x: Value) -> str:
+    shape = list(module.normalized_shape)
+    given = {"weight": torch.ones(shape) if module.weight is None else module.weight, "bias": module.bias}
+    parts = [weights.tensor(f"{name}.{key}", tensor) for key, tensor in given.items() if tensor is not None]
+    sheet.writer.enter(name)
+    return sheet.writer.node("LayerNormalization", [x.name, *parts], axis=-len(shape), epsilon=float(module.eps))
+
+
+def group_norm(sheet: Sheet, weights: Weights, name: str, module: nn.GroupNorm, x: Value) -> str:
+    """Write it by InstanceNormalization of (n, groups, rest): GroupNormalization came only with opset 18."""
+    sheet.writer.enter(name)
+    groups = module.num_groups
+    apart = sheet.writer.node("Reshape", [x.name, sheet.writer.ints([0, groups, -1])])
+    ones, zeros = (sheet.writer.constant(np.full(groups, fill, np.float32), kind="full") for fill in (1, 0))
+    normed = sheet.writer.node("InstanceNormalization", [apart, ones, zeros], epsilon=float(module.eps))
+    value = sheet.writer.node("Reshape", [normed, sheet.sizes(x.shape)])
+    if not module.affine:
+        return value
+    shape = sheet.writer.ints([-1, *(1 for _ in x.shape[2:])])
+    for key, operation in (("weight", "Mul"), ("bias", "Add")):
+        own = weights.tensor(f"{name}.{key}", getattr(module, key))
+        value = sheet.writer.node(operation, [value, sheet.writer.node("Reshape", [own, shape])])
+    return value
+
+
+def instance_norm(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
+    if module.track_running_stats:
+        return batch_norm(sheet, weights, name, module, x)
+    count = x.shape[1] or 1
+    given = {
+        "weight": torch.ones(count) if module.weight is None else module.weight,
+        "bias": torch.zeros(count) if module.bias is None else module.bias,
+    }
+    parts = [weights.tensor(f"{name}.{key}", tensor) for key, tensor in given.items()]
+    sheet.writer.enter(name)
+    return sheet.writer.node("InstanceNormalization", [x.name, *parts], epsilon=float(module.eps))
+
+
+def embedding(sheet: Sheet, weights: Weights, name: str, module: nn.Embedding, x: Value) -> str:
+    weight = weights.tensor(f"{name}.weight", module.weight)
+    sheet.writer.enter(name)
+    return sheet.writer.node("Gather", [weight, x.name], axis=0)
+
+
+def prelu(sheet: Sheet, weights: Weights, name: str, module: nn.PReLU, x: Value) -> str:
+    own = weights.tensor(f"{name}.weight", module.weight)
+    sheet.writer.enter(name)
+    if module.num_parameters > 1:
+        own = sheet.writer.node("Reshape", [own, sheet.writer.ints([-1, *(1 for _ in x.shape[2:])])])
+    return sheet.writer.node("PRelu", [x.name, own])
+
+
+# --- grids ---------------------------------------------------------------------------------------------------------
+
+
+def quantize(sheet: Sheet, weights: Weights, name: str, grid: Grid, x: str, most: Tensor | None = None) -> str:
+    """Write a QuantizeLinear, below 8 bits a Clip of the codes, and a DequantizeLinear, with the grid called `name`.
+
+    `most` (channels,) are the bounds of a `Clip` before it. Rounding keeps the order of values, so clipping the codes
+    gives the same result as clipping the values, and runtimes stay in integers.
+    """
+    writer = sheet.writer
+    scale, zero = _parameters(writer, name, grid)
+    codes = writer.node("QuantizeLinear", [x, scale, zero])
+    if grid.bits < 8:
+        lowest, highest = (writer.constant(each, np.uint8, "code") for each in (grid.lowest, grid.highest))
+        codes = writer.node("Clip", [codes, lowest, highest])
+    bounds = None if most is None else grid.encode(most)
+    if bounds is not None and bool((bounds < grid.highest).any()):
+        shape = (-1, *(1 for _ in sheet.shape[2:]))
+        column = bounds.to(torch.uint8).reshape(shape if bounds.ndim else ()).numpy()
+        codes = writer.node("Min", [codes, writer.initializer(f"{name}.most", column)])
+    value = writer.node("DequantizeLinear", [codes, scale, zero])
+    weights.scales[value] = grid.scale.numpy()
+    return value
+
+
+def hard_sigmoid_on_grid(sheet: Sheet, weights: Weights, name: str, grid: Grid, x: Value) -> str:
+    """Write min(max(x / 6 + 1 / 2, 0), 1) on an 8-bit grid: no runtime has an integer kernel for it, but it is a sum.
+
+    Quantizing x + 3 with six times the scale gives the codes of (x + 3) / 6, and clips them to the range.
+    """
+    writer = sheet.writer
+    scale, zero = _parameters(writer, name, grid)
+    # The constant 3 as a code too, so that the sum runs on integers: 255 * (3 / 255).
+    code, third = writer.constant(255, np.uint8, "code"), writer.constant(3 / 255, np.float32)
+    three = writer.node("DequantizeLinear", [code, third, writer.constant(0, np.uint8, "code")])
+    total = writer.node("Add", [x.name, three])
+    sixfold = writer.initializer(f"{name}.sixfold", (6 * grid.scale).numpy())
+    codes = writer.node("QuantizeLinear", [total, sixfold, zero])
+    value = writer.node("DequantizeLinear", [codes, scale, zero])
+    weights.scales[value] = grid.scale.numpy()
+    return value
+
+
+def _parameters(writer: Writer, name: str, grid: Grid) -> tuple[str, str]:
+    """Write a grid's scale and zero point, once."""
+    names = f"{name}.scale", f"{name}.zero_point"
+    if names[0] not in writer.initializers:
+        writer.initializer(names[0], grid.scale.numpy())
+        writer.initializer(names[1], grid.zero_point.to(torch.uint8).numpy())
+    return names
+
+
+def channel_clip(sheet: Sheet, name: str, module: Clip, x: Value) -> str:
+    """Write min(relu(x), high) with the bound of each channel."""
+    own = sheet.writer.initializer(f"{name}.high", module.high.reshape(-1, *(1 for _ in x.shape[2:])).numpy())
+    return sheet.node("Min", sheet.node("Relu", x), own)
+
+
+# --- modules -------------------------------------------------------------------------------------------------------
+
+LAYERS: tuple[tuple[tuple[type[nn.Module], ...], Any], ...] = (
+    (CONVOLUTIONS, convolution),
+    (TRANSPOSED, transposed),
+    ((nn.Linear,), linear),
+    (BATCH_NORMS, batch_norm),
+    ((nn.LayerNorm,), layer_norm),
+    ((nn.GroupNorm,), group_norm),
+    ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), instance_norm),
+    ((nn.Embedding,), embedding),
+    ((nn.PReLU,), prelu),
+)
+
+
+def as_function(module: nn.Module) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Return the function that a module without weights calls, and its arguments behind the first; None for others."""
+    names = (
+        *("kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override"),
+        *("output_size", "negative_slope", "alpha", "min_val", "max_val", "dim", "approximate", "upscale_factor"),
+        *("size", "scale_factor", "mode", "align_corners", "groups"),
+    )
+    given = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    for kinds, function in FUNCTIONS:
+        if isinstance(module, kinds):
+            return function, (), given
+    if isinstance(module, nn.Flatten):
+        return torch.flatten, (module.start_dim, module.end_dim), {}
+    if isinstance(module, nn.Unflatten):
+        return torch.unflatten, (module.dim, module.unflattened_size), {}
+    paddings = {"Zero": "constant", "Constant": "constant", "Reflection": "reflect", "Replication": "replicate"}
+    for word, mode in paddings.items():
+        if type(module).__name__.startswith(f"{word}Pad"):
+            return F.pad, (list(module.padding), mode, getattr(module, "value", 0.0)), {}  # type: ignore[arg-type]
+    return None
+
+
+FUNCTIONS: tuple[tuple[tuple[type[nn.Module], ...], Any], ...] = (
+    ((nn.ReLU6,), F.relu6),
+    ((nn.ReLU,), F.relu),
+    ((nn.Sigmoid,), torch.sigmoid),
+    ((nn.Tanh,), torch.tanh),
+    ((nn.Hardsigmoid,), F.hardsigmoid),
+    ((nn.Hardswish,), F.hardswish),
+    ((nn.SiLU,), F.silu),
+    ((nn.GELU,), F.gelu),
+    ((nn.LeakyReLU,), F.leaky_relu),
+    ((nn.ELU,), F.elu),
+    ((nn.Hardtanh,), F.hardtanh),
+    ((nn.Softmax,), torch.softmax),
+    ((nn.LogSoftmax,), torch.log_softmax),
+    ((nn.Softplus,), F.softplus),
+    ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), F.max_pool2d),
+    ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), F.avg_pool2d),
+    ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), F.adaptive_avg_pool2d),
+    ((nn.PixelShuffle,), F.pixel_shuffle),
+    ((nn.ChannelShuffle,), F.channel_shuffle),
+    ((nn.Upsample,), F.interpolate),
+    ((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), F.dropout),
+)
+
+
+def _present(*names: str | None) -> list[str]:
+    return [name for name in names if name is not None]
+
+
+def _any(values: list[int]) -> list[int] | None:
+    return values if any(values) else None

@@ -1,0 +1,186 @@
+"""Operations that move, repeat or pick values, in ONNX. The parameters are those of torch's functions."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple
+
+
+def reshape(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
+    """Write any change of shape that keeps the order of values: its result's shape says it all."""
+    if x.shape == sheet.shape:
+        return x.name
+    if sheet.shape[:1] == (None,) and sheet.shape[1:] == (x.shape and prod(x.shape[1:]),) and x.shape[0] is None:  # type: ignore[arg-type]
+        return sheet.node("Flatten", x, axis=1)
+    return sheet.node("Reshape", x, sheet.sizes(sheet.shape))
+
+
+def permute(sheet: Sheet, x: Value, *dims: Any) -> str:
+    order = dims[0] if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
+    return sheet.node("Transpose", x, perm=[axis % len(x.shape) for axis in order])
+
+
+def transpose(sheet: Sheet, x: Value, dim0: int, dim1: int) -> str:
+    order = list(range(len(x.shape)))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return sheet.node("Transpose", x, perm=order)
+
+
+def expand(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
+    """Write the repetition along axes of one; the batch's size is computed where such an axis becomes the batch."""
+    if x.shape == sheet.shape:
+        return x.name
+    own = (*(1 for _ in range(len(sheet.shape) - len(x.shape))), *x.shape)
+    wanted = [1 if length is None and have is None else length for length, have in zip(sheet.shape, own, strict=True)]
+    if None not in wanted:
+        return sheet.node("Expand", x, sheet.writer.ints([int(length or 1) for length in wanted]))
+    parts = [sheet.batch() if length is None else sheet.writer.ints([length]) for length in wanted]
+    return sheet.node("Expand", x, sheet.writer.node("Concat", parts, axis=0))
+
+
+def slice_(
+    sheet: Sheet, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> str:
+    if sheet.shape == x.shape and step == 1:
+        return x.name
+    ends = [np.iinfo(np.int64).max if end is None else end]
+    bounds = [sheet.writer.ints([start or 0]), sheet.writer.ints(ends), sheet.writer.ints([dim])]
+    return sheet.node("Slice", x, *bounds, sheet.writer.ints([step]))
+
+
+def select(sheet: Sheet, x: Value, dim: int, index: int) -> str:
+    return sheet.node("Gather", x, sheet.writer.constant(index, np.int64, "index"), axis=dim)
+
+
+def getitem(sheet: Sheet, x: Any, index: Any) -> Any:
+    """Write x[index] for slices, numbers, None and ...; of several values, pick one."""
+    if isinstance(x, list | tuple):
+        return x[index]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(part, Value | Tensor | list) for part in parts):
+        raise Unwritable("tensors choose among its values")
+    if Ellipsis in parts:
+        place = parts.index(Ellipsis)
+        parts[place : place + 1] = [slice(None)] * (len(x.shape) - sum(part is not None for part in parts) + 1)
+    name, axis = x.name, 0
+    for part in [part for part in parts if part is not None]:
+        if isinstance(part, slice) and part != slice(None):
+            step = part.step or 1
+            stop = np.iinfo(np.int64).max if part.stop is None else part.stop
+            bounds = [sheet.writer.ints([given]) for given in (part.start or 0, stop, axis, step)]
+            name = sheet.node("Slice", name, *bounds)
+        elif isinstance(part, int):
+            name = sheet.node("Gather", name, sheet.writer.constant(part, np.int64, "index"), axis=axis)
+        axis += not isinstance(part, int)
+    return sheet.node("Reshape", name, sheet.sizes(sheet.shape)) if None in parts else name
+
+
+def chunk(sheet: Sheet, x: Value, *_: Any, dim: int = 0, **__: Any) -> list[str]:
+    """Write a division along `dim` (the argument that is left), into the lengths that the results have."""
+    axis = int(_[1]) if len(_) > 1 else dim
+    lengths = [shape[axis] for shape in sheet.shapes]
+    if None in lengths:
+        raise Unwritable("it divides the batch")
+    return sheet.writer.several("Split", [x.name, sheet.writer.ints(lengths)], len(lengths), axis=axis)  # type: ignore[arg-type]
+
+
+def unbind(sheet: Sheet, x: Value, dim: int = 0) -> list[str]:
+    count = x.shape[dim]
+    return [sheet.node("Gather", x, sheet.writer.constant(i, np.int64, "index"), axis=dim) for i in range(count or 0)]
+
+
+def cat(sheet: Sheet, tensors: Sequence[Value], dim: int = 0) -> str:
+    return sheet.node("Concat", *tensors, axis=dim)
+
+
+def stack(sheet: Sheet, tensors: Sequence[Value], dim: int = 0) -> str:
+    axis = dim % len(sheet.shape)
+    return sheet.node("Concat", *(sheet.node("Unsqueeze", x, sheet.writer.ints([axis])) for x in tensors), axis=axis)
+
+
+def roll(sheet: Sheet, x: Value, shifts: Any, dims: Any = 0) -> str:
+    name = x.name
+    pairs = zip(as_tuple(shifts), as_tuple(dims), strict=True)
+    for by, axis in [(by, axis) for by, axis in pairs if by]:
+        length = x.shape[axis]
+        if length is None:
+            raise Unwritable("it rolls the batch")
+        ends = sheet.writer.ints([-(by % length)]), sheet.writer.ints([np.iinfo(np.int64).max])
+        last = sheet.node("Slice", name, *ends, sheet.writer.ints([axis]))
+        first = sheet.node("Slice", name, sheet.writer.ints([0]), ends[0], sheet.writer.ints([axis]))
+        name = sheet.node("Concat", last, first, axis=axis)
+    return name
+
+
+def pad(sheet: Sheet, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> str:
+    """Write F.pad: (left, right) of the last axis, then of the one before it, and so on."""
+    axes = len(x.shape)
+    before, after = [0] * axes, [0] * axes
+    for place in range(len(pad) // 2):
+        before[axes - 1 - place], after[axes - 1 - place] = pad[2 * place], pad[2 * place + 1]
+    if mode == "circular":
+        return _wrap(sheet, x, before, after)
+    kinds = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+    filled = None if mode != "constant" or not value else float(value)
+    return sheet.node("Pad", x, sheet.writer.ints([*before, *after]), filled, mode=kinds[mode])
+
+
+def _wrap(sheet: Sheet, x: Value, before: Sequence[int], after: Sequence[int]) -> str:
+    """Write a circular pad by joining slices: the mode `wrap` came only with opset 19."""
+    name, end = x.name, np.iinfo(np.int64).max
+    for axis in [axis for axis in range(len(x.shape)) if before[axis] or after[axis]]:
+        ints = sheet.writer.ints
+        left = [sheet.node("Slice", name, ints([-before[axis]]), ints([end]), ints([axis]))] if before[axis] else []
+        right = [sheet.node("Slice", name, ints([0]), ints([after[axis]]), ints([axis]))] if after[axis] else []
+        name = sheet.node("Concat", *left, name, *right, axis=axis)
+    return name
+
+
+def pixel_shuffle(sheet: Sheet, x: Value, upscale_factor: int) -> str:
+    return sheet.node("DepthToSpace", x, blocksize=upscale_factor, mode="CRD")
+
+
+def pixel_unshuffle(sheet: Sheet, x: Value, downscale_factor: int) -> str:
+    raise Unwritable("SpaceToDepth orders channels otherwise")
+
+
+def channel_shuffle(sheet: Sheet, x: Value, groups: int) -> str:
+    n, c, *size = x.shape
+    apart = sheet.node("Reshape", x, sheet.sizes((n, groups, (c or 1) // groups, *size)))
+    turned = sheet.node("Transpose", apart, perm=[0, 2, 1, *range(3, len(x.shape) + 1)])
+    return sheet.node("Reshape", turned, sheet.sizes(x.shape))
+
+
+def interpolate(
+    sheet: Sheet,
+    x: Value,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> str:
+    kinds = {"nearest": "nearest", "bilinear": "linear", "linear": "linear", "trilinear": "linear", "bicubic": "cubic"}
+    if mode not in kinds or antialias:
+        raise Unwritable(f"its mode is {mode}{' with antialias' if antialias else ''}")
+    scales = [1.0, 1.0, *((out or 1) / (have or 1) for out, have in zip(sheet.shape[2:], x.shape[2:], strict=True))]
+    told = {"nearest": "asymmetric", "linear": "half_pixel", "cubic": "half_pixel"}[kinds[mode]]
+    return sheet.node(
+        "Resize",
+        x,
+        None,
+        sheet.writer.constant(scales, np.float32, "scales"),
+        mode=kinds[mode],
+        coordinate_transformation_mode="align_corners" if align_corners else told,
+        nearest_mode="floor" if mode == "nearest" else None,
+        cubic_coeff_a=-0.75 if mode == "bicubic" else None,
+    )
+
+
+def same(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
+    return x.name

@@ -1,0 +1,103 @@
+"""How each operation of a network is written in ONNX: the one table, by the function of torch that computes it.
+
+A handler gets the `Sheet` that it writes on, and the operation's arguments; a tensor among them is a `Value`. It
+returns the name of the result, or a list of names. Modules without weights are written as the function that they call;
+layers and norms are in `onnx_layers.py`. What has no row is refused by name: a file never holds what was not written
+on purpose.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from r2cli.deploy import onnx_moving, onnx_pointwise, onnx_pooling
+
+ATEN = torch.ops.aten
+Handler = Callable[..., Any]
+
+
+def _rows(handler: Handler, *kinds: Any) -> dict[Any, Handler]:
+    return dict.fromkeys(kinds, handler)
+
+
+# The one table: how each operation, by torch's function or the name of a method, is written.
+OPERATORS: Mapping[Any, Handler] = {
+    **_rows(onnx_pointwise.unary("Relu"), F.relu, torch.relu, torch.relu_, "relu", "relu_", ATEN.relu.default),
+    **_rows(onnx_pointwise.unary("Sigmoid"), torch.sigmoid, F.sigmoid, "sigmoid"),
+    **_rows(onnx_pointwise.unary("Tanh"), torch.tanh, F.tanh, "tanh"),
+    **_rows(onnx_pointwise.unary("Sqrt"), torch.sqrt, "sqrt"),
+    **_rows(onnx_pointwise.unary("Exp"), torch.exp, "exp"),
+    **_rows(onnx_pointwise.unary("Log"), torch.log, "log"),
+    **_rows(onnx_pointwise.unary("Abs"), torch.abs, "abs"),
+    **_rows(onnx_pointwise.unary("Neg"), torch.neg, operator.neg, "neg"),
+    **_rows(onnx_pointwise.unary("Erf"), torch.erf, "erf"),
+    **_rows(onnx_pointwise.unary("Reciprocal"), torch.reciprocal, "reciprocal"),
+    **_rows(onnx_pointwise.unary("Softplus"), F.softplus),
+    **_rows(onnx_pointwise.unary("Not"), torch.logical_not, operator.invert),
+    **_rows(onnx_pointwise.unary("Floor"), torch.floor, "floor"),
+    **_rows(onnx_pointwise.unary("Cos"), torch.cos),
+    **_rows(onnx_pointwise.unary("Sin"), torch.sin),
+    **_rows(onnx_pointwise.binary("Add"), torch.add, operator.add, operator.iadd, "add", "add_"),
+    **_rows(onnx_pointwise.binary("Sub"), torch.sub, operator.sub, operator.isub, "sub", "sub_"),
+    **_rows(onnx_pointwise.binary("Mul"), torch.mul, operator.mul, operator.imul, "mul", "mul_"),
+    **_rows(onnx_pointwise.binary("Div"), torch.div, operator.truediv, operator.itruediv, "div", "div_"),
+    **_rows(onnx_pointwise.reversed_("Sub"), torch.rsub),
+    **_rows(onnx_pointwise.binary("Pow"), torch.pow, operator.pow, "pow"),
+    **_rows(onnx_pointwise.binary("Max"), torch.maximum),
+    **_rows(onnx_pointwise.binary("Min"), torch.minimum),
+    **_rows(onnx_pointwise.binary("Equal"), torch.eq, operator.eq, "eq"),
+    **_rows(onnx_pointwise.binary("Greater"), torch.gt, operator.gt, "gt"),
+    **_rows(onnx_pointwise.binary("Less"), torch.lt, operator.lt, "lt"),
+    **_rows(onnx_pointwise.binary("GreaterOrEqual"), torch.ge, operator.ge, "ge"),
+    **_rows(onnx_pointwise.binary("LessOrEqual"), torch.le, operator.le, "le"),
+    **_rows(onnx_pointwise.binary("And"), torch.logical_and, operator.and_),
+    **_rows(onnx_pointwise.binary("Or"), torch.logical_or, operator.or_),
+    **_rows(onnx_pointwise.clamp, torch.clamp, "clamp"),
+    **_rows(onnx_pointwise.hardtanh, F.hardtanh),
+    **_rows(onnx_pointwise.relu6, F.relu6),
+    **_rows(onnx_pointwise.hardsigmoid, F.hardsigmoid),
+    **_rows(onnx_pointwise.hardswish, F.hardswish),
+    **_rows(onnx_pointwise.silu, F.silu),
+    **_rows(onnx_pointwise.gelu, F.gelu),
+    **_rows(onnx_pointwise.leaky_relu, F.leaky_relu),
+    **_rows(onnx_pointwise.elu, F.elu),
+    **_rows(onnx_pointwise.prelu, F.prelu, torch.prelu),
+    **_rows(onnx_pointwise.softmax, torch.softmax, F.softmax, "softmax"),
+    **_rows(onnx_pointwise.log_softmax, torch.log_softmax, F.log_softmax),
+    **_rows(onnx_pointwise.cast, "to", "float", torch.Tensor.to, ATEN.to.dtype, ATEN._to_copy.default),
+    **_rows(onnx_pointwise.where, torch.where),
+    **_rows(onnx_pointwise.masked_fill, torch.masked_fill, "masked_fill"),
+    **_rows(onnx_moving.reshape, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.unflatten),
+    **_rows(onnx_moving.reshape, "view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten"),
+    **_rows(onnx_moving.permute, torch.permute, "permute"),
+    **_rows(onnx_moving.transpose, torch.transpose, "transpose"),
+    **_rows(onnx_moving.expand, "expand", "expand_as", torch.Tensor.expand, torch.broadcast_to),
+    **_rows(onnx_moving.slice_, ATEN.slice.Tensor),
+    **_rows(onnx_moving.select, torch.select, "select"),
+    **_rows(onnx_moving.getitem, operator.getitem),
+    **_rows(onnx_moving.chunk, torch.chunk, torch.split, torch.split_with_sizes, "chunk", "split"),
+    **_rows(onnx_moving.unbind, torch.unbind, "unbind"),
+    **_rows(onnx_moving.cat, torch.cat, torch.concat),
+    **_rows(onnx_moving.stack, torch.stack),
+    **_rows(onnx_moving.roll, torch.roll, "roll"),
+    **_rows(onnx_moving.pad, F.pad),
+    **_rows(onnx_moving.pixel_shuffle, F.pixel_shuffle, torch.pixel_shuffle),
+    **_rows(onnx_moving.channel_shuffle, F.channel_shuffle, torch.channel_shuffle),
+    **_rows(onnx_moving.interpolate, F.interpolate),
+    **_rows(onnx_pooling.max_pool, F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool2d),
+    **_rows(onnx_pooling.avg_pool, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    **_rows(onnx_pooling.adaptive_avg_pool, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    **_rows(onnx_pooling.reduced("ReduceMean"), torch.mean, "mean"),
+    **_rows(onnx_pooling.reduced("ReduceSum"), torch.sum, "sum"),
+    **_rows(onnx_pooling.reduced("ReduceMax"), torch.amax, "amax"),
+    **_rows(onnx_pooling.reduced("ReduceMin"), torch.amin, "amin"),
+    **_rows(onnx_pointwise.matmul, torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm"),
+    **_rows(onnx_pointwise.baddbmm, torch.baddbmm),
+    **_rows(onnx_pointwise.attention, F.scaled_dot_product_attention),
+    **_rows(onnx_pointwise.layer_norm, F.layer_norm, torch.layer_norm),
+    **_rows(onnx_pointwise.embedding, F.embedding),
+    **_rows(onnx_moving.same, "contiguous", "clone", "detach", torch.clone, torch.detach, F.dropout),
+}

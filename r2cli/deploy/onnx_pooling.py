@@ -1,0 +1,103 @@
+"""Pools, means and sums in ONNX. The parameters are those of torch's functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple, spread
+
+
+def max_pool(
+    sheet: Sheet,
+    x: Value,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> str:
+    if return_indices:
+        raise Unwritable("it returns indices")
+    axes = len(x.shape) - 2
+    return sheet.node(
+        "MaxPool",
+        x,
+        kernel_shape=spread(kernel_size, axes),
+        strides=spread(stride or kernel_size, axes),
+        pads=2 * spread(padding, axes) if any(spread(padding, axes)) else None,
+        dilations=spread(dilation, axes) if any(each != 1 for each in spread(dilation, axes)) else None,
+        ceil_mode=1 if ceil_mode else None,
+    )
+
+
+def avg_pool(
+    sheet: Sheet,
+    x: Value,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> str:
+    axes = len(x.shape) - 2
+    if divisor_override is not None:
+        raise Unwritable("it has a divisor of its own")
+    padded = any(spread(padding, axes))
+    return sheet.node(
+        "AveragePool",
+        x,
+        kernel_shape=spread(kernel_size, axes),
+        strides=spread(stride or kernel_size, axes),
+        pads=2 * spread(padding, axes) if padded else None,
+        ceil_mode=1 if ceil_mode else None,
+        count_include_pad=1 if padded and count_include_pad else None,
+    )
+
+
+def adaptive_avg_pool(sheet: Sheet, x: Value, output_size: Any) -> str:
+    """Write a global average, or one of equal windows: only where each output is of as many inputs is there one."""
+    have, want = x.shape[2:], sheet.shape[2:]
+    if all(length == 1 for length in want):
+        return sheet.node("GlobalAveragePool", x)
+    if have == want:
+        return x.name
+    if any(length is None or length % (out or 1) for length, out in zip(have, want, strict=True)):
+        return _uneven_means(sheet, x)
+    kernel = [int(length or 1) // int(out or 1) for length, out in zip(have, want, strict=True)]
+    return sheet.node("AveragePool", x, kernel_shape=kernel, strides=kernel)
+
+
+def _uneven_means(sheet: Sheet, x: Value) -> str:
+    """Write the mean of windows that overlap, as torch has them: by one product with constants along each axis."""
+    name = x.name
+    axes = len(x.shape)
+    for axis in range(2, axes):
+        have, out = x.shape[axis], sheet.shape[axis]
+        if have is None or out is None:
+            raise Unwritable("the size of its input follows the batch")
+        weights = np.zeros((have, out), np.float32)
+        for place in range(out):
+            start, end = place * have // out, -(-(place + 1) * have // out)
+            weights[start:end, place] = 1 / (end - start)
+        order = [each for each in range(axes) if each != axis] + [axis]
+        last = sheet.node("Transpose", name, perm=order)
+        product = sheet.node("MatMul", last, sheet.writer.constant(weights, kind="means"))
+        name = sheet.node("Transpose", product, perm=[order.index(each) for each in range(axes)])
+    return name
+
+
+def reduced(operation: str) -> Callable[..., Any]:
+    def write(sheet: Sheet, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> str:
+        axes = list(range(len(x.shape))) if dim is None else list(as_tuple(dim))
+        axes = [axis % len(x.shape) for axis in axes]
+        if operation == "ReduceMean" and axes == [2, 3] and len(x.shape) == 4:  # it has an integer kernel
+            pooled = sheet.node("GlobalAveragePool", x)
+            return pooled if keepdim else sheet.node("Flatten", pooled, axis=1)
+        if operation == "ReduceSum":
+            return sheet.node(operation, x, sheet.writer.ints(axes), keepdims=int(keepdim))
+        return sheet.node(operation, x, axes=axes, keepdims=int(keepdim))
+
+    return write

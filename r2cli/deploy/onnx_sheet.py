@@ -1,0 +1,75 @@
+"""What an operation is written on: the file, the tensors that it reads, and the shapes that it is to give."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+
+from r2cli.deploy.onnx_writer import Writer
+
+# None stands for a length that follows the batch.
+Shape = tuple[int | None, ...]
+TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.bool: TensorProto.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph: its name, its shape and its type."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What a handler writes on: the file, and the shapes (one each, or a list) of the result that it is to give."""
+
+    writer: Writer
+    shapes: tuple[Shape, ...]
+    batch: "Callable[[], str]"  # writes and names the batch's size, (1,) INT64
+
+    @property
+    def shape(self) -> Shape:
+        return self.shapes[0]
+
+    def node(self, operation: str, *inputs: Any, **attributes: Any) -> str:
+        """Write a node on values, names, or numbers, which become constants of the first value's type."""
+        return self.writer.node(operation, self.named(inputs), **attributes)
+
+    def named(self, inputs: Sequence[Any]) -> list[str | None]:
+        first = next((each for each in inputs if isinstance(each, Value)), None)
+        dtype = np.float32 if first is None or first.dtype == torch.float32 else np.int64
+        return [_name(each, self.writer, dtype) for each in inputs]
+
+    def sizes(self, shape: Shape) -> str:
+        """Name the shape (n,) INT64, computed as the network runs where more than one length follows the batch."""
+        if sum(length is None for length in shape) <= 1:
+            return self.writer.ints([-1 if length is None else length for length in shape])
+        raise Unwritable("two lengths of its result follow the batch")
+
+
+class Unwritable(Exception):
+    """An operation that has no form in ONNX here; the message says why."""
+
+
+def _name(given: Any, writer: Writer, dtype: Any) -> str | None:
+    if isinstance(given, Value):
+        return given.name
+    return given if given is None or isinstance(given, str) else writer.constant(given, dtype)
+
+
+def as_tuple(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, tuple | list) else (given,)
+
+
+def spread(given: Any, axes: int) -> list[int]:
+    return list(given) if isinstance(given, tuple | list) and len(given) == axes else list(as_tuple(given)) * axes

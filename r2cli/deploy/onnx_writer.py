@@ -1,0 +1,100 @@
+"""Write an ONNX graph: nodes in the order in which they run, each constant once, and the lowest opset that will do."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+Array = np.ndarray[Any, Any]
+# The lowest opset with all that r2 writes, but for the operators that say otherwise: any runtime since 2020 reads it.
+OPSET = 13
+# The oldest format of a file in which each opset may stand.
+IR_VERSIONS = {13: 8, 14: 8, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
+SINCE = {"LayerNormalization": 17}  # operators that no lower opset has
+
+
+class Writer:
+    """A graph that grows node by node. Values are known by their names."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self.opset = OPSET
+        self._scope, self._count = "", 0
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def enter(self, scope: str) -> None:
+        """Name what follows after `scope`: the first value `scope`.1, and so on."""
+        self._scope, self._count = scope, 0
+
+    def node(self, operator: str, inputs: Sequence[str | None], *, outputs: int = 1, **attributes: Any) -> str:
+        """Add a node and return the name of its first value."""
+        return self.several(operator, inputs, outputs, **attributes)[0]
+
+    def several(self, operator: str, inputs: Sequence[str | None], outputs: int, **attributes: Any) -> list[str]:
+        """Add a node with several `outputs` and return their names. An input may be None where it is optional."""
+        names = [self._next() for _ in range(outputs)]
+        read = ["" if name is None else name for name in inputs]
+        given = {key: value for key, value in attributes.items() if value is not None}
+        self.nodes.append(helper.make_node(operator, read, names, **given))
+        self.opset = max(self.opset, SINCE.get(operator, OPSET))
+        return names
+
+    def _next(self) -> str:
+        self._count += 1
+        return f"{self._scope}.{self._count}"
+
+    def rename(self, old: str, new: str) -> str:
+        """Give a value that a node has made another name, and return it."""
+        for node in reversed(self.nodes):  # what reads a value stands behind the node that makes it
+            for names in (node.output, node.input):
+                if old in names:
+                    names[:] = [new if name == old else name for name in names]
+            if new in node.output:
+                node.name = new
+                return new
+        raise KeyError(old)
+
+    def initializer(self, name: str, content: Array) -> str:
+        """Add a constant under `name`, and return the name."""
+        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(content).reshape(content.shape), name)
+        return name
+
+    def constant(self, content: Array | Sequence[float] | float, dtype: Any = None, kind: str = "constant") -> str:
+        """Return the name of a constant that all share who need the same one.
+
+        It is called after its `kind` and its values, where they are few.
+        """
+        values = np.asarray(content, dtype)
+        key = (str(values.dtype), values.shape, values.tobytes())
+        if key not in self._shared:
+            few = values.size <= 8
+            told = "x".join(map(str, values.reshape(-1).tolist())) if few else str(len(self._shared))
+            name = f"{kind}.{told}" if told else f"{kind}.empty"
+            while name in self.initializers:  # the same numbers of another type
+                name += f".{values.dtype}"
+            self._shared[key] = self.initializer(name, values)
+        return self._shared[key]
+
+    def ints(self, values: Sequence[int]) -> str:
+        """Return the name of a shared constant (n,) of INT64: a shape, axes, or bounds."""
+        return self.constant(list(values), np.int64, "shape")
+
+    def model(
+        self,
+        inputs: Sequence[onnx.ValueInfoProto],
+        outputs: Sequence[onnx.ValueInfoProto],
+        metadata: Mapping[str, str],
+    ) -> onnx.ModelProto:
+        """Return the finished file."""
+        graph = helper.make_graph(self.nodes, "r2", inputs, outputs, list(self.initializers.values()))
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=IR_VERSIONS[self.opset],
+            producer_name="r2cli",
+        )
+        helper.set_model_props(model, dict(metadata))
+        return model
