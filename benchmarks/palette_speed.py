@@ -11,16 +11,15 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import onnx
 import onnxruntime
 import torch
 from onnx_speed import COUNTED, FLOAT_LAYERS, least_ms, machine, table
 
 from r2cli import __version__
-from r2cli.deploy import onnx_export, onnx_functions, runtime
+from r2cli.deploy import onnx_export, runtime
 from r2cli.storage import checkpoint
 
-COLUMNS = ["file", "bytes", "ms", "/ float32", "/ inlined", *COUNTED, "float layers"]
+COLUMNS = ["file", "bytes", "ms", "/ float32", *COUNTED, "float layers"]
 
 
 def rows(given: list[Path], folder: Path, rounds: int) -> list[list[str]]:
@@ -29,17 +28,14 @@ def rows(given: list[Path], folder: Path, rounds: int) -> list[list[str]]:
     paths = [folder / f"{path.stem}.onnx" for path in given]
     for path, made in zip(paths, loaded, strict=True):
         path.write_bytes(onnx_export.to_bytes(made))
-        onnx.save(onnx_functions.inline(onnx.load(path)), path.with_suffix(".inlined.onnx"))
-    files = [*paths, *(path.with_suffix(".inlined.onnx") for path in paths)]
     image = torch.randn(1, *loaded[0].input.shape, generator=torch.Generator().manual_seed(0))
-    least = least_ms({str(path): runtime.runner(path, threads=1) for path in files}, rounds, image)
+    least = least_ms({str(path): runtime.runner(path, threads=1) for path in paths}, rounds, image)
     found = []
     for path in paths:
         counts, own = runtime.node_counts(path), least[str(path)]
-        ratios = [own / least[str(other)] for other in (paths[0], path.with_suffix(".inlined.onnx"))]
         left = sum(counts.get(operator, 0) for operator in FLOAT_LAYERS)
         nodes = [str(counts.get(operator, 0)) for operator in COUNTED]
-        cells = [f"{path.stat().st_size:,}", f"{own:.2f}", *(f"{ratio:.2f}" for ratio in ratios), *nodes, str(left)]
+        cells = [f"{path.stat().st_size:,}", f"{own:.2f}", f"{own / least[str(paths[0])]:.2f}", *nodes, str(left)]
         found.append([path.stem, *cells])
     return found
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 
 from r2cli import data, models
 from r2cli.calibration import deployed
-from r2cli.deploy import audit, onnx_export, onnx_functions, runtime, verify, weight_roles
+from r2cli.deploy import audit, onnx_export, runtime, verify, weight_roles
 from r2cli.errors import InputError
 from r2cli.ptq import post_training
 from r2cli.quantized.coded import Coded
@@ -72,21 +72,11 @@ def test_activations_of_few_bits_ride_in_uint8(act_bits: int, trained: Path, tmp
     assert all(constants[node.input[2]].dtype == "uint8" for node in clips)
 
 
-def _flat(content: bytes) -> onnx.ModelProto:
-    """A file with its functions inlined."""
-    return onnx_functions.inline(onnx.load_from_string(content))
-
-
-def _codes(file: onnx.ModelProto, name: str) -> list[TensorProto]:
-    """The initializers that hold the codes of a weight."""
-    return audit.codes(name, weight_roles.sources(file), {i.name: i for i in file.graph.initializer})
-
-
 # Codes' container, and the nodes between it and DequantizeLinear.
 FORMS = {
     8: (TensorProto.INT8, set()),
     6: (TensorProto.INT8, set()),
-    4: (TensorProto.INT4, {"Cast"}),
+    4: (TensorProto.UINT8, {"Cast", "Gather", "Reshape"}),
     3: (TensorProto.UINT8, {"Cast", "Gather", "Reshape", "Add"}),
     2: (TensorProto.UINT8, {"Cast", "Gather", "Reshape"}),
     1: (TensorProto.UINT8, {"Cast", "Gather", "Reshape"}),
@@ -103,27 +93,39 @@ def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: P
     assert nodes["QLinearConv"] == 9 and nodes["QLinearAdd"] == 3 and nodes["QGemm"] == 1
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear", "ReduceMean"} & set(nodes)
     file = runtime.read(tmp_path / "model.onnx")
-    assert file.ir_version == 10 and [(o.domain, o.version) for o in file.opset_import] == [("", 21)]
+    assert file.ir_version == 8 and [(o.domain, o.version) for o in file.opset_import] == [("", 13)]
+    assert not file.functions
     container, between = FORMS[bits]
-    codes = {i.data_type for name in made.coded for i in _codes(file, name)}
-    tables = {i.data_type for i in file.graph.initializer if i.name.startswith("e")}
-    assert codes == {container} and tables == ({TensorProto.INT8} if bits < 4 else set())
+    codes = {i.data_type for name in made.coded for i in weight_roles.codes(file, name)}
+    tables = {i.data_type for i in file.graph.initializer if i.name.startswith("bytes.")}
+    assert codes == {container} and tables == ({TensorProto.INT8} if bits <= 4 else set())
     assert {n.op_type for n in file.graph.node} - {
-        *("QuantizeLinear", "DequantizeLinear", "Conv", "Relu", "Add", "GlobalAveragePool", "Gemm", "Reshape")
+        *(
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "Conv",
+            "Relu",
+            "Add",
+            "GlobalAveragePool",
+            "Gemm",
+            "Reshape",
+            "Flatten",
+        )
     } == between - {"Add", "Reshape"}
 
 
 @pytest.mark.slow
-def test_a_file_has_little_text_and_its_weights_have_their_names(trained: Path) -> None:
+def test_every_value_has_the_name_that_it_has_in_the_network(trained: Path) -> None:
     made = _coded(trained, 2)
-    content = onnx_export.to_bytes(made)
-    file = onnx.load_from_string(content)
-    assert set(made.coded) <= {value for node in _flat(content).graph.node for value in node.output}
-    assert not file.graph.value_info and not any(node.doc_string for node in file.graph.node)
-    assert {node.name for node in file.graph.node if node.name} <= {n.removesuffix(".weight") for n in made.coded}
-    held = sum(len(each.raw_data) for each in file.graph.initializer)
-    noted = sum(entry.ByteSize() for entry in file.metadata_props)
-    assert len(content) - held - noted < 3000 + 130 * len(made.coded)
+    file = onnx.load_from_string(onnx_export.to_bytes(made))
+    assert set(made.coded) <= {value for node in file.graph.node for value in node.output}
+    held = {each.name for each in file.graph.initializer}
+    for name in made.coded:
+        assert {f"{name}.codes", f"{name}.scale"} <= held
+    layers = [node.output[0] for node in file.graph.node if node.op_type == "Conv"]
+    assert "stages_1_0_conv1" in layers and not any(node.doc_string for node in file.graph.node)
+    biases = [each for each in file.graph.initializer if each.name.endswith(".bias.codes")]
+    assert len(biases) == len(made.coded) and {each.data_type for each in biases} == {TensorProto.INT32}
     graph = onnx.load_from_string(onnx_export.to_bytes(checkpoint.load(trained))).graph
     assert "conv.weight" in {each.name for each in graph.initializer}
 
@@ -251,8 +253,8 @@ def _failed(proof: verify.Proof) -> set[str]:
 @pytest.mark.slow
 def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = _flat(onnx_export.to_bytes(made))
-    (codes,) = _codes(file, "conv.weight")
+    file = onnx.load_from_string(onnx_export.to_bytes(made))
+    (codes,) = weight_roles.codes(file, "conv.weight")
     changed = bytearray(codes.raw_data)
     changed[0] ^= 1
     codes.raw_data = bytes(changed)
@@ -263,7 +265,7 @@ def test_the_proof_sees_a_code_that_was_changed(trained: Path, tmp_path: Path) -
 
 def test_the_proof_sees_a_weight_left_in_float(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = _flat(onnx_export.to_bytes(made))
+    file = onnx.load_from_string(onnx_export.to_bytes(made))
     node = next(node for node in file.graph.node if node.output[0] == "stages.1.0.conv1.weight")
     weight = made.coded["stages.1.0.conv1.weight"].decode().numpy()
     file.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
@@ -279,8 +281,8 @@ def _prove_audit(made: checkpoint.Checkpoint, path: Path, file: onnx.ModelProto)
 @pytest.mark.slow
 def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 4), tmp_path / "model.onnx"
-    file = _flat(onnx_export.to_bytes(made))
-    (codes,) = _codes(file, "conv.weight")
+    file = onnx.load_from_string(onnx_export.to_bytes(made))
+    (codes,) = weight_roles.codes(file, "conv.weight")
     wide = numpy_helper.from_array(made.coded["conv.weight"].codes.numpy(), codes.name)
     codes.CopyFrom(wide)
     assert _failed(_prove(made, path, file.SerializeToString())) == {"size"}
@@ -289,11 +291,13 @@ def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: 
 @pytest.mark.slow
 def test_the_proof_sees_logits_that_are_not_torchs(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
-    file = _flat(onnx_export.to_bytes(made))
+    file = onnx.load_from_string(onnx_export.to_bytes(made))
     layer = next(node for node in file.graph.node if "stages.2.0.conv2.weight" in node.input)
-    bias = next(i for i in file.graph.initializer if i.name == layer.input[2])
-    noise = np.random.default_rng(0).normal(0, 1, 64).astype(np.float32)
-    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + noise, bias.name))
+    bias, scale = (
+        next(i for i in file.graph.initializer if i.name == f"{layer.input[2]}.{n}") for n in ("codes", "scale")
+    )
+    noise = np.random.default_rng(0).normal(0, 1, 64) / numpy_helper.to_array(scale)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.rint(noise).astype(np.int32), bias.name))
     assert "parity" in _failed(_prove(made, path, file.SerializeToString()))
 
 

@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from r2cli import data, models
 from r2cli.calibration import deployed
-from r2cli.deploy import audit, onnx_export, onnx_functions, onnx_text, runtime, verify, weight_roles
+from r2cli.deploy import onnx_export, runtime, verify, weight_roles
 from r2cli.palettes import compression
 from r2cli.ptq import post_training
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
@@ -24,7 +24,7 @@ Fault = Callable[[ModelProto], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint, its file with functions inlined, the network that it was made from, and images."""
+    """A checkpoint, its file, the network that it was made from, and images."""
 
     made: Checkpoint
     file: bytes
@@ -66,9 +66,8 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
         made = compression.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
     else:
         made = post_training.quantize(original, post_training.PtqSettings("none", 8, 8, "channel", {}), shown, CPU)[0]
-    flat = onnx_functions.inline(onnx.load_from_string(onnx_export.to_bytes(made)))
     images, labels = next(iter(source.test.batches(128, CPU)))
-    yield Subject(made, flat.SerializeToString(), original, ((images, labels),))
+    yield Subject(made, onnx_export.to_bytes(made), original, ((images, labels),))
 
 
 def _vit() -> torch.nn.Module:
@@ -98,8 +97,7 @@ def large(request: pytest.FixtureRequest) -> Iterator[Subject]:
     bits = 4 if request.param == "resnet18" else 8
     settings = post_training.PtqSettings("none", bits, bits, "channel", {})
     made = post_training.quantize(original, settings, images[:2], CPU)[0]
-    flat = onnx_functions.inline(onnx.load_from_string(onnx_export.to_bytes(made)))
-    yield Subject(made, flat.SerializeToString(), original, ((images[2], torch.zeros(16, dtype=torch.int64)),))
+    yield Subject(made, onnx_export.to_bytes(made), original, ((images[2], torch.zeros(16, dtype=torch.int64)),))
 
 
 def _held(file: ModelProto, name: str) -> TensorProto:
@@ -160,16 +158,13 @@ def _no_metadata(file: ModelProto) -> None:
     file.ClearField("metadata_props")
 
 
-def _bias(file: ModelProto) -> None:
-    layer = [node for node in file.graph.node if node.op_type == "Conv"][2]
-    _scaled(_held(file, layer.input[2]), 1.01)
+def _bias(operator: str, place: int) -> Fault:
+    def plant(file: ModelProto) -> None:
+        layer = [node for node in file.graph.node if node.op_type == operator][place]
+        codes = _held(file, f"{layer.input[2]}.codes")
+        _set(codes, np.rint(numpy_helper.to_array(codes) * 1.01).astype(np.int32))
 
-
-def _last_bias(file: ModelProto) -> None:
-    made = {node.output[0]: node for node in file.graph.node}
-    layer = next(node for node in file.graph.node if node.op_type == "Gemm")
-    codes = _held(file, made[layer.input[2]].input[0])
-    _set(codes, np.rint(numpy_helper.to_array(codes) * 1.01).astype(np.int32))
+    return plant
 
 
 def _without_relu(file: ModelProto) -> None:
@@ -188,14 +183,14 @@ def _shifted(file: ModelProto) -> None:
 
 def _code(file: ModelProto) -> None:
     name = next(name for node in file.graph.node if node.op_type == "Conv" for name in node.input[1:2])
-    (codes,) = audit.codes(name, weight_roles.sources(file), {each.name: each for each in file.graph.initializer})
+    (codes,) = weight_roles.codes(file, name)
     changed = bytearray(codes.raw_data)
     changed[0] ^= 1
     codes.raw_data = bytes(changed)
 
 
 def _weight_scale(file: ModelProto) -> None:
-    scale = next(each for each in file.graph.initializer if onnx_text.letter(each.name) == "s" and each.dims)
+    scale = next(each for each in file.graph.initializer if each.name.endswith(".weight.scale") and each.dims)
     value = numpy_helper.to_array(scale).copy()
     value[0] = np.nextafter(value[0], np.float32(np.inf))
     _set(scale, value)
@@ -245,8 +240,8 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "zero point by one": (_grid(1.0, 1, 0), "same grids"),
     # ONNX Runtime's optimiser makes a graph that does not run of another zero point behind a ReLU.
     "zero point by one behind a ReLU": (_grid(1.0, 1), "runs|same grids"),
-    "bias by 1 %": (_bias, "same biases"),
-    "last bias by 1 %": (_last_bias, "same biases"),
+    "bias by 1 %": (_bias("Conv", 2), "same biases"),
+    "last bias by 1 %": (_bias("Gemm", 0), "same biases"),
     "dropped ReLU": (_without_relu, "same graph"),
     "logits shifted by 0.1": (_shifted, "same graph"),
     "code or index": (_code, "same codes"),

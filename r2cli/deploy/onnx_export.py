@@ -47,6 +47,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     writer = Writer()
     weights = Weights(writer, checkpoint.coded)
     weights.float_activations = not checkpoint.activations
+    weights.unfused = _giving_floats(graph)
     _Export(graph.eval(), writer, weights).write(blank)
     lost = [name for name in checkpoint.coded if not any(name in node.output for node in writer.nodes)]
     if lost:
@@ -285,6 +286,18 @@ def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
     if operators.is_a(net, node, (F.adaptive_avg_pool2d,)):
         return given[0] in (1, (1, 1), [1, 1])
     return operators.is_a(net, node, (torch.mean, "mean")) and given in (([2, 3],), ((2, 3),))
+
+
+def _giving_floats(net: fx.GraphModule) -> set[str]:
+    """The weights of layers whose value has no grid, behind its activation perhaps."""
+    found = set()
+    for layer in structure.layers(net):
+        node = structure.node_of(net, layer)
+        user = structure.only_user(node)
+        last = user if user is not None and operators.is_a(net, user, operators.ACTIVATIONS) else node
+        if not any(map(edit.is_grid, last.users)):
+            found.add(layer.weight)
+    return found
 
 
 # --- the file ------------------------------------------------------------------------------------------------------

@@ -35,6 +35,9 @@ class Weights:
     def __init__(self, writer: Writer, coded: Mapping[str, Coded]) -> None:
         self.writer, self.coded = writer, coded
         self.float_activations = True
+        # Weights of layers that give floats. ONNX Runtime does not fuse those, and on processors without VNNI it then
+        # needs a zero point. OpenCV cannot read one beside a bias of INT32, so the others have none.
+        self.unfused: set[str] = set()
         self.scales: dict[str, Array] = {}  # of values that a DequantizeLinear gives, by name
         self._written: dict[tuple[str, Any], str] = {}
 
@@ -51,7 +54,8 @@ class Weights:
         else:
             if not torch.equal(content, one.decode()):
                 raise R2Error(f"the weight '{name}' is not what its codes stand for: report this with the model's name")
-            weight_nodes.emit(self.writer, name, one, read_as_float=self.float_activations)
+            loose = name in self.unfused
+            weight_nodes.emit(self.writer, name, one, read_as_float=self.float_activations, with_zero=loose)
         self._written[name, None] = name
         return name
 
@@ -72,9 +76,10 @@ class Weights:
             return self.tensor(name, bias)
         # A layer that runs on two values has two units, and so its bias twice.
         if (name, x.name) not in self._written:
-            codes = np.rint(bias.detach().numpy().astype(np.float64) / scale)
-            if np.abs(codes).max() >= 2**31:
-                raise R2Error(f"the bias '{name}' does not fit INT32 on its grid: report this with the model's name")
+            exact = bias.detach().numpy().astype(np.float64)
+            codes = np.rint(exact / scale)
+            if np.abs(codes).max() >= 2**31 or not np.allclose(codes * scale, exact, rtol=1e-6, atol=0):
+                return self.tensor(name, bias)  # calibration has not put it on the grid of the sums
             twice = any(key[0] == name for key in self._written)
             own = f"{name}.{x.name}" if twice else name
             self.writer.enter(own)

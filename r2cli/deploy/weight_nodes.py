@@ -37,11 +37,11 @@ from r2cli.quantized.palette import Palette
 Array = np.ndarray[Any, Any]
 
 
-def emit(graph: Writer, name: str, coded: Coded, *, read_as_float: bool) -> str:
+def emit(graph: Writer, name: str, coded: Coded, *, read_as_float: bool, with_zero: bool = False) -> str:
     """Write the nodes that compute the quantized weight `name`, and return the name of its float value: `name`.
 
-    `read_as_float` says that activations are float, so that no integer kernel reads the weight. Raises R2Error for a
-    grid whose integers do not fit int8.
+    `read_as_float` says that activations are float, so that no integer kernel reads the weight. `with_zero` writes a
+    zero point of zeros too. Raises R2Error for a grid whose integers do not fit int8.
     """
     graph.enter(name)
     codec = coded.codec
@@ -51,7 +51,10 @@ def emit(graph: Writer, name: str, coded: Coded, *, read_as_float: bool) -> str:
     else:
         value, is_integer, ndim = _grid(graph, name, coded, codec), True, coded.codes.ndim
     if is_integer:
-        value = (_multiply if read_as_float else _dequantize)(graph, name, value, codec, ndim)
+        # ONNX Runtime's QGemm needs a zero point, even if it is zero.
+        with_zero = with_zero or ndim == 2
+        decode = _multiply if read_as_float else _dequantize
+        value = decode(graph, name, value, codec, ndim, with_zero)
     return graph.rename(value, name)
 
 
@@ -109,15 +112,15 @@ def _index(graph: Writer, name: str, coded: Coded, shape: tuple[int, ...]) -> st
     return graph.node("Cast", [codes], to=TensorProto.INT32)
 
 
-def _dequantize(graph: Writer, name: str, integers: str, codec: Grid | Palette, ndim: int) -> str:
+def _dequantize(graph: Writer, name: str, integers: str, codec: Grid | Palette, _: int, with_zero: bool) -> str:
     inputs = [integers, graph.initializer(f"{name}.scale", (codec.scale / codec.integer_factor).numpy())]
     zero = _zero_point(codec)
-    if bool(zero.any()) or ndim == 2:  # ONNX Runtime's QGemm needs a zero point, even if it is zero
+    if bool(zero.any()) or with_zero:
         inputs.append(graph.initializer(f"{name}.zero_point", zero.numpy()))
     return graph.node("DequantizeLinear", inputs, axis=codec.axis)
 
 
-def _multiply(graph: Writer, name: str, integers: str, codec: Grid | Palette, ndim: int) -> str:
+def _multiply(graph: Writer, name: str, integers: str, codec: Grid | Palette, ndim: int, _: bool) -> str:
     value = graph.node("Cast", [integers], to=TensorProto.FLOAT)
     zero = _zero_point(codec)
     if bool(zero.any()):
