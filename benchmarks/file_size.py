@@ -3,7 +3,8 @@
     python benchmarks/file_size.py model.b2d2-dkm.onnx ... --output benchmarks/file_size.md
 
 Data: codes, tables, scales and biases, the bytes of all initializers but those that layers share. Notes: the metadata
-that says how to feed the file and how it was made. Nodes: the graph. Heads: names, shapes and types of the initializers, with what layers share. The floor is the same
+that says how to feed the file and how it was made. Nodes: the graph. Heads: names, shapes and types of the
+initializers, with what layers share. The floor is the same
 nodes and heads if every name had one letter.
 """
 

@@ -100,17 +100,8 @@ def test_every_width_passes_its_proof_and_runs_on_integers(bits: int, trained: P
     tables = {i.data_type for i in file.graph.initializer if i.name.startswith("bytes.")}
     assert codes == {container} and tables == ({TensorProto.INT8} if bits <= 4 else set())
     assert {n.op_type for n in file.graph.node} - {
-        *(
-            "QuantizeLinear",
-            "DequantizeLinear",
-            "Conv",
-            "Relu",
-            "Add",
-            "GlobalAveragePool",
-            "Gemm",
-            "Reshape",
-            "Flatten",
-        )
+        *("QuantizeLinear", "DequantizeLinear", "Conv", "Relu", "Add", "GlobalAveragePool", "Gemm"),
+        *("Reshape", "Flatten"),
     } == between - {"Add", "Reshape"}
 
 
@@ -285,7 +276,7 @@ def test_the_proof_sees_codes_that_take_too_many_bytes(trained: Path, tmp_path: 
     (codes,) = weight_roles.codes(file, "conv.weight")
     wide = numpy_helper.from_array(made.coded["conv.weight"].codes.numpy(), codes.name)
     codes.CopyFrom(wide)
-    assert _failed(_prove(made, path, file.SerializeToString())) == {"size"}
+    assert "size" in _failed(_prove(made, path, file.SerializeToString()))
 
 
 @pytest.mark.slow
@@ -293,9 +284,8 @@ def test_the_proof_sees_logits_that_are_not_torchs(trained: Path, tmp_path: Path
     made, path = _coded(trained, 8), tmp_path / "model.onnx"
     file = onnx.load_from_string(onnx_export.to_bytes(made))
     layer = next(node for node in file.graph.node if "stages.2.0.conv2.weight" in node.input)
-    bias, scale = (
-        next(i for i in file.graph.initializer if i.name == f"{layer.input[2]}.{n}") for n in ("codes", "scale")
-    )
+    held = weight_roles.constants(file)
+    bias, scale = held[f"{layer.input[2]}.codes"], held[f"{layer.input[2]}.scale"]
     noise = np.random.default_rng(0).normal(0, 1, 64) / numpy_helper.to_array(scale)
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.rint(noise).astype(np.int32), bias.name))
     assert "parity" in _failed(_prove(made, path, file.SerializeToString()))

@@ -235,8 +235,8 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "class names": (_metadata("r2.class_names", '"3"', '"three"'), "same metadata"),
     "no history": (_metadata("r2.history", None, ""), "same metadata"),
     "no metadata": (_no_metadata, "same metadata"),
-    "activation scale by 5 %": (_grid(1.05, 0), "same grids"),
-    "activation scale by 20 %": (_grid(1.2, 0), "same grids"),
+    "activation scale by 5 %": (_grid(1.05, 0), "runs|same grids"),
+    "activation scale by 20 %": (_grid(1.2, 0), "runs|same grids"),
     "zero point by one": (_grid(1.0, 1, 0), "same grids"),
     # ONNX Runtime's optimiser makes a graph that does not run of another zero point behind a ReLU.
     "zero point by one behind a ReLU": (_grid(1.0, 1), "runs|same grids"),
@@ -294,7 +294,7 @@ def _float_weights(file: ModelProto) -> None:
 
 PLANTED: dict[str, tuple[Fault, str]] = {
     "code flipped": (_code, "same codes"),
-    "scale by 1 %": (_grid(1.01, 0), "same grids"),
+    "scale by 1 %": (_grid(1.01, 0), "runs|same grids"),
     "biases swapped": (_swapped_biases, "same biases"),
     "quantizer dropped": (_without_grid, "runs|same grids"),
     "weights in float": (_float_weights, "integer weights"),
