@@ -21,7 +21,7 @@ from r2cli.deploy import onnx_layers
 from r2cli.deploy.onnx_layers import Weights
 from r2cli.deploy.onnx_operators import OPERATORS
 from r2cli.deploy.onnx_sheet import Shape, Sheet, Unwritable, Value
-from r2cli.deploy.onnx_writer import Writer
+from r2cli.deploy.onnx_writer import OnnxWriter
 from r2cli.errors import R2Error
 from r2cli.graph import edit, operators, structure
 from r2cli.graph.channel_clip import Clip
@@ -44,7 +44,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     graph = net if isinstance(net, fx.GraphModule) else trace(net, blank)
     _pool_on_grids(graph)
     edit.repeat_grids(graph)
-    writer = Writer()
+    writer = OnnxWriter()
     weights = Weights(writer, checkpoint.coded)
     weights.float_activations = not checkpoint.activations
     weights.unfused = _giving_floats(graph)
@@ -89,7 +89,7 @@ def _seen(one: Any) -> Any:
 class _Export:
     """One walk over a graph, which writes each node by its row of `OPERATORS` or `onnx_layers.LAYERS`."""
 
-    def __init__(self, net: fx.GraphModule, writer: Writer, weights: Weights) -> None:
+    def __init__(self, net: fx.GraphModule, writer: OnnxWriter, weights: Weights) -> None:
         self.net, self.writer, self.weights = net, writer, weights
         self.values: dict[fx.Node, Any] = {}  # Value, or a list of them, or what a node without a tensor gives
         self.modules = {node: operators.module_of(net, node) for node in net.graph.nodes}

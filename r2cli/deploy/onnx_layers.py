@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from r2cli.deploy import weight_nodes
 from r2cli.deploy.onnx_moving import pad
 from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value
-from r2cli.deploy.onnx_writer import Array, Writer
+from r2cli.deploy.onnx_writer import Array, OnnxWriter
 from r2cli.errors import R2Error
 from r2cli.graph.channel_clip import Clip
 from r2cli.quantized.coded import Coded
@@ -32,7 +32,7 @@ MODES = {"reflect": "reflect", "replicate": "edge"}
 class Weights:
     """The network's tensors in the file: each is written once, when the first node reads it."""
 
-    def __init__(self, writer: Writer, coded: Mapping[str, Coded]) -> None:
+    def __init__(self, writer: OnnxWriter, coded: Mapping[str, Coded]) -> None:
         self.writer, self.coded = writer, coded
         self.float_activations = True
         # Weights of layers that give floats. ONNX Runtime does not fuse those, and on processors without VNNI it then
@@ -272,7 +272,7 @@ def hard_sigmoid_on_grid(sheet: Sheet, weights: Weights, name: str, grid: Grid, 
     return value
 
 
-def _parameters(writer: Writer, name: str, grid: Grid) -> tuple[str, str]:
+def _parameters(writer: OnnxWriter, name: str, grid: Grid) -> tuple[str, str]:
     """Write a grid's scale and zero point, once."""
     names = f"{name}.scale", f"{name}.zero_point"
     if names[0] not in writer.initializers:

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple
@@ -184,3 +185,51 @@ def interpolate(
 
 def same(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
     return x.name
+
+
+def repeat(sheet: Sheet, x: Value, *repeats: Any) -> str:
+    given = list(repeats[0] if isinstance(repeats[0], tuple | list) else repeats)
+    if any(not isinstance(each, int) for each in given):
+        raise Unwritable("it repeats as often as the batch is large")
+    shape = [1] * (len(given) - len(x.shape))
+    name = sheet.node("Reshape", x, sheet.sizes((*shape, *x.shape))) if shape else x.name
+    return sheet.node("Tile", name, sheet.writer.ints(given))
+
+
+def repeat_interleave(sheet: Sheet, x: Value, repeats: int, dim: int) -> str:
+    """Write each value along `dim` several times in a row."""
+    shape, axis = x.shape, dim % len(x.shape)
+    apart = sheet.node("Unsqueeze", x, sheet.writer.ints([axis + 1]))
+    times = [repeats if place == axis + 1 else 1 for place in range(len(shape) + 1)]
+    return sheet.node("Reshape", sheet.node("Tile", apart, sheet.writer.ints(times)), sheet.sizes(sheet.shape))
+
+
+def flip(sheet: Sheet, x: Value, dims: Sequence[int]) -> str:
+    name = x.name
+    for axis in dims:
+        ends = (sheet.writer.ints([value]) for value in (-1, np.iinfo(np.int64).min, axis, -1))
+        name = sheet.node("Slice", name, *ends)
+    return name
+
+
+def index_select(sheet: Sheet, x: Value, dim: int, index: Value) -> str:
+    return sheet.node("Gather", x, index, axis=dim)
+
+
+def gather(sheet: Sheet, x: Value, dim: int, index: Value) -> str:
+    return sheet.node("GatherElements", x, index, axis=dim)
+
+
+def index(sheet: Sheet, x: Value, indices: Sequence[Value | None]) -> str:
+    """Write x[..., index, ...] for one tensor of numbers along one axis."""
+    given = [(axis, each) for axis, each in enumerate(indices) if each is not None]
+    if len(given) != 1 or given[0][1].dtype == torch.bool:
+        raise Unwritable("several tensors, or a mask, choose among its values")
+    return sheet.node("Gather", x, given[0][1], axis=given[0][0])
+
+
+def full(sheet: Sheet, sizes: Sequence[Any], value: float, *, dtype: Any = None, device: Any = None) -> str:
+    """Write one number as often as the result has places; what follows the batch is computed as the network runs."""
+    kind = np.int64 if dtype == torch.int64 else bool if dtype == torch.bool else np.float32
+    one = Value(sheet.writer.constant(value, kind), (), dtype or torch.float32)
+    return expand(sheet, one)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from r2cli.deploy.onnx_sheet import TYPES, Sheet, Unwritable, Value
+from r2cli.deploy.onnx_sheet import TYPES, Sheet, Unwritable, Value, as_tuple, spread
 
 
 def unary(operation: str) -> Callable[..., Any]:
@@ -170,3 +170,123 @@ def layer_norm(
 
 def embedding(sheet: Sheet, given: Value, weight: Value, *_: Any, **__: Any) -> str:
     return sheet.node("Gather", weight, given, axis=0)
+
+
+def functional_linear(sheet: Sheet, x: Value, weight: Value, bias: Value | None = None) -> str:
+    """Write x w^T + b for a weight that is computed as the network runs."""
+    axes = len(weight.shape)
+    turned = sheet.node("Transpose", weight, perm=[*range(axes - 2), axes - 1, axes - 2])
+    product = sheet.node("MatMul", x, turned)
+    return product if bias is None else sheet.node("Add", product, bias)
+
+
+def functional_convolution(
+    sheet: Sheet,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> str:
+    """Write a convolution whose weight is computed as the network runs."""
+    axes = len(x.shape) - 2
+    if isinstance(padding, str):
+        raise Unwritable("its padding is a word")
+    given = [x, weight] if bias is None else [x, weight, bias]
+    return sheet.node(
+        "Conv",
+        *given,
+        strides=spread(stride, axes),
+        pads=2 * spread(padding, axes),
+        dilations=spread(dilation, axes),
+        group=groups,
+    )
+
+
+def einsum(sheet: Sheet, equation: str, tensors: Sequence[Value]) -> str:
+    return sheet.node("Einsum", *tensors, equation=equation)
+
+
+# --- composed of others --------------------------------------------------------------------------------------------
+
+
+def _one(sheet: Sheet, value: float = 1.0) -> str:
+    return sheet.writer.constant(value, np.float32)
+
+
+def rsqrt(sheet: Sheet, x: Value) -> str:
+    return sheet.node("Reciprocal", sheet.node("Sqrt", x))
+
+
+def square(sheet: Sheet, x: Value) -> str:
+    return sheet.node("Mul", x, x)
+
+
+def log1p(sheet: Sheet, x: Value) -> str:
+    return sheet.node("Log", sheet.node("Add", x, _one(sheet)))
+
+
+def expm1(sheet: Sheet, x: Value) -> str:
+    return sheet.node("Sub", sheet.node("Exp", x), _one(sheet))
+
+
+def softplus(sheet: Sheet, x: Value, beta: float = 1, threshold: float = 20) -> str:
+    if beta != 1:
+        raise Unwritable("its beta is not 1")
+    return sheet.node("Softplus", x)
+
+
+def log_sigmoid(sheet: Sheet, x: Value) -> str:
+    return sheet.node("Neg", sheet.node("Softplus", sheet.node("Neg", x)))
+
+
+def mish(sheet: Sheet, x: Value, inplace: bool = False) -> str:
+    return sheet.node("Mul", x, sheet.node("Tanh", sheet.node("Softplus", x)))
+
+
+def not_equal(sheet: Sheet, x: Any, other: Any) -> str:
+    return sheet.node("Not", sheet.node("Equal", x, other))
+
+
+def divide(sheet: Sheet, x: Any, other: Any, rounding_mode: str | None = None) -> str:
+    quotient = sheet.node("Div", x, other)
+    if rounding_mode == "floor":
+        return sheet.node("Floor", quotient)
+    if rounding_mode == "trunc":
+        raise Unwritable("it rounds towards zero")
+    return quotient
+
+
+def rms_norm(
+    sheet: Sheet, x: Value, normalized_shape: Sequence[int], weight: Value | None = None, eps: float | None = None
+) -> str:
+    axes = list(range(len(x.shape) - len(normalized_shape), len(x.shape)))
+    power = sheet.node("ReduceMean", sheet.node("Mul", x, x), axes=axes, keepdims=1)
+    least = _one(sheet, float(torch.finfo(torch.float32).eps if eps is None else eps))
+    normed = sheet.node("Div", x, sheet.node("Sqrt", sheet.node("Add", power, least)))
+    return normed if weight is None else sheet.node("Mul", normed, weight)
+
+
+def variance(sheet: Sheet, x: Value, dim: Any = None, correction: float | None = None, keepdim: bool = False) -> str:
+    """Write the variance over axes: the mean of squares about the mean, with torch's correction of its divisor."""
+    axes = [axis % len(x.shape) for axis in (range(len(x.shape)) if dim is None else as_tuple(dim))]
+    count = prod(int(x.shape[axis] or 0) for axis in axes)
+    if not count:
+        raise Unwritable("it counts the batch")
+    away = sheet.node("Sub", x, sheet.node("ReduceMean", x, axes=axes, keepdims=1))
+    mean = sheet.node("ReduceMean", sheet.node("Mul", away, away), axes=axes, keepdims=int(keepdim))
+    by = count / (count - (1 if correction is None else correction))
+    return mean if by == 1 else sheet.node("Mul", mean, _one(sheet, by))
+
+
+def deviation(sheet: Sheet, x: Value, dim: Any = None, correction: float | None = None, keepdim: bool = False) -> str:
+    return sheet.node("Sqrt", variance(sheet, x, dim, correction, keepdim))
+
+
+def vector_norm(sheet: Sheet, x: Value, ord: float = 2, dim: Any = None, keepdim: bool = False) -> str:
+    axes = list(range(len(x.shape)) if dim is None else as_tuple(dim))
+    if ord not in (1, 2):
+        raise Unwritable(f"its order is {ord}")
+    return sheet.node("ReduceL2" if ord == 2 else "ReduceL1", x, axes=axes, keepdims=int(keepdim))

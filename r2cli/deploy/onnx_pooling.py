@@ -101,3 +101,43 @@ def reduced(operation: str) -> Callable[..., Any]:
         return sheet.node(operation, x, axes=axes, keepdims=int(keepdim))
 
     return write
+
+
+def adaptive_max_pool(sheet: Sheet, x: Value, output_size: Any) -> str:
+    have, want = x.shape[2:], sheet.shape[2:]
+    if all(length == 1 for length in want):
+        return sheet.node("GlobalMaxPool", x)
+    if any(length is None or length % (out or 1) for length, out in zip(have, want, strict=True)):
+        raise Unwritable("its windows are of several sizes")
+    kernel = [int(length or 1) // int(out or 1) for length, out in zip(have, want, strict=True)]
+    return sheet.node("MaxPool", x, kernel_shape=kernel, strides=kernel)
+
+
+def largest(operation: str) -> Callable[..., Any]:
+    """Write torch.max or torch.min over one axis: its values and their places; or of all."""
+
+    def write(sheet: Sheet, x: Value, dim: int | None = None, keepdim: bool = False) -> Any:
+        places = "ArgMax" if operation == "ReduceMax" else "ArgMin"
+        if dim is None:
+            return sheet.node(operation, x, keepdims=0)
+        values = sheet.node(operation, x, axes=[dim], keepdims=int(keepdim))
+        return [values, sheet.node(places, x, axis=dim, keepdims=int(keepdim))] if len(sheet.shapes) > 1 else values
+
+    return write
+
+
+def place_of(operation: str) -> Callable[..., Any]:
+    def write(sheet: Sheet, x: Value, dim: int | None = None, keepdim: bool = False) -> str:
+        if dim is None:
+            raise Unwritable("it has no axis")
+        return sheet.node(operation, x, axis=dim, keepdims=int(keepdim))
+
+    return write
+
+
+def cumsum(sheet: Sheet, x: Value, dim: int) -> str:
+    return sheet.node("CumSum", x, sheet.writer.constant(dim, np.int64, "axis"))
+
+
+def topk(sheet: Sheet, x: Value, k: int, dim: int = -1, *_: Any, **__: Any) -> list[str]:
+    return sheet.writer.several("TopK", [x.name, sheet.writer.ints([k])], 2, axis=dim)

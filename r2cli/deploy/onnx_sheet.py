@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from r2cli.deploy.onnx_writer import Writer
+from r2cli.deploy.onnx_writer import OnnxWriter
 
 # None stands for a length that follows the batch.
 Shape = tuple[int | None, ...]
@@ -33,7 +33,7 @@ class Value:
 class Sheet:
     """What a handler writes on: the file, and the shapes (one each, or a list) of the result that it is to give."""
 
-    writer: Writer
+    writer: OnnxWriter
     shapes: tuple[Shape, ...]
     batch: "Callable[[], str]"  # writes and names the batch's size, (1,) INT64
 
@@ -61,7 +61,7 @@ class Unwritable(Exception):
     """An operation that has no form in ONNX here; the message says why."""
 
 
-def _name(given: Any, writer: Writer, dtype: Any) -> str | None:
+def _name(given: Any, writer: OnnxWriter, dtype: Any) -> str | None:
     if isinstance(given, Value):
         return given.name
     return given if given is None or isinstance(given, str) else writer.constant(given, dtype)

@@ -15,7 +15,7 @@ IR_VERSIONS = {13: 8, 14: 8, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
 SINCE = {"LayerNormalization": 17}  # operators that no lower opset has
 
 
-class Writer:
+class OnnxWriter:
     """A graph that grows node by node. Values are known by their names."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from r2cli.deploy.onnx_writer import Writer
+from r2cli.deploy.onnx_writer import OnnxWriter
 from r2cli.errors import R2Error
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
@@ -37,7 +37,7 @@ from r2cli.quantized.palette import Palette
 Array = np.ndarray[Any, Any]
 
 
-def emit(graph: Writer, name: str, coded: Coded, *, read_as_float: bool, with_zero: bool = False) -> str:
+def emit(graph: OnnxWriter, name: str, coded: Coded, *, read_as_float: bool, with_zero: bool = False) -> str:
     """Write the nodes that compute the quantized weight `name`, and return the name of its float value: `name`.
 
     `read_as_float` says that activations are float, so that no integer kernel reads the weight. `with_zero` writes a
@@ -64,7 +64,7 @@ def scale_of(coded: Coded) -> Array:
     return scale
 
 
-def _grid(graph: Writer, name: str, coded: Coded, grid: Grid) -> str:
+def _grid(graph: OnnxWriter, name: str, coded: Coded, grid: Grid) -> str:
     """Write the integers of a uniform grid, INT8."""
     if grid.bits <= 4:
         shape = tuple(coded.codes.shape)
@@ -75,7 +75,7 @@ def _grid(graph: Writer, name: str, coded: Coded, grid: Grid) -> str:
     return graph.initializer(f"{name}.codes", stored.to(torch.int8).numpy())
 
 
-def _palette(graph: Writer, name: str, coded: Coded, palette: Palette) -> tuple[str, bool]:
+def _palette(graph: OnnxWriter, name: str, coded: Coded, palette: Palette) -> tuple[str, bool]:
     """Write the centroids that the codes stand for, and say whether they are integers: else they are the weight."""
     groups, count = coded.codes.shape
     dim, shape = palette.dim, palette.shape
@@ -104,7 +104,7 @@ def _palette(graph: Writer, name: str, coded: Coded, palette: Palette) -> tuple[
     return value, False
 
 
-def _index(graph: Writer, name: str, coded: Coded, shape: tuple[int, ...]) -> str:
+def _index(graph: OnnxWriter, name: str, coded: Coded, shape: tuple[int, ...]) -> str:
     """Write a palette's codes as INT32, for Gather. From five bits on, they have `shape`."""
     if coded.codec.bits <= 4:
         return _packed(graph, name, coded, None, _indices(graph), TensorProto.INT32)
@@ -112,7 +112,7 @@ def _index(graph: Writer, name: str, coded: Coded, shape: tuple[int, ...]) -> st
     return graph.node("Cast", [codes], to=TensorProto.INT32)
 
 
-def _dequantize(graph: Writer, name: str, integers: str, codec: Grid | Palette, _: int, with_zero: bool) -> str:
+def _dequantize(graph: OnnxWriter, name: str, integers: str, codec: Grid | Palette, _: int, with_zero: bool) -> str:
     inputs = [integers, graph.initializer(f"{name}.scale", (codec.scale / codec.integer_factor).numpy())]
     zero = _zero_point(codec)
     if bool(zero.any()) or with_zero:
@@ -120,7 +120,7 @@ def _dequantize(graph: Writer, name: str, integers: str, codec: Grid | Palette, 
     return graph.node("DequantizeLinear", inputs, axis=codec.axis)
 
 
-def _multiply(graph: Writer, name: str, integers: str, codec: Grid | Palette, ndim: int, _: bool) -> str:
+def _multiply(graph: OnnxWriter, name: str, integers: str, codec: Grid | Palette, ndim: int, _: bool) -> str:
     value = graph.node("Cast", [integers], to=TensorProto.FLOAT)
     zero = _zero_point(codec)
     if bool(zero.any()):
@@ -129,7 +129,7 @@ def _multiply(graph: Writer, name: str, integers: str, codec: Grid | Palette, nd
     return _scaled(graph, name, value, codec, ndim)
 
 
-def _scaled(graph: Writer, name: str, value: str, codec: Grid | Palette, ndim: int) -> str:
+def _scaled(graph: OnnxWriter, name: str, value: str, codec: Grid | Palette, ndim: int) -> str:
     column = codec.along(codec.scale / codec.integer_factor, ndim)
     return graph.node("Mul", [value, graph.initializer(f"{name}.scale", column.numpy())])
 
@@ -145,7 +145,9 @@ def _zero_point(codec: Grid | Palette) -> Tensor:
 Lookup = Callable[[Plane, str], str]
 
 
-def _packed(graph: Writer, name: str, coded: Coded, shape: tuple[int, ...] | None, look_up: Lookup, kind: int) -> str:
+def _packed(
+    graph: OnnxWriter, name: str, coded: Coded, shape: tuple[int, ...] | None, look_up: Lookup, kind: int
+) -> str:
     """Write the nodes that unpack codes by `look_up`. The result has `shape` (any, where it is None) and type `kind`.
 
     Three bits do not divide a byte, so they are stored as two planes of 1 and 2 bits, which are added here as INT32: a
@@ -170,7 +172,7 @@ def _packed(graph: Writer, name: str, coded: Coded, shape: tuple[int, ...] | Non
     return graph.node("Cast", [total], to=kind)
 
 
-def _integers(graph: Writer, grid: Grid) -> Lookup:
+def _integers(graph: OnnxWriter, grid: Grid) -> Lookup:
     """Unpack a grid's bytes to its integers by a table int8 (256, 8 // bits) that layers share."""
 
     def look_up(plane: Plane, index: str) -> str:
@@ -179,7 +181,7 @@ def _integers(graph: Writer, grid: Grid) -> Lookup:
     return look_up
 
 
-def _indices(graph: Writer) -> Lookup:
+def _indices(graph: OnnxWriter) -> Lookup:
     """A palette's codes themselves, INT32, those of the high plane worth 4: by division, without a table."""
 
     def constant(values: list[int]) -> str:
@@ -206,10 +208,10 @@ def _table(grid: Grid, plane: Plane) -> Array:
     return (integers * grid.integer_factor).reshape(256, 8 // plane.bits).to(torch.int8).numpy()
 
 
-def _reshape(graph: Writer, value: str, sizes: tuple[int, ...]) -> str:
+def _reshape(graph: OnnxWriter, value: str, sizes: tuple[int, ...]) -> str:
     """Reshape `value` to `sizes`, with -1 as the first dimension, so that layers can share the shape."""
     return graph.node("Reshape", [value, graph.ints((-1, *sizes[1:]))])
 
 
-def _first(graph: Writer, value: str, count: int) -> str:
+def _first(graph: OnnxWriter, value: str, count: int) -> str:
     return graph.node("Slice", [value, graph.ints((0,)), graph.ints((count,))])
