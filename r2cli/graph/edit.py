@@ -1,9 +1,8 @@
-"""Edits of a graph: put modules on values, take nodes out, write a node as two."""
+"""Edits of a graph: put modules on values, take nodes out."""
 
-import operator
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from r2cli.errors import R2Error
 from r2cli.graph.operators import LAYERS, PASSING, TUPLES, is_a, module_of
@@ -11,15 +10,6 @@ from r2cli.graph.operators import LAYERS, PASSING, TUPLES, is_a, module_of
 GRIDS = "grids."  # the modules on edges, by the name of the node whose value they round
 # The end of a name of a second grid on a value, behind the first, which the layers that read the value read alone.
 FOR_LAYERS, LAYER_GRIDS = "/layers", "layer_grids."
-
-
-def as_product(net: fx.GraphModule, node: fx.Node, factor: Callable[..., Tensor]) -> None:
-    """Write an activation x * factor(x) as that: its parts can run on integers."""
-    with net.graph.inserting_before(node):
-        gate = net.graph.call_function(factor, (node.args[0],))
-        product = net.graph.call_function(operator.mul, (node.args[0], gate))
-    node.replace_all_uses_with(product)
-    net.graph.erase_node(node)
 
 
 def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
