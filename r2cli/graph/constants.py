@@ -27,7 +27,6 @@ class Constant:
     name: str
     own: bool  # the network's own tensor, and not computed
     trained: bool  # whether it is a parameter or computed from one
-    persistent: bool  # whether it belongs into a state_dict
     transposed: "Constant | None" = None  # the network's own tensor (2-D) that this is the transpose of
 
 
@@ -43,6 +42,7 @@ class _Folding:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     sources: dict[fx.Node, frozenset[Constant]] = field(default_factory=dict)
     snapshots: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
+    shared: list[Constant] = field(default_factory=list)  # equal constants, such as the masks of attention, are one
 
 
 def fold(program: fx.GraphModule, model: nn.Module) -> None:
@@ -85,7 +85,6 @@ def operator_name(target: Any) -> str:
 
 def _owned(program: fx.GraphModule, model: nn.Module) -> dict[fx.Node, Constant]:
     """The network's tensors by the nodes that read them; what has two names is one, under its first."""
-    persistent = set(model.state_dict())
     names = itertools.chain(model.named_parameters(), model.named_buffers())
     by_identity = {id(tensor): name for name, tensor in names}
     known, found = dict[int, Constant](), dict[fx.Node, Constant]()
@@ -97,7 +96,7 @@ def _owned(program: fx.GraphModule, model: nn.Module) -> dict[fx.Node, Constant]
             tensor = _attribute(program, str(node.target))
         if isinstance(tensor, Tensor):
             name = by_identity.get(id(tensor), str(node.target))
-            new = Constant(tensor, name, True, isinstance(tensor, nn.Parameter), name in persistent)
+            new = Constant(tensor, name, True, isinstance(tensor, nn.Parameter))
             found[node] = known.setdefault(id(tensor), new)
     return found
 
@@ -224,11 +223,19 @@ def _computed(state: _Folding, node: fx.Node) -> Constant:
     # The name of the one parameter that it is made of says more than that of an operator.
     name = trained[0].name if len(trained) == 1 else f"{within}.{operator_name(node.target)}".lstrip(".")
     floats = state.values[node].is_floating_point()
-    kept = any(one.persistent for one in sources)
     own = state.owned.get(node.args[0]) if _transposes(node) else None  # type: ignore[arg-type]
     if own is not None and node.args[0] in state.cloned:
         own = None
-    return Constant(state.values[node].clone(), name, False, bool(trained) and floats, kept, own)
+    value = state.values[node].clone()
+    if floats:  # a checkpoint holds finite numbers only
+        value.clamp_(min=torch.finfo(value.dtype).min)
+    new = Constant(value, name, False, bool(trained) and floats, own)
+    if not trained:
+        for known in state.shared:
+            if known.value.dtype == value.dtype and torch.equal(known.value, value):
+                return known
+        state.shared.append(new)
+    return new
 
 
 def _transposes(node: fx.Node) -> bool:

@@ -12,6 +12,13 @@ GRIDS = "grids."  # the modules on edges, by the name of the node whose value th
 FOR_LAYERS, LAYER_GRIDS = "/layers", "layer_grids."
 
 
+def over_same_modules(net: fx.GraphModule) -> fx.GraphModule:
+    """A graph like `net` that can be edited by itself; its modules and parameters are those of `net`."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(net.graph, {}))
+    return fx.GraphModule(net, graph, type(net).__name__)
+
+
 def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
     """Put a module on the value of each named node, in the place of one that is there: all then read the module.
 

@@ -116,7 +116,7 @@ def _transpose(writer: Writer, argument: Any) -> Constant | None:
         return None
     if matrix.transposed is None:
         turned = matrix.value.detach().t().contiguous()
-        matrix.transposed = Constant(turned, matrix.name, False, matrix.trained, matrix.persistent)
+        matrix.transposed = Constant(turned, matrix.name, False, matrix.trained)
     return matrix.transposed
 
 
@@ -142,13 +142,13 @@ def batch_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
         module.track_running_stats = tracked  # type: ignore[assignment]
         for name in ("running_mean", "running_var"):
             constant = parts[name]
-            setattr(module, name, None if constant is None else constant.value.detach())
+            setattr(module, name, None if constant is None else constant.value)
         module.num_batches_tracked = _batches(writer.model, path, tracked)
         return module
 
     named = of
     if of is not None and of.own and of is not parts["weight"]:
-        named = Constant(of.value, f"{of.name.rpartition('.')[0]}.weight", True, of.trained, of.persistent)
+        named = Constant(of.value, f"{of.name.rpartition('.')[0]}.weight", True, of.trained)
     return _call(writer, node, given, ("batch_norm", *parts.values(), a["eps"]), named, make)
 
 

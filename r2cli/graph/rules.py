@@ -127,12 +127,12 @@ def clip(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 def silu(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     """x * sigmoid(x): its parts can run on integers."""
     given = writer.value(a["self"])
-    return writer.call(torch.mul, given, writer.call(torch.sigmoid, given))
+    return writer.part(torch.mul, given, writer.part(torch.sigmoid, given))
 
 
 def hardswish(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     given = writer.value(a["self"])
-    return writer.call(torch.mul, given, writer.call(F.hardsigmoid, given))
+    return writer.part(torch.mul, given, writer.part(F.hardsigmoid, given))
 
 
 def glu(writer: Writer, node: fx.Node, a: Arguments) -> Any:

@@ -1,6 +1,6 @@
 """Writes a canonical graph: its nodes with their names, its modules and tensors with their paths.
 
-A node is named by the module that it is computed in and its function. torch.export numbers its nodes, but another
+A node is named by the module that it is computed in and its function, in a module of torch's own by that alone. torch.export numbers its nodes, but another
 release of torch may number them differently, and a checkpoint's activations would then belong to other nodes.
 """
 
@@ -40,16 +40,24 @@ class Writer:
         self.within = ""  # the path of the module that the node of the old graph is computed in
         self.modules = dict[str, nn.Module]()
         self.calls = dict[Any, str]()  # the path of a module by what it was made of
-        self.tensors = dict[str, tuple[Tensor, bool]]()  # with whether it is persistent
+        self.tensors = dict[str, Tensor]()
         self._names = dict[Constant, str]()
         self._parameters = dict[Constant, nn.Parameter]()
         self._count = Counter[str]()
+        # torch's own modules that compute one thing: ReLU, MaxPool2d, Flatten.
+        self._simple = {
+            name
+            for name, module in model.named_modules(remove_duplicate=False)
+            if name and type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
+        }
+        self._alone = False
         # Paths that tensors of the network have: what is computed gets another.
         self._taken = {one.name for one in _constants(old) if one.own}
 
     def start(self, node: fx.Node) -> None:
         """All that is written now is what `node` of the old graph computes."""
         self.within = path(node)
+        self._alone = self.within in self._simple
 
     def create(self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> fx.Node:
         name = name.replace(".", "_")
@@ -59,9 +67,13 @@ class Writer:
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of `function` on values of the new graph, named by the module that is written and the function."""
-        what = operator_name(function).strip("_")
-        last = self.within.rpartition(".")[2].rstrip("0123456789").rstrip("_")
-        name = self.within if last == what else f"{self.within}.{what}".lstrip(".")
+        if not self._alone:
+            return self.part(function, *args, **kwargs)
+        return self.create("call_function", function, args, kwargs, self.within)
+
+    def part(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of `function` as one of several that a module makes."""
+        name = f"{self.within}.{operator_name(function)}".lstrip(".")
         return self.create("call_function", function, args, kwargs, name)
 
     def value(self, given: Any) -> Any:
@@ -112,7 +124,7 @@ class Writer:
             while name in self.tensors or (not constant.own and name in self._taken):
                 name, count = f"{constant.name}_{count}", count + 1
             self._names[constant] = name
-            self.tensors[name] = (self.parameter(constant) if constant.trained else constant.value, constant.persistent)
+            self.tensors[name] = self.parameter(constant) if constant.trained else constant.value
         name = self._names[constant]
         return self.create("get_attr", name, (), {}, name)
 
@@ -158,16 +170,15 @@ class Writer:
             if name in self.modules:
                 holder.add_module(last, self.modules[name])
             else:
-                tensor, persistent = self.tensors[name]
+                tensor = self.tensors[name]
                 if isinstance(tensor, nn.Parameter):
                     holder.register_parameter(last, tensor)
                 else:
-                    holder.register_buffer(last, tensor, persistent=persistent)
+                    holder.register_buffer(last, tensor)
         net = fx.GraphModule(root, self.graph, type(self.model).__name__)
         net.graph.eliminate_dead_code()
         net.delete_all_unused_submodules()
         net.recompile()
-        _keep_unsaved(root, net)
         return net.eval()
 
 
@@ -178,15 +189,6 @@ def _holder(root: nn.Module, path: str) -> nn.Module:
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
     return root
-
-
-def _keep_unsaved(root: nn.Module, net: nn.Module) -> None:
-    """Buffers that are computed anew stay out of the state_dict; torch.fx makes all that it copies persistent."""
-    for name, module in root.named_modules():
-        for buffer in module._non_persistent_buffers_set:
-            holder = net.get_submodule(name)
-            if buffer in holder._buffers:
-                holder._non_persistent_buffers_set.add(buffer)
 
 
 def _layer_path(name: str) -> str:
