@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from r2cli import models
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, edit, placement, structure
-from r2cli.graph.read import Unreadable, by_export, trace
+from r2cli.graph.read import trace
 
 
 def _warm(model: nn.Module, channels: int, size: int) -> nn.Module:
@@ -30,7 +30,7 @@ def test_folding_keeps_the_function(name: str) -> None:
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         before = model(images)
-        net = trace(model)
+        net = trace(model, images)
         factors = batchnorm.remove_norms(net)
         for layer, factor in factors.items():
             module = net.get_submodule(layer)
@@ -44,13 +44,16 @@ def test_folding_keeps_the_function(name: str) -> None:
 
 def test_parameter_names_stay_when_the_graph_is_read() -> None:
     model = models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None))
-    names = set(model.state_dict())
-    assert set(trace(model).state_dict()) == names
+    net = trace(model, torch.zeros(2, 3, 32, 32))
+    assert net.state_dict().keys() == model.state_dict().keys()
+    own = dict(net.named_parameters())
+    assert own.keys() == dict(model.named_parameters()).keys()
+    assert all(own[name] is parameter for name, parameter in model.named_parameters())
 
 
 def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
     model = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
-    net = trace(model)
+    net = trace(model, torch.zeros(2, 1, 8, 8))
     batchnorm.remove_norms(net)
     assert placement.values(net, (1, 8, 8)) == [
         *["x", "relu", "stages_0_0_relu1", "stages_0_0_conv2", "stages_0_0_relu2"],
@@ -60,7 +63,8 @@ def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
 
 
 def test_a_shared_relu_is_two_places() -> None:
-    net = trace(models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None)))
+    model = models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None))
+    net = trace(model, torch.zeros(2, 3, 32, 32))
     batchnorm.remove_norms(net)
     names = placement.values(net, (3, 32, 32))
     assert "layer1_0_relu" in names and "layer1_0_relu_1" in names
@@ -82,7 +86,7 @@ class Odd(nn.Module):
 
 
 def test_only_a_norm_that_alone_reads_its_layer_is_folded() -> None:
-    net = trace(Odd())
+    net = trace(Odd(), torch.zeros(2, 3, 4, 4))
     assert [(layer.name, layer.norm) for layer in structure.layers(net)] == [("twice", None), ("conv", None)]
     assert batchnorm.remove_norms(net) == {}
 
@@ -92,9 +96,11 @@ class Branch(nn.Module):
         return x if float(x.sum()) > 0 else -x
 
 
-def test_a_graph_that_cannot_be_read_is_refused_with_a_way_out() -> None:
-    with pytest.raises(InputError, match="torch.fx cannot trace Branch.*--act-bits none"):
-        trace(Branch())
+def test_a_graph_that_cannot_be_read_is_refused_with_the_line_and_a_way_out() -> None:
+    message = r"torch.export cannot read Branch .*test_graph.py line \d+: 'return x if float.*--act-bits none"
+    with pytest.raises(InputError, match=message) as refused:
+        trace(Branch(), torch.zeros(2, 3))
+    assert "\n" not in str(refused.value)
 
 
 class ByHand(nn.Module):
@@ -113,7 +119,7 @@ class ByHand(nn.Module):
 
 
 def test_a_shape_that_is_read_is_no_value_on_a_grid() -> None:
-    net = trace(ByHand())
+    net = trace(ByHand(), torch.zeros(2, 3, 8, 8))
     assert [layer.norm for layer in structure.layers(net)] == ["norm", None]
     batchnorm.remove_norms(net)
     assert placement.values(net, (3, 8, 8)) == ["x", "relu", "avg_pool2d"]
@@ -124,11 +130,11 @@ def test_a_shape_that_is_read_is_no_value_on_a_grid() -> None:
     assert net(torch.zeros(2, 3, 8, 8)).shape == (2, 2)
 
 
-# --- graphs that torch.fx cannot trace -------------------------------------------------------------------------------
+# --- what torch.export reads ------------------------------------------------------------------------------------------
 
 
 class _Branching(nn.Module):
-    """Control flow on a size, which torch.fx cannot trace; a BatchNorm to fold, and a layer that runs twice."""
+    """Control flow on a size; a BatchNorm to fold, and a layer that runs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,13 +150,11 @@ class _Branching(nn.Module):
         return logits
 
 
-def test_torch_export_reads_what_fx_cannot_over_the_same_modules() -> None:
+def test_a_graph_has_the_networks_layers_and_takes_batches_of_any_size() -> None:
     model = _warm(_Branching(), 3, 8)
-    with pytest.raises(Unreadable, match="torch.fx cannot trace _Branching"):
-        trace(model)
     net = trace(model, torch.zeros(2, 3, 8, 8))
     assert dict(net.named_parameters()).keys() == dict(model.named_parameters()).keys()
-    assert all(net.get_submodule(name) is getattr(model, name) for name in ("conv", "norm", "again", "head"))
+    assert all(net.get_parameter(name) is own for name, own in model.named_parameters())
     assert [(layer.name, layer.norm) for layer in structure.layers(net)] == [
         ("conv", "norm"),
         ("again", None),
@@ -159,31 +163,4 @@ def test_torch_export_reads_what_fx_cannot_over_the_same_modules() -> None:
     for count in (1, 5):  # not only the example's two
         images = torch.randn(count, 3, 8, 8)
         assert torch.equal(net(images), model(images))
-    assert {"x", "relu", "add", "add_2"} <= set(placement.values(net, (3, 8, 8)))
-
-
-@pytest.mark.parametrize(
-    "name", ["mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "convnext_tiny", "resnet18"]
-)
-def test_both_readers_find_the_same_network(name: str) -> None:
-    model, shape = models.build(models.spec(name, classes=10, channels=3, size=64)).eval(), (3, 64, 64)
-    traced = trace(model)
-    read = by_export(model, torch.zeros(2, *shape))
-    images = torch.randn(3, *shape)
-    with torch.no_grad():
-        assert torch.allclose(read(images), model(images), rtol=1e-5, atol=1e-6)
-
-    def found(net: torch.fx.GraphModule) -> tuple[object, ...]:
-        kinds = [left.kind for left in placement.float_operations(net, shape)]
-        return [(each.name, each.norm) for each in structure.layers(net)], len(placement.values(net, shape)), kinds
-
-    assert found(read) == found(traced)
-
-
-def test_what_neither_can_read_says_why() -> None:
-    class ByValue(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x if x.sum() > 0 else -x
-
-    with pytest.raises(Unreadable, match=r"torch.fx cannot trace ByValue.*torch\.export cannot either"):
-        trace(ByValue(), torch.zeros(2, 3))
+    assert {"x", "relu", "add", "add_1"} <= set(placement.values(net, (3, 8, 8)))

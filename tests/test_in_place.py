@@ -1,13 +1,12 @@
-"""In-place operations whose input is read again: both readers keep the network's function, or refuse by name."""
+"""In-place operations whose input is read again: the graph keeps the network's function, or is refused by name."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from r2cli.graph import exported, in_place
 from r2cli.graph.read import Unreadable, trace
 
 Operation = Callable[[Tensor], Tensor]
@@ -45,10 +44,6 @@ OPERATIONS: dict[str, Callable[[], Operation]] = {
     "*=": lambda: _multiply,
     "/= and -=": lambda: _divide_and_subtract,
 }
-READERS: dict[str, Callable[[nn.Module, Tensor], fx.GraphModule]] = {
-    "fx": lambda model, example: trace(model),
-    "export": lambda model, example: exported.read(model, example),
-}
 
 
 class Block(nn.Module):
@@ -65,16 +60,13 @@ class Block(nn.Module):
         return x + y + kept.mean((2, 3), keepdim=True) + kept
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("make", OPERATIONS.values(), ids=OPERATIONS)
 @torch.no_grad()
-def test_who_reads_the_memory_later_reads_the_new_value(
-    make: Callable[[], Operation], reader: Callable[[nn.Module, Tensor], fx.GraphModule]
-) -> None:
+def test_who_reads_the_memory_later_reads_the_new_value(make: Callable[[], Operation]) -> None:
     torch.manual_seed(0)
     model, images = Block(make()).eval(), torch.randn(2, 3, 8, 8)
     expected = model(images.clone())
-    net = reader(model, images)
+    net = trace(model, images)
     assert torch.allclose(net(images), expected, rtol=0, atol=1e-6)
     assert torch.equal(model(images.clone()), expected)  # the network's own modules are as they were
     written = [
@@ -100,16 +92,11 @@ class Whole(nn.Module):
         return torch.cat([F.relu_(first), x], 1)
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_part_is_followed_and_the_whole_of_a_written_part_is_refused(
-    reader: Callable[[nn.Module, Tensor], fx.GraphModule],
-) -> None:
+def test_a_part_is_followed_and_the_whole_of_a_written_part_is_refused() -> None:
     x = torch.randn(2, 4)
-    assert torch.equal(reader(Parts(), x)(x), Parts()(x))
-    with pytest.raises(
-        (Unreadable, in_place.AliasLost), match="the in-place operation 'relu_' changes memory that 'cat'"
-    ):
-        reader(Whole(), x)
+    assert torch.equal(trace(Parts(), x)(x), Parts()(x))
+    with pytest.raises(Unreadable, match="the in-place operation 'relu_' changes memory that 'cat'"):
+        trace(Whole(), x)
 
 
 def test_a_size_that_is_counted_up_is_a_number() -> None:
@@ -121,4 +108,4 @@ def test_a_size_that_is_counted_up_is_a_number() -> None:
             return x * size + more
 
     x = torch.randn(2, 3)
-    assert torch.equal(trace(Counts())(x), x * 3 + 4)
+    assert torch.equal(trace(Counts(), x)(x), x * 3 + 4)

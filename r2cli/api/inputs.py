@@ -133,7 +133,7 @@ def start_from(
     """
     if given.weights is not None:
         tensors, beside = foreign.load(given.weights, network, spec.name)
-        network.load_state_dict(tensors)
+        checkpoint.into(network, tensors)
         if beside:
             tell(told_of_beside(given.weights, beside))
     elif text.has(given.model):

@@ -15,7 +15,7 @@ from r2cli.errors import InputError
 from r2cli.graph import batchnorm, channel_clip, edit
 from r2cli.graph.read import trace
 from r2cli.quantized.grid import Grid
-from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.checkpoint import Checkpoint, into
 
 
 class FakeQuantize(nn.Module):
@@ -100,4 +100,4 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None
         if own[name].shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)}, not {tuple(own[name].shape)}"
             raise InputError(f"{what} has '{name}' of shape {shapes}: it is of another architecture or width")
-    model.load_state_dict(dict(state))
+    into(model, state)

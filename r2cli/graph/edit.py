@@ -1,9 +1,8 @@
-"""Edits of a graph: put modules on values, take nodes out, write a node as two."""
+"""Edits of a graph: put modules on values, take nodes out."""
 
-import operator
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from r2cli.errors import R2Error
 from r2cli.graph.operators import LAYERS, PASSING, TUPLES, is_a, module_of
@@ -13,13 +12,11 @@ GRIDS = "grids."  # the modules on edges, by the name of the node whose value th
 FOR_LAYERS, LAYER_GRIDS = "/layers", "layer_grids."
 
 
-def as_product(net: fx.GraphModule, node: fx.Node, factor: Callable[..., Tensor]) -> None:
-    """Write an activation x * factor(x) as that: its parts can run on integers."""
-    with net.graph.inserting_before(node):
-        gate = net.graph.call_function(factor, (node.args[0],))
-        product = net.graph.call_function(operator.mul, (node.args[0], gate))
-    node.replace_all_uses_with(product)
-    net.graph.erase_node(node)
+def over_same_modules(net: fx.GraphModule) -> fx.GraphModule:
+    """A graph like `net` that can be edited by itself; its modules and parameters are those of `net`."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(net.graph, {}))
+    return fx.GraphModule(net, graph, type(net).__name__)
 
 
 def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:

@@ -23,12 +23,12 @@ class Misread(R2Error):
     """A graph that is not the network's function: a fault of r2's."""
 
 
-def read(model: nn.Module, spec: InputSpec, *, by_export: bool = True) -> fx.GraphModule:
-    """The graph of a float network, as `trace` reads it (by torch.export too where wanted), compared with `model`.
+def read(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
+    """The graph of a float network, as `trace` reads it, compared with `model`.
 
     Raises Unreadable as `trace` does, and Misread where the two are not the same function.
     """
-    return require_same(trace(model, spec.blank(2) if by_export else None), model, spec)
+    return require_same(trace(model, spec.blank(2)), model, spec)
 
 
 @torch.no_grad()

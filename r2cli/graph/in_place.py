@@ -5,21 +5,17 @@ what shared one before. So after `remove` nothing in a graph writes into a tenso
 had read in the network itself: the value of an in-place operation, and views of it made anew.
 """
 
-import copy
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import map_arg
 
 from r2cli.errors import R2Error
-from r2cli.graph.operators import NOTHING, SHAPES, TUPLES, is_a, module_of
 
 
 class Memory(Enum):
@@ -32,38 +28,16 @@ class Memory(Enum):
     PERHAPS = "a view where strides allow, else a copy"
 
 
-# The operators that `a += b` and its like are, and what they compute.
-AUGMENTED = {
-    getattr(operator, f"i{name}"): getattr(operator, known)
-    for name, known in [
-        *[(name, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")],
-        *[(name, f"{name}_") for name in ("and", "or")],
-        *[(name, name) for name in ("xor", "lshift", "rshift")],
-    ]
-}
 SAME = ("requires_grad_", "detach_", "detach", "alias")
-VIEWS = (
-    *("view", "view_as", "transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "narrow"),
-    *("squeeze", "unsqueeze", "select", "slice", "chunk", "split", "unbind", "tensor_split", "unflatten", "unfold"),
-    *("expand", "expand_as", "diagonal", "as_strided", "T", "mT", "data"),
-)
-PERHAPS = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "float", "type", "type_as", "cut")
+PERHAPS = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as")
 
 
 class AliasLost(R2Error):
     """A graph that reads memory after an in-place operation has changed it in a way that cannot be followed."""
 
 
-def remove(net: fx.GraphModule) -> None:
-    """Write every in-place operation of a graph that torch.fx traced out of place; in place. Raises AliasLost."""
-    numbers = _numbers(net.graph)
-    for node in numbers:
-        node.target = AUGMENTED.get(node.target, node.target)
-    _remove(net.graph, lambda node: _called(net, node, numbers), lambda node: _call_out_of_place(net, node))
-
-
 def remove_operators(graph: fx.Graph) -> None:
-    """As `remove`, of a graph of torch.export's operators; `meta['in_place']` of a node is the operator that it was."""
+    """Write every in-place operator of torch.export's graph out of place; in place. Raises AliasLost."""
     _remove(graph, _operator, _operate_out_of_place)
 
 
@@ -149,71 +123,6 @@ def _apart(one: fx.Node, other: fx.Node) -> bool:
     return both and isinstance(one.args[1], int) and isinstance(other.args[1], int) and one.args[1] != other.args[1]
 
 
-# --- graphs that torch.fx traced -----------------------------------------------------------------------------------
-
-
-def _numbers(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that give sizes, and numbers made of them: `n += 1` makes another number and changes none."""
-    found = set[fx.Node]()
-    for node in graph.nodes:
-        given = node.all_input_nodes
-        reads = node.target in (*SHAPES, "numel", len) and (node.target is not getattr or node.args[1] not in VIEWS)
-        counts = node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "math")
-        if reads or (counts and given and found.issuperset(given)):
-            found.add(node)
-    return found
-
-
-def _called(net: fx.GraphModule, node: fx.Node, numbers: set[fx.Node]) -> Memory:
-    if not node.op.startswith("call") or node in numbers or not node.args or node.args[0] in numbers:
-        return Memory.OWN
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    module = module_of(net, node)
-    if is_a(net, node, NOTHING) or (module is None and name in SAME):
-        return Memory.SAME
-    if module is not None:
-        if getattr(module, "inplace", False):
-            return Memory.WRITES
-        return Memory.PERHAPS if isinstance(module, nn.Flatten | nn.Unflatten) else Memory.OWN
-    if node.target in AUGMENTED or node.kwargs.get("inplace"):
-        return Memory.WRITES
-    if node.target is operator.getitem:
-        return _indexed(net, node)
-    if name.endswith("_") and getattr(node.target, "__module__", "") != "_operator":  # operator.and_ writes nothing
-        return Memory.WRITES
-    if node.target is getattr:
-        return Memory.VIEW if node.args[1] in VIEWS else Memory.OWN
-    return Memory.VIEW if name in VIEWS else Memory.PERHAPS if name in PERHAPS else Memory.OWN
-
-
-def _indexed(net: fx.GraphModule, node: fx.Node) -> Memory:
-    """Of x[index]: a part of a tuple or of a tensor is a view, but what tensors or lists choose is a copy."""
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    copies = any(isinstance(one, fx.Node | list | Tensor) for one in index)
-    return Memory.OWN if copies and not is_a(net, node.all_input_nodes[0], TUPLES) else Memory.VIEW
-
-
-def _call_out_of_place(net: fx.GraphModule, node: fx.Node) -> None:
-    """The same call without writing; one that has no such form (`copy_`) stays, and all that is later reads it."""
-    module, name = module_of(net, node), getattr(node.target, "__name__", str(node.target))
-    if module is not None:
-        own = copy.copy(module)
-        own.inplace = False  # type: ignore[assignment]
-        net.set_submodule(str(node.target), own)
-    elif node.target in AUGMENTED:
-        node.target = AUGMENTED[node.target]
-    elif node.kwargs.get("inplace"):
-        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    elif node.op == "call_method":
-        node.target = name[:-1] if hasattr(Tensor, name[:-1]) else node.target
-    else:
-        places: tuple[Any, ...] = (torch, F, torch._C._nn)
-        node.target = next((known for place in places if (known := getattr(place, name[:-1], None))), node.target)
-
-
-# --- graphs of torch.export ----------------------------------------------------------------------------------------
-
-
 def _operator(node: fx.Node) -> Memory:
     if node.target is operator.getitem:
         return Memory.VIEW
@@ -235,5 +144,4 @@ def _operate_out_of_place(node: fx.Node) -> None:
     name = node.target._schema.name.partition("::")[2]
     known = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
     if known is not None and node.target._overloadname in known.overloads():
-        node.meta["in_place"] = node.target
         node.target = getattr(known, node.target._overloadname)

@@ -6,31 +6,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torchvision.ops import stochastic_depth
 
-from r2cli.graph.attention import cut, pad_to_windows
 from r2cli.graph.channel_clip import Clip
+from r2cli.graph.functions import SLICE
 
 LayerModule = nn.Conv1d | nn.Conv2d | nn.Linear
 NormModule = nn.BatchNorm1d | nn.BatchNorm2d
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Fused into the layer or the sum before them, by us and by every runtime.
-ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, nn.ReLU6, Clip, F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_")
-# They do nothing in evaluation.
-NOTHING: tuple[Any, ...] = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, stochastic_depth)
+ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, Clip, F.relu, F.relu6)
 # They choose, move or copy values that are on a grid already, so their output needs no grid of its own.
 PASSING: tuple[Any, ...] = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.Flatten),
-    *(F.max_pool2d, torch.flatten, torch.reshape, torch.permute, torch.transpose),
-    *(operator.getitem, "flatten", "view", "reshape", "permute", "transpose", "contiguous"),
-    *(torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze", "expand", "roll", pad_to_windows, cut),
-    *(torch.chunk, torch.split, "chunk", "split", torch.select, torch.ops.aten.slice.Tensor),
+    *(F.max_pool1d, F.max_pool2d, F.adaptive_max_pool2d, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze),
+    *(torch.permute, torch.transpose, operator.getitem, torch.split, torch.chunk, torch.unbind, torch.select, SLICE),
+    *(torch.roll, torch.flip, Tensor.expand, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle),
 )
 # Their values are tuples.
-TUPLES: tuple[Any, ...] = (torch.chunk, torch.split, "chunk", "split")
+TUPLES: tuple[Any, ...] = (torch.chunk, torch.split, torch.unbind)
 # They read a value's shape and not the value.
-SHAPES: tuple[Any, ...] = (getattr, "size", "dim", Tensor.size)
+SHAPES: tuple[Any, ...] = (getattr, Tensor.size)
 
 
 def module_of(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -11,7 +11,6 @@ All other values stay float, such as the residual stream between the layer norms
 cost accuracy and save no time.
 """
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,55 +19,44 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from r2cli.graph import attention
 from r2cli.graph.edit import is_grid
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, PASSING, is_a, module_of
 from r2cli.graph.structure import only_user, propagate
 
 # Runtimes have integer kernels for these operations.
-SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
-PRODUCTS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-CONCATENATIONS: tuple[Any, ...] = (torch.cat, torch.concat)
-MEANS: tuple[Any, ...] = (
-    *(nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, "mean"),
-)
-SIGMOIDS: tuple[Any, ...] = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.Hardsigmoid, F.hardsigmoid)
+SUMS: tuple[Any, ...] = (torch.add,)
+PRODUCTS: tuple[Any, ...] = (torch.mul,)
+CONCATENATIONS: tuple[Any, ...] = (torch.cat,)
+MEANS: tuple[Any, ...] = (F.avg_pool2d, F.adaptive_avg_pool2d)
+SIGMOIDS: tuple[Any, ...] = (torch.sigmoid, F.hardsigmoid)
 INTEGER = (*SUMS, *PRODUCTS, *CONCATENATIONS, *MEANS, *SIGMOIDS)
 # Functions of one value at a time. They run in float, but between two grids they are cheap.
-POINTWISE: tuple[Any, ...] = (
-    *(nn.GELU, F.gelu, nn.Tanh, torch.tanh, "tanh"),
-    *(nn.LeakyReLU, F.leaky_relu, nn.ELU, F.elu, nn.PReLU, *NORMS, *ACTIVATIONS),
-)
+POINTWISE: tuple[Any, ...] = (F.gelu, torch.tanh, F.leaky_relu, F.elu, nn.PReLU, *NORMS, *ACTIVATIONS)
 # Operations that may stay float: their kinds, name, reason, and the ONNX operators that they are exported as.
 REASONS: tuple[tuple[tuple[Any, ...], str, str, tuple[str, ...]], ...] = (
     (
-        (nn.LayerNorm, F.layer_norm, torch.layer_norm),
+        (nn.LayerNorm, F.layer_norm),
         "layer norm",
         "it divides by a deviation that it finds anew for every token",
         ("LayerNormalization",),
     ),
     (
-        (attention.attend, attention.attend_in_windows, F.scaled_dot_product_attention),
+        (F.scaled_dot_product_attention, torch.matmul, torch.softmax),
         "attention",
         "a softmax between two products of activations, which hold no weights",
         ("MatMul", "Softmax", "Mul", "Add", "Div", "Concat", "Where"),
     ),
     ((nn.Embedding, F.pad), "embedding", "rows of a table, which no layer has computed", ("Gather", "Pad")),
-    ((nn.GELU, F.gelu), "GELU", "runtimes have no integer kernel for it", ("Gelu", "Erf", "Mul", "Add", "Div")),
-    ((nn.Tanh, torch.tanh, "tanh"), "tanh", "runtimes have no integer kernel for it", ("Tanh",)),
+    ((F.gelu,), "GELU", "runtimes have no integer kernel for it", ("Gelu", "Erf", "Mul", "Add", "Div")),
+    ((torch.tanh,), "tanh", "runtimes have no integer kernel for it", ("Tanh",)),
     (NORMS, "BatchNorm", "it reads no layer's value alone, so no layer can take it", ("BatchNormalization",)),
     (SIGMOIDS, "sigmoid", "it reads floats", ("Sigmoid", "HardSigmoid")),
     (ACTIVATIONS, "ReLU", "it reads floats, and not all that reads it rounds it", ("Relu", "Clip")),
     (SUMS, "sum", "no layer reads it, or it adds floats: rounding it costs accuracy and wins no time", ("Add",)),
     (PRODUCTS, "product", "no layer reads it, or it multiplies floats", ("Mul",)),
+    (CONCATENATIONS, "concatenation", "no layer reads it, or it joins floats", ("Concat",)),
     (
-        (*CONCATENATIONS, attention.gather_patches),
-        "concatenation",
-        "no layer reads it, or it joins floats",
-        ("Concat",),
-    ),
-    (
-        MEANS,
+        (*MEANS, torch.mean),
         "mean",
         "it gives the network's result, or reads floats",
         ("GlobalAveragePool", "AveragePool", "ReduceMean"),

@@ -1,110 +1,69 @@
-"""Read a network: its graph over its own modules, in evaluation mode."""
+"""Read a network: its canonical graph, in evaluation mode.
 
-from collections.abc import Callable
-from typing import Any
+torch.export runs the network's code once and notes the operators that it computes with, whatever class or function
+called them. `canonical.py` writes them again over plain modules and one function for each operation (`functions.py`).
+"""
+
+import traceback
+import warnings
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from r2cli.errors import InputError
-from r2cli.graph import exported, in_place
-from r2cli.graph.attention import REWRITTEN
-from r2cli.graph.edit import as_product, bypass
-from r2cli.graph.operators import NOTHING, is_a
-
-
-class _Proxy(fx.Proxy):
-    """A value of a graph. torch.fx's own takes `x += y` for `x = x + y`, which leaves what else reads x as it was."""
-
-
-def _augmented(kind: Callable[..., Any], plain: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    def write(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", kind, (self, other), {}, name=plain.__name__)
-
-    return write
-
-
-for _kind, _plain in in_place.AUGMENTED.items():
-    setattr(_Proxy, f"__{_kind.__name__}__", _augmented(_kind, _plain))
-
-
-class _Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in REWRITTEN or super().is_leaf_module(m, module_qualified_name)
-
+from r2cli.graph import canonical, in_place
 
 WEIGHTS_ALONE = "or quantize the weights alone: --act-bits none, and for r2 ptq --method none"
 
 
 class Unreadable(InputError):
-    """A network whose graph torch.fx cannot trace, nor torch.export read where that was tried; `why` is without a
-    way out."""
+    """A network whose graph torch.export cannot read; `why` is without a way out."""
 
     def __init__(self, why: str, way_out: str = "take out what depends on the values of tensors") -> None:
         super().__init__(f"{why}: {way_out}, {WEIGHTS_ALONE}")
         self.why = why
 
 
-def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
-    """`model` as a graph over the same modules, in evaluation mode.
+def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The canonical graph of `model` in evaluation mode: the same function, the network's own parameters.
 
-    Where torch.fx cannot trace it, torch.export reads it with an `example` of its inputs (n, ...), n > 1, if there is
-    one. Raises Unreadable naming what cannot be traced.
+    `example` is a batch (n, ...) of its inputs with n > 1: torch.export takes a size of 1 for a constant. The graph
+    accepts batches of any size. Raises Unreadable naming what cannot be read.
     """
+    name = type(model).__name__
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        net = _traced(model)
-    except Unreadable as unreadable:
-        if example is None:
-            raise
-        try:
-            net = exported.read(model, example)
-        except Exception as error:  # torch.export passes on whatever the network raises
-            first = next(iter(str(error).strip().splitlines()), "")
-            raise Unreadable(f"{unreadable.why}, and torch.export cannot either ({first})") from error
-    return _simplified(net)
-
-
-def by_export(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """What `trace` gives of `model`, read by torch.export alone over an `example` of its inputs (n, ...), n > 1."""
-    return _simplified(exported.read(model, example))
-
-
-def _simplified(net: fx.GraphModule) -> fx.GraphModule:
-    """`net` without operations that do nothing in evaluation, and SiLU and Hardswish as the products they are."""
-    for node in list(net.graph.nodes):
-        if is_a(net, node, NOTHING):
-            bypass(net, node)
-        elif is_a(net, node, (nn.SiLU, F.silu)):
-            as_product(net, node, torch.sigmoid)
-        elif is_a(net, node, (nn.Hardswish, F.hardswish)):
-            as_product(net, node, F.hardsigmoid)
-    net.recompile()
-    return net
-
-
-def _traced(model: nn.Module) -> fx.GraphModule:
-    tracer = _Tracer()
+        program = _exported(model.eval(), example.to(device))
+    except Exception as error:  # torch.export passes on whatever the network raises
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise Unreadable(f"torch.export cannot read {name} ({type(error).__name__}: {first}{_place(error)})") from error
     try:
-        net = _out_of_place(fx.GraphModule(model.eval(), tracer.trace(model)))
-        rewritten = {name: REWRITTEN[type(m)](m, name) for name, m in net.named_modules() if type(m) in REWRITTEN}
-        for name, module in rewritten.items():
-            net.set_submodule(name, module.eval())
-        return _out_of_place(fx.GraphModule(net, _Tracer().trace(net))) if rewritten else net
+        return canonical.rewrite(program, model)
     except in_place.AliasLost as shared:
         raise Unreadable(str(shared), "write it out of place in the network's code") from shared
-    except Exception as error:
-        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
-        raise Unreadable(
-            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}"
-            f"{f', at the node {last.name!r}' if last is not None else ''})"
-        ) from error
+    except canonical.Unknown as unknown:
+        raise Unreadable(f"r2 cannot read {name}: {unknown}", "write it another way") from unknown
 
 
-def _out_of_place(net: fx.GraphModule) -> fx.GraphModule:
-    in_place.remove(net)
-    net.recompile()
-    return net
+def _exported(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """torch.export's graph of operators, for batches of any size."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # attention as operators, and not as one
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export warns about its own deprecated parts
+            batch = ({0: torch.export.Dim("batch")},)
+            exported = torch.export.export(model, (example,), dynamic_shapes=batch, strict=False)
+            program = exported.module()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    assert isinstance(program, fx.GraphModule)
+    return program
+
+
+def _place(error: BaseException) -> str:
+    """Where in the network's own code an error was raised: its last line outside of torch and r2."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    return f", at {Path(frames[-1].filename).name} line {frames[-1].lineno}: '{frames[-1].line}'" if frames else ""

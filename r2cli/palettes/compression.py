@@ -83,8 +83,8 @@ class PaletteTask:
 
 @dataclass(frozen=True)
 class ReadNetwork:
-    """A network ready for palettes: its `layers` by name, and the graph over the same modules; None where only weights
-    are worked on, and BatchNorms stay where they are."""
+    """A network ready for palettes: its `layers` by name. `model` is its graph `net`, or the network itself where there
+    is none: then only weights are worked on, and BatchNorms stay where they are."""
 
     model: nn.Module
     net: fx.GraphModule | None
@@ -132,7 +132,7 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
     model = deployed.network(checkpoint)
     on_grids = settings.act_bits is not None
     try:
-        net = None if settings.embeddings else equivalence.read(model, checkpoint.input, by_export=on_grids)
+        net = None if settings.embeddings else equivalence.read(model, checkpoint.input)
     except (Unreadable, equivalence.Misread):
         if on_grids:
             raise
@@ -142,7 +142,7 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
     batchnorm.make_factors_positive(net)
     if not structure.layers(net):
         raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to palettize")
-    return ReadNetwork(model, net, {layer.name: module for layer, module in structure.named_layers(net)})
+    return ReadNetwork(net, net, {layer.name: module for layer, module in structure.named_layers(net)})
 
 
 def forms(layers: Mapping[str, nn.Module], settings: PaletteSettings) -> dict[str, PaletteForm]:

@@ -210,7 +210,7 @@ def _prepare(
     """The float network without BatchNorms, equalized where it is to be; the factor that is left to apply and the
     statistics of each layer's BatchNorm, and notes by layer."""
     require_float(checkpoint)
-    net = equivalence.read(deployed.network(checkpoint), checkpoint.input, by_export=_needs_graph(settings))
+    net = equivalence.read(deployed.network(checkpoint), checkpoint.input)
     constant = batchnorm.make_dead_channels_constant(net)
     notes = [{name: f"{count} dead channels made constant" for name, count in constant.items()}]
     if settings.granularity == TENSOR:

@@ -161,6 +161,6 @@ def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) 
     """Top-1 of the float network with ReLU in the place of ReLU6, in percent; None without data."""
     if source is None:
         return None
-    net = trace(deployed.network(made))
+    net = trace(deployed.network(made), made.input.blank(2))
     equalize.without_relu6(net)
     return loop.evaluate(net.to(where), source.test, where)

@@ -16,7 +16,6 @@ from r2cli import models, registry
 from r2cli.calibration import calibrate, deployed
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, edit, equivalence, structure
-from r2cli.graph.read import trace
 from r2cli.qat import qat_method, quantizer_placement
 from r2cli.qat.qat_method import Batches
 from r2cli.qat.quantizer_placement import Prepared
@@ -81,7 +80,7 @@ def prepare(work: QatTask) -> Prepared:
     made, settings = work.checkpoint, work.settings
     require_float(made)
     model = models.build(made.model) if work.scratch else deployed.network(made)
-    net = equivalence.require_same(quantizer_placement.read(model), model, made.input)
+    net = equivalence.require_same(quantizer_placement.read(model, made.input.blank(2)), model, made.input)
     names = [layer.name for layer in structure.layers(net)]
     if not names:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")
@@ -91,7 +90,7 @@ def prepare(work: QatTask) -> Prepared:
     method, acts = qat_method.method(settings.method), settings.act_bits
     reads = {name: max(acts or 0, own) if own != settings.weight_bits else acts or 0 for name, own in bits.items()}
     prepared = quantizer_placement.prepare(
-        model,
+        net,
         made.input.shape,
         lambda name, weight: method.weight(weight, bits[name], settings.start == FITTED),
         method.activation if acts else None,
@@ -127,7 +126,7 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
     grids = {name: edge.grid() for name, edge in prepared.edges.items()}
     for layer in prepared.layers:
         parametrize.remove_parametrizations(model.get_submodule(layer.name), "weight", leave_parametrized=False)
-    net = trace(model)
+    net = edit.over_same_modules(model)
     norms = {layer.name: structure.norm_module(model, layer) for layer in prepared.layers}
     # Which channels a BatchNorm negates, (channels,) bool.
     negative = {name: batchnorm.affine(norm)[0] < 0 for name, norm in norms.items() if norm is not None}

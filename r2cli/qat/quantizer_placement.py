@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, operators, placement, structure
+from r2cli.graph import batchnorm, edit, operators, placement, structure
 from r2cli.graph.edit import FOR_LAYERS
 from r2cli.graph.read import Unreadable, trace
 from r2cli.graph.structure import Layer
@@ -43,12 +43,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network with its learners: `net` is the graph that trains, over the modules of `model`.
+    """A network with its learners: `net` is the graph that trains, over the modules of the graph `model`.
 
     `weights` are by the name of the layer, `edges` by the name of the value, as a checkpoint has it.
     """
 
-    model: nn.Module
+    model: fx.GraphModule
     net: fx.GraphModule
     layers: tuple[Layer, ...]
     weights: Mapping[str, WeightQuantizer]
@@ -114,16 +114,16 @@ def _readers(net: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.N
             yield node, user
 
 
-def read(model: nn.Module) -> fx.GraphModule:
-    """The graph of a network that is to train. Raises InputError for one that torch.fx cannot trace."""
+def read(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The graph of a network that is to train. Raises InputError for one that cannot be read."""
     try:
-        return trace(model)
+        return trace(model, example)
     except Unreadable as error:
         raise InputError(f"{error.why}, and r2 qat needs its graph: r2 ptq and r2 palettize may do without") from error
 
 
 def prepare(
-    model: nn.Module,
+    model: fx.GraphModule,
     shape: tuple[int, ...],
     weights: Callable[[str, Tensor], WeightQuantizer],
     edges: Callable[[int], ActivationQuantizer] | None,
@@ -131,18 +131,18 @@ def prepare(
     *,
     inputs: bool,
 ) -> Prepared:
-    """`model` with learners, made by `weights` of a layer's name and weight and by `edges` of bits; None: no edges.
+    """The graph `model` with learners, made by `weights` of a layer's name and weight and by `edges` of bits; None: no edges.
 
-    They have started on the weights, and not yet on the edges: `start` does. Raises InputError for a network that
-    cannot be read, or has a layer that cannot be quantized.
+    They have started on the weights, and not yet on the edges: `start` does. Raises InputError for a network with a
+    layer that cannot be quantized.
     """
-    net = read(model)
+    net = edit.over_same_modules(model)
     require_known(net, activations=edges is not None)
     batchnorm.make_factors_positive(net)
     layers = tuple(structure.layers(net))
     placed: list[Place] = []
     if edges is not None:
-        folded = trace(copy.deepcopy(model))
+        folded = copy.deepcopy(net)
         batchnorm.remove_norms(folded)
         placed = places(folded, shape, bits, inputs=inputs)
     made = {}

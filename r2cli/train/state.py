@@ -72,7 +72,7 @@ def restore(state: State) -> list[dict[str, Any]]:
 def _load(state: State, tensors: Mapping[str, Tensor]) -> None:
     for prefix, module in state.modules.items():
         start = f"{prefix}."
-        module.load_state_dict({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
+        checkpoint.into(module, {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
     for name, parameter in state.parameters.items():
         parameter.copy_(tensors[f"parameter.{name}"])
     stored: dict[str, dict[str, Tensor]] = {}

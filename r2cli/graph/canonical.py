@@ -1,0 +1,82 @@
+"""torch.export's graph of operators, written again over plain modules and the functions of `functions.py`."""
+
+import operator
+from collections.abc import Sequence
+
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from r2cli.graph import constants, in_place
+from r2cli.graph.constants import operator_name
+from r2cli.graph.plain_modules import CONVOLUTIONS, LAYER_RULES
+from r2cli.graph.rules import RULES, bind, plain
+from r2cli.graph.writer import Unknown, Writer, is_number, is_tensor
+
+UNREAD = ("_assert", "sym_constrain", "_guards")  # checks that torch.export adds for itself
+
+
+def rewrite(program: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """The canonical graph of `model`, in evaluation, from torch.export's `program` of it, which is changed.
+
+    Raises in_place.AliasLost, and Unknown for what has no canonical form.
+    """
+    constants.fold(program, model)
+    in_place.remove_operators(program.graph)
+    _pad_in_convolutions(program.graph)
+    writer = Writer(program.graph, model)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            new = writer.create("placeholder", node.target, (), {}, node.name)
+            if is_tensor(node):
+                new.meta["dtype"] = node.meta["val"].dtype
+            writer.written[node] = new
+        elif node.op == "output":
+            given = [writer.value(one) for one in node.args[0] if one is not None]  # type: ignore[union-attr]
+            writer.graph.output(given[0] if len(given) == 1 else tuple(given))
+        elif node.op == "call_function" and not is_number(node):
+            _write(writer, node)
+    return writer.module()
+
+
+def _write(writer: Writer, node: fx.Node) -> None:
+    name = operator_name(node.target)
+    if name.startswith(UNREAD):
+        return
+    writer.start(node)
+    if node.target is operator.getitem:
+        parts, index = writer.value(node.args[0]), node.args[1]
+        alone = isinstance(parts, tuple)
+        writer.written[node] = parts[index] if alone else writer.call(operator.getitem, parts, index)
+        return
+    if not isinstance(node.target, OpOverload):
+        raise Unknown(f"'{name}' is no operator of torch")
+    arguments = bind(node)
+    made = LAYER_RULES[name](writer, node, arguments) if name in LAYER_RULES else None
+    writer.written[node] = made if made is not None else RULES.get(name, plain)(writer, node, arguments)
+
+
+def _pad_in_convolutions(graph: fx.Graph) -> None:
+    """Write zeros that are padded on both sides alike, for one convolution alone, as its padding; in place."""
+    for node in graph.nodes:
+        if not isinstance(node.target, OpOverload) or operator_name(node.target) not in CONVOLUTIONS:
+            continue
+        a = bind(node)
+        pad = a.get("input")
+        if "transpose" in operator_name(node.target) or isinstance(a["padding"], str) or any(a["padding"]):
+            continue
+        if not isinstance(pad, fx.Node) or not isinstance(pad.target, OpOverload) or len(pad.users) != 1:
+            continue
+        sizes = _zeros(pad)
+        if sizes and len(sizes) == 2 * (pad.meta["val"].ndim - 2) and sizes[::2] == sizes[1::2] and min(sizes) >= 0:
+            a |= {"input": pad.args[0], "padding": list(reversed(sizes[::2]))}
+            node.args, node.kwargs = tuple(a[each.name] for each in node.target._schema.arguments), {}
+            graph.erase_node(pad)
+
+
+def _zeros(node: fx.Node) -> Sequence[int]:
+    """The sizes, as F.pad has them, of zeros around the last dimensions; empty for another operator."""
+    if operator_name(node.target) not in ("pad", "constant_pad_nd"):
+        return ()
+    a = bind(node)
+    given: Sequence[int] = a["pad"] if a.get("mode", "constant") == "constant" and not a.get("value") else ()
+    return given

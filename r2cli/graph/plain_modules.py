@@ -1,0 +1,230 @@
+"""Layers and norms of a canonical graph: torch's plain modules, made of an operator's arguments and the parameters.
+
+Whatever class, subclass or function computed them in the network, here they are one of a few classes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli.graph.constants import Constant, operator_name
+from r2cli.graph.writer import Writer
+
+CONVOLUTIONS: Mapping[str, type[nn.Module]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
+}
+NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+Arguments = Mapping[str, Any]
+
+
+def constant_of(argument: Any) -> Constant | None:
+    return argument.meta.get("constant") if isinstance(argument, fx.Node) else None
+
+
+def _given(*arguments: Any) -> bool:
+    """Whether each argument is a constant tensor, or None."""
+    return all(argument is None or constant_of(argument) is not None for argument in arguments)
+
+
+def _call(writer: Writer, node: fx.Node, given: Any, made_of: Any, of: Constant | None, make: Any) -> fx.Node:
+    target = writer.layer(made_of, of, make, operator_name(node.target))
+    return writer.create("call_module", target, (writer.value(given),), {}, target)
+
+
+def _with(writer: Writer, module: nn.Module, **tensors: Constant | None) -> nn.Module:
+    """`module` with these parameters, None for none."""
+    for name, constant in tensors.items():
+        setattr(module, name, None if constant is None else writer.parameter(constant))
+    return module
+
+
+def convolution(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    name = operator_name(node.target)
+    weight, bias = constant_of(a["weight"]), constant_of(a["bias"])
+    if weight is None or not _given(a["bias"]):
+        return None
+    kind, transposed = CONVOLUTIONS[name], name.startswith("conv_transpose")
+    rank = weight.value.ndim - 2
+    sizes = {key: _each(a[key], rank) for key in ("stride", "padding", "dilation")}
+    given = a["input"]
+    if isinstance(a["padding"], str):
+        sizes["padding"], uneven = _same(weight.value, sizes["dilation"], a["padding"])
+        if any(uneven):
+            given = writer.call(torch.nn.functional.pad, writer.value(given), uneven, "constant", 0.0)
+    if transposed:
+        sizes["output_padding"] = _each(a["output_padding"], rank)
+    channels, groups = weight.value.shape[:2], a["groups"]
+    ends = (channels[0], channels[1] * groups) if transposed else (channels[1] * groups, channels[0])
+
+    def make(_path: str) -> nn.Module:
+        # On the meta device: its own weights would be initialised for nothing.
+        made: Any = kind
+        module = made(*ends, tuple(weight.value.shape[2:]), **sizes, groups=groups, bias=False, device="meta")
+        return _with(writer, module, weight=weight, bias=bias)
+
+    return _call(writer, node, given, (name, weight, bias, groups, *sizes.values()), weight, make)
+
+
+def _each(size: Any, rank: int) -> tuple[int, ...]:
+    if isinstance(size, str):
+        return (0,) * rank
+    given = tuple(size) if isinstance(size, list | tuple) else (size,)
+    return given * rank if len(given) == 1 else given
+
+
+def _same(weight: Tensor, dilation: tuple[int, ...], padding: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Padding 'same' in numbers: on both sides, or before the convolution where the sides differ."""
+    if padding == "valid":
+        return (0,) * len(dilation), ()
+    total = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+    if all(size % 2 == 0 for size in total):
+        return tuple(size // 2 for size in total), ()
+    return (0,) * len(total), tuple(part for size in reversed(total) for part in (size // 2, size - size // 2))
+
+
+def linear(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    weight, bias = constant_of(a["weight"]), constant_of(a["bias"])
+    if weight is None or not _given(a["bias"]) or weight.value.ndim != 2:
+        return None
+    return _linear(writer, node, a["input"], weight, bias)
+
+
+def product(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    """x @ w with a matrix w that is constant: a linear layer without a bias, with its transpose."""
+    first, second = a["self"], a.get("other", a.get("mat2"))
+    weight = _transpose(writer, second)
+    return None if weight is None or constant_of(first) is not None else _linear(writer, node, first, weight, None)
+
+
+def product_and_bias(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    weight, bias = _transpose(writer, a["mat2"]), constant_of(a["self"])
+    if weight is None or bias is None or bias.value.ndim != 1 or a["beta"] != 1 or a["alpha"] != 1:
+        return None
+    return _linear(writer, node, a["mat1"], weight, bias)
+
+
+def _transpose(writer: Writer, argument: Any) -> Constant | None:
+    matrix = constant_of(argument)
+    if matrix is None or matrix.value.ndim != 2:
+        return None
+    if matrix.transposed is None:
+        turned = matrix.value.detach().t().contiguous()
+        matrix.transposed = Constant(turned, matrix.name, False, matrix.trained)
+    return matrix.transposed
+
+
+def _linear(writer: Writer, node: fx.Node, given: Any, weight: Constant, bias: Constant | None) -> fx.Node:
+    def make(_path: str) -> nn.Module:
+        outputs, inputs = weight.value.shape
+        return _with(writer, nn.Linear(inputs, outputs, bias=False, device="meta"), weight=weight, bias=bias)
+
+    return _call(writer, node, given, ("linear", weight, bias), weight, make)
+
+
+def batch_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    parts = {name: constant_of(a[name]) for name in ("weight", "bias", "running_mean", "running_var")}
+    if not _given(*(a[name] for name in parts)) or (a["training"] and parts["running_mean"] is not None):
+        return None
+    given, of = a["input"], parts["weight"] or parts["bias"] or parts["running_mean"]
+    channels = int(given.meta["val"].shape[1])
+
+    def make(path: str) -> nn.Module:
+        tracked = parts["running_mean"] is not None
+        made = NORMS[given.meta["val"].ndim](channels, a["eps"], a["momentum"] or None, device="meta")
+        module = _with(writer, made, weight=parts["weight"], bias=parts["bias"])
+        module.track_running_stats = tracked  # type: ignore[assignment]
+        for name in ("running_mean", "running_var"):
+            constant = parts[name]
+            setattr(module, name, None if constant is None else constant.value)
+        module.num_batches_tracked = _batches(writer.model, path, tracked)
+        return module
+
+    named = of
+    if of is not None and of.own and of is not parts["weight"]:
+        named = Constant(of.value, f"{of.name.rpartition('.')[0]}.weight", True, of.trained)
+    return _call(writer, node, given, ("batch_norm", *parts.values(), a["eps"]), named, make)
+
+
+def _batches(model: nn.Module, path: str, tracked: bool) -> Tensor | None:
+    """The network's own count of batches, so that its state_dict has the same names."""
+    if not tracked:
+        return None
+    try:
+        known = model.get_submodule(path)
+    except AttributeError:
+        return torch.tensor(0)
+    count = getattr(known, "num_batches_tracked", torch.tensor(0))
+    return count if isinstance(count, Tensor) else None
+
+
+def layer_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    weight, bias = constant_of(a["weight"]), constant_of(a["bias"])
+    if not _given(a["weight"], a["bias"]):
+        return None
+    shape = tuple(a["normalized_shape"])
+
+    def make(_path: str) -> nn.Module:
+        module = nn.LayerNorm(shape, a["eps"], elementwise_affine=False)
+        module.elementwise_affine = weight is not None
+        return _with(writer, module, weight=weight, bias=bias)
+
+    return _call(writer, node, a["input"], ("layer_norm", weight, bias, shape, a["eps"]), weight, make)
+
+
+def group_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    weight, bias = constant_of(a["weight"]), constant_of(a["bias"])
+    if not _given(a["weight"], a["bias"]):
+        return None
+    groups, channels = a["num_groups"], int(a["input"].meta["val"].shape[1])
+
+    def make(_path: str) -> nn.Module:
+        module = nn.GroupNorm(groups, channels, a["eps"], affine=False)
+        module.affine = weight is not None
+        return _with(writer, module, weight=weight, bias=bias)
+
+    return _call(writer, node, a["input"], ("group_norm", weight, bias, groups, a["eps"]), weight, make)
+
+
+def embedding(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    weight = constant_of(a["weight"])
+    if weight is None:
+        return None
+    padding = a["padding_idx"] if a["padding_idx"] >= 0 else None
+
+    def make(_path: str) -> nn.Module:
+        return _with(writer, nn.Embedding(*weight.value.shape, padding_idx=padding, device="meta"), weight=weight)
+
+    return _call(writer, node, a["indices"], ("embedding", weight, padding), weight, make)
+
+
+def prelu(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    weight = constant_of(a["weight"])
+    if weight is None:
+        return None
+
+    def make(_path: str) -> nn.Module:
+        return _with(writer, nn.PReLU(weight.value.numel(), device="meta"), weight=weight)
+
+    return _call(writer, node, a["self"], ("prelu", weight), weight, make)
+
+
+# By the operator: what writes it as a module, or gives None where its tensors depend on the input.
+LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]] = {
+    **dict.fromkeys(CONVOLUTIONS, convolution),
+    "linear": linear,
+    "matmul": product,
+    "mm": product,
+    "addmm": product_and_bias,
+    "batch_norm": batch_norm,
+    "layer_norm": layer_norm,
+    "group_norm": group_norm,
+    "embedding": embedding,
+    "prelu": prelu,
+}
