@@ -135,6 +135,9 @@ PTQ_METHODS: dict[str, PtqEntry] = {
     "auto": PtqEntry("r2cli.ptq.auto:choose", "the best of these", looks=True, chooses=True),
 }
 
+# The methods that messages send a user to: the one that only rounds, and the one that needs no images.
+PTQ_NEAREST, PTQ_DATALESS = "none", "dfq"
+
 _NO_ZERO = "its levels have no zero and leave int8 at 8 bits"
 
 QAT_METHODS: dict[str, QatEntry] = {
