@@ -1,12 +1,12 @@
-"""The methods that there are, by the names that the command line knows: one dict a kind, one entry a method.
+"""All methods, by their names on the command line: one dict for each kind, and one entry for each method.
 
-An entry says where the method's object is, and what must be known of it before torch is imported: the bits that it has,
-its defaults, whether it looks at images. `load` imports the object when it is first needed, so that nothing here costs
-`r2 --help` any time. docs/methods.md shows how a method is added.
+An entry says where the object of the method is, and what must be known about it before torch is imported: the bits that
+it supports, its defaults, and whether it looks at images. `load` imports the object when it is first needed, so
+`r2 --help` stays fast. docs/methods.md shows how to add a method.
 
-Packages of their own add methods by entry points of the group `r2cli.methods`: the name is KIND:NAME, for example
-`qat:toy`, and the value `module:ENTRY` is an entry of that kind. They are read when a name is asked for that is not
-here, or when all names are listed.
+Other packages add methods by entry points of the group `r2cli.methods`. The name is KIND:NAME, for example `qat:toy`,
+and the value `module:ENTRY` is an entry of that kind. They are read when all names are listed, or when a name is asked
+for that is not here.
 """
 
 import functools
@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from r2cli.errors import InputError, unknown
 
 GROUP = "r2cli.methods"
-SMALL_IMAGE = 64  # pixels: up to here a regularizer's `small` strength is the default
-FEW_IMAGES = 10_000  # below it `few` is
+SMALL_IMAGE = 64  # pixels: for images up to this size a regularizer's `small` strength is the default
+FEW_IMAGES = 10_000  # and `few` for fewer images than this
 DFQ_PARTS = ("equalize", "absorb", "correct")
 
 
@@ -33,9 +33,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class RegularizerEntry(Entry):
-    """A regularizer; the object is a `train.range_penalties.RangePenalty`.
+    """A regularizer. Its object is a `train.range_penalties.RangePenalty`.
 
-    `strength` is the default; `small` is that of images up to 64 pixels, and `few` that of fewer than 10,000 of them.
+    `strength` is the default strength, `small` the one for images up to 64 pixels, and `few` the one for fewer than
+    10,000 such images.
     """
 
     strength: float = 0.01
@@ -45,138 +46,158 @@ class RegularizerEntry(Entry):
 
 @dataclass(frozen=True)
 class PtqEntry(Entry):
-    """A method of post-training quantization; the object is a `ptq.ptq_method.PtqMethod`."""
+    """A method of post-training quantization. Its object is a `ptq.ptq_method.PtqMethod`."""
 
-    looks: bool = False  # at images, so that it cannot do without any
-    dataless: bool = False  # looks at no images unless the command line names some
-    parts: tuple[str, ...] = ()  # what of DFQ it does before it rounds
-    mse_to: int = 0  # up to so many bits the ranges of weights are those of least squares by default
-    tried: bool = False  # by `auto`, where rounding to the nearest level is not enough
-    chooses: bool = False  # among the other methods: `auto`, whose object is the function that does
+    looks: bool = False  # it looks at images, and cannot work without them
+    dataless: bool = False  # it looks at no images unless the command line names some
+    parts: tuple[str, ...] = ()  # the parts of DFQ that it does
+    mse_to: int = 0  # up to this many bits, the default range of weights is the one with the least squared error
+    tried: bool = False  # `auto` tries it where rounding to the nearest level is not enough
+    chooses: bool = False  # it chooses among the other methods: only `auto`, whose object is a function
 
 
 @dataclass(frozen=True)
 class QatEntry(Entry):
-    """A method of training with quantizers; the object is a `qat.qat_method.QatMethod`.
+    """A method of quantization-aware training. Its object is a `qat.qat_method.QatMethod`.
 
-    `bits` are the least and the most that its weights can have, and `why` says why there are no others.
-    `options` is a frozen dataclass with the defaults of the options that this method alone has.
+    `bits` are the fewest and the most bits that its weights can have, and `why` says why not others. `options` is a
+    frozen dataclass with the defaults of the options that only this method has.
     """
 
     bits: tuple[int, int] = (1, 8)
     why: str = ""
-    lr: float = 0.05  # of the weights, at its peak
-    quantizer_lr: float | None = None  # of steps and ranges; None: as the weights'
-    clip_grad: float = 1.0  # most length of the gradient, all weights together
-    warm_up: float = 0.05  # share of the steps that the rate rises
+    lr: float = 0.05  # peak learning rate of the weights
+    quantizer_lr: float | None = None  # that of steps and ranges; None: the one of the weights
+    clip_grad: float = 1.0  # the greatest norm of the gradient of all weights together
+    warm_up: float = 0.05  # share of the steps in which the rate rises
     options: Any = None
 
 
 @dataclass(frozen=True)
 class PaletteEntry(Entry):
-    """A method of palettes. The object of one that `trains` is a class as `palettes.learners.Learner`; that of one
-    that does not is a function as `palettes.tables.start`. `options` are as a `QatEntry`'s.
+    """A method for palettes.
+
+    The object of a method that `trains` is a class like `palettes.learners.Learner`. The object of one that does not is
+    a function like `palettes.tables.start`. `options` are like those of a `QatEntry`.
     """
 
     trains: bool = True
     soft: bool = False  # its first epochs train through soft assignments
-    files: bool = False  # does without a network: any file of weights is enough
-    lr: float = 0.02  # of the weights, at its peak
-    adamw_lr: float = 1e-4  # the same by AdamW
-    lut_lr: float = 1e-4  # of centroids that are parameters
-    clip_grad: float | None = None  # most length of the gradient, all weights together; None: any
-    clip_grad_few: float | None = None  # the same at 1 and 2 bits; None: as `clip_grad`
-    clip_ratio: float | None = None  # most length of a layer's gradient, as a share of its weights'; None: any
-    warm_up: float = 0.05  # share of the steps that the rate rises
+    files: bool = False  # it needs no network: any file of weights is enough
+    lr: float = 0.02  # peak learning rate of the weights
+    adamw_lr: float = 1e-4  # the same with AdamW
+    lut_lr: float = 1e-4  # that of centroids that are parameters
+    clip_grad: float | None = None  # the greatest norm of the gradient of all weights together; None: no limit
+    clip_grad_few: float | None = None  # the same at 1 and 2 bits; None: like `clip_grad`
+    clip_ratio: float | None = None  # the greatest norm of a layer's gradient as a share of its weights'; None: any
+    warm_up: float = 0.05  # share of the steps in which the rate rises
     options: Any = None
 
 
 @dataclass(frozen=True)
 class LsqOptions:
+    """The options of LSQ alone."""
+
     bin_reg: float = 0.0  # strength of bin regularization, in the second half of the epochs
 
 
 @dataclass(frozen=True)
 class EwgsOptions:
-    delta: float | None = 1e-3  # the authors' alternative to the Hessian's trace, which is None
+    """The options of EWGS alone."""
+
+    delta: float | None = 1e-3  # the authors' cheap alternative; None: from the trace of the Hessian
 
 
 @dataclass(frozen=True)
 class DkmOptions:
-    iterations: int = 3  # of k-means, a step
+    """The options of DKM alone."""
+
+    iterations: int = 3  # iterations of k-means in each step
 
 
 REGULARIZERS: dict[str, RegularizerEntry] = {
     "linf": RegularizerEntry("r2cli.train.range_penalties:LINF", "the largest weight", small=0.1),
     "margin": RegularizerEntry(
-        "r2cli.train.range_penalties:MARGIN", "a learned margin, and what is outside it", small=0.03, few=0.1
+        "r2cli.train.range_penalties:MARGIN", "a learned margin and what lies outside it", small=0.03, few=0.1
     ),
     "soft-minmax": RegularizerEntry(
-        "r2cli.train.range_penalties:SOFT_MINMAX", "a soft maximum less a soft minimum", small=0.1
+        "r2cli.train.range_penalties:SOFT_MINMAX", "a soft maximum minus a soft minimum", small=0.1
     ),
-    "kure": RegularizerEntry("r2cli.train.range_penalties:KURE", "the distance to a uniform distribution's kurtosis"),
+    "kure": RegularizerEntry(
+        "r2cli.train.range_penalties:KURE", "the distance of the kurtosis from a uniform distribution's"
+    ),
+    # 2 deviations is where the margin starts. Networks on digits end at 1.7 with linf, and at 2.5 with kure.
     "clip": RegularizerEntry(
-        "r2cli.train.range_penalties:CLIP", "weights are clamped after every step", strength=2.0
-    ),  # deviations: where the margin starts, between what linf (1.7) and kure (2.5) leave of digits' networks
+        "r2cli.train.range_penalties:CLIP", "no penalty; weights are clamped after every step", strength=2.0
+    ),
 }
 
 PTQ_METHODS: dict[str, PtqEntry] = {
     "none": PtqEntry("r2cli.ptq.ptq_method:NEAREST", "to the nearest level"),
     "dfq": PtqEntry(
         "r2cli.ptq.ptq_method:NEAREST",
-        "channels equalized, biases corrected, without data unless --data or --calibration is given",
+        "to the nearest level, with equalized channels and corrected biases; it needs no data, but uses --data or "
+        "--calibration",
         dataless=True,
         parts=DFQ_PARTS,
     ),
-    "adaround": PtqEntry("r2cli.ptq.adaround:METHOD", "by each layer's output", looks=True),
+    "adaround": PtqEntry("r2cli.ptq.adaround:METHOD", "so that each layer's output changes least", looks=True),
     "brecq": PtqEntry(
-        "r2cli.ptq.brecq:METHOD", "by each block's, with scales and biases", looks=True, mse_to=4, tried=True
+        "r2cli.ptq.brecq:METHOD",
+        "so that each block's output changes least, with scales and biases learned too",
+        looks=True,
+        mse_to=4,
+        tried=True,
     ),
-    "auto": PtqEntry("r2cli.ptq.auto:choose", "the best of these", looks=True, chooses=True),
+    "auto": PtqEntry("r2cli.ptq.auto:choose", "tries these and keeps the best", looks=True, chooses=True),
 }
+
+# The methods that messages send a user to: the one that only rounds, and the one that needs no images.
+PTQ_NEAREST, PTQ_DATALESS = "none", "dfq"
 
 _NO_ZERO = "its levels have no zero and leave int8 at 8 bits"
 
 QAT_METHODS: dict[str, QatEntry] = {
     "lsq": QatEntry(
         "r2cli.qat.lsq:METHOD",
-        "learned steps",
+        "learns the steps between levels",
         bits=(2, 8),
         why="at 1 bit its highest level is 0",
         options=LsqOptions(),
     ),
     "ewgs": QatEntry(
         "r2cli.qat.ewgs:METHOD",
-        "gradients scaled by the distance to the level",
+        "scales gradients by the distance to the level",
         bits=(1, 7),
         why=_NO_ZERO,
         quantizer_lr=1e-3,  # by Adam: the authors' 1e-5 is for 400 epochs
         options=EwgsOptions(),
     ),
-    "dorefa": QatEntry("r2cli.qat.dorefa:METHOD", "weights squeezed by a tanh", bits=(1, 7), why=_NO_ZERO),
+    "dorefa": QatEntry("r2cli.qat.dorefa:METHOD", "maps weights to the levels by a tanh", bits=(1, 7), why=_NO_ZERO),
     "pact": QatEntry(
-        "r2cli.qat.pact:METHOD", "learned bounds of activations, with dorefa's weights", bits=(1, 7), why=_NO_ZERO
+        "r2cli.qat.pact:METHOD", "learns bounds of activations; its weights are dorefa's", bits=(1, 7), why=_NO_ZERO
     ),
 }
 
 PALETTE_METHODS: dict[str, PaletteEntry] = {
-    "kmeans": PaletteEntry("r2cli.palettes.tables:start", "no training", trains=False, files=True),
+    "kmeans": PaletteEntry("r2cli.palettes.tables:start", "without training", trains=False, files=True),
     "dkm": PaletteEntry(
         "r2cli.palettes.learners:Dkm",
-        "through soft assignments",
+        "trains through soft assignments",
         soft=True,
+        # At 3 bits and more, many centroids share the weights of a small layer, which makes the softmax steep.
         clip_grad=1.0,
-        clip_grad_few=5.0,  # where many centroids share a small layer's weights its softmax is steep
-        clip_ratio=0.3,  # a network with small weights, as after soft-min-max, is thrown out without it
+        clip_grad_few=5.0,
+        clip_ratio=0.3,  # without it, steps throw a network with small weights, as after soft-min-max, off course
         options=DkmOptions(),
     ),
-    "shared": PaletteEntry("r2cli.palettes.learners:Shared", "k-means' codes, centroids trained"),
+    "shared": PaletteEntry("r2cli.palettes.learners:Shared", "trains the centroids under the codes of k-means"),
 }
 
-# The method where none is named: for a network, and for a file of weights without one.
+# The default methods: for a network, and for a file of weights without one.
 PALETTE_METHOD, PALETTE_METHOD_OF_FILES = "dkm", "kmeans"
 
-# The kinds by their names in entry points: the dict, the class of its entries, and its word in errors.
+# The kinds by their names in entry points: the dict, the class of its entries, and the word for it in messages.
 _KINDS: Mapping[str, tuple[dict[str, Any], type[Entry], str]] = {
     "regularizer": (REGULARIZERS, RegularizerEntry, "regularizer"),
     "ptq": (PTQ_METHODS, PtqEntry, "method"),
@@ -188,25 +209,25 @@ AnEntry = TypeVar("AnEntry", bound=Entry)
 
 
 def names(kind: Mapping[str, Entry]) -> tuple[str, ...]:
-    """The names of a kind's methods, those of other packages too."""
+    """Return the names of a kind's methods, also those of other packages."""
     read_entry_points()
     return tuple(kind)
 
 
 def get(kind: Mapping[str, AnEntry], name: str) -> AnEntry:
-    """The entry of a method. Raises InputError for a name that nobody has, with the nearest one."""
+    """Return the entry of a method. Raises InputError for an unknown name, with the nearest one."""
     if name not in kind and name not in names(kind):
         raise unknown(_word(kind), name, names(kind))
     return kind[name]
 
 
 def load(kind: Mapping[str, Entry], name: str) -> Any:
-    """The object of a method, imported. Raises InputError for a name that nobody has, and where nothing is there."""
+    """Import and return the object of a method. Raises InputError for an unknown name, and if the object is missing."""
     return _imported(get(kind, name).where, f"the {_word(kind)} '{name}'")
 
 
 def one_of(kind: Mapping[str, Entry], *others: str) -> Callable[[str], None]:
-    """A check that a name is a method's or one of `others`. It raises InputError, which names the nearest."""
+    """Return a check that a name is a method's or one of `others`. It raises InputError, which names the nearest."""
 
     def check(name: str) -> None:
         if name not in kind and name not in (*others, *names(kind)):
@@ -216,14 +237,14 @@ def one_of(kind: Mapping[str, Entry], *others: str) -> Callable[[str], None]:
 
 
 def described(kind: Mapping[str, Entry]) -> str:
-    """One line of help: r2's own methods, each with what it does."""
+    """Return one line of help: the methods of r2 itself, each with what it does."""
     return "; ".join(f"{name}: {entry.help}" for name, entry in kind.items())
 
 
 @functools.cache
 def read_entry_points() -> None:
-    """Add the methods of other packages, once. Raises InputError for an entry point that is none of r2's kinds."""
-    from importlib import metadata  # here, so that no command waits for it that asks for what is known
+    """Add the methods of other packages, once. Raises InputError for an entry point that does not fit any kind."""
+    from importlib import metadata  # imported here, so that commands with r2's own methods do not wait for it
 
     for point in metadata.entry_points(group=GROUP):
         who = f"the entry point '{point.name}' of {point.dist.name if point.dist else GROUP}"
@@ -240,8 +261,10 @@ def read_entry_points() -> None:
 
 
 def default_strength(name: str, *, size: int, images: int, is_text: bool = False) -> float:
-    """The strength of a regularizer where none is given: the paper's 0.01 for ImageNet-size training and for text; for
-    small images (`size` in pixels, `images` of them) what measured best."""
+    """Return the default strength of a regularizer for `images` images of `size` pixels.
+
+    It is the paper's 0.01 for images of ImageNet's size and for text, and the one that measured best for small images.
+    """
     entry = get(REGULARIZERS, name)
     if is_text or size > SMALL_IMAGE:
         return entry.strength
@@ -250,19 +273,21 @@ def default_strength(name: str, *, size: int, images: int, is_text: bool = False
 
 
 def usual_weight_range(name: str, bits: int) -> str:
-    """The rule for ranges of weights of so many bits: what is learned from few levels starts best where they lie
-    best."""
+    """Return the default rule for ranges of weights with `bits`.
+
+    With few levels, a method that learns scales starts best where the squared error is least.
+    """
     return "mse" if bits <= get(PTQ_METHODS, name).mse_to else "minmax"
 
 
 def default_clip_grad(name: str, bits: int) -> float | None:
-    """The most length of the gradient with a method of `PALETTE_METHODS` at so many bits; None: any."""
+    """Return the greatest norm of the gradient for a method of `PALETTE_METHODS` with `bits`; None: no limit."""
     entry = get(PALETTE_METHODS, name)
     return entry.clip_grad if bits > 2 or entry.clip_grad_few is None else entry.clip_grad_few
 
 
 def require_bits(name: str, bits: int, what: str) -> None:
-    """Raises InputError for bits that the weights of a method of `QAT_METHODS` cannot have, with the reason."""
+    """Raise InputError, with the reason, for bits that weights cannot have with a method of `QAT_METHODS`."""
     entry = get(QAT_METHODS, name)
     least, most = entry.bits
     if not least <= bits <= most:
@@ -271,7 +296,7 @@ def require_bits(name: str, bits: int, what: str) -> None:
 
 
 def own_options(entry: QatEntry | PaletteEntry, given: Mapping[str, Any]) -> Any:
-    """The method's own options, with those of `given` that it has; None where it has none."""
+    """Return the method's own options, with the values of `given` that it knows; None if it has no options."""
     if not is_dataclass(entry.options):
         return None
     own = {field.name for field in fields(entry.options)}
@@ -279,8 +304,7 @@ def own_options(entry: QatEntry | PaletteEntry, given: Mapping[str, Any]) -> Any
 
 
 def require_own(kind: Mapping[str, QatEntry | PaletteEntry], name: str, given: Mapping[str, Any]) -> None:
-    """Raises InputError for an option in `given` that other methods have and this one has not, unless it has the
-    default."""
+    """Raise InputError for an option in `given` that only other methods have, unless its value is the default."""
     for option, value in given.items():
         owners = {other: entry.options for other, entry in kind.items() if hasattr(entry.options, option)}
         if owners and name not in owners and value not in [getattr(own, option) for own in owners.values()]:
@@ -289,11 +313,12 @@ def require_own(kind: Mapping[str, QatEntry | PaletteEntry], name: str, given: M
 
 
 def _word(kind: Mapping[str, Entry]) -> str:
+    """Return the word for a kind in messages."""
     return next((word for known, _, word in _KINDS.values() if known is kind), "method")
 
 
 def _imported(where: str, who: str) -> Any:
-    """The object at "module:attribute". Raises InputError where there is none."""
+    """Return the object at "module:attribute". Raises InputError if there is none."""
     module, _, attribute = where.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""What compressing a network gives."""
+"""The result of training or compressing a network."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from r2cli.storage.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Result:
-    """A network that was trained or compressed, and what became of it.
+    """A network that was trained or compressed, with what is reported of it.
 
-    `checkpoint` holds the network and its history; `layers` has a value for each layer. `float_top1` is the float
-    network's accuracy in percent, None where it was not measured. `options` are what the work depended on, and
-    `details` what the report of the command has beside.
+    `checkpoint` holds the network and its history; `layers` has a row for each layer. `float_top1` is the accuracy of
+    the float network in percent, or None if it was not measured. `options` are all values that the result depends on,
+    and `details` are further entries of the command's report.
     """
 
     checkpoint: Checkpoint
@@ -25,8 +25,8 @@ class Result:
     float_top1: float | None
     options: Mapping[str, Any]
     details: Mapping[str, Any] = field(default_factory=dict)
-    is_new: bool = False  # nobody trained it before, so that there is no accuracy to compare with
-    original: Checkpoint | None = None  # the float network that it was made from, where there was one
+    is_new: bool = False  # it was not trained before, so there is no accuracy to compare with
+    original: Checkpoint | None = None  # the float network that it was made from, if there was one
 
     @property
     def network(self) -> nn.Module:
@@ -35,10 +35,10 @@ class Result:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What `--json` prints of the work, as plain values."""
+        """What `--json` prints about the work, as plain values."""
         layers = [layer.__dict__ for layer in self.layers]
         return {"float_top1": self.float_top1, "layers": layers, **self.details, "options": dict(self.options)}
 
     def to_bytes(self) -> bytes:
-        """The checkpoint as the bytes of its file; the same for the same work."""
+        """Return the bytes of the checkpoint's file, which are the same for the same work."""
         return checkpoint.to_bytes(self.checkpoint)

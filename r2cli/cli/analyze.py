@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 
 ENDINGS = (".png", ".svg", ".pdf", ".html")
-LIMIT, LIMIT_OF_MANY = 12, 8  # lines of a table; where there are several
+LIMIT, LIMIT_OF_MANY = 12, 8  # lines of a single table, and of each of several tables
 
 
 @command
@@ -64,13 +64,14 @@ def analyze(given: AnalyzeFiles, config: AnalyzeConfig, wanted: WeightGates, wri
 
 
 def _ordered(sheet: "Analysis", config: AnalyzeConfig) -> "tuple[AnalyzedLayer, ...]":
+    """Return the rows of `sheet` in the order that was asked for."""
     from r2cli.analysis import layer_table
 
     return tuple(layer_table.ordered(sheet.rows, config.order, bits=config.bits, granularity=config.granularity))
 
 
 def _drawn(path: Path, sheets: "Sequence[Analysis]", config: AnalyzeConfig, advice: str) -> bytes:
-    """The picture or the page that the ending of `path` asks for."""
+    """Return the bytes of the picture or page that the ending of `path` asks for."""
     from r2cli.analysis import figure, page
 
     if path.suffix == ".html":
@@ -82,7 +83,7 @@ def _drawn(path: Path, sheets: "Sequence[Analysis]", config: AnalyzeConfig, advi
 
 
 def _shown(sheets: "Sequence[Analysis]", config: AnalyzeConfig) -> list[console.Line]:
-    """A table for each of `sheets`, and how several compare."""
+    """Return a table for each of `sheets`, and a comparison if there are several."""
     from r2cli.analysis import terminal
 
     usual = LIMIT if len(sheets) == 1 else LIMIT_OF_MANY
@@ -94,6 +95,7 @@ def _shown(sheets: "Sequence[Analysis]", config: AnalyzeConfig) -> list[console.
 
 
 def _require_outputs(outputs: Sequence[Path], sources: Sequence[Path]) -> None:
+    """Raise InputError for an output that is a directory or a source, or has an ending that is not known."""
     for path in outputs:
         if path.is_dir() or not path.name:
             raise InputError(f"{path} is a directory: name a file with --output")
@@ -104,14 +106,14 @@ def _require_outputs(outputs: Sequence[Path], sources: Sequence[Path]) -> None:
 
 
 def _next(sources: Sequence[Path], checkpoint: Path | None, bits: int, *, written: bool) -> str:
-    """The next command: look at a page; then quantize a checkpoint, or hold the line for another file."""
+    """Return the next command: write a page; or after that, quantize a checkpoint or set a bound for another file."""
     if checkpoint is not None:
         return f"r2 ptq {checkpoint} --weight-bits {bits}"
     return f"r2 analyze {' '.join(map(str, sources))} {f'--min-sqnr 15@{bits}' if written else '-o report.html'}"
 
 
 def _worst(sheets: "Sequence[Analysis]", bits: int) -> "list[AnalyzedLayer]":
-    """The rows of the first file's last view, which is the one that is deployed, the worst first."""
+    """Return the rows of the first file in its last view, which is the one that is deployed; the worst first."""
     from r2cli.analysis import layer_table
 
     last = [sheet for sheet in sheets if sheet.file == sheets[0].file][-1]
@@ -119,7 +121,7 @@ def _worst(sheets: "Sequence[Analysis]", bits: int) -> "list[AnalyzedLayer]":
 
 
 def _require(report: Report, sheets: "Sequence[Analysis]", wanted: WeightGates, granularity: str) -> None:
-    """Raises CheckFailed naming every layer that a gate stops; one with NaN or infinities is stopped by each."""
+    """Raise CheckFailed with the name of every layer that a gate stops. Every gate stops NaN and infinite weights."""
     gated = (wanted.max_range_ratio, wanted.max_outliers, wanted.min_sqnr)
     failed = [
         f"{sheet.title}: {row.name} ({', '.join(why)})"
@@ -132,7 +134,7 @@ def _require(report: Report, sheets: "Sequence[Analysis]", wanted: WeightGates, 
 
 
 def _stopped(row: "AnalyzedLayer", wanted: WeightGates, granularity: str) -> list[str]:
-    """Why the gates stop a layer."""
+    """Return the reasons for which the gates stop a layer."""
     why = []
     if row.nan or row.inf:
         why.append(f"{row.nan} NaN and {row.inf} infinite weights")

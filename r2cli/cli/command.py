@@ -1,4 +1,4 @@
-"""Configs become options: a command takes configs, and its Typer signature has one option a field.
+"""Commands take configs, and their Typer signature has one option for each field.
 
 @command
 def ptq(config: PtqConfig, inputs: Inputs, gates: CompressionGates, output: PtqOutput) -> Report: ...
@@ -15,12 +15,13 @@ from r2cli.config.option import Config, Option, flag_of
 
 Report = Mapping[str, Any]
 
-# What the parser raises for a wrong command line, whichever module of typer's defines it.
+# What the parser raises for a wrong command line. Versions of Typer define it in different modules, so it is taken from
+# the bases of a class that is public.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def command(function: Callable[..., Report]) -> Callable[..., Report]:
-    """`function` with one keyword parameter for each field of the configs that it takes, as Typer reads them.
+    """Return `function` with one keyword parameter for each field of the configs that it takes, as Typer reads them.
 
     Parameters that are no configs, such as Typer's context, stay as they are.
     """
@@ -40,7 +41,7 @@ def command(function: Callable[..., Report]) -> Callable[..., Report]:
         own = {name: value for name, value in given.items() if name in hints}
         return function(**made, **own)
 
-    # Typer reads these two, and nothing else, of a function (functools.wraps would show it the configs).
+    # Typer reads only these two of a function. functools.wraps would show it the parameters of `function`, the configs.
     run.__signature__ = inspect.Signature(parameters, return_annotation=Report)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -48,6 +49,7 @@ def command(function: Callable[..., Report]) -> Callable[..., Report]:
 
 
 def _parameters(kind: type[Config]) -> tuple[inspect.Parameter, ...]:
+    """Return a parameter for each field of a config."""
     hints = get_type_hints(kind)
     return tuple(
         inspect.Parameter(
@@ -63,11 +65,16 @@ def _parameters(kind: type[Config]) -> tuple[inspect.Parameter, ...]:
 
 
 def _given(hint: Any, told: Option) -> Any:
+    """Return the type that the option has on the command line."""
     return hint if told.given is None else told.given
 
 
 def _default(default: Any, told: Option) -> Any:
-    """The default on the command line: an empty sequence is not given there, and a text without default must be."""
+    """Return the default on the command line.
+
+    It is None for an empty sequence, which Typer would show as a value. An argument whose default is an empty text has
+    none, so that it must be given.
+    """
     if told.is_argument and default == "":
         return inspect.Parameter.empty
     assert default is not MISSING
@@ -75,7 +82,7 @@ def _default(default: Any, told: Option) -> Any:
 
 
 def _typer(name: str, told: Option) -> Any:
-    """The field as Typer's option or argument; its check runs while the line is read, of a recipe's steps too."""
+    """Return the field as Typer's option or argument. Its check runs while a line is read, also for recipes' steps."""
 
     def checked(value: Any) -> Any:
         if told.check is not None and value is not None and value != []:
@@ -90,10 +97,11 @@ def _typer(name: str, told: Option) -> Any:
 
 
 def _made(kind: type[Config], given: Mapping[str, Any]) -> Config:
-    """The config of what was given. Raises InputError as the config does."""
+    """Return the config with the values that were given. Raises InputError as the config does."""
     own = {each.name: given[each.name] for each in fields(kind)}
     return kind(**{name: () if value is None and _is_sequence(kind, name) else value for name, value in own.items()})
 
 
 def _is_sequence(kind: type[Config], name: str) -> bool:
+    """Return whether the default of a field is an empty sequence."""
     return next(each for each in fields(kind) if each.name == name).default == ()

@@ -1,4 +1,4 @@
-"""What every command that ends in an ONNX file does: write it, prove it, say so."""
+"""What every command that makes an ONNX file does in the end: write it, prove it, and report it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,11 @@ Table = Callable[[Mapping[str, Any]], console.Line]
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a command that compresses writes, what the file must reach, and how the command answers.
+    """Where a command that compresses writes, the gates of the file, and how the command answers.
 
-    The ONNX file goes beside `output`, the checkpoint. `data` is the option, for the next command. `state` is what a
-    stopped run keeps, which is removed at the end. `started` is a time of `perf_counter`.
+    The ONNX file is written beside `output`, the checkpoint. `data` is the value of --data, for the next command.
+    `state` is the file that a stopped run keeps; it is removed at the end. `started` is a time of `perf_counter`, in
+    seconds.
     """
 
     command: str
@@ -39,21 +40,24 @@ class Destination:
 
     @property
     def onnx(self) -> Path:
+        """The ONNX file."""
         return self.output.with_suffix(".onnx")
 
 
 def compressed(
     to: Destination, result: Result, source: datasets.Data, *, table: Table, notes: Sequence[console.Line] = ()
 ) -> dict[str, Any]:
-    """Write the checkpoint and its ONNX file, prove it, and tell: `table` of the report, the proof, `notes`, the rest.
+    """Write the checkpoint and its ONNX file, prove the file, and print the report, which is returned too.
 
-    Raises CheckFailed as `require` does.
+    The output is the `table` of the report, the proof, `notes`, and a line about the file. Raises CheckFailed as
+    `require` does, after everything is written and printed.
     """
     made = result.checkpoint
     checkpoint.save(made, to.output)
     proof, proved = to_onnx(made, to.onnx, source, what=str(to.output), original=result.original)
-    if to.state is not None:
+    if to.state is not None:  # removed only now, when the files that the run was for exist
         to.state.unlink(missing_ok=True)
+    # Without data the float network was not measured, and the proof ran on noise, whose accuracy means nothing.
     measured = {} if result.float_top1 is not None or result.is_new else {"top1": None, "torch_top1": None}
     report = {
         "command": to.command,
@@ -69,7 +73,7 @@ def compressed(
 
 
 def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
-    """The file in one line, and the next command."""
+    """Return one line about the file, and the next command."""
     before, entropy = report["float_top1"], report.get("entropy_coded_bits")
     top1 = "accuracy not measured"
     if report["top1"] is not None:
@@ -88,9 +92,10 @@ def to_onnx(
     what: str,
     original: checkpoint.Checkpoint | None = None,
 ) -> tuple[verify.Proof, dict[str, Any]]:
-    """Write `made` as ONNX to `path` and prove the file on the data set's test split, with a bar on standard error.
+    """Write `made` as ONNX to `path`, and prove the file on the test split of the data. Returns the proof and a report.
 
-    `original` is the float checkpoint that it was made from, where that is at hand: the proof compares with it too.
+    `original` is the float checkpoint that it was made from, if there is one: the proof compares with it too. `what` is
+    the name of the network in notes on standard error.
     """
     console.note(f"{what}: exporting to ONNX")
     checkpoint.write_atomically(path, onnx_export.to_bytes(made))
@@ -105,7 +110,7 @@ def to_onnx(
 
 
 def _embeddings(made: checkpoint.Checkpoint, model: nn.Module) -> dict[str, int] | None:
-    """How many weights of embeddings the file holds as codes, and how many as floats; None without embeddings."""
+    """Return how many weights of embeddings are codes, and how many are floats; None without embeddings."""
     sizes = {
         f"{name}.weight": module.weight.numel()
         for name, module in model.named_modules()
@@ -116,7 +121,7 @@ def _embeddings(made: checkpoint.Checkpoint, model: nn.Module) -> dict[str, int]
 
 
 def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
-    """The proof as ticks, a line each; and what became of embeddings, where there are any."""
+    """Return a line with a tick for every check of the proof, and a line about embeddings if there are any."""
     lines: list[console.Line] = [console.tick(check.name, check.passed, check.detail) for check in proof.checks]
     overflow = report["overflow_db"]
     if overflow is not None and overflow < verify.SQNR_DB:
@@ -133,9 +138,9 @@ def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
 
 
 def require(proof: verify.Proof, report: Mapping[str, Any], wanted: FileGates) -> None:
-    """Raises CheckFailed naming what the file of `report` failed of its proof, or else every gate that is not met.
+    """Raise CheckFailed with every check of the proof that failed, or else with every gate that is not met.
 
-    A drop is from `float_top1` of the report, where that is known.
+    The drop is that from `float_top1` of the report, if it is known.
     """
     failed = [f"{check.name} ({check.detail})" for check in proof.checks if not check.passed]
     if failed:

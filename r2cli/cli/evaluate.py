@@ -58,12 +58,12 @@ def evaluate(given: EvaluateSource, config: EvaluateConfig, wanted: FileGates, a
     return report
 
 
-# What predicts, what predicts on one thread, where, the preprocessing, the data, and the engine's name.
+# The predictor, the predictor on one thread, the device, the preprocessing, the data, and the name of the engine.
 Subject = tuple["Callable[[Tensor], Tensor]", Any, "torch.device", "InputSpec", "datasets.Data", str]
 
 
 def _of_onnx(given: EvaluateSource) -> Subject:
-    """An ONNX file in ONNX Runtime. Raises InputError for another tool's file, and for data of other classes."""
+    """Return an ONNX file, run by ONNX Runtime. Raises InputError for a file that r2 did not write or other classes."""
     import torch
 
     from r2cli.api import inputs
@@ -80,7 +80,7 @@ def _of_onnx(given: EvaluateSource) -> Subject:
 
 
 def _of_network(given: EvaluateSource, device: str) -> Subject:
-    """A checkpoint, or a network with weights from elsewhere, in torch."""
+    """Return a checkpoint, or a network with weights that r2 did not write, run by torch."""
     import torch
 
     from r2cli.api import inputs

@@ -1,4 +1,4 @@
-"""`r2 export`: a checkpoint as an ONNX file, proved."""
+"""`r2 export`: write a checkpoint as an ONNX file, and prove the file."""
 
 from time import perf_counter
 

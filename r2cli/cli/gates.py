@@ -1,4 +1,4 @@
-"""What every command checks before it starts and after it is done."""
+"""The checks of every command: of its files before it starts, and of its result when it is done."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,21 +11,21 @@ from r2cli.errors import CheckFailed, InputError
 
 
 def source(given: Path | None, weights: Path | None, default: Path) -> Path:
-    """The file that a command reads: a checkpoint, or foreign weights. Raises InputError for both at once."""
+    """Return the file that a command reads: a checkpoint, or --weights. Raises InputError if both are given."""
     if given is not None and weights is not None:
         raise InputError(f"{given} and --weights {weights} are two networks: give one of them")
     return weights or given or default
 
 
 def beside(source: Path, ending: str) -> Path:
-    """The default output: `source` with another ending, for example 'w4a8-none.safetensors'."""
+    """Return the default output: `source` with another ending, for example 'w4a8-none.safetensors'."""
     if source.is_dir() or not source.name:
         raise InputError(f"{source} is a directory: name the checkpoint in it")
     return source.with_name(f"{source.stem}.{ending}")
 
 
 def require_output(output: Path, ending: str, *, source: Path | None = None) -> None:
-    """Raises InputError for an output that is a directory, has another ending, or is the source itself."""
+    """Raise InputError for an output that is a directory, has another ending, or is the source itself."""
     if output.is_dir() or not output.name:
         raise InputError(f"{output} is a directory: name a file with --output")
     if output.suffix != ending:
@@ -35,14 +35,14 @@ def require_output(output: Path, ending: str, *, source: Path | None = None) -> 
 
 
 def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
-    """Raises InputError where an output is there already, or is a directory, before any work is done."""
+    """Raise InputError if one of the outputs exists already. Commands call it before any work is done."""
     for path in paths:
         if path.exists() and not overwrite:
             raise InputError(f"{path} is there already: give --overwrite to replace it, or another --output")
 
 
 def require_no_state(state: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises InputError where a stopped run's state would be lost, or where there is none to resume."""
+    """Raise InputError if the state of a stopped run would be lost, or if there is none to resume."""
     if state.exists() and not resume and not overwrite:
         raise InputError(f"{state} holds a stopped run: go on with --resume, or start again with --overwrite")
     if resume and not state.exists():
@@ -51,7 +51,7 @@ def require_no_state(state: Path, *, resume: bool, overwrite: bool) -> None:
 
 @contextmanager
 def told_of(state: Path) -> Iterator[None]:
-    """Say where a run that is interrupted can go on."""
+    """If the block is interrupted, say which file the run can be resumed from."""
     try:
         yield
     except KeyboardInterrupt:
@@ -68,9 +68,9 @@ def require(
     drop: float | None = None,
     size: int | None = None,
 ) -> None:
-    """Raises CheckFailed, with the command's `report`, naming every gate of `wanted` that is not met.
+    """Raise CheckFailed, with the command's `report`, for the gates of `wanted` that are not met.
 
-    A gate that was not asked for is open, and so is one whose value was not measured.
+    A gate that was not asked for cannot fail, and neither can one whose value was not measured.
     """
     failed = []
     least, most = getattr(wanted, "min_accuracy", None), getattr(wanted, "max_drop", None)
@@ -86,7 +86,7 @@ def require(
 
 
 def unreadable(files: Sequence[str]) -> list[str]:
-    """A line that counts and names the images that were left out."""
+    """Return a line with the number and names of images that were left out; nothing without such images."""
     if not files:
         return []
     named = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")

@@ -1,4 +1,7 @@
-"""The command line: parse, call one worker, hand its result to the console. torch is imported inside the commands."""
+"""The command line: it parses, calls one worker, and gives the result to the console.
+
+torch is imported inside the commands, so that `r2 --help` is fast.
+"""
 
 import os
 import sys
@@ -33,11 +36,12 @@ app.command()(run.run)
 app.add_typer(recipes.recipe, name="recipe")
 
 INTERRUPTED = 130
-SPINS = "10000"  # how often a waiting thread of torch's looks before it sleeps; 300,000 times where nobody says
-TRAINING = ("pretrain", "palettize", "qat")  # the commands that several processes may run together
+SPINS = "10000"  # how often a waiting thread of torch looks for work before it sleeps; the default is 300,000 times
+TRAINING = ("pretrain", "palettize", "qat")  # the commands that torchrun may start in several processes
 
 
 def _version(value: bool) -> None:
+    """Print the version and exit, if `value` says so."""
     if value:
         typer.echo(f"r2 {__version__}")
         raise typer.Exit()
@@ -48,7 +52,7 @@ def _root(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    context.obj = invoke  # for `r2 run`, whose steps are commands
+    context.obj = invoke  # `r2 run` calls it for its steps, which are commands
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in TRAINING:
         raise InputError(f"r2 {context.invoked_subcommand} runs in one process: start it without torchrun")
 
@@ -56,31 +60,31 @@ def _root(
 def invoke(arguments: list[str]) -> Any:
     """Run one command and return its report. Raises R2Error, or the parser's error, instead of exiting."""
     result = app(arguments, standalone_mode=False)
-    if result == INTERRUPTED:  # the parser swallows the interrupt
+    if result == INTERRUPTED:  # the parser turns an interrupt into this exit code
         raise KeyboardInterrupt
     return result
 
 
 def main() -> NoReturn:
-    """`r2`: run the command of `sys.argv`, and map whatever goes wrong to one sentence and an exit code."""
+    """Run the command of `sys.argv`, and map every error to one sentence and an exit code. This is `r2`."""
     arguments = sys.argv[1:]
-    # Beside another program on the same cores, threads that spin take away what those need that they wait for
-    # (benchmarks/shared_cores.md). OpenMP reads it when torch is imported.
+    # Beside another program on the same cores, threads that spin take the cores from the threads that they wait for
+    # (benchmarks/shared_cores.md). OpenMP reads the variable when torch is imported, so it is set here.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     as_json = "--json" in arguments
     try:
-        # For machines the report is all of standard output: what a network's own code prints goes elsewhere.
+        # With --json, standard output has the report only. What the code of a network prints goes to standard error.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = invoke(arguments)
         if as_json and isinstance(result, Mapping):
             console.report(result)
         sys.exit(result if isinstance(result, int) else 0)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the program that reads our output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
-        if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
+        if os.environ.get("R2_TRACEBACK"):  # for bug reports
             traceback.print_exc()
         message, code = _told(error, arguments)
         found = getattr(error, "report", None) or {}
@@ -91,7 +95,7 @@ def main() -> NoReturn:
 
 
 def _told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
-    """What went wrong as one sentence, and the exit code."""
+    """Return the message for an error, in one sentence, and the exit code."""
     if isinstance(error, R2Error):
         message, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt | typer.Abort):

@@ -1,4 +1,4 @@
-"""`r2 palettize`: weights as indices into small tables of centroids, by k-means or by training."""
+"""`r2 palettize`: turn weights into indices into small tables of centroids, by k-means or by training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,7 +89,7 @@ def _file(
 
 
 def ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
-    """A line where training ended with more loss than its first epoch had: steps were too large, most likely."""
+    """Return a line if training ended with a higher loss than its first epoch: most likely its steps were too large."""
     if not epochs or epochs[-1]["loss"] <= epochs[0]["loss"]:
         return []
     first, last = epochs[0]["loss"], epochs[-1]["loss"]
@@ -97,7 +97,7 @@ def ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Whether `source` is a network of r2's; what is not there is taken for one, and reported as one."""
+    """Return whether `source` is a checkpoint of r2. A missing file counts as one, so that the error speaks of one."""
     from r2cli.storage import stream
 
     if not source.is_file():
@@ -106,6 +106,7 @@ def _is_checkpoint(source: Path) -> bool:
 
 
 def _layers(layers: "Sequence[PalettizedLayer]") -> Any:
+    """Return a table with a row for every layer."""
     cells = [
         (
             layer.layer,

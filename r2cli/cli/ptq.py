@@ -61,7 +61,7 @@ def ptq(config: PtqConfig, given: Inputs, wanted: CompressionGates, written: Ptq
 
 
 def _notes(result: "PtqResult") -> list[str]:
-    """What was chosen, and what ranges and corrections are from."""
+    """Return lines that say what was chosen, and what ranges and corrections come from."""
     notes = [*([_again(result)] if result.bits else []), *([_chosen(result.trials)] if result.trials else [])]
     if registry.get(registry.PTQ_METHODS, result.settings.method).dataless or not result.calibration:
         images = result.calibration
@@ -73,7 +73,7 @@ def _notes(result: "PtqResult") -> list[str]:
 
 
 def _chosen(trials: "Sequence[Trial]") -> str:
-    """What was chosen and why, as options that give the same bytes."""
+    """Return a line that says which trial was chosen and why, and which options give the same bytes."""
     from r2cli.ptq.auto import NEAREST
     from r2cli.ptq.quantize import trial_again
 
@@ -88,7 +88,7 @@ def _chosen(trials: "Sequence[Trial]") -> str:
 
 
 def _again(result: "PtqResult") -> str:
-    """The choice of mixed precision as options that give the same bytes."""
+    """Return a line with the choice of mixed precision, as options that give the same bytes."""
     from r2cli.ptq.quantize import bits_again
 
     layers = result.layers
@@ -98,7 +98,7 @@ def _again(result: "PtqResult") -> str:
 
 
 def _layers(layers: Sequence[Any], float_operations: Sequence[Mapping[str, Any]]) -> Any:
-    """A row for every layer, and one for every kind of operation that stays float, with the reason."""
+    """Return a table with a row for every layer, and for every kind of operation that stays float, with the reason."""
     cells = [
         (layer.layer, "x".join(map(str, layer.shape)), layer.bits, layer.grid, f"{layer.sqnr:.1f}", layer.note)
         for layer in layers

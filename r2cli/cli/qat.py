@@ -1,4 +1,4 @@
-"""`r2 qat`: train a network as it will be deployed, with weights and activations on few levels."""
+"""`r2 qat`: train a network as it will be deployed, with its weights and activations on few levels."""
 
 from collections.abc import Sequence
 from time import perf_counter
@@ -47,6 +47,7 @@ def qat(config: QatConfig, given: Inputs, wanted: CompressionGates, written: Qat
 
 
 def _layers(layers: "Sequence[TrainedLayer]") -> Any:
+    """Return a table with a row for every layer."""
     cells = [
         (
             layer.layer,

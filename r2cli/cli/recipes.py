@@ -61,7 +61,7 @@ def cp(
 
 
 def _shipped(name: str) -> Path:
-    """The path of the shipped recipe `name`. Raises InputError for another name."""
+    """Return the path of the shipped recipe `name`. Raises InputError for an unknown name."""
     from r2cli.workflow import recipe as recipes
 
     known = recipes.shipped()
@@ -72,7 +72,7 @@ def _shipped(name: str) -> Path:
 
 
 def _about(path: Path) -> str:
-    """The first sentence of the comment that a recipe begins with."""
+    """Return the first sentence of the comment that a recipe begins with."""
     lines = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):

@@ -1,4 +1,4 @@
-"""`r2 run`: the steps of a recipe, in order or side by side, and its tables."""
+"""`r2 run`: run the steps of a recipe, in order or side by side, and print its tables."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -84,7 +84,7 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
 
 
 def _folder(path: Path, *, smoke: bool) -> Path:
-    """Where the files of the recipe at `path` go: runs/STEM, with the folder of a shipped one between."""
+    """Return the folder for the files of the recipe at `path`: runs/NAME, for example runs/cpu/digits."""
     from r2cli.workflow import recipe as recipes
 
     name = next((name for name, own in recipes.shipped().items() if own.samefile(path)), path.stem)
@@ -92,7 +92,7 @@ def _folder(path: Path, *, smoke: bool) -> Path:
 
 
 def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
-    """The tables as tables.md, .csv and .json in `folder`; the first of them."""
+    """Write the tables as tables.md, .csv and .json to `folder`. Returns the path of tables.md."""
     from r2cli.storage.checkpoint import write_atomically
     from r2cli.workflow import results
 
@@ -106,7 +106,7 @@ def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
 
 @contextmanager
 def _ended_as_interrupted() -> Iterator[None]:
-    """A request to end stops as Ctrl-C does, so that no step goes on alone."""
+    """Let a request to end (SIGTERM) stop the block as Ctrl-C does, so that no step's process goes on alone."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -115,7 +115,7 @@ def _ended_as_interrupted() -> Iterator[None]:
 
 
 def _require_options(steps: "Sequence[recipes.Step]", commands: Any) -> None:
-    """Raises InputError, before any work is done, for what a step's own command line would not take, at its place."""
+    """Raise InputError for options that a step's command would refuse, before any work is done, naming their place."""
     for step in steps:
         command = commands.commands[step.command]
         flags = {name: flag for flag in command.params for name in (*flag.opts, *flag.secondary_opts)}
@@ -138,6 +138,6 @@ def _require_options(steps: "Sequence[recipes.Step]", commands: Any) -> None:
 
 
 def _opposite(option: Any, key: str) -> str:
-    """How a recipe says the opposite of a flag: its other name."""
+    """Return how a recipe says the opposite of a flag: by its other name."""
     other = next((name for name in (*option.opts, *option.secondary_opts) if name != f"--{key}"), "")
     return f"{other.removeprefix('--')} = true" if other else "its value"

@@ -1,1 +1,1 @@
-"""What each command may be asked: frozen configs, one field an option. No torch and no Typer is imported here."""
+"""The options of the commands: frozen configs with one field per option. Neither torch nor Typer is imported here."""

@@ -1,4 +1,4 @@
-"""Options that several commands share: what goes in, what must be reached, what comes out."""
+"""Options that several commands share: their input, their gates, and their output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,34 +14,42 @@ DATA = "digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder:DIR, qnli:F
 
 @dataclass(frozen=True)
 class Preparation(Config):
-    """Weights from elsewhere, and how images are prepared."""
+    """Weights that r2 did not write, and how images are prepared."""
 
-    data_dir: Path | None = option(None, "Where downloaded data sets are. (default: ~/.cache/r2cli)")
-    weights: Path | None = option(None, "Its state_dict: .safetensors, or .pth as torch.save writes.", panel=FOREIGN)
+    data_dir: Path | None = option(None, "The folder of downloaded data sets. (default: ~/.cache/r2cli)")
+    weights: Path | None = option(
+        None, "A file with its state_dict: .safetensors, or .pth as torch.save writes it.", panel=FOREIGN
+    )
     model_arg: Sequence[str] = option(
         (), "NAME=VALUE: a keyword of the network's factory; repeatable.", panel=FOREIGN, given=list[str] | None
     )
-    stem: str | None = option(None, "small or imagenet. (default: small up to 64 pixels)", panel=FOREIGN)
+    stem: str | None = option(
+        None, "First convolution: small (stride 1) or imagenet. (default: small up to 64 pixels)", panel=FOREIGN
+    )
     size: int | None = option(
         None,
-        "Pixels of an image, or tokens of a text. (default: 16 for digits, else the images' or 224; text 128)",
+        "Pixels of an image, or tokens of a text. (default: digits 16, else the size of the images or 224; text 128)",
         panel=FOREIGN,
     )
     mean: str | None = option(
-        None, "Of pixels from 0 to 1: one, or one a channel: 0.5,0.5,0.5. (default: the data's)", panel=FOREIGN
+        None,
+        "Mean of pixels from 0 to 1: one number, or one per channel, as 0.5,0.5,0.5. (default: that of the data)",
+        panel=FOREIGN,
     )
-    std: str | None = option(None, "As --mean. (default: the data's)", panel=FOREIGN)
-    workers: int = option(2, "Processes that decode large images.", least=0)
+    std: str | None = option(
+        None, "Standard deviation of pixels, given as --mean is. (default: that of the data)", panel=FOREIGN
+    )
+    workers: int = option(2, "Number of processes that decode large images.", least=0)
 
 
 @dataclass(frozen=True)
 class Inputs(Preparation):
-    """A checkpoint of r2's, or a network and weights from elsewhere, with their data."""
+    """A checkpoint of r2, or another network with its weights; and the data."""
 
     source: Path | None = option(None, "The checkpoint to read. (default: model.safetensors)", is_argument=True)
-    data: str | None = option(None, f"{DATA} (default: the checkpoint's)")
+    data: str | None = option(None, f"{DATA} (default: that of the checkpoint)")
     model: str | None = option(
-        None, "A network of no r2 checkpoint, with --weights: its name or FILE.py:FACTORY.", panel=FOREIGN
+        None, "The network of --weights, if it is no r2 checkpoint: its name or FILE.py:FACTORY.", panel=FOREIGN
     )
 
 
@@ -51,8 +59,8 @@ class NewNetwork(Preparation):
 
     model: str = option(
         "mobilenet_v1",
-        "mobilenet_v1, resnet8, 20 to 110, any of torchvision's, timm:NAME, FILE.py:FACTORY; for text, "
-        "mobilebert or text:DIR, from its pre-trained weights.",
+        "mobilenet_v1, resnet8, resnet20 to resnet110, any network of torchvision, timm:NAME or FILE.py:FACTORY; for "
+        "text mobilebert or text:DIR, with pre-trained weights.",
     )
     width: float | None = option(None, "Channel multiplier of a MobileNet. (default: V1 0.25, V2 1)")
     data: str = option("digits", DATA)
@@ -60,17 +68,25 @@ class NewNetwork(Preparation):
 
 @dataclass(frozen=True)
 class AccuracyGate(Config):
-    min_accuracy: float | None = option(None, "Least top-1, in percent.", panel=GATES)
+    """A bound on the accuracy."""
+
+    min_accuracy: float | None = option(None, "The least top-1, in percent.", panel=GATES)
 
 
 @dataclass(frozen=True)
 class FileGates(AccuracyGate):
-    max_bytes: int | None = option(None, "Most bytes of the written file.", panel=GATES)
+    """Bounds on a written file."""
+
+    max_bytes: int | None = option(None, "The greatest size of the written file, in bytes.", panel=GATES)
 
 
 @dataclass(frozen=True)
 class CompressionGates(FileGates):
-    max_drop: float | None = option(None, "Most points of top-1 lost against the float checkpoint.", panel=GATES)
+    """Bounds on a compressed network."""
+
+    max_drop: float | None = option(
+        None, "The greatest loss of top-1 against the float checkpoint, in points.", panel=GATES
+    )
 
 
 @dataclass(frozen=True)
@@ -78,36 +94,36 @@ class Told(Config):
     """How a command answers."""
 
     dry_run: bool = option(False, "Say what would be done, and do nothing.", panel=OUTPUT)
-    json: bool = option(False, "One JSON object on standard output.", panel=OUTPUT)
+    json: bool = option(False, "Print one JSON object on standard output.", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
 class Written(Told):
     """How a command answers, and whether it replaces files."""
 
-    overwrite: bool = option(False, "Replace files that are there.", panel=OUTPUT)
+    overwrite: bool = option(False, "Replace files that exist already.", panel=OUTPUT)
 
 
 def output(default: Path | None, help: str) -> Any:
-    """The `--output` of a command."""
+    """Return the option `--output` of a command."""
     return option(default, help, "--output", "-o", panel=OUTPUT)
 
 
 def usual_optimizer(name: str | None, *, is_text: bool) -> str:
-    """The optimizer asked for: by default AdamW for text, as everyone fine-tunes it, and SGD for images."""
+    """Return the optimizer `name`. The default is AdamW for text, which is usually fine-tuned with it, and else SGD."""
     return name or ("adamw" if is_text else "sgd")
 
 
 def seed() -> Any:
-    return option(0, "The same seed gives the same bytes.", least=0)
+    return option(0, "Seed of all random numbers; the same seed gives the same bytes.", least=0)
 
 
 def device() -> Any:
-    return option("auto", "auto, cpu, cuda or cuda:N.")
+    return option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N.")
 
 
 def resume() -> Any:
-    return option(False, "Go on where a stopped run left off.", panel=OUTPUT)
+    return option(False, "Continue a run that was stopped.", panel=OUTPUT)
 
 
 def optimizer() -> Any:
@@ -121,7 +137,7 @@ def optimizer() -> Any:
 def embeddings() -> Any:
     return option(
         False,
-        "Embeddings as codes too, as the layers', or as floats. Needs --act-bits none.",
+        "Give embeddings codes too, like layers, or leave them float. Codes need --act-bits none.",
         "--embeddings/--no-embeddings",
     )
 
@@ -129,7 +145,7 @@ def embeddings() -> Any:
 def act_range() -> Any:
     return option(
         None,
-        "Of activations: minmax, moving-average, percentile[:99.99], mse or entropy. "
+        "Rule for ranges of activations: minmax, moving-average, percentile[:99.99], mse or entropy. "
         "(default: minmax at 8 bits, mse below)",
         check=values.range_rule("--act-range", *values.ACT_RANGES),
     )

@@ -1,4 +1,4 @@
-"""The configs of what looks at files, writes ONNX and runs recipes, and what each command writes."""
+"""The options of the commands that read files, write ONNX and run recipes; and the outputs of all commands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,37 +15,41 @@ SORTS = ("sqnr", "range", "outliers", "kurtosis", "size", "name")
 class AnalyzeConfig(Config):
     """What to measure of weights, and what to show first."""
 
-    only: Sequence[str] = option((), "Layers by name pattern; repeatable.", given=list[str] | None)
+    only: Sequence[str] = option(
+        (), "Show only layers whose names match this pattern; repeatable.", given=list[str] | None
+    )
     view: str = option(
         "both",
-        "Of a checkpoint with BatchNorm: trained, folded, or both.",
+        "Which weights of a checkpoint with BatchNorm: trained, folded, or both.",
         check=values.one_of("--view", "both", "trained", "folded"),
     )
     outlier_sigma: float = option(
         4.0,
-        "An outlier is further from the mean than this many standard deviations; of normal weights 4 leaves "
-        "1 in 16,000 there.",
+        "An outlier is further from the mean than this many standard deviations; with 4, 1 in 16,000 normal weights is "
+        "one.",
         least=0.1,
     )
     bits: int = option(
         4,
-        "8, 4, 3, 2 or 1: what the table and its order are about.",
+        "Bits that the table and its order are for: 8, 4, 3, 2 or 1.",
         check=values.number_of("--bits", *values.MEASURED_BITS, what="not measured"),
     )
     granularity: str = option(
         "tensor",
-        "tensor or channel: the grids that --sort sqnr and --min-sqnr look at.",
+        "Grids that --sort sqnr and --min-sqnr use: one per tensor, or one per channel.",
         check=values.one_of("--granularity", "tensor", "channel"),
     )
     sort: str | None = option(
         None,
-        "sqnr, range, outliers, kurtosis, size or name. (default: sqnr; quick: range)",
+        "Order of layers: sqnr, range, outliers, kurtosis, size or name. (default: sqnr; with --quick range)",
         check=values.one_of("--sort", *SORTS),
     )
-    limit: int | None = option(None, "Layers in a table or picture; 0: all. (default: 12, several tables 8)", least=0)
-    everything: bool = option(False, "Biases and other vectors too.", "--all")
-    quick: bool = option(False, "Ranges and outliers only: no SQNR, no channels.")
-    threads: int | None = option(None, "Tensors side by side. (default: one a core)", least=1)
+    limit: int | None = option(
+        None, "Number of layers in a table or picture; 0: all. (default: 12; 8 with several tables)", least=0
+    )
+    everything: bool = option(False, "Show biases and other vectors too.", "--all")
+    quick: bool = option(False, "Measure ranges and outliers only, without SQNR and channels.")
+    threads: int | None = option(None, "Number of tensors measured at once. (default: one per core)", least=1)
 
     @property
     def order(self) -> str:
@@ -55,21 +59,25 @@ class AnalyzeConfig(Config):
 
 @dataclass(frozen=True)
 class WeightGates(Config):
-    """What no layer may exceed."""
+    """Bounds that every layer must keep."""
 
-    max_range_ratio: float | None = option(None, "Most max|w| / std of a layer.", panel=GATES, least=0)
-    max_outliers: float | None = option(None, "Most of a layer that is outliers, 0 to 1.", panel=GATES, least=0)
+    max_range_ratio: float | None = option(None, "The greatest max|w| / std of a layer.", panel=GATES, least=0)
+    max_outliers: float | None = option(
+        None, "The greatest share of outliers in a layer, 0 to 1.", panel=GATES, least=0
+    )
     min_sqnr: str | None = option(
-        None, "DB@BITS: least SQNR of a layer on min-max grids.", panel=GATES, check=values.sqnr_floor
+        None, "DB@BITS: the least SQNR of a layer on min-max grids.", panel=GATES, check=values.sqnr_floor
     )
 
 
 @dataclass(frozen=True)
 class AnalyzeFiles(Config):
+    """The files to analyze."""
+
     files: Sequence[Path] = option(
         (),
-        "Weights: any .safetensors file, an index of shards or their directory, or .onnx; several are "
-        "compared. (default: model.safetensors)",
+        "Files with weights: .safetensors, an index of shards or their directory, or .onnx. Several are compared. "
+        "(default: model.safetensors)",
         is_argument=True,
         given=list[Path] | None,
     )
@@ -77,9 +85,11 @@ class AnalyzeFiles(Config):
 
 @dataclass(frozen=True)
 class EvaluateSource(groups.Inputs):
+    """The network to measure."""
+
     source: Path | None = option(
         None,
-        "A checkpoint, float or quantized, or an .onnx file of r2's. (default: model.safetensors)",
+        "A checkpoint, float or quantized, or an .onnx file that r2 wrote. (default: model.safetensors)",
         is_argument=True,
     )
 
@@ -95,7 +105,7 @@ class EvaluateConfig(Config):
 class AnalyzeOutput(Written):
     output: Sequence[Path] = option(
         (),
-        "A picture (.png, .svg, .pdf) or a page (.html); repeatable.",
+        "Write a picture (.png, .svg, .pdf) or a page (.html); repeatable.",
         "--output",
         "-o",
         panel=OUTPUT,
@@ -128,7 +138,7 @@ class PalettizeOutput(Written):
 
 @dataclass(frozen=True)
 class ExportOutput(Written):
-    output: Path | None = groups.output(None, "The file. (default: SOURCE with .onnx)")
+    output: Path | None = groups.output(None, "The ONNX file to write. (default: SOURCE with .onnx)")
 
 
 @dataclass(frozen=True)
@@ -136,14 +146,19 @@ class RecipeConfig(Config):
     """Which steps of a recipe run, and how."""
 
     recipe: str = option(
-        "", "A recipe, FILE.toml or the name of a shipped one: `r2 recipe ls`.", is_argument=True, given=str
+        "", "FILE.toml, or the name of a recipe that comes with r2: see `r2 recipe ls`.", is_argument=True, given=str
     )
-    jobs: int = option(1, "Steps side by side, in processes that share the threads.", "--jobs", "-j", least=1)
-    only: str | None = option(None, "Steps whose output matches this, or whose line has it; and what they read from.")
+    jobs: int = option(
+        1, "Number of steps that run at once, in processes that share the threads.", "--jobs", "-j", least=1
+    )
+    only: str | None = option(
+        None, "Run only steps whose output matches this pattern or whose line contains it, and the steps they need."
+    )
     set: Sequence[str] = option(
         (),
-        "KEY=VALUE in steps that have KEY, COMMAND.KEY=VALUE in a command's, matrix.NAME=VALUE; repeatable.",
+        "KEY=VALUE for steps that have KEY, COMMAND.KEY=VALUE for the steps of a command, or matrix.NAME=VALUE; "
+        "repeatable.",
         given=list[str] | None,
     )
     smoke: bool = option(False, "Try the recipe in a minute: 64 digits, one epoch, one combination.")
-    work_dir: Path | None = option(None, "Where the steps' files go. (default: runs/RECIPE)", panel=OUTPUT)
+    work_dir: Path | None = option(None, "The folder for the files of the steps. (default: runs/RECIPE)", panel=OUTPUT)

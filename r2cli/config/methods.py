@@ -1,4 +1,4 @@
-"""The configs of what trains and compresses: `PretrainConfig`, `PtqConfig`, `QatConfig`, `PalettizeConfig`."""
+"""The options of commands that train or compress: `PretrainConfig`, `PtqConfig`, `QatConfig`, `PalettizeConfig`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from r2cli.errors import InputError
 
 __all__ = ["FOREIGN", "PalettizeConfig", "PretrainConfig", "PtqConfig", "QatConfig"]
 
-REGULARIZATION, EXTRAS, SCRATCH = "Regularization", "What comes to the training", "From scratch"
+REGULARIZATION, EXTRAS, SCRATCH = "Regularization", "Additions to the training", "From scratch"
 PALETTE_TRAINING = "Training (dkm, shared)"
 Keep = Mapping[str, int] | Sequence[str]
 
@@ -27,27 +27,27 @@ class PretrainConfig(Config):
     )
     reg_weight: float | None = option(
         None,
-        "Strength; of clip, how many deviations. (default: 0.01, for small images what measured best; clip 2)",
+        "Strength; for clip, deviations to clamp to. (default: 0.01, for small images what measured best; clip 2)",
         panel=REGULARIZATION,
         least=0,
     )
     reg_form: str = option(
         "stable",
-        "stable, or paper: equations 1 to 3 to the letter.",
+        "stable, or paper: equations 1 to 3 exactly as written.",
         panel=REGULARIZATION,
         check=values.one_of("--reg-form", "stable", "paper"),
     )
-    reg_dim: int = option(1, "Vector length of a later palette.", panel=REGULARIZATION, least=1, most=8)
+    reg_dim: int = option(1, "Length of the vectors of a later palette.", panel=REGULARIZATION, least=1, most=8)
     reg_lr: float | None = option(
         None,
-        "Rate of margin's M and soft-minmax's alpha; with adamw, of what the regularizer does to weights too. "
+        "Learning rate of margin's M and soft-minmax's alpha; with adamw, also of the penalty's steps on weights. "
         "(default: --lr; paper form 0.01; adamw 0.1)",
         panel=REGULARIZATION,
         least=0,
     )
-    margin_k: int = option(1, "Margin: divide the hinge by K (1: the paper's).", panel=REGULARIZATION, least=1)
+    margin_k: int = option(1, "margin: divide the hinge by K; 1 as in the paper.", panel=REGULARIZATION, least=1)
     epochs: int = option(40, "Passes over the data.", least=1)
-    batch_size: int = option(64, "Images a step.", least=2)
+    batch_size: int = option(64, "Images per step.", least=2)
     optimizer: str | None = groups.optimizer()
     lr: float | None = option(
         None,
@@ -56,10 +56,12 @@ class PretrainConfig(Config):
     )
     momentum: float = option(0.9, "Nesterov momentum.", least=0, most=1)
     weight_decay: float = option(4e-5, "L2 on weights; 10x L2 is 4e-4.", least=0)
-    warmup: float = option(0.05, "Share of the steps that the rate rises.", least=0, most=1)
-    label_smoothing: float = option(0.0, "0 to 1.", least=0, most=1)
-    clip_grad: float | None = option(None, "Most length of the gradient, all weights together.", least=0)
-    ema: float | None = option(None, "Keep a running average of the weights, 0.999 for example.", least=0, most=1)
+    warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", least=0, most=1)
+    label_smoothing: float = option(0.0, "Label smoothing, 0 to 1.", least=0, most=1)
+    clip_grad: float | None = option(None, "The greatest norm of the gradient of all weights together.", least=0)
+    ema: float | None = option(
+        None, "Keep a running average of the weights with this decay, for example 0.999.", least=0, most=1
+    )
     precision: str = option(
         "auto",
         "float32, bfloat16 (mixed), or auto: bfloat16 on a GPU that has it.",
@@ -75,54 +77,59 @@ class PtqConfig(Config):
     """Quantize a trained network without training."""
 
     weight_bits: int | None = option(
-        None, "8 to 1; 1 is two levels without a zero. (default: 8)", check=values.bits("--weight-bits")
+        None,
+        "Bits of weights, 8 to 1; 1 bit has two levels and no zero. (default: 8)",
+        check=values.bits("--weight-bits"),
     )
     target_bits: float | None = option(
-        None, "Mixed precision: bits a weight on average, as 3.2.", check=values.bits("--target-bits")
+        None, "Mixed precision: the average bits per weight, for example 3.2.", check=values.bits("--target-bits")
     )
-    target_bytes: int | None = option(None, "Mixed precision: bytes of all codes and scales.", least=1)
+    target_bytes: int | None = option(None, "Mixed precision: the bytes of all codes and scales.", least=1)
     sensitivity: str = option(
         "hessian",
-        "What mixed precision goes by: hessian, or sqnr, which needs no data.",
+        "How mixed precision measures layers: hessian, or sqnr, which needs no data.",
         check=values.one_of("--sensitivity", "hessian", "sqnr"),
     )
-    act_bits: int | str = option("8", "8 to 4, or none to leave activations float.", check=values.act_bits, given=str)
+    act_bits: int | str = option(
+        "8", "Bits of activations, 8 to 4, or none to leave them float.", check=values.act_bits, given=str
+    )
     method: str = option(
-        "none",
-        f"{registry.described(registry.PTQ_METHODS)}.",
+        registry.PTQ_NEAREST,
+        f"How weights are rounded. {registry.described(registry.PTQ_METHODS)}.",
         check=registry.one_of(registry.PTQ_METHODS),
     )
     granularity: str | None = option(
         None,
-        "channel; tensor: one grid after folding BatchNorm; unfolded: one grid on the weights as trained, "
-        "with BatchNorm in per-channel scales. (default: channel; auto tries unfolded too)",
+        "Grids of a weight. channel: one per output channel; tensor: one, after folding BatchNorm; unfolded: one on "
+        "the weight as trained, with BatchNorm in per-channel scales. (default: channel; auto tries unfolded too)",
         check=values.one_of("--granularity", "channel", "tensor", "unfolded"),
     )
     weight_range: str | None = option(
         None,
-        "Of weights: minmax, percentile[:99.99] or mse. (default: minmax; brecq's: mse to 4 bits, and mixed)",
+        "Rule for ranges of weights: minmax, percentile[:99.99] or mse. "
+        "(default: minmax; for brecq mse up to 4 bits and with mixed precision)",
         check=values.range_rule("--weight-range", *values.WEIGHT_RANGES),
     )
     symmetric: bool = option(
-        True, "Weight grids with zero point 0, or with one of their own.", "--symmetric/--asymmetric"
+        True, "Weight grids with the zero point 0, or each with its own.", "--symmetric/--asymmetric"
     )
     act_range: str | None = groups.act_range()
-    keep: Keep = groups.keep("PATTERN=BITS: other weight bits for some layers; repeatable.", values.keep)
+    keep: Keep = groups.keep("PATTERN=BITS: other bits for the weights of some layers; repeatable.", values.keep)
     embeddings: bool = groups.embeddings()
     parts: str | Sequence[str] | None = option(
         None,
-        "What of dfq comes before rounding: equalize,absorb,correct or some, or none.",
+        "Parts of dfq that are done: equalize,absorb,correct or some of them, or none.",
         check=values.parts,
         given=str | None,
     )
     relu6: str = option(
         "clip",
-        "dfq: clip: the same function, a bound for each channel; relu: ReLU in its place.",
+        "What equalization makes of ReLU6. clip: the same function, with a bound per channel; relu: a ReLU instead.",
         check=values.one_of("--relu6", "clip", "relu"),
     )
     calibration: int | None = option(
         None,
-        "Training images that set activation ranges; 0: none, BatchNorm's statistics do. "
+        "Number of training images that set the ranges of activations; 0: BatchNorm's statistics set them. "
         "(default: 512; 0 for dfq without --data)",
         least=0,
     )
@@ -148,7 +155,7 @@ class PtqConfig(Config):
 
     @property
     def suffix(self) -> str:
-        """How the name of the output tells what was done: 'w4a8-none-unfolded'."""
+        """The part of the output's name that says what was done, for example 'w4a8-none-unfolded'."""
         wanted = f"{self.weight_bits or 8}"
         if self.target_bits:
             wanted = f"{self.target_bits:g}"
@@ -163,62 +170,71 @@ class PtqConfig(Config):
 class QatConfig(Config):
     """Train a network as it will be deployed, with weights and activations on few levels."""
 
-    weight_bits: int = option(4, "lsq 8 to 2, the others 7 to 1.", check=values.bits("--weight-bits"))
+    weight_bits: int = option(
+        4, "Bits of weights: 8 to 2 with lsq, 7 to 1 with the others.", check=values.bits("--weight-bits")
+    )
     act_bits: int | str = option(
-        "8", "8 to 1, or none to leave activations float.", check=values.trained_act_bits, given=str
+        "8", "Bits of activations, 8 to 1, or none to leave them float.", check=values.trained_act_bits, given=str
     )
     method: str = option(
         "lsq",
-        f"{registry.described(registry.QAT_METHODS)}.",
+        f"How the levels are trained. {registry.described(registry.QAT_METHODS)}.",
         check=registry.one_of(registry.QAT_METHODS),
     )
     keep: Keep = groups.keep(
-        "PATTERN=BITS: other weight bits for some layers, and inputs of as many; repeatable.", values.keep
+        "PATTERN=BITS: other bits for the weights of some layers, and at least as many for their inputs; repeatable.",
+        values.keep,
     )
     activations: str = option(
         "outputs",
-        "outputs: all that computes is rounded, 8 bits where sums read it; inputs: what layers read, as in the papers.",
+        "What is rounded. outputs: all that computes, to 8 bits where a sum reads it; inputs: what layers read, as in "
+        "the papers.",
         check=values.one_of("--activations", "outputs", "inputs"),
     )
     start: str = option(
         "fitted",
-        "Where steps and ranges begin: fitted, where least is lost, or as in the paper: paper.",
+        "Where steps and ranges begin. fitted: where the error is least; paper: as in the method's paper.",
         check=values.one_of("--start", "fitted", "paper"),
     )
     epochs: int = option(20, "Passes over the data.", least=1)
-    batch_size: int = option(64, "Images a step.", least=2)
-    images: int | None = option(None, "Train on so many of the images. (default: all)", least=2)
+    batch_size: int = option(64, "Images per step.", least=2)
+    images: int | None = option(None, "Number of images to train on. (default: all)", least=2)
     lr: float | None = option(None, "Peak learning rate; a cosine falls from it to 0. (default: 0.05)", least=0)
-    quantizer_lr: float | None = option(None, "Of steps and ranges. (default: --lr; ewgs, by Adam, 0.001)", least=0)
+    quantizer_lr: float | None = option(
+        None, "Learning rate of steps and ranges. (default: --lr; for ewgs 0.001, by Adam)", least=0
+    )
     momentum: float = option(0.9, "Nesterov momentum.", least=0, most=1)
     clip_grad: float | None = option(
         None,
-        "Most length of the gradient, all weights together, 0: any; a channel gone dead has a huge one. (default: 1)",
+        "The greatest norm of the gradient of all weights together; 0: no limit. A dead channel has a huge gradient. "
+        "(default: 1)",
         least=0,
     )
     weight_decay: float | None = option(
         None, "L2 on weights. (default: 1e-4; half of it at 3 bits, a quarter below)", least=0
     )
     distill: float = option(0.0, "Weight of the distance to the float network's predictions.", least=0, panel=EXTRAS)
-    progressive: bool = option(False, "Begin at 8 bits, go on at 4, end at those wanted.", panel=EXTRAS)
+    progressive: bool = option(False, "Train at 8 bits, then at 4, then at the wanted bits.", panel=EXTRAS)
     bin_reg: float = option(
-        0.0, "lsq: draw weights to their levels in the second half, so strongly.", least=0, panel=EXTRAS
+        0.0, "lsq: strength with which the second half draws weights to their levels.", least=0, panel=EXTRAS
     )
     delta: float | str = option(
         "0.001",
-        "ewgs: a number, or hessian: from its trace, every epoch.",
+        "ewgs: how much gradients are scaled: a number, or hessian, from whose trace it is found in every epoch.",
         panel=EXTRAS,
         check=values.delta,
         given=str,
     )
     norms: str = option(
         "again",
-        "BatchNorm's statistics before each evaluation: again, over the calibration images; or running, as "
-        "training left them.",
+        "BatchNorm's statistics in evaluation. again: measured on the calibration images; running: as training left "
+        "them.",
         panel=EXTRAS,
         check=values.one_of("--norms", "again", "running"),
     )
-    from_scratch: bool = option(False, "Fresh weights, of the checkpoint's network or of --model.", panel=SCRATCH)
+    from_scratch: bool = option(
+        False, "Start with new weights, of the checkpoint's network or of --model.", panel=SCRATCH
+    )
     reg: str = option(
         "none",
         "none, or a regularizer, as in pretrain.",
@@ -227,11 +243,11 @@ class QatConfig(Config):
     )
     reg_weight: float | None = option(None, "Strength. (default: as in pretrain)", least=0, panel=SCRATCH)
     calibration: int | None = option(
-        None, "Training images that quantizers start on, and ranges are set by. (default: 512)", least=2
+        None, "Number of training images on which quantizers start and ranges are set. (default: 512)", least=2
     )
     precision: str = option(
         "auto",
-        "Of training: float32, bfloat16 (mixed), or auto: bfloat16 on a GPU with it.",
+        "float32, bfloat16 (mixed), or auto: bfloat16 on a GPU that has it.",
         check=values.one_of("--precision", *values.PRECISIONS),
     )
     seed: int = groups.seed()
@@ -245,12 +261,12 @@ class QatConfig(Config):
 
     @property
     def own_options(self) -> dict[str, float | None]:
-        """The options that single methods have."""
+        """The options that only some methods have, by name."""
         return {"bin_reg": self.bin_reg, "delta": values.delta(self.delta)}
 
     @property
     def suffix(self) -> str:
-        """How the name of the output tells what was done: 'w4a8-lsq'."""
+        """The part of the output's name that says what was done, for example 'w4a8-lsq'."""
         acts = values.trained_act_bits(self.act_bits)
         return f"w{self.weight_bits}{f'a{acts}' if acts else ''}-{self.method}"
 
@@ -259,28 +275,29 @@ class QatConfig(Config):
 class PalettizeConfig(Config):
     """Compress weights to indices into small tables of centroids."""
 
-    bits: int = option(4, "2**BITS centroids a table, 1 to 8.", check=values.bits("--bits"))
+    bits: int = option(4, "A table has 2**BITS centroids; 1 to 8.", check=values.bits("--bits"))
     dim: int = option(
         1,
-        "Values of a centroid, 1, 2, 4 or 8: BITS / DIM bits a weight.",
+        "Values in a centroid: 1, 2, 4 or 8. A weight takes BITS / DIM bits.",
         check=values.number_of("--dim", 1, 2, 4, 8),
     )
     method: str | None = option(
         None,
-        f"{registry.described(registry.PALETTE_METHODS)}. (default: dkm; kmeans for a file without a network of r2's)",
+        f"How centroids are found. {registry.described(registry.PALETTE_METHODS)}. "
+        f"(default: {registry.PALETTE_METHOD}; {registry.PALETTE_METHOD_OF_FILES} for a file that is no r2 checkpoint)",
         check=registry.one_of(registry.PALETTE_METHODS),
     )
     group_size: int | None = option(
         None,
-        "Output channels that share a table; a layer that it does not divide has one. (default: all)",
+        "Number of output channels that share a table; a layer that it does not divide has one table. (default: all)",
         least=1,
     )
     lut_bits: int = option(
-        8, "8: tables of int8 with a scale; 32: of float32.", check=values.number_of("--lut-bits", 8, 32)
+        8, "Bits of tables. 8: int8 with a scale; 32: float32.", check=values.number_of("--lut-bits", 8, 32)
     )
     act_bits: int | str | None = option(
         None,
-        "8 to 4, or none to leave activations float. (default: 8; none with --lut-bits 32)",
+        "Bits of activations, 8 to 4, or none to leave them float. (default: 8; none with --lut-bits 32)",
         check=values.act_bits,
         given=str | None,
     )
@@ -291,34 +308,37 @@ class PalettizeConfig(Config):
     embeddings: bool = groups.embeddings()
     weigh: str = option(
         "none",
-        "kmeans: none, or fisher: by squared gradients on training images.",
+        "kmeans: weights of the errors. none, or fisher: squared gradients on training images.",
         check=values.one_of("--weigh", "none", "fisher"),
     )
     epochs: int = option(8, "Passes over the data.", least=1, panel=PALETTE_TRAINING)
-    hard_epochs: int = option(2, "Of them, at the end, with hard assignments.", least=0, panel=PALETTE_TRAINING)
+    hard_epochs: int = option(
+        2, "dkm: how many of the epochs, at the end, have hard assignments.", least=0, panel=PALETTE_TRAINING
+    )
     temperature: float = option(
         0.5,
-        "dkm: of the first epoch, as a share of each layer's mean squared distance; it falls to a tenth.",
+        "dkm: temperature of the first epoch, as a share of a layer's mean squared distance; it falls to a tenth.",
         least=0.001,
         panel=PALETTE_TRAINING,
     )
-    iterations: int = option(3, "dkm: k-means iterations a step.", least=1, most=20, panel=PALETTE_TRAINING)
-    batch_size: int = option(64, "Images a step.", least=2, panel=PALETTE_TRAINING)
+    iterations: int = option(3, "dkm: k-means iterations per step.", least=1, most=20, panel=PALETTE_TRAINING)
+    batch_size: int = option(64, "Images per step.", least=2, panel=PALETTE_TRAINING)
     optimizer: str | None = groups.optimizer()
     lr: float | None = option(None, "Peak learning rate. (default: 0.02; adamw 1e-4)", least=0, panel=PALETTE_TRAINING)
     lut_lr: float | None = option(
-        None, "shared: peak rate of the centroids. (default: 0.0001)", least=0, panel=PALETTE_TRAINING
+        None, "shared: peak learning rate of the centroids. (default: 0.0001)", least=0, panel=PALETTE_TRAINING
     )
     momentum: float = option(0.9, "Nesterov momentum.", least=0, most=1, panel=PALETTE_TRAINING)
     clip_grad: float | None = option(
         None,
-        "Most length of the gradient, all weights together. 0: any. (default: dkm's is 1; 5 at 1 and 2 bits)",
+        "The greatest norm of the gradient of all weights together; 0: no limit. "
+        "(default: for dkm 1, and 5 at 1 and 2 bits)",
         least=0,
         panel=PALETTE_TRAINING,
     )
     clip_ratio: float | None = option(
         None,
-        "Most length of a layer's gradient, as a share of its weights'. 0: any. (default: dkm's is 0.3)",
+        "The greatest norm of a layer's gradient, as a share of its weights' norm; 0: no limit. (default: for dkm 0.3)",
         least=0,
         panel=PALETTE_TRAINING,
     )
@@ -330,7 +350,7 @@ class PalettizeConfig(Config):
     )
     calibration: int | None = option(
         None,
-        "Training images for BatchNorm's statistics and activation ranges; 0: none. (default: 512)",
+        "Number of training images for BatchNorm's statistics and ranges of activations; 0: none. (default: 512)",
         least=0,
     )
     seed: int = groups.seed()
@@ -345,11 +365,11 @@ class PalettizeConfig(Config):
 
     @property
     def activation_bits(self) -> int | None:
-        """Bits of activations; None where they stay float."""
+        """The bits of activations; None if they stay float."""
         if self.act_bits is None:
             return 8 if self.lut_bits == 8 else None
         return values.act_bits(self.act_bits)
 
     def suffix(self, method: str) -> str:
-        """How the name of the output tells what was done: 'b2d2-dkm'."""
+        """Return the part of the output's name that says what was done, for example 'b2d2-dkm'."""
         return f"b{self.bits}d{self.dim}{f'g{self.group_size}' if self.group_size else ''}-{method}"

@@ -1,6 +1,6 @@
-"""A field of a config that is an option of a command too: its default, bounds, check and one line of help, stated once.
+"""Fields of configs that are options of commands too: default, bounds, check and help of an option stand in one place.
 
-The command line is made from these fields (`r2cli.cli.command`), and the Python API takes the same configs. A value is
+`r2cli.cli.command` makes the command line from these fields, and the Python API takes the same configs. A value is
 checked when the config is made, so both refuse the same values in the same words.
 """
 
@@ -16,11 +16,11 @@ WORK, FOREIGN, GATES, OUTPUT = "Work", "A network of your own", "Gates (exit 1)"
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of itself.
+    """What a field says about its option.
 
-    `flags` stand in the place of `--field-name`. `check` raises InputError for a value that cannot be. `given` is the
-    type on the command line where that differs from the field's, and `shown` the default there. An option with
-    `is_argument` is given by its place.
+    `flags` replace `--field-name`. `least` and `most` are bounds. `check` raises InputError for a value that makes no
+    sense. `given` is the type on the command line if that differs from the field's, and `shown` is the default there.
+    An option with `is_argument` is given by its place on the line, without a flag.
     """
 
     help: str
@@ -35,19 +35,19 @@ class Option:
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
-    """A dataclass field with a default, which is an option too; `more` as in `Option`."""
+    """Return a dataclass field with a default that is an option too. `more` are fields of `Option`."""
     return field(default=default, metadata={"option": Option(help, flags, **more)})
 
 
 @dataclass(frozen=True)
 class Config:
-    """The base of all configs. Making one raises InputError for a value that cannot be."""
+    """The base of all configs. Making one raises InputError for a value that is out of bounds or makes no sense."""
 
     def __post_init__(self) -> None:
         for own in fields(self):
             told: Option = own.metadata["option"]
             value = getattr(self, own.name)
-            # What is empty or the default was not asked for.
+            # An empty value means that the option was not given.
             if value is None or value == () or value == []:
                 continue
             flag = flag_of(own.name, told)
@@ -60,5 +60,5 @@ class Config:
 
 
 def flag_of(name: str, told: Option) -> str:
-    """How messages name a field: `--weight-bits` for weight_bits."""
+    """Return how messages name a field: `--weight-bits` for weight_bits."""
     return told.flags[0].split("/")[0] if told.flags else f"--{name.replace('_', '-')}"

@@ -1,6 +1,6 @@
-"""What the values of options may be, and what they mean.
+"""The values that options may have, and what they mean.
 
-An option's `check` asks before anything runs, for the steps of a recipe too.
+An option's `check` calls these before anything runs, also for the steps of a recipe.
 """
 
 import math
@@ -14,7 +14,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def one_of(kind: str, *choices: str) -> Callable[[str], None]:
-    """A check that a name is among `choices`. It raises InputError, which names the nearest."""
+    """Return a check that a name is among `choices`. It raises InputError, which names the nearest one."""
 
     def check(name: str) -> None:
         if name not in choices:
@@ -24,7 +24,7 @@ def one_of(kind: str, *choices: str) -> Callable[[str], None]:
 
 
 def number_of(option: str, *choices: int, what: str = "impossible") -> Callable[[int], None]:
-    """A check that a number is among `choices`. It raises InputError."""
+    """Return a check that a number is among `choices`. It raises InputError."""
 
     def check(value: int) -> None:
         if value not in choices:
@@ -35,7 +35,7 @@ def number_of(option: str, *choices: int, what: str = "impossible") -> Callable[
 
 
 def bits(option: str) -> Callable[[float], None]:
-    """A check that bits are from 1 to 8. It raises InputError."""
+    """Return a check that bits are from 1 to 8. It raises InputError."""
 
     def check(value: float) -> None:
         if not 1 <= value <= 8:
@@ -45,7 +45,10 @@ def bits(option: str) -> Callable[[float], None]:
 
 
 def range_rule(option: str, *names: str) -> Callable[[str], tuple[str, float | None]]:
-    """What reads a rule of ranges: its name, and the P of 'percentile:P'. It raises InputError for anything else."""
+    """Return a function that reads a rule for ranges: its name, and the P of 'percentile:P'.
+
+    The function raises InputError for a name that is not among `names`, and for a P that makes no sense.
+    """
 
     def read(rule: str) -> tuple[str, float | None]:
         name, _, percent = rule.partition(":")
@@ -57,7 +60,7 @@ def range_rule(option: str, *names: str) -> Callable[[str], tuple[str, float | N
 
 
 def percentile(text: str) -> float:
-    """The P of 'percentile:P'. Raises InputError for what is no number from 50 to 100."""
+    """Return the P of 'percentile:P'. Raises InputError unless it is a number above 50 and up to 100."""
     try:
         value = float(text)
     except ValueError:
@@ -68,9 +71,9 @@ def percentile(text: str) -> float:
 
 
 def act_bits(given: str | int, least: int = 4) -> int | None:
-    """`--act-bits`, a number from 8 down to `least` or 'none', as a number; None where activations stay float.
+    """Return `--act-bits` as a number, or None for 'none', with which activations stay float.
 
-    Raises InputError for anything else.
+    Raises InputError for anything but 'none' and the numbers from 8 down to `least`.
     """
     text = str(given)
     if text == "none":
@@ -81,17 +84,17 @@ def act_bits(given: str | int, least: int = 4) -> int | None:
 
 
 def trained_act_bits(given: str | int) -> int | None:
-    """`act_bits` of training, which goes down to 1."""
+    """Return `act_bits` for training, which goes down to 1."""
     return act_bits(given, 1)
 
 
 def _lines(patterns: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
-    """Options NAME=VALUE, which the Python API gives as a mapping too."""
+    """Return options NAME=VALUE as texts. The Python API may give them as a mapping."""
     return [f"{name}={value}" for name, value in patterns.items()] if isinstance(patterns, Mapping) else patterns
 
 
 def keep(patterns: Mapping[str, int] | Sequence[str]) -> dict[str, int]:
-    """`PATTERN=BITS` options as a mapping. Raises InputError for anything else."""
+    """Return `PATTERN=BITS` options as a mapping. Raises InputError for anything else."""
     kept = {}
     for text in _lines(patterns):
         pattern, _, bits = text.rpartition("=")
@@ -104,7 +107,7 @@ def keep(patterns: Mapping[str, int] | Sequence[str]) -> dict[str, int]:
 
 
 def keep_forms(patterns: Mapping[str, object] | Sequence[str], usual_dim: int = 1) -> dict[str, tuple[int, int]]:
-    """`PATTERN=BITS` or `PATTERN=BITSxDIM` options as (bits, dim). Raises InputError for anything else."""
+    """Return `PATTERN=BITS` or `PATTERN=BITSxDIM` options as (bits, dim) by pattern. Raises InputError for others."""
     kept = {}
     for text in _lines(patterns):
         pattern, _, form = text.rpartition("=")
@@ -122,7 +125,7 @@ NO_PARTS = "none"  # `--parts none`: nothing of DFQ is done
 
 
 def parts(text: str | Sequence[str]) -> tuple[str, ...]:
-    """`--parts`, names with commas between them or 'none', as names. Raises InputError for what does not exist."""
+    """Return `--parts`, which is 'none' or names between commas, as names. Raises InputError for an unknown name."""
     if isinstance(text, str):
         text = () if text == NO_PARTS else tuple(text.split(","))
     for name in text:
@@ -131,7 +134,7 @@ def parts(text: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def delta(given: str | float) -> float | None:
-    """`--delta`: a number from 0 up, or None for 'hessian'. Raises InputError for anything else."""
+    """Return `--delta`: a number from 0 up, or None for 'hessian'. Raises InputError for anything else."""
     if given == "hessian":
         return None
     try:
@@ -147,7 +150,7 @@ MEASURED_BITS = (8, 4, 3, 2, 1)  # widths that `r2 analyze` measures
 
 
 def sqnr_floor(text: str) -> tuple[float, int]:
-    """`--min-sqnr DB@BITS` as its two numbers. Raises InputError for anything else."""
+    """Return the two numbers of `--min-sqnr DB@BITS`. Raises InputError for anything else."""
     decibel, _, bits = text.partition("@")
     try:
         found = float(decibel), int(bits)

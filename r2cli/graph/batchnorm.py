@@ -1,4 +1,4 @@
-"""BatchNorm in evaluation is y = factor * x + shift: folding it, its sign, and channels that never vary."""
+"""BatchNorm, which in evaluation is y = factor * x + shift: its folding, its sign, and channels that never vary."""
 
 from collections.abc import Iterable
 
@@ -11,12 +11,16 @@ from r2cli.graph.structure import Layer, layer_module, named_layers, norm_module
 from r2cli.quantized.channels import per_channel
 from r2cli.quantized.value_counts import usable
 
-# A channel with less variance than this share of its BatchNorm's epsilon varies by less than a hundredth of gamma.
+# A channel with less variance than this share of its BatchNorm's epsilon varies, after the BatchNorm, by less than a
+# hundredth of gamma: sqrt(1e-4).
 DEAD = 1e-4
 
 
 def make_factors_positive(net: fx.GraphModule) -> None:
-    """Negate filters, mean and gamma of every channel whose BatchNorm would negate it: the same function; in place."""
+    """Negate filter, bias, mean and gamma of every channel whose gamma is negative; in place. The function stays.
+
+    A negative factor cannot go into a scale, and codes need not have their negatives on the grid: -8 to 7 at 4 bits.
+    """
     for layer, module in named_layers(net):
         norm = norm_module(net, layer)
         if norm is None or norm.weight is None:
@@ -31,15 +35,17 @@ def make_factors_positive(net: fx.GraphModule) -> None:
 
 @torch.no_grad()
 def divide_filters(net: fx.GraphModule, layer: Layer, by: Tensor) -> None:
-    """Divide the filters of a layer that has a norm, `by` (channels,) > 0, which the norm makes up for; in place.
+    """Divide the filters of a layer that has a norm by `by` (channels,) > 0, and let the norm make up for it; in place.
 
-    The same function, epsilon included. The scale behind a palette has a factor for every such channel in any case.
+    The function stays the same, with epsilon too. It costs nothing in a file: the scale behind a palette has a factor
+    for every channel of such a layer anyway.
     """
     module, norm = layer_module(net, layer.name), norm_module(net, layer)
     assert norm is not None and norm.weight is not None
     running_mean, running_var = norm_statistics(norm)
     by, variance = by.double(), running_var.double()
     after = variance / by.square()
+    # The variance shrinks and epsilon does not, so gamma takes up the difference.
     norm.weight.mul_(by * ((after + norm.eps) / (variance + norm.eps)).sqrt())
     running_var.copy_(after)
     running_mean.div_(by)
@@ -49,12 +55,11 @@ def divide_filters(net: fx.GraphModule, layer: Layer, by: Tensor) -> None:
 
 
 def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:
-    """Take every BatchNorm that follows a layer out of the graph, its shift into the layer's bias.
+    """Take every BatchNorm that follows a layer out of the graph, and put its shift into the bias of the layer.
 
-    Returns the factor that is left to apply to each such layer's output channels, (channels,) float64 and >= 0, by the
-    layer's name: `folded` multiplies it into the weights, `folded_scale` into the scale of their grid (the same codes
-    and function).
-    A channel whose factor would be negative has its filter negated first, so no code needs a sign that its grid lacks.
+    Returns the factors that are still to be applied to the output channels, (channels,) float64 and >= 0, by the name
+    of the layer. `folded` multiplies them into the weights; `folded_scale` multiplies them into the scales of grids,
+    which keeps the codes. The filter of a channel with a negative factor is negated, so that the factor can be a scale.
     """
     factors = {}
     for layer, module in list(named_layers(net)):
@@ -62,7 +67,7 @@ def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:
         if norm is None:
             continue
         factor, shift = affine(norm)
-        if module.bias is not None:
+        if module.bias is not None:  # the BatchNorm multiplied the bias too
             shift = shift + factor * module.bias.detach().double()
         with torch.no_grad():
             module.weight[factor < 0] *= -1
@@ -75,8 +80,9 @@ def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def affine(norm: NormModule) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in evaluation as y = factor * x + shift: two (channels,) float64."""
+    """Return factor and shift, (channels,) float64 each, of a BatchNorm in evaluation: y = factor * x + shift."""
     running_mean, running_var = norm_statistics(norm)
+    # float64: a variance near 0 gives factors in the hundreds, and the folded network must be the same to float32.
     factor = 1 / torch.sqrt(running_var.double() + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight.detach().double()
@@ -85,32 +91,32 @@ def affine(norm: NormModule) -> tuple[Tensor, Tensor]:
 
 
 def folded(weight: Tensor, factor: Tensor | None) -> Tensor:
-    """`weight` (channels, ...) with the factor (channels,) that `remove_norms` left: float32; itself without one."""
+    """Return `weight` (channels, ...) times the factor (channels,) of `remove_norms`, float32; the same without one."""
     return weight if factor is None else (weight.double() * per_channel(factor, weight.ndim)).float()
 
 
 def folded_scale(scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale () or (channels,) of a grid or palette with that factor (channels,): as it is used, and exact.
+    """Return the scale of a grid or palette, () or (channels,), times the factor (channels,): as it is used, and exact.
 
-    Where the factor is zero, so is the exact scale; the used one is the least that is of use, and what is left of the
-    channel is 1e-5 of the others. Both float32 (channels,).
+    Both are float32 (channels,). If the factor is 0, so is the exact scale. The used scale must be above 0: it is then
+    the least that fits a bias into int32, and leaves of the channel about 1e-5 of the others.
     """
     exact = (scale.double() * factor).float()
     return usable(exact), exact
 
 
 def dead(norm: NormModule) -> Tensor:
-    """Which channels never vary, (channels,) bool: folding would multiply their filters by some 300."""
+    """Return which channels never vary, (channels,) bool."""
     return norm_statistics(norm)[1] < DEAD * norm.eps
 
 
 def make_dead_channels_constant(net: fx.GraphModule, *, keep_filters: bool = False) -> dict[str, int]:
-    """Give beta, the BatchNorm's shift, in all channels whose output never varies; in place.
+    """Let every channel whose output never varies give a constant, its BatchNorm's beta; in place.
 
-    Such a channel's variance is far below the BatchNorm's epsilon, so folding would multiply its filter by some 300,
-    and one grid per tensor would go to a channel that says nothing. Its filter is set to zero, and the mean to what the
-    layer then gives, which is its bias. With `keep_filters` gamma is set to zero instead: that is for filters whose
-    codes are chosen already. Returns how many channels of each layer were made constant.
+    The variance of such a channel is far below epsilon. So its factor is gamma / sqrt(epsilon), some 300 times gamma,
+    and after folding its filter, which computes nothing, would have the largest weights of the layer. The filter is set
+    to zero, and the mean to what the layer then gives, which is its bias. With `keep_filters` gamma is set to zero
+    instead, for filters whose codes are chosen already. Returns how many channels were made constant, by layer.
     """
     made = {}
     for layer, module in named_layers(net):
@@ -130,10 +136,11 @@ def make_dead_channels_constant(net: fx.GraphModule, *, keep_filters: bool = Fal
 
 
 def lower_quiet_channels(net: fx.GraphModule) -> dict[str, int]:
-    """Lower the gamma of channels of little variance until, folded, they are no larger than the others; in place.
+    """Lower gamma in channels of little variance until their folded weights are no larger than the others'; in place.
 
-    Less variance than the BatchNorm's epsilon means a factor that epsilon alone decides, up to 300, on a channel whose
-    output hardly varies. Its mean stays what it was; it varies less. Returns how many were lowered, by layer.
+    If the variance of a channel is less than epsilon, epsilon decides its factor, which can be some 300, although its
+    output hardly varies. The mean of the channel stays what it was, and it varies less: this changes the function a
+    little. Returns how many channels were lowered, by layer.
     """
     lowered = {}
     for layer, module in named_layers(net):
@@ -155,17 +162,17 @@ def lower_quiet_channels(net: fx.GraphModule) -> dict[str, int]:
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Set the statistics of every BatchNorm to those of `batches` of images, each weighing the same; in place.
+    """Set the statistics of every BatchNorm to the plain average over `batches` of images (n, ...); in place.
 
-    Weights that were rounded give other means and variances than those that the statistics were collected with. All
-    else runs as in evaluation, and the model is left in it.
+    Rounded weights give other means and variances than the weights that the statistics were collected with. Everything
+    else, such as dropout, runs as in evaluation, and the model is in evaluation mode afterwards.
     """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's word for a plain average
+        norm.momentum = None  # in torch this means a plain average over all batches
         norm.train()
     for images in batches:
         model(images)

@@ -1,7 +1,7 @@
-"""The network's graph, read once with torch.fx: which layers hold weights, which BatchNorm follows, where values flow.
+"""The structure of a network's graph: which layers hold weights, which BatchNorm follows them, and what reads a value.
 
-Weights are changed on the modules, so parameter names never change. A value on an edge is known by the name of the node
-that produces it, so that a checkpoint finds its edges again.
+The graph is one of torch.fx. Weights are changed on the modules, so the names of parameters stay. A value is known by
+the name of the node that computes it, so that a checkpoint finds its values again.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer: its module's path, its node's name, and the BatchNorm that alone reads it."""
+    """A convolution or linear layer: the path of its module, the name of its node, and the path of its BatchNorm.
+
+    `norm` is the BatchNorm that reads the output of the layer, if nothing else reads it; else None.
+    """
 
     name: str
     node: str
@@ -31,13 +34,14 @@ class Layer:
 
     @property
     def weight(self) -> str:
+        """The name of its weight in the state_dict."""
         return f"{self.name}.weight"
 
 
 def propagate(net: fx.GraphModule, shape: tuple[int, ...]) -> None:
-    """Note the shape and type of every value in the graph, `tensor_meta`, for two inputs of `shape`.
+    """Record the shape and type of every value in the graph, as `tensor_meta`, for a batch of two inputs of `shape`.
 
-    Two, so that nothing mistakes the batch for a dimension of size one.
+    The batch is two, so that nothing mistakes it for a dimension of size one.
     """
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     given = next(node for node in net.graph.nodes if node.op == "placeholder")
@@ -46,7 +50,10 @@ def propagate(net: fx.GraphModule, shape: tuple[int, ...]) -> None:
 
 
 def layers(net: fx.GraphModule) -> list[Layer]:
-    """The layers with weights, in the order in which they run; one that runs twice is listed once, without a norm."""
+    """Return the layers with weights, in the order in which they run.
+
+    A layer that runs twice is listed once, without a norm: two BatchNorms cannot go into one weight.
+    """
     calls: dict[str, list[fx.Node]] = {}
     for node in net.graph.nodes:
         if isinstance(module_of(net, node), LAYERS):
@@ -60,10 +67,10 @@ def layers(net: fx.GraphModule) -> list[Layer]:
 
 
 def weighted(model: nn.Module, *, embeddings: bool) -> dict[str, nn.Module]:
-    """The modules of `model` that hold weights to compress, by name, in no graph's order: its layers, and its
-    `embeddings` where they are wanted.
+    """Return the modules of `model` with weights to compress, by name: its layers, and with `embeddings` those too.
 
-    Raises InputError where there is none of what is wanted, and for attention whose weights are in no layer.
+    It needs no graph, so they are in the order of the modules. Raises InputError if there are none, and for attention
+    whose weights are in no layer.
     """
     kinds = (*LAYERS, nn.Embedding) if embeddings else LAYERS
     found: dict[str, nn.Module] = {n: module for n, module in model.named_modules() if isinstance(module, kinds)}
@@ -78,9 +85,9 @@ def weighted(model: nn.Module, *, embeddings: bool) -> dict[str, nn.Module]:
 
 
 def by_pattern(names: Iterable[str], usual: T, exceptions: Mapping[str, T]) -> dict[str, T]:
-    """What every layer gets: `usual`, or that of the last pattern that it matches.
+    """Return a value for every name: that of the last pattern of `exceptions` that matches it, else `usual`.
 
-    Raises InputError for a pattern that no layer matches.
+    Raises InputError for a pattern that matches no name.
     """
     known = list(names)
     found = dict.fromkeys(known, usual)
@@ -93,7 +100,10 @@ def by_pattern(names: Iterable[str], usual: T, exceptions: Mapping[str, T]) -> d
 
 
 def bound(net: fx.GraphModule, node: fx.Node) -> float | None:
-    """What the ReLU that alone reads `node` clips at: infinity, or 6 for ReLU6; None where none does."""
+    """Return the upper bound of the ReLU that reads `node`: infinity, or 6 for ReLU6.
+
+    Returns None if no ReLU does, or something else reads `node` too.
+    """
     user = only_user(node)
     if user is None or not is_a(net, user, ACTIVATIONS):
         return None
@@ -101,20 +111,20 @@ def bound(net: fx.GraphModule, node: fx.Node) -> float | None:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that reads the value of `node`; None if there are more, or none."""
+    """Return the only node that reads the value of `node`; None if there are more, or none."""
     users = [user for user in node.users if user.target not in SHAPES]
     return users[0] if len(users) == 1 else None
 
 
 def _follows(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is a BatchNorm with statistics that runs once."""
+    """Return whether `node` is a BatchNorm with running statistics that runs once."""
     norm = module_of(net, node)
     once = sum(other.target == node.target for other in net.graph.nodes) == 1
     return isinstance(norm, NORMS) and norm.running_var is not None and once
 
 
 def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:
-    """The node that runs `layer`."""
+    """Return the node that runs `layer`."""
     found: fx.Node = next(node for node in net.graph.nodes if node.name == layer.node)
     return found
 
@@ -123,20 +133,20 @@ def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:
 
 
 def named_layers(net: fx.GraphModule) -> Iterator[tuple[Layer, LayerModule]]:
-    """The layers with their modules, in the order in which they run."""
+    """Yield the layers with their modules, in the order in which they run."""
     for layer in layers(net):
         yield layer, layer_module(net, layer.name)
 
 
 def layer_module(net: nn.Module, name: str) -> LayerModule:
-    """The module of the layer called `name`."""
+    """Return the module of the layer called `name`."""
     module = net.get_submodule(name)
     assert isinstance(module, LAYERS), name
     return module
 
 
 def norm_module(net: nn.Module, layer: Layer) -> NormModule | None:
-    """The BatchNorm, with statistics, behind `layer`; None where none follows."""
+    """Return the BatchNorm after `layer`, which has running statistics; None if none follows."""
     if layer.norm is None:
         return None
     norm = net.get_submodule(layer.norm)
@@ -145,26 +155,29 @@ def norm_module(net: nn.Module, layer: Layer) -> NormModule | None:
 
 
 def norm_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The running mean and variance of a BatchNorm, (channels,) each: its own buffers."""
+    """Return the running mean and variance of a BatchNorm, (channels,) each. They are its buffers and no copies."""
     mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
     return mean, variance
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a layer or an embedding, as it computes with it: (output channels, ...)."""
+    """Return the weight that a layer or an embedding computes with: (output channels, ...)."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """The bias of a layer, (output channels,); None where it has none."""
+    """Return the bias of a layer, (output channels,); None if it has none."""
     return module.bias if isinstance(module.bias, Tensor) else None
 
 
 def float_weight(module: nn.Module) -> nn.Parameter:
-    """The weight that is trained: the one behind a quantizer or palette that stands before it, or the layer's own."""
+    """Return the float weight (output channels, ...) that is trained: the original one of a quantizer or palette.
+
+    In a layer without either it is the layer's own weight.
+    """
     learned = parametrize.is_parametrized(module, "weight")
     weight = module.parametrizations.weight.original if learned else module.weight  # type: ignore[union-attr]
     assert isinstance(weight, nn.Parameter)

@@ -1,8 +1,10 @@
-"""Palettes: a float checkpoint to one whose weights are indices into small tables of centroids.
+"""Palettes: from a float checkpoint to one whose weights are indices into small tables of centroids.
 
 make BatchNorm's factors positive -> a palette for every weight as trained, by k-means or by training -> BatchNorm's
-statistics again, on the palettized network -> BatchNorm into the scale behind the table -> activations on grids. The
-codes never change after they are chosen: folding multiplies scales only.
+statistics again, on the palettized network -> BatchNorm into the scale behind the table -> activations on grids.
+
+The codes do not change once they are chosen. That is why palettes are made before BatchNorm is folded: folding
+multiplies every channel by another number, and then channels could not share one table.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,14 +28,17 @@ from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 from r2cli.storage.checkpoint import Checkpoint, require_float
 
-SHAPELESS = 0.9  # of a layer's filters with one value each: no filter is left to speak of
+SHAPELESS = 0.9  # with this share of its filters at a single value each, a layer has lost what it computes
 
 Batches = Callable[[], Iterable[Batch]]
 
 
 @dataclass(frozen=True)
 class PaletteSettings:
-    """`keep` maps layer-name patterns to other (bits, dim); `act_bits` None leaves activations float."""
+    """What is asked of palettization.
+
+    `keep` maps patterns of layer names to other (bits, dim). `act_bits` None leaves activations in float.
+    """
 
     method: str
     bits: int
@@ -48,7 +53,10 @@ class PaletteSettings:
 
 @dataclass(frozen=True)
 class PalettizedLayer:
-    """What became of one layer. Sizes in bits a weight, table and scale included; `sqnr` in dB of the weights."""
+    """What became of one layer.
+
+    `size` and `entropy_coded` are in bits per weight, with table and scale. `sqnr` is in dB, of the weights.
+    """
 
     layer: str
     shape: tuple[int, ...]
@@ -63,10 +71,10 @@ class PalettizedLayer:
 
 @dataclass(frozen=True)
 class PaletteTask:
-    """A float checkpoint, and what is to become of it.
+    """A float checkpoint, and the settings for it.
 
-    `batches` gives training images, which set BatchNorm's statistics again and the ranges of activations; None leaves
-    both alone.
+    `batches` gives training images, which set BatchNorm's statistics again and find the ranges of activations. With
+    None neither is done.
     """
 
     checkpoint: Checkpoint
@@ -77,14 +85,16 @@ class PaletteTask:
 
     @property
     def generator(self) -> torch.Generator:
-        """For k-means: a new one, so that nothing else moves its draws."""
+        """A generator for k-means, new for every layer, so that a layer's palette does not depend on the others."""
         return torch.Generator().manual_seed(self.seed)
 
 
 @dataclass(frozen=True)
 class ReadNetwork:
-    """A network ready for palettes: its `layers` by name. `model` is its graph `net`, or the network itself where there
-    is none: then only weights are worked on, and BatchNorms stay where they are."""
+    """A network ready for palettes: its `layers` by name. `model` is its graph `net`, or the network itself.
+
+    `net` is None where only the weights are worked on. Then BatchNorms stay where they are.
+    """
 
     model: nn.Module
     net: fx.GraphModule | None
@@ -94,10 +104,11 @@ class ReadNetwork:
 def by_kmeans(
     work: PaletteTask, *, weigh: bool, advance: Callable[[int], None]
 ) -> tuple[Checkpoint, list[PalettizedLayer]]:
-    """Palettes without training, by the function of `work.settings.method`, as k-means' is; `weigh` by sensitivity.
-    `advance` is told of layers that are done.
+    """Make palettes without training, by the function of `work.settings.method`.
 
-    Raises InputError for settings that do not fit the network, R2Error where something is not finite.
+    With `weigh`, errors of weights count by the weights' sensitivity. `advance` is called with the number of layers
+    that are done. Returns the coded checkpoint and a row for every layer. Raises InputError for settings that do not
+    fit the network, and R2Error for a value that is not finite.
     """
     subject = read(work.checkpoint, work.settings)
     model, wanted = subject.model, forms(subject.layers, work.settings)
@@ -121,10 +132,11 @@ def by_kmeans(
 
 
 def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
-    """The checkpoint's network ready for palettes: its weights alone where activations stay float and its graph cannot
-    be read, or embeddings are wanted.
+    """Return the checkpoint's network, ready for palettes.
 
-    Raises InputError for a coded checkpoint, a graph that cannot be read, and embeddings beside activations on grids.
+    It has no graph if embeddings are wanted, or if its graph cannot be read and activations stay float. Raises
+    InputError for a coded checkpoint, for a graph that cannot be read where activations need it, and for embeddings
+    together with activations on grids.
     """
     require_float(checkpoint)
     if settings.embeddings and settings.act_bits is not None:
@@ -146,10 +158,10 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
 
 
 def forms(layers: Mapping[str, nn.Module], settings: PaletteSettings) -> dict[str, PaletteForm]:
-    """The palette's form of every layer by name, `keep` applied.
+    """Return the form of every layer's palette, by name, with `keep` applied.
 
-    Raises InputError for a pattern that matches no layer, a vector longer than a layer has channels, and a group that
-    divides no layer's channels.
+    Raises InputError for a pattern that matches no layer, a vector longer than a layer has channels, and a group size
+    that divides no layer's channels.
     """
     shapes = {name: tuple(structure.weight_of(module).shape) for name, module in layers.items()}
     found = with_exceptions(layers, settings)
@@ -162,7 +174,10 @@ def forms(layers: Mapping[str, nn.Module], settings: PaletteSettings) -> dict[st
 
 
 def with_exceptions(names: Iterable[str], settings: PaletteSettings) -> dict[str, PaletteForm]:
-    """The form of every named layer, `keep` applied, which must name layers. Raises InputError."""
+    """Return the form of every named layer's palette, with `keep` applied.
+
+    Raises InputError for a pattern of `keep` that matches no layer, and for groups that a vector would reach across.
+    """
     usual = PaletteForm(settings.bits, settings.dim, settings.group_size, settings.lut_bits)
     kept = {pattern: replace(usual, bits=bits, dim=dim) for pattern, (bits, dim) in settings.keep.items()}
     found = structure.by_pattern(names, usual, kept)
@@ -173,11 +188,12 @@ def with_exceptions(names: Iterable[str], settings: PaletteSettings) -> dict[str
 
 
 def even_out(subject: ReadNetwork, wanted: Mapping[str, PaletteForm]) -> dict[str, str]:
-    """Save the layers whose scalar table a few outliers would take: bring their filters to one size; in place.
+    """Bring the filters of a layer to one size if a few large ones would take its whole table; in place.
 
-    k-means serves the largest weights. Of a depthwise layer with one large filter it gives nearly all others a single
-    value, and an int8 table makes that 0. Filters of one size cost nothing where BatchNorm follows. Returns what to
-    say of such layers; one that it does not help stays as it is.
+    k-means has the least squared error where the weights are large. In a depthwise layer with one large filter, nearly
+    all other filters get a single value each, which an int8 table rounds to 0. Filters of one size cost nothing where a
+    BatchNorm follows: its scale per channel makes up for it. A layer that this does not help stays as it is. Returns a
+    note for each layer that was changed, by name.
     """
     evened: dict[str, str] = {}
     if subject.net is None:
@@ -196,33 +212,34 @@ def even_out(subject: ReadNetwork, wanted: Mapping[str, PaletteForm]) -> dict[st
 
 
 def _shapeless(weight: Tensor, form: PaletteForm) -> float:
-    """The share of filters to which k-means' table leaves a single value."""
+    """Return the share of filters to which the table of k-means leaves a single value."""
     palette = tables.palette(tables.start(weight, form, None, torch.Generator())[0], weight.shape, form)
     return tables.constant_channels(palette, palette.encode(weight))
 
 
 def _sizes(weight: Tensor) -> Tensor:
-    """The root mean square of every filter in units of the median one's, (channels,) float64; 1 where all is zero."""
+    """Return the root mean square of every filter in units of the median one, (channels,) float64; 1 for zeros."""
     power = weight.double().flatten(1).square().mean(1)
     alive = power > 0
     return torch.where(alive, (power / power[alive].median()).sqrt(), 1.0) if bool(alive.any()) else power + 1.0
 
 
 def together(*notes: str | None) -> str:
-    """What is to be said of a layer, in one line."""
+    """Return the notes about a layer in one line."""
     return "; ".join(filter(None, notes))
 
 
 def few(used: int, form: PaletteForm) -> str:
-    """What to say of a layer with fewer different weights than centroids."""
+    """Return the note about a layer with fewer different weights than centroids; an empty text for others."""
     what = "weights" if form.dim == 1 else "vectors"
     return f"{used} different {what} for {form.rows} centroids" if used < form.rows else ""
 
 
 def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """How much the loss minds a change of each weight, by layer: the sum over batches of the squared gradient.
+    """Return how much the loss depends on each weight, by layer: the sum over batches of the squared gradient.
 
-    It is the Fisher information's diagonal, of batches where that has images. Raises R2Error where it is not finite.
+    This is the diagonal of the Fisher information, taken over batches where that is taken over single images: it costs
+    one backward pass for a batch. Raises R2Error for a gradient that is not finite.
     """
     model.eval()
     total = {name: torch.zeros_like(structure.weight_of(module)) for name, module in layers.items()}
@@ -244,9 +261,10 @@ def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
 def finish(
     work: PaletteTask, subject: ReadNetwork, coded: Mapping[str, Coded], notes: Mapping[str, str]
 ) -> tuple[Checkpoint, list[PalettizedLayer]]:
-    """The coded checkpoint of palettes by layer name, on the network that they were made for; `notes` go to the rows.
+    """Return the coded checkpoint of palettes, and a row for every layer.
 
-    Raises R2Error where a value is not finite.
+    `coded` has the palettes by layer name, on the network `subject` that they were made for. `notes` go into the rows.
+    Raises R2Error for a value that is not finite.
     """
     batches, device, net = work.batches, work.device, subject.net
     if net is None:
@@ -254,9 +272,11 @@ def finish(
     before = {layer.name: module.weight.detach().clone() for layer, module in structure.named_layers(net)}
     for layer, module in structure.named_layers(net):
         module.weight.copy_(coded[layer.name].decode())
+    # The statistics were those of the float weights. They must be found again before they are folded into scales.
     if batches is not None:
         batchnorm.reestimate_norms(net.to(device), (images for images, _ in batches()))
         net.cpu()
+    # The filters stay, because their codes are chosen: gamma becomes 0 instead.
     dead = batchnorm.make_dead_channels_constant(net, keep_filters=True)
     constant = {name: f"{count} dead channels made constant" for name, count in dead.items()}
     factors = batchnorm.remove_norms(net)
@@ -281,7 +301,7 @@ def finish(
 def _finish_weights(
     work: PaletteTask, subject: ReadNetwork, coded: Mapping[str, Coded], notes: Mapping[str, str]
 ) -> tuple[Checkpoint, list[PalettizedLayer]]:
-    """`finish` where no graph was read: BatchNorms stay."""
+    """Do the work of `finish` where no graph was read: BatchNorms stay, and activations stay float."""
     model, rows = subject.model, []
     for name, module in subject.layers.items():
         weight = structure.weight_of(module)
@@ -296,7 +316,7 @@ def _finish_weights(
 
 
 def _with_factor(coded: Coded, factor: Tensor | None) -> Coded:
-    """A palette with BatchNorm's factor (channels,) >= 0 in its scale. The codes stay as they are."""
+    """Return a palette with BatchNorm's factor (channels,) >= 0 in its scale, and the same codes."""
     palette = coded.codec
     assert isinstance(palette, Palette)
     if factor is None:

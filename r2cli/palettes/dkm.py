@@ -1,22 +1,27 @@
-"""DKM: k-means that the loss is differentiated through (Cho et al., "DKM: Differentiable k-Means Clustering Layer for
-Neural Network Compression", ICLR 2022).
+"""DKM: k-means that the gradient of the loss passes through.
+
+Paper: Cho et al., "DKM: Differentiable k-Means Clustering Layer for Neural Network Compression" (ICLR 2022).
 
     D = |w_i - c_j|^2;  A = softmax_j(-D / tau);  c_j = sum_i A_ij w_i / sum_i A_ij;  repeated;  out = A C
 
-`reference` is that, and its gradient is that of the unrolled iterations. `scalar` and `vector` give the same
-(tests/test_dkm.py holds them equal: vectors to 1e-11, the gradient of a large layer's interpolated scalars to 1 %).
+`reference` is this loop, and autograd's gradient of it goes through all iterations. `scalar` and `vector` give the
+same; tests/test_dkm.py holds vectors equal to 1e-11, and the gradient of a large layer's interpolated scalars to 1 %.
 On a 512x512x3x3 weight they take 0.014 to 0.032 (scalars) and 0.10 to 0.12 (vectors) of its time (benchmarks/dkm.md).
-Neither holds the n x k attention:
+Neither holds the attention of all n weights to all k centroids in memory:
 
-Scalars. Everything is a function of one number: the output F(w), its slope, and what flows back through the
-centroids. They are worked out in float64 on nodes and read off by linear interpolation; weights are put onto nodes by
-splitting each between its two neighbours. A small layer's nodes are its weights, and nothing is interpolated.
-Vectors. The attention is computed chunk by chunk, and again in every pass. |w|^2 cancels in the softmax and is left
-out.
+- Scalars. The output F(w), its slope, and the gradient through the centroids are functions of one number, the weight.
+  They are computed in float64 on a line of nodes. Each weight reads them by linear interpolation, and what weights add
+  up to is collected on nodes by splitting each weight between its two neighbours. The nodes of a small layer are its
+  weights, and nothing is interpolated.
+- Vectors. The attention is computed chunk by chunk, and again in every pass. |w|^2 cancels in the softmax and is left
+  out.
 
-Where we differ: squared distances (the authors' code uses them too), a fixed number of iterations, and the temperature
-is a share of the layer's mean squared distance to its nearest centroid, because tau is in units of the weights squared:
-what suits one layer is ten times too soft for another whose range was regularized.
+Where we differ from the paper:
+
+- Distances are squared, as in the authors' code.
+- The number of iterations is fixed.
+- The temperature is a share of the layer's mean squared distance to its nearest centroid. tau is in units of the
+  weights squared, so a tau that suits one layer is ten times too soft for another whose range was regularized.
 """
 
 import math
@@ -25,17 +30,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 16  # scalars of a chunk
-CELLS = 1 << 16  # values of the attention of a chunk of vectors
-EXACT = 1 << 12  # up to so many scalars are their own nodes
+CHUNK = 1 << 16  # scalars in a chunk
+CELLS = 1 << 16  # values of attention in a chunk of vectors
+EXACT = 1 << 12  # up to so many scalars are nodes themselves
 LEAST_NODES, MOST_NODES = 1 << 10, 1 << 16
-FINENESS = 0.25  # of a node's width in that of the step between two clusters' attention
-EMPTY = 1e-30  # attention below it moves no centroid
-NONE = 1e-26  # the share of a vector's attention that is none
+FINENESS = 0.25  # the distance of two nodes, as a share of the width over which the attention changes clusters
+EMPTY = 1e-30  # a centroid with less attention than this in total stays where it is, instead of a division by 0
+NONE = 1e-26  # a share of a vector's attention below it counts as 0
 
 
 def reference(v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """The soft vectors of `v` (n, dim), and the centroids (k, dim) after `iterations`: the paper's loop."""
+    """Return the soft vectors of `v` (n, dim), and the centroids (k, dim) after `iterations`: the paper's loop."""
     for _ in range(iterations):
         distance = (v[:, None] - centroids).square().sum(2)
         a = torch.softmax(-distance / tau, 1)
@@ -47,15 +52,17 @@ def reference(v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tupl
 
 
 def attention(x: Tensor, centroids: Tensor, tau: float) -> Tensor:
-    """(k, n): softmax over `centroids` (k,) of minus the squared distance to `x` (n,), over tau."""
+    """Return the attention (k, n): the softmax over `centroids` (k,) of -(x - c)^2 / tau, for `x` (n,)."""
     c = centroids[:, None]
+    # Without x^2, which is the same for all centroids of an x and cancels in the softmax.
     return torch.addcmul(-c * c / tau, c * (2 / tau), x).softmax(0)
 
 
 def iterate(x: Tensor, mass: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """On nodes `x` (n,) of `mass` (n,), float64: the centroids before and after each iteration, and F.
+    """Run the iterations on nodes `x` (n,) with `mass` (n,), both float64, from `centroids` (k,).
 
-    Of shapes (iterations + 1, k) and (n,): F is the last attention on the updated centroids.
+    Returns the centroids before the first and after each iteration, (iterations + 1, k), and F (n,), which is the last
+    attention times the centroids that it led to. `mass` is how many weights a node stands for.
     """
     found = [centroids]
     moments = torch.stack([mass, mass * x], 1)
@@ -67,11 +74,15 @@ def iterate(x: Tensor, mass: Tensor, centroids: Tensor, tau: float, iterations: 
 
 
 def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """The slope F' (n,), and h (n,), the gradient through the centroids; dL/dw = g F'(w) + h(w).
+    """Return the slope F' (n,), and h (n,), the gradient through the centroids: dL/dw = g F'(w) + h(w).
 
-    `g` (n,) is the incoming gradient put onto the nodes. With p_j the gradient of sum_i A_ij w_i, and c'_j the centroid
-    after the iteration, that of A_ij is mass_i p_j (x_i - c'_j), in the last one + g_i c'_j, and dA_ij/dx_i is
-    2/tau A_ij (c_j - sum_j A_ij c_j). So all is products of A with a few vectors, and A is all that is as large as k n.
+    `x`, `mass` and `tau` are as in `iterate`, and `centroids` (iterations + 1, k) is what it returned. `g` (n,) is the
+    incoming gradient, collected on the nodes.
+
+    In one iteration, let p_j be the gradient by sum_i A_ij w_i, and c'_j the centroid after it. Then the gradient by
+    A_ij is mass_i p_j (x_i - c'_j), and in the last iteration g_i c'_j more. dA_ij/dx_i is
+    2/tau A_ij (c_j - sum_j A_ij c_j). So everything is a product of A with a few vectors, and nothing else is as large
+    as A, which is (k, n).
     """
     h, slope, gc = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(centroids[-1])
     nodes = torch.stack([mass, mass * x, mass * x * x, g, g * x], 1)
@@ -79,7 +90,7 @@ def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) 
         c, after, last = centroids[t], centroids[t + 1], t == len(centroids) - 2
         a = attention(x, c, tau)
         mass_0, mass_1, mass_2, g_0, g_1 = (a @ nodes).unbind(1)
-        if last:
+        if last:  # the output is A C, so here C has the gradient sum_i A_ij g_i; before, it comes from the later step
             gc = g_0
         alive = mass_0 > EMPTY
         p = torch.where(alive, gc / mass_0.clamp_min(EMPTY), 0.0)
@@ -94,6 +105,7 @@ def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) 
             into = into + g * out
             gz, gz_x = gz + after * g_0, gz_x + after * g_1
         less, less_x = (a @ torch.stack([into, into * x], 1)).unbind(1)
+        # A centroid that did not move hands its gradient on as it is; all get what came through the attention.
         gc = torch.where(alive, 0.0, gc) + (2 / tau) * (gz_x - less_x - c * (gz - less))
     return slope, h
 
@@ -102,7 +114,10 @@ def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) 
 
 
 class Nodes:
-    """Equal steps from the least to the greatest weight; only those with a weight beside them are worked on."""
+    """Nodes in equal steps from the least weight to the greatest. Only those next to a weight are computed on.
+
+    An outlier stretches the line, but costs little: the nodes between it and the other weights are not used.
+    """
 
     def __init__(self, w: Tensor, count: int) -> None:
         low, high = (float(end) for end in torch.aminmax(w))
@@ -112,13 +127,17 @@ class Nodes:
         self.near: Tensor | None = None
 
     def place(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """The node below every weight (int32), and how far it is on the way to the next."""
+        """Return, for each weight of `chunk` (n,), the node below it (int32) and the share of the way to the next."""
         t = (chunk - self.low).mul_(1 / self.step)
         index = t.to(torch.int32).clamp_(0, self.count - 2)
         return index, t.sub_(index)
 
     def deposit(self, w: Tensor, weights: Tensor | None) -> Tensor:
-        """`weights` (n,), or ones, of every element of `w` (n,) shared between the nodes on its two sides: float64."""
+        """Collect `weights` (n,), or ones, of the elements of `w` (n,) on the nodes on their two sides.
+
+        Each element's weight is divided in the proportion that interpolation reads with: reading and collecting are
+        each other's transpose, so the gradient fits the function. Returns the totals of the used nodes, float64.
+        """
         total = torch.zeros(2, self.count, dtype=torch.float64, device=w.device)
         for start in range(0, w.numel(), CHUNK):
             index, share = self.place(w[start : start + CHUNK])
@@ -134,7 +153,10 @@ class Nodes:
         return found[self.near]
 
     def table(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Values at the nodes that count as float32 for `read`: themselves, and the way to the next."""
+        """Return values (n,) of the used nodes as tables to interpolate in: the values, and the rise to the next node.
+
+        Both are float32, with an entry for every node.
+        """
         assert self.near is not None
         full = torch.zeros_like(self.x)
         full[self.near] = values
@@ -143,14 +165,16 @@ class Nodes:
 
     @property
     def used(self) -> Tensor:
+        """The nodes that have a weight beside them, (n,) float64."""
         assert self.near is not None
         return self.x[self.near]
 
 
 def nodes_for(w: Tensor, centroids: Tensor, tau: float) -> int:
-    """How many nodes resolve the step between two clusters' attention, which is tau / (2 * their distance) wide.
+    """Return how many nodes resolve the change of attention from one cluster to the next.
 
-    What is not finite needs none: its loss will say so.
+    The change is tau / (2 * distance of the centroids) wide. Weights that are not finite get the least number: the loss
+    will be NaN, and training stops with a message about it.
     """
     low, high = torch.aminmax(w.detach())
     gap = float(centroids.max() - centroids.min()) / max(1, len(centroids) - 1)
@@ -164,6 +188,7 @@ class _Scalar(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
         ctx.tau = tau
+        # float64: a centroid is a quotient of sums over millions of weights.
         start = centroids.double()
         if w.numel() <= EXACT:
             x = w.double()
@@ -203,7 +228,10 @@ class _Scalar(torch.autograd.Function):
 
 
 def scalar(w: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """Soft weights, 1-D as `w`, and the centroids after `iterations` from `centroids` (k,): float64, no gradient."""
+    """Return the soft weights of `w` (n,), and the centroids (k,) after `iterations` from `centroids` (k,).
+
+    The soft weights have a gradient by `w`. The centroids are float64, without a gradient.
+    """
     out, after = _Scalar.apply(w, centroids.detach(), tau, iterations)
     return out, after.detach()
 
@@ -212,11 +240,12 @@ def scalar(w: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[T
 
 
 def _attend(v: Tensor, centroids: Tensor, tau: float) -> Tensor:
-    """(k, n) attention of vectors `v` (dim, n), in their dtype.
+    """Return the attention (k, n) of vectors `v` (dim, n) to `centroids` (k, dim), in the dtype of `v`.
 
-    What is next to none is none: numbers below the normal ones cost a CPU many times what others do.
+    Shares near 0 become 0: a CPU takes many times as long for numbers below the normal ones.
     """
     c = centroids.to(v.dtype)
+    # Without |v|^2, which cancels in the softmax.
     z = torch.addmm(-c.square().sum(1, keepdim=True) / tau, c * (2 / tau), v)
     a = z.sub_(z.amax(0)).clamp_min_(math.log(NONE)).exp_()
     a = nn.functional.threshold(a, 2 * NONE, 0, inplace=True)
@@ -224,17 +253,17 @@ def _attend(v: Tensor, centroids: Tensor, tau: float) -> Tensor:
 
 
 def _pieces(blocks: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """`blocks` (m, dim, positions) in pieces whose attention to `rows` centroids is small."""
+    """Split `blocks` (m, dim, positions) into pieces whose attention to `rows` centroids stays small."""
     return torch.split(blocks, max(1, CELLS // (rows * blocks.shape[2])))
 
 
 def _columns(piece: Tensor) -> Tensor:
-    """The vectors of a piece (m, dim, positions): (dim, n), a copy."""
+    """Return the vectors of a piece (m, dim, positions) as columns (dim, n), a copy."""
     return piece.transpose(0, 1).reshape(piece.shape[1], -1)
 
 
 def _back(columns: Tensor, piece: Tensor) -> Tensor:
-    """Undo `_columns`: (dim, n) in the shape of the `piece`."""
+    """Undo `_columns`: return `columns` (dim, n) in the shape of the `piece`."""
     count, dim, positions = piece.shape
     return columns.reshape(dim, count, positions).transpose(0, 1)
 
@@ -289,9 +318,10 @@ class _Vector(torch.autograd.Function):
 
 
 def vector(blocks: Tensor, centroids: Tensor, tau: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """Soft vectors in place of those in `blocks`, and the centroids (k, dim) after `iterations`, with their gradient.
+    """Return the soft vectors in the shape of `blocks`, and the centroids (k, dim) after `iterations`.
 
-    `blocks` (m, dim, positions) are m times `dim` neighbouring output channels: a vector is what stands at a position.
+    Both have a gradient by `blocks` (m, dim, positions), which are m times `dim` neighbouring output channels. A vector
+    is the `dim` values at one position.
     """
     out, after = _Vector.apply(blocks, centroids.detach(), tau, iterations)
     return out, after
@@ -318,6 +348,10 @@ class _Hard(torch.autograd.Function):
 
 
 def hard(v: Tensor, values: Tensor, codes: Tensor, rows: int) -> Tensor:
-    """`values` (n, dim) in place of `v`; a cluster's gradient is its members' mean, DKM's limit at low temperature."""
+    """Return `values` (n, dim), with a gradient by `v` (n, dim): each vector gets the mean gradient of its cluster.
+
+    `codes` (n,) are the clusters, of which there are `rows`. DKM's own gradient has this limit at low temperature: each
+    centroid is then the mean of its members.
+    """
     out: Tensor = _Hard.apply(v, values, codes, rows)
     return out

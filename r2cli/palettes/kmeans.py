@@ -1,11 +1,16 @@
-"""k-means: the centroids that a palette starts from, and for `--method kmeans` ends with.
+"""k-means: the centroids that a palette starts from. With `--method kmeans` they are the result.
 
-Scalars: the optimum. Values are counted into points (a 16-bit tensor's patterns, all values of a small tensor, fine
-bins with exact means of a large one), a dynamic programme finds the best cuts between points, and Lloyd's iterations on
-the finest points finish what coarser ones left. Following Wang and Song, "Ckmeans.1d.dp" (2011), and Gronlund et al.,
-"Fast exact k-means in 1D" (2017), with the recursion over cuts run level by level as array operations.
+Scalars get the optimum, up to the fineness of points, in three steps:
 
-Vectors: k-means++ on a sample, Lloyd's iterations on it and then on all, elements weighted one by one.
+1. Values are counted into points: the bit patterns of a 16-bit tensor, all values of a small tensor, or fine bins of a
+   large one, each with the exact mean of its values.
+2. A dynamic programme finds the best cuts between at most a few thousand points. Sources: Wang and Song,
+   "Ckmeans.1d.dp" (2011), and Gronlund et al., "Fast exact k-means in 1D" (2017). We run the recursion over the cuts
+   level by level, as operations on arrays.
+3. Lloyd's iterations on the finest points improve what coarser points left.
+
+Vectors get k-means++ and Lloyd's iterations on a sample, and then a few iterations on all. Each element of a vector has
+its own weight in the error.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,13 +24,13 @@ from torch import Tensor
 from r2cli.quantized.palette import to_vectors
 from r2cli.quantized.value_counts import SIXTEEN_BIT, Count
 
-EXACT = 1 << 15  # up to so many values each is a point of its own
-BINS = 1 << 15  # of a larger tensor; the narrowest is a few hundred-thousandths of mean |w| wide
-PROGRAMME = 4096  # points of the dynamic programme; Lloyd's iterations then see all
+EXACT = 1 << 15  # up to so many values, each is a point of its own
+BINS = 1 << 15  # for a larger tensor; the narrowest is a few hundred-thousandths of mean |w| wide
+PROGRAMME = 4096  # points of the dynamic programme; Lloyd's iterations then use all points
 LLOYD = 300  # iterations at most
 CHUNK = 1 << 16  # elements, or vectors, at once
-SAMPLE = 1 << 16  # vectors that k-means++ and most iterations look at
-RESTARTS = 4
+SAMPLE = 1 << 16  # vectors that k-means++ and most iterations use
+RESTARTS = 4  # starts by k-means++: its seeds are random, and Lloyd's iterations end in the nearest minimum
 VECTOR_ITERATIONS, LAST_ITERATIONS = 40, 3
 
 Array = NDArray[np.float64]
@@ -34,7 +39,7 @@ Pieces = Callable[[], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Points:
-    """A distribution of scalars: ascending values (m,) and how much each weighs, > 0 (m,)."""
+    """A distribution of scalars: ascending values (m,), and the weight of each, (m,) and > 0."""
 
     value: Array
     weight: Array
@@ -44,7 +49,7 @@ class Points:
 
 
 def points(w: Tensor, importance: Tensor | None = None) -> Points:
-    """The values of `w`, any shape, float32 or 16 bits, as points; `importance` of the same shape weighs them."""
+    """Return the values of `w` (any shape, float32 or 16 bits) as points, weighted by `importance` (the same shape)."""
     flat = w.detach().reshape(-1)
     if flat.dtype in SIXTEEN_BIT and importance is None:
         return points_of_pieces(lambda: [flat], flat.dtype)
@@ -60,7 +65,10 @@ def points(w: Tensor, importance: Tensor | None = None) -> Points:
 
 
 def points_of_pieces(pieces: Pieces, dtype: torch.dtype) -> Points:
-    """The same of a tensor that is read piece by piece: 1-D, finite. Twice for float32, once for 16 bits."""
+    """Return the values of a tensor as points, read in 1-D pieces of finite values.
+
+    The pieces are read twice for float32, first for mean |w|, and once for 16 bits.
+    """
     if dtype in SIXTEEN_BIT:
         table = Count(dtype)
         for piece in pieces():
@@ -80,7 +88,10 @@ def points_of_pieces(pieces: Pieces, dtype: torch.dtype) -> Points:
 
 
 class _Bins:
-    """Bins of equal width in w / (|w| + mean |w|): narrow where weights are many, and no outlier widens them."""
+    """Bins of equal width in w / (|w| + mean |w|), which is between -1 and 1.
+
+    They are narrow near 0, where most weights are. Bins of equal width in w would be as wide as one outlier makes them.
+    """
 
     def __init__(self, mean_abs: float) -> None:
         self.unit = mean_abs or 1.0
@@ -96,12 +107,15 @@ class _Bins:
     def points(self) -> Points:
         there = self.weight > 0
         value = (self.sum[there] / self.weight[there]).numpy()
-        order = np.argsort(value, kind="stable")  # means of neighbouring bins, in order but for their rounding
+        order = np.argsort(value, kind="stable")  # the means ascend, except where rounding swaps two neighbours
         return Points(value[order], self.weight[there].numpy()[order])
 
 
 def _positive(importance: Tensor) -> Tensor:
-    """Importance with a floor, so that every weight is near some centroid; all ones where nothing matters."""
+    """Return importance with a mean of about 1 and a floor; all ones if it is 0 everywhere.
+
+    Without the floor, weights of importance 0 could end far from every centroid.
+    """
     mean = float(importance.mean(dtype=torch.float64))
     return importance.float() / mean + 1e-3 if mean > 0 else torch.ones_like(importance, dtype=torch.float32)
 
@@ -110,7 +124,7 @@ def _positive(importance: Tensor) -> Tensor:
 
 
 def scalar(given: Points, k: int) -> Array:
-    """The `k` centroids (k,), ascending, of least weighted squared error; fewer where there are fewer points."""
+    """Return the `k` centroids (k,), ascending, of least weighted squared error; fewer if there are fewer points."""
     if len(given.value) <= k:
         return given.value.copy()
     coarse = _merged(given, max(PROGRAMME, 4 * k))
@@ -121,13 +135,13 @@ def scalar(given: Points, k: int) -> Array:
 
 
 def error(given: Points, centroids: Array) -> float:
-    """The weighted squared distance of all points to their nearest centroid."""
+    """Return the weighted squared distance of all points to their nearest centroid."""
     near = centroids[np.searchsorted((centroids[1:] + centroids[:-1]) / 2, given.value)]
     return float((given.weight * (given.value - near) ** 2).sum())
 
 
 def _merged(given: Points, most: int) -> Points:
-    """At most `most` points: neighbours in the list become their mean."""
+    """Return at most `most` points: neighbours in the list are replaced by their mean."""
     if len(given.value) <= most:
         return given
     starts = np.unique(np.arange(most, dtype=np.int64) * len(given.value) // most)
@@ -136,12 +150,13 @@ def _merged(given: Points, most: int) -> Points:
 
 
 def _cuts(given: Points, k: int) -> NDArray[np.int64]:
-    """Where each of the `k` runs of points begins (k,) such that the runs' squared errors sum to the least.
+    """Return where each of the `k` runs of points begins, (k,), for the least sum of the runs' squared errors.
 
-    The error of a run is its sum of squares, which all cuts share, less sum(w)**2 / weight, its gain. best[j] is the
-    most gain of the first j points; the best last run begins later the later it ends.
+    The error of a run is its sum of squares minus its gain, sum(w)**2 / weight. The sums of squares add up to the same
+    for all cuts, so the gains decide. best[j] is the greatest gain of the first j points.
     """
     m = len(given.value)
+    # About the mean, so that the squares of sums are not huge numbers with a small difference.
     offset = given.value - np.average(given.value, weights=given.weight)
     weight = np.concatenate([[0.0], given.weight.cumsum()])
     moment = np.concatenate([[0.0], (given.weight * offset).cumsum()])
@@ -156,11 +171,15 @@ def _cuts(given: Points, k: int) -> NDArray[np.int64]:
 
 
 def _one_more_run(best: Array, weight: Array, moment: Array, run: int) -> tuple[Array, NDArray[np.int32]]:
-    """best with one more run, and where that run begins, for every number of points j > run."""
+    """Return `best` with one more run, and where that run begins, for every number of points j > run.
+
+    The best last run begins later, the later it ends. So the ends are halved level by level: an end needs to try only
+    the begins between those of its neighbours on the level before.
+    """
     m = len(best) - 1
     new, begin = np.full(m + 1, -np.inf), np.zeros(m + 1, dtype=np.int32)
     stride = 1 << max(0, (m - run).bit_length() - 1)
-    begin[run] = run  # no end, but the bound from below of those above it
+    begin[run] = run  # not an end that is asked for, but the lower bound of those above it
     while stride:
         ends = np.arange(run + stride, m + 1, 2 * stride)
         if len(ends):
@@ -181,6 +200,10 @@ def _one_more_run(best: Array, weight: Array, moment: Array, run: int) -> tuple[
 
 
 def _lloyd(given: Points, centroids: Array) -> Array:
+    """Run Lloyd's iterations on all points from `centroids` (k,), until no point changes its centroid.
+
+    The points ascend, so the points of a centroid are a run, and two cumulative sums give every mean.
+    """
     weight = np.concatenate([[0.0], given.weight.cumsum()])
     moment = np.concatenate([[0.0], (given.weight * given.value).cumsum()])
     cuts = None
@@ -199,17 +222,21 @@ def _lloyd(given: Points, centroids: Array) -> Array:
 
 
 def vectors(w: Tensor, importance: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    """The vectors of a weight and what each element weighs, both float32 (n, dim); what fills the last block: 0."""
+    """Return the vectors of a weight (channels, ...) and the weight of each element, both float32 (n, dim).
+
+    Elements that only fill up the last block have the weight 0.
+    """
     weights = torch.ones_like(w, dtype=torch.float32) if importance is None else _positive(importance).reshape(w.shape)
     return to_vectors(w.detach().float(), dim), to_vectors(weights, dim)
 
 
 def vector(v: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """`k` centroids (k, dim) of the vectors `v` (n, dim), each element of which weighs as `weights` (n, dim) says.
+    """Return `k` centroids (k, dim) of the vectors `v` (n, dim), with `weights` (n, dim) for their elements.
 
-    The best of several k-means++ starts on a sample, then a few iterations on all. `generator` makes it repeatable.
-    Fewer than `k` rows where there are fewer different vectors.
+    They are the best of several k-means++ starts on a sample, with a few iterations on all vectors. `generator` makes
+    the result repeatable. There are fewer than `k` rows if there are fewer different vectors.
     """
+    # Not for very many vectors: sorting them is slow, and k-means++ finds by itself that there are few different ones.
     some: Tensor = torch.unique(v[: 4 * k * k + SAMPLE], dim=0)
     if len(some) <= k and len(v) <= 4 * k * k + SAMPLE:
         return some
@@ -234,10 +261,11 @@ def vector(v: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Te
 
 
 def nearest(v: Tensor, weights: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The index (n,) of every vector's nearest centroid, and its weighted squared distance (n,), a chunk at a time."""
+    """Return the index (n,) of every vector's nearest centroid, and the weighted squared distance (n,) to it."""
     index, distance = [], []
     for start in range(0, len(v), CHUNK):
         part, own = v[start : start + CHUNK], weights[start : start + CHUNK]
+        # sum_d own (v - c)^2 without own v^2, which is the same for all centroids of a vector: two matrix products.
         lost = own @ centroids.square().T - 2 * (own * part) @ centroids.T
         least, where = lost.min(1)
         index.append(where)
@@ -246,7 +274,10 @@ def nearest(v: Tensor, weights: Tensor, centroids: Tensor) -> tuple[Tensor, Tens
 
 
 def _plus_plus(v: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ seeds (Arthur and Vassilvitskii 2007): each next one with a chance that grows with its distance."""
+    """Return k-means++ seeds, (k, dim) or fewer: each next vector is drawn with a chance proportional to its error.
+
+    Source: Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding" (2007).
+    """
     whole = (weights > 0).all(1)  # a vector that is filled up is no seed
     first = int(torch.randint(len(v), (1,), generator=generator))
     seeds = [v[first]]
@@ -262,7 +293,10 @@ def _plus_plus(v: Tensor, weights: Tensor, k: int, generator: torch.Generator) -
 
 
 def _step(v: Tensor, weights: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
-    """One iteration of Lloyd's, and the error before it; a centroid without vectors moves to the furthest vector."""
+    """Run one of Lloyd's iterations. Returns the new centroids (k, dim), and the error of the old ones.
+
+    A centroid without vectors moves to the vector that is furthest from its own centroid.
+    """
     index, distance = nearest(v, weights, centroids)
     total = torch.zeros_like(centroids, dtype=torch.float64).index_add_(0, index, weights.double())
     sums = torch.zeros_like(total).index_add_(0, index, (weights * v).double())

@@ -1,7 +1,8 @@
-"""Trainable palettes: modules that stand between a layer's weight and what the layer computes with.
+"""Trainable palettes: modules that stand between the float weight and the layer.
 
-In training they give the soft, or tied, weight; in evaluation the hard one, which is `freeze(w).decode()`. What they
-keep from step to step is in buffers and parameters, so that a resumed run goes on with it.
+In training they give the soft weight, or the tied one; in evaluation they give the hard one, which is
+`freeze(w).decode()`. What they keep from step to step is in buffers and parameters, so that a resumed run continues
+with it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +24,10 @@ LEAST_TAU = 1e-12  # of a layer's mean square: below it a softmax in float32 is 
 
 
 class Learner(nn.Module):
-    """What the learners of all methods have: centroids (groups, rows, dim), k-means' at first, and a hard weight.
+    """A trainable palette: centroids (groups, rows, dim), which start at those of k-means, and a hard weight.
 
-    A method's class takes a weight (channels, ...), its palette's form, the options of the method's entry and a
-    generator. It keeps its centroids as a buffer, or as a parameter where they have a gradient.
+    The class of a method takes a weight (channels, ...), the form of its palette, the options of the method's entry in
+    the registry, and a generator. It keeps its centroids as a buffer, or as a parameter if they have a gradient.
     """
 
     centroids: Tensor
@@ -39,25 +40,32 @@ class Learner(nn.Module):
         self.least_used = form.rows  # different vectors of a group, where they are fewer than its rows
 
     def started(self, w: Tensor, generator: torch.Generator) -> Tensor:
-        """k-means' centroids of a weight, (groups, rows, dim)."""
+        """Return the centroids (groups, rows, dim) of a weight by k-means, and note how many are of use."""
         centroids, self.least_used = tables.start(w, self.form, None, generator)
         return centroids
 
     def freeze(self, w: Tensor) -> Coded:
-        """The hard weight of the float one: the nearest centroids of the table that is stored."""
+        """Return the hard weight of the float one (channels, ...): the nearest centroids of the table that is stored.
+
+        That table may be rounded to int8, so the nearest centroids are found in it, and not before it is rounded.
+        """
         palette = tables.palette(self.centroids.detach(), self.shape, self.form)
         return Coded(palette, palette.encode(w.detach()))
 
     def before_epoch(self, w: Tensor, share: float | None) -> None:
-        """Told of every epoch: the temperature as a share of the mean squared distance, None where it trains hard."""
+        """Prepare for an epoch. `share` is its temperature, as a share of the mean squared distance; None: hard."""
 
     def gap(self, w: Tensor) -> float:
-        """What hardening changes, root mean square over the weights' own."""
+        """Return how far the hard weight is from the soft one: root mean square, as a share of the weight's own."""
         return 0.0
 
 
 class Dkm(Learner):
-    """DKM (`dkm.py`): soft in its first epochs, hard in its last. The centroids are state, no parameters."""
+    """DKM (`dkm.py`): its first epochs train with soft weights, its last with hard ones.
+
+    The centroids are state and not parameters: the weights have the gradient, and the centroids follow them. Each step
+    begins with the centroids of the step before.
+    """
 
     spread: Tensor
 
@@ -72,6 +80,7 @@ class Dkm(Learner):
     def before_epoch(self, w: Tensor, share: float | None) -> None:
         self.soft = share is not None
         self.share = share or 0.0
+        # Two centroids at one place have the same attention in every step, so no gradient ever parts them.
         for group in tables.coinciding(self.centroids).nonzero().flatten().tolist():
             fresh, _ = tables.start(w.chunk(len(self.centroids))[group], self._single(), None, _generator(group))
             self.centroids[group] = fresh[0]
@@ -79,13 +88,13 @@ class Dkm(Learner):
         self.spread.copy_(self._spread(w, self.centroids))
 
     def forward(self, w: Tensor) -> Tensor:
-        """The weight (channels, ...) that the layer computes with."""
+        """Return the weight (channels, ...) that the layer computes with."""
         if not self.training:
             return self.freeze(w).decode()
         return self._soft(w) if self.soft else self._hard(w)
 
     def gap(self, w: Tensor) -> float:
-        soft, was = self.soft, self.centroids.clone()
+        soft, was = self.soft, self.centroids.clone()  # `_soft` moves the centroids, and a measurement must not
         difference = self._soft(w.detach()) - self.freeze(w).decode() if soft else torch.zeros(1)
         self.centroids.copy_(was)
         return float(difference.square().mean().sqrt() / w.detach().square().mean().sqrt().clamp_min(1e-30))
@@ -94,7 +103,7 @@ class Dkm(Learner):
         return PaletteForm(self.form.bits, self.form.dim, None, self.form.lut_bits)
 
     def _spread(self, w: Tensor, centroids: Tensor) -> Tensor:
-        """Mean squared distance of each group's vectors to their nearest centroid, (groups,)."""
+        """Return the mean squared distance of each group's vectors to their nearest centroid, (groups,) and > 0."""
         float_form = PaletteForm(self.form.bits, self.form.dim, self.form.group, 32)
         palette = tables.palette(centroids, self.shape, float_form)
         near = palette.decode(palette.encode(w.detach()))
@@ -102,6 +111,7 @@ class Dkm(Learner):
         return lost.clamp_min(float(w.detach().square().mean()) * LEAST_TAU + LEAST_TAU**2)
 
     def _soft(self, w: Tensor) -> Tensor:
+        """Return the soft weight (channels, ...), and keep the centroids that the iterations end with."""
         taus = (self.spread * self.share).clamp_min(LEAST_TAU**2).tolist()
         groups, dim = len(taus), self.form.dim
         flat, parts = _in_memory(w), []
@@ -118,18 +128,18 @@ class Dkm(Learner):
                 own, after = dkm.vector(part, self.centroids[group], taus[group], self.iterations)
                 self.centroids[group] = after.detach()
                 parts.append(own.reshape(-1))
-            if short:
+            if short:  # only where one table serves all channels, so `after` and the first tau are its own
                 parts.append(_filled_up(channels[-short:], after, taus[0]).reshape(-1))
         return _as_before(torch.cat(parts) if len(parts) > 1 else parts[0], w)
 
     def _hard(self, w: Tensor) -> Tensor:
-        """The nearest centroids, moved to the means of what is nearest to them; a gradient for each cluster."""
+        """Return the nearest centroids, moved to the means of their clusters, with one gradient for each cluster."""
         groups, rows, dim = self.centroids.shape
         vectors = to_vectors(w, dim)
         frozen = self.freeze(w)
         offset = torch.arange(groups, device=w.device)[:, None] * rows
         index = (frozen.codes.long() + offset).reshape(-1)
-        weights = to_vectors(torch.ones_like(w), dim)
+        weights = to_vectors(torch.ones_like(w), dim)  # 0 for the elements that only fill up the last block
         total = torch.zeros(groups * rows, dim, dtype=torch.float64, device=w.device)
         sums = total.clone().index_add_(0, index, (weights * vectors.detach()).double())
         total.index_add_(0, index, weights.double())
@@ -142,10 +152,10 @@ class Dkm(Learner):
 
 
 class Shared(Learner):
-    """Deep Compression's trained quantization (Han et al. 2016): the codes of k-means stay, the centroids train.
+    """Trained quantization of Deep Compression (Han et al. 2016): centroids are trained, and the codes stay.
 
-    The gradient of a centroid is the sum of its members'. Equation 3 of the paper; codes start from k-means here, from
-    linear initialisation there.
+    The gradient of a centroid is the sum of its members' gradients: equation 3 of the paper. Where we differ: the codes
+    are those of the optimal k-means, and in the paper those of k-means from equally spaced centroids.
     """
 
     codes: Tensor
@@ -154,6 +164,7 @@ class Shared(Learner):
     def __init__(self, w: Tensor, form: PaletteForm, options: object, generator: torch.Generator) -> None:
         super().__init__(w, form)
         centroids = self.started(w, generator)
+        # A float table: gradients are far smaller than the steps of an int8 one, which `freeze` makes of it.
         palette = tables.palette(centroids, self.shape, PaletteForm(form.bits, form.dim, form.group, 32))
         self.register_buffer("codes", palette.encode(w.detach()))
         self.centroids = nn.Parameter(palette.lut.clone())
@@ -163,30 +174,32 @@ class Shared(Learner):
         return Coded(palette, palette.encode(self._tied().detach()))
 
     def forward(self, w: Tensor) -> Tensor:
-        """The weight (channels, ...) that the layer computes with; `w` has no part in it."""
+        """Return the weight (channels, ...) that the layer computes with. The float weight `w` is not used."""
         if not self.training:
             return self.freeze(w).decode()
         return self._tied()
 
     def _tied(self) -> Tensor:
+        """Return the weight (channels, ...) of the centroids as they are, with a gradient by the centroids."""
         index = self.codes.long().unsqueeze(-1).expand(-1, -1, self.form.dim)
         return from_vectors(self.centroids.gather(1, index).reshape(-1, self.form.dim), self.shape)
 
 
 def learner_of(name: str) -> Callable[[Tensor, PaletteForm, object, torch.Generator], Learner]:
-    """What makes the learners of a method, of a weight, its palette's form, the method's own options and a generator.
+    """Return what makes a method's trainable palettes, as `Learner` says.
 
-    Raises InputError for a name that nobody has, and for a method that does not train.
+    Raises InputError for an unknown name, and for a method that does not train.
     """
     found = registry.load(registry.PALETTE_METHODS, name)
     if not registry.get(registry.PALETTE_METHODS, name).trains:
-        raise InputError(f"the method '{name}' does not train: give --method dkm, or another one that does")
+        other = registry.PALETTE_METHOD
+        raise InputError(f"the method '{name}' does not train: give --method {other}, or another one that does")
     made: Callable[[Tensor, PaletteForm, object, torch.Generator], Learner] = found
     return made
 
 
 def put_on(model: nn.Module, learners: Mapping[str, Learner]) -> None:
-    """Let every named layer of `model` compute with what its learner makes of its weight; in place."""
+    """Let every named layer of `model` compute with the weight that its palette gives; in place."""
     for name, learner in learners.items():
         module = model.get_submodule(name)
         parametrize.register_parametrization(module, "weight", learner)
@@ -194,7 +207,7 @@ def put_on(model: nn.Module, learners: Mapping[str, Learner]) -> None:
 
 
 def take_off(model: nn.Module, learners: Mapping[str, Learner]) -> dict[str, Coded]:
-    """Undo `put_on`, and freeze: the codes of every layer by its name; the layers have their float weights again."""
+    """Undo `put_on`: the layers have their float weights again. Returns the codes of every layer by its name."""
     coded = {}
     for name, learner in learners.items():
         module = model.get_submodule(name)
@@ -204,26 +217,32 @@ def take_off(model: nn.Module, learners: Mapping[str, Learner]) -> dict[str, Cod
 
 
 def each(model: nn.Module, learners: Mapping[str, Learner]) -> Iterator[tuple[Learner, Tensor]]:
-    """The learners with their float weights."""
+    """Yield the trainable palettes with their float weights (channels, ...)."""
     for name, learner in learners.items():
         yield learner, float_weight(model.get_submodule(name)).detach()
 
 
 def _filled_up(v: Tensor, centroids: Tensor, tau: float) -> Tensor:
-    """Soft channels of a last block (channels, positions) that is short: near in what they have, and without a vote."""
+    """Return the soft channels of a last block `v` (channels, positions) that has fewer than `dim` channels.
+
+    Their distances count the channels that they have. They do not move the centroids (k, dim), whose other values they
+    would know nothing about.
+    """
     own = centroids[:, : len(v)]
     distance = (v.T[:, None] - own).square().sum(2)
     return (torch.softmax(-distance / tau, 1) @ own).T
 
 
 def _in_memory(w: Tensor) -> Tensor:
-    """The elements of `w` as they lie in memory, 1-D and without a copy; output channels stay outermost."""
+    """Return the elements of `w` (channels, ...) in the order of memory, 1-D; output channels stay outermost."""
+    # A channels-last weight is permuted instead of copied.
     if w.ndim == 4 and not w.is_contiguous():
         w = w.permute(0, 2, 3, 1)
     return w.reshape(-1)
 
 
 def _as_before(flat: Tensor, w: Tensor) -> Tensor:
+    """Undo `_in_memory`: return `flat` in the shape and layout of `w`."""
     if w.ndim == 4 and not w.is_contiguous():
         n, c, height, width = w.shape
         return flat.reshape(n, height, width, c).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""`PalettizeConfig` to palettes: what is asked for becomes a plan, by k-means alone or with training."""
+"""From a `PalettizeConfig` to palettes: the options become a plan, with k-means alone or with training."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,14 +25,20 @@ from r2cli.train.reporter import SILENT, Reporter
 
 @dataclass(frozen=True)
 class PaletteResult(Result):
-    """`epochs` are what each epoch came to, with the share of top-1 between soft and hard assignments as `gap`."""
+    """What `compress` returns. `epochs` are the results of the epochs.
+
+    `gap` in each is how far the hard weights are from the soft ones, as `Learner.gap` says, averaged over the layers.
+    """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class PaletteRun:
-    """Work that is ready to start: with training by `plan`, or by k-means alone. `options` are what it depends on."""
+    """Work that is ready to start, with training by `plan`, or by k-means alone if that is None.
+
+    `options` are all values that the result depends on. `weighs` says whether k-means weighs errors by sensitivity.
+    """
 
     task: PaletteTask
     plan: PalettePlan | None
@@ -42,7 +48,7 @@ class PaletteRun:
 
     @property
     def steps(self) -> int:
-        """Steps of the optimizer over all epochs; layers, where nothing is trained."""
+        """Return how many steps the work has: those of the optimizer over all epochs, or layers without training."""
         if self.plan is None:
             return sum(tensor.ndim > 1 for tensor in self.task.checkpoint.floats.values())
         epoch = loop.steps_per_epoch(len(self.source.train), self.plan.loop.batch_size)
@@ -50,7 +56,7 @@ class PaletteRun:
 
 
 def settings_of(config: PalettizeConfig, method: str) -> PaletteSettings:
-    """The settings that `config` asks for."""
+    """Return the settings that `config` asks for, with the method `method`."""
     acts = config.activation_bits
     return PaletteSettings(
         method,
@@ -66,21 +72,22 @@ def settings_of(config: PalettizeConfig, method: str) -> PaletteSettings:
 
 
 def require_consistent(config: PalettizeConfig, method: str, *, is_network: bool) -> None:
-    """Raises InputError for options that do not go together, or not with a file that holds no network."""
+    """Check the options. Raises InputError if some do not go together, or need a network and the file has none."""
     entry = registry.get(registry.PALETTE_METHODS, method)
     if not is_network and (not entry.files or config.weigh != "none"):
         what = f"--method {method}" if not entry.files else f"--weigh {config.weigh}"
-        raise InputError(f"{what} needs a network and its data, and the file has none: give --method kmeans alone")
+        other = registry.PALETTE_METHOD_OF_FILES
+        raise InputError(f"{what} needs a network and its data, and the file has none: give --method {other} alone")
     if entry.trains and config.weigh != "none":
-        raise InputError(f"--weigh {config.weigh} belongs to --method kmeans")
+        raise InputError(f"--weigh {config.weigh} belongs to --method {registry.PALETTE_METHOD_OF_FILES}")
     if entry.soft and config.epochs <= config.hard_epochs:
         raise InputError("--hard-epochs leaves none of --epochs soft: give fewer")
 
 
 def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun:
-    """The work that `config` asks for, on the float network `made` and the images of `source`.
+    """Return the work that `config` asks for, on the float network `made` and the images of `source`.
 
-    Raises InputError for options that do not go together, and for more images than there are.
+    Raises InputError for options that do not go together, and for more images than the data has.
     """
     method = config.method or registry.PALETTE_METHOD
     require_consistent(config, method, is_network=True)
@@ -88,7 +95,8 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
     calibration = data.calibration_count(config.calibration, source)
     settings, entry = settings_of(config, method), registry.get(registry.PALETTE_METHODS, method)
     if not calibration and (settings.act_bits or entry.trains or config.weigh != "none"):
-        raise InputError("--calibration 0 leaves no images to work on: give --method kmeans and --act-bits none")
+        other = registry.PALETTE_METHOD_OF_FILES
+        raise InputError(f"--calibration 0 leaves no images to work on: give --method {other} and --act-bits none")
 
     def batches() -> Iterator[Batch]:
         return data.calibration(source, calibration, where, config.seed)
@@ -100,6 +108,7 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
     else:
         training = _training(config, method, loop.precision(config.precision, where), is_text=made.input.is_text)
         hard = config.hard_epochs if entry.soft else 0
+        # The last soft epoch has a tenth of the first one's temperature: nearly hard, so that little changes after it.
         schedule = Schedule(config.epochs, hard, config.temperature, config.temperature / 10)
         lut_lr = entry.lut_lr if config.lut_lr is None else config.lut_lr
         plan = PalettePlan(training, schedule, lut_lr, {"iterations": config.iterations})
@@ -110,6 +119,7 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
 
 
 def _training(config: PalettizeConfig, method: str, precision: str, *, is_text: bool) -> TrainSettings:
+    """Return the loop's settings, with the defaults of the method where `config` leaves them open."""
     optimizer = groups.usual_optimizer(config.optimizer, is_text=is_text)
     entry = registry.get(registry.PALETTE_METHODS, method)
     usual = entry.adamw_lr if optimizer == ADAMW else entry.lr
@@ -132,9 +142,9 @@ def _training(config: PalettizeConfig, method: str, precision: str, *, is_text: 
 
 
 def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Reporter = SILENT) -> PaletteResult:
-    """Palettes for the network of `run`; `state` is where training keeps its last whole epoch.
+    """Make palettes for the network of `run`. The file `state` keeps the last whole epoch of a training.
 
-    Raises R2Error where training diverges.
+    Raises R2Error if training diverges.
     """
     task, source = run.task, run.source
     loop.seed_everything(task.seed)
@@ -160,7 +170,7 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
 
 
 def sizes(layers: Sequence[PalettizedLayer]) -> dict[str, float]:
-    """Bits a weight over all layers, tables and scales included, as they are and entropy-coded."""
+    """Return the bits per weight over all layers with tables and scales, as stored and with Huffman-coded indices."""
     count = sum(math.prod(layer.shape) for layer in layers)
     size = sum(layer.size * math.prod(layer.shape) for layer in layers) / count
     coded = sum(layer.entropy_coded * math.prod(layer.shape) for layer in layers) / count
@@ -168,6 +178,7 @@ def sizes(layers: Sequence[PalettizedLayer]) -> dict[str, float]:
 
 
 def _line(epoch: Epoch, task: PaletteTask, plan: PalettePlan | None, gap: float) -> str:
+    """Return one line about an epoch of training."""
     total = plan.loop.epochs if plan else 0
     return (
         f"epoch {epoch.epoch:>{len(str(total))}}/{total}  loss {epoch.loss:.4f}  hard top-1 {epoch.top1:.2f} %  "

@@ -1,8 +1,8 @@
-"""Training with palettes: what their learners do before an epoch, and what is measured after it.
+"""Training with palettes: what is done before every epoch, and what is measured after it.
 
-The temperature falls from epoch to epoch by equal factors, in units of each layer's own mean squared distance; the last
-epochs train hard. Before every evaluation BatchNorm's statistics are collected again with the hard weights, so that the
-accuracy that is reported is that of the hard network.
+The temperature falls by the same factor from epoch to epoch, in units of each layer's own mean squared distance to its
+nearest centroid. The last epochs train with hard weights. Before every evaluation, BatchNorm's statistics are collected
+again with the hard weights, so that the reported accuracy is that of the hard network.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,10 @@ from r2cli.train.loop import TrainSettings
 
 @dataclass(frozen=True)
 class Schedule:
-    """Epochs, of which the last `hard` train hard, and the temperature of the first and the last soft one."""
+    """The temperatures of `epochs` epochs: from `warm` in the first to `cold` in the last soft one.
+
+    The last `hard` epochs train with hard weights, so that the network adapts to what is deployed.
+    """
 
     epochs: int
     hard: int
@@ -36,7 +39,10 @@ class Schedule:
     cold: float
 
     def share(self, number: int) -> float | None:
-        """The temperature of epoch `number` (from 1), as a share of a layer's mean squared distance; None: hard."""
+        """Return the temperature of epoch `number` (from 1) as a share of a layer's mean squared distance.
+
+        Returns None for an epoch that trains with hard weights.
+        """
         soft = self.epochs - self.hard
         if number > soft:
             return None
@@ -45,9 +51,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class PalettePlan:
-    """A training run with palettes. `lut_lr` steps the centroids that are parameters.
+    """A training run with palettes. `lut_lr` is the learning rate of centroids that are parameters.
 
-    `options` are those that single methods have, by name: each takes its own, and has its entry's defaults.
+    `options` are the options that only some methods have, by name: a method takes those that it knows, and the defaults
+    of its entry in the registry for the rest.
     """
 
     loop: TrainSettings
@@ -56,7 +63,7 @@ class PalettePlan:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self, settings: PaletteSettings) -> dict[str, Any]:
-        """What a resumed run must share, beside the loop's settings, by the names of options."""
+        """Return what a resumed run must share beside the loop's settings, by the names of options."""
         keep = {name: list(form) for name, form in settings.keep.items()}
         own = {"hard_epochs": self.schedule.hard, "temperature": self.schedule.warm, "lut_lr": self.lut_lr}
         return {**asdict(settings), "keep": keep, **own, **self.options}
@@ -64,7 +71,10 @@ class PalettePlan:
 
 @dataclass(frozen=True)
 class PaletteRunControl:
-    """Where the state of a run is, whether to go on from it, and whom to tell: steps, and epochs with their gap."""
+    """The file with the state of a run, whether to resume from it, and what to call after steps and epochs.
+
+    `epoch` is called with an epoch and its gap between soft and hard weights.
+    """
 
     state: Path
     resume: bool
@@ -75,9 +85,10 @@ class PaletteRunControl:
 def by_training(
     work: PaletteTask, plan: PalettePlan, source: Data, following: PaletteRunControl
 ) -> tuple[Checkpoint, list[PalettizedLayer]]:
-    """Palettes by training on `source`, with the method of `work.settings`.
+    """Make palettes by training on `source`, with the method of `work.settings`.
 
-    Raises InputError for settings that do not fit the network, R2Error where training diverges.
+    Returns the coded checkpoint and a row for every layer. Raises InputError for settings that do not fit the network,
+    and R2Error if training diverges.
     """
     subject = compression.read(work.checkpoint, work.settings)
     model, wanted = subject.model, compression.forms(subject.layers, work.settings)
@@ -109,6 +120,7 @@ def by_training(
 
 
 def _note(learner: Learner) -> str:
+    """Return what to say of a layer's palette."""
     again = f"{learner.reseeded} collapsed tables started again" if learner.reseeded else ""
     return compression.together(compression.few(learner.least_used, learner.form), again)
 
@@ -120,7 +132,7 @@ def _method(
     made: Mapping[str, Learner],
     gaps: dict[int, float],
 ) -> hooks.TrainHooks:
-    """What the learners ask of the loop; the soft-to-hard gap of every epoch comes into `gaps`."""
+    """Return what the training loop does for palettes. The gap between soft and hard goes into `gaps`, by epoch."""
     model, net = subject.model, subject.net
     norms = [] if net is None else [structure.norm_module(net, layer) for layer in structure.layers(net)]
 
@@ -131,7 +143,9 @@ def _method(
 
     @torch.no_grad()
     def before_evaluation(number: int) -> None:
-        for norm in norms:  # a palette has no room for a sign that comes with the scale
+        # BatchNorm's factor goes into the scale behind the table, which must not be negative. `compression.read` made
+        # the factors positive, and training may have moved one below 0.
+        for norm in norms:
             if norm is not None and norm.weight is not None:
                 norm.weight.clamp_(min=0)
         found = []

@@ -1,7 +1,7 @@
 """Palettes for the weights of any safetensors file, without its network: k-means, tensor by tensor, in bounded memory.
 
 A tensor is read in pieces: once or twice for its centroids, and once to write its codes. The result holds codes, tables
-and scales as a checkpoint does, everything else as it was, and no network; `checkpoint.load_state` gives it back.
+and scales as a checkpoint does, all other tensors unchanged, and no network. `checkpoint.load_state` decodes it.
 """
 
 import json
@@ -26,14 +26,14 @@ from r2cli.quantized.value_counts import PATTERNS, SIXTEEN_BIT
 from r2cli.storage import checkpoint, stream
 from r2cli.storage.stream import PIECE, Stored
 
-SAMPLE = 4 * kmeans.SAMPLE  # vectors of a tensor that its centroids are found on
+SAMPLE = 4 * kmeans.SAMPLE  # how many vectors of a tensor its centroids are found on
 NAMES = {dtype: name for name, dtype in stream.DTYPES.items()}
 
 Advance = Callable[[int], None]
 
 
 def find(source: Path) -> tuple[list[Stored], list[Stored]]:
-    """The weights of a file, which are floating with two dimensions or more, and its other tensors.
+    """Return the weights of a file and its other tensors. A weight is floating and has two dimensions or more.
 
     Raises InputError for a file that cannot be read, is quantized already, or has no weight.
     """
@@ -57,7 +57,7 @@ def find(source: Path) -> tuple[list[Stored], list[Stored]]:
 
 
 def total(source: Path) -> int:
-    """Bytes that `write` tells of."""
+    """Return the bytes of `source`'s tensors: the total of what `write` tells `advance`."""
     weights, others = find(source)
     return sum(each.bytes for each in (*weights, *others))
 
@@ -65,9 +65,10 @@ def total(source: Path) -> int:
 def write(
     source: Path, output: Path, settings: PaletteSettings, *, seed: int, advance: Advance
 ) -> list[PalettizedLayer]:
-    """Palettize every weight of `source` into the file `output`, atomically. `advance` is told of bytes that are done.
+    """Palettize every weight of `source` into the file `output`, which appears only when it is complete.
 
-    Raises InputError for settings that do not fit a tensor, and for values that are not finite.
+    `advance` is called with the number of bytes that are done. Returns a row for every weight. Raises InputError for
+    settings that do not fit a tensor, and for values that are not finite.
     """
     weights, others = find(source)
     by_layer = {each.name.removesuffix(".weight"): each for each in weights}
@@ -93,7 +94,10 @@ def write(
 def _layout(
     weights: Sequence[Stored], others: Sequence[Stored], forms: Mapping[str, PaletteForm], entry: Mapping[str, Any]
 ) -> tuple[bytes, dict[str, int]]:
-    """The header of the file that is written, and where in it every tensor begins."""
+    """Return the header of the file that is written, and the offset in the file at which every tensor begins.
+
+    All sizes are known before a weight is read, so that codes can be written as they come.
+    """
     sizes: dict[str, tuple[str, Sequence[int], int]] = {}
     codecs = {}
     for each in weights:
@@ -124,7 +128,7 @@ def _layout(
 
 
 def _empty(each: Stored, form: PaletteForm) -> Palette:
-    """A palette of the shapes that the tensor's will have."""
+    """Return a palette with the shapes that the tensor's palette will have."""
     groups = form.groups(each.shape[0])
     lut = torch.zeros(groups, form.rows, form.dim, dtype=torch.int8 if form.lut_bits == 8 else torch.float32)
     scale = torch.ones(() if groups == 1 else each.shape[:1])
@@ -133,13 +137,14 @@ def _empty(each: Stored, form: PaletteForm) -> Palette:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One weight while it is worked on."""
+    """One weight while it is palettized."""
 
     stored: Stored
     form: PaletteForm
     advance: Advance
 
     def write(self, file: IO[bytes], places: Mapping[str, int], seed: int) -> PalettizedLayer:
+        """Find the weight's palette, and write table, scale and codes to their `places` in `file`. Returns its row."""
         stored, form, name = self.stored, self.form, self.stored.name
         groups = form.groups(stored.shape[0])
         find_own = self._scalars if form.dim == 1 else self._vectors
@@ -181,11 +186,11 @@ class _Layer:
         return prod(self.stored.shape[1:])
 
     def _span(self, group: int, groups: int) -> tuple[int, int]:
-        """The elements of a group."""
+        """Return the first element of a group, and the one after its last."""
         return group * self.stored.size // groups, (group + 1) * self.stored.size // groups
 
     def _finite(self, start: int, stop: int, elements: int = PIECE) -> Iterator[Tensor]:
-        """Elements start to stop, float32 or 16 bits. Raises InputError where one is not finite."""
+        """Yield the elements from `start` to `stop`, float32 or 16 bits. Raises InputError for NaN and infinities."""
         for piece in self.stored.pieces(elements, start, stop):
             own = piece if piece.dtype in SIXTEEN_BIT else piece.float()
             if not bool(torch.isfinite(own).all()):
@@ -197,13 +202,14 @@ class _Layer:
             yield own
 
     def _scalars(self, group: int, groups: int, seed: int) -> Tensor:
+        """Return the centroids (rows, 1) of the group's weights. Nothing here is random, so `seed` is not used."""
         dtype = self.stored.dtype if self.stored.dtype in SIXTEEN_BIT else torch.float32
         assert dtype is not None
         points = kmeans.points_of_pieces(lambda: self._finite(*self._span(group, groups)), dtype)
         return torch.from_numpy(kmeans.scalar(points, self.form.rows)).float().reshape(-1, 1)
 
     def _vectors(self, group: int, groups: int, seed: int) -> Tensor:
-        """Centroids on a sample of the group's vectors, evenly spread."""
+        """Return the centroids (rows, dim) of a sample of the group's vectors, which are evenly spread over it."""
         start, stop = self._span(group, groups)
         every = max(1, (stop - start) // self.form.dim // SAMPLE)
         parts = [
@@ -214,7 +220,10 @@ class _Layer:
         return kmeans.vector(v, weights, self.form.rows, torch.Generator().manual_seed(seed))
 
     def _pieces(self, group: int, groups: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Vectors (n, dim) of the group in order, float32, and what each element weighs; for scalars as they are."""
+        """Yield the group's vectors (n, dim) in order, with the weight of each element.
+
+        Vectors are float32. Scalars keep their dtype, and have the weight 1.
+        """
         start, stop = self._span(group, groups)
         if self.form.dim == 1:
             for piece in self._finite(start, stop):
@@ -226,7 +235,7 @@ class _Layer:
 
 
 def nearest_in(lut: Tensor, v: Tensor, weights: Tensor) -> Tensor:
-    """The row of `lut` (k, dim) nearest to each of `v` (n, dim), where elements that weigh nothing do not count."""
+    """Return the row of `lut` (k, dim) nearest to each of `v` (n, dim). Elements of weight 0 do not count."""
     codes = nearest(v, lut)
     filled = (weights == 0).any(1)
     if bool(filled.any()):
@@ -236,16 +245,20 @@ def nearest_in(lut: Tensor, v: Tensor, weights: Tensor) -> Tensor:
 
 
 def _encoder(lut: Tensor, scale: float, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """From a piece (n, 1) to its codes (n,); of 16-bit values by one look at a table of all."""
+    """Return a function from a piece (n, 1) to its codes (n,)."""
     if dtype not in SIXTEEN_BIT:
         return lambda piece: nearest(piece / scale, lut)
+    # 16 bits have 65,536 patterns: the code of each is found once, and a weight's code is one look in that table.
     every = torch.arange(PATTERNS, dtype=torch.int32).to(torch.int16).view(dtype).float()
     table = nearest((every / scale).reshape(-1, 1), lut)
     return lambda piece: table.index_select(0, piece.reshape(-1).view(torch.int16).int().bitwise_and_(PATTERNS - 1))
 
 
 class _Packer:
-    """Writes codes at their packed size as they come: whole bytes at once, what is left with the next."""
+    """Writes codes at their packed size as they come. Eight codes fill whole bytes at any number of bits.
+
+    Up to seven codes are kept back until the next come.
+    """
 
     def __init__(self, file: IO[bytes], at: int, bits: int, count: int) -> None:
         self.file, self.bits, self.count = file, bits, count

@@ -31,6 +31,7 @@ from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 
+# h is stretched beyond 0 and 1 and clipped there, so that it reaches both at a finite V, as in the paper.
 ZETA, GAMMA = 1.1, -0.1
 BETA_START, BETA_END = 20.0, 2.0
 WARM_UP = 0.2  # share of the steps before the term that drives h to 0 or 1 begins
@@ -78,7 +79,10 @@ def push(sigmoid: Tensor, raw: Tensor, beta: float) -> Tensor:
 
 @torch.no_grad()
 def round_layer(seen: LayerSample, coded: Coded, settings: AdaroundSettings = AdaroundSettings()) -> Coded:
-    """`coded` with codes for the layer's output: each the floor or the ceiling of the float weight on the same grid."""
+    """Return `coded` with codes chosen for the layer's output, on the same grid.
+
+    Each code is the floor or the ceiling of the float weight. So a bad scale cannot be repaired here.
+    """
     assert isinstance(coded.codec, Grid)
     rows = sample_rows(seen, settings)
     real = coded.codec.unrounded(seen.module.weight.detach())
@@ -103,6 +107,7 @@ class Rows:
     most: float | None  # the activation that follows: 6 or infinity for ReLU6 and ReLU, None for none
 
     def act(self, outputs: Tensor) -> Tensor:
+        """Return `outputs` of any shape after the activation that follows the layer."""
         return outputs if self.most is None else outputs.clamp(0, self.most)
 
 
@@ -112,6 +117,7 @@ def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adaro
     step = grid.along(grid.scale, real.ndim).expand_as(real) * (2 if grid.midrise else 1)  # value of one code more
     value0 = grid.decode(torch.zeros_like(real, dtype=torch.int32))
     base, size, offset = (t.reshape(groups, -1, rows.inputs.shape[2]) for t in (low, step, value0))
+    # A weight beyond the grid is more than 1 above `low`, where V would be the logarithm of a negative number.
     v = start((real - low).clamp(0, 1 - 1e-6)).reshape(base.shape)
     adam = torch.optim.Adam([v], settings.lr)
     draw = torch.Generator().manual_seed(settings.seed)
@@ -122,7 +128,7 @@ def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adaro
         index = torch.randint(count, (batch,), generator=draw).to(v.device)
         sigmoid, raw = stretched(v)
         soft = base + raw.clamp(0, 1)
-        inside = (raw > 0) & (raw < 1) & (soft < grid.highest)
+        inside = (raw > 0) & (raw < 1) & (soft < grid.highest)  # where h or the code is clipped, V changes nothing
         gradient = error_slope(rows, index, (soft.clamp(grid.lowest, grid.highest) * size + offset))
         gradient = gradient * size * (ZETA - GAMMA) * sigmoid * (1 - sigmoid) * inside
         if number > warm:
@@ -130,8 +136,10 @@ def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: Adaro
             gradient += weight * push(sigmoid, raw, beta)
         v.grad = gradient
         adam.step()
+        # Checked now and then only: the answer must be waited for on a GPU.
         if number > warm and number % 50 == 0 and bool(((raw <= 0) | (raw >= 1)).all()):
             break
+    # V >= 0 is h >= 1/2: a weight that stayed undecided goes to the nearer side of its soft value.
     return (v >= 0).to(low.dtype).reshape(low.shape)
 
 
@@ -142,8 +150,10 @@ def error_slope(rows: Rows, index: Tensor, weight: Tensor) -> Tensor:
     if rows.bias is not None:
         outputs += rows.bias
     error = rows.act(outputs) - targets
-    if rows.most is not None:
+    if rows.most is not None:  # the slope of the activation
         error *= (outputs > 0) & (outputs < rows.most)
+    # The mean is over rows only. A mean over the filters too would weaken it against the term that drives h to 0 or 1,
+    # by their number.
     return 2 / len(index) * error.transpose(1, 2) @ inputs
 
 

@@ -28,14 +28,16 @@ SOME = 128  # images for the trials that learn nothing
 BATCH = 64
 GRIDS = (CHANNEL, UNFOLDED)
 RANGES = ("minmax", "mse")
-NEAREST = "none"  # the method that rounds to the nearest level
+NEAREST = registry.PTQ_NEAREST
 PARTS: tuple[tuple[str, ...], ...] = ((), (CORRECT,), DFQ)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings that were tried, and what they do to the outputs on calibration images: `sqnr` in dB, and the
-    `divergence` of the classes' probabilities from the float network's in nats. `seconds` is the time."""
+    """Settings that were tried, and what they do to the outputs on calibration images.
+
+    `sqnr` is in dB. `divergence` of the class probabilities from the float network's is in nats. `seconds` is the time.
+    """
 
     method: str
     granularity: str
@@ -92,12 +94,13 @@ def choose(
             attempt(own, images)
     assert best is not None
     made, rows, own = best
-    if not registry.get(registry.PTQ_METHODS, own.method).looks:  # its ranges are of some images yet
+    if not registry.get(registry.PTQ_METHODS, own.method).looks:  # its ranges are those of only some images so far
         made, rows = quantize(checkpoint, own, images, device)
     return made, rows, own, trials
 
 
 def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) -> Iterator[PtqSettings]:
+    """Yield the settings of the trials that round to the nearest level."""
     for granularity in grids:
         for rule in rules:
             for parts in PARTS:
@@ -107,7 +110,10 @@ def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) ->
 def learned_trials(
     settings: PtqSettings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]
 ) -> list[PtqSettings]:
-    """What learns on every grid, as the network is and equalized: what helps rounding to the nearest may hurt it."""
+    """Return the settings of the trials that learn: every method on every grid, without and with equalization.
+
+    Both are tried whatever helped rounding to the nearest level, because that may hurt learned rounding.
+    """
     found = []
     methods = [name for name in registry.names(registry.PTQ_METHODS) if registry.PTQ_METHODS[name].tried]
     for name, granularity in itertools.product(methods, grids):

@@ -66,6 +66,7 @@ def statistics(net: fx.GraphModule) -> dict[str, Normal]:
             continue
         variance = structure.norm_statistics(norm)[1].double()
         ones = torch.ones_like(variance)
+        # |gamma|, because a deviation has no sign: with a negative one, the mean behind a ReLU would come out wrong.
         gamma = ones if norm.weight is None else norm.weight.detach().double().abs()
         mean = 0 * ones if norm.bias is None else norm.bias.detach().double()
         # Because of epsilon, a channel of little variance has less than gamma, and one without variance is a constant.
@@ -75,9 +76,14 @@ def statistics(net: fx.GraphModule) -> dict[str, Normal]:
 
 
 def rectified(mean: Tensor, std: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of clip(x, 0, most) for x of N(mean, std^2): any shape, float64. `most` may be inf."""
-    spread = std.clamp(min=1e-30)
+    """Return mean and deviation of clip(x, 0, most) for x of N(mean, std^2): any shape, float64. `most` may be inf.
+
+    With a = -mean / std, z = (most - mean) / std, and pdf and cdf of N(0, 1), the mean is
+    std (pdf(a) - pdf(z)) + mean (cdf(z) - cdf(a)) + most (1 - cdf(z)): appendix C, for a ReLU and for a ReLU6.
+    """
+    spread = std.clamp(min=1e-30)  # a constant channel has std 0; so a and z are huge instead of 0 / 0
     a, z = -mean / spread, (most - mean) / spread
+    # Infinity times pdf(infinity) = 0 would be NaN, and so would infinity times 1 - cdf = 0.
     z_finite = z.clamp(max=1e15)
     inside = _cdf(z) - _cdf(a)
     above = torch.where(most.isinf(), 0.0, 1 - _cdf(z))
@@ -94,6 +100,7 @@ def _pdf(t: Tensor) -> Tensor:
 
 
 def _cdf(t: Tensor) -> Tensor:
+    # erfc and not 1 + erf, which far below the mean is 1 - 1 with all digits lost.
     return 0.5 * torch.erfc(-t / math.sqrt(2))
 
 
@@ -130,6 +137,7 @@ def _value(
     known: Mapping[str, ValueStatistics],
     spec: InputSpec,
 ) -> ValueStatistics | None:
+    """Return the statistics of the value of `node`; None for an operation through which they are not known."""
     if node.op == "placeholder":
         mean, std = torch.tensor(spec.mean).double(), torch.tensor(spec.std).double()
         return ValueStatistics(torch.zeros_like(mean), torch.ones_like(mean), -mean / std, (1 - mean) / std)
@@ -172,6 +180,7 @@ def _clipped(value: ValueStatistics, most: Tensor) -> ValueStatistics:
 
 
 def _sum(one: ValueStatistics, other: ValueStatistics) -> ValueStatistics:
+    """Return the statistics of a sum, as if its parts were independent: variances add up, and deviations do not."""
     mean, std = one.mean + other.mean, (one.std.square() + other.std.square()).sqrt()
     low = torch.maximum(one.low + other.low, mean - DEVIATIONS * std)
     return ValueStatistics(mean, std, low, torch.minimum(one.high + other.high, mean + DEVIATIONS * std))

@@ -37,6 +37,7 @@ def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str
         value = known.get(read.name)
         if module.bias is None:
             notes[layer.name] = "not corrected: it has no bias"
+        # A layer that runs twice has two inputs, whose means differ, and one bias for both.
         elif value is None or sum(other.target == layer.name for other in net.graph.nodes) > 1:
             notes[layer.name] = "not corrected: its input's mean is not known without data"
         else:
@@ -48,7 +49,11 @@ def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str
 
 
 def mean_shift(module: LayerModule, coded: Coded, mean: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """How far rounding moves the mean of the outputs of `module`, for inputs (channels, ...) of `mean`: (outputs,)."""
+    """Return how far rounding moves the mean of the outputs of `module`, (outputs,), for inputs of mean (channels,).
+
+    `shape` is that of an input without the batch. Rounding adds eps to the weight, and the layer is linear, so a layer
+    with the weight eps and no bias gives the shift.
+    """
     weight = module.weight
     image = per_channel(mean, len(shape)).expand(1, *shape)
     error = {"weight": coded.decode() - weight, "bias": torch.zeros_like(mean[:1]).expand(weight.shape[0])}
@@ -69,7 +74,10 @@ def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
 
 
 def channel_means(module: LayerModule, outputs: Tensor) -> Tensor:
-    """The mean of (n, channels, ...), or of a linear layer's (n, ..., channels), over all else: (channels,)."""
+    """Return the mean of `outputs` for each channel, (channels,).
+
+    They are (n, channels, ...), or (n, ..., channels) for a linear layer.
+    """
     return (
         outputs.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else outputs.transpose(0, 1).flatten(1).mean(1)
     )

@@ -82,6 +82,7 @@ def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
     entry = next(iter(net.graph.nodes))
     for node in net.graph.nodes:
         name = str(node.target) if node.op == "call_module" and str(node.target) in own else None
+        # `live` are values that are still to be read. With a skip connection open there are two, and no cut.
         if node.op == "output" or (name and len(names) >= least and live == {nodes[-1]}):
             found.append(Block(entry, tuple(nodes), tuple(dict.fromkeys(names))))
             if node.op == "output":
@@ -115,6 +116,7 @@ def run(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State
 
 
 def _run_all(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State]) -> Tensor:
+    """Run `block` on all images x (n, ...), a few at once."""
     return torch.cat([run(net, block, part, states) for part in torch.split(x, BATCH)])
 
 
@@ -139,27 +141,31 @@ class Learned:
         return self._state(adaround.stretched(self.v)[1].clamp(0, 1))
 
     def hard(self) -> Coded:
+        """Return the codes that were learned, on the grid with the learned scales."""
         scale = (self.grid.scale * self.size.detach().exp()).float()
         codes = (self.low + (self.v.detach() >= 0)).clamp(self.grid.lowest, self.grid.highest)
         return Coded(replace(self.grid, scale=scale), codes.to(self.grid.dtype))
 
     def _state(self, up: Tensor) -> State:
+        """Return weight and bias for codes that are `up` above `low`; `up` is 0 to 1, in the shape of the weight."""
         grid, codes = self.grid, (self.low + up).clamp(self.grid.lowest, self.grid.highest)
         return state(grid.integers(codes) * grid.along(grid.scale * self.size.exp(), codes.ndim), self.bias)
 
 
 def learned(module: LayerModule, coded: Coded) -> Learned:
-    """What starts at the float weight and bias of `module`, on the grid of `coded`."""
+    """Return parameters that start at the float weight and bias of `module`, on the grid of `coded`."""
     grid, bias = coded.codec, module.bias
     assert isinstance(grid, Grid)
     real = grid.unrounded(module.weight.detach())
     low = real.floor().clamp(grid.lowest, grid.highest)
+    # A weight beyond the grid is more than 1 above `low`, where V would be the logarithm of a negative number.
     v = adaround.start((real - low).clamp(0, 1 - 1e-6)).requires_grad_()
     own = None if bias is None else bias.detach().clone().requires_grad_()
     return Learned(grid, low, v, torch.zeros_like(grid.scale).requires_grad_(), own)
 
 
 def state(weight: Tensor, bias: Tensor | None) -> State:
+    """Return a layer's tensors by the names that its module has for them."""
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
@@ -188,6 +194,7 @@ def round_network(
         fresh = {name: structure.layer_module(net, name) for name in block.layers if name not in states}
         found = {name: nearest[own[name].weight] for name in fresh}
         states |= {name: state(found[name].decode(), _bias(module)) for name, module in fresh.items()}
+        # The target is the float network's, from the float input. So a block makes up for errors of those before it.
         targets = _run_all(net, block, plain, {})
         before = _error(net, block, rounded, targets, states)
         if fresh and before > 0:
@@ -231,10 +238,12 @@ def _learn(
         index = torch.randint(len(inputs), (min(settings.batch, len(inputs)),), generator=draw).to(inputs.device)
         with torch.enable_grad():
             outputs = forward(inputs[index], {**states, **{name: part.soft() for name, part in parts.items()}})
+            # Relative, so that one `weight` of the rounding term fits blocks whose outputs have different sizes.
             loss = (outputs - targets[index]).square().mean() / before
         adam.zero_grad()
         torch.autograd.backward(loss)
         if number > warm:
+            # The gradient of the rounding term is written out, so autograd need not run through it.
             beta, whole = adaround.beta_at((number - warm) / (steps - warm)), True
             for v in rounding:
                 sigmoid, raw = adaround.stretched(v)

@@ -101,6 +101,7 @@ def equalize(net: fx.GraphModule, factors: dict[str, Tensor], normals: dict[str,
     found = runs(net)
     reach = reaches(net, found, factors)
     total: dict[str, Tensor] = {}
+    # On the ranges alone: each pass would otherwise read and write all weights, which are scaled once, at the end.
     for _ in range(PASSES):
         largest = 0.0
         for run in found:
@@ -122,6 +123,7 @@ def equalize(net: fx.GraphModule, factors: dict[str, Tensor], normals: dict[str,
             s = total[link.first.name]
             notes[link.first.name] = f"equalized, 1/s {float(1 / s.max()):.2g} to {float(1 / s.min()):.2g}"
             if link.first.name in normals:
+                # What is divided by s has a mean and a deviation divided by s: absorption and correction rely on it.
                 own = normals[link.first.name]
                 normals[link.first.name] = Normal(own.mean / s.cpu(), own.std / s.cpu())
             bounds |= {node.name: (6 / s).float().cpu() for node in link.between if operators.is_a(net, node, RELU6)}
@@ -145,10 +147,11 @@ def absorb(net: fx.GraphModule, normals: dict[str, Normal]) -> dict[str, str]:
         own = normals[name]
         high = (own.mean - ABSORBED * own.std).clamp(min=0).to(first.weight.device)
         clips = _bounds(net, link)
-        for one in clips:
+        for one in clips:  # more than the bound cannot be absorbed: the clip never lets it pass
             high = torch.minimum(high, one.high.double())
         if not bool(high.any()):
             continue
+        # The values are lower by `high` now, and so is the bound that cuts them.
         for one in clips:
             one.high.copy_((one.high.double() - high).float())
         weight = by_channel(second, len(high)).double()
@@ -176,7 +179,8 @@ def scales(run: Sequence[Link], reach: Mapping[str, Tensor]) -> list[Tensor]:
     mean = stacked.log().mean(0).exp()
     found, s = [], torch.ones_like(mean)
     for own in ranges[:-1]:
-        s = s * own / mean
+        s = s * own / mean  # the inputs of each layer have been multiplied by the s before it
+        # A channel that is 0 somewhere has no range to equalize: s would be 0, infinite or NaN.
         found.append(torch.where((stacked > 0).all(0) & s.isfinite() & (s > 0), s, 1.0))
     return found
 
@@ -198,17 +202,18 @@ def reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mappi
 
 
 def _outputs(net: fx.GraphModule, layer: structure.Layer) -> int:
+    """Return the number of output channels of a layer."""
     return int(structure.layer_module(net, layer.name).weight.shape[0])
 
 
 def by_channel(module: LayerModule, channels: int) -> Tensor:
-    """A layer's weight as (groups, outputs, inputs, positions of one input channel)."""
+    """Return a layer's weight as (groups, outputs, inputs, positions of one input channel)."""
     groups, weight = _groups(module), module.weight
     return weight.reshape(groups, weight.shape[0] // groups, channels // groups, -1)
 
 
 def _scale(net: fx.GraphModule, link: Link, s: Tensor, factors: dict[str, Tensor]) -> None:
-    """Divide the first layer's channels by `s` and multiply what reads them; in place."""
+    """Divide the channels of a link's first layer by `s` (channels,) and multiply what reads them; in place."""
     first, second = structure.layer_module(net, link.first.name), structure.layer_module(net, link.second.name)
     if link.first.name in factors:
         factors[link.first.name] = factors[link.first.name] / s.to(factors[link.first.name].device)
@@ -237,12 +242,12 @@ def _is_depthwise(module: LayerModule) -> bool:
 
 
 def _pads(module: LayerModule) -> bool:
-    """Whether a layer reads zeros around its input."""
+    """Return whether a layer reads zeros around its input."""
     return not isinstance(module, nn.Linear) and any(module._reversed_padding_repeated_twice)
 
 
 def _stands_alone(net: fx.GraphModule, layer: structure.Layer, weights: Sequence[Any]) -> bool:
-    """Whether the layer runs once, and no other has its weights."""
+    """Return whether the layer runs once, and no other layer has its weights: scaling would change the other too."""
     own = structure.layer_module(net, layer.name).weight
     calls = sum(node.target == layer.name for node in net.graph.nodes)
     return calls == 1 and sum(weight is own for weight in weights) == 1
@@ -251,7 +256,7 @@ def _stands_alone(net: fx.GraphModule, layer: structure.Layer, weights: Sequence
 def _channels_match(
     net: fx.GraphModule, first: structure.Layer, second: structure.Layer, between: Sequence[fx.Node]
 ) -> bool:
-    """Whether the second layer's inputs are the first one's channels, each of them in one piece."""
+    """Return whether the inputs of the second layer are the channels of the first one, each of them in one piece."""
     one, other = structure.layer_module(net, first.name), structure.layer_module(net, second.name)
     flattened = any(operators.is_a(net, node, FLATTEN) for node in between)
     if not isinstance(other, nn.Linear):
@@ -263,7 +268,7 @@ def _channels_match(
 
 
 def _from_channels_on(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether a flatten joins all axes except the batch."""
+    """Return whether a flatten joins all axes except the batch."""
     module = operators.module_of(net, node)
     if isinstance(module, nn.Flatten):
         return module.start_dim == 1 and module.end_dim == -1

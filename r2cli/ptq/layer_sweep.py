@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from r2cli import registry
 from r2cli.errors import InputError
 from r2cli.graph import structure
 from r2cli.graph.operators import LayerModule
@@ -27,7 +28,7 @@ class LayerSample:
 
     layer: structure.Layer
     module: LayerModule
-    bound: float | None  # of the ReLU that follows: infinity, or 6; None where none does
+    bound: float | None  # the bound of the ReLU that follows: infinity, or 6 for ReLU6; None without a ReLU
     inputs: Tensor  # in the float network
     rounded_inputs: Tensor  # in the network whose earlier layers are quantized
 
@@ -55,6 +56,7 @@ def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, 
         layer = own.get(str(node.target)) if node.op == "call_module" else None
         if layer is None:
             plain[node] = images if node.op == "placeholder" else run(net, node, plain)
+            # Before the first layer both networks have the same values: then the node runs once.
             same = all(plain[source] is rounded[source] for source in node.all_input_nodes)
             rounded[node] = plain[node] if same else run(net, node, rounded)
         else:
@@ -91,7 +93,8 @@ def first(batches: Iterable[Tensor], count: int) -> Tensor:
         if sum(map(len, taken)) >= count:
             break
     if not taken:
-        raise InputError("this method looks at calibration images, and there are none: give --method none")
+        other = registry.PTQ_NEAREST
+        raise InputError(f"this method looks at calibration images, and there are none: give --method {other}")
     return torch.cat(taken)
 
 

@@ -51,6 +51,7 @@ def curvature(
     for images, labels in batches:
         # torch's fused kernels for attention have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            # The sum and not the mean: batches of different sizes then add up, and the end divides by all images.
             loss = F.cross_entropy(net(images), labels, reduction="sum")
             slopes = torch.autograd.grad(loss, own, create_graph=True)
             for _ in range(DRAWS):
@@ -87,7 +88,11 @@ def allot(tried: Mapping[str, Widths], factor: Mapping[str, float], budget: int)
 
 
 def front(widths: Widths) -> Front:
-    """The lower hull of `widths`, bits to (bytes, sensitivity): each step down costs more for a byte than the last."""
+    """Return the lower hull of `widths`, bits to (bytes, sensitivity), from the widest to the narrowest.
+
+    Each step down costs more per byte than the one before it. Without that, a cheap step could be hidden behind a dear
+    one, and taking the cheapest step each time would miss it.
+    """
     hull: Front = []
     for bits, (size, cost) in sorted(widths.items(), key=lambda item: (item[1][0], item[1][1])):
         if hull and cost >= hull[-1][2]:
@@ -123,11 +128,12 @@ def choose(fronts: Mapping[str, Front], budget: int) -> dict[str, int]:
         raise InputError(f"the target of {budget:,} bytes is out of reach: the layers take {least:,} bytes at least")
     place = dict.fromkeys(fronts, 0)
     left = budget - sum(own[0][1] for own in fronts.values())
-    while left < 0:
+    while left < 0:  # over the budget: take the step down that costs least per byte
         down = [name for name, own in fronts.items() if place[name] + 1 < len(own)]
         name = min(down, key=lambda n: _price(fronts[n][place[n]], fronts[n][place[n] + 1]))
         left += _saved(fronts[name], place[name])
         place[name] += 1
+    # The last step down may have saved more than was needed. What is left buys the steps up that gain most per byte.
     while up := [n for n, own in fronts.items() if place[n] and _saved(own, place[n] - 1) <= left]:
         name = max(up, key=lambda n: _price(fronts[n][place[n] - 1], fronts[n][place[n]]))
         place[name] -= 1

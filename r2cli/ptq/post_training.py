@@ -1,8 +1,10 @@
-"""Post-training quantization: a float checkpoint to one of codes, in one pass and with no training.
+"""Post-training quantization: from a float checkpoint to one with codes, in one pass and without training.
 
 fold (or keep the factor of BatchNorm for the scale) -> equalize -> grid and codes of every weight -> absorb, correct ->
-ranges of the activations over calibration images, or from the BatchNorms where there are none -> biases onto their
-int32 grid. A method is one entry of `registry.PTQ_METHODS`: how it rounds, and which parts of DFQ it has.
+ranges of the activations over calibration images, or from the BatchNorms if there are none -> biases onto their int32
+grid.
+
+A method is an entry of `registry.PTQ_METHODS`, which says how it rounds and which parts of DFQ it has.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -44,11 +46,12 @@ CLIP, RELU = "clip", "relu"
 
 @dataclass(frozen=True)
 class PtqSettings:
-    """`act_bits` None leaves activations float. `keep` maps layer-name patterns to other weight bits.
+    """What is asked of post-training quantization.
 
-    `parts` of DFQ stand in the place of the method's own. `relu6` is what equalization makes of one: 'clip' (the same
-    function) or 'relu' (another one). `weight_range` is a rule of `weight_grids.RANGES`, `act_range` one of
-    `observers.OBSERVERS` for what images show.
+    `act_bits` None leaves activations in float. `keep` maps patterns of layer names to other bits of weights. `parts`
+    are the parts of DFQ to do; None means those of the method. `relu6` says what equalization makes of a ReLU6: 'clip'
+    keeps the function, and 'relu' changes it. `weight_range` is a rule of `weight_grids.RANGES`, and `act_range` is one
+    of `observers.OBSERVERS`.
     """
 
     method: str
@@ -66,7 +69,7 @@ class PtqSettings:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What became of one layer. `sqnr` in dB, of the deployed weight against the float one."""
+    """What became of one layer. `sqnr` is in dB, of the deployed weight against the float one."""
 
     layer: str
     shape: tuple[int, ...]
@@ -84,21 +87,22 @@ def quantize(
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[Checkpoint, list[QuantizedLayer]]:
-    """Every convolution and linear weight of `checkpoint` as codes, activations on grids set over `images`.
+    """Return `checkpoint` with codes for its weights and grids for its activations, and a row for every layer.
 
-    Without images the BatchNorms' statistics stand in for them. `images` are gone through more than once, and not kept
-    but for what a method's memory bound allows. `advance` is called after each layer that a method has rounded. Raises
-    InputError for a coded checkpoint, a pattern that names no layer, a graph that cannot be read, and for what is not
-    known without images.
+    The ranges of activations are those on `images`, batches of (n, c, s, s), or those that the BatchNorms' statistics
+    give if it is None. `images` are read more than once; only as many are kept as fit a method's memory. `advance` is
+    called after each layer that a method has rounded. Raises InputError for a coded checkpoint, a pattern that names no
+    layer, a graph that cannot be read, and for what cannot be known without images.
     """
     method, looks = ptq_method.method(settings.method), _looks(settings)
     parts = _parts(settings)
     if settings.embeddings and _needs_graph(settings):
-        raise InputError("--embeddings is for weights alone: give --method none --act-bits none")
+        raise InputError(f"--embeddings is for weights alone: give --method {registry.PTQ_NEAREST} --act-bits none")
     if settings.embeddings:
         return _weights_alone(checkpoint, settings)
     if looks and images is None:
-        raise InputError(f"--method {settings.method} needs data: give --data, or --method dfq, which needs none")
+        other = registry.PTQ_DATALESS
+        raise InputError(f"--method {settings.method} needs data: give --data, or --method {other}, which needs none")
     try:
         net, factors, normals, notes = _prepare(checkpoint, settings)
     except (Unreadable, equivalence.Misread):
@@ -106,6 +110,8 @@ def quantize(
             raise
         return _weights_alone(checkpoint, settings)
     coded = _nearest(net, settings, factors)
+    # After the weights have their codes, because absorption changes biases only; before the biases are corrected,
+    # because the correction needs the means that absorption leaves.
     if ABSORB in parts:
         notes.append(equalize.absorb(net, normals))
     if CORRECT in parts and images is None:
@@ -129,7 +135,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class ChosenBits:
-    """One layer of a mixed-precision choice: its bits, and the sensitivity at every width tried."""
+    """One layer of a choice of mixed precision: its bits, and its sensitivity at every width that was tried."""
 
     layer: str
     bits: int
@@ -138,7 +144,10 @@ class ChosenBits:
 
 @dataclass(frozen=True)
 class BitTarget:
-    """The mean `bits` of a weight, or the `size` of codes, scales and zero points in bytes; by a `sensitivity`."""
+    """A budget, and the `sensitivity` that it is spent by, one of `mixed_precision.SENSITIVITIES`.
+
+    The budget is the mean number of `bits` per weight, or else the `size` of codes, scales and zero points in bytes.
+    """
 
     bits: float | None
     size: int | None
@@ -154,15 +163,15 @@ def choose_bits(
     device: torch.device,
     seed: int,
 ) -> tuple[PtqSettings, list[ChosenBits]]:
-    """`settings` with the bits that keep the loss lowest within `target`: the most common as `weight_bits`, the others
-    as `keep`. Layers that `settings.keep` names have their bits already, and count.
+    """Return `settings` with the bits that keep the loss lowest within `target`, and the choice for every layer.
 
-    `batches` of labelled images are looked at for 'hessian' alone. Raises InputError as `quantize` does, and for a
-    target that is out of reach.
+    The most common bits become `weight_bits`, and the others `keep`. Layers that `settings.keep` names have the bits
+    that it says, and their size counts. `batches` of labelled images are read for the sensitivity 'hessian' only.
+    Raises InputError as `quantize` does, and for a target that is out of reach.
     """
     net, factors, *_ = _prepare(checkpoint, settings)
     fixed = structure.by_pattern([layer.name for layer in structure.layers(net)], 0, settings.keep)
-    usual = [bits for bits in mixed_precision.WIDTHS if settings.symmetric or bits > 1]
+    usual = [bits for bits in mixed_precision.WIDTHS if settings.symmetric or bits > 1]  # one bit has no zero point
     weights, tried = {}, {}
     for layer, module in structure.named_layers(net):
         weight, own = structure.float_weight(module), {}
@@ -188,16 +197,17 @@ def choose_bits(
 
 
 def _parts(settings: PtqSettings) -> tuple[str, ...]:
-    """What of DFQ is done."""
+    """Return the parts of DFQ that are done."""
     return registry.get(registry.PTQ_METHODS, settings.method).parts if settings.parts is None else settings.parts
 
 
 def _looks(settings: PtqSettings) -> bool:
-    """Whether the method looks at images."""
+    """Return whether the method looks at images."""
     return registry.get(registry.PTQ_METHODS, settings.method).looks
 
 
 def _needs_graph(settings: PtqSettings) -> bool:
+    """Return whether the work needs the network's graph, and not only its weights."""
     return settings.act_bits is not None or _looks(settings) or bool(_parts(settings))
 
 
@@ -207,19 +217,23 @@ Notes = list[dict[str, str]]
 def _prepare(
     checkpoint: Checkpoint, settings: PtqSettings
 ) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, batchnorm_statistics.Normal], Notes]:
-    """The float network without BatchNorms, equalized where it is to be; the factor that is left to apply and the
-    statistics of each layer's BatchNorm, and notes by layer."""
+    """Return the float network without BatchNorms, equalized if that is asked for, and what was found on the way.
+
+    That is, by layer: the factor of its BatchNorm, which is still to be applied; the statistics of its BatchNorm; and
+    notes. Raises InputError for a coded checkpoint, and for a network that cannot be read or has no layer.
+    """
     require_float(checkpoint)
     net = equivalence.read(deployed.network(checkpoint), checkpoint.input)
     constant = batchnorm.make_dead_channels_constant(net)
     notes = [{name: f"{count} dead channels made constant" for name, count in constant.items()}]
+    # One grid for the tensor is as coarse as its largest channel, so channels that hardly vary must not be the largest.
     if settings.granularity == TENSOR:
         notes.append(
             {name: f"{count} quiet channels lowered" for name, count in batchnorm.lower_quiet_channels(net).items()}
         )
     if not structure.layers(net):
         raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
-    normals = batchnorm_statistics.statistics(net)
+    normals = batchnorm_statistics.statistics(net)  # read before the BatchNorms are gone
     factors = batchnorm.remove_norms(net)
     if EQUALIZE in _parts(settings):
         if settings.relu6 == RELU:
@@ -235,7 +249,10 @@ def _activations(
     spec: InputSpec,
     known: Iterable[Tensor] | Mapping[str, batchnorm_statistics.Normal],
 ) -> dict[str, Grid]:
-    """Put activations on grids from what is known, images or layers' statistics, and biases on theirs; in place."""
+    """Put the activations of `net` on grids, and its biases on theirs, in place. Returns the grids by value.
+
+    `known` is what the ranges come from: batches of images, or the statistics of layers by name.
+    """
     if settings.act_bits is None:
         return {}
     if not isinstance(known, Mapping):
@@ -247,7 +264,7 @@ def _activations(
 
 
 def _nearest(net: fx.GraphModule, settings: PtqSettings, factors: Mapping[str, Tensor]) -> dict[str, Coded]:
-    """The nearest codes of every weight; the weights are folded, in place."""
+    """Return the nearest codes of every weight, by its name. Folds the weights of `net`, in place."""
     bits = structure.by_pattern([layer.name for layer in structure.layers(net)], settings.weight_bits, settings.keep)
     if not settings.symmetric and 1 in bits.values():
         raise InputError("one bit has two levels, -s and +s, which no zero point moves: give --symmetric, or 2 bits")
@@ -260,9 +277,10 @@ def _nearest(net: fx.GraphModule, settings: PtqSettings, factors: Mapping[str, T
 
 
 def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Checkpoint, list[QuantizedLayer]]:
-    """Codes of the weights of all layers, BatchNorm left where it is: what needs no graph.
+    """Return `checkpoint` with codes for the weights of all layers, and a row for each. It needs no graph.
 
-    Raises InputError as `quantize` and `graph.weighted` do.
+    BatchNorms stay where they are, and activations stay float. Raises InputError as `quantize` and
+    `structure.weighted` do.
     """
     require_float(checkpoint)
     model = deployed.network(checkpoint)
@@ -288,7 +306,11 @@ def _look(
     corrects: bool,
     advance: Callable[[], None],
 ) -> tuple[dict[str, Coded], dict[str, str]]:
-    """What a method makes of the layers over images: codes, and notes by layer; biases in place."""
+    """Let a method round the layers on `images` (n, c, s, s). Returns codes by the weight's name, and notes by layer.
+
+    Biases are changed in place. With `corrects`, they are corrected after each layer is rounded, so that the next layer
+    sees corrected inputs.
+    """
     if method.whole is not None:
         coded, learned = method.whole(net, images, nearest, advance)
         _set_biases(net, learned)
@@ -306,7 +328,7 @@ def _look(
 
 
 def _set_biases(net: fx.GraphModule, biases: Mapping[str, Tensor | None]) -> dict[str, str]:
-    """Give each layer its corrected bias; in place. Returns what became of it, by the layer's name."""
+    """Give each layer its corrected bias, in place. Returns a note for each layer, by name."""
     for name, corrected in biases.items():
         own = structure.bias_of(net.get_submodule(name))
         if corrected is not None and own is not None:
@@ -315,7 +337,10 @@ def _set_biases(net: fx.GraphModule, biases: Mapping[str, Tensor | None]) -> dic
 
 
 def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | None) -> tuple[Coded, Tensor]:
-    """The weight as it is deployed, on the nearest levels of its grid, and the float weight that it stands for."""
+    """Return a weight (channels, ...) on the nearest levels of its grid, as it is deployed, and the float weight.
+
+    `factor` (channels,) is that of the BatchNorm after the layer. The float weight is the one with the factor in it.
+    """
 
     def nearest(w: Tensor, *, per_channel: bool) -> Coded:
         rule, symmetric = settings.weight_range, settings.symmetric
@@ -325,6 +350,8 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
     folded = batchnorm.folded(weight, factor)
     if settings.granularity != UNFOLDED:
         return nearest(folded, per_channel=settings.granularity == CHANNEL), folded
+    # Unfolded: one grid on the weight as it was trained, whose range a regularizer has kept narrow. Folding would make
+    # outliers of the channels with a large factor; here the factor goes into the scales instead.
     raw = nearest(weight, per_channel=False)
     if factor is None:
         return raw, folded
@@ -332,7 +359,8 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
     assert isinstance(grid, Grid)
     scale, exact = batchnorm.folded_scale(grid.scale, factor)
     own = replace(grid, scale=scale, zero_point=grid.zero_point.expand(len(scale)).contiguous(), axis=0)
-    # Where a scale was lifted to a usable one the codes are found again: multiplied by it as they are, they would grow.
+    # Where a scale was too small to use it was raised. The old codes times the new scale would be too large, so the
+    # codes are found again.
     lifted = per_channel(scale != exact, weight.ndim)
     return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
 

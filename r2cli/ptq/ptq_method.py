@@ -1,4 +1,4 @@
-"""What a method of post-training quantization is: how it rounds."""
+"""What a method of post-training quantization consists of: how it rounds."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,8 +15,11 @@ Rounded = tuple[dict[str, Coded], dict[str, Tensor]]  # codes by the weight's na
 
 @dataclass(frozen=True)
 class PtqMethod:
-    """How a method rounds one layer, given what the layer sees and the nearest codes; or `whole`, the network, given
-    images, the nearest codes of all, and whom to tell of each layer that is done. Neither: it keeps the nearest."""
+    """How a method rounds. One that has neither function keeps the nearest codes.
+
+    `rounds` rounds one layer, given the layer with its inputs, and its nearest codes. `whole` rounds the network, given
+    the graph, images (n, c, s, s), the nearest codes by the weight's name, and a function to call after each layer.
+    """
 
     rounds: Callable[[LayerSample, Coded], Coded] | None = None
     whole: Callable[[fx.GraphModule, Tensor, Mapping[str, Coded], Callable[[], None]], Rounded] | None = None
@@ -26,8 +29,10 @@ NEAREST = PtqMethod()
 
 
 def method(name: str) -> PtqMethod:
-    """The method of that name. Raises InputError for a name that nobody has, and for one that does not fit its
-    entry."""
+    """Return the method of that name.
+
+    Raises InputError for an unknown name, and for an entry that is no PtqMethod or does not say what the method needs.
+    """
     found = registry.load(registry.PTQ_METHODS, name)
     if not isinstance(found, PtqMethod):
         raise InputError(f"the method '{name}' is a {type(found).__name__} and no PtqMethod: mend the package it is of")

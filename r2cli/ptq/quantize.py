@@ -1,4 +1,4 @@
-"""`PtqConfig` to codes: what is asked for becomes settings, bits and grids are chosen, and the network is quantized."""
+"""From a `PtqConfig` to codes: the options become settings, bits and grids are chosen, and the network is quantized."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,10 +24,10 @@ from r2cli.train.reporter import SILENT, Reporter
 
 @dataclass(frozen=True)
 class PtqResult(Result):
-    """`settings` are those that were chosen, `bits` and `trials` what they were chosen from.
+    """What `quantize` returns. `settings` were chosen from `bits` and `trials`.
 
-    `calibration` is how many images were looked at. `relu_top1` is the float network's accuracy with ReLU in the place
-    of ReLU6, where that was asked for.
+    `calibration` is how many images were looked at. `relu_top1` is the accuracy of the float network in percent with
+    every ReLU6 replaced by ReLU, where that was asked for.
     """
 
     settings: PtqSettings = field(kw_only=True)
@@ -38,13 +38,16 @@ class PtqResult(Result):
 
 
 def looks_at_images(config: PtqConfig, *, has_data: bool) -> bool:
-    """Whether calibration images are wanted. DFQ works without, unless data or a number of images is given."""
+    """Return whether calibration images are wanted.
+
+    DFQ works without images, unless data or a number of images is given.
+    """
     dataless = registry.get(registry.PTQ_METHODS, config.method).dataless
     return config.calibration != 0 and not (dataless and not has_data and config.calibration is None)
 
 
 def settings_of(config: PtqConfig) -> PtqSettings:
-    """The settings that `config` asks for, with the defaults of its method."""
+    """Return the settings that `config` asks for, with the defaults of its method."""
     bits = config.weight_bits or 8
     mixed = bool(config.target_bits or config.target_bytes)
     acts = values.act_bits(config.act_bits)
@@ -65,12 +68,12 @@ def settings_of(config: PtqConfig) -> PtqSettings:
 
 
 def options_of(config: PtqConfig, settings: PtqSettings, calibration: int) -> dict[str, Any]:
-    """What the work depends on, by the names of options."""
+    """Return all values that the result depends on, by the names of options."""
     return {**settings.__dict__, "calibration": calibration, "seed": config.seed}
 
 
 def bits_again(settings: PtqSettings) -> list[str]:
-    """The bits that mixed precision chose, as options that give the same bytes."""
+    """Return the bits that mixed precision chose, as options that give the same bytes."""
     kept = [word for name, bits in settings.keep.items() for word in ("--keep", f"{name}={bits}")]
     if settings.weight_range != registry.usual_weight_range(settings.method, settings.weight_bits):
         kept += ["--weight-range", settings.weight_range]
@@ -78,7 +81,7 @@ def bits_again(settings: PtqSettings) -> list[str]:
 
 
 def trial_again(trials: Sequence[auto.Trial]) -> list[str]:
-    """The best of the trials, as options that give the same bytes."""
+    """Return the best of the trials, as options that give the same bytes."""
     best = min(trials, key=lambda trial: trial.divergence)
     form = ["--method", best.method, "--granularity", best.granularity, "--weight-range", best.weight_range]
     return [*form, "--parts", ",".join(best.parts) or values.NO_PARTS]
@@ -87,10 +90,10 @@ def trial_again(trials: Sequence[auto.Trial]) -> list[str]:
 def quantize(
     made: Checkpoint, source: Data | None, config: PtqConfig, *, calibration: int, reporter: Reporter = SILENT
 ) -> PtqResult:
-    """The float network `made` with codes for weights and grids for activations, from `calibration` images of `source`.
+    """Quantize the float network `made` as `config` asks, with `calibration` images of `source`.
 
-    Without `source` accuracy is not measured, and nothing may look at images. Raises InputError for what does not fit
-    the network or needs images that are not there.
+    Without `source` the accuracy is not measured, and nothing may look at images. Raises InputError for what does not
+    fit the network, or needs images that are not there.
     """
     where, entry = loop.device(config.device), registry.get(registry.PTQ_METHODS, config.method)
     settings, chosen_bits = settings_of(config), list[ChosenBits]()
@@ -110,7 +113,7 @@ def quantize(
     else:
         with reporter.bar(config.method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
             coded, layers = post_training.quantize(made, settings, images, where, progress.advance)
-    # What was chosen is recorded, and not what was asked for: the same choice is the same bytes, however it came.
+    # What was chosen is recorded, and not what was asked for: the same choice gives the same bytes, however it came.
     options = options_of(config, settings, calibration)
     relu = _top1_with_relu(made, source, where) if entry.parts and config.relu6 == post_training.RELU else None
     details: dict[str, Any] = {
@@ -144,9 +147,12 @@ def _best(
     where: torch.device,
     reporter: Reporter,
 ) -> tuple[Checkpoint, list[post_training.QuantizedLayer], PtqSettings, list[auto.Trial]]:
-    """What `--method auto` keeps, with its settings and all trials."""
+    """Return what `--method auto` keeps, with its settings and all trials. Raises InputError without images."""
     if images is None:
-        raise InputError("--method auto needs images: give --calibration, or --method dfq, which needs none")
+        other = registry.PTQ_DATALESS
+        raise InputError(
+            f"--method {config.method} needs images: give --calibration, or --method {other}, which needs none"
+        )
 
     def tried(trial: auto.Trial) -> None:
         measured = f"outputs at {trial.sqnr:.1f} dB, {trial.divergence:.2g} nats, {trial.seconds:.1f} s"
@@ -158,7 +164,7 @@ def _best(
 
 
 def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) -> float | None:
-    """Top-1 of the float network with ReLU in the place of ReLU6, in percent; None without data."""
+    """Return the top-1 in percent of the float network with every ReLU6 replaced by ReLU; None without data."""
     if source is None:
         return None
     net = trace(deployed.network(made), made.input.blank(2))

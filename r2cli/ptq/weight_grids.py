@@ -29,6 +29,7 @@ def _minmax(w: Tensor, bits: int, symmetric: bool) -> Range:
 
 def _percentile(percent: float) -> Callable[[Tensor, int, bool], Range]:
     def rule(w: Tensor, bits: int, symmetric: bool) -> Range:
+        # So many at each end, and not of |w|: the two tails of a weight may differ.
         ordered = w.sort(1).values
         place = (w.shape[1] - 1) * (100 - percent) / 100
         below, share = int(place), place - int(place)  # interpolated linearly, as NumPy does
@@ -68,6 +69,7 @@ def weight_grid(w: Tensor, bits: int, *, per_channel: bool, rule: str = "minmax"
         scale = usable(min_max_scale(low, high, flat.abs().mean(1), bits).float())
         zero = torch.zeros_like(scale, dtype=torch.int32)
     else:
+        # The range must hold 0, and 0 must be a level: pruned weights stay pruned.
         low, high = low.double().clamp_max(0), high.double().clamp_min(0)
         scale = usable(((high - low) / (2**bits - 1)).float())
         zero = torch.round(-low / scale).clamp(0, 2**bits - 1).int() - 2 ** (bits - 1)

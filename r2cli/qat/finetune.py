@@ -1,8 +1,8 @@
-"""Training with quantizers: what the learners ask of the loop, and the options that come to it.
+"""The training of quantization-aware training: what the quantizers ask of the training loop, and the run's options.
 
-Before every evaluation the wide grids, and BatchNorm's statistics unless training's own are to stay, are set again over
-the calibration images. With `progressive` the epochs are shared out among 8, 4 and the wanted bits, and learners start
-again at each change.
+Before every evaluation the calibration images set the wide grids again, and the statistics of BatchNorm too unless
+those of training are to stay. With `progressive` the epochs are divided among 8 bits, 4 bits and the wanted bits, and
+the quantizers start again at each change.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +30,11 @@ STEPS_DOWN = (8, 4)  # bits on the way
 
 @dataclass(frozen=True)
 class QatPlan:
-    """A training run. `quantizer_lr` steps the quantizers' own numbers.
+    """A training run. `quantizer_lr` is the learning rate of the quantizers' own parameters.
 
-    `distill` weighs the distance to the float network's predictions. `norms`: collect BatchNorm's statistics again.
-    `options` are those that single methods have, by name: each takes its own, and has its entry's defaults.
+    `distill` is the weight of the distance to the float network's predictions in the loss. `norms` says whether
+    BatchNorm's statistics are collected again. `options` are the options that only some methods have, by name: a method
+    takes those that it knows, and the defaults of its entry in the registry for the rest.
     """
 
     loop: TrainSettings
@@ -45,7 +46,7 @@ class QatPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self, work: QatTask) -> dict[str, Any]:
-        """What a resumed run must share, beside the loop's settings, by the names of options."""
+        """Return what a resumed run must share beside the loop's settings, by the names of options."""
         own = {"quantizer_lr": self.quantizer_lr, "distill": self.distill, "progressive": self.progressive}
         more = {**self.options, "norms": self.norms, "from_scratch": work.scratch}
         return {**asdict(work.settings), "keep": dict(work.settings.keep), **own, **more}
@@ -54,9 +55,9 @@ class QatPlan:
 def by_training(
     work: QatTask, plan: QatPlan, source: Data, following: RunControl
 ) -> tuple[Checkpoint, list[TrainedLayer], list[Epoch]]:
-    """Codes and grids by training on `source`, with what became of every layer and what every epoch came to.
+    """Train on `source`. Returns the coded checkpoint, a row for every layer, and the result of every epoch.
 
-    Raises InputError for settings that do not fit the network, R2Error where training diverges.
+    Raises InputError for settings that do not fit the network, and R2Error if training diverges.
     """
     prepared = prepare.prepare(work)
     history = loop.fit(
@@ -74,13 +75,15 @@ def by_training(
 
 
 def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHooks:
+    """Return what the training loop does for the quantizers of `prepared`, beside training the weights."""
     kind = qat_method.method(work.settings.method)
     options = registry.own_options(registry.get(registry.QAT_METHODS, work.settings.method), plan.options)
     own = [*prepared.weights.values(), *prepared.activations]
     parameters = [parameter for learner in own for parameter in learner.parameters()]
+    # Decay would pull a step or a range to 0, whatever the loss says of it. PACT's paper alone decays its bound.
     decay = plan.loop.weight_decay if kind.decays else 0.0
     groups = [{"params": parameters, "base_lr": plan.quantizer_lr, "weight_decay": decay}] if parameters else []
-    now: list[EpochStart] = []
+    now: list[EpochStart] = []  # the epoch that runs: `before_epoch` sets it, and `add_gradients` reads it
 
     def before_epoch(number: int) -> None:
         if plan.progressive:
@@ -92,6 +95,8 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
         for name, parameter in prepared.net.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise R2Error(f"training diverged in epoch {number}: '{name}' is not finite; use a lower --lr")
+        # The running statistics lag behind the weights, and low-bit weights move in jumps. What is evaluated here, and
+        # folded at the end, has statistics of the weights as they are.
         quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=plan.norms)
 
     return hooks.TrainHooks(
@@ -107,7 +112,8 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
 
 
 def _distance_to(work: QatTask, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """`weight` times the cross entropy of logits with the float network's predictions of the same images."""
+    """Return a loss: `weight` times the cross entropy of logits with the float network's class probabilities."""
+    # The weights are in this layout too (see loop.py): it is the faster one for convolutions.
     teacher = deployed.network(work.checkpoint).to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(images: Tensor, logits: Tensor) -> Tensor:
@@ -119,25 +125,28 @@ def _distance_to(work: QatTask, weight: float) -> Callable[[Tensor, Tensor], Ten
 
 
 def bits_at(number: int, epochs: int, bits: int) -> int:
-    """The bits of epoch `number` (from 1) on the way to `bits`."""
+    """Return the bits of epoch `number` (from 1) on the way to `bits`, in stages of equal length."""
     stages = [*(step for step in STEPS_DOWN if step > bits), bits]
     return stages[(number - 1) * len(stages) // epochs]
 
 
 def _step_down(work: QatTask, prepared: Prepared, number: int, epochs: int) -> None:
-    """Give every learner the bits of this epoch; where that changes any, or nothing has begun, start them again.
+    """Give every quantizer the bits of this epoch. If that changes the bits of any, all start again.
 
-    A run that goes on in the middle of a stage has its learners' numbers from the resume state.
+    They start again in the first epoch too. A run that is resumed within a stage does not start them: it has their
+    parameters from the resume state.
     """
     every: Sequence[Any] = [*prepared.weights.values(), *prepared.activations]
     changed = number == 1
     for learner in every:
+        # A quantizer is made with the bits that are wanted at the end, and keeps them here.
         learner.target = getattr(learner, "target", learner.bits)
         learner.bits = bits_at(number, epochs, learner.target)
         changed |= number > 1 and learner.bits != bits_at(number - 1, epochs, learner.target)
     if changed:
         for _, own, weight in prepared.each():
             own.start(weight.detach())
+        # In the order of `prepare.prepare`: the first images are to meet weights that have their scale.
         prepare.keep_scales(prepared)
         images, _ = next(iter(work.batches()))
         quantizer_placement.start(prepared, images)

@@ -1,12 +1,17 @@
-"""LSQ: the step of the levels is learned with the weights.
+"""LSQ: the step between the levels is a parameter, which is trained with the weights.
 
 Paper: Esser et al., "Learned Step Size Quantization" (2020), equations 1 to 3 and section 2.2.
 
-`reference` is the formula with its gradient. In training `fake_quant.quantize` rounds and keeps x and y alone, and
-`slope` and `rule` give the same gradient (tests/test_qat_methods.py holds them equal). A step of ResNet-18 takes 1.05
-float steps, and 1.42 with a quantizer in autograd's plain operations, as Brevitas has it (benchmarks/qat.md).
+    y = s * round(clip(x / s, -Qn, Qp))
+    dy/dx = 1 for -Qn < x / s < Qp, else 0
+    dy/ds = round(x / s) - x / s inside, -Qn below and Qp above; times 1 / sqrt(N * Qp)
 
-s starts as 2 * mean|x| / sqrt(Qp), or with `fitted` where least is lost.
+`reference` is the formula with its gradient. In training, `fake_quant.quantize` rounds and keeps only x and y, and
+`slope` and `rule` give the same gradient; tests/test_qat_methods.py holds the two equal. A training step of ResNet-18
+takes as long as 1.05 steps in float; with a quantizer written in autograd's operations, as in Brevitas, it takes 1.42
+(benchmarks/qat.md).
+
+The step starts at 2 * mean|x| / sqrt(Qp), as in the paper; with `fitted`, which is ours, at the step that loses least.
 """
 
 import torch
@@ -20,14 +25,16 @@ from r2cli.quantized.coded import Coded
 from r2cli.quantized.fake_quant import Bound, Codes, Rule
 from r2cli.quantized.grid import Grid
 
-BINS_FROM = 0.5  # share of the epochs after which bin regularization sets in
+# The share of the epochs after which bin regularization begins. The paper too trains without it first: until the steps
+# have settled, the levels that it draws weights to still move.
+BINS_FROM = 0.5
 
 
 def reference(x: Tensor, s: Tensor, codes: Codes, count: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y of x (any shape) and the step s (), and for its gradient `g` those of x and of s: equations 1 to 3.
+    """Return y of `x` (any shape) for the step `s` (), and the gradients by x and s where `g` is that by y.
 
-    `codes` are -Qn and Qp: -2**(b-1) and 2**(b-1) - 1 of weights, 0 and 2**b - 1 of activations. `count` is N, the
-    number of a layer's weights, or of a sample's activations.
+    Equations 1 to 3. `codes` are -Qn and Qp: -2**(b-1) and 2**(b-1) - 1 for weights, 0 and 2**b - 1 for activations.
+    `count` is N, the number of a layer's weights, or of the activations of one sample.
     """
     lowest, highest = codes
     v = x / s
@@ -35,30 +42,37 @@ def reference(x: Tensor, s: Tensor, codes: Codes, count: int, g: Tensor) -> tupl
     inside = (v > lowest) & (v < highest)
     dy_dx = torch.where(inside, 1.0, 0.0)  # 0 at the bounds too
     dy_ds = torch.where(inside, v.round() - v, v.clamp(lowest, highest))
+    # Section 2.2: the step gets a gradient from every value, so its relative change would be far larger than that of a
+    # weight; 1 / sqrt(N Qp) balances the two.
     return y, g * dy_dx, (g * dy_ds).sum() / (count * highest) ** 0.5
 
 
 def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
-    """The gradient of x of `reference`, into `out`, and s * sum(g * dy/ds) of one chunk.
+    """Write `reference`'s gradient by x to `out`, and return s * sum(g * dy/ds) of one chunk, ().
 
-    s * dy/ds is y - x inside and y elsewhere: the sum of g * y less that of g * x inside, two dot products.
+    s * dy/ds is y - x inside the range and y outside. So the sum is that of g * y, minus that of g * x inside.
     """
     fake_quant.inside(g, x, low, high, out)
     return torch.dot(g, y) - torch.dot(out, x)
 
 
 def rule(count: int, highest: int, step: Tensor) -> Rule:
-    """What `fake_quant.quantize` does with it: the chunks' sum times 1 / s and 1 / sqrt(N * Qp)."""
+    """Return the gradient's rule for `fake_quant.quantize`: the sum over all chunks, times 1 / s and 1 / sqrt(N * Qp).
+
+    `count` is N, and `highest` is Qp, which is 0 where the zero point is the highest code.
+    """
     return Rule(slope, 1 / (step * max(count * highest, 1) ** 0.5))
 
 
 def first_step(x: Tensor, highest: int) -> Tensor:
-    """The step () to start from, for values of any shape and Qp."""
+    """Return the step () that the paper starts from, 2 * mean|x| / sqrt(Qp), for values `x` of any shape."""
     found: Tensor = (2 * x.abs().mean() / max(highest, 1) ** 0.5).clamp_min(fake_quant.FLOOR)
     return found
 
 
 class LsqWeight(quantizers.WeightQuantizer):
+    """LSQ's quantizer of a weight. It trains `step` ()."""
+
     def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
         super().__init__(w, bits, fitted)
         self.step = nn.Parameter(torch.empty((), dtype=w.dtype, device=w.device))
@@ -86,6 +100,8 @@ class LsqWeight(quantizers.WeightQuantizer):
 
 
 class LsqActivation(quantizers.ActivationQuantizer):
+    """LSQ's quantizer of an activation. `parameter` () is the step."""
+
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
         self.parameter = nn.Parameter(torch.ones(()))
@@ -109,13 +125,15 @@ class LsqActivation(quantizers.ActivationQuantizer):
 
 
 def bins(w: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-    """Bin regularization of a weight of any shape, (), and its gradient by the weight.
+    """Return the bin regularization () of the weight `w` (any shape), and its gradient by the weight.
 
-    Paper: Han et al., "Improving Low-Precision Network Quantization via Bin Regularization" (2021), equation 5. Every
-    code's weights are drawn to its level t: (mean(w) - t)**2 + var(w), which is their mean of (w - t)**2. Levels are
-    constants to the gradient; codes that no weight has count for nothing.
+    Paper: Han et al., "Improving Low-Precision Network Quantization via Bin Regularization" (2021), equation 5. The
+    weights of each code are drawn to its level t, by (mean(w) - t)**2 + var(w), summed over the codes. That is the mean
+    of (w - t)**2 over the weights of the code. The gradient treats t as a constant. A code without weights adds
+    nothing.
     """
     away = w - fake_quant.to_levels(w, step, codes, torch.empty_like(w))
+    # w - away is the level, so this is an integer up to float32's error, which round_ removes before .long() cuts off.
     index = ((w - away) / step).round_().sub_(codes[0]).long().flatten()
     count = torch.bincount(index, minlength=codes[1] - codes[0] + 1).clamp_min_(1).to(w.dtype)
     share = away / count[index].reshape(w.shape)
@@ -124,7 +142,7 @@ def bins(w: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def draw_to_levels(prepared: Prepared, epoch: EpochStart) -> None:
-    """Add bin regularization's gradients, in the second half of the epochs."""
+    """Add the gradients of bin regularization to the weights' gradients, in the second half of the epochs."""
     strength: float = epoch.options.bin_reg
     if not strength or epoch.number <= BINS_FROM * epoch.epochs:
         return

@@ -1,16 +1,16 @@
-"""PACT: activations clipped at a learned bound. Its weights are DoReFa's.
+"""PACT: activations are clipped at a bound that is trained. The weights are quantized as in DoReFa.
 
 Paper: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks" (2018), equations 1 to 3.
 
     y = round(clip(x, 0, a) * n / a) * a / n,    n = 2**b - 1
     dy/dx = 1 for 0 <= x < a, else 0             dy/da = 1 for x >= a, else 0
 
-`reference` is the formula with its gradient; `slope` gives the same from x and y alone (tests/test_qat_methods.py holds
-them equal). A step of ResNet-18 takes 1.09 float steps, and 1.42 with a quantizer in autograd's plain operations, as
-Brevitas has it (benchmarks/qat.md).
+`reference` is the formula with its gradient. `slope` gives the same from x and y alone; tests/test_qat_methods.py holds
+the two equal. A training step of ResNet-18 takes as long as 1.09 steps in float; with a quantizer written in autograd's
+operations, as in Brevitas, it takes 1.42 (benchmarks/qat.md).
 
-`a` decays as the weights do. It starts where least is lost of the first images, at 10 in the paper: a short schedule
-does not come down from there.
+`a` has the weight decay of the weights, as in the paper. Where we differ: it starts at the bound that loses least of
+the first images, not at 10. A short schedule does not come down from 10.
 """
 
 import torch
@@ -21,11 +21,15 @@ from r2cli.qat.qat_method import QatMethod
 from r2cli.quantized import fake_quant
 from r2cli.quantized.fake_quant import Bound, Rule
 
-FLOOR = 1e-3  # of a
+FLOOR = 1e-3  # the least `a`: at 0 the step would be 0, and the integers would be x / 0
 
 
 def reference(x: Tensor, a: Tensor, bits: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y of x (any shape) and the bound a (), and for its gradient `g` those of x and of a: equations 1 to 3."""
+    """Return y of `x` (any shape) for the bound `a` (), and the gradients by x and a where `g` is that by y.
+
+    Equations 1 to 3. The gradients are written out: autograd, given y with a straight-through rounding, would add the
+    gradient of `a` as a scale, which is LSQ's and not PACT's.
+    """
     n = 2**bits - 1
     y = (x.clamp(min=0).minimum(a) * n / a).round() * a / n
     dy_dx = torch.where((x >= 0) & (x < a), 1.0, 0.0)
@@ -34,14 +38,20 @@ def reference(x: Tensor, a: Tensor, bits: int, g: Tensor) -> tuple[Tensor, Tenso
 
 
 def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
-    """The gradient of x of `reference`, into `out`, and a * sum(g * dy/da) of one chunk: y outside is a bound, which is
-    a constant times a."""
+    """Write `reference`'s gradient by x to `out`, and return a * sum(g * dy/da) of one chunk, ().
+
+    Outside the range y is a bound, which is a constant times a, so a * dy/da is y there.
+    """
+    # `below`, because the paper passes the gradient at x = 0 too.
     fake_quant.inside(g, x, fake_quant.below(low, x), high, out)
     return torch.dot(g, y) - torch.dot(out, y)
 
 
 class PactActivation(quantizers.ActivationQuantizer):
-    """`parameter` is a: the width of the range, which begins at 0 where nothing is negative."""
+    """PACT's quantizer of an activation. `parameter` () is a, the width of a range that begins at 0.
+
+    Where values are negative the range begins below 0, and `parameter` is still its width.
+    """
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)

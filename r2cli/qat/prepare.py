@@ -1,8 +1,10 @@
-"""Quantization-aware training: a float checkpoint to one of codes that were trained as such.
+"""Quantization-aware training: from a float checkpoint to one whose codes were trained.
 
-make BatchNorm's factors positive -> learners on weights and edges, started on one batch -> training -> codes and grids
--> BatchNorm, live until then, into per-channel scales -> biases onto their int32 grid. The codes never change after
-training: folding multiplies scales, and turns a channel's codes around where its factor has become negative.
+make BatchNorm's factors positive -> quantizers on weights and edges, started on one batch -> training -> codes and
+grids -> BatchNorm, live until then, into per-channel scales -> biases onto their int32 grid.
+
+The codes are those of training. Folding multiplies the scales only; where a channel's factor has become negative, it
+also changes the sign of the channel's integers.
 """
 
 from collections.abc import Mapping
@@ -30,10 +32,11 @@ PAPER, FITTED = "paper", "fitted"
 
 @dataclass(frozen=True)
 class QatSettings:
-    """`keep` maps layer-name patterns to other bits, of weights and at least of what the layers read.
+    """What is asked of quantization-aware training.
 
-    `act_bits` None leaves activations float; `activations` is where they are rounded, OUTPUTS or INPUTS. `start` is
-    where steps and ranges begin: as in the PAPER, or FITTED, where least is lost.
+    `keep` maps patterns of layer names to other bits: those of the weights, and at least those of what the layers read.
+    `act_bits` None leaves activations in float. `activations` says where they are rounded: OUTPUTS or INPUTS of layers.
+    `start` says where steps and ranges begin: as in the PAPER, or FITTED, where the squared error is least.
     """
 
     method: str
@@ -46,9 +49,9 @@ class QatSettings:
 
 @dataclass(frozen=True)
 class QatTask:
-    """A float checkpoint, and what is to become of it; `scratch`: of its architecture, with fresh weights.
+    """A float checkpoint and the settings for it. With `scratch` only its architecture is used, with new weights.
 
-    `batches` gives training images, the same in every process: learners start on the first of them.
+    `batches` gives training images, the same in every process. The quantizers start on the first batch.
     """
 
     checkpoint: Checkpoint
@@ -60,7 +63,10 @@ class QatTask:
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """What became of one layer. `act_bits` are those of what it reads, None for float; `levels` are those in use."""
+    """What became of one layer.
+
+    `act_bits` are the bits of what it reads, None for float. `levels` is how many levels its weights use.
+    """
 
     layer: str
     shape: tuple[int, ...]
@@ -72,7 +78,7 @@ class TrainedLayer:
 
 
 def prepare(work: QatTask) -> Prepared:
-    """The checkpoint's network with learners, on the device of the work, started on the first of its images.
+    """Return the checkpoint's network with quantizers, on the device of `work`, started on the first batch.
 
     Raises InputError for a coded checkpoint, bits that the method does not have, a pattern that names no layer, a graph
     that cannot be read, and a layer that cannot be quantized.
@@ -88,6 +94,7 @@ def prepare(work: QatTask) -> Prepared:
     for name, own in bits.items():
         registry.require_bits(settings.method, own, f"{own}-bit weights ('{name}')")
     method, acts = qat_method.method(settings.method), settings.act_bits
+    # A layer that --keep spares with more bits would lose them again on an input of fewer.
     reads = {name: max(acts or 0, own) if own != settings.weight_bits else acts or 0 for name, own in bits.items()}
     prepared = quantizer_placement.prepare(
         net,
@@ -107,7 +114,7 @@ def prepare(work: QatTask) -> Prepared:
 
 
 def keep_scales(prepared: Prepared) -> None:
-    """Weights keep their scale where no BatchNorm would take another one back."""
+    """Let the weights keep their scale where no BatchNorm follows, which would undo a change of scale; in place."""
     for layer, learner, weight in prepared.each():
         if layer.norm is None:
             learner.keep_scale(weight.detach())
@@ -115,20 +122,22 @@ def keep_scales(prepared: Prepared) -> None:
 
 @torch.no_grad()
 def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> tuple[Checkpoint, list[TrainedLayer]]:
-    """The coded checkpoint of a trained network; its learners are gone from `prepared` after.
+    """Return the coded checkpoint of a trained network, and a row for every layer. Takes the quantizers out of it.
 
-    Without `round_biases` they stay as trained, off the int32 grids that a file wants. Raises R2Error where a bias
-    does not fit.
+    Without `round_biases` the biases stay as trained, and not on the int32 grids of an ONNX file. Raises R2Error for a
+    bias that does not fit its grid.
     """
     model = prepared.model.cpu().eval()
     prepared.net.cpu()
     coded = {layer.name: learner.freeze(weight) for layer, learner, weight in prepared.each()}
     grids = {name: edge.grid() for name, edge in prepared.edges.items()}
+    # The codes are in `coded`, so the modules get their float weights back: folding needs plain weights.
     for layer in prepared.layers:
         parametrize.remove_parametrizations(model.get_submodule(layer.name), "weight", leave_parametrized=False)
     net = edit.over_same_modules(model)
     norms = {layer.name: structure.norm_module(model, layer) for layer in prepared.layers}
-    # Which channels a BatchNorm negates, (channels,) bool.
+    # Which channels a BatchNorm negates, (channels,) bool. `prepare` made the factors positive, but training may have
+    # moved one below 0. It is read here because `remove_norms` returns factors without their sign.
     negative = {name: batchnorm.affine(norm)[0] < 0 for name, norm in norms.items() if norm is not None}
     factors = batchnorm.remove_norms(net)
     deployed.insert_grids(net, grids)
@@ -148,10 +157,12 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
 
 
 def fold(coded: Coded, factor: Tensor | None, negative: Tensor | None) -> Coded:
-    """A weight with BatchNorm's factor (channels,), its sign given apart, in per-channel scales: the same integers.
+    """Return a weight with BatchNorm's factor (channels,) in per-channel scales; the integers keep their size.
 
-    Where the factor is negative the integers change sign: midrise ones and those without the lowest code have their
-    negatives on the same grid; else codes q become ~q about a zero point of -1, which is -q.
+    `negative` (channels,) says where the factor is below 0. A scale must be positive, so there the integers change
+    their sign. The negatives of midrise integers are on the same grid, and so are those of a plain grid unless its
+    lowest code is in use, which has no negative: -8 to 7 at 4 bits. Such a channel gets the codes ~q = -q - 1 and the
+    zero point -1, which together are -q.
     """
     grid, codes = coded.codec, coded.codes
     assert isinstance(grid, Grid)

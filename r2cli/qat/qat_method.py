@@ -1,4 +1,4 @@
-"""What a method of training with quantizers is: two kinds of quantizers, and what it does besides."""
+"""What a method of quantization-aware training consists of: two kinds of quantizers, and hooks of the training loop."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ Batches = Callable[[], Iterable[Batch]]
 
 @dataclass(frozen=True)
 class EpochStart:
-    """What a method's hooks are told: the epoch from 1 on, of how many, the run's images, and the method's options."""
+    """What a method's hooks are told: the epoch, the run's calibration images, and the method's options."""
 
-    number: int
-    epochs: int
+    number: int  # from 1
+    epochs: int  # of the whole run
     seed: int
     batches: Batches
-    options: Any  # as the `options` of the method's entry
+    options: Any  # of the class that the method's entry in the registry has as `options`
 
 
 Hook = Callable[[Prepared, EpochStart], None]
@@ -33,21 +33,22 @@ def _nothing(prepared: Prepared, epoch: EpochStart) -> None:
 
 @dataclass(frozen=True)
 class QatMethod:
-    """What quantizes weights, and what activations; how their own numbers are trained; and hooks.
+    """The quantizers of a method, how their own parameters are trained, and hooks.
 
-    `before_epoch` comes before every epoch, `add_gradients` after every backward pass, to add to `.grad`.
+    `before_epoch` is called before every epoch. `add_gradients` is called after every backward pass, and may add to the
+    parameters' `.grad`.
     """
 
     weight: type[WeightQuantizer]
     activation: type[ActivationQuantizer]
-    adam: bool = False  # the quantizers' numbers are stepped by Adam, not with the weights
-    decays: bool = False  # they decay as weights do
+    adam: bool = False  # Adam trains the quantizers' parameters, not the optimizer of the weights
+    decays: bool = False  # the quantizers' parameters have the weight decay of the weights
     before_epoch: Hook = _nothing
     add_gradients: Hook = _nothing
 
 
 def method(name: str) -> QatMethod:
-    """The method of that name. Raises InputError for a name that nobody has."""
+    """Return the method of that name. Raises InputError for an unknown name, and for an entry that is no QatMethod."""
     found = registry.load(registry.QAT_METHODS, name)
     if not isinstance(found, QatMethod):
         raise InputError(f"the method '{name}' is a {type(found).__name__} and no QatMethod: mend the package it is of")

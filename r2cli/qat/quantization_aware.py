@@ -1,4 +1,4 @@
-"""`QatConfig` to codes: what is asked for becomes a plan, the network trains on it, and its levels become integers."""
+"""From a `QatConfig` to codes: the options become a plan, the network is trained, and its levels become integers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,20 +24,21 @@ from r2cli.train.hooks import Epoch, Progress, RunControl
 from r2cli.train.loop import TrainSettings
 from r2cli.train.reporter import SILENT, Reporter
 
-# Fewer bits are regularization enough: the share of the usual weight decay that is left, by bits.
+# Few levels regularize by themselves, so LSQ's authors halve the weight decay at 3 bits and quarter it at 2. One bit is
+# not in their paper, and has the share of 2.
 DECAY, DECAY_LEFT = 1e-4, {3: 0.5, 2: 0.25, 1: 0.25}
 
 
 @dataclass(frozen=True)
 class QatResult(Result):
-    """`epochs` are what each epoch of the training came to."""
+    """What `train` returns. `epochs` are the results of the training's epochs."""
 
     epochs: list[Epoch] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class QatRun:
-    """A training run that is ready to start: `options` are what it depends on."""
+    """A training run that is ready to start. `options` are all values that its result depends on."""
 
     task: QatTask
     plan: QatPlan
@@ -46,21 +47,21 @@ class QatRun:
 
     @property
     def steps(self) -> int:
-        """Steps of the optimizer, over all epochs."""
+        """Return how many steps the optimizer takes over all epochs."""
         return self.plan.loop.epochs * loop.steps_per_epoch(len(self.source.train), self.plan.loop.batch_size)
 
 
 def require_bits(config: QatConfig) -> None:
-    """Raises InputError for bits that the method is not defined for."""
+    """Check the bits of weights. Raises InputError for bits that the method is not defined for."""
     registry.require_bits(config.method, config.weight_bits, f"--weight-bits {config.weight_bits}")
     for name, bits in values.keep(config.keep).items():
         registry.require_bits(config.method, bits, f"--keep {name}={bits}")
 
 
 def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
-    """The run that `config` asks for, on the float network `made` and the images of `source`.
+    """Return the run that `config` asks for, on the float network `made` and the images of `source`.
 
-    Raises InputError as `require_bits` does, and for more images than there are.
+    Raises InputError as `require_bits` does, and for more images than the data has.
     """
     require_bits(config)
     where, entry = loop.device(config.device), registry.get(registry.QAT_METHODS, config.method)
@@ -116,9 +117,9 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
 def train(
     run: QatRun, state: Path, *, resume: bool = False, is_new: bool = False, reporter: Reporter = SILENT
 ) -> QatResult:
-    """Train, and turn levels into codes; `state` keeps the last whole epoch. A network that `is_new` has no accuracy.
+    """Train, and turn the levels into codes. The file `state` keeps the last whole epoch for a resumed run.
 
-    Raises R2Error where training diverges.
+    The accuracy before training is not measured for a network that `is_new`. Raises R2Error if training diverges.
     """
     task, source = run.task, run.source
     loop.seed_everything(run.plan.loop.seed)
@@ -139,7 +140,7 @@ def train(
 
 
 def line(epoch: Epoch, epochs: int) -> str:
-    """An epoch of training in a line."""
+    """Return one line about an epoch of training."""
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  top-1 {epoch.top1:.2f} %  "
         f"{epoch.images_per_second:,.0f} images/s"
@@ -147,19 +148,23 @@ def line(epoch: Epoch, epochs: int) -> str:
 
 
 class Trainable(nn.Module):
-    """A network with quantizers, to train in a loop of one's own; `freeze` ends it."""
+    """A network with quantizers, for a training loop of your own. `freeze` ends the training."""
 
     def __init__(self, run: QatRun) -> None:
         super().__init__()
         self._run = run
-        self._prepared: list[Prepared] = [prepare.prepare(run.task)]  # in a list: no second registration of modules
+        # In a list, because nn.Module would register the modules in it a second time, beside those of `net`.
+        self._prepared: list[Prepared] = [prepare.prepare(run.task)]
         self.net = self._prepared[0].net
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         return self.net(*inputs)
 
     def freeze(self) -> QatResult:
-        """The trained levels as codes, activations and biases on their grids. Raises R2Error for what is not finite."""
+        """Return the network with its trained levels as codes, and activations and biases on their grids.
+
+        Raises R2Error for a parameter that is NaN or infinite.
+        """
         prepared, run = self._prepared[0], self._run
         hooks_of_run = finetune.hooks_of(run.task, run.plan, prepared)
         hooks_of_run.before_evaluation(run.plan.loop.epochs)

@@ -1,9 +1,13 @@
 """Where quantizers stand: on every layer's weight, and on the edges of the graph.
 
-By default all that computes is rounded where its value appears, so that the whole exported graph runs on integers: what
-only layers read to their own low bits; what a sum or anything else reads as well to 8 bits, and behind that, for the
-layers, to theirs. The papers' placement is on the inputs of layers alone. In both the network's own input has a wide
-grid, which reaches below zero.
+By default every value that is computed with is rounded where it appears, so that the whole exported graph runs on
+integers:
+
+- A value that only layers read is rounded to their low bits.
+- A value that a sum or any other operation reads too is rounded to 8 bits, and after that, for the layers, to theirs.
+
+The papers round the inputs of layers only. In both placements the network's own input has a wide grid, which reaches
+below zero: normalised images have negative values, which an unsigned grid at zero would cut off.
 """
 
 import copy
@@ -26,9 +30,10 @@ WIDE = 8  # bits
 
 @dataclass(frozen=True)
 class Place:
-    """What stands on one value, named as in the graph without BatchNorms: a wide grid, levels of `low` bits, or both.
+    """What stands on one value: a wide grid, a grid of `low` bits, or both.
 
-    `shared`: not all that reads the value is a layer, so the low levels are the layers' alone.
+    `value` is the name of its node in the graph without BatchNorms. `shared` says that something other than a layer
+    reads the value too, so that the low grid is for the layers only.
     """
 
     value: str
@@ -38,14 +43,20 @@ class Place:
 
     @property
     def low_key(self) -> str:
+        """The name of the low grid's value, as a checkpoint has it."""
         return self.value + (FOR_LAYERS if self.shared else "")
 
 
 @dataclass(frozen=True)
 class Prepared:
+<<<<<<< HEAD
     """A network with its learners: `net` is the graph that trains, over the modules of the graph `model`.
+=======
+    """A network with its quantizers. `net` is the graph that is trained, over the modules of `model`.
+>>>>>>> prose
 
-    `weights` are by the name of the layer, `edges` by the name of the value, as a checkpoint has it.
+    `weights` has the quantizers of weights by the name of the layer; `edges` has those of activations by the name of
+    the value, as a checkpoint has it.
     """
 
     model: fx.GraphModule
@@ -56,16 +67,20 @@ class Prepared:
 
     @property
     def activations(self) -> list[ActivationQuantizer]:
+        """The quantizers of activations that are trained, without the wide grids."""
         return [edge for edge in self.edges.values() if isinstance(edge, ActivationQuantizer)]
 
     def each(self) -> Iterator[tuple[Layer, WeightQuantizer, Tensor]]:
-        """Layers with their learners and their float weights."""
+        """Yield every layer with its quantizer and its float weight (channels, ...)."""
         for layer in self.layers:
             yield layer, self.weights[layer.name], structure.float_weight(self.model.get_submodule(layer.name))
 
 
 def require_known(net: fx.GraphModule, *, activations: bool) -> None:
-    """Raises InputError for a module with weights that no learner knows, and for a layer that runs twice."""
+    """Check that the layers of `net` can be trained with quantizers.
+
+    Raises InputError for a module whose weights no quantizer knows, and with `activations` for a layer that runs twice.
+    """
     for name, module in net.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(module, operators.LAYERS):
@@ -82,7 +97,10 @@ def require_known(net: fx.GraphModule, *, activations: bool) -> None:
 
 
 def places(net: fx.GraphModule, shape: tuple[int, ...], bits: Mapping[str, int], *, inputs: bool) -> list[Place]:
-    """What stands where in `net`, a graph without BatchNorms; `bits` are of what each layer reads, by its name."""
+    """Return what stands on each value of `net`, a graph without BatchNorms, for inputs of `shape`.
+
+    `bits` are the bits of what each layer reads, by the layer's name. With `inputs` only the inputs of layers count.
+    """
     nodes = {node.name: node for node in net.graph.nodes}
     found: dict[str, Place] = {}
     for value in placement.values(net, shape):
@@ -90,6 +108,7 @@ def places(net: fx.GraphModule, shape: tuple[int, ...], bits: Mapping[str, int],
         readers = list(_readers(net, node))
         read_by = [(via, user) for via, user in readers if isinstance(operators.module_of(net, user), operators.LAYERS)]
         others = len(read_by) < len(readers)
+        # One value has one low grid. The most bits among its layers, so that --keep does what it says for each.
         low = max((bits[str(user.target)] for _, user in read_by), default=None)
         if node.op == "placeholder" or (others and not inputs):
             found[value] = Place(value, wide=True)
@@ -100,13 +119,17 @@ def places(net: fx.GraphModule, shape: tuple[int, ...], bits: Mapping[str, int],
         elif not others:
             found[value] = Place(value, low=low)
             continue
+        # On the node that the layers read themselves: between it and `node` there may be a pooling or a flatten.
         for via in dict.fromkeys(via.name for via, _ in read_by):
             found[via] = Place(via, wide=via in found, low=low, shared=True)
     return list(found.values())
 
 
 def _readers(net: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """All that reads the value of `node`, behind what only passes it on, each with the node that it reads."""
+    """Yield every node that reads the value of `node`, with the node that it reads it from.
+
+    Operations that only pass values on are looked through. Those that read only the shape do not count.
+    """
     for user in node.users:
         if operators.is_a(net, user, operators.PASSING):
             yield from _readers(net, user)
@@ -114,8 +137,13 @@ def _readers(net: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.N
             yield node, user
 
 
+<<<<<<< HEAD
 def read(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """The graph of a network that is to train. Raises InputError for one that cannot be read."""
+=======
+def read(model: nn.Module) -> fx.GraphModule:
+    """Return the graph of a network that is to be trained. Raises InputError for one that torch.fx cannot trace."""
+>>>>>>> prose
     try:
         return trace(model, example)
     except Unreadable as error:
@@ -131,18 +159,32 @@ def prepare(
     *,
     inputs: bool,
 ) -> Prepared:
+<<<<<<< HEAD
     """The graph `model` with learners, made by `weights` of a layer's name and weight and by `edges` of bits; None: no edges.
 
     They have started on the weights, and not yet on the edges: `start` does. Raises InputError for a network with a
     layer that cannot be quantized.
+=======
+    """Put quantizers on the weights and activations of `model`, in place. Returns the network with them.
+
+    `weights` makes the quantizer of a weight from the layer's name and weight; `edges` makes that of an activation from
+    its bits, and None leaves activations in float. The quantizers of weights have started; `start` starts those of
+    activations. Raises InputError for a network that cannot be read, or has a layer that cannot be quantized.
+>>>>>>> prose
     """
     net = edit.over_same_modules(model)
     require_known(net, activations=edges is not None)
+    # BatchNorm goes into scales at the end, and a scale must be positive.
     batchnorm.make_factors_positive(net)
     layers = tuple(structure.layers(net))
     placed: list[Place] = []
     if edges is not None:
+<<<<<<< HEAD
         folded = copy.deepcopy(net)
+=======
+        # Deployed, the BatchNorms are folded away, so it is that graph that says which values exist.
+        folded = trace(copy.deepcopy(model))
+>>>>>>> prose
         batchnorm.remove_norms(folded)
         placed = places(folded, shape, bits, inputs=inputs)
     made = {}
@@ -158,8 +200,9 @@ def prepare(
 def _put_on(
     net: fx.GraphModule, placed: Iterable[Place], make: Callable[[int], ActivationQuantizer]
 ) -> dict[str, ActivationQuantizer | WideQuantizer]:
-    """Put modules on the values of the graph with its BatchNorms; in place."""
+    """Put quantizers on the values of `net`, which still has its BatchNorms; in place. Returns them by their keys."""
     nodes = {node.name: node for node in net.graph.nodes}
+    # The value of a layer in the graph without BatchNorms is here the value of the BatchNorm after the layer.
     norms = {layer.node: layer.norm for layer in structure.layers(net) if layer.norm}
     behind = {name: next(n for n in nodes.values() if n.target == norm) for name, norm in norms.items()}
     edges: dict[str, ActivationQuantizer | WideQuantizer] = {}
@@ -179,6 +222,7 @@ def _put_on(
                 call = net.graph.call_module(target, (node,))
             with net.graph.inserting_after(call):
                 parts = [net.graph.call_function(_part, (call, index)) for index in (1, 0)]
+            # parts[0] is the low value, for layers; parts[1] is the wide one, for all others.
             for user in users:
                 user.replace_input_with(node, parts[user not in layers])
             continue
@@ -194,11 +238,12 @@ def _put_on(
 
 
 def _part(values: tuple[Tensor, Tensor], index: int) -> Tensor:
+    """Return one of the two values of `TwoGrids`. `_tell_what_is_read` knows a node that takes one by this function."""
     return values[index]
 
 
 def _tell_what_is_read(net: fx.GraphModule, layers: Iterable[Layer], weights: Mapping[str, WeightQuantizer]) -> None:
-    """Let each weight's learner know the quantizer of what its layer reads."""
+    """Tell each weight's quantizer which quantizer its layer reads from: EWGS's scale depends on it."""
     for layer in layers:
         learner, read = weights[layer.name], structure.node_of(net, layer).args[0]
         while isinstance(read, fx.Node) and (operators.is_a(net, read, operators.PASSING) or read.target is _part):
@@ -214,8 +259,10 @@ def _tell_what_is_read(net: fx.GraphModule, layers: Iterable[Layer], weights: Ma
 
 @torch.no_grad()
 def start(prepared: Prepared, images: Tensor) -> None:
-    """Set what is trained on the edges from one batch of images, with BatchNorm's statistics of that batch."""
+    """Start the quantizers of activations on one batch of images, in the order in which the network runs."""
     net = prepared.net.eval()
+    # BatchNorms use the statistics of this batch: the weights before them are rounded now, and DoReFa's have another
+    # scale altogether, so the running statistics are those of other values.
     for module in net.modules():
         if isinstance(module, operators.NORMS):
             module.train()
@@ -233,6 +280,7 @@ def start(prepared: Prepared, images: Tensor) -> None:
 
 
 def _switch(prepared: Prepared, starting: bool) -> None:
+    """Let every quantizer of an activation start on the values that come next, or end that."""
     for edge in prepared.edges.values():
         if isinstance(edge, ActivationQuantizer):
             edge.starting, edge.seen = starting, None
@@ -243,11 +291,12 @@ def _switch(prepared: Prepared, starting: bool) -> None:
 
 
 def _matching(learner: WeightQuantizer, weight: Tensor) -> Callable[[nn.Module, tuple[Tensor]], None]:
-    """A hook that tells a learner what its layer makes of its input, with floats and quantized, without the bias."""
+    """Return a hook that gives a quantizer the output of its layer, in float and quantized, both without the bias."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
         (rounded,) = inputs
         seen = learner.reads[0].seen if learner.reads else None
+        # The values before rounding, unless an operation between the quantizer and the layer has changed their shape.
         exact = rounded if seen is None or seen.shape != rounded.shape else seen
         learner.match(_without_bias(module, exact, weight), _without_bias(module, rounded, learner(weight)))
 
@@ -255,6 +304,7 @@ def _matching(learner: WeightQuantizer, weight: Tensor) -> Callable[[nn.Module, 
 
 
 def _without_bias(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Return what the layer `module` gives for x with another weight and without its bias."""
     if isinstance(module, nn.Linear):
         return nn.functional.linear(x, weight)
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
@@ -263,7 +313,10 @@ def _without_bias(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def leave_relus(net: fx.GraphModule) -> None:
-    """Take out every ReLU that a quantizer alone reads and whose lowest level is 0, which does the same; in place."""
+    """Take out every ReLU that only a quantizer reads whose lowest level is 0; in place.
+
+    Such a quantizer clips at 0 itself, so the ReLU would only be one more pass over the values.
+    """
     for node in list(net.graph.nodes):
         module = operators.module_of(net, node)
         first = module.wide if isinstance(module, TwoGrids) else module
@@ -279,13 +332,17 @@ def leave_relus(net: fx.GraphModule) -> None:
 
 
 def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether `node` is a ReLU. A ReLU6 is not: a quantizer may reach above 6."""
     plain = tuple(kind for kind in operators.ACTIVATIONS if kind not in (nn.ReLU6, nn.functional.relu6))
     return operators.is_a(net, node, plain)
 
 
 @torch.no_grad()
 def watch(prepared: Prepared, batches: Iterable[Tensor], *, norms: bool) -> None:
-    """Set the wide grids to what they see over `batches` of images, and with `norms` BatchNorm's statistics too."""
+    """Set the wide grids to the ranges that they see on `batches` of images, each (n, ...).
+
+    With `norms`, BatchNorm's statistics are set too. The network is in evaluation mode afterwards.
+    """
     wides = [edge for edge in prepared.edges.values() if isinstance(edge, WideQuantizer)]
     for edge in wides:
         edge.watching = True

@@ -1,12 +1,12 @@
-"""What the learners of all methods have: trainable quantizers of weights and of activations, and the wide grid.
+"""What the quantizers of all methods share: the base classes for weights and for activations, and the wide grid.
 
-A learner of weights stands between a layer's weight and what the layer computes with; what it gives, in training as in
-evaluation, is `freeze(w).decode()` bit for bit. A learner of activations stands on an edge of the graph; it gives what
-its `grid()` makes of the value. What they keep from step to step is in buffers and parameters, so that a resumed run
-goes on with it.
+A quantizer of a weight stands between the float weight and the layer. What it gives, in training as in evaluation, is
+`freeze(w).decode()` bit for bit. A quantizer of an activation stands on an edge of the graph, and gives the value as
+its `grid()` encodes and decodes it. What they keep from step to step is in buffers and parameters, so that a resumed
+run continues with it.
 
-All activations are unsigned with a zero point, which is 0 where nothing is negative and fixed when the learner starts;
-with another one the papers' ranges [0, u] become [-u z / n, u (n - z) / n].
+All activations have unsigned codes with a zero point z. It is fixed when the quantizer starts, and is 0 where no value
+is negative. With n + 1 levels, the papers' range [0, u] becomes [-u z / n, u (n - z) / n].
 """
 
 import torch
@@ -18,14 +18,15 @@ from r2cli.quantized.coded import Coded
 from r2cli.quantized.fake_quant import Codes, Rule
 from r2cli.quantized.grid import Grid
 
-CANDIDATES = 64  # ranges that `best_range` tries
-SAMPLE = 1 << 15  # values that it tries them on
+CANDIDATES = 64  # how many ranges `best_range` tries
+SAMPLE = 1 << 15  # how many values it tries them on: a batch's activations can be many millions
 
 
 class WeightQuantizer(nn.Module):
-    """A quantizer of a weight. `fitted`: start where least is lost of the weight, in place of where the paper does.
+    """A quantizer of a weight. With `fitted` it starts at the range that loses least of it, not where the paper starts.
 
-    `reads` is the quantizer of what the layer reads, alone in a tuple; empty where there is none of low bits.
+    `reads` has the quantizer of what the layer reads, or nothing where that has no low bits. It is a tuple, because
+    nn.Module would register a module that is an attribute, and that quantizer is registered on its own edge.
     """
 
     def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
@@ -34,25 +35,31 @@ class WeightQuantizer(nn.Module):
         self.reads: tuple[ActivationQuantizer, ...] = ()
 
     def start(self, w: Tensor) -> None:
-        """Set what is trained from the weight (channels, ...) as it is."""
+        """Set the parameters from the weight (channels, ...) as it is now."""
 
     def freeze(self, w: Tensor) -> Coded:
-        """The codes of the float weight (channels, ...)."""
+        """Return the codes of the float weight (channels, ...), with the grid that decodes them."""
         raise NotImplementedError
 
     def forward(self, w: Tensor) -> Tensor:
-        """The weight (channels, ...) that the layer computes with."""
+        """Return the weight (channels, ...) that the layer computes with."""
         raise NotImplementedError
 
     def match(self, exact: Tensor, rounded: Tensor) -> None:
-        """Told once what the layer makes of its first images: with floats, and with its quantized input and weight."""
+        """Take the layer's output on the first images: `exact` in float, `rounded` with quantized input and weight.
+
+        Called once, when the quantizers start. Both outputs are without the bias.
+        """
 
     def keep_scale(self, w: Tensor) -> None:
-        """Told of the float weight where no BatchNorm follows, which would take another scale back."""
+        """Keep the scale of the float weight (channels, ...). Called where no BatchNorm follows to undo a change."""
 
 
 class _OnEdge(nn.Module):
-    """A zero point that a resumed run finds again, and whether a ReLU before this was left to it."""
+    """A quantizer of an activation: its zero point, and whether it does the work of the ReLU before it too.
+
+    The zero point is part of the state, so that a resumed run finds it again.
+    """
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -60,6 +67,7 @@ class _OnEdge(nn.Module):
 
     @property
     def codes(self) -> Codes:
+        """The lowest and the highest code, with the zero point taken off."""
         return -self.zero, 2**self.bits - 1 - self.zero
 
     def get_extra_state(self) -> Tensor:
@@ -69,31 +77,32 @@ class _OnEdge(nn.Module):
         self.zero = int(state)
 
     def rectified(self, x: Tensor) -> Tensor:
+        """Return x (any shape) after the ReLU, where that was left to this quantizer."""
         return x.clamp_min(0) if self.rectifies else x
 
 
 class ActivationQuantizer(_OnEdge):
-    """A quantizer of an activation: levels of one step, whose trained number is `parameter` ()."""
+    """A quantizer of an activation onto evenly spaced levels. `parameter` () is what a method trains of them."""
 
     parameter: Tensor
-    fitted = False  # start where least is lost of the first values, in place of where the paper does
+    fitted = False  # start at the range that loses least of the first values, not where the paper starts
     starting = False  # the next values set the range
-    tracing = False  # gradients of gradients are wanted: operations one by one
-    seen: Tensor | None = None  # those values
+    tracing = False  # gradients of gradients are wanted, so operations run one by one
+    seen: Tensor | None = None  # the values that set the range, while `starting`
 
     def start(self, x: Tensor) -> None:
-        """Set the zero point and what is trained from values of any shape."""
+        """Set the zero point and the parameter from values of any shape."""
         low, high = (float(end) for end in torch.aminmax(x))
         width, levels = max(high, 0.0) - min(low, 0.0), 2**self.bits - 1
-        # One level at least on either side of the zero that is used.
+        # Negative values get one level at least, and so do positive ones, however few they are.
         self.zero = 0 if low >= 0 else min(max(round(-low / width * levels), 1), max(levels - 1, 1))
 
     def step(self) -> Tensor:
-        """The distance () of two levels."""
+        """Return the distance () between two levels."""
         raise NotImplementedError
 
     def rule(self, x: Tensor) -> Rule:
-        """The gradient, for values as x."""
+        """Return the rule for the gradient, for values of the shape of x."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,14 +112,16 @@ class ActivationQuantizer(_OnEdge):
         return fake_quant.quantize(x, self.parameter, self.step(), self.codes, self.rule(x))
 
     def grid(self) -> Grid:
+        """Return the grid that the activation is deployed on."""
         zero = torch.tensor(self.zero, dtype=torch.int32)
         return Grid(self.step().detach().cpu().clone(), zero, self.bits, signed=False)
 
 
 class WideQuantizer(_OnEdge):
-    """An 8-bit grid over all that it saw when it last watched: for the input, sums, and what else is no layer's alone.
+    """An 8-bit grid over all values that it saw when it last watched.
 
-    Its gradient passes straight through: no value of those that it watched is clipped.
+    It is for the network's input, for sums, and for every other value that not only layers read. Its gradient passes
+    straight through everywhere: no value that it watched is clipped.
     """
 
     size: Tensor
@@ -126,25 +137,27 @@ class WideQuantizer(_OnEdge):
         return fake_quant.quantize_straight(x, self.size, self.codes)
 
     def watch(self, x: Tensor) -> Tensor:
+        """Widen the range to hold x (any shape), and return x, after the ReLU that was left to this quantizer."""
         x = self.rectified(x)
         low, high = torch.aminmax(x.detach())
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         return x
 
     def settle(self) -> None:
-        """End watching: the grid over what was seen."""
+        """End watching, and set the grid to the range that was seen."""
         grid = activation_grid(self.low, self.high, self.bits)
         self.size.copy_(grid.scale)
         self.zero = int(grid.zero_point)
         self.watching, self.low, self.high = False, 0.0, 0.0
 
     def grid(self) -> Grid:
+        """Return the grid that the activation is deployed on."""
         zero = torch.tensor(self.zero, dtype=torch.int32)
         return Grid(self.size.cpu().clone(), zero, self.bits, signed=False)
 
 
 class TwoGrids(nn.Module):
-    """The wide grid, and behind it the levels that low-bit layers read: two values of one."""
+    """A wide grid, and after it the levels that low-bit layers read. It gives both values."""
 
     def __init__(self, wide: WideQuantizer, low: ActivationQuantizer) -> None:
         super().__init__()
@@ -160,12 +173,18 @@ class TwoGrids(nn.Module):
 
 
 def positive(number: Tensor, floor: float = fake_quant.FLOOR) -> Tensor:
-    """A trained number () as it is used: what has left the positive side is held at its edge, and may come back."""
+    """Return a trained number () as it is used, which is at least `floor`.
+
+    The parameter itself is not clamped: a step below zero may come back by its gradient.
+    """
     return number.detach().clamp_min(floor)
 
 
 def best_range(x: Tensor, bits: int, zero: int) -> Tensor:
-    """The width () of the range of 2**bits levels, zero point given, that loses least of x: least squares."""
+    """Return the width () of the range of 2**bits levels that has the least squared error on x (any shape).
+
+    `zero` is the zero point, and 0 for a range that begins at 0.
+    """
     flat = x.detach().flatten()
     sample = flat[:: max(1, len(flat) // SAMPLE)]
     levels = 2**bits - 1

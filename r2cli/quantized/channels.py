@@ -1,12 +1,12 @@
-"""Numbers that belong to channels, in a shape that goes with the values of those channels."""
+"""Numbers per channel, in a shape that broadcasts against the values of the channels."""
 
 from torch import Tensor
 
 
 def per_channel(parameter: Tensor, ndim: int, axis: int | None = 0) -> Tensor:
-    """`parameter` (channels,) as (1, .., channels, .., 1): `ndim` axes, the channels along `axis`.
+    """Return `parameter` (channels,) as (1, .., channels, .., 1), with `ndim` axes and the channels along `axis`.
 
-    It then broadcasts against a tensor of `ndim` axes. Without an axis there is one number () for all channels, which
+    So it broadcasts against a tensor of `ndim` axes. Without an axis it is one number () for all channels, which
     broadcasts as it is.
     """
     if axis is None:

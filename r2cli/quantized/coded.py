@@ -14,21 +14,24 @@ Codec = Grid | Palette
 
 @dataclass(frozen=True)
 class Coded:
-    """A weight as it is deployed: the codes that a method chose for it, and the codec that decodes them."""
+    """A weight as it is deployed: the codes that a method chose for it, and the codec that decodes them.
+
+    The codes are kept, and never found again from decoded floats: a method's codes need not be the nearest ones.
+    """
 
     codec: Codec
     codes: Tensor
 
     def decode(self) -> Tensor:
-        """The values: float32, the shape of the weight."""
+        """Return the values: float32, the shape of the weight."""
         return self.codec.decode(self.codes)
 
     def packed(self) -> Tensor:
-        """The codes as bytes, as `packing.pack` has them: (bytes,) uint8."""
+        """Return the codes as bytes, as `packing.pack` packs them: (bytes,) uint8."""
         return pack(self.codes, self.codec.bits)
 
     def payload_bytes(self) -> int:
-        """Bytes of the packed codes, and of the scales, zero points and table that decode them."""
+        """Return the bytes of the packed codes, and of the scales, zero points and table that decode them."""
         parts = [self.codec.scale]
         if isinstance(self.codec, Palette):
             parts.append(self.codec.lut)

@@ -1,6 +1,6 @@
 """Signal to noise in decibels (dB): how close a rounded tensor is to the float one.
 
-Ten dB more is a tenth of the noise, in squared error.
+Ten dB more means a tenth of the squared error.
 """
 
 import math
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 * log10(signal / noise), of two sums of squares; infinity where either is zero.
+    """Return 10 * log10(signal / noise) for two sums of squares, and infinity if either is zero.
 
-    Without noise nothing is lost, and without a signal nothing is there to lose.
+    Without noise nothing is lost, and without a signal there is nothing to lose.
     """
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
 
 
 def sqnr(rounded: Tensor, weight: Tensor) -> float:
-    """Signal to noise in dB of `rounded` against `weight`, two tensors of one shape; see `decibels`."""
+    """Return the signal to noise in dB of `rounded` against `weight`, two tensors of one shape; see `decibels`."""
     noise = (rounded - weight).double().square().sum()
     return decibels(float(weight.double().square().sum()), float(noise))

@@ -1,11 +1,14 @@
-"""Rounding that a gradient passes, and the training operations on uniform levels that all methods share.
+"""Rounding that passes a gradient, and the training operations on evenly spaced levels that all methods share.
 
-`round_with_gradient` is the straight-through estimator at delta 0, and EWGS above it. `quantize` rounds to multiples of
-a step between two codes; what its gradient is, a method says by a `Rule`. `quantize_behind` does the same behind a wide
-grid, for a value that both a sum and low-bit layers read. Tensors are walked in chunks that stay in cache, and of a
-forward pass only its input and its output are kept, which layers keep anyway.
+- `round_with_gradient` is the straight-through estimator if delta is 0, and EWGS's if it is larger.
+- `quantize` rounds to multiples of a step between two codes. A method says by a `Rule` what the gradient is.
+- `quantize_behind` does the same after a wide grid, for a value that both a sum and low-bit layers read.
 
-Gradients at the bounds are written out, not left to `clamp`, whose own changed between versions of torch.
+Tensors are walked in chunks that stay in cache. A forward pass keeps only its input and its output, which the layers
+before and after it keep anyway; autograd's plain operations would keep every value between them too.
+
+Gradients at the bounds are written out and not left to `clamp`, because those of `clamp` changed between versions of
+torch.
 """
 
 import functools
@@ -16,18 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 65536  # elements: the chunks of five tensors of this size fit a core's L2 cache
-FLOOR = 1e-8  # of a step, which must stay positive
+CHUNK = 65536  # elements: five tensors of this size fit a core's L2 cache
+FLOOR = 1e-8  # the least step, which must stay positive because values are divided by it
 
-Codes = tuple[int, int]  # the lowest and the highest, zero point taken off: 0 is the value 0
+Codes = tuple[int, int]  # the lowest and the highest code, with the zero point taken off: 0 is the value 0
 Bound = float | Tensor
-# (gradient, input, output, least and greatest value, where the input's gradient goes) -> the trainable number's share
+# (gradient, input, output, least and greatest value, where to write the input's gradient) -> one chunk's share () of
+# the parameter's gradient
 Slope = Callable[[Tensor, Tensor, Tensor, Bound, Bound, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a method's gradient is: `slope` of one chunk of values, and the `factor` () on the sum over all chunks."""
+    """The gradient of a method: the `slope` of one chunk, and a `factor` () on the sum of the parameter's shares."""
 
     slope: Slope
     factor: Tensor
@@ -37,10 +41,10 @@ class Rule:
 
 
 def round_with_gradient(x: Tensor, delta: float | Tensor = 0.0) -> Tensor:
-    """x rounded, ties to even, any shape; its gradient is g * (1 + delta * sign(g) * (x - round(x))).
+    """Return x (any shape) rounded, ties to even, with the gradient g * (1 + delta * sign(g) * (x - round(x))).
 
-    Lee et al., "Network Quantization with Element-wise Gradient Scaling" (2021), equation 5; delta 0 is the
-    straight-through estimator. It can be differentiated twice, as EWGS's own delta asks.
+    Source: Lee et al., "Network Quantization with Element-wise Gradient Scaling" (2021), equation 5. With delta 0 it is
+    the straight-through estimator. It can be differentiated twice, which EWGS needs to find its delta.
     """
     rounded: Tensor = _Round.apply(x, torch.as_tensor(delta, device=x.device))
     return rounded
@@ -56,13 +60,14 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         difference, delta = ctx.saved_tensors
+        # sign(g) * g is |g|. These are plain operations, so that autograd can differentiate them once more.
         return g + delta * g.abs() * difference, None
 
 
 def to_levels(x: Tensor, step: Tensor, codes: Codes, out: Tensor) -> Tensor:
-    """The nearest of the levels step * codes[0] .. step * codes[1] to each of x, into `out`: as a Grid has them.
+    """Write the level nearest to each of x (any shape) to `out`: step * codes[0] .. step * codes[1], as in a Grid.
 
-    In the precision of `step`: half a precision has too few digits for codes.
+    It computes in the precision of `step`, because 16 bits have too few digits for codes.
     """
     if out.dtype != step.dtype:
         return out.copy_(to_levels(x.to(step.dtype), step, codes, torch.empty_like(out, dtype=step.dtype)))
@@ -73,13 +78,13 @@ def to_levels(x: Tensor, step: Tensor, codes: Codes, out: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, parameter: Tensor, step: Tensor, codes: Codes, rule: Rule) -> Tensor:
-    """x (any shape) on the levels of `step` (), with a method's gradient for x and for `parameter` ()."""
+    """Return x (any shape) on the levels of `step` (), with a method's gradient by x and by `parameter` ()."""
     out: Tensor = _Quantize.apply(x, parameter, step.detach(), codes, rule)
     return out
 
 
 def quantize_straight(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
-    """x (any shape) on the levels of a fixed step (), the gradient passed straight through; nothing is kept."""
+    """Return x (any shape) on the levels of a fixed step (). The gradient passes unchanged, so nothing is kept."""
     out: Tensor = _Straight.apply(x, step, codes)
     return out
 
@@ -87,9 +92,9 @@ def quantize_straight(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
 def quantize_behind(
     x: Tensor, wide: tuple[Tensor, Codes], parameter: Tensor, step: Tensor, codes: Codes, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """x on a wide grid (step (), codes), and that on the levels of `step`: what sums read, and what layers read.
+    """Return x (any shape) on the `wide` grid (step (), codes), for sums, and that on the levels of `step`, for layers.
 
-    The wide grid passes the gradient straight through; where its lowest code is 0 it is a ReLU as well.
+    The wide grid passes the gradient unchanged. If its lowest code is 0 it is a ReLU too, and its gradient is a ReLU's.
     """
     both: tuple[Tensor, Tensor] = _Behind.apply(x, *wide, parameter, step.detach(), codes, rule)
     return both
@@ -150,6 +155,7 @@ class _Behind(torch.autograd.Function):
         kind, (x, y, g, own) = x.dtype, _as_precise(step, x, y, g, own)
         rule: Rule = ctx.rule
         gx, ends, shares = torch.empty_like(x), bounds(step, ctx.codes), []
+        # The wide value is computed again, a chunk at a time: keeping it would take as much memory as the output.
         again = torch.empty(min(chunk_size(x), x.numel()), dtype=x.dtype, device=x.device)
         for a, b, c, d, out in chunks(like(g, x), like(own, x), x, y, gx):
             first = again[: len(a)]
@@ -162,7 +168,7 @@ class _Behind(torch.autograd.Function):
 
 
 def _as_precise(step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the precision of `step`, in which sums over them are taken."""
+    """Return the tensors in the precision of `step`, in which sums over them are taken."""
     return tuple(tensor.to(step.dtype) for tensor in tensors)
 
 
@@ -170,7 +176,7 @@ def _as_precise(step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def inside(g: Tensor, x: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor:
-    """g where low < x < high and 0 elsewhere, at the bounds too, into `out`: all of one shape."""
+    """Write g to `out` where low < x < high, and 0 elsewhere, also at the bounds. All have one shape."""
     if isinstance(low, Tensor):
         return torch.mul(g, (x > low) & (x < high), out=out)
     found: Tensor = torch.ops.aten.hardtanh_backward.grad_input(g, x, low, high, grad_input=out)
@@ -178,7 +184,7 @@ def inside(g: Tensor, x: Tensor, low: Bound, high: Bound, out: Tensor) -> Tensor
 
 
 def below(bound: Bound, x: Tensor) -> Bound:
-    """The next normal number of the precision of x below `bound`: what is above it is at least the bound."""
+    """Return the next normal number below `bound`, in the precision of x. What is above it is at least the bound."""
     if isinstance(bound, Tensor):
         return torch.nextafter(bound, bound.new_tensor(-torch.inf))
     return _below(bound, x.dtype)
@@ -193,7 +199,10 @@ def _below(bound: float, dtype: torch.dtype) -> float:
 
 
 def bounds(step: Tensor, codes: Codes) -> tuple[Bound, Bound]:
-    """The least and the greatest level: numbers, but on a GPU, which would have to be waited for."""
+    """Return the least and the greatest level: as numbers on a CPU, and as tensors on a GPU.
+
+    Reading a number from a GPU would wait for all work that is queued there.
+    """
     low, high = codes[0] * step, codes[1] * step
     return (low, high) if step.is_cuda else (low.item(), high.item())
 
@@ -202,28 +211,28 @@ def bounds(step: Tensor, codes: Codes) -> tuple[Bound, Bound]:
 
 
 def chunk_size(x: Tensor) -> int:
-    """Elements of a chunk: as many as keep every thread of a CPU busy; on a GPU all."""
+    """Return the elements of a chunk: as many as keep every thread of a CPU busy, and all on a GPU."""
     return x.numel() if x.is_cuda else CHUNK * torch.get_num_threads()
 
 
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces (n,) of dense tensors of one layout, in the order of memory."""
+    """Yield pieces (n,) of dense tensors of one layout, in the order of memory."""
     size = max(1, chunk_size(tensors[0]))
     return zip(*(torch.split(torch.as_strided(t, (t.numel(),), (1,)), size) for t in tensors), strict=True)
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself if its elements fill their memory, else a copy that does."""
+    """Return x if its elements fill their memory without gaps, else a copy for which that holds."""
     if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     return x.contiguous()
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:
-    """g in the layout of x, which is dense."""
+    """Return g in the layout of x, which is dense."""
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
 
 def total(shares: list[Tensor]) -> Tensor:
-    """The sum () of chunks' sums, in float64."""
+    """Return the sum () of the shares of chunks, added up in float64."""
     return torch.stack(shares).double().sum().to(shares[0].dtype)

@@ -18,14 +18,14 @@ from torch import Tensor
 from r2cli.quantized.channels import per_channel
 
 MAX_BITS = 8
-LARGEST_INTEGER = 64  # of a weight, where `Grid.integer_factor` makes integers larger
+LARGEST_INTEGER = 64  # of a weight, when `Grid.integer_factor` makes integers larger
 
 
 @dataclass(frozen=True)
 class Grid:
     """A uniform grid of 2**bits levels, or one for each channel.
 
-    Codes run from `lowest` to `highest`: from -2**(bits-1) on where the grid is signed and plain, from 0 on otherwise.
+    Codes run from `lowest` to `highest`: from -2**(bits-1) on if the grid is signed and plain, else from 0 on.
     """
 
     scale: Tensor  # float32, () for one grid, or (channels,) along `axis`; > 0
@@ -47,12 +47,12 @@ class Grid:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the codes: int8 where some are negative, else uint8."""
+        """The dtype of the codes: int8 if some are negative, else uint8."""
         return torch.int8 if self.lowest < 0 else torch.uint8
 
     @property
     def integer_factor(self) -> int:
-        """What an ONNX file multiplies the integers by, and divides the scale by: a power of two, the same values.
+        """What an ONNX file multiplies the integers by and divides the scale by: a power of two, so values stay exact.
 
         Biases are integers too, in units of scale_x * scale_w. With two or four levels scale_w is large, and rounding a
         bias to such a unit would change what a channel gives. Larger integers have a smaller scale. Up to 64, the sum
@@ -64,9 +64,9 @@ class Grid:
         return 1 << (LARGEST_INTEGER // most).bit_length() - 1 if most else 1
 
     def encode(self, x: Tensor) -> Tensor:
-        """The codes of the levels nearest to `x`: int8 or uint8, the shape of `x`.
+        """Return the codes of the levels nearest to `x`: int8 or uint8, the shape of `x`.
 
-        What lies in the middle of two levels gets the even code, as ONNX's QuantizeLinear does it.
+        A value in the middle of two levels gets the even code, as in ONNX's QuantizeLinear.
         """
         if self.midrise:
             codes = torch.round(self.unrounded(x))
@@ -75,9 +75,9 @@ class Grid:
         return codes.clamp_(self.lowest, self.highest).to(self.dtype)
 
     def unrounded(self, x: Tensor) -> Tensor:
-        """Where `x` lies in units of codes, neither rounded nor clipped: 2.5 is between the codes 2 and 3.
+        """Return where `x` lies in units of codes, neither rounded nor clipped: 2.5 is between the codes 2 and 3.
 
-        float32, the shape of `x`.
+        The result is float32, in the shape of `x`.
         """
         levels = x / self.along(self.scale, x.ndim)
         if self.midrise:
@@ -85,9 +85,10 @@ class Grid:
         return levels + self.along(self.zero_point, x.ndim)
 
     def integers(self, codes: Tensor) -> Tensor:
-        """What the scale multiplies, the shape of `codes`: int32; floats for floating codes that lie between integers.
+        """Return what the scale multiplies, in the shape of `codes`: int32, or floats for floating `codes`.
 
-        An ONNX file stores these integers, `integer_factor` times as large.
+        Floating codes may lie between integers, as while AdaRound learns. An ONNX file stores these integers,
+        `integer_factor` times as large.
         """
         codes = codes if codes.is_floating_point() else codes.to(torch.int32)
         if self.midrise:
@@ -95,9 +96,9 @@ class Grid:
         return codes - self.along(self.zero_point, codes.ndim)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The values of `codes`: float32, the shape of `codes`."""
+        """Return the values of `codes`: float32, the shape of `codes`."""
         return self.integers(codes).to(torch.float32) * self.along(self.scale, codes.ndim)
 
     def along(self, parameter: Tensor, ndim: int) -> Tensor:
-        """`parameter`, which has the shape of the scale, as it broadcasts against values of `ndim` axes."""
+        """Return `parameter`, which has the shape of the scale, so that it broadcasts against values of `ndim` axes."""
         return per_channel(parameter, ndim, self.axis)

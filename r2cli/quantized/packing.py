@@ -14,46 +14,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Plane:
-    """The same bits of every code, packed together: `bits` of them (1, 2, 4 or 8), from bit `shift` on."""
+    """The same `bits` bits of every code (1, 2, 4 or 8 of them), from bit `shift` on, packed together."""
 
     name: str
     bits: int
     shift: int = 0
 
     def size(self, count: int) -> int:
-        """Bytes of the plane of `count` codes; the last one is filled up with zeros."""
+        """Return the bytes of the plane for `count` codes; the last byte is filled up with zeros."""
         return -(-count * self.bits // 8)
 
     def of(self, codes: Tensor) -> Tensor:
-        """The plane's bits of `codes` (n,), uint8 without a sign: (n,) uint8."""
+        """Return the plane's bits of `codes` (n,), which are uint8 without a sign: (n,) uint8."""
         return (codes >> self.shift).bitwise_and(2**self.bits - 1)
 
 
 def planes(bits: int) -> tuple[Plane, ...]:
-    """The planes of codes of `bits`, in the order in which their bytes stand."""
+    """Return the planes of codes of `bits`, in the order of their bytes."""
     if bits == 3:
         return Plane("high", 1, shift=2), Plane("low", 2)
     return (Plane("codes", bits if bits in (1, 2, 4) else 8),)
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `pack` makes of `count` codes."""
+    """Return how many bytes `pack` makes of `count` codes."""
     return sum(plane.size(count) for plane in planes(bits))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (any shape) as bytes: (packed_bytes,) uint8."""
+    """Return `codes` (any shape) as bytes: (packed_bytes,) uint8."""
     return torch.cat(pack_planes(codes, bits))
 
 
 def pack_planes(codes: Tensor, bits: int) -> list[Tensor]:
-    """The bytes of every plane, (plane.size,) uint8 each, in the order of `planes`."""
+    """Return the bytes of every plane, (plane.size,) uint8 each, in the order of `planes`."""
+    # Through int16, which holds both int8 and uint8; the lower bits are then the two's complement.
     flat = codes.reshape(-1).to(torch.int16).bitwise_and(2**bits - 1).to(torch.uint8)
     return [_packed(plane.of(flat), plane.bits) for plane in planes(bits)]
 
 
 def split_planes(packed: Tensor, bits: int, count: int) -> list[tuple[Plane, Tensor]]:
-    """The planes of `count` packed codes, each with its bytes."""
+    """Return the planes of `count` packed codes, each with its bytes."""
     each = planes(bits)
     return list(zip(each, torch.split(packed, [plane.size(count) for plane in each]), strict=True))
 
@@ -67,7 +68,7 @@ def unpack(packed: Tensor, bits: int, count: int, signed: bool) -> Tensor:
 
 
 def unpack_plane(packed: Tensor, bits: int) -> Tensor:
-    """All that the bytes of a plane hold, what fills up the last one too: (bytes * 8 / bits,) uint8."""
+    """Return all values in the bytes of a plane, with those that fill up the last one: (bytes * 8 / bits,) uint8."""
     if bits == 8:
         return packed
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
@@ -75,13 +76,13 @@ def unpack_plane(packed: Tensor, bits: int) -> Tensor:
 
 
 def twos_complement(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned `codes` of `bits` as the signed numbers that have the same bits: int16, the shape of `codes`."""
+    """Return the signed numbers with the same bits as the unsigned `codes`: int16, the shape of `codes`."""
     wide = codes.to(torch.int16)
     return torch.where(wide >= 2 ** (bits - 1), wide - 2**bits, wide)
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
-    """One plane's `codes` (n,), uint8 below 2**bits, as bytes."""
+    """Return one plane's `codes` (n,), uint8 below 2**bits, as bytes."""
     if bits == 8:
         return codes
     per_byte = 8 // bits

@@ -1,28 +1,28 @@
-"""Memory that is used again: for sums over pieces of a tensor, new pages cost more than the sums."""
+"""Memory that is used again. For sums over pieces of a tensor, new memory pages take longer than the sums."""
 
 import torch
 from torch import Tensor
 
 
 class Scratch:
-    """Memory for one use, which grows to the largest that was asked for.
+    """Memory for one purpose, which grows to the largest size that was asked for.
 
-    What it gave before is overwritten, so each use has a Scratch of its own: whoever goes through the pieces makes it,
-    and passes it on. It belongs to one thread.
+    Taking it overwrites what it gave before, so each purpose has a Scratch of its own. The loop over the pieces makes
+    it, and passes it on. It belongs to one thread.
     """
 
     def __init__(self) -> None:
         self._kept = torch.empty(0, dtype=torch.uint8)
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` elements of `dtype`, 1-D, of any content."""
+        """Return `count` elements of `dtype`, 1-D, with any content."""
         size = count * dtype.itemsize
         if len(self._kept) < size:
             self._kept = torch.empty(size, dtype=torch.uint8)
         return self._kept[:size].view(dtype)
 
     def like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """As many elements as `x` has, in its shape; of its own dtype unless another is given. `x` is contiguous."""
+        """Return memory in the shape of `x`, which is contiguous, and in its dtype unless another is given."""
         return self.take(x.numel(), dtype or x.dtype).view_as(x)
 
 
@@ -30,5 +30,5 @@ Pair = tuple[Scratch, Scratch]
 
 
 def pair() -> Pair:
-    """Two, for what needs memory twice."""
+    """Return two, for operations that need two tensors."""
     return Scratch(), Scratch()

@@ -1,9 +1,9 @@
-"""One count of a tensor's 16-bit patterns, and what follows from it without the tensor.
+"""A count of the 16-bit patterns in a tensor, and all that can be computed from it without the tensor.
 
-A bfloat16 or float16 tensor has at most 65,536 different values: how often each occurs answers every question about
-their distribution exactly, extremes, moments, histograms, outliers, and the error of any grid. Of a float32 value the
-pattern is the top half, so a bucket holds values that differ by less than 1 part in 128; what a bucket's edge cuts is
-recounted in the tensor itself, piece by piece.
+A bfloat16 or float16 tensor has at most 65,536 different values. How often each occurs answers every question about
+their distribution exactly: extremes, moments, histograms, outliers, and the error of any grid. The pattern of a float32
+value is its top half, so the values in a bucket differ by less than 1 part in 128. Where an answer depends on values
+within a bucket, they are counted again in the tensor itself, piece by piece.
 
     count = Count(torch.bfloat16)
     for piece in pieces: count.add(piece)
@@ -26,7 +26,7 @@ PATTERNS = 1 << 16
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 # No channel's grid is finer than this share of the coarsest one's: its bias then fits int32 on scale_x * scale_w.
 FINEST = 2.0**-16
-# Below it float32's top halves are not fine enough for a histogram: the least step of a subnormal's top half.
+# The exponent of the least step between top halves of float32 values. A histogram cannot be finer than that.
 LEAST_STEP = -133
 
 Pieces = Callable[[], Iterable[Tensor]]
@@ -34,12 +34,12 @@ Pieces = Callable[[], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Counts:
-    """The finite values of a tensor in buckets, from the least to the greatest, each with how often it occurs."""
+    """The finite values of a tensor in buckets, from the least to the greatest, and how many values each has."""
 
     low: Tensor  # float64 (buckets,): the least value that a bucket can hold
     high: Tensor  # float64 (buckets,): the greatest; equal to `low` for 16-bit dtypes
     number: Tensor  # int64 (buckets,), > 0
-    whole: bool  # every bucket is one value: all that follows is exact
+    whole: bool  # every bucket has one value only, so all that follows is exact
     nan: int = 0
     inf: int = 0
 
@@ -54,7 +54,7 @@ class Counts:
 
 
 class Count:
-    """The table while pieces are added to it."""
+    """A count to which the pieces of a tensor are added."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -67,11 +67,12 @@ class Count:
         if self.dtype in SIXTEEN_BIT:
             patterns.copy_(piece.view(torch.int16)).bitwise_and_(PATTERNS - 1)
         else:
-            # NumPy's shift is unsigned, torch has none.
+            # By NumPy, because torch has no unsigned shift of 32 bits.
             np.right_shift(piece.numpy().view(np.uint32), 16, out=patterns.numpy().view(np.uint32))
         self._table += torch.bincount(patterns, minlength=PATTERNS)
 
     def counts(self) -> Counts:
+        """Return the count of all pieces so far."""
         patterns = torch.arange(PATTERNS, dtype=torch.int32)
         if self.dtype in SIXTEEN_BIT:
             low = high = patterns.to(torch.int16).view(self.dtype).double()
@@ -107,7 +108,7 @@ class Moments:
 
 
 def moments(counts: Counts) -> Moments:
-    """The moments of a whole count, which is not empty. float64 sums over the distinct values."""
+    """Return the moments of a whole count that is not empty, by float64 sums over its different values."""
     assert counts.whole
     share = counts.number.double() / counts.total
     mean = float(share @ counts.low)
@@ -119,10 +120,10 @@ def moments(counts: Counts) -> Moments:
 
 
 def below(counts: Counts, edges: Iterable[float], pieces: Pieces | None = None) -> list[int]:
-    """How many values are less than each edge, exactly.
+    """Return how many values are less than each edge, exactly.
 
-    An edge inside a bucket of a float32 count is counted again in `pieces`, the tensor's finite values: one pass over
-    them, some 0.1 ns a value and edge.
+    For an edge inside a bucket of a float32 count, `pieces`, the tensor's finite values, are counted again in one pass.
+    That takes some 0.1 ns per value and edge.
     """
     wanted = torch.tensor(list(edges), dtype=torch.float64)
     index = torch.searchsorted(counts.low, wanted)  # buckets whose least value is below the edge
@@ -144,13 +145,13 @@ def below(counts: Counts, edges: Iterable[float], pieces: Pieces | None = None) 
 
 
 def beyond(counts: Counts, low: float, high: float, pieces: Pieces | None = None) -> int:
-    """How many values are less than `low` or greater than `high`, exactly."""
+    """Return how many values are less than `low` or greater than `high`, exactly."""
     under, up_to_high = below(counts, [low, math.nextafter(high, math.inf)], pieces)
     return under + counts.total - up_to_high
 
 
 def histogram(counts: Counts, edges: Iterable[float], pieces: Pieces | None = None) -> list[int]:
-    """Values in each bin between ascending edges, the last bin with its upper edge, as `numpy.histogram` has it."""
+    """Return the number of values between ascending edges. The last bin has its upper edge too, as in NumPy."""
     wanted = list(edges)
     wanted[-1] = math.nextafter(wanted[-1], math.inf)
     running = below(counts, wanted, pieces)
@@ -159,9 +160,9 @@ def histogram(counts: Counts, edges: Iterable[float], pieces: Pieces | None = No
 
 @dataclass(frozen=True)
 class Bins:
-    """Equal bins that no bucket is cut by: `step` is a power of two, and bins are closed towards zero.
+    """Bins of equal width whose edges cut no bucket: `step` is a power of two, and bins are closed towards zero.
 
-    Bin k >= 0 is [k, k + 1) steps, bin k < 0 is (k, k + 1] steps; -0 is in bin -1.
+    Bin k >= 0 is [k, k + 1) steps, and bin k < 0 is (k, k + 1] steps. -0 is in bin -1.
     """
 
     step: float
@@ -170,14 +171,17 @@ class Bins:
 
 
 def bin_step(reach: float, most: int = 128) -> float:
-    """The least power of two that puts values up to `reach` into `most`, a power of two, bins on each side of zero."""
+    """Return the least power of two with which values up to `reach` take at most `most` bins on each side of zero.
+
+    `most` is a power of two.
+    """
     if reach == 0:
         return 1.0
     return 2.0 ** max(math.frexp(reach)[1] - most.bit_length() + 1, LEAST_STEP)
 
 
 def bin_index(x: Tensor, step: float, memory: Pair | None = None) -> Tensor:
-    """The bin of every float32 value: int32, the shape of `x`; in the `memory` that is given, or in its own."""
+    """Return the bin of every float32 value: int32, the shape of `x`, in the `memory` that is given or in its own."""
     first, second = memory or pair()
     size = torch.abs(x, out=first.like(x)).div_(step)
     index = second.like(x, torch.int32).copy_(size)
@@ -186,7 +190,7 @@ def bin_index(x: Tensor, step: float, memory: Pair | None = None) -> Tensor:
 
 
 def bins(counts: Counts, step: float) -> Bins:
-    """The exact histogram of a count, from its least to its greatest bin, of steps made by `bin_step`."""
+    """Return the exact histogram of a count, from its least to its greatest bin, with a step that `bin_step` made."""
     if not len(counts.number):
         return Bins(step, 0, ())
     toward = torch.where(torch.signbit(counts.high), counts.high, counts.low)  # the end of the bucket next to zero
@@ -197,7 +201,7 @@ def bins(counts: Counts, step: float) -> Bins:
 
 
 def ceil32(value: float) -> np.float32:
-    """The least float32 that is not less than `value`: x < value for a float32 x just where x < ceil32(value)."""
+    """Return the least float32 that is not less than `value`. For a float32 x, x < value means x < ceil32(value)."""
     with np.errstate(over="ignore"):
         near = np.float32(value)
     return near if float(near) >= value else np.nextafter(near, np.float32(np.inf))
@@ -207,9 +211,9 @@ def ceil32(value: float) -> np.float32:
 
 
 def min_max_scale(low: Tensor, high: Tensor, mean_abs: Tensor, bits: int) -> Tensor:
-    """The scale of a signed grid that reaches from `low` to `high`; at one bit, of the levels -mean|w| and mean|w|.
+    """Return the scale of a signed grid that reaches from `low` to `high`; at one bit, that of -mean|w| and mean|w|.
 
-    Three tensors of one shape, and the result too: one entry per grid. Zero for a grid of zeros.
+    All tensors have one shape, with one entry per grid. The scale of a grid of zeros is 0.
     """
     if bits == 1:
         return mean_abs
@@ -217,16 +221,16 @@ def min_max_scale(low: Tensor, high: Tensor, mean_abs: Tensor, bits: int) -> Ten
 
 
 def usable(scale: Tensor) -> Tensor:
-    """`scale` (channels,) with every entry above zero: a dead channel gets the finest grid that the others allow."""
+    """Return `scale` (channels,) with every entry above zero: a dead channel gets the finest grid that is allowed."""
     coarsest = scale.amax()
     return scale.clamp_min(coarsest * FINEST) if coarsest > 0 else torch.ones_like(scale)
 
 
 def rounded(x: Tensor, scale: Tensor, bits: int, memory: Pair | None = None) -> tuple[Tensor, Tensor]:
-    """`x` rounded as a signed `Grid` does it, which is midrise at one bit: (what is lost / scale, codes).
+    """Round `x` as a signed `Grid` does, which is midrise at one bit. Returns (what is lost / scale, codes).
 
-    `scale` broadcasts to float32 `x`. Both results have the shape and dtype of `x`, and are in the `memory` that is
-    given, or in their own.
+    `x` is float32, and `scale` broadcasts to it. Both results have the shape and dtype of `x`, and are in the `memory`
+    that is given, or in their own.
     """
     first, second = memory or pair()
     levels = torch.div(x, scale, out=first.like(x))
@@ -241,16 +245,16 @@ def rounded(x: Tensor, scale: Tensor, bits: int, memory: Pair | None = None) -> 
 
 
 def noise(counts: Counts, scale: Tensor, bits: int) -> float:
-    """The summed squared error of really rounding a whole count's tensor, in float32, to the grid of `scale` ()."""
+    """Return the summed squared error of rounding a whole count's tensor, in float32, to the grid of `scale` ()."""
     assert counts.whole
     error, _ = rounded(counts.low.float(), scale, bits)
     return float(scale) ** 2 * float(counts.number.double() @ error.double().square())
 
 
 def best_scale(counts: Counts, start: float, bits: int, octaves: int = 16) -> float:
-    """The scale, from `start` down by `octaves`, at which a grid of `bits` >= 2 loses least, to 2 %.
+    """Return the scale with the least error for a grid of `bits` >= 2, to 2 %, from `start` down by `octaves`.
 
-    Chosen on the buckets' middles, exactly so for a whole count.
+    It is chosen on the middles of the buckets, which are the values themselves in a whole count.
     """
     middle, number = counts.middle[None], counts.number.double()[None]
     spread = grid_search.spread(middle, number)

@@ -144,13 +144,13 @@ class Checkpoint:
 
 
 def require_float(checkpoint: Checkpoint) -> None:
-    """Raises InputError for a checkpoint whose weights are codes already."""
+    """Raise InputError for a checkpoint whose weights are codes already."""
     if checkpoint.coded:
         raise quantized_already(checkpoint.origin)
 
 
 def quantized_already(origin: str) -> InputError:
-    """The error for the file `origin`, whose weights are codes already."""
+    """Return the error for the file `origin`, whose weights are codes already."""
     return InputError(f"{origin} is quantized already: give the float one that it was made from")
 
 
@@ -231,7 +231,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_coded(path: Path) -> tuple[dict[str, Coded], dict[str, Tensor]]:
-    """The coded tensors of any safetensors file, and the others. Raises InputError for a missing or corrupt one."""
+    """Return the coded tensors of any safetensors file, and the others. Raises InputError as `load_tensors` does."""
     tensors, metadata = load_tensors(path)
     try:
         codecs = json.loads(metadata["r2"])["codecs"] if "r2" in metadata else {}
@@ -341,6 +341,7 @@ def _coded(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> C
 
 
 def _activation_grid(entry: Mapping[str, Any]) -> Grid:
+    """Read the grid of an activation from its JSON."""
     scale, zero = torch.tensor(entry["scale"]), torch.tensor(entry["zero_point"], dtype=torch.int32)
     return Grid(scale, zero, entry["bits"], entry["signed"], entry["axis"], entry["odd"])
 

@@ -78,7 +78,7 @@ def matched(
 
 
 def _missing_counts(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros for the batch counts of BatchNorm that are not given: PyTorch before 0.4.1 did not save them."""
+    """Return zeros for the batch counts of BatchNorm that are not given: PyTorch before 0.4.1 did not save them."""
     counts = [name for name in expected if name.endswith("num_batches_tracked") and name not in given]
     return {name: torch.zeros_like(expected[name]) for name in counts}
 
@@ -102,6 +102,7 @@ def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: s
 
 
 def _listed(kind: str, names: list[str]) -> str:
+    """Return `names` as a part of a message, or an empty text if there are none."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{kind}: {', '.join(names[:SHOWN])}{more}" if names else ""
 

@@ -1,7 +1,8 @@
 """The tensors of any safetensors file, read in pieces, so that memory does not grow with the file.
 
 A safetensors file is 8 bytes of header length, the header (JSON: dtype, shape and byte range of every tensor), and the
-bytes. Pieces are read into memory that the reader brings; a mapped file would be as fast and count as memory.
+bytes. Pieces are read into memory that the reader provides. A mapped file would be no faster, and its pages would count
+as memory of the process.
 """
 
 import json
@@ -64,7 +65,7 @@ class Stored:
         return self.size * (self.dtype.itemsize if self.dtype else 1)
 
     def pieces(self, elements: int = PIECE, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Elements start to stop in pieces of at most `elements`; each overwrites the one before."""
+        """Yield the elements from `start` to `stop` in pieces of at most `elements`. Each overwrites the one before."""
         end, memory = self.size if stop is None else stop, Scratch()
         for at in range(start, end, elements):
             yield self.read(at, min(end, at + elements), memory)
@@ -140,6 +141,7 @@ class _Descriptor:
 
 
 def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descriptor: _Descriptor) -> Stored:
+    """Return the tensor that `entry` of the header describes. Its file's tensors begin at the offset `start`."""
     dtype = DTYPES.get(entry["dtype"])
     base = start + entry["data_offsets"][0]
 

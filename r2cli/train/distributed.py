@@ -1,7 +1,7 @@
-"""Several processes that train one network, started by torchrun: DistributedDataParallel, and nothing of our own.
+"""Several processes that train one network, started by torchrun, with torch's DistributedDataParallel.
 
-Every process holds the whole network and sees its share of every batch; gradients are averaged. The first one alone
-prints and writes files. Without torchrun everything here does nothing.
+Every process holds the whole network and gets its share of every batch; gradients are averaged. Only the first process
+prints and writes files. Without torchrun nothing here has any effect.
 """
 
 import os
@@ -21,7 +21,7 @@ PATIENCE = timedelta(minutes=30)  # a process may evaluate or decode alone for s
 
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
-    """The processes that torchrun started meet here, and part at the end."""
+    """Connect the processes that torchrun started, and disconnect them at the end."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
@@ -33,19 +33,19 @@ def together(device: torch.device) -> Iterator[None]:
 
 
 def share() -> RowShare:
-    """What this process gets of every batch."""
+    """Return which rows of every batch this process gets."""
     return RowShare(group.get_rank(), group.get_world_size()) if group.is_initialized() else ALL_ROWS
 
 
 def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` as it is called in training: its gradients are the mean over all processes."""
+    """Return `model` as it is called in training, so that its gradients are the mean over all processes."""
     if not group.is_initialized():
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def add_up(*numbers: Tensor) -> list[Tensor]:
-    """Each scalar summed over all processes, float64."""
+    """Return each of `numbers` () summed over all processes, float64."""
     both = torch.stack([number.detach().double() for number in numbers])
     if group.is_initialized():
         group.all_reduce(both)
@@ -53,7 +53,7 @@ def add_up(*numbers: Tensor) -> list[Tensor]:
 
 
 def spread_buffers(*models: nn.Module | None) -> None:
-    """Give every process the first one's buffers: BatchNorm's statistics are those of its own images until then."""
+    """Give every process the buffers of the first one: until then BatchNorm's statistics are of its own images."""
     if group.is_initialized():
         for model in models:
             for buffer in model.buffers() if model is not None else ():
@@ -61,6 +61,6 @@ def spread_buffers(*models: nn.Module | None) -> None:
 
 
 def end_others() -> None:
-    """Training is over: what is left to print and to write is the first process's work, and the others end here."""
+    """End every process but the first, which prints and writes what is left to do after training."""
     if int(os.environ.get("RANK", "0")) > 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SystemExit(0)

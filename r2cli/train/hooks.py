@@ -1,4 +1,4 @@
-"""What the training loop asks of a compression method, and whom it tells."""
+"""What a compression method asks of the training loop, and what the loop calls on the way."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from r2cli.train import regularizers
 
 @dataclass(frozen=True)
 class TrainHooks:
-    """What a method of compression, whose learners are modules of the network, asks of the loop.
+    """What a method of compression asks of the loop. Its quantizers or palettes are modules of the network.
 
-    A learner's own state is in its buffers and parameters, which the resume state has. `groups` are the optimizer's
-    groups of such parameters, with a `base_lr` each, and `adam` those that Adam steps instead; they do not decay.
-    `identity` are the options that a resumed run must share.
+    Their state is in buffers and parameters, which the resume state contains. `groups` are groups of such parameters
+    for the optimizer, each with a `base_lr`; `adam` are groups that Adam trains instead. They have no weight decay
+    unless a group says so. `identity` are the options that a resumed run must share.
     """
 
     identity: Mapping[str, Any]
@@ -31,7 +31,7 @@ class TrainHooks:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to. `top1` in percent on the held-out split; ratios are max|w| / std over the layers."""
+    """The results of one epoch. `top1` is in percent on the test split; the ranges are max|w| / std over the layers."""
 
     epoch: int
     loss: float  # task loss, mean over the epoch
@@ -44,7 +44,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Progress:
-    """Whom to tell: `step` after every optimizer step, `epoch` after every evaluation."""
+    """Functions to call: `step` after every step of the optimizer, `epoch` after every evaluation."""
 
     step: Callable[[int], None]
     epoch: Callable[[Epoch], None]
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunControl:
-    """Where the state of a run is, whether to go on from it, and whom to tell."""
+    """The file with the state of a run, whether to resume from it, and the functions to call on the way."""
 
     state: Path
     resume: bool

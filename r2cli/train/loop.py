@@ -1,8 +1,8 @@
 """The training loop: SGD with Nesterov momentum or AdamW, warm-up and a cosine; evaluation; an exact resume state.
 
-pretrain runs it on a float network with a range regularizer attached, compression on one whose layers have learners;
-the paper never has both. An unbroken run and one that was killed and
-resumed give the same bytes: the order of the data is a function of seed and epoch, and the rest is in the resume state.
+`r2 pretrain` runs it on a float network with a range regularizer; compression runs it on a network whose layers have
+quantizers or palettes. The paper never has both. A run that was stopped and resumed gives the same bytes as an unbroken
+one: the order of the data is a function of seed and epoch, and everything else is in the resume state.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ SGD, ADAMW = "sgd", "adamw"
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """One training run. `warmup` is a share of all steps; `reg_lr` steps the regularizer's own parameters."""
+    """One training run. `warmup` is a share of all steps; `reg_lr` is the rate of the regularizer's own parameters."""
 
     epochs: int
     batch_size: int
@@ -44,25 +44,25 @@ class TrainSettings:
     label_smoothing: float
     reg_lr: float
     seed: int
-    clip_grad: float | None = None  # most Euclidean length of all gradients together; None or 0: any
-    clip_ratio: float | None = None  # most length of a weight's gradient, as a share of the weight's; None or 0: any
+    clip_grad: float | None = None  # the greatest Euclidean norm of all gradients together; None or 0: no limit
+    clip_ratio: float | None = None  # the greatest norm of a weight's gradient, as a share of the weight's; as above
     ema: float | None = None  # decay of a running average of the weights, which is what is evaluated and kept
-    precision: str = FLOAT32  # or BFLOAT16: layers compute in it, weights and their updates stay float32
+    precision: str = FLOAT32  # or BFLOAT16: layers compute in it, while weights and their updates stay float32
     compile: bool = False
     optimizer: str = SGD  # or ADAMW
 
 
 def seed_everything(seed: int) -> None:
-    """Make what follows a function of `seed`: initial weights, dropout, and on a GPU the choice of kernels."""
+    """Make what follows a function of `seed`: initial weights and dropout. On a GPU, choose repeatable kernels."""
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
 
 def device(name: str) -> torch.device:
-    """The device `name`; 'auto' is a GPU when there is one, each process's own under torchrun.
+    """Return the device `name`. 'auto' is a GPU if there is one, and under torchrun each process has its own.
 
-    Raises InputError for one that is not there.
+    Raises InputError for a device that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +80,7 @@ def device(name: str) -> torch.device:
 
 
 def precision(name: str, where: torch.device) -> str:
-    """The precision `name`; 'auto' is bfloat16 on a GPU that computes in it. Raises InputError where it does not."""
+    """Return the precision `name`; 'auto' is bfloat16 on a GPU that has it. Raises InputError for one that has not."""
     able = where.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == BFLOAT16 and not able:
         raise InputError(f"--precision bfloat16 is not to be had on {torch.cuda.get_device_name(where)}: use float32")
@@ -90,18 +90,18 @@ def precision(name: str, where: torch.device) -> str:
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Batches of an epoch; a last batch of one image a process is left out, because BatchNorm cannot train on it."""
+    """Return the batches of an epoch. A last batch of one image per process is left out: BatchNorm needs two."""
     whole, rest = divmod(examples, batch_size)
     return whole + (rest >= 2 * distributed.share().world or not whole)
 
 
 def hash_of(shapes: Mapping[str, Any]) -> str:
-    """A short name for an architecture: the same for the same tensors."""
+    """Return a short name for an architecture, the same for tensors of the same names and shapes."""
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on the base rate at `step` of `steps`: linear up over the `warmup` share, then half a cosine to 0."""
+    """Return the factor on the base rate at `step` of `steps`: it rises over the `warmup` share, then half a cosine."""
     rising = math.ceil(warmup * steps)
     if step < rising:
         return (step + 1) / rising
@@ -110,11 +110,11 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything that a run holds."""
+    """Everything that a run needs."""
 
     model: nn.Module
     forward: nn.Module  # `model` itself, or compiled, or in step with other processes
-    average: AveragedModel | None  # of the model's weights and statistics, where Settings.ema asks for it
+    average: AveragedModel | None  # of the model's weights and statistics, if `settings.ema` asks for it
     source: data.Data
     settings: TrainSettings
     device: torch.device
@@ -146,12 +146,11 @@ def fit(
 ) -> list[Epoch]:
     """Train `model` in place. After every epoch the whole state is in the file `state`; `resume` starts from it.
 
-    `setting` is what comes to the task: a range regularizer, or a method of compression. Under torchrun the processes
-    train together, with `settings.batch_size` images a step over all of them.
-
-    Raises R2Error where the loss is no longer finite (the last good epoch's state is kept), and where the network
-    cannot be compiled.
+    `setting` is a range regularizer, or the hooks of a method of compression. Under torchrun the processes train
+    together, with `settings.batch_size` images per step in all. Raises R2Error if the loss is no longer finite (the
+    state of the last good epoch is kept), and if the network cannot be compiled.
     """
+    # Convolutions are faster in this layout, of weights and of images (data/splits.py), on CPUs and on GPUs.
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with distributed.together(device):
         run = _run(model, source, settings, device, setting, watch)
@@ -169,7 +168,7 @@ def _run(
     setting: regularizers.RegularizerSpec | TrainHooks | None,
     watch: Progress,
 ) -> _Run:
-    """Everything that training `model`, which is on `device`, needs."""
+    """Return everything that the training of `model`, which is on `device`, needs."""
     average = None
     if settings.ema is not None:
         average = AveragedModel(model, multi_avg_fn=running_average(settings.ema), use_buffers=True)
@@ -186,7 +185,7 @@ def _run(
 
 
 def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
-    """Train, measure and keep, epoch by epoch, from where the state stands."""
+    """Train, evaluate and save, epoch by epoch, from where the state stands. Returns the results of all epochs."""
     history = [Epoch(**epoch) for epoch in states.restore(state)] if resume and state.path.exists() else []
     run.watch.step(len(history) * run.steps_per_epoch)
     for number in range(len(history) + 1, run.settings.epochs + 1):
@@ -210,10 +209,10 @@ def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
 
 
 def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
-    """Mean task loss over epoch `number` (from 1), the penalty at its last step, and images a second."""
+    """Train epoch `number` (from 1). Returns its mean task loss, its last step's penalty, and images per second."""
     settings, share = run.settings, distributed.share()
     run.forward.train()
-    if share.world > 1:  # dropout draws otherwise the same in every process
+    if share.world > 1:  # otherwise dropout draws the same in every process
         torch.manual_seed((settings.seed * 1_000_003 + number) * share.world + share.rank)
     order = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     step = (number - 1) * run.steps_per_epoch
@@ -247,15 +246,15 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
         step += 1
         run.watch.step(1)
     total, count = distributed.add_up(total, torch.tensor(seen, device=run.device))
-    mean = float(total) / max(1, int(count))  # waits for the device, so that the time is the work's
+    mean = float(total) / max(1, int(count))  # waits for the device, so that the time is that of all work
     return mean, float(penalty), int(count) / (perf_counter() - started)
 
 
 def _clip(model: nn.Module, settings: TrainSettings) -> None:
-    """Shorten gradients, in place: each as `clip_ratio` says, then all together as `clip_grad` does.
+    """Shorten gradients, in place: each as `clip_ratio` says, then all together as `clip_grad` says.
 
-    The first is adaptive gradient clipping (Brock et al. 2021, equation 3), by weight in place of by row. Where
-    BatchNorm follows, a weight that is smaller has a larger gradient, by as much.
+    The first is adaptive gradient clipping (Brock et al. 2021, equation 3), by whole weights instead of by rows. It is
+    relative, because before a BatchNorm a weight that is half as large has a gradient that is twice as large.
     """
     own = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
     if settings.clip_ratio and own:
@@ -268,13 +267,16 @@ def _clip(model: nn.Module, settings: TrainSettings) -> None:
 
 
 def _weighed(loss: Tensor, own: int, index: int, run: _Run) -> Tensor:
-    """The mean loss of a process's `own` images of batch `index`, so that the processes' mean is that of all images."""
+    """Scale the mean `loss` of this process's `own` images of batch `index`.
+
+    Then the mean over the processes, which DistributedDataParallel takes, is the mean over all images of the batch.
+    """
     world, size = distributed.share().world, run.settings.batch_size
     return loss if world == 1 else loss * (own * world / min(size, len(run.source.train) - index * size))
 
 
 def running_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """An exponential average that starts short, so that it soon forgets the initial weights (as TensorFlow's does)."""
+    """Return an exponential average that is short at first, to forget the initial weights, as TensorFlow's is."""
 
     def update(averaged: Any, current: Any, count: Tensor) -> None:
         steps = int(count)
@@ -285,7 +287,7 @@ def running_average(decay: float) -> Callable[[Any, Any, Any], None]:
 
 
 def _loss(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
-    """The task's and the method's loss of one batch. Raises R2Error where the network cannot be compiled."""
+    """Return the loss () of one batch, with the method's. Raises R2Error if the network cannot be compiled."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == BFLOAT16):
         try:
             logits = run.forward(images)
@@ -297,7 +299,7 @@ def _loss(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module, split: data.Split, device: torch.device) -> float:
-    """Top-1 accuracy of `model` on `split`, in percent."""
+    """Return the top-1 accuracy of `model` on `split`, in percent."""
     model.eval()
     return top1(model, split, device)
 
@@ -310,7 +312,7 @@ def top1(
     *,
     advance: Callable[[int], None] = lambda images: None,
 ) -> float:
-    """Top-1 accuracy on `split`, in percent, of a function from images (n, c, s, s) to logits (n, classes)."""
+    """Return the top-1 in percent, on `split`, of a function from images (n, c, s, s) to logits (n, classes)."""
     correct, seen = 0, 0
     for images, labels in split.batches(EVALUATION_BATCH, device, share=distributed.share()):
         correct += int((predict(images).argmax(1).to(device) == labels).sum())
@@ -321,7 +323,10 @@ def top1(
 
 
 def range_ratios(model: nn.Module) -> dict[str, float]:
-    """max|w| / std of every regularized weight, by name: 1 for two levels, 1.7 if uniform, 4 and more with outliers."""
+    """Return max|w| / std of every regularized weight, by name.
+
+    It is 1 for two levels, 1.7 for a uniform distribution, and 4 or more with outliers.
+    """
     ratios = {}
     for name, weight in regularizers.regularized(model).items():
         w = weight.detach().double()
@@ -332,12 +337,12 @@ def range_ratios(model: nn.Module) -> dict[str, float]:
 def optimizers(
     model: nn.Module, regularizer: regularizers.Regularizer | None, settings: TrainSettings, method: TrainHooks | None
 ) -> tuple[torch.optim.Optimizer, ...]:
-    """SGD or AdamW, in which weights decay and biases and norms do not, nor parameters of a method or a regularizer;
-    and Adam.
+    """Return SGD or AdamW for the network, and Adam for those parameters of a method that ask for it.
 
-    The regularizer's own parameters have no momentum. Beside AdamW it steps by itself: Adam would make all its
-    gradients, however weak, as long as the task's (Loshchilov & Hutter 2019, of decay). Adam steps those parameters of
-    a method that ask for it.
+    Weight decay is for weights only, and not for biases, norms, and parameters of a method or a regularizer. The
+    parameters of a regularizer have no momentum: with it M overshoots. With AdamW, a regularizer steps by itself
+    (`Regularizer.step`): Adam divides a gradient by its size, so a weak penalty would move weights as far as the task
+    does (Loshchilov & Hutter 2019 say so of weight decay).
     """
     groups, adam = (list(method.groups), list(method.adam)) if method else ([], [])
     own = {id(p) for group in [*groups, *adam] for p in group["params"]}
@@ -354,7 +359,7 @@ def optimizers(
         plain = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
         sgd.append({"params": list(regularizer.parameters.values()), "base_lr": settings.reg_lr, **plain})
     nesterov = settings.momentum > 0
-    # Fused: one pass over weights, gradients and momenta, where the plain form makes five.
+    # Fused: one pass over weights, gradients and momenta; the plain form makes five.
     main = torch.optim.SGD(sgd, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
     if not adam:
         return (main,)
@@ -362,7 +367,7 @@ def optimizers(
 
 
 def _state(run: _Run, path: Path) -> states.State:
-    """What the run's resume state holds."""
+    """Return what the resume state of the run contains, and the identity that a resumed run must share."""
     setting = run.regularizer.setting if run.regularizer else None
     shapes = {name: list(tensor.shape) for name, tensor in run.model.state_dict().items()}
     identity = {

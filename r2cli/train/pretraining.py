@@ -1,4 +1,4 @@
-"""`PretrainConfig` to a float checkpoint: what is asked for becomes settings, and the network trains."""
+"""From a `PretrainConfig` to a float checkpoint: the options become settings, and the network is trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +18,15 @@ from r2cli.train.loop import ADAMW, TrainSettings
 from r2cli.train.regularizers import RegularizerSpec
 from r2cli.train.reporter import SILENT, Reporter
 
-LR, LR_BATCH = 0.1, 64  # the default rate grows with the batch (Goyal et al. 2017)
+LR, LR_BATCH = 0.1, 64  # the default rate is proportional to the batch (Goyal et al. 2017)
 ADAMW_LR, ADAMW_REG_LR = 1e-4, 0.1
+# For regularizers as the paper writes them: at the weights' rate, the gradient of the margin throws it out of a layer.
 PAPER_REG_LR = 0.01
 
 
 @dataclass(frozen=True)
 class PretrainRun:
-    """A training run that is ready to start. `start` are weights to begin with, fresh ones where it is None."""
+    """A training run that is ready to start. `options` are all values that its result depends on."""
 
     spec: ModelSpec
     source: Data
@@ -36,7 +37,7 @@ class PretrainRun:
 
     @property
     def plan(self) -> str:
-        """The run in a few words."""
+        """One line about the run."""
         given, config = self.source.input, self.config
         size = f"{given.size} tokens" if given.is_text else f"{given.size}x{given.size}"
         stem = "" if self.spec.factory or given.is_text else f" ({self.spec.stem} stem)"
@@ -70,7 +71,7 @@ class Pretrained:
 
 
 def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Mapping[str, Any]) -> PretrainRun:
-    """The run that `config` asks for. `recorded` is what the checkpoint's history has of network and data."""
+    """Return the run that `config` asks for. `recorded` is what the checkpoint's history says of network and data."""
     regularizer = None
     if config.reg != "none":
         strength = config.reg_weight
@@ -101,7 +102,7 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
         compile=config.compile,
         optimizer=optimizer,
     )
-    # No paths of files, no device: the same work gives the same bytes.
+    # Without paths of files and the device, so that the same work gives the same bytes.
     reg = regularizer.__dict__ if regularizer else None
     options = {"data": recorded["data"], "model": spec.described(), "reg": reg, **settings.__dict__}
     options |= {name: value for name, value in recorded.items() if name != "data"}
@@ -109,7 +110,7 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
 
 
 def network_of(run: PretrainRun) -> nn.Module:
-    """The network of `run` with fresh weights. Raises InputError where it does not fit the data."""
+    """Return the network of `run` with new weights. Raises InputError if it does not fit the data."""
     loop.seed_everything(run.config.seed)
     network = models.build(run.spec)
     models.require_fit(network, run.spec, run.source.input.shape)
@@ -119,7 +120,7 @@ def network_of(run: PretrainRun) -> nn.Module:
 def train(
     run: PretrainRun, network: nn.Module, state: Path, *, resume: bool = False, reporter: Reporter = SILENT
 ) -> Pretrained:
-    """Train `network` in place; `state` keeps the last whole epoch. Raises R2Error where training diverges."""
+    """Train `network` in place. The file `state` keeps the last whole epoch. Raises R2Error if training diverges."""
     epochs, source = run.config.epochs, run.source
     total = epochs * loop.steps_per_epoch(len(source.train), run.config.batch_size)
     with reporter.bar("pretrain", total) as progress:
@@ -142,6 +143,7 @@ def train(
 
 
 def _line(epoch: Epoch, epochs: int) -> str:
+    """Return one line about an epoch of training."""
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  penalty {epoch.penalty:.4f}  "
         f"top-1 {epoch.top1:.2f} %  max|w|/std {epoch.range_mean:.2f} (worst {epoch.range_max:.2f})  "

@@ -1,22 +1,25 @@
-"""The range regularizers: what each makes of one layer's weights, as a formula and as a fast kernel.
+"""The range regularizers: the penalty R of one layer's weights, as a formula and as a fast kernel.
 
 Papers: "R^2: Range Regularization for Model Compression and Quantization" (arXiv 2303.08253), equations 1 to 3, for
 L-inf, margin and soft-min-max; Shkolnik et al., "Robust Quantization" (2020), for KURE. The loss is
 task + strength * sum over layers of R.
 
-The formulas stand first, as autograd reads them. The kernels behind them give the same R and the same gradients in
-closed form (tests/test_regularizers.py holds them equal): autograd would build, keep and walk a graph over every weight
-at every step. A step of ResNet-18 on 224-pixel stems is, by kernel and by autograd, 1.05 and 1.24 plain steps for
-L-inf, 1.18 and 1.23 for margin, 1.55 and 1.75 for soft-min-max, 1.33 and 1.71 for KURE (benchmarks/regularizers.md).
-Weights are walked in chunks that stay in cache.
+The formulas come first, written for autograd. The kernels after them give the same R and the same gradients in closed
+form; tests/test_regularizers.py holds the two equal. Autograd would build, keep and walk a graph over every weight at
+every step. In units of a plain training step of ResNet-18 with its 224-pixel stem, a step takes, by kernel and by
+autograd: L-inf 1.05 and 1.24, margin 1.18 and 1.23, soft-min-max 1.55 and 1.75, KURE 1.33 and 1.71
+(benchmarks/regularizers.md). Weights are walked in chunks that stay in cache.
 
-Where we differ: in the stable form the margin's own gradient is clamped to [-strength, strength] (as written it is
-minus the number of weights outside, and throws M out of the layer), and soft-min-max's exponent is in units of the
-layer's standard deviation (as written, a layer of small weights never gets beyond a weak variance penalty) and at least
-1: what alone keeps alpha up is exp(-alpha), and in layers of large weights, or of vectors, it would come to rest below
-zero, where softmax picks the other end and the penalty drives the ends apart.
+Where we differ, in the stable form:
 
-`clip` is the baseline that they are compared with, and no penalty: weights are clamped after every optimizer step.
+- The gradient of the margin M is clamped to [-strength, strength]. As written, it is 1 minus the number of weights
+  outside, times the strength, and throws M out of the layer's range.
+- The exponent of soft-min-max is in units of the layer's standard deviation. As written, alpha comes to rest where a
+  layer of small weights has little more than a weak variance penalty.
+- That exponent is at least 1. Only exp(-alpha) keeps alpha up. In layers of large weights, or of vectors, alpha would
+  come to rest below 0, where each softmax picks the other end, and the penalty drives the ends apart.
+
+`clip` is the baseline that they are compared with. It is no penalty: weights are clamped after every optimizer step.
 """
 
 import math
@@ -38,9 +41,11 @@ MARGIN_START = 2.0  # standard deviations of the initial weights
 
 @dataclass(frozen=True)
 class RegularizerSpec:
-    """What to add to the loss: `strength` is lambda; `dim` is the vector length of a later palette (1: scalars).
+    """What to add to the loss. `strength` is lambda.
 
-    For clip, which adds nothing, `strength` is the number of deviations that weights are clamped to.
+    `stable` says whether the regularizer has the changes listed above. `dim` is the length of the vectors of a later
+    palette, 1 for scalars. `margin_k` is the k that the margin's hinge is divided by. For clip, which adds nothing to
+    the loss, `strength` is the number of standard deviations that weights are clamped to.
     """
 
     name: str
@@ -51,7 +56,7 @@ class RegularizerSpec:
 
 
 class Kernel(Protocol):
-    """R () of the weights `w` of any shape, and dR/dparameter; adds strength * dR/dw to `grad`."""
+    """Returns R () of the weights `w` (any shape) and dR/dparameter (), and adds strength * dR/dw to `grad`."""
 
     def __call__(
         self, w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec
@@ -60,14 +65,16 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class RangePenalty:
-    """A regularizer: a formula, what makes it fast, and what else it asks for.
+    """A regularizer: its formula, and whatever else it has of the following.
 
-    `reference` is R of one column of a layer's weights, for autograd; its own parameter is () and of no use where there
-    is none. `kernel` gives the same in closed form; None: autograd of the reference does.
-    `start` gives a layer's parameter before training, from its columns: one number a column, or one for all.
-    `once` is what is added once a layer: its value and its slope, from that parameter.
-    `least` is the parameter's least value in the stable form. `after_step` changes a column after the optimizer's step,
-    in place. `require` raises InputError for a strength that cannot be.
+    - `reference` is R of one column of a layer's weights, for autograd. It is given the column's parameter (), which a
+      regularizer without parameters ignores.
+    - `kernel` gives the same, with the gradients, in closed form. If it is None, autograd of the reference does.
+    - `start` gives the parameter of a layer before training, from its columns: one number per column, or one for all.
+    - `once` is added once per layer: it gives its value and its slope by the parameter.
+    - `least` is the least value of the parameter in the stable form.
+    - `after_step` changes a column in place after the optimizer's step.
+    - `require` raises InputError for a strength that makes no sense.
     """
 
     reference: Callable[[Tensor, Tensor, RegularizerSpec], Tensor] | None = None
@@ -81,7 +88,7 @@ class RangePenalty:
     def term(
         self, w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec
     ) -> tuple[Tensor, Tensor]:
-        """One column's R and dR/dparameter; adds strength * dR/dw to `grad`."""
+        """Return R () of one column `w` and dR/dparameter (), and add strength * dR/dw to `grad`."""
         if self.kernel is not None:
             return self.kernel(w, parameter, grad, strength, spec)
         assert self.reference is not None
@@ -97,25 +104,29 @@ class RangePenalty:
 
 
 def linf_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tensor:
-    """R = max |w| (equation 1)."""
+    """R = max |w| (equation 1). amax shares the gradient among weights that are equally large."""
     return w.abs().amax()
 
 
 def margin_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tensor:
-    """R = |M| + (1/k) * sum max(|w| - |M|, 0) (equation 2, the sum over the hinge only; k = 1 unless `margin_k`)."""
+    """R = |M| + (1/k) * sum max(|w| - |M|, 0): equation 2, read with the sum over the hinge only, and k = `margin_k`.
+
+    Least over M it is the mean of the k largest |w|, so that with k = 1 it is L-inf.
+    """
     m = parameter.abs()
     return m + (w.abs() - m).clamp_min(0).sum() / spec.margin_k
 
 
 def soft_minmax_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tensor:
-    """R = <softmax(alpha w), w> - <softmax(-alpha w), w> (equation 3 without its exp(-alpha), added once a layer)."""
+    """R = <softmax(alpha w), w> - <softmax(-alpha w), w>: equation 3 without exp(-alpha), which is added per layer."""
+    # Detached: the unit sets how sharp the softmax is, and is no part of the penalty.
     unit = w.std(correction=0).detach() if spec.stable else 1.0
     exponent = (parameter * w / unit).flatten()
     return ((exponent.softmax(0) - (-exponent).softmax(0)) * w.flatten()).sum()
 
 
 def kure_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tensor:
-    """R = (mean(((w - mean) / std)^4) - 1.8)^2, std biased."""
+    """R = (mean(((w - mean) / std)^4) - 1.8)^2, with the biased std, for which the mean is the kurtosis as defined."""
     z = (w - w.mean()) / w.std(correction=0)
     return ((z**4).mean() - KURE_TARGET) ** 2
 
@@ -124,7 +135,7 @@ def kure_reference(w: Tensor, parameter: Tensor, spec: RegularizerSpec) -> Tenso
 
 
 def linf(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec) -> tuple[Tensor, Tensor]:
-    """`linf_reference`; tied maxima share the gradient. No parameter."""
+    """Compute `linf_reference`; equal maxima share the gradient. It has no parameter."""
     chunks = list(_chunks(w, grad))
     tops = [torch.maximum(-low, high) for low, high in (torch.aminmax(c) for c, _ in chunks)]
     top = torch.stack(tops).amax()
@@ -138,8 +149,8 @@ def linf(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Regu
 
 
 def margin(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec) -> tuple[Tensor, Tensor]:
-    """`margin_reference`; in the stable form the slope of M is clamped."""
-    m = parameter.abs()
+    """Compute `margin_reference`; in the stable form the slope of M is clamped."""
+    m = parameter.abs()  # training may carry M below 0, and only its size counts
     outside = torch.zeros((), dtype=torch.float64, device=w.device)
     hinge = torch.zeros((), dtype=torch.float64, device=w.device)
     for c, g in _chunks(w, grad):
@@ -156,7 +167,10 @@ def margin(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Re
 def soft_minmax(
     w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec
 ) -> tuple[Tensor, Tensor]:
-    """`soft_minmax_reference`, with sums in float64, and from the ends: no exponential overflows."""
+    """Compute `soft_minmax_reference` with sums in float64.
+
+    Exponents are taken from the greatest and the least weight, so that no exponential overflows.
+    """
     unit = _deviation(w) if spec.stable else torch.ones((), dtype=torch.float64, device=w.device)
     # A filter driven to a constant has no deviation: any exponent then gives uniform weights and a range of zero.
     alpha = parameter / torch.where(unit > 0, unit, 1.0).to(parameter.dtype)
@@ -181,9 +195,9 @@ def soft_minmax(
 
 
 def kure(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: RegularizerSpec) -> tuple[Tensor, Tensor]:
-    """`kure_reference`; a constant tensor costs 0. No parameter.
+    """Compute `kure_reference`; a constant tensor costs 0. It has no parameter.
 
-    KURE's authors average over layers, so that a strength of ours is theirs divided by the number of layers.
+    The authors average over layers and we sum, so a strength of ours is one of theirs divided by the number of layers.
     """
     mean, std = w.mean(dtype=torch.float64), _deviation(w)
     inverse = torch.where(std > 0, 1 / std, 0.0)
@@ -193,6 +207,7 @@ def kure(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Regu
         cube = z * z * z
         cubes += torch.stack([cube.sum(), (cube * z).sum()])
     third, fourth = cubes / w.numel()
+    # dK/dw = 4 / (n std) * (z^3 - mean(z^3) - K z): the mean and the std depend on every weight too.
     factor = strength * 2 * (fourth - KURE_TARGET) * 4 * inverse / w.numel()
     for c, g in _chunks(w, grad):
         z = (c - mean.to(w.dtype)).mul_(inverse.to(w.dtype))
@@ -203,17 +218,17 @@ def kure(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Regu
 
 
 def clip(w: Tensor, strength: float) -> None:
-    """Clamp `w`, of any shape and in place, to `strength` deviations from zero on both sides.
+    """Clamp `w` (any shape), in place, to `strength` deviations from zero on both sides.
 
-    The deviation is the root mean square, which is the standard deviation where the mean is zero: the symmetric grid of
-    a later quantizer is centred on zero, and a filter that is constant stays as it is.
+    The deviation is the root mean square. It equals the standard deviation if the mean is zero, and it is the one to
+    use because the symmetric grid of a later quantizer is centred on zero. A constant filter stays as it is.
     """
     bound = strength * w.square().mean().sqrt()
     w.clamp_(-bound, bound)
 
 
 def _deviation(w: Tensor) -> Tensor:
-    """Biased standard deviation, float64."""
+    """Return the biased standard deviation () of `w`, float64."""
     if not w.numel():
         return torch.tensor(math.nan)
     low, high = torch.aminmax(w)  # the rounded variance of a constant is not always 0
@@ -221,7 +236,7 @@ def _deviation(w: Tensor) -> Tensor:
 
 
 def _chunks(w: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching views of `w` and `grad` that stay in a core's cache; the whole at once on a GPU."""
+    """Yield matching views of `w` and `grad` that stay in a core's cache; on a GPU all at once."""
     rows = max(1, CHUNK // math.prod(w.shape[1:])) if w.device.type == "cpu" else max(1, w.shape[0])
     return zip(torch.split(w, rows), torch.split(grad, rows), strict=True)
 
@@ -230,6 +245,8 @@ def _chunks(w: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _require_one(strength: float) -> None:
+    """Raise InputError for a strength of clip below 1."""
+    # Some weight is always at least one deviation from 0. Clamped below that, all shrink, and so does the deviation.
     if strength < 1:
         raise InputError(
             f"--reg-weight {strength:g} is below one deviation, so that clip would shrink all weights to nothing: give "

@@ -1,7 +1,7 @@
 """Range regularization of a network, as gradients that are added to `.grad` after the backward pass.
 
-What R is of one layer, each regularizer says (`range_penalties.py`, and whatever else is registered); here it comes to
-every layer, to each column of vectors apart, with the parameters that it learns. The loss is
+Each regularizer says what R is for one layer (`range_penalties.py`, and other packages). Here it is applied to every
+layer, and to each column of vectors separately, with the parameters that it learns. The loss is
 task + strength * sum over layers of R.
 """
 
@@ -20,8 +20,9 @@ from r2cli.train.range_penalties import RegularizerSpec as RegularizerSpec
 class Regularizer:
     """One regularizer on every convolution and linear weight of a model.
 
-    `parameters` holds what it learns, M (one a column of a layer) or alpha (one a layer) for example, by weight name;
-    the optimizer updates them.
+    `parameters` has what it learns, by the name of the weight: for example M, one per column of a layer, or alpha, one
+    per layer. The optimizer updates them. Raises InputError for a strength that makes no sense, and for vectors longer
+    than a layer has channels.
     """
 
     def __init__(self, setting: RegularizerSpec, model: nn.Module) -> None:
@@ -38,7 +39,7 @@ class Regularizer:
 
     @torch.no_grad()
     def add_gradients(self) -> Tensor:
-        """Add the penalty's gradients to `.grad` of weights and parameters; returns strength * R, a scalar."""
+        """Add the gradients of the penalty to `.grad` of weights and parameters. Returns strength * R ()."""
         strength = self.setting.strength
         total = torch.zeros((), dtype=torch.float64)
         if self.own.reference is None and self.own.kernel is None:
@@ -56,7 +57,7 @@ class Regularizer:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """What comes after the optimizer's step, to each column of vectors apart as the penalty does."""
+        """Do what the regularizer does after the optimizer's step, to each column of vectors separately."""
         if self.own.after_step is not None:
             for w in self.weights.values():
                 for column in columns(w.detach(), self.setting.dim):
@@ -64,9 +65,9 @@ class Regularizer:
 
     @torch.no_grad()
     def step(self, rate: float) -> Tensor:
-        """Move weights and parameters by -`rate` times the penalty's gradients alone; returns strength * R, a scalar.
+        """Move weights and parameters by -`rate` times the gradients of the penalty. Returns strength * R ().
 
-        What is in `.grad` is lost.
+        What was in `.grad` is lost.
         """
         for w in self.weights.values():
             if w.grad is not None:
@@ -81,9 +82,11 @@ class Regularizer:
 def penalty(
     w: Tensor, parameter: Tensor | None, grad: Tensor, strength: float, setting: RegularizerSpec
 ) -> tuple[Tensor, Tensor]:
-    """One weight's R, summed over the `dim` columns of its vectors, and dR/dparameter; adds strength * dR/dw to `grad`.
+    """Return R () of one weight and dR/dparameter, and add strength * dR/dw to `grad`.
 
-    For dim 1 the column is the weight itself. Channels left over when `dim` does not divide them are not regularized.
+    R is summed over the `dim` columns of the weight's vectors. With dim 1 the only column is the weight itself. If
+    `dim` does not divide the channels, those that are left over are not regularized. `parameter` has one number per
+    column, or one for all, and its slope has the same shape.
     """
     regularizer: RangePenalty = registry.load(registry.REGULARIZERS, setting.name)
     own = w.new_zeros(1) if parameter is None else parameter.detach()
@@ -108,15 +111,17 @@ def penalty(
 
 
 def _by_parameter(slopes: Sequence[Tensor], count: int) -> Tensor:
-    """The columns' slopes () as those of `count` parameters: one a column, or one for all."""
+    """Return the slopes () of the columns as those of `count` parameters: one per column, or one for all."""
     each = torch.stack(list(slopes))
     return each if len(each) == count else each.sum(0, keepdim=True)
 
 
 def columns(w: Tensor, dim: int) -> list[Tensor]:
-    """The `dim` columns of `palette.to_vectors`' full blocks as views of `w` that can be written through.
+    """Return the `dim` columns of the vectors of `w` (channels, ...) as views, which can be written to.
 
-    Column j is every `dim`-th output channel from j: (channels // dim, elements of a filter); for dim 1, (elements,).
+    Column j is every `dim`-th output channel from j on: (channels // dim, elements of a filter), or (elements,) for dim
+    1. So the columns are of the vectors that `palette.to_vectors` makes for a palette, without a last block that is
+    not full.
     """
     if w.ndim == 4 and not w.is_contiguous():
         w = w.permute(0, 2, 3, 1)  # channels last: dense in this order
@@ -127,7 +132,10 @@ def columns(w: Tensor, dim: int) -> list[Tensor]:
 
 
 def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that range regularization acts on: all convolutions' and linear layers', first and last included."""
+    """Return the weights that range regularization acts on, by name: those of all convolutions and linear layers.
+
+    The first and the last layer are among them, as in the paper.
+    """
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):

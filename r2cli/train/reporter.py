@@ -1,4 +1,4 @@
-"""Whom long work tells how far it is: nobody, or whoever the caller gives."""
+"""How long work reports its progress: to nobody, or to what the caller gives."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -6,14 +6,14 @@ from typing import Protocol
 
 
 class ProgressBar(Protocol):
-    """A bar that is running: `advance` it, and show a `line` above it."""
+    """A progress bar that is running. `advance` moves it on, and `line` shows a line above it."""
 
     def advance(self, steps: int = 1, /) -> None: ...
     def line(self, text: str, /) -> None: ...
 
 
 class Reporter(Protocol):
-    """Takes notes for a person who waits, and opens bars. `r2cli.console` is one."""
+    """Shows notes and progress bars to a person who waits. `r2cli.console` is one."""
 
     def note(self, text: str, /) -> None: ...
     def bar(self, what: str, total: int, /) -> AbstractContextManager[ProgressBar]: ...
@@ -28,7 +28,7 @@ class _Nothing:
 
 
 class Silent:
-    """Tells nobody."""
+    """Shows nothing."""
 
     def note(self, text: str, /) -> None:
         pass
