@@ -4,7 +4,7 @@ The command line is made from these fields (`r2cli.cli.command`), and the Python
 checked when the config is made, so both refuse the same values in the same words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,8 +19,8 @@ class Option:
     """What a field says of itself.
 
     `flags` stand in the place of `--field-name`. `check` raises InputError for a value that cannot be. `given` is the
-    type on the command line where that differs from the field's, and `shown` the default there. An option with
-    `is_argument` is given by its place.
+    type on the command line where that differs from the field's, and `shown` the default there. `means` turns a value
+    into what a method gets, where that differs. An option with `is_argument` is given by its place.
     """
 
     help: str
@@ -31,6 +31,7 @@ class Option:
     check: Callable[[Any], object] | None = None
     given: Any = None
     shown: Any = None
+    means: Callable[[Any], Any] | None = None
     is_argument: bool = False
 
 
@@ -57,6 +58,17 @@ class Config:
                 raise InputError(f"{flag} {value:g} is impossible: give {told.most:g} or less")
             if told.check is not None:
                 told.check(value)
+
+
+def meanings(config: Config, names: Collection[str]) -> dict[str, Any]:
+    """The fields of `config` that have one of `names`, each as what its value means."""
+    found = {}
+    for own in fields(config):
+        if own.name in names:
+            told: Option = own.metadata["option"]
+            value = getattr(config, own.name)
+            found[own.name] = value if told.means is None else told.means(value)
+    return found
 
 
 def flag_of(name: str, told: Option) -> str:

@@ -117,7 +117,7 @@ def scalar(given: Points, k: int) -> Array:
     cuts = _cuts(coarse, k)
     runs = np.add.reduceat(coarse.weight, cuts), np.add.reduceat(coarse.weight * coarse.value, cuts)
     centroids: Array = runs[1] / runs[0]
-    return centroids if len(coarse.value) == len(given.value) else _lloyd(given, centroids)
+    return centroids if len(coarse.value) == len(given.value) else refined(given, centroids)
 
 
 def error(given: Points, centroids: Array) -> float:
@@ -180,7 +180,8 @@ def _one_more_run(best: Array, weight: Array, moment: Array, run: int) -> tuple[
     return new, begin
 
 
-def _lloyd(given: Points, centroids: Array) -> Array:
+def refined(given: Points, centroids: Array) -> Array:
+    """The centroids (k,), ascending, after at most LLOYD of Lloyd's iterations: the squared error only falls."""
     weight = np.concatenate([[0.0], given.weight.cumsum()])
     moment = np.concatenate([[0.0], (given.weight * given.value).cumsum()])
     cuts = None

@@ -102,9 +102,9 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
         hard = config.hard_epochs if entry.soft else 0
         schedule = Schedule(config.epochs, hard, config.temperature, config.temperature / 10)
         lut_lr = entry.lut_lr if config.lut_lr is None else config.lut_lr
-        plan = PalettePlan(training, schedule, lut_lr, {"iterations": config.iterations})
+        plan = PalettePlan(training, schedule, lut_lr, config.own_options)
         options |= {**training.__dict__, "hard_epochs": config.hard_epochs, "temperature": config.temperature}
-        options |= {"iterations": config.iterations, "lut_lr": lut_lr}
+        options |= {**config.own_options, "lut_lr": lut_lr}
     task = PaletteTask(made, settings, batches if calibration else None, where, config.seed)
     return PaletteRun(task, plan, source, config.weigh == "fisher", options)
 
