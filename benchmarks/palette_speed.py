@@ -16,8 +16,9 @@ import onnxruntime
 import torch
 from onnx_speed import COUNTED, FLOAT_LAYERS, least_ms, machine, table
 
+import r2cli
 from r2cli import __version__
-from r2cli.deploy import onnx_export, onnx_functions, runtime
+from r2cli.deploy import onnx_functions, runtime
 from r2cli.storage import checkpoint
 
 COLUMNS = ["file", "bytes", "ms", "/ float32", "/ inlined", *COUNTED, "float layers"]
@@ -28,7 +29,7 @@ def rows(given: list[Path], folder: Path, rounds: int) -> list[list[str]]:
     loaded = [checkpoint.load(path) for path in given]
     paths = [folder / f"{path.stem}.onnx" for path in given]
     for path, made in zip(paths, loaded, strict=True):
-        path.write_bytes(onnx_export.to_bytes(made))
+        r2cli.export(made, path)
         onnx.save(onnx_functions.inline(onnx.load(path)), path.with_suffix(".inlined.onnx"))
     files = [*paths, *(path.with_suffix(".inlined.onnx") for path in paths)]
     image = torch.randn(1, *loaded[0].input.shape, generator=torch.Generator().manual_seed(0))
