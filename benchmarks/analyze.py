@@ -25,10 +25,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import r2cli
 from r2cli import __version__
-from r2cli.analysis import layer_table
-from r2cli.analysis.layer_table import AnalyzeSettings
-from r2cli.storage import stream
 
 SIDE = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,8 +82,7 @@ def bare(path: Path, dtype: torch.dtype) -> None:
 
 
 def ours(path: Path, *, quick: bool, threads: int = 1) -> None:
-    layers, _ = layer_table.split(stream.tensors_of_model(path), everything=False)
-    layer_table.rows(layers, AnalyzeSettings(quick=quick), threads=threads, advance=lambda _: None)
+    r2cli.analyze(path, r2cli.AnalyzeConfig(quick=quick, threads=threads))
 
 
 def cpu() -> float:
@@ -111,25 +108,25 @@ GROWTH = """
 import sys
 from pathlib import Path
 import torch
-from r2cli.analysis import layer_table
-from r2cli.storage import stream
+import r2cli
 torch.set_num_threads(1)
-layer_table.row(stream.from_memory("w", torch.zeros(64, 64), ""), layer_table.AnalyzeSettings())
+r2cli.analyze(sys.argv[2])
 def resident(field):
     text = Path("/proc/self/status").read_text()
     return int(text.split(field + ":")[1].split()[0]) / 1024
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-layers, _ = analysis.split(stream.tensors_of_model(Path(sys.argv[1])), everything=False)
-analysis.rows(layers, analysis.AnalyzeSettings(), threads=int(sys.argv[2]), advance=lambda _: None)
+r2cli.analyze(sys.argv[1], r2cli.AnalyzeConfig(threads=int(sys.argv[3])))
 print(resident("VmHWM") - before)
 """
 
 
 def growth(path: Path, threads: int) -> float:
     """MB that the greatest resident size grows by."""
-    ran = subprocess.run([sys.executable, "-c", GROWTH, str(path), str(threads)], capture_output=True, check=True)
-    return float(ran.stdout)
+    small = path.with_name("small.safetensors")  # analyzed first, so that what r2 imports late is there
+    save_file({"w": torch.zeros(64, 64)}, small)
+    command = [sys.executable, "-c", GROWTH, str(path), str(small), str(threads)]
+    return float(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
 def measure(kind: str, path: Path, dtype: torch.dtype) -> list[str]:

@@ -61,7 +61,7 @@ def row(count: int, bits: int, methods: dict[str, Callable[[torch.Tensor, int], 
         found[name] = process_time() - start, error(every, centroids)
         if name == "ours":
             all_ = kmeans.Points(every, np.ones(len(every)))
-            refined = error(every, kmeans._lloyd(all_, centroids))
+            refined = error(every, kmeans.refined(all_, centroids))
     least = min([refined, *(lost for _, lost in found.values())])
     cells = [f"{seconds:.2f} s, {lost / least - 1:.0e}" for seconds, lost in found.values()]
     return [f"{count / 1e6:.1f} M, {bits} bit", *cells]

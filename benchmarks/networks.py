@@ -2,9 +2,9 @@
 
 Each network has random weights; its BatchNorms have seen noise, each image of a contrast and a colour of its own, and
 their shifts are 1 instead of 0: a deep random network is chaotic otherwise (see onnx_speed.py). ConvNeXt's layer
-scales, 1e-6 before training, are drawn anew so that its blocks count. The network is quantized by `r2cli.ptq` (W8A8,
-and some W4A8, per channel, nearest rounding) and exported; the file is proved as `r2 ptq` proves it: audited, run in
-ONNX Runtime with optimisation off and at its default, 30 dB of logits against torch's. The labels are the float
+scales, 1e-6 before training, are drawn anew so that its blocks count. The network is quantized by `r2cli.quantize`
+(W8A8, and some W4A8, per channel, nearest rounding) and exported; the file is proved as `r2 ptq` proves it: audited,
+run in ONNX Runtime with optimisation off and at its default, 30 dB of logits against torch's. The labels are the float
 network's answers.
 
     python benchmarks/networks.py --work-dir networks --output benchmarks/networks.md
@@ -23,14 +23,14 @@ from typing import Any
 
 import onnxruntime
 import torch
+from given_images import data_of
 from onnx_speed import least_ms, machine, table
 from torch import Tensor, nn
 
+import r2cli
 from r2cli import __version__, models
 from r2cli.calibration import deployed
-from r2cli.deploy import onnx_export, runtime, verify
-from r2cli.ptq import post_training
-from r2cli.quantized.decibels import sqnr
+from r2cli.deploy import runtime
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 NETWORKS = (
@@ -87,37 +87,35 @@ def row(name: str, bits: int, size: int, rounds: int) -> dict[str, Any]:
     made = network(name, size)
     float_model = deployed.network(made)
     test = [(images, float_model(images).argmax(1)) for images in noise(2, 3, size)]
+    source = data_of(made.input, made.class_names, noise(2, 2, size), test)
     started = perf_counter()
-    settings = post_training.PtqSettings("none", bits, act_bits=8, granularity=post_training.CHANNEL, keep={})
-    coded, layers = post_training.quantize(made, settings, noise(2, 2, size), torch.device("cpu"))
-    quantized, model = perf_counter(), deployed.network(coded)
+    result = r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=bits, device="cpu"))
+    quantized = perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        path.write_bytes(onnx_export.to_bytes(coded))
+        r2cli.export(result, path)
         exported = perf_counter()
-        proof = verify.prove(path, coded, model, test)
+        proof = r2cli.verify(path, result, source)
         proved = perf_counter()
         ratio = None
         if rounds:
             float_file = Path(folder) / "float.onnx"
-            float_file.write_bytes(onnx_export.to_bytes(made))
+            r2cli.export(made, float_file)
             image = noise(1, 4, size)[0][:1]
             runs = {each.stem: runtime.runner(each, threads=1) for each in (path, float_file)}
             least = least_ms(runs, rounds, image)
             ratio = least[path.stem] / least[float_file.stem]
-    found = torch.cat([model(images) for images, _ in test])
-    expected = torch.cat([float_model(images) for images, _ in test])
     failed = [f"{check.name}: {check.detail}" for check in proof.checks if not check.passed]
     return {
         "network": name,
         "form": f"W{bits}A8",
         "failed": failed,
-        "layers": len(layers),
+        "layers": len(result.layers),
         "nodes": proof.measures["nodes"],
         "float": dict(Counter(each["kind"] for each in proof.measures["float_operations"])),
         "parity": next(check.detail for check in proof.checks if check.name == "parity"),
         "sqnr": proof.measures["sqnr_db"],
-        "sqnr_to_float": sqnr(found, expected),
+        "sqnr_to_float": proof.measures["float_sqnr_db"],
         "bytes": proof.measures["bytes"],
         "ratio": ratio,
         "seconds": [round(b - a, 1) for a, b in ((started, quantized), (quantized, exported), (exported, proved))],
@@ -162,7 +160,7 @@ def main() -> None:
             f"{machine()} ({runtime.cpu()}); r2cli {__version__}, torch {torch.__version__}, "
             f"ONNX Runtime {onnxruntime.__version__}; seeds 0 to 4 in the script.",
             "Nodes are those that ONNX Runtime runs at its default; `dB to torch`: logits of the file in ONNX Runtime "
-            "against the quantized network in torch; `dB to float`: that network against the float one.",
+            "against the quantized network in torch; `dB to float`: against the float one.",
             table(HEAD, [cells(one) for one in done]),
         ]
     )

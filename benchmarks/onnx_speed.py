@@ -1,10 +1,11 @@
 """Our ONNX files against ONNX Runtime's own quantizer: is each one proved, how large is it, and how fast does it run?
 
-ResNet-18 and MobileNet-V2 at 224x224 with 1,000 classes are quantized by `r2cli.ptq` (W8A8, W4A8 and W2A8, per channel,
-nearest rounding) and exported. Each file is proved as `r2 ptq` proves its own, then timed on one image and one thread
-beside two others of the same network: the float32 file, and what `onnxruntime.quantization.quantize_static` makes of
-that (QDQ, per channel, uint8 activations, int8 weights, after its pre-processing). All files take turns in one process,
-in a random order in every round, and the least time of each counts: other work on the machine falls on all or on none.
+ResNet-18 and MobileNet-V2 at 224x224 with 1,000 classes are quantized by `r2cli.quantize` (W8A8, W4A8 and W2A8, per
+channel, nearest rounding) and exported. Each file is proved as `r2 ptq` proves its own, then timed on one image and
+one thread beside two others of the same network: the float32 file, and what
+`onnxruntime.quantization.quantize_static` makes of that (QDQ, per channel, uint8 activations, int8 weights, after its
+pre-processing). All files take turns in one process, in a random order in every round, and the least time of each
+counts: other work on the machine falls on all or on none.
 
 Nothing is downloaded: weights are random, images are noise, and labels are the float network's own answers. Each image
 has a contrast and a colour of its own: white noise all looks alike to a network, and a file that ignored its input
@@ -24,14 +25,16 @@ from time import perf_counter
 
 import onnxruntime
 import torch
+from given_images import data_of
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
+import r2cli
 from r2cli import __version__, models
 from r2cli.calibration import deployed
-from r2cli.deploy import onnx_export, runtime, verify
-from r2cli.ptq import post_training
+from r2cli.deploy import onnx_export, runtime
+from r2cli.deploy.verify import Proof
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 NETWORKS, BITS = ("resnet18", "mobilenet_v2"), (8, 4, 2)
@@ -93,22 +96,22 @@ def reference(float_file: Path, output: Path) -> None:
     )
 
 
-def files(name: str, folder: Path) -> tuple[dict[str, Path], dict[str, verify.Proof]]:
+def files(name: str, folder: Path) -> tuple[dict[str, Path], dict[str, Proof]]:
     """Every file of one network by what it is, and the proofs of ours."""
     made = network(name)
     float_model = deployed.network(made)
     with torch.inference_mode():
         test = [(images, float_model(images).argmax(1)) for images in noise(4, seed=3)]
     paths = {what: folder / f"{name}.{what}.onnx" for what in (FLOAT, REFERENCE, *(f"W{bits}A8" for bits in BITS))}
-    paths[FLOAT].write_bytes(onnx_export.to_bytes(made))
+    source = data_of(INPUT, made.class_names, noise(2, seed=2), test)
+    r2cli.export(made, paths[FLOAT])
     reference(paths[FLOAT], paths[REFERENCE])
-    proofs = {FLOAT: verify.prove(paths[FLOAT], made, float_model, test)}
+    proofs = {FLOAT: r2cli.verify(paths[FLOAT], made, source)}
     for bits in BITS:
-        settings = post_training.PtqSettings("none", bits, act_bits=8, granularity=post_training.CHANNEL, keep={})
-        coded, _ = post_training.quantize(made, settings, noise(2, seed=2), torch.device("cpu"))
+        result = r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=bits, device="cpu"))
         path = paths[f"W{bits}A8"]
-        path.write_bytes(onnx_export.to_bytes(coded))
-        proofs[f"W{bits}A8"] = verify.prove(path, coded, deployed.network(coded), test)
+        r2cli.export(result, path)
+        proofs[f"W{bits}A8"] = r2cli.verify(path, result, source)
     return paths, proofs
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import r2cli
 from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.graph import batchnorm, operators
@@ -73,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     loop.seed_everything(options.seed)
     made = checkpoint.load(options.checkpoint)
-    source = data.load(options.data, spec=made.input)
+    source = r2cli.load_data(options.data, spec=made.input)
     model = deployed.network(made)
     steps = palettizer(model, options.bits, options.dim, options.tau)
     soft = steps.prepare()

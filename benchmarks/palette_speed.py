@@ -15,8 +15,9 @@ import onnxruntime
 import torch
 from onnx_speed import COUNTED, FLOAT_LAYERS, least_ms, machine, table
 
+import r2cli
 from r2cli import __version__
-from r2cli.deploy import onnx_export, runtime
+from r2cli.deploy import runtime
 from r2cli.storage import checkpoint
 
 COLUMNS = ["file", "bytes", "ms", "/ float32", *COUNTED, "float layers"]
@@ -27,7 +28,7 @@ def rows(given: list[Path], folder: Path, rounds: int) -> list[list[str]]:
     loaded = [checkpoint.load(path) for path in given]
     paths = [folder / f"{path.stem}.onnx" for path in given]
     for path, made in zip(paths, loaded, strict=True):
-        path.write_bytes(onnx_export.to_bytes(made))
+        r2cli.export(made, path)
     image = torch.randn(1, *loaded[0].input.shape, generator=torch.Generator().manual_seed(0))
     least = least_ms({str(path): runtime.runner(path, threads=1) for path in paths}, rounds, image)
     found = []

@@ -62,23 +62,21 @@ def timed(step: Callable[[], None]) -> dict[str, float]:
 def ours(method: str, place: str) -> dict[str, float]:
     """A step of r2's, or of the float network where `method` is 'float'."""
     import torch
+    from given_images import data_of
 
+    import r2cli
     from r2cli import models
-    from r2cli.qat import prepare
-    from r2cli.qat.prepare import QatSettings, QatTask
-    from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
+    from r2cli.storage.checkpoint import InputSpec, ModelSpec
 
     torch.manual_seed(0)
-    spec = ModelSpec("resnet18", 10, stem="small")
-    model = models.build(spec)
+    model = models.build(ModelSpec("resnet18", 10, stem="small"))
     if method == "float":
         return measured(model.to(memory_format=torch.channels_last))
     given = InputSpec(3, SIZE, SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    made = Checkpoint(spec, given, tuple("0123456789"), model.state_dict())
-    settings = QatSettings(method, BITS, BITS, {}, place)
-    images = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(10, (BATCH,))
-    work = QatTask(made, settings, lambda: [images], torch.device("cpu"))
-    return measured(prepare.prepare(work).net.to(memory_format=torch.channels_last))
+    images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(10, (BATCH,))
+    config = r2cli.QatConfig(method=method, weight_bits=BITS, act_bits=BITS, activations=place, device="cpu")
+    source = data_of(given, "0123456789", [images], [(images, labels)])
+    return measured(r2cli.prepare(model, source, config).net.to(memory_format=torch.channels_last))
 
 
 def brevitas() -> dict[str, float]:

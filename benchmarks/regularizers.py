@@ -23,11 +23,12 @@ from time import process_time
 import torch
 from torch import Tensor, nn
 
+import r2cli
 from r2cli import __version__, models, registry
 from r2cli.storage.checkpoint import ModelSpec
 from r2cli.train import loop
 from r2cli.train.loop import TrainSettings
-from r2cli.train.regularizers import Regularizer, RegularizerSpec, columns
+from r2cli.train.regularizers import Regularizer, columns
 
 BATCH, SIZE, CLASSES, WARM_UP = 64, 32, 10, 2
 STEMS = {"small": "CIFAR stem", "imagenet": "ImageNet stem"}
@@ -97,8 +98,8 @@ class Variant:
 def variant(model: nn.Module, name: str, dim: int, *, autograd: bool) -> Variant:
     regularizer = None
     if name != "none":
-        setting = RegularizerSpec(name, registry.default_strength(name, size=SIZE, images=50_000), dim=dim)
-        regularizer = Regularizer(setting, model)
+        strength = registry.default_strength(name, size=SIZE, images=50_000)
+        regularizer = r2cli.regularizer(model, name, strength, dim=dim)
     return Variant(model, regularizer, autograd, loop.optimizers(model, regularizer, SETTINGS, None)[0])
 
 

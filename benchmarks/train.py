@@ -1,9 +1,9 @@
 """What `r2 pretrain` leaves of a bare training loop's speed, on CIFAR-10 as a folder of JPEGs.
 
-"ours" is `r2cli.train.fit` on the folder's 50,000 images, as the command calls it: shuffled, shifted and mirrored,
-normalised, with schedule, progress and the epoch's books. "bare" is the loop that everybody writes first, with nothing
-of that, over the same images as normalised float32 tensors in memory. Both train channels last with SGD, Nesterov
-momentum and weight decay, on the same batches' size and the same threads (or the GPU, where there is one).
+"ours" is `r2cli.pretrain` on the folder's 50,000 images, which is what the command calls: shuffled, shifted and
+mirrored, normalised, with schedule, progress and the epoch's books. "bare" is the loop that everybody writes first,
+with nothing of that, over the same images as normalised float32 tensors in memory. Both train channels last with SGD,
+Nesterov momentum and weight decay, on the same batches' size and the same threads (or the GPU, where there is one).
 
 They take turns on the same machine: a round is some steps of one, then of the other. The ratio is bare's median time of
 a step over ours. Decoding all images, which ours does once in a run, is told beside it.
@@ -13,8 +13,8 @@ a step over ours. Decoding all images, which ours does once in a run, is told be
 """
 
 import argparse
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,11 +23,11 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from r2cli import __version__, data, models
-from r2cli.data import KeptSplit
+import r2cli
+from r2cli import __version__, models
+from r2cli.data import Data, KeptSplit
 from r2cli.deploy import runtime
-from r2cli.train import hooks, loop
-from r2cli.train.loop import TrainSettings
+from r2cli.train import loop
 
 WARM_UP = 2  # steps of a round that are not counted
 
@@ -44,7 +44,7 @@ CASES = (Case("mobilenet_v1", 0.25, 128, 40), Case("resnet20", None, 128, 20), C
 
 
 class Enough(Exception):
-    """Stops a run of `fit` after the steps that are measured."""
+    """Stops a training run after the steps that are measured."""
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args()
     where = loop.device(chosen.device)
-    source = data.load(f"imagefolder:{chosen.folder}")
+    source = r2cli.load_data(f"imagefolder:{chosen.folder}")
     assert isinstance(source.train, KeptSplit)
     started = perf_counter()
     source.train.require(torch.arange(len(source.train)))
@@ -86,14 +86,14 @@ def threads() -> str:
     return f"{count} thread{'' if count == 1 else 's'}"
 
 
-def in_memory(source: data.Data, where: torch.device) -> tuple[Tensor, Tensor]:
+def in_memory(source: Data, where: torch.device) -> tuple[Tensor, Tensor]:
     """All training images as the network takes them, float32 (n, 3, 32, 32), and their labels."""
     pairs = list(source.train.batches(4096, torch.device("cpu")))
     images = torch.cat([images for images, _ in pairs]).contiguous(memory_format=torch.channels_last)
     return images.to(where), torch.cat([labels for _, labels in pairs]).to(where)
 
 
-def measure(case: Case, source: data.Data, images: Tensor, labels: Tensor, where: torch.device, rounds: int) -> str:
+def measure(case: Case, source: Data, images: Tensor, labels: Tensor, where: torch.device, rounds: int) -> str:
     """One row: images a second of the two loops and their ratio."""
     ours: list[float] = []
     bare: list[float] = []
@@ -125,8 +125,8 @@ def bare_steps(model: nn.Module, case: Case, images: Tensor, labels: Tensor, whe
     return clock.steps
 
 
-def our_steps(model: nn.Module, case: Case, source: data.Data, where: torch.device) -> list[float]:
-    settings = TrainSettings(
+def our_steps(model: nn.Module, case: Case, source: Data, where: torch.device) -> list[float]:
+    config = r2cli.PretrainConfig(
         epochs=1,
         batch_size=case.batch,
         lr=0.01,
@@ -134,23 +134,36 @@ def our_steps(model: nn.Module, case: Case, source: data.Data, where: torch.devi
         weight_decay=4e-5,
         warmup=0.0,
         label_smoothing=0.0,
-        reg_lr=0.01,
-        seed=0,
+        precision="float32",
+        device=str(where),
     )
     clock = Clock(where, case.steps)
+    try:
+        r2cli.pretrain(model, source, config, reporter=Watch(clock))
+    except Enough:
+        pass
+    return clock.steps
 
-    def stepped(steps: int) -> None:
-        if steps and clock.tick():
+
+@dataclass
+class Watch:
+    """Whom `pretrain` tells of its steps: a clock, which ends the run."""
+
+    clock: "Clock"
+
+    def note(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator["Watch"]:
+        yield self
+
+    def advance(self, steps: int = 1) -> None:
+        if steps and self.clock.tick():
             raise Enough
 
-    watch = hooks.Progress(stepped, lambda epoch: None)
-    with tempfile.TemporaryDirectory() as folder:
-        state = Path(folder) / "state.safetensors"
-        try:
-            loop.fit(model, source, settings, device=where, setting=None, state=state, resume=False, watch=watch)
-        except Enough:
-            pass
-    return clock.steps
+    def line(self, text: str) -> None:
+        pass
 
 
 class Clock:

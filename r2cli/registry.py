@@ -295,6 +295,11 @@ def require_bits(name: str, bits: int, what: str) -> None:
         raise InputError(f"{what} is impossible with {name}{why}; give {least} to {most}")
 
 
+def single_options(kind: Mapping[str, QatEntry | PaletteEntry]) -> set[str]:
+    """The names of the options that single methods of a kind have, as their entries declare them."""
+    return {field.name for entry in kind.values() if is_dataclass(entry.options) for field in fields(entry.options)}
+
+
 def own_options(entry: QatEntry | PaletteEntry, given: Mapping[str, Any]) -> Any:
     """Return the method's own options, with the values of `given` that it knows; None if it has no options."""
     if not is_dataclass(entry.options):

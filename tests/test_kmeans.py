@@ -96,3 +96,12 @@ def test_what_fills_the_last_block_pulls_no_centroid() -> None:
     assert v.shape == weights.shape == (80, 2) and int((weights == 0).sum()) == 40
     found = kmeans.vector(v, weights, 4, torch.Generator().manual_seed(0))
     assert float((found - 5).abs().max()) < 1
+
+
+def test_lloyds_iterations_only_gain_and_end_where_they_stay() -> None:
+    value = np.sort(np.random.default_rng(0).normal(size=2000))
+    points, start = Points(value, np.ones(len(value))), np.array([-0.1, 0.0, 0.1, 0.2])
+    found = kmeans.refined(points, start)
+    assert kmeans.error(points, found) < 0.5 * kmeans.error(points, start)
+    assert (kmeans.refined(points, found) == found).all()
+    assert kmeans.error(points, kmeans.scalar(points, 4)) <= kmeans.error(points, found)

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import r2cli
 from conftest import R2
 from r2cli import registry
+from r2cli.config.methods import PalettizeConfig, QatConfig
 from r2cli.errors import InputError
 
 PACKAGE = Path(r2cli.__file__).parent
@@ -161,6 +163,24 @@ def test_options_of_one_method_are_refused_for_another() -> None:
     lsq = registry.own_options(registry.get(registry.QAT_METHODS, "lsq"), {"bin_reg": 0.1, "delta": None})
     assert lsq == registry.LsqOptions(bin_reg=0.1)
     assert registry.own_options(registry.get(registry.QAT_METHODS, "pact"), {"bin_reg": 0.1}) is None
+
+
+def test_a_method_declares_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No config lists them: with an entry that declares it, a field of the config belongs to that entry's method."""
+    assert QatConfig(method="ewgs", delta="hessian").own_options == {"bin_reg": 0.0, "delta": None}
+    assert QatConfig(method="ewgs", delta="0.5").own_options == {"bin_reg": 0.0, "delta": 0.5}
+    assert PalettizeConfig(iterations=5).own_options == {"iterations": 5}
+
+    @dataclass(frozen=True)
+    class ToyOptions:
+        distill: float = 0.0
+
+    toy = registry.QatEntry("toys:QAT", "a toy", options=ToyOptions())
+    monkeypatch.setitem(registry.QAT_METHODS, "toy", toy)
+    config = QatConfig(method="toy", distill=0.7)
+    assert registry.own_options(toy, config.own_options) == ToyOptions(0.7)
+    with pytest.raises(InputError, match="--distill belongs to --method toy, and lsq"):
+        QatConfig(method="lsq", distill=0.7)
 
 
 def test_default_strengths() -> None:

@@ -33,8 +33,9 @@ import numpy as np
 import onnxruntime
 import torch
 
+import r2cli
 from r2cli import data
-from r2cli.deploy import onnx_export, runtime
+from r2cli.deploy import runtime
 from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import InputSpec
 
@@ -101,7 +102,7 @@ def write_images(name: str, spec: InputSpec, count: int, seed: int, work: Path) 
         return found
     folder.mkdir(parents=True, exist_ok=True)
     cpu = torch.device("cpu")
-    loaded = data.load(name, spec=spec)
+    loaded = r2cli.load_data(name, spec=spec)
     batches = list(loaded.test.batches(250, cpu))
     np.save(found.calibration, _joined([images for images, _ in data.calibration(loaded, count, cpu, seed)]))
     np.save(found.images, _joined([images for images, _ in batches]))
@@ -134,7 +135,7 @@ def network(path: Path, arguments: argparse.Namespace) -> Network:
     images = write_images(arguments.data, made.input, arguments.calibration, arguments.seed, arguments.work_dir)
     if not told.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        onnx.write_bytes(onnx_export.to_bytes(made))
+        r2cli.export(made, onnx)
         top1 = common.top1(common.runner(onnx), np.load(images.images, mmap_mode="r"), np.load(images.labels))
         told.write_text(json.dumps({"top1": top1}))
     return Network(path.stem, path.resolve(), sha, onnx, images, json.loads(told.read_text())["top1"])

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from r2cli import registry
 from r2cli.config import groups, values
-from r2cli.config.option import FOREIGN, Config, option
+from r2cli.config.option import FOREIGN, Config, meanings, option
 from r2cli.errors import InputError
 
 __all__ = ["FOREIGN", "PalettizeConfig", "PretrainConfig", "PtqConfig", "QatConfig"]
@@ -223,6 +224,7 @@ class QatConfig(Config):
         "ewgs: how much gradients are scaled: a number, or hessian, from whose trace it is found in every epoch.",
         panel=EXTRAS,
         check=values.delta,
+        means=values.delta,
         given=str,
     )
     norms: str = option(
@@ -260,9 +262,9 @@ class QatConfig(Config):
             raise InputError(f"--reg {self.reg} belongs to --from-scratch: pretrain with it, and fine-tune without")
 
     @property
-    def own_options(self) -> dict[str, float | None]:
-        """The options that only some methods have, by name."""
-        return {"bin_reg": self.bin_reg, "delta": values.delta(self.delta)}
+    def own_options(self) -> dict[str, Any]:
+        """The options that single methods have, as their entries declare them."""
+        return meanings(self, registry.single_options(registry.QAT_METHODS))
 
     @property
     def suffix(self) -> str:
@@ -362,6 +364,11 @@ class PalettizeConfig(Config):
             raise InputError(
                 f"--act-bits {self.activation_bits} needs integer weights: give --lut-bits 8, or --act-bits none"
             )
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """The options that single methods have, as their entries declare them."""
+        return meanings(self, registry.single_options(registry.PALETTE_METHODS))
 
     @property
     def activation_bits(self) -> int | None:

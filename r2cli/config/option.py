@@ -4,7 +4,7 @@
 checked when the config is made, so both refuse the same values in the same words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -20,7 +20,8 @@ class Option:
 
     `flags` replace `--field-name`. `least` and `most` are bounds. `check` raises InputError for a value that makes no
     sense. `given` is the type on the command line if that differs from the field's, and `shown` is the default there.
-    An option with `is_argument` is given by its place on the line, without a flag.
+    `means` turns a value into what a method gets, where that differs. An option with `is_argument` is given by its
+    place on the line, without a flag.
     """
 
     help: str
@@ -31,6 +32,7 @@ class Option:
     check: Callable[[Any], object] | None = None
     given: Any = None
     shown: Any = None
+    means: Callable[[Any], Any] | None = None
     is_argument: bool = False
 
 
@@ -57,6 +59,17 @@ class Config:
                 raise InputError(f"{flag} {value:g} is impossible: give {told.most:g} or less")
             if told.check is not None:
                 told.check(value)
+
+
+def meanings(config: Config, names: Collection[str]) -> dict[str, Any]:
+    """The fields of `config` that have one of `names`, each as what its value means."""
+    found = {}
+    for own in fields(config):
+        if own.name in names:
+            told: Option = own.metadata["option"]
+            value = getattr(config, own.name)
+            found[own.name] = value if told.means is None else told.means(value)
+    return found
 
 
 def flag_of(name: str, told: Option) -> str:

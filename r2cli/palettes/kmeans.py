@@ -131,7 +131,7 @@ def scalar(given: Points, k: int) -> Array:
     cuts = _cuts(coarse, k)
     runs = np.add.reduceat(coarse.weight, cuts), np.add.reduceat(coarse.weight * coarse.value, cuts)
     centroids: Array = runs[1] / runs[0]
-    return centroids if len(coarse.value) == len(given.value) else _lloyd(given, centroids)
+    return centroids if len(coarse.value) == len(given.value) else refined(given, centroids)
 
 
 def error(given: Points, centroids: Array) -> float:
@@ -199,10 +199,11 @@ def _one_more_run(best: Array, weight: Array, moment: Array, run: int) -> tuple[
     return new, begin
 
 
-def _lloyd(given: Points, centroids: Array) -> Array:
-    """Run Lloyd's iterations on all points from `centroids` (k,), until no point changes its centroid.
+def refined(given: Points, centroids: Array) -> Array:
+    """Run Lloyd's iterations on all points from `centroids` (k,), at most LLOYD: the squared error only falls.
 
-    The points ascend, so the points of a centroid are a run, and two cumulative sums give every mean.
+    Returns the centroids, ascending. The points ascend, so the points of a centroid are a run, and two cumulative sums
+    give every mean.
     """
     weight = np.concatenate([[0.0], given.weight.cumsum()])
     moment = np.concatenate([[0.0], (given.weight * given.value).cumsum()])

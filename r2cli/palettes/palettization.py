@@ -111,9 +111,9 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
         # The last soft epoch has a tenth of the first one's temperature: nearly hard, so that little changes after it.
         schedule = Schedule(config.epochs, hard, config.temperature, config.temperature / 10)
         lut_lr = entry.lut_lr if config.lut_lr is None else config.lut_lr
-        plan = PalettePlan(training, schedule, lut_lr, {"iterations": config.iterations})
+        plan = PalettePlan(training, schedule, lut_lr, config.own_options)
         options |= {**training.__dict__, "hard_epochs": config.hard_epochs, "temperature": config.temperature}
-        options |= {"iterations": config.iterations, "lut_lr": lut_lr}
+        options |= {**config.own_options, "lut_lr": lut_lr}
     task = PaletteTask(made, settings, batches if calibration else None, where, config.seed)
     return PaletteRun(task, plan, source, config.weigh == "fisher", options)
 

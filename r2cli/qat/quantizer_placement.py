@@ -49,11 +49,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Prepared:
-<<<<<<< HEAD
-    """A network with its learners: `net` is the graph that trains, over the modules of the graph `model`.
-=======
-    """A network with its quantizers. `net` is the graph that is trained, over the modules of `model`.
->>>>>>> prose
+    """A network with its quantizers. `net` is the graph that is trained, over the modules of the graph `model`.
 
     `weights` has the quantizers of weights by the name of the layer; `edges` has those of activations by the name of
     the value, as a checkpoint has it.
@@ -137,13 +133,8 @@ def _readers(net: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.N
             yield node, user
 
 
-<<<<<<< HEAD
 def read(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """The graph of a network that is to train. Raises InputError for one that cannot be read."""
-=======
-def read(model: nn.Module) -> fx.GraphModule:
-    """Return the graph of a network that is to be trained. Raises InputError for one that torch.fx cannot trace."""
->>>>>>> prose
+    """Return the graph of a network that is to be trained. Raises InputError for one that cannot be read."""
     try:
         return trace(model, example)
     except Unreadable as error:
@@ -159,18 +150,11 @@ def prepare(
     *,
     inputs: bool,
 ) -> Prepared:
-<<<<<<< HEAD
-    """The graph `model` with learners, made by `weights` of a layer's name and weight and by `edges` of bits; None: no edges.
-
-    They have started on the weights, and not yet on the edges: `start` does. Raises InputError for a network with a
-    layer that cannot be quantized.
-=======
     """Put quantizers on the weights and activations of `model`, in place. Returns the network with them.
 
     `weights` makes the quantizer of a weight from the layer's name and weight; `edges` makes that of an activation from
     its bits, and None leaves activations in float. The quantizers of weights have started; `start` starts those of
     activations. Raises InputError for a network that cannot be read, or has a layer that cannot be quantized.
->>>>>>> prose
     """
     net = edit.over_same_modules(model)
     require_known(net, activations=edges is not None)
@@ -179,12 +163,8 @@ def prepare(
     layers = tuple(structure.layers(net))
     placed: list[Place] = []
     if edges is not None:
-<<<<<<< HEAD
-        folded = copy.deepcopy(net)
-=======
         # Deployed, the BatchNorms are folded away, so it is that graph that says which values exist.
-        folded = trace(copy.deepcopy(model))
->>>>>>> prose
+        folded = copy.deepcopy(net)
         batchnorm.remove_norms(folded)
         placed = places(folded, shape, bits, inputs=inputs)
     made = {}
