@@ -15,7 +15,7 @@ NormModule = nn.BatchNorm1d | nn.BatchNorm2d
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Fused into the layer or the sum before them, by us and by every runtime.
-ACTIVATIONS: tuple[Any, ...] = (nn.ReLU, Clip, F.relu, F.relu6)
+ACTIVATIONS: tuple[Any, ...] = (F.relu, F.relu6, Clip)
 # They choose, move or copy values that are on a grid already, so their output needs no grid of its own.
 PASSING: tuple[Any, ...] = (
     *(F.max_pool1d, F.max_pool2d, F.adaptive_max_pool2d, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze),

@@ -131,7 +131,7 @@ def prepare(
     *,
     inputs: bool,
 ) -> Prepared:
-    """The graph `model` with learners, made by `weights` of a layer's name and weight and by `edges` of bits; None: no edges.
+    """The graph `model` with learners, made by `weights` of a layer's name and weight, and by `edges` of bits if any.
 
     They have started on the weights, and not yet on the edges: `start` does. Raises InputError for a network with a
     layer that cannot be quantized.
@@ -279,7 +279,7 @@ def leave_relus(net: fx.GraphModule) -> None:
 
 
 def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:
-    plain = tuple(kind for kind in operators.ACTIVATIONS if kind not in (nn.ReLU6, nn.functional.relu6))
+    plain = tuple(kind for kind in operators.ACTIVATIONS if kind is not nn.functional.relu6)
     return operators.is_a(net, node, plain)
 
 
