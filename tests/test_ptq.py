@@ -107,10 +107,8 @@ def test_every_weight_is_coded_and_every_edge_has_a_grid(float_one: checkpoint.C
 def test_the_unfolded_grid_is_one_per_tensor_and_exact(float_one: checkpoint.Checkpoint) -> None:
     # Where BatchNorm's factor is negative its sign is in the integers: some are, in every layer.
     floats = {name: tensor.clone() for name, tensor in float_one.floats.items()}
-    norms = {
-        layer.weight: layer.norm
-        for layer in structure.layers(trace(deployed.network(float_one), float_one.input.blank(2)))
-    }
+    net = trace(deployed.network(float_one), float_one.input.blank(2))
+    norms = {layer.weight: layer.norm for layer in structure.layers(net)}
     for norm in norms.values():
         if norm is not None:
             floats[f"{norm}.weight"][::3] *= -1
