@@ -122,7 +122,7 @@ def network(kind: str, bits: int, dim: int) -> dict[str, float]:
 
     torch.manual_seed(0)
     model = models.build(ModelSpec("resnet18", 10, stem="small"))
-    names = [one.name for one in structure.layers(trace(model))]
+    names = [one.name for one in structure.layers(trace(model, torch.zeros(2, 3, 32, 32)))]
     model.train().to(memory_format=torch.channels_last)
     softs = {}
     for name in names if kind != "float" else []:

@@ -23,7 +23,7 @@ from r2cli.storage import checkpoint
 @torch.no_grad()
 def spread(made: checkpoint.Checkpoint, seed: int) -> checkpoint.Checkpoint:
     """`made`, float, with the channels of all its pairs spread; pairs over a ReLU6 are left as they are."""
-    net, folded = trace(deployed.network(made)), trace(deployed.network(made))
+    net, folded = (trace(deployed.network(made), made.input.blank(2)) for _ in range(2))
     norms = {layer.name: layer.norm for layer in structure.layers(net)}
     draw = torch.Generator().manual_seed(seed)
     batchnorm.remove_norms(folded)

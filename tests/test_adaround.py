@@ -190,7 +190,7 @@ def made(trained: Path) -> checkpoint.Checkpoint:
 
 
 def folded(made: checkpoint.Checkpoint) -> torch.fx.GraphModule:
-    net = trace(deployed.network(made))
+    net = trace(deployed.network(made), made.input.blank(2))
     factors = batchnorm.remove_norms(net)
     with torch.no_grad():
         for layer, module in structure.named_layers(net):
@@ -217,7 +217,7 @@ def test_a_sweep_sees_both_networks_inputs_and_changes_nothing(made: checkpoint.
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
     assert [one.layer.name for one in visited] == [layer.name for layer in structure.layers(net)] == list(biases)
     assert visited[0].inputs is visited[0].rounded_inputs is images
-    inner = trace(deployed.network(made))
+    inner = trace(deployed.network(made), made.input.blank(2))
     assert visited[0].bound == torch.inf and visited[2].bound is None, "a ReLU after the stem, none before a sum"
     last = visited[-1]
     classifier = last.module

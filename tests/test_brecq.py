@@ -70,7 +70,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("least", [1, 2])
 def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int) -> None:
     torch.manual_seed(0)
-    net = trace(Twice().eval())
+    net = trace(Twice().eval(), images(2))
     found = brecq.blocks(net, least)
     assert len(found) == (4 if least == 1 else 2)
     x = images(3)

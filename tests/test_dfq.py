@@ -35,7 +35,9 @@ def column(*values: float) -> Tensor:
 
 
 def stack(*modules: nn.Module) -> torch.fx.GraphModule:
-    return trace(nn.Sequential(*modules))
+    first = modules[0]
+    shape = (first.in_features,) if isinstance(first, nn.Linear) else (first.in_channels, 8, 8)  # type: ignore[union-attr]
+    return trace(nn.Sequential(*modules), torch.zeros(2, *shape))  # type: ignore[arg-type]
 
 
 def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
@@ -107,7 +109,7 @@ def test_a_depthwise_layer_between_two_others_shares_their_channels() -> None:
 )
 def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: int) -> None:
     spec = models.spec(name, classes=10, channels=3, size=size)
-    net = trace(_warm(models.build(spec), 3, size))
+    net = trace(_warm(models.build(spec), 3, size), torch.zeros(2, 3, size, size))
     normals = batchnorm_statistics.statistics(net)
     graph_factors = batchnorm.remove_norms(net)
     for layer, module in structure.named_layers(net):
@@ -125,7 +127,7 @@ def test_equalization_keeps_the_function_and_evens_the_ranges(name: str, size: i
     reach = equalize.reaches(net, runs, {})
     assert all(float(s.log().abs().max()) < 0.01 for run in runs for s in equalize.scales(run, reach))
     # Nothing beside the runs was touched, and statistics were scaled as what they describe.
-    again = batchnorm_statistics.statistics(trace(_warm(models.build(spec), 3, size)))
+    again = batchnorm_statistics.statistics(trace(_warm(models.build(spec), 3, size), torch.zeros(2, 3, size, size)))
     scaled = {name for name in normals if not torch.allclose(normals[name].std, again[name].std, rtol=1e-3)}
     assert scaled <= set(notes)
 
@@ -146,7 +148,7 @@ class Residual(nn.Module):
 
 
 def test_only_what_one_layer_alone_reads_is_scaled() -> None:
-    assert equalize.links(trace(Residual())) == {}
+    assert equalize.links(trace(Residual(), torch.zeros(2, 3, 4, 4))) == {}
 
 
 def test_a_flatten_between_is_only_of_whole_channels() -> None:
@@ -264,7 +266,7 @@ def test_a_negative_gamma_counts_as_its_size() -> None:
 
 
 def test_statistics_go_on_through_the_graph(float_one: checkpoint.Checkpoint) -> None:
-    net = trace(deployed.network(float_one))
+    net = trace(deployed.network(float_one), float_one.input.blank(2))
     normals = batchnorm_statistics.statistics(net)
     for layer, factor in batchnorm.remove_norms(net).items():
         with torch.no_grad():

@@ -184,7 +184,7 @@ def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypat
 @torch.no_grad()
 def test_the_blocks_of_every_graph_are_the_graph(factory: Callable[[], nn.Module]) -> None:
     made = _made(factory, SIZES[factory])
-    net = trace(deployed.network(made))
+    net = trace(deployed.network(made), made.input.blank(2))
     batchnorm.remove_norms(net)
     blocks, x = brecq.blocks(net), _images(4, 2, SIZES[factory])
     expected = net(x)

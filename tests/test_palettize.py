@@ -93,7 +93,7 @@ def test_negative_factors_become_positive_and_nothing_else_changes(model: Path) 
     made.floats["norm.weight"][::2] *= -1
     batch, _ = next(data.load("digits", spec=made.input).test.batches(32, CPU))
     expected = deployed.network(made)(batch)
-    net = trace(deployed.network(made))
+    net = trace(deployed.network(made), made.input.blank(2))
     batchnorm.make_factors_positive(net)
     assert float(net.get_submodule("norm").weight.detach().min()) >= 0  # type: ignore[operator,arg-type,union-attr]
     assert torch.allclose(net(batch), expected, atol=1e-5)
@@ -112,7 +112,7 @@ def _with_one_large_filter(model: Path, times: float = 500) -> checkpoint.Checkp
 def test_divided_filters_compute_the_same(model: Path) -> None:
     made = _with_one_large_filter(model)
     made.floats["norm.running_var"][5] = 3e-6  # below BatchNorm's epsilon
-    net = trace(deployed.network(made))
+    net = trace(deployed.network(made), made.input.blank(2))
     batch, _ = next(data.load("digits", spec=made.input).test.batches(32, CPU))
     expected = net(batch)
     first = structure.layers(net)[0]
@@ -158,7 +158,7 @@ def test_layers_that_it_does_not_help_stay_as_they_are(model: Path) -> None:
 def test_folding_changes_scales_and_no_code(model: Path) -> None:
     made = checkpoint.load(model)
     raw = _palettized(model, PaletteForm(3, 1, None, 8), None, images=False)
-    net = trace(deployed.network(made))
+    net = trace(deployed.network(made), made.input.blank(2))
     batchnorm.make_factors_positive(net)
     for layer, module in structure.named_layers(net):
         w, form = module.weight.detach(), PaletteForm(3, 1, None, 8)  # type: ignore[union-attr,operator]

@@ -96,7 +96,7 @@ def test_eight_bits_cost_next_to_nothing(float_one: checkpoint.Checkpoint, granu
 
 def test_every_weight_is_coded_and_every_edge_has_a_grid(float_one: checkpoint.Checkpoint) -> None:
     coded, rows = _quantize(float_one, _settings(4))
-    net = trace(deployed.network(replace(coded, activations={})))
+    net = trace(deployed.network(replace(coded, activations={})), coded.input.blank(2))
     assert (
         set(coded.coded) == {layer.weight for layer in structure.layers(net)} == {f"{row.layer}.weight" for row in rows}
     )
@@ -107,7 +107,8 @@ def test_every_weight_is_coded_and_every_edge_has_a_grid(float_one: checkpoint.C
 def test_the_unfolded_grid_is_one_per_tensor_and_exact(float_one: checkpoint.Checkpoint) -> None:
     # Where BatchNorm's factor is negative its sign is in the integers: some are, in every layer.
     floats = {name: tensor.clone() for name, tensor in float_one.floats.items()}
-    norms = {layer.weight: layer.norm for layer in structure.layers(trace(deployed.network(float_one)))}
+    net = trace(deployed.network(float_one), float_one.input.blank(2))
+    norms = {layer.weight: layer.norm for layer in structure.layers(net)}
     for norm in norms.values():
         if norm is not None:
             floats[f"{norm}.weight"][::3] *= -1
@@ -193,7 +194,7 @@ def test_every_range_of_activations_keeps_the_network_working(
 
 
 def test_activations_that_are_not_finite_are_named(float_one: checkpoint.Checkpoint) -> None:
-    net = trace(deployed.network(float_one))
+    net = trace(deployed.network(float_one), float_one.input.blank(2))
     images = torch.randn(4, 1, 8, 8)
     images[1, 0, 2, 2] = torch.nan
     with pytest.raises(R2Error, match="'x' is NaN or infinite"):
@@ -208,7 +209,7 @@ def test_ranges_need_images_and_say_so(float_one: checkpoint.Checkpoint) -> None
 
 
 def test_calibration_keeps_no_activations(float_one: checkpoint.Checkpoint) -> None:
-    net = trace(deployed.network(float_one))
+    net = trace(deployed.network(float_one), float_one.input.blank(2))
     batchnorm.remove_norms(net)
     images = torch.randn(8, 1, 8, 8)
     seen = deployed.observe(net, ["x", "relu"], [images, 2 * images])

@@ -19,7 +19,7 @@ from r2cli import data, models, registry
 from r2cli.calibration import deployed
 from r2cli.deploy import onnx_export, verify
 from r2cli.errors import InputError, R2Error
-from r2cli.graph import batchnorm, operators, structure
+from r2cli.graph import batchnorm, structure
 from r2cli.graph.read import trace
 from r2cli.qat import ewgs, finetune, lsq, prepare, quantizer_placement
 from r2cli.qat.prepare import INPUTS, OUTPUTS, QatSettings, QatTask, TrainedLayer
@@ -67,7 +67,7 @@ def trained_to(
 def placed(
     name: str, *, inputs: bool, shape: tuple[int, ...] = (3, 32, 32), bits: int = 2
 ) -> dict[str, quantizer_placement.Place]:
-    net = trace(models.build(ModelSpec(name, 10, channels=shape[0], stem="small")))
+    net = trace(models.build(ModelSpec(name, 10, channels=shape[0], stem="small")), torch.zeros(2, *shape))
     batchnorm.remove_norms(net)
     each = {layer.name: bits for layer in structure.layers(net)}
     return {place.value: place for place in quantizer_placement.places(net, shape, each, inputs=inputs)}
@@ -99,7 +99,7 @@ def test_at_8_bits_a_sums_grid_serves_layers_too() -> None:
 
 
 def test_a_max_pool_between_keeps_both_grids_where_they_belong() -> None:
-    net = trace(models.build(ModelSpec("resnet18", 10, channels=3, stem="imagenet")))
+    net = trace(models.build(ModelSpec("resnet18", 10, channels=3, stem="imagenet")), torch.zeros(2, 3, 64, 64))
     batchnorm.remove_norms(net)
     each = {layer.name: 2 for layer in structure.layers(net)}
     found = {p.value: p for p in quantizer_placement.places(net, (3, 64, 64), each, inputs=False)}
@@ -112,7 +112,7 @@ def test_quantizers_take_over_the_relus_before_them(model: Path) -> None:
     prepared = prepare.prepare(work)
     first = prepared.net.get_submodule("learners.relu")
     assert first.wide.rectifies and prepared.edges["stages_0_0_relu1"].rectifies  # type: ignore[union-attr]
-    left = [node for node in prepared.net.graph.nodes if operators.is_a(prepared.net, node, (nn.ReLU,))]
+    left = [node for node in prepared.net.graph.nodes if node.target is torch.nn.functional.relu]
     assert len(left) == 1  # the last block's, which the wide grid alone reads
 
 
@@ -408,12 +408,13 @@ def test_what_cannot_be_done_is_one_sentence(
 
 
 def test_a_layer_without_a_quantizer_is_named() -> None:
-    net = trace(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 1, 3)))
+    net = trace(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 1, 3)), torch.zeros(2, 1, 8, 8))
     with pytest.raises(InputError, match="the layer '1' is a ConvTranspose2d, which has no quantizer"):
         quantizer_placement.require_known(net, activations=True)
     layer = nn.Conv2d(1, 1, 3)
     with pytest.raises(InputError, match="runs twice"):
-        quantizer_placement.require_known(trace(nn.Sequential(layer, nn.ReLU(), layer)), activations=True)
+        net = trace(nn.Sequential(layer, nn.ReLU(), layer), torch.zeros(2, 1, 8, 8))
+        quantizer_placement.require_known(net, activations=True)
 
 
 @pytest.mark.slow

@@ -4,7 +4,12 @@
 calibration images pass. `FakeQuantize` rounds a value to its grid.
 """
 
+import copy
+import functools
+import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -71,18 +76,43 @@ def network(checkpoint: Checkpoint) -> nn.Module:
 
     Raises InputError where the tensors are not those of the model that the checkpoint names.
     """
-    model = models.build(checkpoint.model)
     # Grids and bounds belong to nodes of the graph, so the model must become that graph before the weights are loaded.
+    model: nn.Module
     if checkpoint.folded or checkpoint.activations:
-        model = trace(model, checkpoint.input.blank(2))
-        batchnorm.remove_norms(model)
+        model = copy.deepcopy(_graph(_Architecture.of(checkpoint))).to_empty(device="cpu")
+        assert isinstance(model, fx.GraphModule)
         channel_clip.put(model, channel_clip.stored(checkpoint.floats))
+    else:
+        model = models.build(checkpoint.model)
     state = {**checkpoint.floats, **{name: coded.decode() for name, coded in checkpoint.coded.items()}}
     load_state(model, state, f"{checkpoint.origin} ({checkpoint.model.name})")
     if checkpoint.activations:
         assert isinstance(model, fx.GraphModule)
         insert_grids(model, checkpoint.activations)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What a graph without its weights depends on."""
+
+    described: str
+    factory: Any
+    checkpoint: Checkpoint = field(compare=False)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "_Architecture":
+        known = [checkpoint.model.described(), checkpoint.input.shape, checkpoint.input.is_text]
+        given = replace(checkpoint, floats={}, coded={}, activations={})
+        return cls(json.dumps(known, sort_keys=True), checkpoint.model.factory, given)
+
+
+@functools.lru_cache(maxsize=2)  # a command asks for the same network several times, and reading it takes seconds
+def _graph(of: _Architecture) -> fx.GraphModule:
+    """The graph of a network without BatchNorms, on the meta device: without its weights."""
+    net = trace(models.build(of.checkpoint.model), of.checkpoint.input.blank(2))
+    batchnorm.remove_norms(net)
+    return net.to("meta")
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

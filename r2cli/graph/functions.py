@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SLICE, INDEX = torch.ops.aten.slice.Tensor, torch.ops.aten.index.Tensor
+PAD_WITH = torch.ops.aten.constant_pad_nd.default
 # By the operator of torch.ops.aten: the function, and the operator's arguments that it takes.
 FUNCTIONS: Mapping[str, tuple[Callable[..., Any], str]] = {
     # one value at a time
@@ -101,7 +102,6 @@ FUNCTIONS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "pixel_shuffle": (F.pixel_shuffle, "self upscale_factor"),
     "pixel_unshuffle": (F.pixel_unshuffle, "self downscale_factor"),
     "channel_shuffle": (F.channel_shuffle, "input groups"),
-    "pad": (F.pad, "self pad mode value"),
     # pools
     "max_pool1d": (F.max_pool1d, "self kernel_size stride padding dilation ceil_mode"),
     "max_pool2d": (F.max_pool2d, "self kernel_size stride padding dilation ceil_mode"),
@@ -137,6 +137,8 @@ OTHERS: Mapping[Callable[..., Any], str] = {
     torch.split: "x, sizes (list), dim; of torch.chunk too",
     torch.chunk: "x, parts, dim; only of the batch",
     SLICE: "x, dim, start, end, step: start and end within the size",
+    F.pad: "x, pad (tuple, the last dimension first), mode, 0.0 or None: zeros, or values that are there",
+    PAD_WITH: "x, pad, another number",
     Tensor.expand: "x, sizes (tuple): -1 where it stays, a number, or a size of the batch",
     Tensor.to: "x, type",
     Tensor.size: "x, dim: the batch's size, of an input",

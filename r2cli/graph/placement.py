@@ -13,55 +13,18 @@ cost accuracy and save no time.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
+from r2cli.graph import operators
+from r2cli.graph.constants import operator_name
 from r2cli.graph.edit import is_grid
-from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, PASSING, is_a, module_of
+from r2cli.graph.operators import ACTIVATIONS, LAYERS, PASSING, Kind, is_a, module_of
 from r2cli.graph.structure import only_user, propagate
 
-# Runtimes have integer kernels for these operations.
-SUMS: tuple[Any, ...] = (torch.add,)
-PRODUCTS: tuple[Any, ...] = (torch.mul,)
-CONCATENATIONS: tuple[Any, ...] = (torch.cat,)
-MEANS: tuple[Any, ...] = (F.avg_pool2d, F.adaptive_avg_pool2d)
-SIGMOIDS: tuple[Any, ...] = (torch.sigmoid, F.hardsigmoid)
-INTEGER = (*SUMS, *PRODUCTS, *CONCATENATIONS, *MEANS, *SIGMOIDS)
-# Functions of one value at a time. They run in float, but between two grids they are cheap.
-POINTWISE: tuple[Any, ...] = (F.gelu, torch.tanh, F.leaky_relu, F.elu, nn.PReLU, *NORMS, *ACTIVATIONS)
-# Operations that may stay float: their kinds, name, reason, and the ONNX operators that they are exported as.
-REASONS: tuple[tuple[tuple[Any, ...], str, str, tuple[str, ...]], ...] = (
-    (
-        (nn.LayerNorm, F.layer_norm),
-        "layer norm",
-        "it divides by a deviation that it finds anew for every token",
-        ("LayerNormalization",),
-    ),
-    (
-        (F.scaled_dot_product_attention, torch.matmul, torch.softmax),
-        "attention",
-        "a softmax between two products of activations, which hold no weights",
-        ("MatMul", "Softmax", "Mul", "Add", "Div", "Concat", "Where"),
-    ),
-    ((nn.Embedding, F.pad), "embedding", "rows of a table, which no layer has computed", ("Gather", "Pad")),
-    ((F.gelu,), "GELU", "runtimes have no integer kernel for it", ("Gelu", "Erf", "Mul", "Add", "Div")),
-    ((torch.tanh,), "tanh", "runtimes have no integer kernel for it", ("Tanh",)),
-    (NORMS, "BatchNorm", "it reads no layer's value alone, so no layer can take it", ("BatchNormalization",)),
-    (SIGMOIDS, "sigmoid", "it reads floats", ("Sigmoid", "HardSigmoid")),
-    (ACTIVATIONS, "ReLU", "it reads floats, and not all that reads it rounds it", ("Relu", "Clip")),
-    (SUMS, "sum", "no layer reads it, or it adds floats: rounding it costs accuracy and wins no time", ("Add",)),
-    (PRODUCTS, "product", "no layer reads it, or it multiplies floats", ("Mul",)),
-    (CONCATENATIONS, "concatenation", "no layer reads it, or it joins floats", ("Concat",)),
-    (
-        (*MEANS, torch.mean),
-        "mean",
-        "it gives the network's result, or reads floats",
-        ("GlobalAveragePool", "AveragePool", "ReduceMean"),
-    ),
-)
+# What can run on integers or is cheap between two grids.
+COMPUTES = (Kind.INTEGER, Kind.POINTWISE, Kind.NORM, Kind.ACTIVATION)
 
 
 @dataclass(frozen=True)
@@ -89,7 +52,7 @@ def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
             continue
         with_grid.add(node)
         operation = _before_activation(net, node)
-        if is_a(net, operation, (*INTEGER, *POINTWISE)) and _can_be_integer(net, operation, known):
+        if operators.kind(net, operation) in COMPUTES and _can_be_integer(net, operation, known):
             todo += _inputs(operation)
     return [node.name for node in net.graph.nodes if node in with_grid and not _is_result(net, node)]
 
@@ -99,19 +62,28 @@ def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatO
     propagate(net, shape)
     operations, constants = [], _constants(net)
     for node in net.graph.nodes:
-        computes = node.op.startswith("call") and _is_float(node) and not is_a(net, node, PASSING)
-        if not computes or isinstance(module_of(net, node), LAYERS) or is_grid(node) or node in constants:
+        kind = operators.kind(net, node)
+        computes = node.op.startswith("call") and _is_float(node) and kind is not Kind.LAYER
+        if not computes or is_grid(node) or node in constants:
+            continue
+        if kind is Kind.PASSING and (not _written_as_operators(net, node) or _on_grid(net, node)):
             continue
         # Runtimes fuse a ReLU into the operation before it, so the grid after the ReLU counts.
         user = only_user(node)
         last = user if user is not None and is_a(net, user, ACTIVATIONS) else node
         between_grids = all(_on_grid(net, value) for value in _inputs(node)) and any(map(is_grid, last.users))
-        if between_grids and is_a(net, node, (*INTEGER, *ACTIVATIONS)):
+        if between_grids and kind in (Kind.INTEGER, Kind.ACTIVATION):
             continue
         if is_a(net, node, ACTIVATIONS) and not _is_result(net, node) and _is_fused(net, node):
             continue
         operations.append(_float_operation(net, node))
     return operations
+
+
+def _written_as_operators(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Say whether ONNX has no operator that moves values in this way, so that others do it."""
+    row = operators.row(net, node)
+    return row is not None and bool(row.operators)
 
 
 def _is_fused(net: fx.GraphModule, node: fx.Node) -> bool:
@@ -120,12 +92,12 @@ def _is_fused(net: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _float_operation(net: fx.GraphModule, node: fx.Node) -> FloatOperation:
-    for kinds, kind, reason, operators in REASONS:
-        if is_a(net, node, kinds):
-            return FloatOperation(node.name, kind, reason, operators)
+    row = operators.row(net, node)
+    if row is not None:
+        return FloatOperation(node.name, row.name, row.reason, row.operators)
     module = module_of(net, node)
-    kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
-    return FloatOperation(node.name, kind, "r2 knows no integer form of it", ())
+    name = type(module).__name__ if module is not None else operator_name(node.target)
+    return FloatOperation(node.name, name, "r2 knows no integer form of it", ())
 
 
 def _on_grid(net: fx.GraphModule, node: fx.Node) -> bool:
@@ -160,7 +132,7 @@ def _can_be_integer(net: fx.GraphModule, node: fx.Node, known: dict[fx.Node, boo
     if node not in known:
         if isinstance(module_of(net, node), LAYERS):
             known[node] = not isinstance(module_of(net, node), nn.Linear) or len(_shape(node)) == 2
-        elif is_a(net, node, (*INTEGER, *POINTWISE)):
+        elif operators.kind(net, node) in COMPUTES:
             known[node] = all(_can_be_integer(net, value, known) for value in _inputs(node))
         elif is_a(net, node, PASSING):
             known[node] = _can_be_integer(net, node.all_input_nodes[0], known)

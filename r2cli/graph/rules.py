@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from r2cli.graph.constants import operator_name
-from r2cli.graph.functions import FUNCTIONS, SLICE
+from r2cli.graph.functions import FUNCTIONS, PAD_WITH, SLICE
 from r2cli.graph.writer import Writer
 
 Arguments = Mapping[str, Any]
@@ -273,7 +273,9 @@ def padded(writer: Writer, node: fx.Node, a: Arguments) -> Any:
         mode, value = a.get("mode", "constant"), a.get("value")
     else:
         mode, value = {"reflection": "reflect", "replication": "replicate"}[name.partition("_")[0]], None
-    return writer.call(F.pad, given, pad, mode, float(value or 0.0) if mode == "constant" else None)
+    if mode == "constant" and value:  # no zeros, which every grid has, and no values that are there
+        return writer.call(PAD_WITH, given, pad, float(value))
+    return writer.call(F.pad, given, pad, mode, 0.0 if mode == "constant" else None)
 
 
 # --- pools ---------------------------------------------------------------------------------------------------------

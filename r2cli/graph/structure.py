@@ -107,7 +107,7 @@ def bound(net: fx.GraphModule, node: fx.Node) -> float | None:
     user = only_user(node)
     if user is None or not is_a(net, user, ACTIVATIONS):
         return None
-    return 6.0 if is_a(net, user, (nn.ReLU6, F.relu6)) else torch.inf
+    return 6.0 if is_a(net, user, (F.relu6,)) else torch.inf
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

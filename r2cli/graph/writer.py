@@ -1,7 +1,8 @@
 """Writes a canonical graph: its nodes with their names, its modules and tensors with their paths.
 
-A node is named by the module that it is computed in and its function, in a module of torch's own by that alone. torch.export numbers its nodes, but another
-release of torch may number them differently, and a checkpoint's activations would then belong to other nodes.
+A node is named by the module that it is computed in and its function; in a module of torch's own by the module alone.
+torch.export numbers its nodes, but another release of torch may number them differently, and a checkpoint's activations
+would then belong to other nodes.
 """
 
 import operator

@@ -14,14 +14,13 @@ either.
 """
 
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, operators, placement, structure
@@ -30,13 +29,12 @@ from r2cli.storage.checkpoint import InputSpec
 
 DEVIATIONS = 6.0  # a range reaches this many deviations from the mean on each side, as in the paper
 
-SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
+SUMS: tuple[Any, ...] = (torch.add,)
 POOLS: tuple[Any, ...] = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
-    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
+    *(F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
 )
-FLATTEN: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten", "view", "reshape", torch.reshape)
+FLATTEN: tuple[Any, ...] = (torch.flatten, torch.reshape)
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def _most(net: fx.GraphModule, node: fx.Node, value: ValueStatistics) -> Tensor:
     module = operators.module_of(net, node)
     if isinstance(module, Clip):
         return module.high.double().cpu()
-    six = operators.is_a(net, node, (nn.ReLU6, F.relu6))
+    six = operators.is_a(net, node, (F.relu6,))
     return torch.full_like(value.mean, 6.0 if six else torch.inf)
 
 

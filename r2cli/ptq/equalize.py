@@ -36,16 +36,16 @@ CONVERGED = 1e-3  # stop after a pass whose largest |ln s| is below this: a chan
 PASSES = 200  # stop after this many passes in any case
 ABSORBED = 3.0  # standard deviations between the mean and what is absorbed, as in the paper
 
-RELU6: tuple[Any, ...] = (nn.ReLU6, F.relu6)
-RELUS: tuple[Any, ...] = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
+RELU6: tuple[Any, ...] = (F.relu6,)
+RELUS: tuple[Any, ...] = (F.relu,)
 # f(s x) = s f(x) for s > 0 in each channel, and f(x + c) = f(x) + c where x and c are positive.
 SHIFTED: tuple[Any, ...] = (
-    *(*RELUS, channel_clip.Clip, nn.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, F.max_pool2d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d),
+    *(*RELUS, channel_clip.Clip, F.leaky_relu, nn.PReLU, F.max_pool1d, F.max_pool2d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
 )
 # Only f(s x) = s f(x) holds for these: they average zeros of padding too.
-SCALED: tuple[Any, ...] = (*SHIFTED, nn.AvgPool1d, nn.AvgPool2d, F.avg_pool2d)
-FLATTEN: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten")
+SCALED: tuple[Any, ...] = (*SHIFTED, F.avg_pool1d, F.avg_pool2d)
+FLATTEN: tuple[Any, ...] = (torch.flatten,)
 
 
 @dataclass(frozen=True)
@@ -263,13 +263,10 @@ def _channels_match(
         return not isinstance(one, nn.Linear) and not flattened
     if isinstance(one, nn.Linear):
         # Pools and bounds for (n, channels, ...) do not fit (n, ..., channels).
-        return not flattened and all(operators.is_a(net, node, (*RELUS, nn.LeakyReLU)) for node in between)
-    return flattened and all(_from_channels_on(net, node) for node in between if operators.is_a(net, node, FLATTEN))
+        return not flattened and all(operators.is_a(net, node, (*RELUS, F.leaky_relu)) for node in between)
+    return flattened and all(_from_channels_on(node) for node in between if operators.is_a(net, node, FLATTEN))
 
 
-def _from_channels_on(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a flatten joins all axes except the batch."""
-    module = operators.module_of(net, node)
-    if isinstance(module, nn.Flatten):
-        return module.start_dim == 1 and module.end_dim == -1
-    return [*node.args[1:], *node.kwargs.values()] in ([1], [1, -1])
+def _from_channels_on(node: fx.Node) -> bool:
+    """Return whether a flatten joins all axes except the batch, of an image or a row of values."""
+    return node.args[1:] in ((1, 2), (1, 3))

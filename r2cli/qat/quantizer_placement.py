@@ -313,7 +313,7 @@ def leave_relus(net: fx.GraphModule) -> None:
 
 def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:
     """Return whether `node` is a ReLU. A ReLU6 is not: a quantizer may reach above 6."""
-    plain = tuple(kind for kind in operators.ACTIVATIONS if kind not in (nn.ReLU6, nn.functional.relu6))
+    plain = tuple(kind for kind in operators.ACTIVATIONS if kind is not nn.functional.relu6)
     return operators.is_a(net, node, plain)
 
 
