@@ -65,7 +65,7 @@ def iterate(x: Tensor, mass: Tensor, centroids: Tensor, tau: float, iterations: 
     attention times the centroids that it led to. `mass` is how many weights a node stands for.
     """
     found = [centroids]
-    moments = torch.stack([mass, mass * x], 1)
+    moments = torch.stack([mass, mass * x], 1)  # so that one product gives a cluster's weight and its sum
     for _ in range(iterations):
         a = attention(x, found[-1], tau)
         total, sums = (a @ moments).unbind(1)
@@ -88,6 +88,7 @@ def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) 
     nodes = torch.stack([mass, mass * x, mass * x * x, g, g * x], 1)
     for t in range(len(centroids) - 2, -1, -1):
         c, after, last = centroids[t], centroids[t + 1], t == len(centroids) - 2
+        # Computed again from the centroids. To keep A would take k n numbers for each iteration.
         a = attention(x, c, tau)
         mass_0, mass_1, mass_2, g_0, g_1 = (a @ nodes).unbind(1)
         if last:  # the output is A C, so here C has the gradient sum_i A_ij g_i; before, it comes from the later step
@@ -122,14 +123,14 @@ class Nodes:
     def __init__(self, w: Tensor, count: int) -> None:
         low, high = (float(end) for end in torch.aminmax(w))
         self.count, self.low = count, low
-        self.step = (high - low) / (count - 1) or 1.0
+        self.step = (high - low) / (count - 1) or 1.0  # if all weights are equal, any step will do
         self.x = torch.arange(count, dtype=torch.float64, device=w.device) * self.step + low
         self.near: Tensor | None = None
 
     def place(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
         """Return, for each weight of `chunk` (n,), the node below it (int32) and the share of the way to the next."""
         t = (chunk - self.low).mul_(1 / self.step)
-        index = t.to(torch.int32).clamp_(0, self.count - 2)
+        index = t.to(torch.int32).clamp_(0, self.count - 2)  # the greatest weight is on the last node, with no next one
         return index, t.sub_(index)
 
     def deposit(self, w: Tensor, weights: Tensor | None) -> Tensor:
@@ -144,7 +145,7 @@ class Nodes:
             own = None if weights is None else weights[start : start + CHUNK]
             total[0] += torch.bincount(index, own, minlength=self.count)
             total[1] += torch.bincount(index, share if own is None else share.mul_(own), minlength=self.count)
-        if self.near is None:
+        if self.near is None:  # the first call collects ones, and so says which nodes have weights beside them
             there = total[0] != 0
             self.near = there.clone()
             self.near[1:] |= there[:-1]
@@ -247,6 +248,7 @@ def _attend(v: Tensor, centroids: Tensor, tau: float) -> Tensor:
     c = centroids.to(v.dtype)
     # Without |v|^2, which cancels in the softmax.
     z = torch.addmm(-c.square().sum(1, keepdim=True) / tau, c * (2 / tau), v)
+    # The softmax in place, with the greatest exponent at 0 so that none overflows.
     a = z.sub_(z.amax(0)).clamp_min_(math.log(NONE)).exp_()
     a = nn.functional.threshold(a, 2 * NONE, 0, inplace=True)
     return a.div_(a.sum(0))
@@ -274,6 +276,7 @@ class _Vector(torch.autograd.Function):
         rows = len(centroids)
         found, totals = [centroids.double()], []
         for _ in range(iterations):
+            # Each piece is summed in the dtype of the weights, and the pieces are added up in float64.
             total, sums = torch.zeros_like(found[0][:, :1]), torch.zeros_like(found[0])
             for piece in _pieces(blocks, rows):
                 v = _columns(piece)

@@ -81,6 +81,7 @@ class LsqWeight(quantizers.WeightQuantizer):
     @torch.no_grad()
     def start(self, w: Tensor) -> None:
         if self.fitted:
+            # Signed codes from -Qn are unsigned ones with the zero point Qn, for which `best_range` is.
             self.step.copy_(quantizers.best_range(w, self.bits, -self.codes[0]) / (2**self.bits - 1))
         else:
             self.step.copy_(first_step(w, self.codes[1]))
@@ -118,6 +119,7 @@ class LsqActivation(quantizers.ActivationQuantizer):
         return quantizers.positive(self.parameter)
 
     def rule(self, x: Tensor) -> Rule:
+        # One sample's values: N must not depend on the batch, over which the loss is a mean.
         return rule(x[0].numel(), self.codes[1], self.step())
 
 

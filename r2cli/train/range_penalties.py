@@ -158,8 +158,9 @@ def margin(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Re
         g.add_(direction, alpha=strength / spec.margin_k)
         count = direction.abs().sum()
         outside += count
-        hinge += (c * direction).sum() - m * count
+        hinge += (c * direction).sum() - m * count  # c * sign(c) is |c|, for those outside
     value = m + hinge / spec.margin_k
+    # As written it is 1 - (number outside), which may be minus thousands, where M itself is about 0.1.
     slope = torch.sign(parameter) * (1 - outside / spec.margin_k)
     return value, (slope.clamp(-1, 1) if spec.stable else slope).to(parameter.dtype)
 
@@ -200,7 +201,7 @@ def kure(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Regu
     The authors average over layers and we sum, so a strength of ours is one of theirs divided by the number of layers.
     """
     mean, std = w.mean(dtype=torch.float64), _deviation(w)
-    inverse = torch.where(std > 0, 1 / std, 0.0)
+    inverse = torch.where(std > 0, 1 / std, 0.0)  # a constant tensor has no shape, and gets no gradient
     cubes = torch.zeros(2, dtype=torch.float64, device=w.device)  # sums of z^3 and z^4
     for c, _ in _chunks(w, grad):
         z = (c - mean.to(w.dtype)).mul_(inverse.to(w.dtype))
