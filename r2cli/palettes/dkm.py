@@ -45,6 +45,7 @@ def reference(v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tupl
         distance = (v[:, None] - centroids).square().sum(2)
         a = torch.softmax(-distance / tau, 1)
         centroids = (a.T @ v) / a.sum(0)[:, None]
+    # The attention of the last iteration with the centroids that it led to: there is no further softmax.
     return a @ centroids, centroids
 
 
@@ -69,6 +70,7 @@ def iterate(x: Tensor, mass: Tensor, centroids: Tensor, tau: float, iterations: 
     for _ in range(iterations):
         a = attention(x, found[-1], tau)
         total, sums = (a @ moments).unbind(1)
+        # The clamp is for the quotient that `where` does not take, which would be NaN.
         found.append(torch.where(total > EMPTY, sums / total.clamp_min(EMPTY), found[-1]))
     return torch.stack(found), found[-1] @ a
 
@@ -105,6 +107,8 @@ def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) 
             slope = (2 / tau) * (out_c - mean * out)
             into = into + g * out
             gz, gz_x = gz + after * g_0, gz_x + after * g_1
+        # Back through the softmax: the gradient by an exponent is A (its own gradient - the mean one), and the exponent
+        # is (2 c x - c^2) / tau, whose slope by c is 2 / tau (x - c).
         less, less_x = (a @ torch.stack([into, into * x], 1)).unbind(1)
         # A centroid that did not move hands its gradient on as it is; all get what came through the attention.
         gc = torch.where(alive, 0.0, gc) + (2 / tau) * (gz_x - less_x - c * (gz - less))
@@ -191,7 +195,7 @@ class _Scalar(torch.autograd.Function):
         ctx.tau = tau
         # float64: a centroid is a quotient of sums over millions of weights.
         start = centroids.double()
-        if w.numel() <= EXACT:
+        if w.numel() <= EXACT:  # few weights are nodes themselves, so that small layers get the exact gradient
             x = w.double()
             found, out = iterate(x, torch.ones_like(x), start, tau, iterations)
             ctx.save_for_backward(w, found)
@@ -302,6 +306,7 @@ class _Vector(torch.autograd.Function):
             if is_last:  # the centroids' own gradient comes first: what flows on needs its sum
                 for piece, own in zip(_pieces(blocks, rows), _pieces(g, rows), strict=True):
                     gc = gc + _attend(_columns(piece), found[t], tau) @ _columns(own).T
+            # c = sum / total: the gradients by the sum and by the total of a cluster's attention.
             g_sum = torch.where(alive, gc / totals[t].clamp_min(EMPTY), 0.0)
             g_total = -(g_sum * found[t + 1]).sum(1, keepdim=True).to(blocks.dtype)
             own_sum, c = g_sum.to(blocks.dtype), found[t].to(blocks.dtype)
@@ -312,7 +317,7 @@ class _Vector(torch.autograd.Function):
                 ga = torch.addmm(g_total, own_sum, v)
                 if is_last:
                     ga.addmm_(last, _columns(own))
-                gz = ga.sub_((a * ga).sum(0)).mul_(a)
+                gz = ga.sub_((a * ga).sum(0)).mul_(a)  # back through the softmax
                 into += _back((own_sum.T @ a).addmm_(c.T, gz, alpha=2 / tau), into)
                 gz_v += gz @ v.T
                 gz_1 += gz.sum(1, keepdim=True)

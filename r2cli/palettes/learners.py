@@ -37,6 +37,7 @@ class Learner(nn.Module):
         super().__init__()
         self.shape, self.form = tuple(w.shape), form
         self.reseeded = 0  # tables that had collapsed and were started again
+        # Of the first start only, for the report.
         self.least_used = form.rows  # different vectors of a group, where they are fewer than its rows
 
     def started(self, w: Tensor, generator: torch.Generator) -> Tensor:

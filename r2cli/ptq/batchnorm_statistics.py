@@ -151,6 +151,7 @@ def _value(
     first = read[0]
     if operators.is_a(net, node, operators.ACTIVATIONS):
         return _clipped(first, _most(net, node, first))
+    # A sum with a number, such as x + 1, is left unknown.
     if operators.is_a(net, node, SUMS) and len(node.args) == 2 and all(isinstance(part, fx.Node) for part in node.args):
         return _sum(first, read[-1])
     if operators.is_a(net, node, POOLS):

@@ -141,7 +141,7 @@ def linf(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Regu
     top = torch.stack(tops).amax()
     # On a CPU a look at the number is free and skips nearly every chunk; a GPU has one chunk and needs no look.
     hit = [chunk for chunk, own in zip(chunks, tops, strict=True) if len(chunks) == 1 or bool(own == top)]
-    masks = [c.abs() == top for c, _ in hit]
+    masks = [c.abs() == top for c, _ in hit]  # exact equality: `top` is one of these numbers
     count = torch.stack([mask.sum() for mask in masks]).sum()
     for (c, g), mask in zip(hit, masks, strict=True):
         g.add_(torch.sign(c) * mask / count, alpha=strength)
@@ -182,7 +182,8 @@ def soft_minmax(
             u = c - extreme
             p = torch.exp(sign * alpha * u)
             sums[row] += torch.stack([p.sum(), (p * u).sum(), (p * u * u).sum()])
-    mean = sums[:, 1] / sums[:, 0]  # of u: distance from the extreme, so the variance below does not cancel
+    # Means and variances of u, the distance from the extreme: those of w itself would be differences of large numbers.
+    mean = sums[:, 1] / sums[:, 0]
     variance = sums[:, 2] / sums[:, 0] - mean**2
     s_max, s_min = high + mean[0], low + mean[1]
     top, bottom = s_max.to(w.dtype), s_min.to(w.dtype)
@@ -190,8 +191,9 @@ def soft_minmax(
     for c, g in _chunks(w, grad):
         p = torch.exp(alpha * (c - high)).mul_(scale[0])
         q = torch.exp(alpha * (low - c)).mul_(scale[1])
+        # dR/dw = p (1 + alpha (w - s_max)) - q (1 - alpha (w - s_min))
         g.add_(p.mul_(1 + alpha * (c - top))).sub_(q.mul_(1 - alpha * (c - bottom)))
-    slope = variance.sum() / torch.where(unit > 0, unit, 1.0)
+    slope = variance.sum() / torch.where(unit > 0, unit, 1.0)  # dR/dalpha is the sum of both variances
     return s_max - s_min, slope.to(parameter.dtype)
 
 
