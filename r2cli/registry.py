@@ -155,7 +155,7 @@ PTQ_METHODS: dict[str, PtqEntry] = {
 # The methods that messages send a user to: the one that only rounds, and the one that needs no images.
 PTQ_NEAREST, PTQ_DATALESS = "none", "dfq"
 
-_NO_ZERO = "its levels have no zero and leave int8 at 8 bits"
+_NO_ZERO = "its levels have no zero, and at 8 bits they do not fit int8"
 
 QAT_METHODS: dict[str, QatEntry] = {
     "lsq": QatEntry(
@@ -250,13 +250,16 @@ def read_entry_points() -> None:
         who = f"the entry point '{point.name}' of {point.dist.name if point.dist else GROUP}"
         prefix, _, name = point.name.partition(":")
         if prefix not in _KINDS or not name:
-            raise InputError(f"{who} is no KIND:NAME, of a kind among {', '.join(_KINDS)}: mend or uninstall it")
+            kinds = ", ".join(_KINDS)
+            raise InputError(f"{who} is no KIND:NAME, and kinds are {kinds}: correct the package or uninstall it")
         kind, wanted, _ = _KINDS[prefix]
         if name in kind:
             raise InputError(f"{who} has a name that is taken: give it another one, or uninstall it")
         entry = _imported(point.value, who)
         if not isinstance(entry, wanted):
-            raise InputError(f"{who} is a {type(entry).__name__} and no {wanted.__name__}: mend or uninstall it")
+            raise InputError(
+                f"{who} is a {type(entry).__name__} and no {wanted.__name__}: correct the package or uninstall it"
+            )
         kind[name] = entry
 
 
@@ -328,4 +331,6 @@ def _imported(where: str, who: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{who} cannot be loaded from {where} ({error}): reinstall the package it is of") from error
+        raise InputError(
+            f"{who} cannot be loaded from {where} ({error}): reinstall the package that it comes from"
+        ) from error

@@ -124,7 +124,7 @@ def test_the_report_lists_the_trials_and_wishes_that_clash_are_refused(
     assert [trial["granularity"] for trial in report["trials"]] == ["tensor"] * 3
     assert report["options"]["method"] == "none" and Path("model.w8a8-auto-tensor.onnx").exists()
     for wish, told in (
-        (("--parts", "equalize"), "--method auto tries which --parts help"),
+        (("--parts", "equalize"), "--method auto chooses the --parts itself"),
         (("--calibration", 0), "--method auto needs images"),
     ):
         refused = r2("ptq", "--method", "auto", *wish, "--overwrite")

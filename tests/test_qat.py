@@ -377,9 +377,9 @@ def test_a_resumed_run_goes_on_with_its_quantizers(method: str, progressive: boo
 
 REFUSED = [
     (("--weight-bits", 1), "is impossible with lsq: at 1 bit its highest level is 0; give 2 to 8"),
-    (("--weight-bits", 8, "--method", "dorefa"), "have no zero and leave int8 at 8 bits; give 1 to 7"),
-    (("--weight-bits", 8, "--method", "pact"), "leave int8 at 8 bits"),
-    (("--weight-bits", 8, "--method", "ewgs"), "leave int8 at 8 bits"),
+    (("--weight-bits", 8, "--method", "dorefa"), "have no zero, and at 8 bits they do not fit int8; give 1 to 7"),
+    (("--weight-bits", 8, "--method", "pact"), "at 8 bits they do not fit int8"),
+    (("--weight-bits", 8, "--method", "ewgs"), "at 8 bits they do not fit int8"),
     (("--weight-bits", 9), "--weight-bits 9 is impossible"),
     (("--act-bits", 0), "--act-bits 0 is impossible"),
     (("--act-bits", "two"), "--act-bits two is impossible"),

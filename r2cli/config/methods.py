@@ -146,9 +146,9 @@ class PtqConfig(Config):
         }
         given = [f"{flag} {value}" for flag, value in asked.items() if value is not None]
         if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} are two wishes: give one of them")
+            raise InputError(f"{' and '.join(given)} exclude each other: give one of them")
         if self.parts is not None and registry.get(registry.PTQ_METHODS, self.method).chooses:
-            raise InputError(f"--method {self.method} tries which --parts help: leave one of the two out")
+            raise InputError(f"--method {self.method} chooses the --parts itself: leave one of the two out")
         if self.calibration == 0 and self.act_range is not None:
             raise InputError(
                 f"--act-range {self.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
@@ -259,7 +259,9 @@ class QatConfig(Config):
         super().__post_init__()
         registry.require_own(registry.QAT_METHODS, self.method, self.own_options)
         if self.reg != "none" and not self.from_scratch:
-            raise InputError(f"--reg {self.reg} belongs to --from-scratch: pretrain with it, and fine-tune without")
+            raise InputError(
+                f"--reg {self.reg} belongs to --from-scratch: use it in r2 pretrain, and leave it out here"
+            )
 
     @property
     def own_options(self) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def make_dead_channels_constant(net: fx.GraphModule, *, keep_filters: bool = Fal
             norm.weight[constant] = 0.0
         else:
             module.weight[constant] = 0.0
+            # With the mean at what the layer gives, the BatchNorm's output is exactly beta.
             norm_statistics(norm)[0][constant] = 0.0 if module.bias is None else module.bias[constant]
         made[layer.name] = int(constant.sum())
     return made
@@ -150,7 +151,7 @@ def lower_quiet_channels(net: fx.GraphModule) -> dict[str, int]:
         factor, _ = affine(norm)
         reach = factor.abs() * module.weight.detach().flatten(1).abs().amax(1).double()
         quiet = norm_statistics(norm)[1] < norm.eps
-        if bool(quiet.all()):
+        if bool(quiet.all()):  # no other channel says what is usual
             continue
         limit = reach[~quiet].amax()
         high = quiet & (reach > limit)
@@ -176,6 +177,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         norm.train()
     for images in batches:
         model(images)
+    # Training goes on with its own momentum.
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -112,7 +112,7 @@ def by_kmeans(
     """
     subject = read(work.checkpoint, work.settings)
     model, wanted = subject.model, forms(subject.layers, work.settings)
-    evened = even_out(subject, wanted)
+    evened = even_out(subject, wanted)  # before the gradients: they are of the filters that get codes
     importance: Mapping[str, Tensor] = {}
     if weigh:
         assert work.batches is not None
@@ -145,12 +145,14 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
     on_grids = settings.act_bits is not None
     try:
         net = None if settings.embeddings else equivalence.read(model, checkpoint.input)
+    # Weights alone need no graph. Without one, BatchNorms stay.
     except (Unreadable, equivalence.Misread):
         if on_grids:
             raise
         net = None
     if net is None:
         return ReadNetwork(model, None, structure.weighted(model, embeddings=settings.embeddings))
+    # The scale behind a table takes BatchNorm's factor, and a scale has no sign.
     batchnorm.make_factors_positive(net)
     if not structure.layers(net):
         raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to palettize")
@@ -201,6 +203,7 @@ def even_out(subject: ReadNetwork, wanted: Mapping[str, PaletteForm]) -> dict[st
     for layer, module in structure.named_layers(subject.net):
         form, weight = wanted[layer.name], module.weight
         norm = structure.norm_module(subject.net, layer)
+        # Without a BatchNorm with a gamma, nothing makes up for the sizes. A filter of one weight has no shape to lose.
         if norm is None or norm.weight is None or form.dim > 1 or weight[0].numel() == 1:
             continue
         if _shapeless(weight.detach(), form) >= SHAPELESS:
@@ -241,7 +244,7 @@ def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
     This is the diagonal of the Fisher information, taken over batches where that is taken over single images: it costs
     one backward pass for a batch. Raises R2Error for a gradient that is not finite.
     """
-    model.eval()
+    model.eval()  # BatchNorm's statistics must not move, and dropout would add noise to the gradients
     total = {name: torch.zeros_like(structure.weight_of(module)) for name, module in layers.items()}
     for images, labels in batches:
         model.zero_grad(set_to_none=True)
@@ -280,6 +283,7 @@ def finish(
     dead = batchnorm.make_dead_channels_constant(net, keep_filters=True)
     constant = {name: f"{count} dead channels made constant" for name, count in dead.items()}
     factors = batchnorm.remove_norms(net)
+    # The network computes with the decoded codes from here on, so that activations get the ranges of the result.
     folded: dict[str, Coded] = {}
     rows = []
     for layer, module in structure.named_layers(net):

@@ -45,6 +45,7 @@ def reference(v: Tensor, centroids: Tensor, tau: float, iterations: int) -> tupl
         distance = (v[:, None] - centroids).square().sum(2)
         a = torch.softmax(-distance / tau, 1)
         centroids = (a.T @ v) / a.sum(0)[:, None]
+    # The attention of the last iteration with the centroids that it led to: there is no further softmax.
     return a @ centroids, centroids
 
 
@@ -65,10 +66,11 @@ def iterate(x: Tensor, mass: Tensor, centroids: Tensor, tau: float, iterations: 
     attention times the centroids that it led to. `mass` is how many weights a node stands for.
     """
     found = [centroids]
-    moments = torch.stack([mass, mass * x], 1)
+    moments = torch.stack([mass, mass * x], 1)  # so that one product gives a cluster's weight and its sum
     for _ in range(iterations):
         a = attention(x, found[-1], tau)
         total, sums = (a @ moments).unbind(1)
+        # The clamp is for the quotient that `where` does not take, which would be NaN.
         found.append(torch.where(total > EMPTY, sums / total.clamp_min(EMPTY), found[-1]))
     return torch.stack(found), found[-1] @ a
 
@@ -88,6 +90,7 @@ def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) 
     nodes = torch.stack([mass, mass * x, mass * x * x, g, g * x], 1)
     for t in range(len(centroids) - 2, -1, -1):
         c, after, last = centroids[t], centroids[t + 1], t == len(centroids) - 2
+        # Computed again from the centroids. To keep A would take k n numbers for each iteration.
         a = attention(x, c, tau)
         mass_0, mass_1, mass_2, g_0, g_1 = (a @ nodes).unbind(1)
         if last:  # the output is A C, so here C has the gradient sum_i A_ij g_i; before, it comes from the later step
@@ -104,6 +107,8 @@ def backward(x: Tensor, mass: Tensor, g: Tensor, centroids: Tensor, tau: float) 
             slope = (2 / tau) * (out_c - mean * out)
             into = into + g * out
             gz, gz_x = gz + after * g_0, gz_x + after * g_1
+        # Back through the softmax: the gradient by an exponent is A (its own gradient - the mean one), and the exponent
+        # is (2 c x - c^2) / tau, whose slope by c is 2 / tau (x - c).
         less, less_x = (a @ torch.stack([into, into * x], 1)).unbind(1)
         # A centroid that did not move hands its gradient on as it is; all get what came through the attention.
         gc = torch.where(alive, 0.0, gc) + (2 / tau) * (gz_x - less_x - c * (gz - less))
@@ -122,14 +127,14 @@ class Nodes:
     def __init__(self, w: Tensor, count: int) -> None:
         low, high = (float(end) for end in torch.aminmax(w))
         self.count, self.low = count, low
-        self.step = (high - low) / (count - 1) or 1.0
+        self.step = (high - low) / (count - 1) or 1.0  # if all weights are equal, any step will do
         self.x = torch.arange(count, dtype=torch.float64, device=w.device) * self.step + low
         self.near: Tensor | None = None
 
     def place(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
         """Return, for each weight of `chunk` (n,), the node below it (int32) and the share of the way to the next."""
         t = (chunk - self.low).mul_(1 / self.step)
-        index = t.to(torch.int32).clamp_(0, self.count - 2)
+        index = t.to(torch.int32).clamp_(0, self.count - 2)  # the greatest weight is on the last node, with no next one
         return index, t.sub_(index)
 
     def deposit(self, w: Tensor, weights: Tensor | None) -> Tensor:
@@ -144,7 +149,7 @@ class Nodes:
             own = None if weights is None else weights[start : start + CHUNK]
             total[0] += torch.bincount(index, own, minlength=self.count)
             total[1] += torch.bincount(index, share if own is None else share.mul_(own), minlength=self.count)
-        if self.near is None:
+        if self.near is None:  # the first call collects ones, and so says which nodes have weights beside them
             there = total[0] != 0
             self.near = there.clone()
             self.near[1:] |= there[:-1]
@@ -190,7 +195,7 @@ class _Scalar(torch.autograd.Function):
         ctx.tau = tau
         # float64: a centroid is a quotient of sums over millions of weights.
         start = centroids.double()
-        if w.numel() <= EXACT:
+        if w.numel() <= EXACT:  # few weights are nodes themselves, so that small layers get the exact gradient
             x = w.double()
             found, out = iterate(x, torch.ones_like(x), start, tau, iterations)
             ctx.save_for_backward(w, found)
@@ -247,6 +252,7 @@ def _attend(v: Tensor, centroids: Tensor, tau: float) -> Tensor:
     c = centroids.to(v.dtype)
     # Without |v|^2, which cancels in the softmax.
     z = torch.addmm(-c.square().sum(1, keepdim=True) / tau, c * (2 / tau), v)
+    # The softmax in place, with the greatest exponent at 0 so that none overflows.
     a = z.sub_(z.amax(0)).clamp_min_(math.log(NONE)).exp_()
     a = nn.functional.threshold(a, 2 * NONE, 0, inplace=True)
     return a.div_(a.sum(0))
@@ -274,6 +280,7 @@ class _Vector(torch.autograd.Function):
         rows = len(centroids)
         found, totals = [centroids.double()], []
         for _ in range(iterations):
+            # Each piece is summed in the dtype of the weights, and the pieces are added up in float64.
             total, sums = torch.zeros_like(found[0][:, :1]), torch.zeros_like(found[0])
             for piece in _pieces(blocks, rows):
                 v = _columns(piece)
@@ -299,6 +306,7 @@ class _Vector(torch.autograd.Function):
             if is_last:  # the centroids' own gradient comes first: what flows on needs its sum
                 for piece, own in zip(_pieces(blocks, rows), _pieces(g, rows), strict=True):
                     gc = gc + _attend(_columns(piece), found[t], tau) @ _columns(own).T
+            # c = sum / total: the gradients by the sum and by the total of a cluster's attention.
             g_sum = torch.where(alive, gc / totals[t].clamp_min(EMPTY), 0.0)
             g_total = -(g_sum * found[t + 1]).sum(1, keepdim=True).to(blocks.dtype)
             own_sum, c = g_sum.to(blocks.dtype), found[t].to(blocks.dtype)
@@ -309,7 +317,7 @@ class _Vector(torch.autograd.Function):
                 ga = torch.addmm(g_total, own_sum, v)
                 if is_last:
                     ga.addmm_(last, _columns(own))
-                gz = ga.sub_((a * ga).sum(0)).mul_(a)
+                gz = ga.sub_((a * ga).sum(0)).mul_(a)  # back through the softmax
                 into += _back((own_sum.T @ a).addmm_(c.T, gz, alpha=2 / tau), into)
                 gz_v += gz @ v.T
                 gz_1 += gz.sum(1, keepdim=True)

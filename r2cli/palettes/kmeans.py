@@ -100,7 +100,7 @@ class _Bins:
 
     def add(self, piece: Tensor, weights: Tensor | None) -> None:
         t = piece / (piece.abs() + self.unit)
-        index = t.add_(1).mul_(BINS / 2).to(torch.int32).clamp_(0, BINS - 1)
+        index = t.add_(1).mul_(BINS / 2).to(torch.int32).clamp_(0, BINS - 1)  # a huge weight rounds to t = 1
         self.weight += torch.bincount(index, weights, minlength=BINS).cpu()
         self.sum += torch.bincount(index, piece if weights is None else piece * weights, minlength=BINS).cpu()
 
@@ -209,6 +209,7 @@ def refined(given: Points, centroids: Array) -> Array:
     moment = np.concatenate([[0.0], (given.weight * given.value).cumsum()])
     cuts = None
     for _ in range(LLOYD):
+        # The nearest centroid changes in the middle between two, so the middles are the cuts between the runs.
         middle = np.searchsorted(given.value, (centroids[1:] + centroids[:-1]) / 2)
         if cuts is not None and np.array_equal(middle, cuts):
             break
@@ -246,7 +247,7 @@ def vector(v: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Te
         pick = torch.randperm(len(v), generator=generator)[:SAMPLE].to(v.device)
         chosen = v[pick], weights[pick]
     best, least = None, float("inf")
-    for _ in range(RESTARTS if k <= 64 else 1):
+    for _ in range(RESTARTS if k <= 64 else 1):  # seeding many centroids takes long
         centroids = _plus_plus(*chosen, k, generator)
         for _ in range(VECTOR_ITERATIONS):
             before = centroids

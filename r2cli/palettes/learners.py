@@ -37,6 +37,7 @@ class Learner(nn.Module):
         super().__init__()
         self.shape, self.form = tuple(w.shape), form
         self.reseeded = 0  # tables that had collapsed and were started again
+        # Of the first start only, for the report.
         self.least_used = form.rows  # different vectors of a group, where they are fewer than its rows
 
     def started(self, w: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,7 +81,8 @@ class Dkm(Learner):
     def before_epoch(self, w: Tensor, share: float | None) -> None:
         self.soft = share is not None
         self.share = share or 0.0
-        # Two centroids at one place have the same attention in every step, so no gradient ever parts them.
+        # Two centroids at one place have the same attention in every step, so no gradient ever parts them. Their table
+        # starts again from k-means.
         for group in tables.coinciding(self.centroids).nonzero().flatten().tolist():
             fresh, _ = tables.start(w.chunk(len(self.centroids))[group], self._single(), None, _generator(group))
             self.centroids[group] = fresh[0]
@@ -89,7 +91,7 @@ class Dkm(Learner):
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the weight (channels, ...) that the layer computes with."""
-        if not self.training:
+        if not self.training:  # what is evaluated is what is exported, bit for bit
             return self.freeze(w).decode()
         return self._soft(w) if self.soft else self._hard(w)
 
@@ -146,6 +148,7 @@ class Dkm(Learner):
         order = self.centroids if dim > 1 else self.centroids.sort(dim=1).values  # as `tables.palette` has them
         means = torch.where(total > 0, sums / total.clamp_min(1), order.reshape(-1, dim).double())
         self.centroids.copy_(means.reshape(groups, rows, dim))
+        # With the codes from before the means moved: the gradient is that of these clusters.
         codec = tables.palette(self.centroids, self.shape, self.form)
         values = to_vectors(Coded(codec, frozen.codes).decode(), dim)
         return from_vectors(dkm.hard(vectors, values, index, groups * rows), self.shape)
@@ -203,6 +206,7 @@ def put_on(model: nn.Module, learners: Mapping[str, Learner]) -> None:
     for name, learner in learners.items():
         module = model.get_submodule(name)
         parametrize.register_parametrization(module, "weight", learner)
+        # A weight without a gradient is left alone by the optimizer, so that it has no weight decay either.
         float_weight(module).requires_grad_(learner.trains_weight)
 
 

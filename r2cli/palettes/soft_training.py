@@ -100,7 +100,7 @@ def by_training(
         weight = structure.weight_of(model.get_submodule(name))
         made[name] = make(weight.detach(), form, options, work.generator)
     learners.put_on(model, made)
-    gaps: dict[int, float] = {}
+    gaps: dict[int, float] = {}  # filled before the evaluation of an epoch, and read when the epoch is reported
     method = _method(work, plan, subject, made, gaps)
     watch = hooks.Progress(following.step, lambda epoch: following.epoch(epoch, gaps[epoch.epoch]))
     loop.fit(
@@ -158,5 +158,6 @@ def _method(
         batchnorm.reestimate_norms(model, (images for images, _ in work.batches()))
 
     own = [learner.centroids for learner in made.values() if isinstance(learner.centroids, nn.Parameter)]
+    # Without decay: it would pull the centroids to 0, whatever their clusters are.
     groups = [{"params": own, "weight_decay": 0.0, "base_lr": plan.lut_lr}] if own else []
     return hooks.TrainHooks(plan.identity(work.settings), groups, before_epoch, before_evaluation)

@@ -149,13 +149,14 @@ class _Layer:
         groups = form.groups(stored.shape[0])
         find_own = self._scalars if form.dim == 1 else self._vectors
         found = [find_own(group, groups, seed) for group in range(groups)]
-        self.advance(stored.bytes // 2)
+        self.advance(stored.bytes // 2)  # finding the centroids counts as half of the work
         used = min(map(len, found))
         centroids = torch.stack([tables.filled(tables.distinct(own), form.rows) for own in found])
         palette = tables.palette(centroids, stored.shape, form)
         packer = _Packer(file, places[f"{name}.codes"], form.bits, -(-stored.shape[0] // form.dim) * self._positions)
         error = signal = 0.0
         occurrences = torch.zeros(form.rows, dtype=torch.int64)
+        # The scale stands once for each channel, and all channels of a group have the same.
         scales = palette.scale.reshape(-1)[:: max(1, palette.scale.numel() // groups)]
         for group in range(groups):
             lut, scale = palette.lut[group].float(), float(scales[group if len(scales) > 1 else 0])
@@ -229,7 +230,7 @@ class _Layer:
             for piece in self._finite(start, stop):
                 yield piece.reshape(-1, 1), torch.ones(())
             return
-        block = self.form.dim * self._positions
+        block = self.form.dim * self._positions  # a vector needs all its channels in one piece
         for piece in self._finite(start, stop, max(1, PIECE // block) * block):
             yield kmeans.vectors(piece.float().reshape(-1, self._positions), None, self.form.dim)
 
@@ -237,7 +238,7 @@ class _Layer:
 def nearest_in(lut: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     """Return the row of `lut` (k, dim) nearest to each of `v` (n, dim). Elements of weight 0 do not count."""
     codes = nearest(v, lut)
-    filled = (weights == 0).any(1)
+    filled = (weights == 0).any(1)  # the vectors of a last block that is not full
     if bool(filled.any()):
         short = int((weights[filled][0] > 0).sum())
         codes[filled] = nearest(v[filled][:, :short], lut[:, :short])

@@ -114,6 +114,7 @@ class Rows:
 def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
     """Return whether each weight is rounded up: 0 or 1, in the shape of the weight. Errors are in units of `unit`."""
     groups = rows.inputs.shape[0]
+    # A weight is `value0` + code * `step`, so that grids of both kinds, with any zero point, are optimized alike.
     step = grid.along(grid.scale, real.ndim).expand_as(real) * (2 if grid.midrise else 1)  # value of one code more
     value0 = grid.decode(torch.zeros_like(real, dtype=torch.int32))
     base, size, offset = (t.reshape(groups, -1, rows.inputs.shape[2]) for t in (low, step, value0))

@@ -136,7 +136,7 @@ def _value(
     spec: InputSpec,
 ) -> ValueStatistics | None:
     """Return the statistics of the value of `node`; None for an operation through which they are not known."""
-    if node.op == "placeholder":
+    if node.op == "placeholder":  # pixels from 0 to 1, normalised
         mean, std = torch.tensor(spec.mean).double(), torch.tensor(spec.std).double()
         return ValueStatistics(torch.zeros_like(mean), torch.ones_like(mean), -mean / std, (1 - mean) / std)
     if node.op == "call_module" and str(node.target) in normals:
@@ -144,17 +144,19 @@ def _value(
         return ValueStatistics(own.mean, own.std, own.mean - DEVIATIONS * own.std, own.mean + DEVIATIONS * own.std)
     sources = [source.name for source in node.all_input_nodes if source.target not in operators.SHAPES]
     read = [known[name] for name in sources if name in known]
-    if not read or len(read) < len(sources):
+    if not read or len(read) < len(sources):  # one unknown input makes the value unknown
         return None
     first = read[0]
     if operators.is_a(net, node, operators.ACTIVATIONS):
         return _clipped(first, _most(net, node, first))
+    # A sum with a number, such as x + 1, is left unknown.
     if operators.is_a(net, node, SUMS) and len(node.args) == 2 and all(isinstance(part, fx.Node) for part in node.args):
         return _sum(first, read[-1])
     if operators.is_a(net, node, POOLS):
         return first
     if operators.is_a(net, node, FLATTEN):
         return _flat(node, first)
+    # Along the channels, each part keeps its own statistics.
     if node.target is torch.cat and 1 in (*node.args[1:], *node.kwargs.values()):
         parts = [known[str(part)] for part in node.args[0]]  # type: ignore[union-attr]
         return ValueStatistics(

@@ -56,6 +56,7 @@ def mean_shift(module: LayerModule, coded: Coded, mean: Tensor, shape: tuple[int
     """
     weight = module.weight
     image = per_channel(mean, len(shape)).expand(1, *shape)
+    # The bias must be 0 and not the layer's own: only what rounding adds counts.
     error = {"weight": coded.decode() - weight, "bias": torch.zeros_like(mean[:1]).expand(weight.shape[0])}
     return channel_means(module, torch.func.functional_call(module, error, (image,)))
 
@@ -69,7 +70,7 @@ def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
     shift = torch.zeros_like(module.bias)
     for plain, rounded in zip(*(torch.split(x, BATCH) for x in (seen.inputs, seen.rounded_inputs)), strict=True):
         difference = torch.func.functional_call(module, state, (rounded,)) - module(plain)
-        shift += channel_means(module, difference) * len(plain) / len(seen.inputs)
+        shift += channel_means(module, difference) * len(plain) / len(seen.inputs)  # the last batch may be smaller
     return module.bias - shift
 
 

@@ -102,6 +102,7 @@ def run(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State
     for node in block.nodes:
         if node is block.entry:
             continue
+        # Parameters that no module holds, such as a position table, are nodes of their own, and in no block.
         for source in node.all_input_nodes:
             if source.op == "get_attr":
                 values[source] = layer_sweep.run(net, source, values)
@@ -206,6 +207,7 @@ def round_network(
                 name: state(better[name].decode(), None if part.bias is None else part.bias.detach())
                 for name, part in parts.items()
             }
+            # Over all images, with hard codes: the minibatches saw soft ones.
             if _error(net, block, rounded, targets, {**states, **tried}) <= before:
                 found, states = better, {**states, **tried}
         for name, one in found.items():
@@ -228,6 +230,7 @@ def _learn(
     """Train `parts` in place, so that `forward` gives `targets`. `before` is the squared error of nearest rounding."""
     each = list(parts.values())
     rounding = [part.v for part in each]
+    # V moves by whole units, and scales and biases by fractions of themselves, so they have a rate of their own.
     fine = [part.size for part in each] + [part.bias for part in each if part.bias is not None]
     adam = torch.optim.Adam([{"params": rounding, "lr": settings.lr}, {"params": fine, "lr": settings.fine_lr}])
     weight = settings.weight / sum(v.numel() for v in rounding)
@@ -252,6 +255,7 @@ def _learn(
                 whole = whole and number % 50 == 0 and bool(((raw <= 0) | (raw >= 1)).all())
             if whole:
                 break
+        # To 0, so that the scales stand still when the last roundings are decided.
         adam.param_groups[1]["lr"] = settings.fine_lr * (1 - number / steps)
         adam.step()
 

@@ -64,6 +64,7 @@ def links(net: fx.GraphModule) -> dict[str, Link]:
     usable = {layer.node: layer for layer in structure.layers(net) if _stands_alone(net, layer, weights)}
     for layer in usable.values():
         between = []
+        # Only single readers: what a residual sum reads too must not be scaled for one of them.
         node = structure.only_user(structure.node_of(net, layer))
         while node is not None and operators.is_a(net, node, (*SCALED, *RELU6, *FLATTEN)):
             between.append(node)
@@ -77,6 +78,7 @@ def links(net: fx.GraphModule) -> dict[str, Link]:
 def runs(net: fx.GraphModule) -> list[list[Link]]:
     """Join links that follow each other through depthwise layers, which have the same channels at both ends."""
     joined = links(net)
+    # Row i and column i of a depthwise weight are the same filter: its range counts once for the links on both sides.
     inner = {
         link.second.name for link in joined.values() if _is_depthwise(structure.layer_module(net, link.second.name))
     }
@@ -142,6 +144,7 @@ def absorb(net: fx.GraphModule, normals: dict[str, Normal]) -> dict[str, str]:
     for name, link in links(net).items():
         first, second = structure.layer_module(net, name), structure.layer_module(net, link.second.name)
         whole = all(operators.is_a(net, node, (*SHIFTED, *FLATTEN)) for node in link.between) and not _pads(second)
+        # Known statistics are needed, and both biases: one gives up what the other takes.
         if name not in normals or first.bias is None or second.bias is None or not whole:
             continue
         own = normals[name]

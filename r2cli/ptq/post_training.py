@@ -126,7 +126,7 @@ def quantize(
         one, weight = coded[layer.weight], module.weight
         note = "; ".join(each[layer.name] for each in notes if layer.name in each)
         rows.append(_quantized_layer(layer.name, one, weight.cpu(), settings.granularity, note))
-        weight.copy_(one.decode())
+        weight.copy_(one.decode())  # so that activations get the ranges of the quantized network
     activations = _activations(net, coded, settings, checkpoint.input, normals if images is None else images)
     net.cpu()
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
@@ -176,6 +176,7 @@ def choose_bits(
     for layer, module in structure.named_layers(net):
         weight, own = structure.float_weight(module), {}
         for bits in [fixed[layer.name]] if fixed[layer.name] else usual:
+            # The grid that the layer will have, so that its real error counts.
             coded, folded = _on_grid(weight, bits, settings, factors.get(layer.name))
             size = coded.payload_bytes() if target.size else packed_bytes(weight.numel(), bits)
             own[bits] = size, mixed_precision.noise(coded.decode(), folded)
@@ -187,6 +188,7 @@ def choose_bits(
         factor = mixed_precision.curvature(net, weights, batches, seed)
     count = sum(w.numel() for w in weights.values())
     chosen = mixed_precision.allot(tried, factor, target.size or int((target.bits or 0) * count / 8))
+    # The most common bits become the default, which makes the `--keep` options for the same result as few as possible.
     common = max(mixed_precision.WIDTHS, key=lambda width: sum(own == width for own in chosen.values()))
     keep = {name: own for name, own in chosen.items() if own != common}
     rows = [
@@ -224,6 +226,7 @@ def _prepare(
     """
     require_float(checkpoint)
     net = equivalence.read(deployed.network(checkpoint), checkpoint.input)
+    # First, because everything after it looks at ranges, and a dead channel could have the largest.
     constant = batchnorm.make_dead_channels_constant(net)
     notes = [{name: f"{count} dead channels made constant" for name, count in constant.items()}]
     # One grid for the tensor is as coarse as its largest channel, so channels that hardly vary must not be the largest.
@@ -235,7 +238,7 @@ def _prepare(
         raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
     normals = batchnorm_statistics.statistics(net)  # read before the BatchNorms are gone
     factors = batchnorm.remove_norms(net)
-    if EQUALIZE in _parts(settings):
+    if EQUALIZE in _parts(settings):  # after folding: the ranges to equalize are those of folded weights
         if settings.relu6 == RELU:
             equalize.without_relu6(net)
         notes.append(equalize.equalize(net, factors, normals))

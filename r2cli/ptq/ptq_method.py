@@ -35,7 +35,9 @@ def method(name: str) -> PtqMethod:
     """
     found = registry.load(registry.PTQ_METHODS, name)
     if not isinstance(found, PtqMethod):
-        raise InputError(f"the method '{name}' is a {type(found).__name__} and no PtqMethod: mend the package it is of")
+        raise InputError(
+            f"the method '{name}' is a {type(found).__name__} and no PtqMethod: correct the package that it comes from"
+        )
     looks = found.rounds is not None or found.whole is not None
     if looks != registry.get(registry.PTQ_METHODS, name).looks:
         raise InputError(f"the entry of the method '{name}' must say looks={looks}, as its PtqMethod does")

@@ -49,6 +49,7 @@ def looks_at_images(config: PtqConfig, *, has_data: bool) -> bool:
 def settings_of(config: PtqConfig) -> PtqSettings:
     """Return the settings that `config` asks for, with the defaults of its method."""
     bits = config.weight_bits or 8
+    # With mixed precision some layers may get the fewest bits, so the range rule is the one for those.
     mixed = bool(config.target_bits or config.target_bytes)
     acts = values.act_bits(config.act_bits)
     return PtqSettings(
@@ -100,6 +101,7 @@ def quantize(
     batches = data.Repeatable(lambda: data.calibration(source, calibration, where, config.seed) if source else iter(()))
     if config.target_bits or config.target_bytes:
         target = BitTarget(config.target_bits, config.target_bytes, config.sensitivity)
+        # `auto` has no rounding of its own yet when bits are chosen.
         plain = replace(settings, method=auto.NEAREST) if entry.chooses else settings
         plain, chosen_bits = post_training.choose_bits(made, plain, target, batches, where, config.seed)
         settings = replace(plain, method=config.method)

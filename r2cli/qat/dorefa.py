@@ -35,6 +35,7 @@ def reference(w: Tensor, bits: int, g: Tensor) -> tuple[Tensor, Tensor]:
     if bits == 1:
         return torch.where(w >= 0, 1.0, -1.0).to(w) * w.abs().mean(), g
     n, tanh = 2**bits - 1, w.tanh()
+    # A constant to the gradient. Differentiated, it would change the gradient of the largest weight alone.
     most = tanh.abs().max()
     x = tanh / (2 * most) + 1 / 2
     return 2 * (n * x).round() / n - 1, g * (1 - tanh**2) / most
@@ -105,6 +106,7 @@ class DorefaWeight(quantizers.WeightQuantizer):
     @torch.no_grad()
     def keep_scale(self, w: Tensor) -> None:
         """Set the factor to sum(W W_q) / sum(W_q**2), for which the levels are nearest to the weight `w`."""
+        # Without it, the weights of such a layer would be as large as 1, and its output many times too large.
         rounded = quantized(w, self.bits, torch.ones_like(self.factor))
         self.factor.copy_((w * rounded).sum() / rounded.square().sum())
 

@@ -66,6 +66,7 @@ def rule(count: int, highest: int, step: Tensor) -> Rule:
 
 def first_step(x: Tensor, highest: int) -> Tensor:
     """Return the step () that the paper starts from, 2 * mean|x| / sqrt(Qp), for values `x` of any shape."""
+    # The floor is for an input that is 0 everywhere: values are divided by the step.
     found: Tensor = (2 * x.abs().mean() / max(highest, 1) ** 0.5).clamp_min(fake_quant.FLOOR)
     return found
 
@@ -76,11 +77,13 @@ class LsqWeight(quantizers.WeightQuantizer):
     def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
         super().__init__(w, bits, fitted)
         self.step = nn.Parameter(torch.empty((), dtype=w.dtype, device=w.device))
+        # Weights are known when the quantizer is made; an activation starts on the first images (`starting`).
         self.start(w)
 
     @torch.no_grad()
     def start(self, w: Tensor) -> None:
         if self.fitted:
+            # Signed codes from -Qn are unsigned ones with the zero point Qn, for which `best_range` is.
             self.step.copy_(quantizers.best_range(w, self.bits, -self.codes[0]) / (2**self.bits - 1))
         else:
             self.step.copy_(first_step(w, self.codes[1]))
@@ -118,6 +121,7 @@ class LsqActivation(quantizers.ActivationQuantizer):
         return quantizers.positive(self.parameter)
 
     def rule(self, x: Tensor) -> Rule:
+        # One sample's values: N must not depend on the batch, over which the loss is a mean.
         return rule(x[0].numel(), self.codes[1], self.step())
 
 
@@ -137,6 +141,7 @@ def bins(w: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     index = ((w - away) / step).round_().sub_(codes[0]).long().flatten()
     count = torch.bincount(index, minlength=codes[1] - codes[0] + 1).clamp_min_(1).to(w.dtype)
     share = away / count[index].reshape(w.shape)
+    # d/dw of (w - t)^2 / count. The mean and the variance of a bin need not be told apart.
     return (away * share).sum(), 2 * share
 
 

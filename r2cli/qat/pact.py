@@ -31,7 +31,7 @@ def reference(x: Tensor, a: Tensor, bits: int, g: Tensor) -> tuple[Tensor, Tenso
     gradient of `a` as a scale, which is LSQ's and not PACT's.
     """
     n = 2**bits - 1
-    y = (x.clamp(min=0).minimum(a) * n / a).round() * a / n
+    y = (x.clamp(min=0).minimum(a) * n / a).round() * a / n  # `minimum`, because clamp takes no tensor beside a number
     dy_dx = torch.where((x >= 0) & (x < a), 1.0, 0.0)
     dy_da = torch.where(x >= a, 1.0, 0.0)
     return y, g * dy_dx, (g * dy_da).sum()
@@ -50,7 +50,8 @@ def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor)
 class PactActivation(quantizers.ActivationQuantizer):
     """PACT's quantizer of an activation. `parameter` () is a, the width of a range that begins at 0.
 
-    Where values are negative the range begins below 0, and `parameter` is still its width.
+    Where values are negative the range begins below 0, and `parameter` is still its width. The levels are LSQ's, whose
+    parameter is the step; only the gradients differ.
     """
 
     def __init__(self, bits: int) -> None:

@@ -86,6 +86,7 @@ def prepare(work: QatTask) -> Prepared:
     made, settings = work.checkpoint, work.settings
     require_float(made)
     model = models.build(made.model) if work.scratch else deployed.network(made)
+    # The graph is what is trained and exported. It must compute what the user's module computes.
     net = equivalence.require_same(quantizer_placement.read(model, made.input.blank(2)), model, made.input)
     names = [layer.name for layer in structure.layers(net)]
     if not names:
@@ -107,6 +108,7 @@ def prepare(work: QatTask) -> Prepared:
     keep_scales(prepared)
     for edge in prepared.activations:
         edge.fitted = settings.start == FITTED
+    # Weights are scaled before the first images pass, because activations start on what these weights compute.
     prepared.net.to(work.device)
     images, _ = next(iter(work.batches()))
     quantizer_placement.start(prepared, images)
@@ -134,6 +136,7 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
     # The codes are in `coded`, so the modules get their float weights back: folding needs plain weights.
     for layer in prepared.layers:
         parametrize.remove_parametrizations(model.get_submodule(layer.name), "weight", leave_parametrized=False)
+    # A new graph, without the quantizers on the edges: their grids come back as those of a checkpoint.
     net = edit.over_same_modules(model)
     norms = {layer.name: structure.norm_module(model, layer) for layer in prepared.layers}
     # Which channels a BatchNorm negates, (channels,) bool. `prepare` made the factors positive, but training may have

@@ -51,5 +51,7 @@ def method(name: str) -> QatMethod:
     """Return the method of that name. Raises InputError for an unknown name, and for an entry that is no QatMethod."""
     found = registry.load(registry.QAT_METHODS, name)
     if not isinstance(found, QatMethod):
-        raise InputError(f"the method '{name}' is a {type(found).__name__} and no QatMethod: mend the package it is of")
+        raise InputError(
+            f"the method '{name}' is a {type(found).__name__} and no QatMethod: correct the package that it comes from"
+        )
     return found

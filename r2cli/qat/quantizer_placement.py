@@ -188,7 +188,7 @@ def _put_on(
     edges: dict[str, ActivationQuantizer | WideQuantizer] = {}
     for place in placed:
         node = behind.get(place.value, nodes[place.value])
-        users = list(node.users)
+        users = list(node.users)  # as they are before the quantizer becomes one
         layers = [user for user in users if isinstance(operators.module_of(net, user), operators.LAYERS)]
         wide, low = WideQuantizer() if place.wide else None, make(place.low) if place.low else None
         if wide is not None:
@@ -299,6 +299,7 @@ def leave_relus(net: fx.GraphModule) -> None:
     """
     for node in list(net.graph.nodes):
         module = operators.module_of(net, node)
+        # Of two grids the wide one comes first, and so it is the one that reads the ReLU.
         first = module.wide if isinstance(module, TwoGrids) else module
         if not isinstance(first, ActivationQuantizer) and not isinstance(module, TwoGrids):
             continue

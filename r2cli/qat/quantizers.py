@@ -70,6 +70,7 @@ class _OnEdge(nn.Module):
         """The lowest and the highest code, with the zero point taken off."""
         return -self.zero, 2**self.bits - 1 - self.zero
 
+    # A plain number and no buffer, because the operations take the codes as Python numbers.
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.zero)
 
@@ -188,7 +189,7 @@ def best_range(x: Tensor, bits: int, zero: int) -> Tensor:
     flat = x.detach().flatten()
     sample = flat[:: max(1, len(flat) // SAMPLE)]
     levels = 2**bits - 1
-    # The width that just holds everything, and shares of it.
+    # The width that just holds everything, and shares of it. A search, because the error has several minima.
     sides = [sample.amax() / (levels - zero)] if levels > zero else []
     sides += [-sample.amin() / zero] if zero else []
     widest = (torch.stack(sides).amax() * levels).clamp_min(1e-6)

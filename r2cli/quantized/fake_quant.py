@@ -116,6 +116,7 @@ class _Quantize(torch.autograd.Function):
         x, y, step = ctx.saved_tensors
         kind, (x, y, g) = x.dtype, _as_precise(step, x, y, g)
         rule: Rule = ctx.rule
+        # Only x, y and g are read: whether x was inside the range, and by how much it was rounded, follows from them.
         gx, ends = torch.empty_like(x), bounds(step, ctx.codes)
         shares = [rule.slope(a, b, c, *ends, d) for a, b, c, d in chunks(like(g, x), x, y, gx)]
         return gx.to(kind), total(shares) * rule.factor, None, None, None
@@ -162,7 +163,7 @@ class _Behind(torch.autograd.Function):
             to_levels(c, wide, ctx.most, first)
             shares.append(rule.slope(b, first, d, *ends, out))
             out += a
-            if ctx.most[0] == 0:
+            if ctx.most[0] == 0:  # a ReLU passes no gradient to what it cut, at 0 neither
                 torch.ops.aten.threshold_backward.grad_input(out, c, 0, grad_input=out)
         return gx.to(kind), None, None, total(shares) * rule.factor, None, None, None
 

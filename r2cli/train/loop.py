@@ -214,6 +214,7 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
     run.forward.train()
     if share.world > 1:  # otherwise dropout draws the same in every process
         torch.manual_seed((settings.seed * 1_000_003 + number) * share.world + share.rank)
+    # Of seed and epoch only, so that a resumed run sees the same order. A prime keeps seeds and epochs apart.
     order = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     step = (number - 1) * run.steps_per_epoch
     total, penalty, seen = torch.zeros((), device=run.device), torch.zeros(()), 0
@@ -230,6 +231,7 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
         _weighed(loss, len(labels), index, run).backward()  # type: ignore[no-untyped-call]
         if run.method is not None:
             run.method.add_gradients()
+        # Before the gradients are clipped: the bound is on all that moves the weights. AdamW: see `optimizers`.
         if run.regularizer and settings.optimizer == SGD:
             penalty = run.regularizer.add_gradients()
         _clip(run.model, settings)

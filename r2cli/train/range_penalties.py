@@ -141,7 +141,7 @@ def linf(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Regu
     top = torch.stack(tops).amax()
     # On a CPU a look at the number is free and skips nearly every chunk; a GPU has one chunk and needs no look.
     hit = [chunk for chunk, own in zip(chunks, tops, strict=True) if len(chunks) == 1 or bool(own == top)]
-    masks = [c.abs() == top for c, _ in hit]
+    masks = [c.abs() == top for c, _ in hit]  # exact equality: `top` is one of these numbers
     count = torch.stack([mask.sum() for mask in masks]).sum()
     for (c, g), mask in zip(hit, masks, strict=True):
         g.add_(torch.sign(c) * mask / count, alpha=strength)
@@ -158,8 +158,9 @@ def margin(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Re
         g.add_(direction, alpha=strength / spec.margin_k)
         count = direction.abs().sum()
         outside += count
-        hinge += (c * direction).sum() - m * count
+        hinge += (c * direction).sum() - m * count  # c * sign(c) is |c|, for those outside
     value = m + hinge / spec.margin_k
+    # As written it is 1 - (number outside), which may be minus thousands, where M itself is about 0.1.
     slope = torch.sign(parameter) * (1 - outside / spec.margin_k)
     return value, (slope.clamp(-1, 1) if spec.stable else slope).to(parameter.dtype)
 
@@ -181,7 +182,8 @@ def soft_minmax(
             u = c - extreme
             p = torch.exp(sign * alpha * u)
             sums[row] += torch.stack([p.sum(), (p * u).sum(), (p * u * u).sum()])
-    mean = sums[:, 1] / sums[:, 0]  # of u: distance from the extreme, so the variance below does not cancel
+    # Means and variances of u, the distance from the extreme: those of w itself would be differences of large numbers.
+    mean = sums[:, 1] / sums[:, 0]
     variance = sums[:, 2] / sums[:, 0] - mean**2
     s_max, s_min = high + mean[0], low + mean[1]
     top, bottom = s_max.to(w.dtype), s_min.to(w.dtype)
@@ -189,8 +191,9 @@ def soft_minmax(
     for c, g in _chunks(w, grad):
         p = torch.exp(alpha * (c - high)).mul_(scale[0])
         q = torch.exp(alpha * (low - c)).mul_(scale[1])
+        # dR/dw = p (1 + alpha (w - s_max)) - q (1 - alpha (w - s_min))
         g.add_(p.mul_(1 + alpha * (c - top))).sub_(q.mul_(1 - alpha * (c - bottom)))
-    slope = variance.sum() / torch.where(unit > 0, unit, 1.0)
+    slope = variance.sum() / torch.where(unit > 0, unit, 1.0)  # dR/dalpha is the sum of both variances
     return s_max - s_min, slope.to(parameter.dtype)
 
 
@@ -200,7 +203,7 @@ def kure(w: Tensor, parameter: Tensor, grad: Tensor, strength: float, spec: Regu
     The authors average over layers and we sum, so a strength of ours is one of theirs divided by the number of layers.
     """
     mean, std = w.mean(dtype=torch.float64), _deviation(w)
-    inverse = torch.where(std > 0, 1 / std, 0.0)
+    inverse = torch.where(std > 0, 1 / std, 0.0)  # a constant tensor has no shape, and gets no gradient
     cubes = torch.zeros(2, dtype=torch.float64, device=w.device)  # sums of z^3 and z^4
     for c, _ in _chunks(w, grad):
         z = (c - mean.to(w.dtype)).mul_(inverse.to(w.dtype))

@@ -51,7 +51,7 @@ class Regularizer:
                 w.grad = torch.empty_like(w).copy_(w.grad)
             value, slope = penalty(w, self.parameters.get(name), w.grad, strength, self.setting)
             if name in self.parameters:
-                self.parameters[name].grad = strength * slope
+                self.parameters[name].grad = strength * slope  # set and not added: the loss does not reach it
             total = total.to(value.device) + strength * value
         return total
 
@@ -102,6 +102,7 @@ def penalty(
         value += part
         slopes.append(slope)
     slope = _by_parameter(slopes, len(own))
+    # exp(-alpha) belongs to the layer: added in every column, it would count `dim` times.
     if regularizer.once is not None:
         more, its_slope = regularizer.once(own)
         value, slope = value + more, slope + its_slope
