@@ -71,21 +71,25 @@ def adaptive_avg_pool(sheet: Sheet, x: Value, output_size: Any) -> str:
 
 
 def _uneven_means(sheet: Sheet, x: Value) -> str:
-    """Write the mean of windows that overlap, as torch has them: by one product with constants along each axis."""
+    """Write the mean of windows of several sizes, as torch has them, along each axis: a slice and a mean for each.
+
+    Where every window is one value, as when 2 become 6, the values are repeated and nothing is computed.
+    """
     name = x.name
-    axes = len(x.shape)
-    for axis in range(2, axes):
+    for axis in range(2, len(x.shape)):
         have, out = x.shape[axis], sheet.shape[axis]
         if have is None or out is None:
             raise Unwritable("the size of its input follows the batch")
-        weights = np.zeros((have, out), np.float32)
-        for place in range(out):
-            start, end = place * have // out, -(-(place + 1) * have // out)
-            weights[start:end, place] = 1 / (end - start)
-        order = [each for each in range(axes) if each != axis] + [axis]
-        last = sheet.node("Transpose", name, perm=order)
-        product = sheet.node("MatMul", last, sheet.writer.constant(weights, kind="means"))
-        name = sheet.node("Transpose", product, perm=[order.index(each) for each in range(axes)])
+        windows = [(place * have // out, -(-(place + 1) * have // out)) for place in range(out)]
+        if all(end - start == 1 for start, end in windows):
+            index = sheet.writer.constant([start for start, _ in windows], np.int64, "index")
+            name = sheet.node("Gather", name, index, axis=axis)
+            continue
+        parts = []
+        for start, end in windows:
+            cut = sheet.node("Slice", name, *(sheet.writer.ints([value]) for value in (start, end, axis)))
+            parts.append(sheet.node("ReduceMean", cut, axes=[axis], keepdims=1))
+        name = sheet.node("Concat", *parts, axis=axis)
     return name
 
 
