@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from r2cli.graph.constants import Constant, operator_name, path
+from r2cli.graph import constants
+from r2cli.graph.constants import Constant, operator_name
 
 # Sizes that depend on the batch are made of these.
 ARITHMETIC: Mapping[str, Callable[..., Any]] = {
@@ -57,7 +58,7 @@ class Writer:
 
     def start(self, node: fx.Node) -> None:
         """All that is written now is what `node` of the old graph computes."""
-        self.within = path(node)
+        self.within = constants.path(node)
         self._alone = self.within in self._simple
 
     def create(self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> fx.Node:
@@ -147,20 +148,21 @@ class Writer:
         if of is None:
             made_of = (made_of, self.within)
         if made_of not in self.calls:
-            own = of is not None and of.own
-            here = [self.within, f"{self.within}.{what}".lstrip(".")]
-            wanted = [name for name in ([_layer_path(of.name)] if of is not None and own else []) + here if name]
-            free = (
-                name for name in wanted if name not in self.modules and (own or f"{name}.weight" not in self._taken)
-            )
-            found = next(free, None)
-            count = 1
-            while found is None:
-                name = f"{wanted[-1]}_{count}"
-                found, count = None if name in self.modules else name, count + 1
-            self.calls[made_of] = found
-            self.modules[found] = make(found)
+            self.calls[made_of] = path = self._free(of, what)
+            self.modules[path] = make(path)
         return self.calls[made_of]
+
+    def _free(self, of: Constant | None, what: str) -> str:
+        """A path for a module that no other has."""
+        wanted = [self.within, f"{self.within}.{what}".lstrip(".")]
+        if of is not None and of.own:
+            wanted = [_layer_path(of.name), *wanted]
+        elif of is not None and of.name.endswith("weight"):  # of one weight: a part of it, masked, or transposed
+            wanted = [_layer_path(of.name)]
+        wanted = [name for name in wanted if name]
+        wanted += [f"{wanted[-1]}_{count}" for count in range(1, len(self.modules) + len(self._taken) + 2)]
+        taken = set() if of is not None and of.own else self._taken
+        return next(name for name in wanted if name not in self.modules and f"{name}.weight" not in taken)
 
     def module(self) -> fx.GraphModule:
         """The graph as a module, with its modules and tensors."""

@@ -79,7 +79,8 @@ def require_known(net: fx.GraphModule, *, activations: bool) -> None:
     """
     for name, module in net.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(module, operators.LAYERS):
+        learned = isinstance(module, (*operators.LAYERS, nn.Embedding))  # rows of a table stay float
+        if isinstance(weight, Tensor) and weight.ndim > 1 and not learned:
             raise InputError(
                 f"the layer '{name}' is a {type(module).__name__}, which has no quantizer: r2 qat trains networks of "
                 "Conv1d, Conv2d and Linear"
