@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -27,12 +28,23 @@ def _is_quick(config: pytest.Config) -> bool:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """All of the quick tests leave no module of r2cli out, or the run fails and names it."""
-    option = session.config.option
+    option, reached = session.config.option, modules() & sys.modules.keys()
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the first one adds up
+        session.config.workeroutput["reached"] = sorted(reached)
+        return
     is_named = session.config.args_source is pytest.Config.ArgsSource.ARGS
     is_whole = not (is_named or option.keyword or option.collectonly)
     if exitstatus == pytest.ExitCode.OK and _is_quick(session.config) and is_whole:
-        session.config.stash[LEFT_OUT] = left = sorted(modules() - APART - sys.modules.keys())
+        session.config.stash[LEFT_OUT] = left = sorted(
+            modules() - APART - reached - session.config.stash.get(REACHED, set())
+        )
         session.exitstatus = pytest.ExitCode.TESTS_FAILED if left else exitstatus
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist ended: keep what its tests reached."""
+    node.config.stash.setdefault(REACHED, set()).update(getattr(node, "workeroutput", {}).get("reached", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -41,6 +53,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 LEFT_OUT = pytest.StashKey[list[str]]()
+REACHED = pytest.StashKey[set[str]]()
 
 
 def modules() -> set[str]:

@@ -19,6 +19,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
 CONFIGS = (r2cli.PretrainConfig, r2cli.PtqConfig, r2cli.QatConfig, r2cli.PalettizeConfig, r2cli.AnalyzeConfig)
 
 
+@pytest.mark.slow
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -30,6 +31,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_t
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "mobilenet.onnx"}
 
 
+@pytest.mark.slow
 def test_a_function_gives_the_bytes_of_its_command(r2: R2, trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(trained, path)
@@ -42,6 +44,7 @@ def test_a_function_gives_the_bytes_of_its_command(r2: R2, trained: Path, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, written.with_suffix(".onnx").name, written.name]
 
 
+@pytest.mark.slow
 def test_palettes_are_those_of_the_command(r2: R2, trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(trained, path)

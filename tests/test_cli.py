@@ -51,6 +51,7 @@ def test_the_whole_road(r2: R2, model: Path) -> None:
     assert "seconds" not in json.dumps(history)
 
 
+@pytest.mark.slow
 def test_people_get_a_table_ticks_and_the_next_command(r2: R2, model: Path) -> None:
     ran = r2("ptq", "--granularity", "unfolded")
     assert ran.code == 0
@@ -390,10 +391,7 @@ def test_a_failed_gate_is_in_the_one_object_of_the_report(r2: R2, model: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_what_a_network_s_own_code_prints_is_no_result(
-    r2: R2, one_thread: None, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_network_s_own_code_prints_is_no_result(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("noisy.py").write_text(
         "import torch\n\n\ndef net(num_classes: int) -> torch.nn.Module:\n    print('hello')\n"
@@ -405,7 +403,7 @@ def test_what_a_network_s_own_code_prints_is_no_result(
         'output = "own.safetensors"\n\n[[step]]\nrun = "evaluate"\nsource = "own.safetensors"\n'
         'model = "noisy.py:net"\nmin-accuracy = 100\n'
     )
-    ran = r2("run", "noisy.toml", "--json", "--jobs", jobs)
+    ran = r2("run", "noisy.toml", "--json")
     told = json.loads(ran.out)
     assert ran.code == 1 and "below --min-accuracy 100" in told["error"] and len(told["results"]) == 2
 

@@ -116,6 +116,7 @@ def test_quantizers_take_over_the_relus_before_them(model: Path) -> None:
     assert len(left) == 1  # the last block's, which the wide grid alone reads
 
 
+@pytest.mark.slow
 def test_a_range_below_zero_has_a_zero_point_and_the_input_is_never_cut_at_zero(tmp_path: Path) -> None:
     source = data.load("digits", size=16)
     model = models.build(ModelSpec("mobilenet_v2", 10, channels=1, stem="small", width=0.25))

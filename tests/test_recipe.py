@@ -832,6 +832,7 @@ def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runner.threads_each(2) == 2
 
 
+@pytest.mark.slow
 def test_a_process_gives_its_report_or_its_error(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "1.log"
     report = runner.InOwnProcess(["pretrain", "--dry-run", "--json"], 1, log).report()
@@ -866,6 +867,7 @@ def test_a_trial_has_every_step_once_on_little_data(tmp_path: Path) -> None:
     assert "imagefolder:x is digits:64" in told and any("net.safetensors" in line for line in told)
 
 
+@pytest.mark.slow
 def test_a_trial_of_text_reads_what_it_brings_itself(tmp_path: Path) -> None:
     text = PLACED.replace('run = "pretrain"', 'run = "pretrain"\nmodel = "text:minilm"\ndata = "qnli:x.tsv"')
     todo, told = smoke.small(recipe.steps(smoke.reduced(read(tmp_path, text))), tmp_path / "made")

@@ -40,6 +40,7 @@ def model(trained: Path, tmp_path: Path) -> Path:
 # --- one entry is enough -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_regularizer_is_one_entry(toys: None, r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import toy_entries  # type: ignore[import-not-found]
 
@@ -51,6 +52,7 @@ def test_a_regularizer_is_one_entry(toys: None, r2: R2, tmp_path: Path, monkeypa
     assert ran.code == 0 and (tmp_path / "own.w8a8-none.onnx").exists(), ran.err
 
 
+@pytest.mark.slow
 def test_a_method_of_post_training_quantization_is_one_entry(
     toys: None, r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +65,7 @@ def test_a_method_of_post_training_quantization_is_one_entry(
     assert ran.code == 2 and "--method toy needs data" in ran.err.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_method_of_training_with_quantizers_is_one_entry(
     toys: None, r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +79,7 @@ def test_a_method_of_training_with_quantizers_is_one_entry(
     assert ran.code == 2 and "--weight-bits 1 is impossible with toy; give 2 to 8" in ran.err.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_learner_of_palettes_is_one_entry(toys: None, r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import toy_entries
 
