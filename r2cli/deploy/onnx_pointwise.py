@@ -128,14 +128,14 @@ def attention(
     query: Value,
     key: Value,
     value: Value,
+    *,
     attn_mask: Value | None = None,
-    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    **more: Any,
 ) -> str:
     """Write softmax(q k^T / sqrt(width) + mask) v."""
-    if enable_gqa:
+    if more.get("enable_gqa"):
         raise Unwritable("queries share keys")
     width = query.shape[-1] or 1
     factor = width**-0.5 if scale is None else scale
