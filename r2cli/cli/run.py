@@ -93,7 +93,7 @@ def _folder(path: Path, *, smoke: bool) -> Path:
 
 def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
     """The tables as tables.md, .csv and .json in `folder`; the first of them."""
-    from r2cli.storage.checkpoint import write_atomically
+    from r2cli.storage.atomic import write_atomically
     from r2cli.workflow import results
 
     written = folder / "tables.md"

@@ -112,6 +112,7 @@ class PretrainOutput(Written):
 @dataclass(frozen=True)
 class PtqOutput(Written):
     output: Path | None = groups.output(None, "The checkpoint; .onnx goes beside it. (default: SOURCE.w4a8-none...)")
+    resume: bool = groups.resume()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from r2cli import __version__
 from r2cli.errors import CheckFailed, InputError, R2Error
-from r2cli.storage.checkpoint import write_atomically
+from r2cli.storage.atomic import write_atomically
 from r2cli.train.resume import resume_state
 from r2cli.workflow.recipe import Step, reads_from, shell
 
