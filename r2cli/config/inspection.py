@@ -148,3 +148,6 @@ class RecipeConfig(Config):
     )
     smoke: bool = option(False, "Try the recipe in a minute: 64 digits, one epoch, one combination.")
     work_dir: Path | None = option(None, "Where the steps' files go. (default: runs/RECIPE)", panel=OUTPUT)
+    resume: bool = option(
+        False, "Check what was done before: other options, or a file that was changed, are an error.", panel=OUTPUT
+    )

@@ -108,17 +108,17 @@ def remove_left_over(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, way_out: str = "another --output") -> Iterator[None]:
     """Keep every other run from writing `path`, by a lock on `.NAME.lock` beside it, which ends with this process.
 
-    Raises InputError where another run holds the lock, and R2Error where the folder cannot be written. On a file system
-    without locks nothing is kept away.
+    Raises InputError, with `way_out`, where another run holds the lock, and R2Error where the folder cannot be written.
+    On a file system without locks nothing is kept away.
     """
     place = path.with_name(f".{path.name}.lock")
     with _told_as(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _step("lock", path)
-        descriptor = _locked(place, path)
+        descriptor = _locked(place, path, way_out)
     try:
         with suppress(OSError):  # who holds it is told to the others, nothing more
             os.ftruncate(descriptor, 0)
@@ -183,7 +183,7 @@ def _is_ours(descriptor: int, place: Path) -> bool:
     return _is_at(descriptor, place)
 
 
-def _locked(place: Path, path: Path) -> int:
+def _locked(place: Path, path: Path, way_out: str) -> int:
     """A descriptor of the lock file `place`, locked. Raises InputError where another run that writes `path` has it."""
     while True:
         descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
@@ -195,8 +195,8 @@ def _locked(place: Path, path: Path) -> int:
             holder = os.read(descriptor, 200).decode(errors="replace")
             os.close(descriptor)
             raise InputError(
-                f"{path} is being written by another run ({holder or 'just started'}): wait for its end, or give "
-                "another --output"
+                f"{path} is being written by another run ({holder or 'just started'}): wait for its end, or "
+                f"give {way_out}"
             ) from error
         except OSError:
             return descriptor

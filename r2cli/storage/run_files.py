@@ -71,7 +71,7 @@ def checksum(path: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """What a run wrote. `written` has the checksum of each file by its name."""
 
     asked: Asked
@@ -80,7 +80,7 @@ class Record:
     finished: bool
 
     @classmethod
-    def read(cls, path: Path) -> "Record | None":
+    def read(cls, path: Path) -> "RunRecord | None":
         """The record at `path`; None where there is none, it is damaged, or another version wrote it."""
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ class RunFiles:
         """Raises InputError, before any work is done, where it is clear that files or a stopped run are in the way."""
         if self.overwrite:
             return
-        record = Record.read(self.place)
+        record = RunRecord.read(self.place)
         if record is None or (record.finished and not self.resume):
             _require_none(path for path in self.files if path.exists())
         if self.state is not None and self.state.exists() and not self.resume:
@@ -152,7 +152,7 @@ class RunFiles:
         there = [path for path in self.files if path.exists()]
         if self.overwrite or not there:
             return None
-        record, asked = Record.read(self.place), _as_json(asked)
+        record, asked = RunRecord.read(self.place), _as_json(asked)
         if record is None:
             _require_none(there)
             return None
@@ -170,7 +170,7 @@ class RunFiles:
                 raise InputError(f"{path} {self._wrong(path)}")
         if not RANK:
             if not record.finished:
-                atomic.write_atomically(self.place, Record(asked, record.written, record.report, True).to_bytes())
+                atomic.write_atomically(self.place, RunRecord(asked, record.written, record.report, True).to_bytes())
             if self.state is not None:
                 atomic.remove(self.state)
         return dict(record.report)
@@ -212,7 +212,7 @@ class RunFiles:
         if asked is not None:
             sums = {path.name: checksum(self._drafts[path].temporary) for path in self.files}
             for finished in (False, True):
-                self._mark(Record(asked, sums, report or {}, finished))
+                self._mark(RunRecord(asked, sums, report or {}, finished))
         outputs = [self._drafts[path] for path in reversed(self.files)]
         for number, draft in enumerate([*self._marks[:1], *outputs, *self._marks[1:]]):
             try:
@@ -225,7 +225,7 @@ class RunFiles:
         if self.state is not None:
             atomic.remove(self.state)
 
-    def _mark(self, record: Record) -> None:
+    def _mark(self, record: RunRecord) -> None:
         self._marks.append(atomic.Draft(self.place))
         with self._marks[-1].writing() as file:
             file.write(record.to_bytes())
