@@ -80,11 +80,17 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
     before = [] if started else [f"all {len(done)} steps were done {same}"]
     told = f"{folder} has the files, {first} the tables, with .csv and .json beside it"
     console.tell([*before, *_shown(tables), told], as_json=written.json)
+    _require_passed(report)
+    return report
+
+
+def _require_passed(report: Report) -> None:
+    """Raises CheckFailed, naming the first, where a gate or proof of a step failed."""
+    done = report["results"]
     failed = [each["failed"] for each in done if each["failed"]]
     if failed:
         rest = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise CheckFailed(f"{len(failed)} of {len(done)} steps failed a check: {failed[0]}{rest}", report)
-    return report
 
 
 def _shown(tables: "Sequence[results.Table]") -> list[console.Line]:
