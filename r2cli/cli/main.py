@@ -64,6 +64,7 @@ def invoke(arguments: list[str]) -> Any:
 def main() -> NoReturn:
     """`r2`: run the command of `sys.argv`, and map whatever goes wrong to one sentence and an exit code."""
     arguments = sys.argv[1:]
+    console.ready()
     # Beside another program on the same cores, threads that spin take away what those need that they wait for
     # (benchmarks/shared_cores.md). OpenMP reads it when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -77,8 +78,14 @@ def main() -> NoReturn:
             console.report(result)
         sys.exit(result if isinstance(result, int) else 0)
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.hush(sys.stdout)
         sys.exit(0)
+    except SystemExit as error:
+        # So the parser ends where the reader of its help has gone; 1 would say that a gate or a proof failed.
+        if error.code == 1 and console.reader_has_gone():
+            console.hush(sys.stdout)
+            sys.exit(0)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("R2_TRACEBACK"):  # for a report of a bug
             traceback.print_exc()
