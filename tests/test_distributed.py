@@ -156,8 +156,8 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
     assert report["top1"] > 50
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.run.json", "model.safetensors"]
     # A run of two processes that was stopped after its first epoch goes on in one.
-    stop = "import sys; from r2cli import resume, train\nreal = resume.save\n"
-    stop += "def once(*given):\n    real(*given)\n    sys.exit(9)\nresume.save = once\n"
+    stop = "import sys; from r2cli.train import state\nreal = state.save\n"
+    stop += "def once(*given):\n    real(*given)\n    sys.exit(9)\nstate.save = once\n"
     script = tmp_path / "stopping.py"
     script.write_text(stop + "from r2cli.cli.main import main\nmain()\n")
     broken = tmp_path / "broken"

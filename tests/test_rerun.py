@@ -153,8 +153,10 @@ import os, signal, sys
 from pathlib import Path
 from r2cli.storage import atomic
 
+_, *where = sys.argv[:3]
+
 def watcher(step, path):
-    if [step, path.name] == sys.argv[1:3]:
+    if [step, path.name] == where:
         os.kill(os.getpid(), signal.SIGKILL)
 
 atomic.watchers.append(watcher)
@@ -165,8 +167,11 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("here", ["ptq", "qat", "palettize"], indirect=True)
-@pytest.mark.parametrize(("step", "name"), [("sync", "made.onnx"), ("place", "made.safetensors")])
+@pytest.mark.parametrize(
+    ("here", "step", "name"),
+    [("ptq", "place", "made.safetensors"), ("qat", "sync", "made.onnx"), ("palettize", "place", "made.safetensors")],
+    indirect=["here"],
+)
 def test_a_killed_run_does_not_stand_in_the_way_of_the_same_command(r2: R2, here: str, step: str, name: str) -> None:
     whole = contents()
     for path in (*outputs(here), Path("made.run.json")):

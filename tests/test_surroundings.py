@@ -84,6 +84,16 @@ def test_characters_that_the_encoding_lacks_are_question_marks(
         assert b"stages.0.0.conv1" in written.getvalue() and b"?" in written.getvalue()
 
 
+def test_a_user_without_a_home_is_asked_for_a_folder(r2: R2, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    ran = r2("pretrain", "--data", "mnist", "--dry-run")
+    assert ran.code == 2 and "no home folder" in ran.err and "--data-dir" in ran.err
+
+
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(r2: R2, model: Path) -> None:
     """/proc takes no files from anybody, root included."""
     lines = [
