@@ -158,7 +158,7 @@ def test_a_run_that_is_done_says_so_and_a_second_one_at_the_same_time_is_refused
     first = r2(*command, "--json")
     assert first.code == 0 and json.loads(first.out)["finished_before"] is False
     again = r2(*command)
-    assert again.code == 0 and "1 steps were done with the same options" in again.out
+    assert again.code == 0 and "all 2 steps were done with the same options" in again.out
     assert json.loads(r2(*command, "--json").out)["finished_before"] is True
     Path("here/linf.safetensors").write_bytes(b"another")
     changed = r2(*command)

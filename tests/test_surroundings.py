@@ -59,7 +59,7 @@ def test_a_gate_fails_whether_anybody_reads_or_not(json_too: list[str], model: P
 def test_a_full_disk_behind_standard_output_is_one_sentence(line: str) -> None:
     code, told = on_a_full_disk(*line.split())
     assert code == 3 and "No space left on device" in told and told.count("\n") == 1
-    assert line == "--help" or "standard output could not be written" in told
+    assert "standard output" in told
 
 
 @pytest.mark.parametrize(

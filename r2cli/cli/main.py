@@ -107,7 +107,8 @@ def _told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
         command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
         message, code = f"{error.format_message()} Try `{command} --help`.", 2
     elif isinstance(error, OSError):
-        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 3
+        where = error.filename or "standard output, or a file among the temporary ones (TMPDIR)"
+        message, code = f"{where}: {error.strerror or error}", 3
     else:
         told = f"internal error ({type(error).__name__}: {error})"
         message, code = f"{told}: run it again with R2_TRACEBACK=1 and report what that prints", 3
