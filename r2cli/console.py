@@ -3,13 +3,15 @@
 With --json, standard output holds one JSON object and nothing else, so that it can be piped into another program.
 """
 
+import io
 import json
 import math
 import os
+import select
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -24,9 +26,20 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from r2cli.errors import R2Error
+
+
+class Output(Console):
+    """Prints until its reader goes away. The command then goes on without a word, to its files and its exit code."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        hush(self.file)
+
+
 # No markup: a file name such as "[a].onnx" must be printed as it is.
-_out = Console(soft_wrap=True, highlight=False, markup=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+_out = Output(soft_wrap=True, highlight=False, markup=False)
+_err = Output(stderr=True, soft_wrap=True, highlight=False, markup=False)
 # torchrun sets RANK. Only the first process prints results and progress; the others print nothing but their errors.
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -68,10 +81,11 @@ def tell(lines: Sequence[Line], *, as_json: bool) -> None:
     """Print the result of a command for people. With `as_json` print nothing: `report` prints the result then."""
     if RANK or as_json:
         return
-    for line in lines:
-        _out.print(line)
-        if isinstance(line, Table):
-            _out.print()
+    with _told():
+        for line in lines:
+            _out.print(line)
+            if isinstance(line, Table):
+                _out.print()
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
@@ -108,8 +122,54 @@ def next_step(command: str) -> Text:
 
 def report(result: Mapping[str, Any]) -> None:
     """Print the result of a command for machines: one JSON object on standard output."""
-    if not RANK:
+    if RANK:
+        return
+    with _told():
         sys.stdout.write(json.dumps(_plain(result), indent=2) + "\n")
+        sys.stdout.flush()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raises R2Error where standard output cannot be written; a reader that has gone is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        hush(sys.stdout)
+    except OSError as error:
+        hush(sys.stdout)  # or the report of this error would fail in the same way
+        raise R2Error(f"standard output could not be written: {error.strerror or error}") from error
+
+
+def ready() -> None:
+    """Make standard output take every text: where its encoding lacks a character, as in a C locale, it is a '?'."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def hush(stream: IO[str]) -> None:
+    """Let what is written to `stream` from now on go nowhere, also what the interpreter writes at its end."""
+    with suppress(OSError, ValueError):  # one that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, or was one and is hushed."""
+    with suppress(OSError, ValueError, AttributeError):  # no file, or a system that cannot ask
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return _file_of_output() != _AT_START or any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
+
+
+def _file_of_output() -> tuple[int, int] | None:
+    with suppress(OSError, ValueError, AttributeError):
+        found = os.fstat(sys.stdout.fileno())
+        return found.st_dev, found.st_ino
+    return None
+
+
+_AT_START = _file_of_output()
 
 
 def fail(message: str) -> None:

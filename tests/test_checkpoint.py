@@ -20,7 +20,7 @@ from r2cli.quantized.coded import Codec, Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.packing import packed_bytes
 from r2cli.quantized.palette import Palette
-from r2cli.storage import checkpoint
+from r2cli.storage import atomic, checkpoint
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 SPEC = ModelSpec("resnet8", classes=10, channels=1, stem="small")
@@ -332,9 +332,9 @@ def test_an_activation_scale_that_is_no_number_names_its_edge(tmp_path: Path) ->
 
 def test_writing_makes_the_folder_and_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
-    checkpoint.write_atomically(path, b"first")
+    atomic.write_atomically(path, b"first")
     with open(path, "rb") as reader:
-        checkpoint.write_atomically(path, b"second")
+        atomic.write_atomically(path, b"second")
         assert reader.read() == b"first"  # whoever reads the old file reads it to its end
     assert path.read_bytes() == b"second"
     assert list(path.parent.iterdir()) == [path]
@@ -344,7 +344,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     path = tmp_path / "file" / "model.safetensors"
     with pytest.raises(R2Error) as caught:
-        checkpoint.write_atomically(path, b"content")
+        atomic.write_atomically(path, b"content")
     assert caught.value.exit_code == 3
     assert str(path) in str(caught.value)
 
@@ -356,7 +356,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     script = """
         import json, resource, signal, sys
         from pathlib import Path
-        from r2cli.storage import checkpoint
+        from r2cli.storage import atomic
         from r2cli.errors import R2Error
 
         path = Path(sys.argv[1])
@@ -364,10 +364,10 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
-            checkpoint.write_atomically(path, bytes(100_000))
+            atomic.write_atomically(path, bytes(100_000))
         except R2Error as error:
             print(json.dumps({"code": error.exit_code, "message": str(error)}))
-        checkpoint.write_atomically(path.with_name("small"), bytes(4096))
+        atomic.write_atomically(path.with_name("small"), bytes(4096))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(path)],
@@ -391,8 +391,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     def stopped(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "fsync", stopped)
+    monkeypatch.setattr(atomic.os, "fsync", stopped)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(path, b"new")
+        atomic.write_atomically(path, b"new")
     assert path.read_bytes() == b"what was there"
     assert list(tmp_path.iterdir()) == [path]

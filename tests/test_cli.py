@@ -336,7 +336,6 @@ def _one_sentence(text: str) -> bool:
         (["pretrain", "-o", "x.safetensors", "--size", 2], ["--size 2"]),
         (["pretrain", "-o", "x.safetensors", "--data", "imagefolder:nowhere"], ["nowhere"]),
         (["pretrain", "-o", "x.safetensors", "--data", "imagefolder"], ["imagefolder:DIR"]),
-        (["pretrain", "-o", "x.safetensors", "--resume"], ["nothing to resume"]),
         (["pretrain", "-o", "x.safetensors", "--epochs", "many"], ["--epochs"]),
         (["evaluate", "missing.onnx"], ["missing.onnx"]),
         (["export", "missing.safetensors"], ["missing.safetensors"]),

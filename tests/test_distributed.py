@@ -154,10 +154,10 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one object: the other process printed nothing
     assert report["top1"] > 50
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.run.json", "model.safetensors"]
     # A run of two processes that was stopped after its first epoch goes on in one.
-    stop = "import sys; from r2cli import resume, train\nreal = resume.save\n"
-    stop += "def once(*given):\n    real(*given)\n    sys.exit(9)\nresume.save = once\n"
+    stop = "import sys; from r2cli.train import state\nreal = state.save\n"
+    stop += "def once(*given):\n    real(*given)\n    sys.exit(9)\nstate.save = once\n"
     script = tmp_path / "stopping.py"
     script.write_text(stop + "from r2cli.cli.main import main\nmain()\n")
     broken = tmp_path / "broken"
@@ -166,7 +166,7 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
     assert [path.name for path in broken.iterdir()] == ["model.resume.safetensors"]
     alone = subprocess.run([sys.executable, *command(broken, "--resume", "--json")], capture_output=True, text=True)
     assert alone.returncode == 0 and len(json.loads(alone.stdout)["epochs"]) == 2
-    assert [path.name for path in broken.iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in broken.iterdir()) == ["model.run.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("method", ["lsq", "ewgs"])

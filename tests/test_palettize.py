@@ -384,8 +384,6 @@ REFUSED = [
     (("--weigh", "fisher"), "--weigh fisher belongs to --method kmeans"),
     (("--weigh", "hessian", "--method", "kmeans"), "unknown --weigh"),
     (("--epochs", 2, "--hard-epochs", 2), "leaves none of --epochs soft"),
-    (("--method", "kmeans", "--resume"), "--resume belongs to training"),
-    (("--resume",), "there is nothing to resume"),
     (("-o", "x.onnx"), "must end in .safetensors"),
 ]
 

@@ -394,7 +394,6 @@ REFUSED = [
     (("--reg", "linf"), "--reg linf belongs to --from-scratch"),
     (("--images", 5000), "--images 5000 is more than digits has"),
     (("--calibration", 5000), "is more than digits has"),
-    (("--resume",), "there is nothing to resume"),
     (("-o", "x.onnx"), "must end in .safetensors"),
 ]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import r2cli
 from r2cli.errors import CheckFailed, InputError
 from r2cli.workflow import recipe, runner, smoke
 from r2cli.workflow import results as tabled
@@ -254,6 +255,76 @@ def test_steps_run_in_order_and_once(tmp_path: Path) -> None:
     assert execute(two(), commands) == results
     assert commands.names() == []
     assert len(commands.told) == 2
+
+
+def resumed(steps: Sequence[Step], commands: Commands, *, overwrite: bool = False) -> list[dict[str, Any]]:
+    """The steps run with --resume."""
+
+    def start(number: int, line: list[str]) -> runner.InThisProcess:
+        return runner.InThisProcess(commands, line)
+
+    return runner.execute(steps, commands.folder, start, commands.told.append, resume=True, overwrite=overwrite)
+
+
+def test_resume_starts_goes_on_and_leaves_alone_what_is_done(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    commands.stop_at = "coded"
+    with pytest.raises(KeyboardInterrupt):
+        resumed(two(), commands)
+    commands.stop_at = None
+    assert commands.names() == ["model", "coded"]
+    done = resumed(two(), commands)
+    assert commands.names() == ["coded!"]  # its own half, which a killed run left
+    assert resumed(two(), commands) == done and commands.names() == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (two(lr=0.2), "with lr = 0.1, not 0.2"),
+        (two(bits=3), "with weight-bits = 4, not 3"),
+        (two(epochs=2), "with epochs = None, not 2"),
+        ([Step("qat", {"output": "model"}, {})], f"as `r2 pretrain` by r2 {r2cli.__version__}"),
+    ],
+    ids=["lr", "bits", "epochs", "command"],
+)
+def test_resume_refuses_other_options_before_any_step_runs(steps: list[Step], told: str, tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    execute(two(), commands)
+    commands.names()
+    with pytest.raises(InputError, match=f"it was done {told}: leave out --resume to do it again"):
+        resumed(steps, commands)
+    assert commands.names() == []
+
+
+def test_resume_names_a_file_that_is_missing_or_was_exchanged(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    execute(two(), commands)
+    commands.names()
+    for name in ("model", "coded", "coded.onnx"):
+        path = tmp_path / name
+        right = path.read_bytes()
+        for wrong, what in ((None, "is missing"), (b"another", "is not as it was written")):
+            path.unlink(missing_ok=True)
+            if wrong is not None:
+                path.write_bytes(wrong)
+            with pytest.raises(InputError, match=f"{path} {what}: put it back, or run all again with --overwrite"):
+                resumed(two(), commands)
+        path.write_bytes(right)
+    assert commands.names() == []
+    (tmp_path / "coded").unlink()
+    resumed(two(), commands, overwrite=True)
+    assert commands.names() == ["model!", "coded!"]
+
+
+def test_resume_names_a_source_that_was_changed(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    (tmp_path / "given").write_text("one")
+    steps = [Step("ptq", {"source": "given", "output": "coded"}, {})]
+    execute(steps, commands)
+    (tmp_path / "given").write_text("two")
+    with pytest.raises(InputError, match="its source has changed since: leave out --resume to do it again"):
+        resumed(steps, commands)
 
 
 def test_a_changed_step_runs_alone(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`r2 run` and `r2 recipe` as commands, and the shipped recipes in the wheel."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,7 +180,30 @@ def test_a_stopped_run_goes_on_within_the_step(small: Path, r2: R2, monkeypatch:
     assert Path("whole/linf.safetensors").read_bytes() == Path("stopped/linf.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+def test_a_run_that_is_done_says_so_and_a_second_one_at_the_same_time_is_refused(small: Path, r2: R2) -> None:
+    command = ("run", "small.toml", "--only", "linf.safetensors", "--work-dir", "here", "--resume")
+    first = r2(*command, "--json")
+    assert first.code == 0 and json.loads(first.out)["finished_before"] is False
+    again = r2(*command)
+    assert again.code == 0 and "all 2 steps were done with the same options" in again.out
+    assert json.loads(r2(*command, "--json").out)["finished_before"] is True
+    Path("here/linf.safetensors").write_bytes(b"another")
+    changed = r2(*command)
+    assert (
+        changed.code == 2 and "small.toml" in changed.err and "linf.safetensors is not as it was written" in changed.err
+    )
+    hold = "import sys; from pathlib import Path; from r2cli.storage import atomic\n"
+    hold += "with atomic.locked(Path('here/results.json')):\n    print(flush=True)\n    sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        refused = r2(*command[:-1])
+        other.kill()
+    assert refused.code == 2 and f"another run (process {other.pid} on " in refused.err and "--work-dir" in refused.err
+
+
 def test_a_trial_writes_elsewhere_and_says_so(small: Path, r2: R2) -> None:
     ran = r2("run", "small.toml", "--smoke")
     assert ran.code == 0, ran.err

@@ -319,4 +319,4 @@ def test_a_killed_run_resumes_to_the_same_bytes(more: list[str], tmp_path: Path)
     assert refused.returncode == 2 and "--resume" in refused.stderr
     subprocess.run(command(broken, "--resume"), check=True, capture_output=True)
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert [path.name for path in broken.iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in broken.iterdir()) == ["model.run.json", "model.safetensors"]

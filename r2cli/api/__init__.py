@@ -41,6 +41,7 @@ from r2cli.ptq.quantize import PtqResult
 from r2cli.qat import quantization_aware
 from r2cli.qat.quantization_aware import QatResult, Trainable
 from r2cli.storage import checkpoint
+from r2cli.storage.atomic import write_atomically
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
 from r2cli.train import pretraining
 from r2cli.train.pretraining import Pretrained
@@ -149,7 +150,7 @@ def export(network: Network, path: str | Path | None = None) -> bytes:
     """The network as an ONNX file, float or with integer weights; written to `path`, atomically, where one is given."""
     content = onnx_export.to_bytes(_checkpoint_of(network))
     if path is not None:
-        checkpoint.write_atomically(Path(path), content)
+        write_atomically(Path(path), content)
     return content
 
 

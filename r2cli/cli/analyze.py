@@ -33,7 +33,7 @@ def analyze(given: AnalyzeFiles, config: AnalyzeConfig, wanted: WeightGates, wri
 
     from r2cli.analysis import layer_table, records, views
     from r2cli.analysis.advice import advice
-    from r2cli.storage import checkpoint
+    from r2cli.storage.atomic import write_atomically
 
     found = [view for path in sources for view in views.chosen(path, config.view, everything=config.everything)]
     layers = layer_table.matching([view.layers for view in found], config.only)
@@ -46,7 +46,7 @@ def analyze(given: AnalyzeFiles, config: AnalyzeConfig, wanted: WeightGates, wri
         sheets = views.measured(found, layers, config, progress.advance)
     line = advice(_worst(sheets, config.bits), config.bits)
     for path, content in [(path, _drawn(path, sheets, config, line)) for path in outputs]:
-        checkpoint.write_atomically(path, content)
+        write_atomically(path, content)
     report = {
         "command": "analyze",
         "sigma": config.outlier_sigma,

@@ -1,7 +1,7 @@
 """What every command that makes an ONNX file does in the end: write it, prove it, and report it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,11 +12,12 @@ from r2cli import api, console
 from r2cli import data as datasets
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
-from r2cli.cli import gates
+from r2cli.cli import gates, rerun
 from r2cli.config.groups import CompressionGates, FileGates
 from r2cli.deploy import onnx_export, runtime, verify
-from r2cli.errors import CheckFailed
+from r2cli.errors import CheckFailed, InputError
 from r2cli.storage import checkpoint
+from r2cli.storage.run_files import Asked, RunFiles
 
 Table = Callable[[Mapping[str, Any]], console.Line]
 
@@ -25,50 +26,64 @@ Table = Callable[[Mapping[str, Any]], console.Line]
 class Destination:
     """Where a command that compresses writes, the gates of the file, and how the command answers.
 
-    The ONNX file is written beside `output`, the checkpoint. `data` is the value of --data, for the next command.
-    `state` is the file that a stopped run keeps; it is removed at the end. `started` is a time of `perf_counter`, in
-    seconds.
+    `files` are the checkpoint and the ONNX file beside it, and `asked` is what decides them. `data` is the option, for
+    the next command. `started` is a time of `perf_counter`.
     """
 
-    command: str
-    output: Path
+    files: RunFiles
+    asked: Asked
     data: str | None
     gates: CompressionGates
     json: bool
     started: float
-    state: Path | None = None
+
+    @property
+    def output(self) -> Path:
+        return self.files.files[0]
 
     @property
     def onnx(self) -> Path:
-        """The ONNX file."""
-        return self.output.with_suffix(".onnx")
+        return self.files.files[1]
+
+
+def finished(to: Destination) -> dict[str, Any] | None:
+    """The report of a run that made the files before with the same options, after it is told; None for work to do.
+
+    Raises InputError as `RunFiles.finished` does, and CheckFailed as `require` does.
+    """
+    known = to.files.finished(to.asked)
+    if known is None:
+        return None
+    report = rerun.again(known, checkpoint=to.output, output=to.onnx)
+    console.tell([rerun.told(to.output), *_ending(to, report)], as_json=to.json)
+    require(report, to.gates)
+    return report
 
 
 def compressed(
     to: Destination, result: Result, source: datasets.Data, *, table: Table, notes: Sequence[console.Line] = ()
 ) -> dict[str, Any]:
-    """Write the checkpoint and its ONNX file, prove the file, and print the report, which is returned too.
+    """Write the checkpoint and its ONNX file, prove it, put both in their places, and tell: `table` of the report, the
+    proof, `notes`, the rest.
 
     The output is the `table` of the report, the proof, `notes`, and a line about the file. Raises CheckFailed as
     `require` does, after everything is written and printed.
     """
     made = result.checkpoint
-    checkpoint.save(made, to.output)
-    proof, proved = to_onnx(made, to.onnx, source, what=str(to.output), original=result.original)
-    if to.state is not None:  # removed only now, when the files that the run was for exist
-        to.state.unlink(missing_ok=True)
-    # Without data the float network was not measured, and the proof ran on noise, whose accuracy means nothing.
+    to.files.write(to.output, checkpoint.to_bytes(made))
+    proved = to_onnx(made, to.files, to.onnx, source, what=str(to.output), original=result.original)
     measured = {} if result.float_top1 is not None or result.is_new else {"top1": None, "torch_top1": None}
     report = {
-        "command": to.command,
+        "command": to.files.command,
         "checkpoint": to.output,
         **proved,
         **result.report,
         **measured,
         "seconds": round(perf_counter() - to.started, 1),
     }
-    console.tell([table(report), *told(proof, report), *notes, *_ending(to, report)], as_json=to.json)
-    require(proof, report, to.gates)
+    to.files.commit(to.asked, report)
+    console.tell([table(report), *told(report), *notes, *_ending(to, report)], as_json=to.json)
+    require(report, to.gates)
     return report
 
 
@@ -86,24 +101,30 @@ def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
 
 def to_onnx(
     made: checkpoint.Checkpoint,
+    files: RunFiles,
     path: Path,
     source: datasets.Data,
     *,
     what: str,
     original: checkpoint.Checkpoint | None = None,
-) -> tuple[verify.Proof, dict[str, Any]]:
-    """Write `made` as ONNX to `path`, and prove the file on the test split of the data. Returns the proof and a report.
+) -> dict[str, Any]:
+    """Write `made` as ONNX, which `files.commit` puts at `path`, and prove the file on the data set's test split, with
+    a bar on standard error. Returns the proof and what it measured.
 
     `original` is the float checkpoint that it was made from, if there is one: the proof compares with it too. `what` is
     the name of the network in notes on standard error.
     """
     console.note(f"{what}: exporting to ONNX")
-    checkpoint.write_atomically(path, onnx_export.to_bytes(made))
-    proof = api.verify(path, made, source, original=original, reporter=console)
-    return proof, {
+    temporary = files.write(path, onnx_export.to_bytes(made))
+    try:
+        proof = api.verify(temporary, made, source, original=original, reporter=console)
+    except InputError as error:  # people know the file by the name that it is to have
+        raise InputError(str(error).replace(str(temporary), str(path))) from error
+    checks = [replace(check, detail=check.detail.replace(str(temporary), str(path))) for check in proof.checks]
+    return {
         "output": path,
         "passed": proof.passed,
-        "checks": [check.__dict__ for check in proof.checks],
+        "checks": [check.__dict__ for check in checks],
         "embeddings": _embeddings(made, deployed.network(made)),
         **proof.measures,
     }
@@ -120,9 +141,11 @@ def _embeddings(made: checkpoint.Checkpoint, model: nn.Module) -> dict[str, int]
     return {"coded": coded, "float": sum(sizes.values()) - coded} if sizes else None
 
 
-def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
-    """Return a line with a tick for every check of the proof, and a line about embeddings if there are any."""
-    lines: list[console.Line] = [console.tick(check.name, check.passed, check.detail) for check in proof.checks]
+def told(report: Mapping[str, Any]) -> list[console.Line]:
+    """The proof as ticks, a line each; and what became of embeddings, where there are any."""
+    lines: list[console.Line] = [
+        console.tick(each["name"], each["passed"], each["detail"]) for each in report["checks"]
+    ]
     overflow = report["overflow_db"]
     if overflow is not None and overflow < verify.SQNR_DB:
         lines.append(
@@ -137,12 +160,12 @@ def told(proof: verify.Proof, report: Mapping[str, Any]) -> list[console.Line]:
     return lines
 
 
-def require(proof: verify.Proof, report: Mapping[str, Any], wanted: FileGates) -> None:
-    """Raise CheckFailed with every check of the proof that failed, or else with every gate that is not met.
+def require(report: Mapping[str, Any], wanted: FileGates) -> None:
+    """Raises CheckFailed naming what the file of `report` failed of its proof, or else every gate that is not met.
 
     The drop is that from `float_top1` of the report, if it is known.
     """
-    failed = [f"{check.name} ({check.detail})" for check in proof.checks if not check.passed]
+    failed = [f"{each['name']} ({each['detail']})" for each in report["checks"] if not each["passed"]]
     if failed:
         raise CheckFailed(f"{report['output']} failed its proof: {'; '.join(failed)}", report)
     top1, before = report["top1"], report.get("float_top1")

@@ -7,6 +7,7 @@ from r2cli.cli import gates
 from r2cli.cli.command import Report, command
 from r2cli.config.groups import DEFAULT_SOURCE, FileGates, Inputs
 from r2cli.config.inspection import ExportOutput
+from r2cli.storage.run_files import RunFiles
 
 
 @command
@@ -15,7 +16,8 @@ def export(given: Inputs, wanted: FileGates, written: ExportOutput) -> Report:
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
     output = written.output or gates.beside(source, "onnx")
     gates.require_output(output, ".onnx", source=source)
-    gates.require_free([output], overwrite=written.overwrite)
+    files = RunFiles("export", [output], overwrite=written.overwrite)
+    files.require_free()
 
     from r2cli.api import inputs
     from r2cli.cli import deliver
@@ -25,11 +27,13 @@ def export(given: Inputs, wanted: FileGates, written: ExportOutput) -> Report:
     if written.dry_run:
         console.tell([f"would export {source} -> {output}"], as_json=written.json)
         return {"command": "export"}
-    proof, report = deliver.to_onnx(made, output, loaded, what=str(source))
+    with files.claimed():
+        report = deliver.to_onnx(made, files, output, loaded, what=str(source))
+        files.commit()
     report = {"command": "export", **report, "seconds": round(perf_counter() - started, 1)}
     kind = f"{report['bits_per_weight']:.2f} bits a weight" if made.coded else "float32"
     summary = f"{output}: top-1 {report['top1']:.2f} % in ONNX Runtime, {report['bytes']:,} bytes, {kind}"
     follow = console.next_step(f"r2 evaluate {output}")
-    console.tell([*deliver.told(proof, report), summary, follow], as_json=written.json)
-    deliver.require(proof, report, wanted)
+    console.tell([*deliver.told(report), summary, follow], as_json=written.json)
+    deliver.require(report, wanted)
     return report

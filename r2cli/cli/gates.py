@@ -41,14 +41,6 @@ def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
             raise InputError(f"{path} is there already: give --overwrite to replace it, or another --output")
 
 
-def require_no_state(state: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise InputError if the state of a stopped run would be lost, or if there is none to resume."""
-    if state.exists() and not resume and not overwrite:
-        raise InputError(f"{state} holds a stopped run: go on with --resume, or start again with --overwrite")
-    if resume and not state.exists():
-        raise InputError(f"{state} does not exist, so there is nothing to resume: start without --resume")
-
-
 @contextmanager
 def told_of(state: Path) -> Iterator[None]:
     """If the block is interrupted, say which file the run can be resumed from."""

@@ -68,8 +68,9 @@ def invoke(arguments: list[str]) -> Any:
 def main() -> NoReturn:
     """Run the command of `sys.argv`, and map every error to one sentence and an exit code. This is `r2`."""
     arguments = sys.argv[1:]
-    # Beside another program on the same cores, threads that spin take the cores from the threads that they wait for
-    # (benchmarks/shared_cores.md). OpenMP reads the variable when torch is imported, so it is set here.
+    console.ready()
+    # Beside another program on the same cores, threads that spin take away what those need that they wait for
+    # (benchmarks/shared_cores.md). OpenMP reads it when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     as_json = "--json" in arguments
@@ -80,9 +81,15 @@ def main() -> NoReturn:
         if as_json and isinstance(result, Mapping):
             console.report(result)
         sys.exit(result if isinstance(result, int) else 0)
-    except BrokenPipeError:  # the program that reads our output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has gone
+        console.hush(sys.stdout)
         sys.exit(0)
+    except SystemExit as error:
+        # So the parser ends where the reader of its help has gone; 1 would say that a gate or a proof failed.
+        if error.code == 1 and console.reader_has_gone():
+            console.hush(sys.stdout)
+            sys.exit(0)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("R2_TRACEBACK"):  # for bug reports
             traceback.print_exc()
@@ -104,7 +111,8 @@ def _told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
         command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
         message, code = f"{error.format_message()} Try `{command} --help`.", 2
     elif isinstance(error, OSError):
-        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 3
+        where = error.filename or "standard output, or a file among the temporary ones (TMPDIR)"
+        message, code = f"{where}: {error.strerror or error}", 3
     else:
         told = f"internal error ({type(error).__name__}: {error})"
         message, code = f"{told}: run it again with R2_TRACEBACK=1 and report what that prints", 3

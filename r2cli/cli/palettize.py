@@ -11,11 +11,11 @@ from r2cli.cli.command import Report, command
 from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
-from r2cli.errors import InputError
+from r2cli.storage.run_files import Asked, RunFiles, checksum
 from r2cli.train.resume import resume_state
 
 if TYPE_CHECKING:
-    from r2cli.palettes.compression import PalettizedLayer
+    from r2cli.palettes.compression import PaletteSettings, PalettizedLayer
 
 
 @command
@@ -29,40 +29,48 @@ def palettize(config: PalettizeConfig, given: Inputs, wanted: CompressionGates, 
     output = written.output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
     onnx, state = output.with_suffix(".onnx"), resume_state(output)
-    gates.require_free([output, onnx] if is_network else [output], overwrite=written.overwrite)
-    trains = registry.get(registry.PALETTE_METHODS, method).trains
-    if written.resume and not trains:
-        raise InputError(f"--resume belongs to training: --method {method} has nothing to resume")
+    files = RunFiles(
+        "palettize",
+        [output, onnx] if is_network else [output],
+        state=state if registry.get(registry.PALETTE_METHODS, method).trains else None,
+        resume=written.resume,
+        overwrite=written.overwrite,
+    )
+    files.require_free()
 
     from r2cli.api import inputs
-    from r2cli.cli import deliver
+    from r2cli.cli import deliver, rerun
     from r2cli.palettes import palettization as worker
 
     worker.require_consistent(config, method, is_network=is_network)
     if not is_network:
-        return _file(source, output, config, wanted, written)
-    if trains:
-        gates.require_no_state(state, resume=written.resume, overwrite=written.overwrite)
+        return _file(source, files, config, wanted, written)
     made, loaded = inputs.load(given, tell=console.note)
     run = worker.ready(made, loaded, config)
     if written.dry_run:
         lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=written.json)
         return {"command": "palettize", "options": run.options}
-    with gates.told_of(state):
-        result = worker.compress(run, state, resume=written.resume, reporter=console)
-    to = deliver.Destination("palettize", output, given.data, wanted, written.json, started, state)
-    notes = ended_higher(result.epochs)
-    return deliver.compressed(to, result, loaded, table=lambda _: _layers(result.layers), notes=notes)
+    asked = rerun.asked("palettize", run.options, loaded, given, [source])
+    to = deliver.Destination(files, asked, given.data, wanted, written.json, started)
+    with files.claimed():
+        known = deliver.finished(to)
+        if known is not None:
+            return known
+        with gates.told_of(state):
+            result = worker.compress(run, state, resume=written.resume, reporter=console)
+        notes = ended_higher(result.epochs)
+        return deliver.compressed(to, result, loaded, table=lambda _: _layers(result.layers), notes=notes)
 
 
 def _file(
-    source: Path, output: Path, config: PalettizeConfig, wanted: CompressionGates, written: PalettizeOutput
+    source: Path, files: RunFiles, config: PalettizeConfig, wanted: CompressionGates, written: PalettizeOutput
 ) -> Report:
     """Palettize a file of weights without a network."""
+    from r2cli.cli import rerun
     from r2cli.palettes import palettization, weight_files
 
-    started = perf_counter()
+    output = files.files[0]
     settings = palettization.settings_of(config, registry.PALETTE_METHOD_OF_FILES)
     size = weight_files.total(source)
     options = {**settings.__dict__, "seed": config.seed}
@@ -70,22 +78,39 @@ def _file(
         lines = [f"would palettize {source}, {size:,} bytes of tensors -> {output}"]
         console.tell(lines, as_json=written.json)
         return {"command": "palettize", "options": options}
-    with console.bar("palettize", size, of_bytes=True) as progress:
-        layers = weight_files.write(source, output, settings, seed=config.seed, advance=progress.advance)
-    count = output.stat().st_size
+    asked = Asked("palettize", options, {path.name: checksum(path) for path in weight_files.parts(source)})
+    shown: list[console.Line]
+    with files.claimed():
+        known = files.finished(asked)
+        if known is None:
+            report, shown = _palettized(source, files, settings, config.seed)
+            files.commit(asked, report | {"options": options})
+        else:
+            report, shown = rerun.again(known, checkpoint=output), [rerun.told(output)]
+    sizes = f"{report['bytes']:,} bytes of {size:,}, {report['bits_per_weight']:.2f} bits a weight with tables"
+    console.tell([*shown, f"{output}: {sizes}", console.next_step(f"r2 analyze {output}")], as_json=written.json)
+    gates.require(report, wanted, size=report["bytes"])
+    return report | {"options": options}
+
+
+def _palettized(
+    source: Path, files: RunFiles, settings: "PaletteSettings", seed: int
+) -> tuple[dict[str, Any], list[console.Line]]:
+    """Write the palettes of `source` to the temporary file of the output; the report, and its table."""
+    from r2cli.palettes import palettization, weight_files
+
+    started, output = perf_counter(), files.files[0]
+    with console.bar("palettize", weight_files.total(source), of_bytes=True) as progress:
+        layers = weight_files.write(source, files.writing(output), settings, seed=seed, advance=progress.advance)
     report = {
         "command": "palettize",
         "checkpoint": output,
-        "bytes": count,
+        "bytes": files.size(output),
         **palettization.sizes(layers),
         "layers": [layer.__dict__ for layer in layers],
-        "options": options,
         "seconds": round(perf_counter() - started, 1),
     }
-    summary = f"{output}: {count:,} bytes of {size:,}, {report['bits_per_weight']:.2f} bits a weight with tables"
-    console.tell([_layers(layers), summary, console.next_step(f"r2 analyze {output}")], as_json=written.json)
-    gates.require(report, wanted, size=count)
-    return report
+    return report, [_layers(layers)]
 
 
 def ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:

@@ -1,6 +1,8 @@
 """`r2 pretrain`: train a float network with a range regularizer."""
 
+from collections.abc import Mapping
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 from r2cli import console
 from r2cli.cli import gates
@@ -8,22 +10,25 @@ from r2cli.cli.command import Report, command
 from r2cli.config.groups import AccuracyGate, NewNetwork
 from r2cli.config.inspection import PretrainOutput
 from r2cli.config.methods import PretrainConfig
+from r2cli.storage.run_files import RunFiles
 from r2cli.train.resume import resume_state
+
+if TYPE_CHECKING:
+    from r2cli.train.pretraining import PretrainRun
 
 
 @command
 def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, written: PretrainOutput) -> Report:
     """Train a float network, with a regularizer of its weights' range."""
-    started = perf_counter()
     output = written.output
     gates.require_output(output, ".safetensors")
     state = resume_state(output)
-    gates.require_free([output], overwrite=written.overwrite)
-    gates.require_no_state(state, resume=written.resume, overwrite=written.overwrite)
+    files = RunFiles("pretrain", [output], state=state, resume=written.resume, overwrite=written.overwrite)
+    files.require_free()
 
     from r2cli import data as datasets
     from r2cli.api import inputs
-    from r2cli.storage import checkpoint
+    from r2cli.cli import rerun
     from r2cli.train import pretraining as worker
 
     source = inputs.load_data(given, given.data, default=given.data, model=given.model)
@@ -34,28 +39,50 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
     if written.dry_run:
         console.tell([f"would train {run.plan} -> {output}"], as_json=written.json)
         return {"command": "pretrain", "options": run.options}
-    console.note(f"training {run.plan} on {config.device}")
+    asked = rerun.asked("pretrain", run.options, source, given, [given.weights])
+    with files.claimed():
+        known = files.finished(asked)
+        if known is None:
+            report = _trained(run, given, files)
+            files.commit(asked, report)
+        else:
+            report = rerun.again(known, output=output)
+    before = [] if known is None else [rerun.told(output)]
+    console.tell([*before, *_ending(report, given, is_text=source.input.is_text)], as_json=written.json)
+    gates.require(report, wanted, top1=report["top1"])
+    return report
+
+
+def _trained(run: "PretrainRun", given: NewNetwork, files: RunFiles) -> dict[str, Any]:
+    """Train, and write the checkpoint to its temporary file; the report."""
+    from r2cli.api import inputs
+    from r2cli.storage import checkpoint
+    from r2cli.train import pretraining as worker
+
+    started, (output,), state = perf_counter(), files.files, files.state
+    assert state is not None
+    console.note(f"training {run.plan} on {run.config.device}")
     network = worker.network_of(run)
-    inputs.start_from(network, given, spec, tell=console.note)
+    inputs.start_from(network, given, run.spec, tell=console.note)
     with gates.told_of(state):
-        result = worker.train(run, network, state, resume=written.resume, reporter=console)
-    checkpoint.save(result.checkpoint, output)
-    state.unlink(missing_ok=True)
-    unreadable = sorted({*source.train.unreadable, *source.test.unreadable})
-    report = {
+        result = worker.train(run, network, state, resume=files.resume, reporter=console)
+    files.write(output, checkpoint.to_bytes(result.checkpoint))
+    return {
         "command": "pretrain",
         "output": output,
-        "bytes": output.stat().st_size,
+        "bytes": files.size(output),
         **result.report,
-        "unreadable": unreadable,
+        "unreadable": sorted({*run.source.train.unreadable, *run.source.test.unreadable}),
         "seconds": round(perf_counter() - started, 1),
     }
-    last = result.epochs[-1]
-    ratio = f"max|w|/std {last.range_mean:.2f} mean, {last.range_max:.2f} worst layer"
-    summary = f"{output}: top-1 {last.top1:.2f} %, {ratio}, {result.parameters:,} parameters"
-    more = f"{' --act-bits none' if source.input.is_text else ''}"
+
+
+def _ending(report: Mapping[str, Any], given: NewNetwork, *, is_text: bool) -> list[console.Line]:
+    """The checkpoint in one line, what was left out, and the next command."""
+    output = report["output"]
+    worst = f"max|w|/std {report['range_mean']:.2f} mean, {report['range_max']:.2f} worst layer"
+    summary = f"{output}: top-1 {report['top1']:.2f} %, {worst}, {report['parameters']:,} parameters"
+    more = " --act-bits none" if is_text else ""
     more += "" if given.data == "digits" else f" --data {given.data}"
     follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")
-    console.tell([summary, *gates.unreadable(unreadable), follow], as_json=written.json)
-    gates.require(report, wanted, top1=last.top1)
-    return report
+    return [summary, *gates.unreadable(report["unreadable"]), follow]

@@ -12,6 +12,7 @@ from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
 from r2cli.config.inspection import PtqOutput
 from r2cli.config.methods import PtqConfig
 from r2cli.errors import InputError
+from r2cli.storage.run_files import RunFiles
 
 if TYPE_CHECKING:
     from r2cli.ptq.auto import Trial
@@ -25,11 +26,13 @@ def ptq(config: PtqConfig, given: Inputs, wanted: CompressionGates, written: Ptq
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
-    gates.require_free([output, output.with_suffix(".onnx")], overwrite=written.overwrite)
+    onnx = output.with_suffix(".onnx")
+    files = RunFiles("ptq", [output, onnx], resume=written.resume, overwrite=written.overwrite)
+    files.require_free()
 
     from r2cli import data as datasets
     from r2cli.api import inputs
-    from r2cli.cli import deliver
+    from r2cli.cli import deliver, rerun
     from r2cli.ptq import quantize as worker
 
     looks = worker.looks_at_images(config, has_data=given.data is not None)
@@ -42,22 +45,40 @@ def ptq(config: PtqConfig, given: Inputs, wanted: CompressionGates, written: Ptq
     if not measured and (wanted.min_accuracy is not None or wanted.max_drop is not None):
         raise InputError("--min-accuracy and --max-drop need images: give --data")
     calibration = datasets.calibration_count(config.calibration, loaded) if looks else 0
+    options = worker.options_of(config, worker.settings_of(config), calibration)
     if written.dry_run:
-        onnx = output.with_suffix(".onnx")
         lines = [f"would quantize {source} ({made.model.name}) to {config.suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=written.json)
-        asked = {name: getattr(config, name) for name in ("target_bits", "target_bytes", "sensitivity")}
-        mixed = asked if config.target_bits or config.target_bytes else {}
-        return {"command": "ptq", "options": worker.options_of(config, worker.settings_of(config), calibration) | mixed}
-    result = worker.quantize(made, loaded if measured else None, config, calibration=calibration, reporter=console)
-    to = deliver.Destination("ptq", output, given.data, wanted, written.json, started)
-    return deliver.compressed(
-        to,
-        result,
-        loaded,
-        table=lambda report: _layers(result.layers, report["float_operations"]),
-        notes=_notes(result),
-    )
+        return {
+            "command": "ptq",
+            "options": options | (_mixed(config) if config.target_bits or config.target_bytes else {}),
+        }
+    asked = rerun.asked("ptq", options | _mixed(config) | _left_open(config), loaded, given, [source])
+    to = deliver.Destination(files, asked, given.data, wanted, written.json, started)
+    with files.claimed():
+        known = deliver.finished(to)
+        if known is not None:
+            return known
+        result = worker.quantize(made, loaded if measured else None, config, calibration=calibration, reporter=console)
+        return deliver.compressed(
+            to,
+            result,
+            loaded,
+            table=lambda report: _layers(result.layers, report["float_operations"]),
+            notes=_notes(result),
+        )
+
+
+def _mixed(config: PtqConfig) -> dict[str, Any]:
+    """What mixed precision is asked for."""
+    return {name: getattr(config, name) for name in ("target_bits", "target_bytes", "sensitivity")}
+
+
+def _left_open(config: PtqConfig) -> dict[str, Any]:
+    """What a method that chooses is free to choose, None, beside what it is held to."""
+    if not registry.get(registry.PTQ_METHODS, config.method).chooses:
+        return {}
+    return {"granularity": config.granularity, "weight_range": config.weight_range}
 
 
 def _notes(result: "PtqResult") -> list[str]:

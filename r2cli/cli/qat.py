@@ -10,6 +10,7 @@ from r2cli.cli.command import Report, command
 from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
 from r2cli.config.inspection import QatOutput
 from r2cli.config.methods import QatConfig
+from r2cli.storage.run_files import RunFiles
 from r2cli.train.resume import resume_state
 
 if TYPE_CHECKING:
@@ -24,26 +25,30 @@ def qat(config: QatConfig, given: Inputs, wanted: CompressionGates, written: Qat
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
-    state = resume_state(output)
-    gates.require_free([output, output.with_suffix(".onnx")], overwrite=written.overwrite)
-    gates.require_no_state(state, resume=written.resume, overwrite=written.overwrite)
+    state, onnx = resume_state(output), output.with_suffix(".onnx")
+    files = RunFiles("qat", [output, onnx], state=state, resume=written.resume, overwrite=written.overwrite)
+    files.require_free()
 
     from r2cli.api import inputs
-    from r2cli.cli import deliver
+    from r2cli.cli import deliver, rerun
     from r2cli.qat import quantization_aware as worker
 
     worker.require_bits(config)
     made, loaded = inputs.new_network(given, config.seed) if is_new else inputs.load(given, tell=console.note)
     run = worker.ready(made, loaded, config)
     if written.dry_run:
-        onnx = output.with_suffix(".onnx")
         lines = [f"would train {source} ({made.model.name}) as {config.suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=written.json)
         return {"command": "qat", "options": run.options}
-    with gates.told_of(state):
-        result = worker.train(run, state, resume=written.resume, is_new=is_new, reporter=console)
-    to = deliver.Destination("qat", output, given.data, wanted, written.json, started, state)
-    return deliver.compressed(to, result, run.source, table=lambda _: _layers(result.layers))
+    asked = rerun.asked("qat", run.options, loaded, given, [None if is_new else source])
+    to = deliver.Destination(files, asked, given.data, wanted, written.json, started)
+    with files.claimed():
+        known = deliver.finished(to)
+        if known is not None:
+            return known
+        with gates.told_of(state):
+            result = worker.train(run, state, resume=written.resume, is_new=is_new, reporter=console)
+        return deliver.compressed(to, result, run.source, table=lambda _: _layers(result.layers))
 
 
 def _layers(layers: "Sequence[TrainedLayer]") -> Any:

@@ -47,7 +47,7 @@ def cp(
     json: Json = False,
 ) -> dict[str, Any]:
     """Copy a shipped recipe, to change it."""
-    from r2cli.storage.checkpoint import write_atomically
+    from r2cli.storage.atomic import write_atomically
 
     path = _shipped(name)
     target = destination / path.name if destination.is_dir() else destination

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @command
 def run(context: typer.Context, config: RecipeConfig, written: Written) -> Report:
     """Run a recipe's commands and print its tables; what was done with the same options is not done again."""
+    from r2cli.storage import atomic
     from r2cli.workflow import recipe as recipes
     from r2cli.workflow import results
     from r2cli.workflow import runner as worker
@@ -51,36 +52,56 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
         console.tell(lines, as_json=written.json)
         return {"command": "run", "steps": lines}
 
-    if config.smoke:
-        trial.provide(todo, folder)
+    started: list[int] = []
 
     def start(number: int, arguments: list[str]) -> "worker.Job":
+        started.append(number)
         if config.jobs == 1:
             return worker.InThisProcess(invoke, arguments)
         return worker.InOwnProcess(arguments, worker.threads_each(config.jobs), folder / "logs" / f"{number}.log")
 
-    with _ended_as_interrupted():
-        done = worker.execute(todo, folder, start, console.note, overwrite=written.overwrite, jobs=config.jobs)
-    tables = results.tables(read, done)
-    first = _write(tables, folder)
+    with _ended_as_interrupted(), atomic.locked(folder / "results.json", way_out="another --work-dir"):
+        if config.smoke:
+            trial.provide(todo, folder)
+        done = worker.execute(
+            todo, folder, start, console.note, overwrite=written.overwrite, resume=config.resume, jobs=config.jobs
+        )
+        tables = results.tables(read, done)
+        first = _write(tables, folder)
     report = {
         "command": "run",
         "recipe": path,
         "folder": folder,
         "tables": [table.__dict__ for table in tables],
         "results": done,
+        "finished_before": not started,
     }
-    shown: list[Any] = []
-    for table in (table for table in tables if table.rows):
-        shown += [table.title, console.table(tuple(table.rows[0]), [tuple(row.values()) for row in table.rows])]
-        shown += [f"{results.DAGGER} {failure}" for failure in table.failures]
+    same = "with the same options, and their files are as they were written" if config.resume else "before"
+    before = [] if started else [f"all {len(done)} steps were done {same}"]
     told = f"{folder} has the files, {first} the tables, with .csv and .json beside it"
-    console.tell([*shown, told], as_json=written.json)
+    console.tell([*before, *_shown(tables), told], as_json=written.json)
+    _require_passed(report)
+    return report
+
+
+def _require_passed(report: Report) -> None:
+    """Raises CheckFailed, naming the first, where a gate or proof of a step failed."""
+    done = report["results"]
     failed = [each["failed"] for each in done if each["failed"]]
     if failed:
         rest = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise CheckFailed(f"{len(failed)} of {len(done)} steps failed a check: {failed[0]}{rest}", report)
-    return report
+
+
+def _shown(tables: "Sequence[results.Table]") -> list[console.Line]:
+    """The tables with their titles and what failed, those without rows left out."""
+    from r2cli.workflow import results
+
+    shown: list[console.Line] = []
+    for table in (table for table in tables if table.rows):
+        shown += [table.title, console.table(tuple(table.rows[0]), [tuple(row.values()) for row in table.rows])]
+        shown += [f"{results.DAGGER} {failure}" for failure in table.failures]
+    return shown
 
 
 def _folder(path: Path, *, smoke: bool) -> Path:
@@ -92,8 +113,8 @@ def _folder(path: Path, *, smoke: bool) -> Path:
 
 
 def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
-    """Write the tables as tables.md, .csv and .json to `folder`. Returns the path of tables.md."""
-    from r2cli.storage.checkpoint import write_atomically
+    """The tables as tables.md, .csv and .json in `folder`; the first of them."""
+    from r2cli.storage.atomic import write_atomically
     from r2cli.workflow import results
 
     written = folder / "tables.md"

@@ -123,7 +123,9 @@ def device() -> Any:
 
 
 def resume() -> Any:
-    return option(False, "Continue a run that was stopped.", panel=OUTPUT)
+    return option(
+        False, "Start, go on where a stopped run left off, or say that the same run is finished.", panel=OUTPUT
+    )
 
 
 def optimizer() -> Any:

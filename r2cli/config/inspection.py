@@ -122,6 +122,7 @@ class PretrainOutput(Written):
 @dataclass(frozen=True)
 class PtqOutput(Written):
     output: Path | None = groups.output(None, "The checkpoint; .onnx goes beside it. (default: SOURCE.w4a8-none...)")
+    resume: bool = groups.resume()
 
 
 @dataclass(frozen=True)
@@ -161,4 +162,7 @@ class RecipeConfig(Config):
         given=list[str] | None,
     )
     smoke: bool = option(False, "Try the recipe in a minute: 64 digits, one epoch, one combination.")
-    work_dir: Path | None = option(None, "The folder for the files of the steps. (default: runs/RECIPE)", panel=OUTPUT)
+    work_dir: Path | None = option(None, "Where the steps' files go. (default: runs/RECIPE)", panel=OUTPUT)
+    resume: bool = option(
+        False, "Check what was done before: other options, or a file that was changed, are an error.", panel=OUTPUT
+    )

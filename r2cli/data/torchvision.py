@@ -42,8 +42,11 @@ def load(request: Request) -> Data:
 
 
 def cache() -> Path:
-    """Return the folder for downloads when there is no --data-dir."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2cli"
+    """Return the folder for downloads when there is no --data-dir. Raises InputError for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r2cli"
+    except RuntimeError as error:
+        raise InputError("there is no home folder to download to: give --data-dir") from error
 
 
 def _half(request: Request, source: Source, folder: Path, *, train: bool) -> tuple[tuple[Tensor, Tensor], list[str]]:

@@ -6,6 +6,7 @@ and scales as a checkpoint does, all other tensors unchanged, and no network. `c
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -56,6 +57,11 @@ def find(source: Path) -> tuple[list[Stored], list[Stored]]:
     return weights, others
 
 
+def parts(source: Path) -> list[Path]:
+    """The files that hold the tensors of `source`, which may be an index of shards or their directory."""
+    return sorted({Path(each.file) for own in find(source) for each in own})
+
+
 def total(source: Path) -> int:
     """Return the bytes of `source`'s tensors: the total of what `write` tells `advance`."""
     weights, others = find(source)
@@ -63,9 +69,9 @@ def total(source: Path) -> int:
 
 
 def write(
-    source: Path, output: Path, settings: PaletteSettings, *, seed: int, advance: Advance
+    source: Path, opened: AbstractContextManager[IO[bytes]], settings: PaletteSettings, *, seed: int, advance: Advance
 ) -> list[PalettizedLayer]:
-    """Palettize every weight of `source` into the file `output`, which appears only when it is complete.
+    """Palettize every weight of `source` into the file that `opened` opens. `advance` is told of bytes that are done.
 
     `advance` is called with the number of bytes that are done. Returns a row for every weight. Raises InputError for
     settings that do not fit a tensor, and for values that are not finite.
@@ -78,7 +84,7 @@ def write(
     wanted = {each.name: forms[layer] for layer, each in by_layer.items()}
     header, places = _layout(weights, others, wanted, {"command": "palettize", "seed": seed})
     rows = []
-    with checkpoint.replacing(output) as file:
+    with opened as file:
         file.write(header)
         for each in others:
             for piece in each.pieces():

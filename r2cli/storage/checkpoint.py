@@ -10,13 +10,10 @@ Loading a checkpoint never runs code: safetensors holds only tensors and text.
 
 import json
 import math
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from r2cli import __version__
-from r2cli.errors import InputError, R2Error
+from r2cli.errors import InputError
 from r2cli.quantized.coded import Codec, Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.packing import unpack
 from r2cli.quantized.palette import Palette
+from r2cli.storage.atomic import write_atomically
 from r2cli.storage.keywords import is_own, require_safe
 
 FORMAT = 1
@@ -270,42 +268,6 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[name] = dense.clone() if dense.untyped_storage().data_ptr() in seen else dense
         seen.add(out[name].untyped_storage().data_ptr())
     return out
-
-
-def into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load `tensors` into `module`, as modules of its own version: mnasnet reads the version beside the tensors."""
-    given = OrderedDict(tensors)
-    given._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
-    module.load_state_dict(given)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, all of it or nothing. Raises R2Error if the file cannot be written."""
-    with replacing(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`. It replaces `path` when the block ends, and is removed when the block fails.
-
-    Raises R2Error if the file cannot be written.
-    """
-    # In the same folder, since a rename is atomic only within one file system; the process id keeps two runs apart.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-            # The bytes must be on the disk before the rename is: after a power cut the file would be empty otherwise.
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise R2Error(f"{path} could not be written: {error.strerror or error}; nothing was changed") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def described(codec: Codec, shape: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from r2cli.errors import InputError
 from r2cli.storage import checkpoint
+from r2cli.storage.run_files import OPTIONS
 
 FORMAT = 2
-
-# Options whose names differ from those of the settings that they fill.
-OPTIONS = {"name": "reg", "strength": "reg-weight", "stable": "reg-form", "dim": "reg-dim"}
 
 
 @dataclass(frozen=True)
@@ -115,5 +113,5 @@ def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, An
         option = OPTIONS.get(changed, changed.replace("_", "-"))
         raise InputError(
             f"{path} was made with --{option} {old.get(changed)}, not {new.get(changed)}: "
-            "resume with the same options, or start again with --overwrite"
+            "resume with the same options, or start again with --overwrite and without --resume"
         )

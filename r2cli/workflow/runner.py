@@ -3,10 +3,9 @@
 A step is up to date if it was run with the same options by the same version of r2, its files still exist, and the files
 that it read have the same bytes. A step that was stopped goes on from its last epoch, or runs again over its own files.
 If a gate or proof of a step fails, its files are written all the same: the other steps go on, and the failure is kept
-with its report. The file results.json in the folder holds what is done. It is written after every step.
+with its report. The file results.json in the folder holds what is done, with checksums. It is written after every step.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -22,7 +21,8 @@ from typing import Any, Protocol
 
 from r2cli import __version__
 from r2cli.errors import CheckFailed, InputError, R2Error
-from r2cli.storage.checkpoint import write_atomically
+from r2cli.storage.atomic import write_atomically
+from r2cli.storage.run_files import checksum
 from r2cli.train.resume import resume_state
 from r2cli.workflow.recipe import Step, reads_from, shell
 
@@ -117,15 +117,21 @@ def execute(
     tell: Callable[[str], None],
     *,
     overwrite: bool = False,
+    resume: bool = False,
     jobs: int = 1,
 ) -> list[dict[str, Any]]:
     """Run the steps, at most `jobs` at a time. A step starts when the steps that it reads from are done.
+
+    With `resume`, what was done before must have been done with the same options, and its files must be as they were
+    written: raises InputError, which names the step, before any other is run.
 
     `start` starts a command, given its number and arguments. Returns for each step its command, its values, its report,
     and the message of the gate or proof that failed, or None. If a step fails in another way, running steps end, no
     other starts, and the error is raised with the step's place in the recipe. An interrupt stops all steps.
     """
     record = Record.read(folder)
+    if resume and not overwrite:
+        record.require_as_written(todo)
     before = [{n for n in range(number) if _comes_first(todo[n], step)} for number, step in enumerate(todo)]
     waiting, running = list(range(len(todo))), dict[int, Job]()
     reports: dict[int, Any] = {}
@@ -202,6 +208,26 @@ class Record:
         inputs = self._inputs(step)  # records of r2 0.1 have no checksums of inputs
         return known.get("report") if known.get("inputs", inputs) == inputs else None
 
+    def require_as_written(self, steps: Sequence[Step]) -> None:
+        """Raises InputError for a step that was done with other options, from other files, or whose files changed."""
+        for step in steps:
+            known = self.done.get(_name(step))
+            if known is None:
+                continue
+            if known["key"] != _key(step):
+                changed = _changed(json.loads(known["key"]), json.loads(_key(step)))
+                raise InputError(step.blame(f"it was done {changed}: leave out --resume to do it again"))
+            if known.get("report") is None:
+                continue  # it was stopped, and goes on
+            for key, value in self._inputs(step).items():
+                if known.get("inputs", {}).get(key, value) != value:
+                    raise InputError(step.blame(f"its {key} has changed since: leave out --resume to do it again"))
+            for file in self._files(step):
+                sums = known.get("written", {})  # r2 0.1 kept none
+                if not file.exists() or sums.get(file.name, checksum(file)) != checksum(file):
+                    what = "is not as it was written" if file.exists() else "is missing"
+                    raise InputError(step.blame(f"{file} {what}: put it back, or run all again with --overwrite"))
+
     def begin(self, step: Step, *, overwrite: bool) -> list[str]:
         """Record that `step` starts. Returns its command line, with --resume or --overwrite where they are needed."""
         name, key, files = _name(step), _key(step), self._files(step)
@@ -226,7 +252,9 @@ class Record:
         """Record the report of `step` and what it failed. Returns the report as JSON holds it."""
         report = json.loads(json.dumps(made, default=str))
         entry: Mapping[str, Any] = self.done.get(_name(step)) or {"key": _key(step), "inputs": self._inputs(step)}
-        self.done[_name(step)] = {**entry, "report": report, **({"failed": failed} if failed else {})}
+        written = {file.name: checksum(file) for file in self._files(step)}
+        self.done[_name(step)] = {**entry, "written": written, "report": report}
+        self.done[_name(step)] |= {"failed": failed} if failed else {}
         self._write()
         return report
 
@@ -240,7 +268,7 @@ class Record:
         given = {"source": self.folder / step.options["source"]} if "source" in step.options else {}
         if "weights" in step.options:
             given["weights"] = Path(step.options["weights"])
-        return {key: _digest(path) for key, path in given.items()}
+        return {key: checksum(path) for key, path in given.items()}
 
     def _write(self) -> None:
         write_atomically(self.folder / "results.json", json.dumps(self.done, indent=1).encode())
@@ -255,8 +283,9 @@ def _name(step: Step) -> str:
     return _key(step) if output is None else str(output)
 
 
-def _digest(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _changed(old: Sequence[Any], new: Sequence[Any]) -> str:
+    """How a step's key differs from another: its version, its command, or the first of its options."""
+    if old[:2] != new[:2]:
+        return f"as `r2 {old[1]}` by r2 {old[0]}"
+    key = next(key for key in {**old[2], **new[2]} if old[2].get(key) != new[2].get(key))
+    return f"with {key} = {old[2].get(key)}, not {new[2].get(key)}"

@@ -1,0 +1,37 @@
+"""The same command again: nothing is there, a stopped run left its state, or the files are finished."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from r2cli import data as datasets
+from r2cli.config.groups import Preparation
+from r2cli.storage.run_files import Asked, checksum
+
+
+def asked(
+    command: str, options: Mapping[str, Any], loaded: datasets.Data, given: Preparation, read: Sequence[Path | None]
+) -> Asked:
+    """What decides the result of a run: `options`, the data `loaded`, its preprocessing, and the files in `read`.
+
+    None in `read` stands for a file that was not given. The network's own code is a file that the run reads.
+    """
+    spec = loaded.input
+    own = {"data": datasets.recorded(loaded.name), "size": spec.size, "mean": spec.mean, "std": spec.std}
+    code = str(getattr(given, "model", None) or "").rpartition(":")[0]
+    files = [path for path in (*read, Path(code) if code.endswith(".py") else None) if path is not None]
+    images = f"{len(loaded.train)} to train and {len(loaded.test)} to test"
+    known = hashlib.sha256(repr((loaded.class_names, spec.tokenizer)).encode()).hexdigest()
+    sums = {f"{loaded.name}": f"{images}, classes and tokenizer {known}"}
+    return Asked(command, {**own, **options}, sums | {path.name: checksum(path) for path in files})
+
+
+def again(report: Mapping[str, Any], **places: Path) -> dict[str, Any]:
+    """The `report` of a run that was finished before, with the `places` of its files as they were given this time."""
+    return {**report, **places, "finished_before": True}
+
+
+def told(output: Path) -> str:
+    """What people read of such a run."""
+    return f"{output} was finished before, with the same options, and its files are as they were written"
