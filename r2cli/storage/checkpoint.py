@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from r2cli import __version__
 from r2cli.errors import InputError
