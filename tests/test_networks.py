@@ -107,7 +107,17 @@ SIZES = {Mixed: 16, vit: 16, swin: 40, convnext: 32, densenet: 32}
 LEFT: dict[Callable[[], nn.Module], dict[str, int]] = {
     Mixed: {},
     vit: {"concatenation": 1, "sum": 3, "layer norm": 3, "attention": 1, "GELU": 1},
-    swin: {"layer norm": 9, "attention": 3, "sum": 6, "GELU": 3, "concatenation": 1, "mean": 1},
+    swin: {
+        "layer norm": 9,
+        "sum": 10,
+        "GELU": 3,
+        "concatenation": 1,
+        "mean": 1,
+        "softmax": 3,
+        "product of values": 6,
+        "product with a number": 3,
+        "roll": 1,
+    },
     convnext: {"layer norm": 6, "GELU": 3, "product": 3, "sum": 3, "mean": 1},
     densenet: {"BatchNorm": 5},
 }

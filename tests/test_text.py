@@ -138,9 +138,17 @@ def test_the_float_network_is_exported_and_analyzed(r2: R2, made: tuple[Path, An
     assert "shown as trained only" not in ran.err + ran.out
 
 
+def test_it_trains_with_quantizers(r2: R2, made: tuple[Path, Any], tsv: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    options = ["--epochs", 1, "--batch-size", 32, "-o", output, "--json"]
+    ran = r2("qat", made[0], "--data", f"qnli:{tsv}", *options)
+    assert ran.code == 0 and json.loads(ran.out)["passed"], ran.err
+    coded = checkpoint.load(output)
+    assert {one.codec.bits for one in coded.coded.values()} == {4} and coded.activations
+
+
 def test_what_needs_the_graph_is_refused_with_the_way_out(r2: R2, made: tuple[Path, Any], tsv: Path) -> None:
     for command, options, way_out in (
-        ("qat", [], "r2 ptq and r2 palettize may do without"),
         ("palettize", ["--method", "kmeans", "--embeddings"], "--act-bits none"),
         ("ptq", ["--embeddings"], "--act-bits none"),
     ):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 from torch._ops import OpOverload
+from torch.fx.node import map_arg
 
 from r2cli.graph import constants, in_place
 from r2cli.graph.constants import operator_name
@@ -12,6 +13,8 @@ from r2cli.graph.plain_modules import CONVOLUTIONS, LAYER_RULES
 from r2cli.graph.rules import RULES, bind, plain
 from r2cli.graph.writer import Unknown, Writer, is_number, is_tensor
 
+# Operators that run a part of the graph in another way, and where in their arguments the part is.
+WRAPPED = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
 UNREAD = ("_assert", "sym_constrain", "_guards")  # checks that torch.export adds for itself
 
 
@@ -20,9 +23,11 @@ def rewrite(program: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
 
     Raises in_place.AliasLost, and Unknown for what has no canonical form.
     """
+    _inline(program)
     constants.fold(program, model)
     in_place.remove_operators(program.graph)
     _pad_in_convolutions(program.graph)
+    _keep_rows_apart(program.graph)
     writer = Writer(program.graph, model)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -55,6 +60,34 @@ def _write(writer: Writer, node: fx.Node) -> None:
     writer.written[node] = made if made is not None else RULES.get(name, plain)(writer, node, arguments)
 
 
+def _inline(program: fx.GraphModule) -> None:
+    """Write what runs without autocast, or without gradients, into the graph itself; in place."""
+    for node in list(program.graph.nodes):
+        name = operator_name(node.target)
+        if name not in WRAPPED:
+            continue
+        first = WRAPPED[name]
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise Unknown("it computes in another type by autocast")
+        part = node.args[first]
+        inner = program.get_submodule(part.target)
+        assert isinstance(inner, fx.GraphModule)
+        _inline(inner)
+        known = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), node.args[first + 1 :], strict=True))
+        with program.graph.inserting_before(node):
+            for one in inner.graph.nodes:
+                if one.op == "output":
+                    results = map_arg(one.args[0], known.get)
+                elif one.op != "placeholder":
+                    known[one] = program.graph.node_copy(one, known.__getitem__)
+                    if one.op == "get_attr":
+                        known[one].target = f"{part.target}.{one.target}"
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            program.graph.erase_node(user)
+        program.graph.erase_node(node)
+
+
 def _pad_in_convolutions(graph: fx.Graph) -> None:
     """Write zeros that are padded on both sides alike, for one convolution alone, as its padding; in place."""
     for node in graph.nodes:
@@ -71,6 +104,29 @@ def _pad_in_convolutions(graph: fx.Graph) -> None:
             a |= {"input": pad.args[0], "padding": list(reversed(sizes[::2]))}
             node.args, node.kwargs = tuple(a[each.name] for each in node.target._schema.arguments), {}
             graph.erase_node(pad)
+
+
+def _keep_rows_apart(graph: fx.Graph) -> None:
+    """Let a linear layer read (n, tokens, ...) where it is given (n * tokens, ...) for it alone; in place.
+
+    nn.MultiheadAttention does so. Of two dimensions a layer's outputs would seem to be a row of the batch.
+    """
+    for node in list(graph.nodes):
+        if operator_name(node.target) != "linear" or len(node.users) != 1:
+            continue
+        before, after = node.args[0], next(iter(node.users))
+        if not _reshapes(before) or not _reshapes(after) or len(before.users) != 1 or before.meta["val"].ndim != 2:
+            continue
+        rows, width = after.meta["val"].shape[:-1], before.meta["val"].shape[-1]
+        if after.meta["val"].ndim > 2 and after.meta["val"].shape[-1] == node.meta["val"].shape[-1]:
+            before.meta["val"] = before.meta["val"].new_empty((*rows, width))
+            node.meta["val"] = after.meta["val"]
+            after.replace_all_uses_with(node)
+            graph.erase_node(after)
+
+
+def _reshapes(node: object) -> bool:
+    return isinstance(node, fx.Node) and operator_name(node.target) in ("view", "reshape", "_unsafe_view")
 
 
 def _zeros(node: fx.Node) -> Sequence[int]:
