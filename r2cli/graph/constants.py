@@ -5,6 +5,7 @@ of its own. The operators run here as they run in the network, in their order, s
 those after them alone.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -59,8 +60,8 @@ def fold(program: fx.GraphModule, model: nn.Module) -> None:
             if node in constant:
                 _compute(state, node)
             elif node.op != "get_attr":
-                node.args = map_arg(node.args, lambda one, at=node: _read(state, one, at))
-                node.kwargs = map_arg(node.kwargs, lambda one, at=node: _read(state, one, at))
+                read = functools.partial(_read, state, reader=node)
+                node.args, node.kwargs = map_arg(node.args, read), map_arg(node.kwargs, read)
     for node in reversed(list(graph.nodes)):
         if node in constant:
             graph.erase_node(node)

@@ -10,6 +10,7 @@ Loading a checkpoint never runs code: safetensors holds only tensors and text.
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from r2cli import __version__
 from r2cli.errors import InputError
@@ -268,6 +269,13 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[name] = dense.clone() if dense.untyped_storage().data_ptr() in seen else dense
         seen.add(out[name].untyped_storage().data_ptr())
     return out
+
+
+def into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load `tensors` into `module`, as those of its own version: mnasnet reads the version beside the tensors."""
+    given = OrderedDict(tensors)
+    given._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(given)
 
 
 def described(codec: Codec, shape: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
