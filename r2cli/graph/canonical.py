@@ -36,7 +36,7 @@ def rewrite(program: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
                 new.meta["dtype"] = node.meta["val"].dtype
             writer.written[node] = new
         elif node.op == "output":
-            given = [writer.value(one) for one in node.args[0] if one is not None]  # type: ignore[union-attr]
+            given = [writer.value(one) for one in node.args[0] if one is not None]
             writer.graph.output(given[0] if len(given) == 1 else tuple(given))
         elif node.op == "call_function" and not is_number(node):
             _write(writer, node)

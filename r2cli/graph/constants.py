@@ -59,8 +59,11 @@ def fold(program: fx.GraphModule, model: nn.Module) -> None:
             if node in constant:
                 _compute(state, node)
             elif node.op != "get_attr":
-                node.args = map_arg(node.args, lambda one, at=node: _read(state, one, at))
-                node.kwargs = map_arg(node.kwargs, lambda one, at=node: _read(state, one, at))
+
+                def read(one: fx.Node, reader: fx.Node = node) -> Any:
+                    return _read(state, one, reader)
+
+                node.args, node.kwargs = map_arg(node.args, read), map_arg(node.kwargs, read)
     for node in reversed(list(graph.nodes)):
         if node in constant:
             graph.erase_node(node)

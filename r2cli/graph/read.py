@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from r2cli.errors import InputError
 from r2cli.graph import canonical, in_place
+from r2cli.graph.writer import Unknown
 
 WEIGHTS_ALONE = "or quantize the weights alone: --act-bits none, and for r2 ptq --method none"
 
@@ -42,7 +43,7 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
         return canonical.rewrite(program, model)
     except in_place.AliasLost as shared:
         raise Unreadable(str(shared), "write it out of place in the network's code") from shared
-    except canonical.Unknown as unknown:
+    except Unknown as unknown:
         raise Unreadable(f"r2 cannot read {name}: {unknown}", "write it another way") from unknown
 
 
