@@ -141,9 +141,9 @@ def batch_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
         module = _with(writer, made, weight=parts["weight"], bias=parts["bias"])
         module.track_running_stats = tracked  # type: ignore[assignment]
         for name in ("running_mean", "running_var"):
-            statistic = parts[name]
-            setattr(module, name, None if statistic is None else statistic.value)
-        setattr(module, "num_batches_tracked", _batches(writer.model, path, tracked))  # noqa: B010, a buffer or None
+            constant = parts[name]
+            setattr(module, name, None if constant is None else constant.value)
+        module.num_batches_tracked = _batches(writer.model, path, tracked)  # type: ignore[assignment]
         return module
 
     named = of
@@ -196,11 +196,10 @@ def embedding(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     weight = constant_of(a["weight"])
     if weight is None:
         return None
-    padding = a["padding_idx"] if a["padding_idx"] >= 0 else None
+    padding, (rows, width) = a["padding_idx"] if a["padding_idx"] >= 0 else None, weight.value.shape
 
     def make(_path: str) -> nn.Module:
-        rows, width = weight.value.shape
-        return _with(writer, nn.Embedding(rows, width, padding_idx=padding, device="meta"), weight=weight)
+        return _with(writer, nn.Embedding(rows, width, padding, device="meta"), weight=weight)
 
     return _call(writer, node, a["indices"], ("embedding", weight, padding), weight, make)
 

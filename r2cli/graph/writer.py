@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
@@ -110,7 +109,7 @@ class Writer:
                     if isinstance(size, torch.SymInt) and size.node.expr == expression:
                         return self.create("call_function", Tensor.size, (self.written[given], dim), {}, "size")
         kind = ARITHMETIC.get(expression.func.__name__)
-        if kind is None or not isinstance(expression, sympy.Expr):
+        if kind is None:
             raise Unknown(f"the size {expression} depends on the batch in a way that r2 does not know")
         total, *rest = (self._expression(part) for part in expression.args)
         for part in rest:
