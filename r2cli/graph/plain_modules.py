@@ -116,7 +116,8 @@ def _transpose(writer: Writer, argument: Any) -> Constant | None:
         return None
     if matrix.transposed is None:
         turned = matrix.value.detach().t().contiguous()
-        matrix.transposed = Constant(turned, matrix.name, False, matrix.trained)
+        name = f"{matrix.name}.weight" if matrix.own and not matrix.name.endswith("weight") else matrix.name
+        matrix.transposed = Constant(turned, name, False, matrix.trained)
     return matrix.transposed
 
 

@@ -88,8 +88,8 @@ class Writer:
             return self.number(given)
         if not isinstance(given, fx.Node):
             return given
-        if given in self.written:
-            return self.written[given]
+        if given in self.written or given.graph is self.graph:
+            return self.written.get(given, given)
         if "constant" in given.meta:
             return self.attribute(given.meta["constant"])
         if not is_number(given):
