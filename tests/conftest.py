@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Ran:
 
 
 R2 = Callable[..., Ran]
+StoppedAt = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -112,3 +114,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stopped_at() -> StoppedAt:
+    """Ctrl-C at a step of a training run in this process; steps count from 0 over all epochs."""
+    from r2cli.train import loop
+
+    rate = loop.learning_rate
+
+    @contextmanager
+    def stop(step: int) -> Iterator[None]:
+        def stopping(number: int, total: int, warmup: float) -> float:
+            if number == step:
+                raise KeyboardInterrupt
+            return rate(number, total, warmup)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "learning_rate", stopping)
+            yield
+
+    return stop

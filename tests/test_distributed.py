@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import r2cli
 from r2cli import data
 from r2cli.data.splits import RowShare
 from r2cli.palettes import learners, tables
@@ -21,6 +22,7 @@ from r2cli.train.loop import TrainSettings
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
+PALETTES = ("dkm", "shared")
 
 
 class Double(nn.Module):
@@ -87,8 +89,8 @@ def fit_palettes(folder: Path, method: str) -> dict[str, Tensor]:
     return found | {f"{name}.codes": one.codes for name, one in coded.items()}
 
 
-def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run([*start, *arguments], capture_output=True, text=True)
 
 
@@ -111,31 +113,34 @@ def test_every_process_gets_its_images_of_the_same_batches(augment: bool) -> Non
             assert part[batch][0].equal(images[rank::2]) and part[batch][1].equal(labels[rank::2])
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes trained: the network, and its palettes with each method."""
+    folder = tmp_path_factory.mktemp("together")
+    done = torchrun(__file__, str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_train_what_one_does(together: Path, tmp_path: Path) -> None:
     # Batches of 70 of 1,200 images: the last one has 10, and each process half of it.
     one = fit(tmp_path).state_dict()
-    (tmp_path / "together").mkdir()
-    done = torchrun(__file__, str(tmp_path / "together"))
-    assert done.returncode == 0, done.stderr
-    two, _ = checkpoint.load_tensors(tmp_path / "together" / "result.safetensors")
+    two, _ = checkpoint.load_tensors(together / "network.safetensors")
     assert set(one) == set(two)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-9)
     first, second = (
         json.loads(checkpoint.load_tensors(folder / "state.safetensors")[1]["r2_resume"])["history"]
-        for folder in (tmp_path, tmp_path / "together")
+        for folder in (tmp_path, together / "network")
     )
     assert [epoch["top1"] for epoch in first] == [epoch["top1"] for epoch in second]
     assert [epoch["loss"] for epoch in first] == pytest.approx([epoch["loss"] for epoch in second], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dkm", "shared"])
-def test_two_processes_train_the_palettes_that_one_does(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", PALETTES)
+def test_two_processes_train_the_palettes_that_one_does(method: str, together: Path, tmp_path: Path) -> None:
     one = fit_palettes(tmp_path, method)
-    (tmp_path / "together").mkdir()
-    done = torchrun(__file__, str(tmp_path / "together"), method)
-    assert done.returncode == 0, done.stderr
-    two, _ = checkpoint.load_tensors(tmp_path / "together" / "result.safetensors")
+    two, _ = checkpoint.load_tensors(together / f"{method}.safetensors")
     assert set(one) == set(two)
     for name, tensor in one.items():
         if name.endswith("lut"):  # of float32: the mean of two halves' gradients rounds otherwise
@@ -172,17 +177,15 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
 @pytest.mark.parametrize("method", ["lsq", "ewgs"])
 def test_quantizers_are_trained_by_two_processes(trained: Path, tmp_path: Path, method: str) -> None:
     """BatchNorm sees a process's own images, so that the weights are not those of one process; their accuracy is."""
-    reached = {}
-    for count in (1, 2):
-        output = tmp_path / f"{count}.safetensors"
-        options = ["--method", method, "--weight-bits", "4", "--act-bits", "4", "--epochs", "2", "--device", "cpu"]
-        done = torchrun("-m", "r2cli", "qat", str(trained), *options, "-o", str(output), "--json", count=count)
-        assert done.returncode == 0, done.stderr
-        report = json.loads(done.stdout)
-        assert report["passed"]
-        reached[count] = report["top1"]
-    assert reached[2] > 85 and abs(reached[1] - reached[2]) < 6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.onnx", "1.safetensors", "2.onnx", "2.safetensors"]
+    config = r2cli.QatConfig(method=method, weight_bits=4, act_bits=4, epochs=2, device="cpu")
+    alone = r2cli.finetune(trained, None, config).epochs[-1].top1
+    options = ["--method", method, "--weight-bits", "4", "--act-bits", "4", "--epochs", "2", "--device", "cpu"]
+    output = tmp_path / "2.safetensors"
+    done = torchrun("-m", "r2cli", "qat", str(trained), *options, "-o", str(output), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["passed"] and report["top1"] > 85 and abs(alone - report["top1"]) < 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.onnx", "2.safetensors"]
 
 
 def test_a_command_for_one_process_says_so(tmp_path: Path) -> None:
@@ -192,8 +195,9 @@ def test_a_command_for_one_process_says_so(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    method = sys.argv[2] if len(sys.argv) > 2 else None
-    result = fit(folder).state_dict() if method is None else fit_palettes(folder, method)
-    if os.environ["RANK"] == "0":
-        checkpoint.save_tensors(folder / "result.safetensors", result, {})
+    for name in ("network", *PALETTES):
+        folder = Path(sys.argv[1], name)
+        folder.mkdir(exist_ok=True)
+        result = fit(folder).state_dict() if name == "network" else fit_palettes(folder, name)
+        if os.environ["RANK"] == "0":
+            checkpoint.save_tensors(folder.with_suffix(".safetensors"), result, {})

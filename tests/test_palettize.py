@@ -1,11 +1,6 @@
 """r2 palettize: from a checkpoint to a proved ONNX file, by every method; any file of weights; and what it refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +10,7 @@ import torch
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
-from conftest import R2
+from conftest import R2, StoppedAt
 from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.cli.palettize import ended_higher
@@ -286,21 +281,16 @@ def test_shared_weights_train_their_centroids(r2: R2, model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bytes_also_after_a_kill(model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "r2cli", "palettize", str(model), "--bits", "2", "--dim", "2", "--epochs", "6"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(output: Path, *more: str) -> None:
-        subprocess.run([*command, "-o", str(output), *more], check=True, capture_output=True, env=environment)
-
-    run(tmp_path / "a.safetensors")
+def test_the_same_seed_gives_the_same_bytes_also_after_a_stop(
+    r2: R2, stopped_at: StoppedAt, model: Path, tmp_path: Path
+) -> None:
+    command = ("palettize", model, "--bits", 2, "--dim", 2, "--epochs", 6, "-o")
+    assert r2(*command, tmp_path / "a.safetensors").code == 0
+    with stopped_at(45):  # in the middle of an epoch
+        assert r2(*command, tmp_path / "b.safetensors").code == 130
     state = tmp_path / "b.resume.safetensors"
-    with subprocess.Popen([*command, "-o", str(tmp_path / "b.safetensors")], env=environment) as process:
-        while not state.exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
     assert state.exists() and not (tmp_path / "b.safetensors").exists()
-    run(tmp_path / "b.safetensors", "--resume")
+    assert r2(*command, tmp_path / "b.safetensors", "--resume").code == 0
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes() and not state.exists()
 

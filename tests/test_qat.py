@@ -1,12 +1,7 @@
 """Training with quantizers: where they stand, what is frozen, and that the ONNX file is what was trained."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import R2
+from conftest import R2, StoppedAt
 from r2cli import data, models, registry
 from r2cli.calibration import deployed
 from r2cli.deploy import onnx_export, verify
@@ -317,34 +312,16 @@ def test_from_scratch_with_a_regularizer(r2: R2, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bytes_also_after_a_kill(model: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "r2cli",
-        "qat",
-        str(model),
-        "--weight-bits",
-        "2",
-        "--act-bits",
-        "2",
-        "--epochs",
-        "3",
-    ]
-    command += ["--method", "ewgs"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(output: Path, *more: str) -> None:
-        subprocess.run([*command, "-o", str(output), *more], check=True, capture_output=True, env=environment)
-
-    run(tmp_path / "a.safetensors")
+def test_the_same_seed_gives_the_same_bytes_also_after_a_stop(
+    r2: R2, stopped_at: StoppedAt, model: Path, tmp_path: Path
+) -> None:
+    command = ("qat", model, "--weight-bits", 2, "--act-bits", 2, "--epochs", 3, "--method", "ewgs", "-o")
+    assert r2(*command, tmp_path / "a.safetensors").code == 0
+    with stopped_at(25):  # in the middle of an epoch
+        assert r2(*command, tmp_path / "b.safetensors").code == 130
     state = tmp_path / "b.resume.safetensors"
-    with subprocess.Popen([*command, "-o", str(tmp_path / "b.safetensors")], env=environment) as process:
-        while not state.exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
     assert state.exists() and not (tmp_path / "b.safetensors").exists()
-    run(tmp_path / "b.safetensors", "--resume")
+    assert r2(*command, tmp_path / "b.safetensors", "--resume").code == 0
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes() and not state.exists()
 

@@ -70,6 +70,7 @@ def made(mobilebert: Path, tsv: Path, tmp_path_factory: pytest.TempPathFactory) 
 # --- the road --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "options"),
     [("ptq", []), ("ptq", ["--method", "adaround", "--target-bits", "4.5"]), ("palettize", ["--method", "kmeans"])],
