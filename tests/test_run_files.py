@@ -83,7 +83,7 @@ def content(folder):
 
 base, options, before = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 found = []
-while not found or found[-1]["killed"]:
+while not found or found[-1]["killed"] == -signal.SIGKILL:
     folder = base / str(len(found))
     folder.mkdir()
     for name, text in before.items():
