@@ -131,7 +131,7 @@ MADE: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = {
     "weight_norm": (lambda: nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3))), {"0": (4, 3, 3, 3)}),
     "spectral_norm": (lambda: nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3))), {"0": (4, 3, 3, 3)}),
     "norm and activation": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct()), {"0": (4, 3, 3, 3)}),
-    "functional": (Functional, {"kernel": (4, 3, 1, 1), "linear": (5, 4)}),
+    "functional": (Functional, {"kernel": (4, 3, 1, 1), "matrix": (5, 4)}),
     "masked": (Masked, {"conv": (4, 3, 3, 3)}),
     "shared": (Shared, {"first": (3, 3, 1, 1), "second": (3, 3, 1, 1), "conv2d": (3, 3, 1, 1)}),
     "shapes": (Shapes, {}),
