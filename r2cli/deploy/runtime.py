@@ -180,7 +180,13 @@ def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | No
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.onnx"
         onnx.save(part, path)
-        found: list[Any] = session(path, optimise=False).run(list(shapes), {})
+        own = session(path, optimise=False)
+        try:
+            found: list[Any] = own.run(list(shapes), {})
+        except Exception as error:  # as above
+            raise UnrunnableError(
+                f"ONNX Runtime {ort.__version__} cannot decode the weights: {_first(error)}"
+            ) from error
     return found
 
 
