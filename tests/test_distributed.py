@@ -185,7 +185,7 @@ def test_quantizers_are_trained_by_two_processes(trained: Path, tmp_path: Path, 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["passed"] and report["top1"] > 85 and abs(alone - report["top1"]) < 6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.onnx", "2.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.onnx", "2.run.json", "2.safetensors"]
 
 
 def test_a_command_for_one_process_says_so(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class _Export:
         self.net, self.writer, self.weights = net, writer, weights
         self.values: dict[fx.Node, Any] = {}  # Value, or a list of them, or what a node without a tensor gives
         self.modules = {node: operators.module_of(net, node) for node in net.graph.nodes}
+        self.constants: dict[fx.Node, Tensor] = {}
         self.batch = ""
 
     def write(self, blank: Tensor) -> None:
@@ -101,6 +102,9 @@ class _Export:
             first, second = _Shapes(self.net), _Shapes(self.net)
             first.run(blank)
             second.run(blank.new_zeros((3, *blank.shape[1:])))
+        # What depends on the batch's size is no constant, whatever it is made from.
+        both = first.constants.items()
+        self.constants = {node: one for node, one in both if torch.equal(one, second.constants[node])}
         for node in self.net.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = Value(INPUT, (None, *blank.shape[1:]), blank.dtype)
@@ -119,14 +123,13 @@ class _Export:
 
     def _node(self, node: fx.Node, first: _Shapes, second: _Shapes) -> Any:
         seen = _merged(first.found[node], second.found[node])
-        constant = first.constants.get(node)
+        constant = self.constants.get(node)
         if constant is not None and not self._from_codes(node):
             if node.op == "get_attr":
                 return Value(self.weights.tensor(str(node.target), constant), *_typed(constant))
-            if not node.users or all(user in first.constants for user in node.users):
+            if all(user in self.constants for user in node.users):
                 return Value("", *_typed(constant))  # what reads it is a constant too, and written instead
-            if torch.equal(torch.as_tensor(constant.shape), torch.as_tensor(second.constants[node].shape)):
-                return Value(self.weights.tensor(f"{node.name}.constant", constant), *_typed(constant))
+            return Value(self.weights.tensor(f"{node.name}.constant", constant), *_typed(constant))
         if not _has_tensor(seen):
             return seen
         if self._joins(node):
@@ -141,6 +144,8 @@ class _Export:
         """Whether a constant is made from a quantized weight: then it is computed in the file, from the codes."""
         if node.op == "get_attr":
             return str(node.target) in self.weights.coded
+        if node.op == "call_module" and f"{node.target}.weight" in self.weights.coded:
+            return True
         return any(self._from_codes(each) for each in node.all_input_nodes if each.op != "placeholder")
 
     def _write(self, node: fx.Node, seen: Any) -> Any:

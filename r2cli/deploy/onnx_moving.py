@@ -1,6 +1,7 @@
 """Operations that move, repeat or pick values, in ONNX. The parameters are those of torch's functions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -221,11 +222,26 @@ def gather(sheet: Sheet, x: Value, dim: int, index: Value) -> str:
 
 
 def index(sheet: Sheet, x: Value, indices: Sequence[Value | None]) -> str:
-    """Write x[..., index, ...] for one tensor of numbers along one axis."""
+    """Write x[..., index, ...] for one tensor of numbers along one axis, or x[index, index, ...] for the first axes."""
     given = [(axis, each) for axis, each in enumerate(indices) if each is not None]
-    if len(given) != 1 or given[0][1].dtype == torch.bool:
-        raise Unwritable("several tensors, or a mask, choose among its values")
-    return sheet.node("Gather", x, given[0][1], axis=given[0][0])
+    if any(each.dtype == torch.bool for _, each in given):
+        raise Unwritable("a mask chooses among its values")
+    if len(given) == 1:
+        return sheet.node("Gather", x, given[0][1], axis=given[0][0])
+    if [axis for axis, _ in given] != list(range(len(given))):
+        raise Unwritable("several tensors choose along axes that are not the first")
+    whole = sheet.shape[: len(sheet.shape) - len(x.shape) + len(given)]
+    last = sheet.writer.ints([len(whole)])
+    spread = [sheet.node("Unsqueeze", expand(replace(sheet, shapes=(whole,)), each), last) for _, each in given]
+    return sheet.node("GatherND", x, sheet.writer.node("Concat", spread, axis=len(whole)))
+
+
+def arange(sheet: Sheet, start: Any, end: Any, step: Any, *, dtype: Any = None, device: Any = None) -> str:
+    """Write 0, 1, ... to the batch's size: what does not depend on it is a constant."""
+    if sheet.shape != (None,) or (start, end, step) != (0, None, 1) or dtype not in (None, torch.int64):
+        raise Unwritable("its length follows the batch in a way that r2 does not know")
+    ends = sheet.writer.node("Squeeze", [sheet.batch(), sheet.writer.ints([0])])
+    return sheet.writer.node("Range", [sheet.writer.constant(0, np.int64), ends, sheet.writer.constant(1, np.int64)])
 
 
 def full(sheet: Sheet, sizes: Sequence[Any], value: float, *, dtype: Any = None, device: Any = None) -> str:

@@ -60,8 +60,8 @@ OPERATORS: Mapping[Any, Handler] = {
     **_rows(onnx_pointwise.binary("Less"), torch.lt, operator.lt, "lt"),
     **_rows(onnx_pointwise.binary("GreaterOrEqual"), torch.ge, operator.ge, "ge"),
     **_rows(onnx_pointwise.binary("LessOrEqual"), torch.le, operator.le, "le"),
-    **_rows(onnx_pointwise.binary("And"), torch.logical_and, torch.bitwise_and, operator.and_),
-    **_rows(onnx_pointwise.binary("Or"), torch.logical_or, torch.bitwise_or, operator.or_),
+    **_rows(onnx_pointwise.binary("And"), torch.logical_and, torch.bitwise_and, ATEN.__and__.Tensor, operator.and_),
+    **_rows(onnx_pointwise.binary("Or"), torch.logical_or, torch.bitwise_or, ATEN.__or__.Tensor, operator.or_),
     **_rows(onnx_pointwise.clamp, torch.clamp, "clamp"),
     **_rows(onnx_pointwise.hardtanh, F.hardtanh),
     **_rows(onnx_pointwise.relu6, F.relu6),
@@ -134,4 +134,5 @@ OPERATORS: Mapping[Any, Handler] = {
     **_rows(onnx_moving.gather, torch.gather),
     **_rows(onnx_moving.index, ATEN.index.Tensor),
     **_rows(onnx_moving.full, torch.full),
+    **_rows(onnx_moving.arange, torch.arange),
 }

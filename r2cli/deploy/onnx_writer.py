@@ -88,8 +88,14 @@ class OnnxWriter:
         outputs: Sequence[onnx.ValueInfoProto],
         metadata: Mapping[str, str],
     ) -> onnx.ModelProto:
-        """Return the finished file."""
-        graph = helper.make_graph(self.nodes, "r2", inputs, outputs, list(self.initializers.values()))
+        """Return the finished file, with what goes into its `outputs` alone."""
+        needed, nodes = {each.name for each in outputs}, []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                nodes.append(node)
+        held = [tensor for name, tensor in self.initializers.items() if name in needed]
+        graph = helper.make_graph(nodes[::-1], "r2", inputs, outputs, held)
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", self.opset)],
