@@ -176,16 +176,7 @@ class _Export:
             if isinstance(module, kinds):
                 own = handler(sheet, self.weights, name, module, x)
                 return self._named(own, node.name, before)  # type: ignore[no-any-return]
-        known = onnx_layers.as_function(module)
-        if known is None:
-            raise Unwritable("r2 knows no form of it")
-        function, args, given = known
-        accepted = OPERATORS[function].__code__.co_varnames
-        return self._named(  # type: ignore[no-any-return]
-            OPERATORS[function](sheet, x, *args, **{key: value for key, value in given.items() if key in accepted}),
-            node.name,
-            before,
-        )
+        raise Unwritable("r2 knows no form of it")
 
     def _grid(self, sheet: Sheet, node: fx.Node, grid: Grid, x: Value) -> str:
         name = str(node.target)

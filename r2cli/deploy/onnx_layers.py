@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r2cli.deploy import weight_nodes
@@ -299,53 +298,6 @@ LAYERS: tuple[tuple[tuple[type[nn.Module], ...], Any], ...] = (
     ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), instance_norm),
     ((nn.Embedding,), embedding),
     ((nn.PReLU,), prelu),
-)
-
-
-def as_function(module: nn.Module) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """Return the function that a module without weights calls, and its arguments behind the first; None for others."""
-    names = (
-        *("kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override"),
-        *("output_size", "negative_slope", "alpha", "min_val", "max_val", "dim", "approximate", "upscale_factor"),
-        *("size", "scale_factor", "mode", "align_corners", "groups"),
-    )
-    given = {name: getattr(module, name) for name in names if hasattr(module, name)}
-    for kinds, function in FUNCTIONS:
-        if isinstance(module, kinds):
-            return function, (), given
-    if isinstance(module, nn.Flatten):
-        return torch.flatten, (module.start_dim, module.end_dim), {}
-    if isinstance(module, nn.Unflatten):
-        return torch.unflatten, (module.dim, module.unflattened_size), {}
-    paddings = {"Zero": "constant", "Constant": "constant", "Reflection": "reflect", "Replication": "replicate"}
-    for word, mode in paddings.items():
-        if type(module).__name__.startswith(f"{word}Pad"):
-            return F.pad, (list(module.padding), mode, getattr(module, "value", 0.0)), {}  # type: ignore[arg-type]
-    return None
-
-
-FUNCTIONS: tuple[tuple[tuple[type[nn.Module], ...], Any], ...] = (
-    ((nn.ReLU6,), F.relu6),
-    ((nn.ReLU,), F.relu),
-    ((nn.Sigmoid,), torch.sigmoid),
-    ((nn.Tanh,), torch.tanh),
-    ((nn.Hardsigmoid,), F.hardsigmoid),
-    ((nn.Hardswish,), F.hardswish),
-    ((nn.SiLU,), F.silu),
-    ((nn.GELU,), F.gelu),
-    ((nn.LeakyReLU,), F.leaky_relu),
-    ((nn.ELU,), F.elu),
-    ((nn.Hardtanh,), F.hardtanh),
-    ((nn.Softmax,), torch.softmax),
-    ((nn.LogSoftmax,), torch.log_softmax),
-    ((nn.Softplus,), F.softplus),
-    ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), F.max_pool2d),
-    ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), F.avg_pool2d),
-    ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), F.adaptive_avg_pool2d),
-    ((nn.PixelShuffle,), F.pixel_shuffle),
-    ((nn.ChannelShuffle,), F.channel_shuffle),
-    ((nn.Upsample,), F.interpolate),
-    ((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), F.dropout),
 )
 
 
