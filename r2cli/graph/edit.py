@@ -1,6 +1,6 @@
 """Edits of a graph: put modules on values, take nodes out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import fx, nn
 
@@ -75,20 +75,6 @@ def repeat_grids(net: fx.GraphModule) -> None:
             with net.graph.inserting_after(node):
                 call = net.graph.call_module(f"{GRIDS}{where}", (node,))
             node.replace_all_uses_with(call, delete_user_cb=lambda user, own=call: user is not own)
-    net.recompile()
-
-
-def replace_calls(net: fx.GraphModule, match: Callable[[fx.Node], nn.Module | None]) -> None:
-    """Replace every node for which `match` returns a module by a call of that module on the node's first argument."""
-    for node in list(net.graph.nodes):
-        module = match(node)
-        if module is None:
-            continue
-        net.add_submodule(f"replaced.{node.name}", module)
-        with net.graph.inserting_after(node):
-            call = net.graph.call_module(f"replaced.{node.name}", (node.args[0],))
-        node.replace_all_uses_with(call)
-        net.graph.erase_node(node)
     net.recompile()
 
 
