@@ -16,7 +16,7 @@ from r2cli.config.methods import PalettizeConfig, QatConfig
 from r2cli.errors import InputError
 
 PACKAGE = Path(r2cli.__file__).parent
-DOC = PACKAGE.parent / "docs" / "methods.md"
+DOC = Path(__file__).parent.parent / "docs" / "methods.md"
 SMALL = ("--device", "cpu", "--json")
 
 
