@@ -96,7 +96,7 @@ def _folded(made: checkpoint.Checkpoint) -> tuple[dict[str, Stored], int]:
     model = deployed.network(made)
     if not any(isinstance(module, operators.NORMS) for module in model.modules()):
         return {}, 0
-    net = equivalence.read(model, made.input)
+    net = equivalence.read(model, made.input, deployed.architecture(made))
     silenced = sum(batchnorm.make_dead_channels_constant(net).values())
     factors = batchnorm.remove_norms(net)
     found = {}

@@ -7,7 +7,8 @@ calibration images pass. `FakeQuantize` rounds a value to its grid.
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,6 +72,13 @@ def insert_grids(net: fx.GraphModule, grids: Mapping[str, Grid]) -> None:
     edit.insert(net, {node: FakeQuantize(grid) for node, grid in grids.items()})
 
 
+def architecture(checkpoint: Checkpoint) -> Hashable:
+    """What the graph of the checkpoint's float network depends on: its model and input, and not its weights."""
+    factory = checkpoint.model.factory
+    # Weak, because a factory may hold the user's whole network.
+    return _described(checkpoint), None if factory is None else weakref.ref(factory)
+
+
 def network(checkpoint: Checkpoint) -> nn.Module:
     """Build the model of `checkpoint` with its weights, in evaluation mode. Quantized weights are decoded to float32.
 
@@ -102,15 +110,19 @@ class _Architecture:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "_Architecture":
-        known = [checkpoint.model.described(), checkpoint.input.shape, checkpoint.input.is_text]
         given = replace(checkpoint, floats={}, coded={}, activations={})
-        return cls(json.dumps(known, sort_keys=True), checkpoint.model.factory, given)
+        return cls(_described(checkpoint), checkpoint.model.factory, given)
 
 
-@functools.lru_cache(maxsize=2)  # a command asks for the same network several times, and reading it takes seconds
+def _described(checkpoint: Checkpoint) -> str:
+    known = [checkpoint.model.described(), checkpoint.input.shape, checkpoint.input.is_text]
+    return json.dumps(known, sort_keys=True)
+
+
+@functools.lru_cache(maxsize=2)  # a command asks for the same network several times
 def _graph(of: _Architecture) -> fx.GraphModule:
     """The graph of a network without BatchNorms, on the meta device: without its weights."""
-    net = trace(models.build(of.checkpoint.model), of.checkpoint.input.blank(2))
+    net = trace(models.build(of.checkpoint.model), of.checkpoint.input.blank(2), architecture(of.checkpoint))
     batchnorm.remove_norms(net)
     return net.to("meta")
 

@@ -41,7 +41,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     """
     net = deployed.network(checkpoint)
     blank = checkpoint.input.blank(2)
-    graph = net if isinstance(net, fx.GraphModule) else trace(net, blank)
+    graph = net if isinstance(net, fx.GraphModule) else trace(net, blank, deployed.architecture(checkpoint))
     _pool_on_grids(graph)
     edit.repeat_grids(graph)
     writer = OnnxWriter()

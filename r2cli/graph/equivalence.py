@@ -5,7 +5,7 @@ pass every later check.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -23,12 +23,12 @@ class Misread(R2Error):
     """A graph that is not the network's function: a fault of r2's."""
 
 
-def read(model: nn.Module, spec: InputSpec) -> fx.GraphModule:
+def read(model: nn.Module, spec: InputSpec, architecture: Hashable | None = None) -> fx.GraphModule:
     """The graph of a float network, as `trace` reads it, compared with `model`.
 
     Raises Unreadable as `trace` does, and Misread where the two are not the same function.
     """
-    return require_same(trace(model, spec.blank(2)), model, spec)
+    return require_same(trace(model, spec.blank(2), architecture), model, spec)
 
 
 @torch.no_grad()

@@ -4,9 +4,13 @@ torch.export runs the network's code once and notes the operators that it comput
 called them. `canonical.py` writes them again over plain modules and one function for each operation (`functions.py`).
 """
 
+import copy
 import traceback
 import warnings
+from collections import OrderedDict
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,21 +30,34 @@ class Unreadable(InputError):
         self.why = why
 
 
-def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
+# What torch.export made of the last architectures. A command reads the same one several times, which takes seconds.
+_programs = OrderedDict[Hashable, fx.GraphModule]()
+KEPT = 8
+
+
+def trace(model: nn.Module, example: Tensor, architecture: Hashable | None = None) -> fx.GraphModule:
     """The canonical graph of `model` in evaluation mode: the same function, the network's own parameters.
 
     `example` is a batch (n, ...) of its inputs with n > 1: torch.export takes a size of 1 for a constant. The graph
-    accepts batches of any size. Raises Unreadable naming what cannot be read.
+    accepts batches of any size. Networks of equal `architecture` differ in the values of their weights alone:
+    torch.export runs for the first of them, and not for the others. Raises Unreadable naming what cannot be read.
     """
     name = type(model).__name__
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    known = None if architecture is None else (architecture, str(device))
     try:
-        program = _exported(model.eval(), example.to(device))
+        program = _programs[known] if known in _programs else _exported(model.eval(), example.to(device))
     except Exception as error:  # torch.export passes on whatever the network raises
         first = next(iter(str(error).strip().splitlines()), "")
         raise Unreadable(f"torch.export cannot read {name} ({type(error).__name__}: {first}{_place(error)})") from error
+    if known is not None:
+        _programs[known] = _without_weights(program, model)
+        _programs.move_to_end(known)
+        while len(_programs) > KEPT:
+            _programs.popitem(last=False)
+    model.eval()
     try:
-        return canonical.rewrite(program, model)
+        return canonical.rewrite(copy.deepcopy(program), model)
     except in_place.AliasLost as shared:
         raise Unreadable(str(shared), "write it out of place in the network's code") from shared
     except Unknown as unknown:
@@ -60,6 +77,15 @@ def _exported(model: nn.Module, example: Tensor) -> fx.GraphModule:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     assert isinstance(program, fx.GraphModule)
+    return program
+
+
+def _without_weights(program: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """`program`, torch.export's graph of `model`, with empty tensors in the place of the model's own; in place."""
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    held: list[dict[str, Any]] = [*(m._parameters for m in program.modules()), *(m._buffers for m in program.modules())]
+    for tensors in held:
+        tensors.update({name: torch.empty(0, device="meta") for name, one in tensors.items() if id(one) in own})
     return program
 
 

@@ -144,7 +144,8 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
     model = deployed.network(checkpoint)
     on_grids = settings.act_bits is not None
     try:
-        net = None if settings.embeddings else equivalence.read(model, checkpoint.input)
+        known = deployed.architecture(checkpoint)
+        net = None if settings.embeddings else equivalence.read(model, checkpoint.input, known)
     # Weights alone need no graph. Without one, BatchNorms stay.
     except (Unreadable, equivalence.Misread):
         if on_grids:

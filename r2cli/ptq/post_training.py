@@ -225,7 +225,7 @@ def _prepare(
     notes. Raises InputError for a coded checkpoint, and for a network that cannot be read or has no layer.
     """
     require_float(checkpoint)
-    net = equivalence.read(deployed.network(checkpoint), checkpoint.input)
+    net = equivalence.read(deployed.network(checkpoint), checkpoint.input, deployed.architecture(checkpoint))
     # First, because everything after it looks at ranges, and a dead channel could have the largest.
     constant = batchnorm.make_dead_channels_constant(net)
     notes = [{name: f"{count} dead channels made constant" for name, count in constant.items()}]

@@ -169,6 +169,6 @@ def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) 
     """Return the top-1 in percent of the float network with every ReLU6 replaced by ReLU; None without data."""
     if source is None:
         return None
-    net = trace(deployed.network(made), made.input.blank(2))
+    net = trace(deployed.network(made), made.input.blank(2), deployed.architecture(made))
     equalize.without_relu6(net)
     return loop.evaluate(net.to(where), source.test, where)

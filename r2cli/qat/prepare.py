@@ -87,7 +87,8 @@ def prepare(work: QatTask) -> Prepared:
     require_float(made)
     model = models.build(made.model) if work.scratch else deployed.network(made)
     # The graph is what is trained and exported. It must compute what the user's module computes.
-    net = equivalence.require_same(quantizer_placement.read(model, made.input.blank(2)), model, made.input)
+    graph = quantizer_placement.read(model, made.input.blank(2), deployed.architecture(made))
+    net = equivalence.require_same(graph, model, made.input)
     names = [layer.name for layer in structure.layers(net)]
     if not names:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")

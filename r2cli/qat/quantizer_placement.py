@@ -11,7 +11,7 @@ below zero: normalised images have negative values, which an unsigned grid at ze
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -134,10 +134,10 @@ def _readers(net: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.N
             yield node, user
 
 
-def read(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def read(model: nn.Module, example: Tensor, architecture: Hashable | None = None) -> fx.GraphModule:
     """Return the graph of a network that is to be trained. Raises InputError for one that cannot be read."""
     try:
-        return trace(model, example)
+        return trace(model, example, architecture)
     except Unreadable as error:
         raise InputError(f"{error.why}, and r2 qat needs its graph: r2 ptq and r2 palettize may do without") from error
 
