@@ -14,6 +14,7 @@ from conftest import R2
 from r2cli import data as datasets
 from r2cli.config.option import Config
 from r2cli.errors import InputError
+from r2cli.train import loop
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
 CONFIGS = (r2cli.PretrainConfig, r2cli.PtqConfig, r2cli.QatConfig, r2cli.PalettizeConfig, r2cli.AnalyzeConfig)
@@ -69,6 +70,29 @@ def test_a_module_stays_as_it_is() -> None:
     assert set(result.checkpoint.coded) == {"0.weight", "4.weight"}
     images, _ = next(iter(source.test.batches(8, torch.device("cpu"))))
     assert result.network(images).shape == (8, 10)
+
+
+def test_a_module_is_trained_quantized_and_palettized() -> None:
+    """32 digits and a network of two layers: every training loop runs, and leaves as few values as it was asked for."""
+    torch.manual_seed(0)
+    source = r2cli.load_data("digits:32", size=8)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    short = {"batch_size": 16, "device": "cpu"}
+    trained = r2cli.pretrain(network, source, r2cli.PretrainConfig(reg="linf", epochs=8, **short))
+    assert len(trained.epochs) == 8 and trained.epochs[-1].loss < trained.epochs[0].loss
+    assert trained.epochs[-1].penalty > 0
+    tuned = r2cli.finetune(trained, source, r2cli.QatConfig(weight_bits=2, act_bits=4, epochs=2, **short))
+    config = r2cli.PalettizeConfig(bits=2, epochs=2, hard_epochs=1, **short)
+    palettes = r2cli.palettize(trained, source, config)
+    for result in (tuned, palettes):
+        assert set(result.checkpoint.coded) == {"0.weight", "4.weight"} and len(result.epochs) == 2
+        assert all(len(one.codes.unique()) == 4 for one in result.checkpoint.coded.values())
+        reached = loop.evaluate(result.network, source.test, torch.device("cpu"))
+        assert reached == pytest.approx(
+            result.report["trained_top1"], abs=10
+        )  # three of 32: int32 biases, 8-bit tables
+    losses = [epoch.loss for epoch in tuned.epochs]
+    assert losses[1] < losses[0]
 
 
 def test_a_module_needs_data() -> None:

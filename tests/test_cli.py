@@ -17,7 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import R2
+from r2cli.cli import deliver
+from r2cli.config.groups import CompressionGates
 from r2cli.deploy import onnx_export
+from r2cli.errors import CheckFailed
 from r2cli.storage import checkpoint
 
 
@@ -256,6 +259,32 @@ def test_run_makes_tables_and_does_nothing_twice(r2: R2, tmp_path: Path, monkeyp
 
 
 # --- gates ---------------------------------------------------------------------------------------------------------
+
+
+def _checks(*failed: str) -> list[dict[str, Any]]:
+    names = ("same codes", "parity")
+    return [{"name": name, "passed": name not in failed, "detail": f"about {name}"} for name in names]
+
+
+def test_what_fails_of_a_proof_is_named_before_any_gate() -> None:
+    report = {"output": "m.onnx", "top1": 95.0, "float_top1": 97.0, "bytes": 2000, "checks": _checks()}
+    wrong, strict = {**report, "checks": _checks("parity")}, CompressionGates(max_bytes=10)
+    with pytest.raises(CheckFailed, match=r"^m.onnx failed its proof: parity \(about parity\)$") as caught:
+        deliver.require(wrong, strict)
+    assert caught.value.report == wrong
+    with pytest.raises(CheckFailed, match="--max-bytes 10"):
+        deliver.require(report, strict)
+    with pytest.raises(CheckFailed, match="--max-drop 1"):
+        deliver.require(report, CompressionGates(max_drop=1))
+    deliver.require(report, CompressionGates(max_drop=3, max_bytes=2000, min_accuracy=95))
+
+
+def test_a_proof_is_told_in_ticks_with_what_the_processor_adds() -> None:
+    fine = deliver.told({"checks": _checks("parity"), "overflow_db": 31.0, "embeddings": None})
+    assert [str(line).split()[0] for line in fine] == ["✓", "✗"] and "about same codes" in str(fine[0])
+    kept = {"coded": 0, "float": 4096}
+    *_, overflow, embeddings = deliver.told({"checks": _checks(), "overflow_db": 12.0, "embeddings": kept})
+    assert "overflow (12 dB)" in str(overflow) and str(embeddings) == "embeddings: 4,096 weights stay float32"
 
 
 @pytest.mark.slow
