@@ -318,6 +318,41 @@ def test_a_proof_that_fails_exits_1_and_says_where(r2: R2, model: Path, monkeypa
     assert ran.code == 1 and "same codes" in ran.err and "conv.weight" in ran.err
 
 
+# --- how much is measured -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_accuracy_is_measured_on_as_many_images_as_are_asked_for(r2: R2, model: Path) -> None:
+    exported = json.loads(r2("export", "--eval-images", 50, "--json").out)
+    assert exported["samples"] == 50 and exported["top1"] % 2 == 0
+    measured = json.loads(r2("evaluate", "model.onnx", "--eval-images", 50, "--json").out)
+    assert measured["images"] == 50 and measured["top1"] == exported["top1"]
+
+
+@pytest.mark.slow
+def test_a_file_is_proved_where_accuracy_is_not_measured(r2: R2, model: Path) -> None:
+    ran = r2("ptq", "--no-eval", "--json")
+    report = json.loads(ran.out)
+    assert ran.code == 0 and report["passed"] and report["samples"] == 64
+    assert report["top1"] is report["torch_top1"] is report["float_top1"] is None
+    assert "accuracy not measured" in r2("export", "--no-eval").out
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("qat", "--no-eval"), "--eval-images 64"),
+        (("palettize", "--no-eval"), "--eval-images 64"),
+        (("ptq", "--no-eval", "--max-drop", 1), "leave out --no-eval"),
+        (("ptq", "--no-eval", "--eval-images", 9), "contradict"),
+        (("export", "--eval-images", 0), "--eval-images"),
+    ],
+)
+def test_what_cannot_be_without_measuring_is_refused(command: tuple[str, ...], says: str, r2: R2, model: Path) -> None:
+    ran = r2(*command)
+    assert ran.code == 2 and says in ran.err and not list(Path().glob("*.onnx"))
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 

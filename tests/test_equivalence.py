@@ -39,7 +39,7 @@ def test_a_graph_of_another_function_is_r2s_fault_and_names_the_module() -> None
 
 
 def test_where_weights_alone_are_wanted_a_misread_graph_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equivalence, "trace", lambda model, example: _without_silu(trace(model, SPEC.blank(2))))
+    monkeypatch.setattr(equivalence, "trace", lambda model, example, _: _without_silu(trace(model, SPEC.blank(2))))
     model = Small()
     spec = ModelSpec("small.py:Small", 10, factory=Small)
     made = Checkpoint(spec, SPEC, tuple("0123456789"), dict(model.state_dict()))

@@ -49,7 +49,7 @@ from r2cli.train.regularizers import Regularizer, RegularizerSpec
 from r2cli.train.reporter import SILENT, Reporter
 
 Network = nn.Module | Checkpoint | Result | Pretrained | str | Path
-PROOF_BATCH = 256  # images that the proof runs at once
+PROOF_BATCH = 256  # images that the proof runs at once, at most
 CPU = torch.device("cpu")
 
 load_data = datasets.load
@@ -173,7 +173,7 @@ def verify(
     with reporter.bar("prove", len(source.test)) as progress:
 
         def batches() -> Iterator[datasets.Batch]:
-            for images, labels in source.test.batches(PROOF_BATCH, CPU):
+            for images, labels in source.test.batches(datasets.batch_that_fits(source.test, PROOF_BATCH), CPU):
                 yield images, labels
                 progress.advance(len(labels))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from r2cli import data as datasets
 from r2cli import models
-from r2cli.config.groups import DEFAULT_SOURCE, Inputs, NewNetwork, Preparation
+from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
 from r2cli.errors import InputError
 from r2cli.models import own as own_code
 from r2cli.models import text
@@ -63,6 +63,7 @@ def model_spec(
 
 
 NOISE = "noise"  # the images of a network whose data is not there
+PROVED = 64  # images that a file is proved on where accuracy is not measured
 
 
 def load(
@@ -86,10 +87,31 @@ def load(
     own = datasets.named_in(made.history, made.origin)
     if not needed and given.data is None and own == "imagefolder":
         spec = f"fake:{made.input.channels}x{made.input.size}x{made.input.size}:{len(made.class_names)}"
-        return made, replace(datasets.load(spec, spec=made.input), name=NOISE)
+        return made, replace(datasets.load(spec, spec=made.input), name=NOISE, measured=False)
     loaded = load_data(given, given.data, default=own, spec=made.input)
     require_classes(made.origin, made.class_names, loaded)
     return made, loaded
+
+
+def measured_by(
+    wanted: Evaluation, gates: AccuracyGate, loaded: datasets.Data, *, trains: bool = False
+) -> datasets.Data:
+    """`loaded` with those test images that are to be measured.
+
+    Raises InputError for a gate of the accuracy where that is not measured, and for a command that `trains` without.
+    """
+    if trains and not wanted.eval:
+        raise InputError(f"--no-eval is for work without training: give --eval-images {PROVED}")
+    if wanted.eval_images is not None and not wanted.eval:
+        raise InputError("--eval-images and --no-eval contradict each other: give one")
+    if not wanted.eval:
+        loaded = replace(datasets.with_test_images(loaded, PROVED), measured=False)
+    elif wanted.eval_images is not None:
+        loaded = datasets.with_test_images(loaded, wanted.eval_images)
+    if not loaded.measured and (gates.min_accuracy is not None or getattr(gates, "max_drop", None) is not None):
+        way_out = "leave out --no-eval" if not wanted.eval else "give --data"
+        raise InputError(f"--min-accuracy and --max-drop need images with labels: {way_out}")
+    return loaded
 
 
 def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Checkpoint, datasets.Data]:

@@ -72,13 +72,11 @@ def compressed(
     made = result.checkpoint
     to.files.write(to.output, checkpoint.to_bytes(made))
     proved = to_onnx(made, to.files, to.onnx, source, what=str(to.output), original=result.original)
-    measured = {} if result.float_top1 is not None or result.is_new else {"top1": None, "torch_top1": None}
     report = {
         "command": to.files.command,
         "checkpoint": to.output,
         **proved,
         **result.report,
-        **measured,
         "seconds": round(perf_counter() - to.started, 1),
     }
     to.files.commit(to.asked, report)
@@ -127,6 +125,7 @@ def to_onnx(
         "checks": [check.__dict__ for check in checks],
         "embeddings": _embeddings(made, deployed.network(made)),
         **proof.measures,
+        **({} if source.measured else {"top1": None, "torch_top1": None}),
     }
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, FileGates, Told
+from r2cli.config.groups import DEFAULT_SOURCE, FileGates, MeasuredImages, Told
 from r2cli.config.inspection import EvaluateConfig, EvaluateSource
 from r2cli.errors import InputError
 
@@ -20,16 +20,21 @@ if TYPE_CHECKING:
 
 
 @command
-def evaluate(given: EvaluateSource, config: EvaluateConfig, wanted: FileGates, answer: Told) -> Report:
+def evaluate(
+    given: EvaluateSource, images: MeasuredImages, config: EvaluateConfig, wanted: FileGates, answer: Told
+) -> Report:
     """Measure top-1, latency of one image on one thread, and size."""
     import torch
 
+    from r2cli import data as datasets
     from r2cli.deploy import runtime
     from r2cli.train import loop
 
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
     subject = _of_onnx(given) if source.suffix == ".onnx" else _of_network(given, config.device)
     predict, one_thread, where, spec, loaded, engine = subject
+    if images.eval_images is not None:
+        loaded = datasets.with_test_images(loaded, images.eval_images)
     if answer.dry_run:
         console.tell([f"would evaluate {source} on {loaded.name}"], as_json=answer.json)
         return {"command": "evaluate"}

@@ -5,13 +5,13 @@ from time import perf_counter
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, FileGates, Inputs
+from r2cli.config.groups import DEFAULT_SOURCE, Evaluation, FileGates, Inputs
 from r2cli.config.inspection import ExportOutput
 from r2cli.storage.run_files import RunFiles
 
 
 @command
-def export(given: Inputs, wanted: FileGates, written: ExportOutput) -> Report:
+def export(given: Inputs, evaluation: Evaluation, wanted: FileGates, written: ExportOutput) -> Report:
     """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
     output = written.output or gates.beside(source, "onnx")
@@ -24,6 +24,7 @@ def export(given: Inputs, wanted: FileGates, written: ExportOutput) -> Report:
 
     started = perf_counter()
     made, loaded = inputs.load(given, tell=console.note)
+    loaded = inputs.measured_by(evaluation, wanted, loaded)
     if written.dry_run:
         console.tell([f"would export {source} -> {output}"], as_json=written.json)
         return {"command": "export"}
@@ -32,7 +33,8 @@ def export(given: Inputs, wanted: FileGates, written: ExportOutput) -> Report:
         files.commit()
     report = {"command": "export", **report, "seconds": round(perf_counter() - started, 1)}
     kind = f"{report['bits_per_weight']:.2f} bits a weight" if made.coded else "float32"
-    summary = f"{output}: top-1 {report['top1']:.2f} % in ONNX Runtime, {report['bytes']:,} bytes, {kind}"
+    top1 = "accuracy not measured" if report["top1"] is None else f"top-1 {report['top1']:.2f} % in ONNX Runtime"
+    summary = f"{output}: {top1}, {report['bytes']:,} bytes, {kind}"
     follow = console.next_step(f"r2 evaluate {output}")
     console.tell([*deliver.told(report), summary, follow], as_json=written.json)
     deliver.require(report, wanted)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
+from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Evaluation, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
 from r2cli.storage.run_files import Asked, RunFiles, checksum
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 @command
-def palettize(config: PalettizeConfig, given: Inputs, wanted: CompressionGates, written: PalettizeOutput) -> Report:
+def palettize(
+    config: PalettizeConfig, given: Inputs, evaluation: Evaluation, wanted: CompressionGates, written: PalettizeOutput
+) -> Report:
     """Compress to tables of centroids: codes, an ONNX file, and its proof."""
     started = perf_counter()
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
@@ -46,6 +48,8 @@ def palettize(config: PalettizeConfig, given: Inputs, wanted: CompressionGates, 
     if not is_network:
         return _file(source, files, config, wanted, written)
     made, loaded = inputs.load(given, tell=console.note)
+    trains = registry.get(registry.PALETTE_METHODS, method).trains
+    loaded = inputs.measured_by(evaluation, wanted, loaded, trains=trains)
     run = worker.ready(made, loaded, config)
     if written.dry_run:
         lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
+from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Evaluation, Inputs
 from r2cli.config.inspection import PtqOutput
 from r2cli.config.methods import PtqConfig
 from r2cli.errors import InputError
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 @command
-def ptq(config: PtqConfig, given: Inputs, wanted: CompressionGates, written: PtqOutput) -> Report:
+def ptq(
+    config: PtqConfig, given: Inputs, evaluation: Evaluation, wanted: CompressionGates, written: PtqOutput
+) -> Report:
     """Quantize without training: codes, an ONNX file, and its proof."""
     started = perf_counter()
     source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
@@ -41,9 +43,7 @@ def ptq(config: PtqConfig, given: Inputs, wanted: CompressionGates, written: Ptq
             f"--act-range {config.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
         )
     made, loaded = inputs.load(given, needed=looks, tell=console.note)
-    measured = loaded.name != inputs.NOISE
-    if not measured and (wanted.min_accuracy is not None or wanted.max_drop is not None):
-        raise InputError("--min-accuracy and --max-drop need images: give --data")
+    has_images, loaded = loaded.name != inputs.NOISE, inputs.measured_by(evaluation, wanted, loaded)
     calibration = datasets.calibration_count(config.calibration, loaded) if looks else 0
     options = worker.options_of(config, worker.settings_of(config), calibration)
     if written.dry_run:
@@ -59,7 +59,9 @@ def ptq(config: PtqConfig, given: Inputs, wanted: CompressionGates, written: Ptq
         known = deliver.finished(to)
         if known is not None:
             return known
-        result = worker.quantize(made, loaded if measured else None, config, calibration=calibration, reporter=console)
+        result = worker.quantize(
+            made, loaded if has_images else None, config, calibration=calibration, reporter=console
+        )
         return deliver.compressed(
             to,
             result,

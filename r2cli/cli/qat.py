@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Inputs
+from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Evaluation, Inputs
 from r2cli.config.inspection import QatOutput
 from r2cli.config.methods import QatConfig
 from r2cli.storage.run_files import RunFiles
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 @command
-def qat(config: QatConfig, given: Inputs, wanted: CompressionGates, written: QatOutput) -> Report:
+def qat(
+    config: QatConfig, given: Inputs, evaluation: Evaluation, wanted: CompressionGates, written: QatOutput
+) -> Report:
     """Train with quantized weights and activations: codes, an ONNX file, and its proof."""
     started = perf_counter()
     is_new = config.from_scratch and given.model is not None and given.source is None and given.weights is None
@@ -35,6 +37,7 @@ def qat(config: QatConfig, given: Inputs, wanted: CompressionGates, written: Qat
 
     worker.require_bits(config)
     made, loaded = inputs.new_network(given, config.seed) if is_new else inputs.load(given, tell=console.note)
+    loaded = inputs.measured_by(evaluation, wanted, loaded, trains=True)
     run = worker.ready(made, loaded, config)
     if written.dry_run:
         lines = [f"would train {source} ({made.model.name}) as {config.suffix} -> {output}, {onnx}"]

@@ -67,6 +67,22 @@ class NewNetwork(Preparation):
 
 
 @dataclass(frozen=True)
+class MeasuredImages(Config):
+    """How much of the test split is measured."""
+
+    eval_images: int | None = option(
+        None, "Number of test images, drawn at random, that accuracy is measured on. (default: all)", least=1
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation(MeasuredImages):
+    """Whether and on what accuracy is measured."""
+
+    eval: bool = option(True, "Measure accuracy, or only make the file and prove it.", "--eval/--no-eval")
+
+
+@dataclass(frozen=True)
 class AccuracyGate(Config):
     """A bound on the accuracy."""
 

@@ -45,6 +45,8 @@ __all__ = [
     "KINDS",
     "LARGE_IMAGE",
     "Repeatable",
+    "batch_that_fits",
+    "with_test_images",
     "Batch",
     "Data",
     "FolderSplit",
@@ -180,6 +182,21 @@ def with_fewer(data: Data, count: int, seed: int) -> Data:
     return replace(data, train=subset(data.train, index.sort().values))
 
 
+def with_test_images(data: Data, count: int) -> Data:
+    """Return `data` with `count` of its test images, drawn at random and always the same; all, where it has fewer."""
+    index = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:count]
+    return replace(data, test=subset(data.test, index.sort().values))
+
+
+PIXELS = 2**20  # of a batch: what a mobile network makes of it takes some 300 MB
+
+
+def batch_that_fits(split: Split, most: int) -> int:
+    """How many inputs at once, at most `most`, where nothing is learned: 20 images of 224 pixels, 256 of 64."""
+    spec: InputSpec | None = getattr(split, "spec", None)  # texts are short and have none
+    return most if spec is None else max(1, min(most, PIXELS // spec.size**2))
+
+
 CALIBRATION = 512  # training images that calibrate, where no number is given
 
 
@@ -195,7 +212,7 @@ def calibration(data: Data, count: int, device: torch.device, seed: int, batch: 
     """Yield batches of `count` training images, in a random order that `seed` fixes, without augmentation."""
     if not count:
         return
-    given = 0
+    given, batch = 0, batch_that_fits(data.train, batch)
     for images, labels in data.train.batches(batch, device, shuffle=torch.Generator().manual_seed(seed)):
         take = min(len(labels), count - given)
         yield images[:take], labels[:take]

@@ -54,13 +54,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: its name, the preprocessing, the classes, and its two halves."""
+    """A data set: its name, the preprocessing, the classes, and its two halves.
+
+    `measured` says whether an accuracy on the test half is wanted and means something.
+    """
 
     name: str
     input: InputSpec
     class_names: tuple[str, ...]
     train: Split
     test: Split
+    measured: bool = True
 
 
 def in_memory(

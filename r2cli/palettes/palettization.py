@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r2cli import data, registry
-from r2cli.calibration import deployed, observers
+from r2cli.calibration import observers
 from r2cli.calibration.result import Result
 from r2cli.config import groups, values
 from r2cli.config.methods import PalettizeConfig
@@ -148,8 +148,9 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
     """
     task, source = run.task, run.source
     loop.seed_everything(task.seed)
-    before = loop.evaluate(deployed.network(task.checkpoint).to(task.device), source.test, task.device)
-    reporter.note(f"palettizing {task.checkpoint.origin}: float top-1 {before:.2f} %")
+    before = loop.float_top1(task.checkpoint, source, task.device)
+    shown = f"float top-1 {before:.2f} %" if before is not None else "accuracy is not measured"
+    reporter.note(f"palettizing {task.checkpoint.origin}: {shown}")
     epochs: list[dict[str, float]] = []
     if run.plan is None:
         with reporter.bar("k-means", run.steps) as progress:
@@ -165,7 +166,7 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
             coded, layers = soft_training.by_training(task, run.plan, source, control)
     distributed.end_others()
     details = {**sizes(layers), "epochs": epochs}
-    coded = coded.then("palettize", run.options, {"float_top1": before})
+    coded = coded.then("palettize", run.options, {} if before is None else {"float_top1": before})
     return PaletteResult(coded, layers, before, run.options, details, original=task.checkpoint, epochs=epochs)
 
 

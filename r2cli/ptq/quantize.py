@@ -105,8 +105,8 @@ def quantize(
         plain = replace(settings, method=auto.NEAREST) if entry.chooses else settings
         plain, chosen_bits = post_training.choose_bits(made, plain, target, batches, where, config.seed)
         settings = replace(plain, method=config.method)
-    before = None if source is None else loop.evaluate(deployed.network(made).to(where), source.test, where)
-    shown = f"float top-1 {before:.2f} %" if before is not None else "no images, so accuracy is not measured"
+    before = None if source is None else loop.float_top1(made, source, where)
+    shown = f"float top-1 {before:.2f} %" if before is not None else "accuracy is not measured"
     reporter.note(f"quantizing {made.origin} to {config.suffix}: {shown}")
     images = data.Repeatable(lambda: (batch for batch, _ in batches)) if calibration else None
     trials: list[auto.Trial] = []
@@ -167,7 +167,7 @@ def _best(
 
 def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) -> float | None:
     """Return the top-1 in percent of the float network with every ReLU6 replaced by ReLU; None without data."""
-    if source is None:
+    if source is None or not source.measured:
         return None
     net = trace(deployed.network(made), made.input.blank(2), deployed.architecture(made))
     equalize.without_relu6(net)

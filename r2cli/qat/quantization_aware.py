@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from r2cli import data, registry
-from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.config import values
 from r2cli.config.methods import QatConfig
@@ -123,9 +122,7 @@ def train(
     """
     task, source = run.task, run.source
     loop.seed_everything(run.plan.loop.seed)
-    before = None
-    if not is_new:
-        before = loop.evaluate(deployed.network(task.checkpoint).to(task.device), source.test, task.device)
+    before = None if is_new else loop.float_top1(task.checkpoint, source, task.device)
     told = "" if before is None else f": float top-1 {before:.2f} %"
     reporter.note(f"training {task.checkpoint.model.name} on {task.device}{told}")
     epochs = run.plan.loop.epochs

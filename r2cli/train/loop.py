@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2cli import data
+from r2cli.calibration import deployed
 from r2cli.errors import InputError, R2Error, unknown
+from r2cli.storage.checkpoint import Checkpoint
 from r2cli.train import distributed, regularizers
 from r2cli.train import state as states
 from r2cli.train.hooks import Epoch, Progress, TrainHooks
@@ -306,6 +308,11 @@ def evaluate(model: nn.Module, split: data.Split, device: torch.device) -> float
     return top1(model, split, device)
 
 
+def float_top1(checkpoint: Checkpoint, source: data.Data, device: torch.device) -> float | None:
+    """Return the top-1 of a checkpoint's network on the test images, in percent; None where it is not measured."""
+    return evaluate(deployed.network(checkpoint).to(device), source.test, device) if source.measured else None
+
+
 @torch.inference_mode()
 def top1(
     predict: Callable[[Tensor], Tensor],
@@ -316,7 +323,8 @@ def top1(
 ) -> float:
     """Return the top-1 in percent, on `split`, of a function from images (n, c, s, s) to logits (n, classes)."""
     correct, seen = 0, 0
-    for images, labels in split.batches(EVALUATION_BATCH, device, share=distributed.share()):
+    size = data.batch_that_fits(split, EVALUATION_BATCH)
+    for images, labels in split.batches(size, device, share=distributed.share()):
         correct += int((predict(images).argmax(1).to(device) == labels).sum())
         seen += len(labels)
         advance(len(labels))
