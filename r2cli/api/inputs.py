@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from r2cli import data as datasets
 from r2cli import models
 from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
 from r2cli.errors import InputError
 from r2cli.models import own as own_code
-from r2cli.models import text
+from r2cli.models import pretrained, text, timm
 from r2cli.storage import checkpoint, foreign
 from r2cli.storage.keywords import is_own, require_safe
 from r2cli.train import loop
@@ -34,30 +34,43 @@ def load_data(
 
     Raises InputError for preprocessing beside a checkpoint's own, and as `data.load` does.
     """
-    mean, std = numbers("--mean", given.mean), numbers("--std", given.std)
+    mean, std, size = numbers("--mean", given.mean), numbers("--std", given.std), given.size
+    if given.pretrained and model is not None:
+        usual = pretrained.published(model)
+        mean, std, size = mean or list(usual.mean), std or list(usual.std), size or usual.size
     more: dict[str, Any] = {"directory": given.data_dir, "workers": given.workers}
     if spec is not None:
-        for option, value in {"--size": given.size, "--mean": mean, "--std": std}.items():
+        for option, value in {"--size": size, "--mean": mean, "--std": std}.items():
             if value is not None:
                 raise InputError(f"{option} does not apply: the checkpoint says how its input is prepared")
         if name is None:
             return datasets.load_named_in_file(default, spec=spec, **more)
         return datasets.load(name, spec=spec, **more)
     tokenizer = datasets.pack_tokenizer(text.tokenizer(model)) if model and text.has(model) else None
-    return datasets.load(name or default, size=given.size, mean=mean, std=std, tokenizer=tokenizer, **more)
+    return datasets.load(name or default, size=size, mean=mean, std=std, tokenizer=tokenizer, **more)
 
 
 def model_spec(
     given: Preparation, name: str, source: datasets.Data, width: float | None = None
 ) -> checkpoint.ModelSpec:
-    """The spec of network `name` for the images of `source`, with the keywords of `given`."""
+    """The spec of network `name` for the images of `source`, with the keywords of `given`.
+
+    Raises InputError as `models.spec` does, and for pre-trained weights of other classes than those of `source`.
+    """
+    if given.pretrained and given.weights is not None:
+        raise InputError(f"--weights {given.weights} and --pretrained are two networks: give one of them")
+    if given.pretrained and pretrained.published(name).classes != len(source.class_names):
+        raise InputError(
+            f"the pre-trained {name} tells {pretrained.published(name).classes} classes apart and {source.name} has "
+            f"{len(source.class_names)}: give --data with its classes"
+        )
     return models.spec(
         name,
         classes=len(source.class_names),
         channels=source.input.channels,
         size=source.input.size,
         width=width,
-        stem=given.stem,
+        stem=given.stem or ("imagenet" if given.pretrained and not timm.has(name) else None),
         args=arguments(given.model_arg),
     )
 
@@ -75,12 +88,16 @@ def load(
     says that it was a folder, images of noise stand in for it. Raises InputError for options that contradict each
     other, weights of another architecture, data of other classes.
     """
-    if given.weights is not None:
+    if given.weights is not None or given.pretrained:
         return _foreign(given, tell)
     names_code = given.model is not None and is_own(given.model)
     for option, value in (("--model-arg", () if names_code else given.model_arg), ("--stem", given.stem)):
         if value:
             raise InputError(f"{option} belongs to --weights: a checkpoint says how its network is made")
+    if given.model is not None and not names_code and given.source is None:
+        raise InputError(
+            f"--model {given.model} needs weights: give --weights FILE, or --pretrained for those that are published"
+        )
     made = checkpoint.load(given.source or DEFAULT_SOURCE)
     if given.model is not None:
         made = _with_code(made, given.model, given.model_arg)
@@ -115,21 +132,32 @@ def measured_by(
 
 
 def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Checkpoint, datasets.Data]:
-    assert given.weights is not None
+    option = "--pretrained" if given.weights is None else f"--weights {given.weights}"
     if given.model is None:
-        raise InputError(f"--weights {given.weights} needs its network: give --model NAME or --model FILE.py:FACTORY")
+        raise InputError(f"{option} needs its network: give --model NAME or --model FILE.py:FACTORY")
     if given.data is None:
-        raise InputError(f"--weights {given.weights} needs the data it is for: give --data, as imagefolder:DIR")
+        raise InputError(f"{option} needs the data it is for: give --data, as imagefolder:DIR")
     loaded = load_data(given, given.data, default="", model=given.model)
     spec = model_spec(given, given.model, loaded)
     model = models.build(spec)
     models.require_fit(model, spec, loaded.input.shape)
-    state, beside = foreign.load(given.weights, model, spec.name)
+    state, beside = _weights(given, model, spec)
     if beside:
-        tell(told_of_beside(given.weights, beside))
-    made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, state, origin=str(given.weights))
-    options = {"data": datasets.recorded(given.data), "weights": given.weights.name, "model": spec.described()}
+        tell(told_of_beside(given.weights or PRETRAINED, beside))
+    origin, name = (str(given.weights), given.weights.name) if given.weights else (spec.name, PRETRAINED.name)
+    made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, state, origin=origin)
+    options = {"data": datasets.recorded(given.data), "weights": name, "model": spec.described()}
     return made.then("import", options, {}), loaded
+
+
+def _weights(given: Preparation, network: nn.Module, spec: checkpoint.ModelSpec) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights of `network` that `given` names, a file's or those that are published, and what stands beside."""
+    if given.weights is not None:
+        return foreign.load(given.weights, network, spec.name)
+    return foreign.matched(pretrained.weights(spec), network.state_dict(), "what is published", spec.name)
+
+
+PRETRAINED = Path("pretrained")  # how a history and messages name published weights
 
 
 def new_network(given: Inputs, seed: int) -> tuple[checkpoint.Checkpoint, datasets.Data]:
@@ -153,11 +181,11 @@ def start_from(
 
     Raises InputError where they do not fit.
     """
-    if given.weights is not None:
-        tensors, beside = foreign.load(given.weights, network, spec.name)
+    if given.weights is not None or given.pretrained:
+        tensors, beside = _weights(given, network, spec)
         checkpoint.into(network, tensors)
         if beside:
-            tell(told_of_beside(given.weights, beside))
+            tell(told_of_beside(given.weights or PRETRAINED, beside))
     elif text.has(given.model):
         fresh = text.start(network, given.model)
         tell(f"weights of {given.model}; new are {', '.join(fresh) or 'none'}")

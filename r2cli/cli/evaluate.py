@@ -1,11 +1,12 @@
 """`r2 evaluate`: measure a checkpoint or an ONNX file."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, FileGates, MeasuredImages, Told
+from r2cli.config.groups import FileGates, MeasuredImages, Told
 from r2cli.config.inspection import EvaluateConfig, EvaluateSource
 from r2cli.errors import InputError
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from r2cli import data as datasets
-    from r2cli.storage.checkpoint import InputSpec
 
 
 @command
@@ -30,9 +30,9 @@ def evaluate(
     from r2cli.deploy import runtime
     from r2cli.train import loop
 
-    source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
+    source = gates.source(given)
     subject = _of_onnx(given) if source.suffix == ".onnx" else _of_network(given, config.device)
-    predict, one_thread, where, spec, loaded, engine = subject
+    where, loaded = subject.device, subject.loaded
     if images.eval_images is not None:
         loaded = datasets.with_test_images(loaded, images.eval_images)
     if answer.dry_run:
@@ -40,31 +40,38 @@ def evaluate(
         return {"command": "evaluate"}
     console.note(f"evaluating {source} on {len(loaded.test)} images")
     with console.bar("evaluate", len(loaded.test)) as progress:
-        top1 = loop.top1(predict, loaded.test, where, advance=progress.advance)
+        top1 = loop.top1(subject.predict, loaded.test, where, advance=progress.advance)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    latency = runtime.latency_ms(lambda image: one_thread(image.to(where)).cpu(), spec.blank(1))
+    latency = runtime.latency_ms(lambda image: subject.one_thread(image.to(where)).cpu(), subject.loaded.input.blank(1))
     torch.set_num_threads(threads)
-    size = source.stat().st_size
     report = {
         "command": "evaluate",
         "source": source,
         "top1": top1,
         "images": len(loaded.test),
         "latency_ms": latency,
-        "bytes": size,
-        "engine": engine,
+        "bytes": subject.size,
+        "engine": subject.engine,
         "cpu": runtime.cpu(),
     }
-    speed = f"{latency:.2f} ms an image ({engine}{', 1 thread' if where.type == 'cpu' else ''})"
-    summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {size:,} bytes"
+    speed = f"{latency:.2f} ms an image ({subject.engine}{', 1 thread' if where.type == 'cpu' else ''})"
+    summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {subject.size:,} bytes"
     console.tell([summary, *gates.unreadable(loaded.test.unreadable)], as_json=answer.json)
-    gates.require(report, wanted, top1=top1, size=size)
+    gates.require(report, wanted, top1=top1, size=subject.size)
     return report
 
 
-# The predictor, the predictor on one thread, the device, the preprocessing, the data, and the name of the engine.
-Subject = tuple["Callable[[Tensor], Tensor]", Any, "torch.device", "InputSpec", "datasets.Data", str]
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a function from images to logits, the same on one thread, and its size in bytes."""
+
+    predict: "Callable[[Tensor], Tensor]"
+    one_thread: "Callable[[Tensor], Tensor]"
+    device: "torch.device"
+    loaded: "datasets.Data"
+    engine: str
+    size: int
 
 
 def _of_onnx(given: EvaluateSource) -> Subject:
@@ -74,14 +81,15 @@ def _of_onnx(given: EvaluateSource) -> Subject:
     from r2cli.api import inputs
     from r2cli.deploy import runtime
 
-    source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
+    source = gates.source(given)
     if given.model is not None:
         raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
     spec = runtime.input_spec(source)
     loaded = inputs.load_data(given, given.data, default=runtime.data_name(source), spec=spec)
     inputs.require_classes(str(source), runtime.class_names(source), loaded)
     one_thread = runtime.runner(source, threads=1)
-    return runtime.runner(source), one_thread, torch.device("cpu"), spec, loaded, "ONNX Runtime"
+    size = source.stat().st_size
+    return Subject(runtime.runner(source), one_thread, torch.device("cpu"), loaded, "ONNX Runtime", size)
 
 
 def _of_network(given: EvaluateSource, device: str) -> Subject:
@@ -95,4 +103,8 @@ def _of_network(given: EvaluateSource, device: str) -> Subject:
     made, loaded = inputs.load(given, tell=console.note)
     where = loop.device(device)
     predict = torch.inference_mode()(deployed.network(made).to(where))
-    return predict, predict, where, made.input, loaded, f"torch on {where}"
+    if given.pretrained:
+        size = sum(tensor.nbytes for tensor in made.floats.values())
+    else:
+        size = gates.source(given).stat().st_size
+    return Subject(predict, predict, where, loaded, f"torch on {where}", size)

@@ -5,7 +5,7 @@ from time import perf_counter
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, Evaluation, FileGates, Inputs
+from r2cli.config.groups import Evaluation, FileGates, Inputs
 from r2cli.config.inspection import ExportOutput
 from r2cli.storage.run_files import RunFiles
 
@@ -13,7 +13,7 @@ from r2cli.storage.run_files import RunFiles
 @command
 def export(given: Inputs, evaluation: Evaluation, wanted: FileGates, written: ExportOutput) -> Report:
     """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
-    source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
+    source = gates.source(given)
     output = written.output or gates.beside(source, "onnx")
     gates.require_output(output, ".onnx", source=source)
     files = RunFiles("export", [output], overwrite=written.overwrite)

@@ -6,15 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from r2cli import console
+from r2cli.config.groups import DEFAULT_SOURCE, Inputs
 from r2cli.config.option import Config
 from r2cli.errors import CheckFailed, InputError
 
 
-def source(given: Path | None, weights: Path | None, default: Path) -> Path:
-    """Return the file that a command reads: a checkpoint, or --weights. Raises InputError if both are given."""
-    if given is not None and weights is not None:
-        raise InputError(f"{given} and --weights {weights} are two networks: give one of them")
-    return weights or given or default
+def source(given: Inputs) -> Path:
+    """Return the file that a command reads: a checkpoint, or --weights; for --pretrained a name for what is made of it.
+
+    Raises InputError if two of them are given.
+    """
+    if given.weights is not None and given.pretrained:
+        raise InputError(f"--weights {given.weights} and --pretrained are two networks: give one of them")
+    other = f"--weights {given.weights}" if given.weights is not None else "--pretrained" if given.pretrained else None
+    if given.source is not None and other is not None:
+        raise InputError(f"{given.source} and {other} are two networks: give one of them")
+    if given.pretrained and given.model is not None:
+        return Path(f"{given.model.rpartition(':')[2]}.safetensors")
+    return given.weights or given.source or DEFAULT_SOURCE
 
 
 def beside(source: Path, ending: str) -> Path:

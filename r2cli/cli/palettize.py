@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Evaluation, Inputs
+from r2cli.config.groups import CompressionGates, Evaluation, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
 from r2cli.storage.run_files import Asked, RunFiles, checksum
@@ -24,8 +24,8 @@ def palettize(
 ) -> Report:
     """Compress to tables of centroids: codes, an ONNX file, and its proof."""
     started = perf_counter()
-    source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
-    is_network = given.weights is not None or _is_checkpoint(source)
+    source = gates.source(given)
+    is_network = given.weights is not None or given.pretrained or _is_checkpoint(source)
     method = config.method or (registry.PALETTE_METHOD if is_network else registry.PALETTE_METHOD_OF_FILES)
     suffix = config.suffix(method)
     output = written.output or gates.beside(source, f"{suffix}.safetensors")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Evaluation, Inputs
+from r2cli.config.groups import CompressionGates, Evaluation, Inputs
 from r2cli.config.inspection import PtqOutput
 from r2cli.config.methods import PtqConfig
 from r2cli.errors import InputError
@@ -25,7 +25,7 @@ def ptq(
 ) -> Report:
     """Quantize without training: codes, an ONNX file, and its proof."""
     started = perf_counter()
-    source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
+    source = gates.source(given)
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
     onnx = output.with_suffix(".onnx")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import DEFAULT_SOURCE, CompressionGates, Evaluation, Inputs
+from r2cli.config.groups import CompressionGates, Evaluation, Inputs
 from r2cli.config.inspection import QatOutput
 from r2cli.config.methods import QatConfig
 from r2cli.storage.run_files import RunFiles
@@ -23,8 +23,9 @@ def qat(
 ) -> Report:
     """Train with quantized weights and activations: codes, an ONNX file, and its proof."""
     started = perf_counter()
-    is_new = config.from_scratch and given.model is not None and given.source is None and given.weights is None
-    source = gates.source(given.source, given.weights, DEFAULT_SOURCE)
+    has_weights = given.source is not None or given.weights is not None or given.pretrained
+    is_new = config.from_scratch and given.model is not None and not has_weights
+    source = gates.source(given)
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
     state, onnx = resume_state(output), output.with_suffix(".onnx")

@@ -15,11 +15,14 @@ def asked(
 ) -> Asked:
     """What decides the result of a run: `options`, the data `loaded`, its preprocessing, and the files in `read`.
 
-    None in `read` stands for a file that was not given. The network's own code is a file that the run reads.
+    None in `read` stands for a file that was not given; published weights are none. The network's own code is a file
+    that the run reads.
     """
     spec = loaded.input
     own = {"data": datasets.recorded(loaded.name), "size": spec.size, "mean": spec.mean, "std": spec.std}
+    own |= {"pretrained": getattr(given, "model", None)} if given.pretrained else {}
     code = str(getattr(given, "model", None) or "").rpartition(":")[0]
+    read = [] if given.pretrained else read
     files = [path for path in (*read, Path(code) if code.endswith(".py") else None) if path is not None]
     images = f"{len(loaded.train)} to train and {len(loaded.test)} to test"
     known = hashlib.sha256(repr((loaded.class_names, spec.tokenizer)).encode()).hexdigest()

@@ -20,6 +20,12 @@ class Preparation(Config):
     weights: Path | None = option(
         None, "A file with its state_dict: .safetensors, or .pth as torch.save writes it.", panel=FOREIGN
     )
+    pretrained: bool = option(
+        False,
+        "Take the weights that torchvision or timm publishes for the network: downloaded once.",
+        "--pretrained",
+        panel=FOREIGN,
+    )
     model_arg: Sequence[str] = option(
         (), "NAME=VALUE: a keyword of the network's factory; repeatable.", panel=FOREIGN, given=list[str] | None
     )
