@@ -3,7 +3,9 @@
 Only the command line asks for them: a checkpoint never does. No code in a downloaded file runs.
 """
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +53,10 @@ def weights(spec: ModelSpec) -> Mapping[str, Tensor]:
     try:
         if timm.has(spec.name):
             return timm.pretrained(spec)
-        state: Mapping[str, Tensor] = _of_torchvision(spec.name).get_state_dict(
-            progress=False, check_hash=True, map_location="cpu", weights_only=True
-        )
+        with redirect_stdout(sys.stderr):  # torch prints while it downloads; standard output is for results
+            state: Mapping[str, Tensor] = _of_torchvision(spec.name).get_state_dict(
+                progress=False, check_hash=True, map_location="cpu", weights_only=True
+            )
         return state
     except InputError:
         raise
