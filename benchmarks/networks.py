@@ -1,22 +1,23 @@
-"""Does post-training quantization reach its ONNX file on networks of every shape? Twelve of torchvision's.
+"""How wide are the doors? A hundred networks of torchvision and timm, read, quantized, written and proved.
 
 Each network has random weights; its BatchNorms have seen noise, each image of a contrast and a colour of its own, and
-their shifts are 1 instead of 0: a deep random network is chaotic otherwise (see onnx_speed.py). ConvNeXt's layer
-scales, 1e-6 before training, are drawn anew so that its blocks count. The network is quantized by `r2cli.quantize`
-(W8A8, and some W4A8, per channel, nearest rounding) and exported; the file is proved as `r2 ptq` proves it: audited,
-run in ONNX Runtime with optimisation off and at its default, 30 dB of logits against torch's. The labels are the float
-network's answers.
+their shifts are 1 instead of 0: a deep random network is chaotic otherwise (see onnx_speed.py). Layer scales of 1e-6
+are drawn anew so that their blocks count. The forms are W8A8, and W4A8 per channel (`r2cli.quantize`, nearest
+rounding); for the first networks of each list also two steps of training (`r2cli.finetune`, W4A8) and palettes
+(`r2cli.palettize`, k-means, 4 bits). Each file is proved as `r2 ptq` proves it. Labels are the float network's answers.
 
     python benchmarks/networks.py --work-dir networks --output benchmarks/networks.md
 
-One JSON file a row in the work directory: a run that was stopped goes on where it was. With --speed the float32 file is
-made too, and the time of one image on one thread compared, files in turn, the least of --rounds.
+One JSON file a network in the work directory: a run that was stopped goes on where it was. Nothing is hidden: a network
+that is refused, or fails its proof, is a row that says so.
 """
 
 import argparse
 import json
 import tempfile
+import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,26 +25,45 @@ from typing import Any
 import onnxruntime
 import torch
 from given_images import data_of
-from onnx_speed import least_ms, machine, table
+from onnx_speed import machine, table
 from torch import Tensor, nn
 
 import r2cli
 from r2cli import __version__, models
 from r2cli.calibration import deployed
 from r2cli.deploy import runtime
+from r2cli.deploy.verify import Proof
+from r2cli.errors import R2Error
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
-NETWORKS = (
-    *("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5", "squeezenet1_1"),
-    *("regnet_y_400mf", "vit_b_16", "swin_t", "densenet121", "googlenet", "convnext_tiny"),
+# One of each family of torchvision's classifiers.
+TORCHVISION = (
+    "mobilenet_v3_small mobilenet_v2 resnet18 efficientnet_b0 mnasnet0_5 shufflenet_v2_x0_5 squeezenet1_1 "
+    "regnet_y_400mf regnet_x_400mf densenet121 googlenet inception_v3 resnext50_32x4d wide_resnet50_2 vgg11 vgg11_bn "
+    "alexnet convnext_tiny efficientnet_v2_s mobilenet_v3_large vit_b_32 swin_t swin_v2_t maxvit_t resnet50"
 )
-FOUR_BITS = ("resnet18", "mobilenet_v3_small", "vit_b_16")  # W4A8 as well
-CLASSES, BATCH = 1000, 8
-INTEGER = ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearConcat")
+# Mobile networks first, then the families that the others of timm belong to.
+TIMM = (
+    "mobilenetv4_conv_small mobilenetv3_small_050 efficientnet_lite0 tf_efficientnet_lite0 tf_efficientnetv2_b0 "
+    "mnasnet_small fbnetc_100 ghostnet_050 ghostnetv2_100 repvgg_a0 mobileone_s0 lcnet_050 tinynet_e hardcorenas_a "
+    "mixnet_s rexnet_100 regnetx_002 regnety_002 resnet18 resnext26ts res2net50_26w_4s seresnet18 dla46_c "
+    "hrnet_w18_small densenet121 ese_vovnet19b_dw cspresnet50 selecsls42b eca_nfnet_l0 fastvit_t8 mobilevit_xxs "
+    "mobilevitv2_050 efficientvit_b0 efficientvit_m0 efficientformer_l1 edgenext_xx_small levit_128s convnext_atto "
+    "convnextv2_atto poolformer_s12 mixer_s32_224 resmlp_12_224 deit_tiny_patch16_224 vit_tiny_patch16_224 "
+    "swin_tiny_patch4_window7_224 maxvit_tiny_rw_224 coatnet_nano_rw_224 tiny_vit_5m_224 starnet_s1 repghostnet_050 "
+    "xception41 ghostnetv3_050 efficientnet_es fbnetv3_b mobilenetv4_hybrid_medium mobilenetv3_large_100 mixnet_m "
+    "tf_mixnet_s pvt_v2_b0 repvit_m0_9 fasternet_t0 inception_next_atto gernet_s semnasnet_075 spnasnet_100 "
+    "cspdarknet53 test_vit test_resnet test_efficientnet test_byobnet test_convnext test_nfnet test_mambaout "
+    "test_vit_relpos resnetv2_50"
+)
+NETWORKS = (*TORCHVISION.split(), *(f"timm:{name}" for name in TIMM.split()))
+EACH_ROAD = (*NETWORKS[:10], *NETWORKS[25:40])  # the 25 that are trained and given palettes too
+CLASSES, BATCH = 100, 8
 HEAD = [
-    *("network", "form", "proof", "layers", "integer nodes", "other nodes", "float, as announced"),
-    *("dB to torch", "dB to float", "bytes", "/ float32 time", "s ptq", "s export", "s proof"),
+    *("network", "pixels", "W8A8", "W4A8", "qat", "palettes", "layers", "weights' bytes on integers"),
+    *("BatchNorms left", "float operations", "integer nodes", "dB to torch", "dB to float", "s W8A8", "s all"),
 ]
+INTEGER = ("QLinear", "QGemm", "MatMulInteger")
 
 
 def noise(batches: int, seed: int, size: int) -> list[Tensor]:
@@ -58,109 +78,167 @@ def noise(batches: int, seed: int, size: int) -> list[Tensor]:
     return [batch() for _ in range(batches)]
 
 
+def sizes(name: str, size: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Keywords and sizes of images to try: as it is, told the size, and at the network's own size."""
+    yield {}, size
+    yield {"img_size" if name.startswith("timm:") else "image_size": size}, size
+    yield {}, 224
+    yield {}, 299
+
+
 def network(name: str, size: int) -> Checkpoint:
-    """A random network whose BatchNorms have seen noise."""
-    torch.manual_seed(0)
-    spec = ModelSpec(name, CLASSES, args={"image_size": size} if name.startswith("vit") else {})
-    model = models.build(spec).train()
+    """A random network whose BatchNorms have seen noise, for images of `size` or of the only one that it takes."""
+    for args, pixels in sizes(name, size):
+        try:
+            torch.manual_seed(0)
+            spec = ModelSpec(name, CLASSES, args=args)
+            model = models.build(spec).train()
+            with torch.no_grad():
+                model(noise(1, 1, pixels)[0])
+            break
+        except Exception as error:  # whatever a network raises that wants another size
+            last = error
+    else:
+        raise last
     for key, parameter in model.named_parameters():
-        if key.endswith("layer_scale"):
+        if key.endswith(("layer_scale", "gamma")) and float(parameter.detach().abs().max()) < 1e-3:
             nn.init.normal_(parameter, 0, 0.3)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.bias is not None:
             nn.init.ones_(module.bias)
             module.momentum = None  # average over the batches
     if isinstance(getattr(model, "heads", None), nn.Sequential):
         # torchvision's is zero: logits that say nothing.
         nn.init.normal_(list(model.get_submodule("heads").parameters())[-2], 0, 0.02)
     with torch.no_grad():
-        for images in noise(4, 1, size):
+        for images in noise(4, 1, pixels):
             model(images)
     state = {key: tensor.contiguous() for key, tensor in model.eval().state_dict().items()}
-    spec_of_input = InputSpec(3, size, size, mean=(0.0,) * 3, std=(1.0,) * 3)
+    spec_of_input = InputSpec(3, pixels, pixels, mean=(0.0,) * 3, std=(1.0,) * 3)
     return Checkpoint(spec, spec_of_input, tuple(map(str, range(CLASSES))), state)
 
 
-@torch.inference_mode()
-def row(name: str, bits: int, size: int, rounds: int) -> dict[str, Any]:
-    """One network at one width, quantized, exported and proved; `rounds` 0 leaves the time out."""
-    made = network(name, size)
-    float_model = deployed.network(made)
-    test = [(images, float_model(images).argmax(1)) for images in noise(2, 3, size)]
-    source = data_of(made.input, made.class_names, noise(2, 2, size), test)
-    started = perf_counter()
-    result = r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=bits, device="cpu"))
-    quantized = perf_counter()
+def proved(result: Any, source: Any) -> Proof:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         r2cli.export(result, path)
-        exported = perf_counter()
-        proof = r2cli.verify(path, result, source)
-        proved = perf_counter()
-        ratio = None
-        if rounds:
-            float_file = Path(folder) / "float.onnx"
-            r2cli.export(made, float_file)
-            image = noise(1, 4, size)[0][:1]
-            runs = {each.stem: runtime.runner(each, threads=1) for each in (path, float_file)}
-            least = least_ms(runs, rounds, image)
-            ratio = least[path.stem] / least[float_file.stem]
-    failed = [f"{check.name}: {check.detail}" for check in proof.checks if not check.passed]
+        return r2cli.verify(path, result, source)
+
+
+def tried(work: Callable[[], Proof]) -> tuple[str, dict[str, Any]]:
+    """'passed', or what failed or was refused, in one line; and the measures of the proof."""
+    try:
+        proof = work()
+    except Exception as error:  # a row says what became of it
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        known = isinstance(error, R2Error)
+        return told if known else f"{told} ({Path(place.filename).name}:{place.lineno})", {}
+    failed = [f"{check.name}: {check.detail[:200]}" for check in proof.checks if not check.passed]
+    return f"FAILED {'; '.join(failed)}" if failed else "passed", dict(proof.measures)
+
+
+def row(name: str, size: int) -> dict[str, Any]:
+    """One network in all its forms."""
+    started = perf_counter()
+    try:
+        made = network(name, size)
+    except Exception as error:  # the network itself, without any of ours
+        return {"network": name, "size": size, "forms": {"W8A8": f"cannot be built: {error}"}, "seconds": 0}
+    float_model = deployed.network(made)
+    with torch.inference_mode():
+        test = [(images, float_model(images).argmax(1)) for images in noise(2, 3, made.input.size)]
+    source = data_of(made.input, made.class_names, noise(2, 2, made.input.size), test)
+
+    def quantized(bits: int) -> Proof:
+        return proved(r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=bits, device="cpu")), source)
+
+    def trained() -> Proof:
+        config = r2cli.QatConfig(weight_bits=4, act_bits=8, epochs=1, batch_size=BATCH, device="cpu")
+        return proved(r2cli.finetune(made, source, config), source)
+
+    def palettes() -> Proof:
+        config = r2cli.PalettizeConfig(method="kmeans", bits=4, act_bits="8", device="cpu")
+        return proved(r2cli.palettize(made, source, config), source)
+
+    begun = perf_counter()
+    forms = {}
+    forms["W8A8"], measures = tried(lambda: quantized(8))
+    first = perf_counter()
+    forms["W4A8"], _ = tried(lambda: quantized(4))
+    if name in EACH_ROAD:
+        forms["qat"], _ = tried(trained)
+        forms["palettes"], _ = tried(palettes)
+    kept = ("nodes", "float_operations", "float_weights", "integer_share", "sqnr_db", "float_sqnr_db", "bytes")
     return {
         "network": name,
-        "form": f"W{bits}A8",
-        "failed": failed,
-        "layers": len(result.layers),
-        "nodes": proof.measures["nodes"],
-        "float": dict(Counter(each["kind"] for each in proof.measures["float_operations"])),
-        "parity": next(check.detail for check in proof.checks if check.name == "parity"),
-        "sqnr": proof.measures["sqnr_db"],
-        "sqnr_to_float": proof.measures["float_sqnr_db"],
-        "bytes": proof.measures["bytes"],
-        "ratio": ratio,
-        "seconds": [round(b - a, 1) for a, b in ((started, quantized), (quantized, exported), (exported, proved))],
+        "size": made.input.size,
+        "forms": forms,
+        "layers": sum(isinstance(m, nn.Linear | nn.modules.conv._ConvNd) for m in float_model.modules()),
+        **{key: measures.get(key) for key in kept},
+        "seconds_w8a8": round(first - begun, 1),
+        "seconds": round(perf_counter() - started, 1),
     }
 
 
 def cells(one: dict[str, Any]) -> list[str]:
     """A row of the table."""
-    nodes = {op: count for op, count in one["nodes"].items() if op.startswith("Q") or op in INTEGER}
-    nodes.pop("QuantizeLinear", None)
-    others = {op: count for op, count in one["nodes"].items() if op not in nodes}
-    told = [", ".join(f"{count} {op}" for op, count in kinds.items()) for kinds in (nodes, others, one["float"])]
-    ratio = "" if one["ratio"] is None else f"{one['ratio']:.2f}"
-    numbers = [f"{one['sqnr']:.0f}", f"{one['sqnr_to_float']:.1f}", f"{one['bytes']:,}", ratio]
-    proof = "passed" if not one["failed"] else f"FAILED {'; '.join(one['failed'])}"
-    return [one["network"], one["form"], proof, str(one["layers"]), *told, *numbers, *map(str, one["seconds"])]
+    nodes = one.get("nodes") or {}
+    kinds = Counter(each["kind"] for each in one.get("float_operations") or ())
+    share, sqnr, away = (one.get(key) for key in ("integer_share", "sqnr_db", "float_sqnr_db"))
+    return [
+        one["network"],
+        str(one["size"]),
+        *(one["forms"].get(form, "") for form in ("W8A8", "W4A8", "qat", "palettes")),
+        str(one.get("layers", "")),
+        "" if share is None else f"{share:.1f} %",
+        str(nodes.get("BatchNormalization", 0)) if nodes else "",
+        ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
+        str(sum(count for op, count in nodes.items() if op.startswith(INTEGER))) if nodes else "",
+        "" if sqnr is None else f"{sqnr:.0f}",
+        "" if away is None else f"{away:.1f}",
+        str(one.get("seconds_w8a8", "")),
+        str(one["seconds"]),
+    ]
+
+
+def summary(done: list[dict[str, Any]]) -> str:
+    """What the goal asks for, counted."""
+    read = [one for one in done if one.get("nodes") or one["forms"]["W8A8"].startswith("FAILED")]
+    whole = [one for one in read if (one.get("integer_share") or 0) > 99.9]
+    forms = {form: [one["forms"][form] for one in done if form in one["forms"]] for form in HEAD[2:6]}
+    counted = ", ".join(f"{form} {found.count('passed')} of {len(found)}" for form, found in forms.items() if found)
+    return (
+        f"{len(read)} of {len(done)} networks are read; in {len(whole)} more than 99.9 % of the weights' bytes are on "
+        f"integers at W8A8. Proofs that pass: {counted}."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Twelve networks of torchvision, quantized, exported and proved.")
+    parser = argparse.ArgumentParser(description="A hundred networks, quantized, written and proved.")
     parser.add_argument("networks", nargs="*", default=NETWORKS)
-    parser.add_argument("--size", type=int, default=224, help="pixels of the images")
-    parser.add_argument("--work-dir", type=Path, default=Path("networks"), help="a JSON file for every row")
-    parser.add_argument("--speed", action="store_true", help="compare with the float32 file's time")
-    parser.add_argument("--rounds", type=int, default=30, help="timed runs of every file")
+    parser.add_argument("--size", type=int, default=64, help="pixels of the images, where a network takes any")
+    parser.add_argument("--work-dir", type=Path, default=Path("networks"), help="a JSON file for every network")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     done = []
     for name in arguments.networks:
-        for bits in (8, 4) if name in FOUR_BITS else (8,):
-            file = arguments.work_dir / f"{name}-w{bits}-{arguments.size}.json"
-            if not file.exists():
-                found = row(name, bits, arguments.size, arguments.rounds if arguments.speed else 0)
-                file.write_text(json.dumps(found))
-                print(" | ".join(cells(found)), flush=True)
-            done.append(json.loads(file.read_text()))
+        file = arguments.work_dir / f"{name.replace(':', '_')}.json"
+        if not file.exists():
+            found = row(name, arguments.size)
+            file.write_text(json.dumps(found))
+            print(" | ".join(cells(found)), flush=True)
+        done.append(json.loads(file.read_text()))
     text = "\n\n".join(
         [
-            "# Twelve networks from float to a proved integer file",
-            f"`python benchmarks/networks.py{' --speed' if arguments.speed else ''} --size {arguments.size}`; "
-            f"{machine()} ({runtime.cpu()}); r2cli {__version__}, torch {torch.__version__}, "
-            f"ONNX Runtime {onnxruntime.__version__}; seeds 0 to 4 in the script.",
-            "Nodes are those that ONNX Runtime runs at its default; `dB to torch`: logits of the file in ONNX Runtime "
-            "against the quantized network in torch; `dB to float`: against the float one.",
+            f"# {len(done)} networks from float to a proved integer file",
+            f"`python benchmarks/networks.py`; {machine()} ({runtime.cpu()}); r2cli {__version__}, torch "
+            f"{torch.__version__}, ONNX Runtime {onnxruntime.__version__}; seeds 0 to 3 in the script.",
+            summary(done),
+            "`dB to torch`: logits of the W8A8 file in ONNX Runtime against the quantized network in torch; `dB to "
+            "float`: against the float one. Weights are random: they show the path, not the accuracy. `s W8A8`: "
+            "reading, quantizing, writing and proving at W8A8.",
             table(HEAD, [cells(one) for one in done]),
         ]
     )
