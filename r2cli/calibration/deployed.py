@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from r2cli import models
 from r2cli.calibration.observers import Observer
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, channel_clip, edit
+from r2cli.graph import batchnorm, channel_clip, edit, lone_norms
 from r2cli.graph.read import trace
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint, into
@@ -106,12 +106,13 @@ class _Architecture:
 
     described: str
     factory: Any
+    on_grids: bool
     checkpoint: Checkpoint = field(compare=False)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "_Architecture":
         given = replace(checkpoint, floats={}, coded={}, activations={})
-        return cls(_described(checkpoint), checkpoint.model.factory, given)
+        return cls(_described(checkpoint), checkpoint.model.factory, bool(checkpoint.activations), given)
 
 
 def _described(checkpoint: Checkpoint) -> str:
@@ -123,6 +124,8 @@ def _described(checkpoint: Checkpoint) -> str:
 def _graph(of: _Architecture) -> fx.GraphModule:
     """The graph of a network without BatchNorms, on the meta device: without its weights."""
     net = trace(models.build(of.checkpoint.model), of.checkpoint.input.blank(2), architecture(of.checkpoint))
+    if of.on_grids:
+        lone_norms.give_layers(net)
     batchnorm.remove_norms(net)
     return net.to("meta")
 

@@ -17,7 +17,7 @@ from r2cli import registry
 from r2cli.calibration import calibrate, deployed
 from r2cli.data import Batch
 from r2cli.errors import InputError, R2Error
-from r2cli.graph import batchnorm, equivalence, operators, structure
+from r2cli.graph import batchnorm, equivalence, lone_norms, operators, structure
 from r2cli.graph.read import Unreadable
 from r2cli.palettes import tables
 from r2cli.palettes.tables import PaletteForm
@@ -153,6 +153,8 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
         net = None
     if net is None:
         return ReadNetwork(model, None, structure.weighted(model, embeddings=settings.embeddings))
+    if on_grids:
+        lone_norms.give_layers(net)
     # The scale behind a table takes BatchNorm's factor, and a scale has no sign.
     batchnorm.make_factors_positive(net)
     if not structure.layers(net):

@@ -18,7 +18,7 @@ from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
 from r2cli.data import Batch
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, equivalence, operators, structure
+from r2cli.graph import batchnorm, equivalence, lone_norms, operators, structure
 from r2cli.graph.read import Unreadable
 from r2cli.ptq import (
     batchnorm_statistics,
@@ -226,9 +226,13 @@ def _prepare(
     """
     require_float(checkpoint)
     net = equivalence.read(deployed.network(checkpoint), checkpoint.input, deployed.architecture(checkpoint))
+    alone = lone_norms.give_layers(net) if settings.act_bits is not None else []
     # First, because everything after it looks at ranges, and a dead channel could have the largest.
     constant = batchnorm.make_dead_channels_constant(net)
-    notes = [{name: f"{count} dead channels made constant" for name, count in constant.items()}]
+    notes = [
+        dict.fromkeys(alone, lone_norms.NOTE),
+        {name: f"{count} dead channels made constant" for name, count in constant.items()},
+    ]
     # One grid for the tensor is as coarse as its largest channel, so channels that hardly vary must not be the largest.
     if settings.granularity == TENSOR:
         notes.append(
@@ -352,7 +356,9 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
 
     folded = batchnorm.folded(weight, factor)
     if settings.granularity != UNFOLDED:
-        return nearest(folded, per_channel=settings.granularity == CHANNEL), folded
+        # A scale of its own holds a filter of one weight exactly.
+        own_scales = settings.granularity == CHANNEL or folded[0].numel() == 1
+        return nearest(folded, per_channel=own_scales), folded
     # Unfolded: one grid on the weight as it was trained, whose range a regularizer has kept narrow. Folding would make
     # outliers of the channels with a large factor; here the factor goes into the scales instead.
     raw = nearest(weight, per_channel=False)

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from r2cli import models, registry
 from r2cli.calibration import calibrate, deployed
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, edit, equivalence, structure
+from r2cli.graph import batchnorm, edit, equivalence, lone_norms, structure
 from r2cli.qat import qat_method, quantizer_placement
 from r2cli.qat.qat_method import Batches
 from r2cli.qat.quantizer_placement import Prepared
@@ -89,6 +89,8 @@ def prepare(work: QatTask) -> Prepared:
     # The graph is what is trained and exported. It must compute what the user's module computes.
     graph = quantizer_placement.read(model, made.input.blank(2), deployed.architecture(made))
     net = equivalence.require_same(graph, model, made.input)
+    if settings.act_bits:
+        lone_norms.give_layers(net)
     names = [layer.name for layer in structure.layers(net)]
     if not names:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")
