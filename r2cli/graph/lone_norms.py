@@ -10,10 +10,6 @@ from torch import fx, nn
 from r2cli.graph import structure
 from r2cli.graph.operators import module_of
 
-CONVOLUTIONS: dict[type[nn.Module], type[nn.Conv2d | nn.Conv3d]] = {
-    nn.BatchNorm2d: nn.Conv2d,
-    nn.BatchNorm3d: nn.Conv3d,
-}
 ENDING = "_alone"  # of the convolution's name, after that of the BatchNorm
 NOTE = "a BatchNorm alone"
 
@@ -28,9 +24,11 @@ def give_layers(net: fx.GraphModule) -> list[str]:
     found = []
     for node in list(net.graph.nodes):
         norm, name = module_of(net, node), str(node.target)
-        kind = CONVOLUTIONS.get(type(norm)) if norm is not None else None
-        if kind is None or norm.running_var is None or name in followed or calls.count(name) > 1:
+        if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d) or norm.running_var is None:
             continue
+        if name in followed or calls.count(name) > 1:
+            continue
+        kind = nn.Conv2d if isinstance(norm, nn.BatchNorm2d) else nn.Conv3d
         count = norm.num_features
         ones = kind(count, count, 1, groups=count, bias=False, device=norm.running_var.device)
         nn.init.ones_(ones.weight)
