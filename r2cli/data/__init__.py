@@ -188,11 +188,11 @@ def with_test_images(data: Data, count: int) -> Data:
     return replace(data, test=subset(data.test, index.sort().values))
 
 
-PIXELS = 2**20  # of a batch: what a mobile network makes of it takes some 300 MB
+PIXELS = 2**19  # of a batch: what a mobile network makes of it takes some 150 MB
 
 
 def batch_that_fits(split: Split, most: int) -> int:
-    """How many inputs at once, at most `most`, where nothing is learned: 20 images of 224 pixels, 256 of 64."""
+    """How many inputs at once, at most `most`, where nothing is learned: 10 images of 224 pixels, 128 of 64."""
     spec: InputSpec | None = getattr(split, "spec", None)  # texts are short and have none
     return most if spec is None else max(1, min(most, PIXELS // spec.size**2))
 

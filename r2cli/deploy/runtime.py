@@ -190,15 +190,22 @@ def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | No
     return found
 
 
-def values(file: onnx.ModelProto, names: Sequence[str], images: Tensor, *, optimise: bool) -> dict[str, Tensor]:
-    """The values of the inlined `file` by name, as they are while it computes `images`: input, result, and `names`."""
+def values(file: onnx.ModelProto, names: Sequence[str], *, optimise: bool) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A function from images (n, ...) to the values of the inlined `file` by name: input, result, and `names`."""
     open_file = onnx.ModelProto()
     open_file.CopyFrom(file)
     open_file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     own = session(open_file.SerializeToString(), optimise=optimise)
     outputs, given = [each.name for each in own.get_outputs()], own.get_inputs()[0].name
-    try:
-        found = own.run(outputs, {given: images.cpu().contiguous().numpy()})
-    except Exception as error:  # as above
-        raise UnrunnableError(f"the file fails when ONNX Runtime {ort.__version__} runs it: {_first(error)}") from error
-    return {given: images.cpu()} | {name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)}
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        try:
+            found = own.run(outputs, {given: images.cpu().contiguous().numpy()})
+        except Exception as error:  # as above
+            raise UnrunnableError(
+                f"the file fails when ONNX Runtime {ort.__version__} runs it: {_first(error)}"
+            ) from error
+        read = zip(outputs, found, strict=True)
+        return {given: images.cpu()} | {name: torch.from_numpy(value) for name, value in read}
+
+    return run
