@@ -30,8 +30,6 @@ TOP1_POINTS = 0.5
 OFF_SAMPLES = 64  # images for the slow session without optimisation, and for the float network
 FOLLOWED = 8  # images of which every value on a grid is compared
 FOLLOWED_PIXELS = 2**14  # of images whose values are held at once: at 224 pixels a mobile network has 100 MB of them
-    2**14
-)  # of the images whose values are held at once: a mobile network has 100 MB of them at 224 pixels
 
 
 @dataclass(frozen=True)
