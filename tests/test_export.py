@@ -9,8 +9,10 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from torch import nn
 
-from r2cli import data, models
+import r2cli
+from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.deploy import audit, onnx_export, runtime, verify, weight_roles
 from r2cli.errors import InputError
@@ -212,29 +214,35 @@ def test_the_batch_is_dynamic_and_the_file_says_how_to_feed_it(trained: Path, tm
     assert b"/" + b"home" not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
 
-@pytest.mark.slow
+class Inverted(nn.Module):
+    """A stem with a max pool, as a ResNet's, and a block of MobileNet-V2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = (nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        deep = (nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.block = nn.Sequential(*wide, *deep, nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        logits: torch.Tensor = self.head((x + self.block(x)).mean((2, 3)))
+        return logits
+
+
 def test_relu6_and_a_max_pool_stay_integer(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    for name, size in (("mobilenet_v2", 32), ("resnet18", 96)):
-        spec = models.spec(name, classes=10, channels=3, size=size, width=0.25 if name == "mobilenet_v2" else None)
-        network = models.build(spec).train()
-        with torch.no_grad():
-            for _ in range(3):
-                network(torch.randn(8, 3, size, size))
-        floats = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-        input_spec = checkpoint.InputSpec(3, size, size, (0.0,) * 3, (1.0,) * 3)
-        made = checkpoint.Checkpoint(spec, input_spec, tuple("0123456789"), floats)
-        images = [torch.randn(8, 3, size, size) for _ in range(2)]
-        coded, _ = post_training.quantize(made, post_training.PtqSettings("none", 4, 8, "channel", {}), images, CPU)
-        path = tmp_path / f"{name}.onnx"
-        path.write_bytes(onnx_export.to_bytes(coded))
-        batches = [(torch.randn(16, 3, size, size), torch.zeros(16, dtype=torch.int64)) for _ in range(2)]
-        proof = verify.prove(path, coded, deployed.network(coded), batches)
-        assert proof.passed, proof.checks
-        assert proof.measures["sqnr_db"] >= 30
-        assert {"Conv", "FusedConv", "Gemm", "Add", "Clip", "Relu", "DequantizeLinear"}.isdisjoint(
-            proof.measures["nodes"]
-        )
+    source, network = r2cli.load_data("digits:64", size=16), Inverted().train()
+    with torch.no_grad():
+        for images, _ in source.train.batches(32, CPU):
+            network(images)
+    result = r2cli.quantize(network.eval(), source, r2cli.PtqConfig(weight_bits=4, device="cpu"))
+    r2cli.export(result, tmp_path / "model.onnx")
+    proof = r2cli.verify(tmp_path / "model.onnx", result, source)
+    assert proof.passed, proof.checks
+    assert proof.measures["sqnr_db"] >= 30
+    assert {"Conv", "FusedConv", "Gemm", "Add", "Clip", "Relu", "DequantizeLinear"}.isdisjoint(proof.measures["nodes"])
 
 
 def _failed(proof: verify.Proof) -> set[str]:
