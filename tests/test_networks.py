@@ -119,7 +119,7 @@ LEFT: dict[Callable[[], nn.Module], dict[str, int]] = {
         "roll": 1,
     },
     convnext: {"layer norm": 6, "GELU": 3, "product": 3, "sum": 3, "mean": 1},
-    densenet: {"BatchNorm": 5},
+    densenet: {},
 }
 
 
@@ -134,7 +134,7 @@ def test_every_weight_is_coded_and_what_stays_float_is_said(factory: Callable[[]
         for name, module in deployed.network(made).named_parameters()
         if module.ndim > 1 and not any(part in name for part in ("token", "pos_embedding", "bias_table", "layer_scale"))
     }
-    assert set(coded.coded) == weights
+    assert {name for name in coded.coded if not name.endswith("_alone.weight")} == weights
     net = _network(coded)
     left = placement.float_operations(net, made.input.shape)
     kinds = [each.kind for each in left]
