@@ -18,12 +18,12 @@ from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value
 from r2cli.deploy.onnx_writer import Array, OnnxWriter
 from r2cli.errors import R2Error
 from r2cli.graph.channel_clip import Clip
+from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MODES = {"reflect": "reflect", "replicate": "edge"}
 
@@ -40,21 +40,25 @@ class Weights:
         self.scales: dict[str, Array] = {}  # of values that a DequantizeLinear gives, by name
         self._written: dict[tuple[str, Any], str] = {}
 
-    def tensor(self, name: str, content: Tensor) -> str:
+    def tensor(self, name: str, content: Tensor, exchanges: int | None = None) -> str:
         """Write the tensor called `name` in the network, from its codes where it has some; return its name.
 
-        Raises R2Error where the network's own values are not those that the codes stand for.
+        `exchanges` are the groups of a transposed convolution, whose weight has its channels exchanged in ONNX. Raises
+        R2Error where the network's own values are not those that the codes stand for.
         """
         if (name, None) in self._written:
             return name
         one = self.coded.get(name)
         if one is None:
-            self.writer.initializer(name, content.detach().numpy())
+            own = content.detach() if exchanges is None else exchanged(content.detach(), exchanges).contiguous()
+            self.writer.initializer(name, own.numpy())
         else:
             if not torch.equal(content, one.decode()):
                 raise R2Error(f"the weight '{name}' is not what its codes stand for: report this with the model's name")
             loose = name in self.unfused
-            weight_nodes.emit(self.writer, name, one, read_as_float=self.float_activations, with_zero=loose)
+            weight_nodes.emit(
+                self.writer, name, one, read_as_float=self.float_activations, with_zero=loose, exchanges=exchanges
+            )
         self._written[name, None] = name
         return name
 
@@ -112,8 +116,8 @@ def convolution(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value
     return sheet.writer.node("Conv", _present(x.name, weight, bias), **_window(module), pads=_any(padding))
 
 
-def transposed(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
-    weight = weights.tensor(f"{name}.weight", module.weight)
+def transposed(sheet: Sheet, weights: Weights, name: str, module: TransposedConv, x: Value) -> str:
+    weight = weights.tensor(f"{name}.weight", module.weight, module.groups)
     bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
     sheet.writer.enter(name)
     more = list(module.output_padding)
@@ -290,7 +294,7 @@ def channel_clip(sheet: Sheet, name: str, module: Clip, x: Value) -> str:
 
 LAYERS: tuple[tuple[tuple[type[nn.Module], ...], Any], ...] = (
     (CONVOLUTIONS, convolution),
-    (TRANSPOSED, transposed),
+    ((TransposedConv,), transposed),
     ((nn.Linear,), linear),
     (BATCH_NORMS, batch_norm),
     ((nn.LayerNorm,), layer_norm),

@@ -18,6 +18,7 @@ from r2cli.data import Batch
 from r2cli.deploy import audit, comparison, runtime, weight_roles
 from r2cli.errors import InputError
 from r2cli.graph import placement
+from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import decibels
 from r2cli.quantized.palette import Palette
@@ -62,7 +63,7 @@ def prove(
     checks = [
         audit.announced(file, integer, left),
         audit.nothing_beside(written, file),
-        _same_codes(file, checkpoint.coded),
+        _same_codes(file, checkpoint.coded, model),
         comparison.same_biases(file, checkpoint),
         comparison.same_metadata(file, checkpoint),
         audit.size(file, path, checkpoint.coded),
@@ -123,17 +124,21 @@ def _parts(model: fx.GraphModule, images: Tensor, file: onnx.ModelProto) -> list
     return list(told.values())
 
 
-def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded]) -> audit.Check:
+def _same_codes(file: onnx.ModelProto, coded: Mapping[str, Coded], model: nn.Module) -> audit.Check:
     """ONNX Runtime's own decoding of every weight, without optimisation, equals the checkpoint's bit for bit."""
     if not coded:
         return audit.Check("same codes", True, "float network")
-    shapes = {name: list(one.decode().shape) for name, one in coded.items()}
+    expected = {name: one.decode() for name, one in coded.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, TransposedConv) and f"{name}.weight" in coded:
+            expected[f"{name}.weight"] = exchanged(expected[f"{name}.weight"], module.groups)
+    shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
     try:
         decoded_weights = runtime.run_constants(file, shapes)
     except runtime.UnrunnableError as error:
         return audit.Check("same codes", False, str(error))
     for (name, one), found in zip(coded.items(), decoded_weights, strict=True):
-        if not np.array_equal(found, one.decode().numpy()) or not _same_indices(file, name, one):
+        if not np.array_equal(found, expected[name].numpy()) or not _same_indices(file, name, one):
             return audit.Check("same codes", False, f"{name} decodes to other values than the checkpoint's")
     return audit.Check(
         "same codes",

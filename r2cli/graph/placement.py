@@ -63,7 +63,8 @@ def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatO
     operations, constants = [], _constants(net)
     for node in net.graph.nodes:
         kind = operators.kind(net, node)
-        computes = node.op.startswith("call") and _is_float(node) and kind is not Kind.LAYER
+        in_float = kind is not Kind.LAYER or _written_as_operators(net, node)
+        computes = node.op.startswith("call") and _is_float(node) and in_float
         if not computes or is_grid(node) or node in constants:
             continue
         if kind is Kind.PASSING and (not _written_as_operators(net, node) or _on_grid(net, node)):
@@ -81,7 +82,7 @@ def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatO
 
 
 def _written_as_operators(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether ONNX has no operator that moves values in this way, so that others do it."""
+    """Say whether the table names ONNX operators for it: those compute in float."""
     row = operators.row(net, node)
     return row is not None and bool(row.operators)
 

@@ -23,6 +23,7 @@ from r2cli.graph import batchnorm, edit, operators, placement, structure
 from r2cli.graph.edit import FOR_LAYERS
 from r2cli.graph.read import Unreadable, trace
 from r2cli.graph.structure import Layer
+from r2cli.graph.transposed import TransposedConv
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WeightQuantizer, WideQuantizer
 
 WIDE = 8  # bits
@@ -75,16 +76,8 @@ class Prepared:
 def require_known(net: fx.GraphModule, *, activations: bool) -> None:
     """Check that the layers of `net` can be trained with quantizers.
 
-    Raises InputError for a module whose weights no quantizer knows, and with `activations` for a layer that runs twice.
+    Raises InputError with `activations` for a layer that runs twice.
     """
-    for name, module in net.named_modules():
-        weight = getattr(module, "weight", None)
-        learned = isinstance(module, (*operators.LAYERS, nn.Embedding))  # rows of a table stay float
-        if isinstance(weight, Tensor) and weight.ndim > 1 and not learned:
-            raise InputError(
-                f"the layer '{name}' is a {type(module).__name__}, which has no quantizer: r2 qat trains networks of "
-                "Conv1d, Conv2d and Linear"
-            )
     targets = [
         str(node.target) for node in net.graph.nodes if isinstance(operators.module_of(net, node), operators.LAYERS)
     ]
@@ -288,7 +281,9 @@ def _without_bias(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """Return what the layer `module` gives for x with another weight and without its bias."""
     if isinstance(module, nn.Linear):
         return nn.functional.linear(x, weight)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    if isinstance(module, TransposedConv):
+        return module.convolve(x, weight, None)
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     found: Tensor = module._conv_forward(x, weight, None)
     return found
 
