@@ -102,7 +102,7 @@ def require_proved(coded: Checkpoint, one: Checkpoint, tmp_path: Path, decibels:
     return proof
 
 
-# --- transposed convolutions, and those of three axes ----------------------------------------------------------------
+# --- transposed convolutions, and those of three axes -----------------------------------------------------------------
 
 
 class Up(nn.Module):
@@ -211,7 +211,7 @@ def test_patches_times_filters_are_what_the_layer_gives(factory: Factory, shape:
     assert torch.allclose(found, out.movedim(1, -1).flatten(0, -2)[index], atol=1e-5)
 
 
-# --- weights of zeros, and biases beside next to nothing ---------------------------------------------------------------
+# --- weights of zeros, and biases beside next to nothing --------------------------------------------------------------
 
 
 class Plain(nn.Module):
@@ -305,13 +305,13 @@ def test_a_raised_scale_leaves_the_codes_of_other_channels(dim: int) -> None:
 
 def test_equal_logits_are_decided_as_torch_decides_them() -> None:
     """Two classes of equal logits: which one is greatest is chance, and no loss of the file."""
-    run = verify._Run()
+    run = verify.LogitsRun()
     reference, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     run.add(torch.tensor([[0.0, 1e-9, 0.0]]).expand(4, 3), reference, labels)
     assert run.correct == 0 and run.resolved == 4 and run.decided == 4
 
 
-# --- quantizers of weights that are 0 everywhere ------------------------------------------------------------------------
+# --- quantizers of weights that are 0 everywhere ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lsq", "ewgs", "dorefa", "pact"])
@@ -335,7 +335,7 @@ def test_a_step_falls_no_further_than_a_share_of_its_start() -> None:
     assert learner.freeze(torch.randn(64)).codec.scale.item() == pytest.approx(first * lsq.SMALLEST)
 
 
-# --- padding -----------------------------------------------------------------------------------------------------------
+# --- padding ----------------------------------------------------------------------------------------------------------
 
 
 class Padded(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from r2cli.calibration import deployed, observers
 from r2cli.errors import R2Error
 from r2cli.graph import edit, placement, structure
-from r2cli.quantized.coded import Coded
 from r2cli.quantized.channels import per_channel
+from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 

@@ -132,7 +132,7 @@ def pad(sheet: Sheet, x: Value, pad: Sequence[int], mode: str = "constant", valu
 
 
 def _wrap(sheet: Sheet, x: Value, before: Sequence[int], after: Sequence[int]) -> str:
-    """Write a circular pad by picking places: the mode `wrap` came only with opset 19, and joining slices runs in float."""
+    """Write a circular pad by picking places: `wrap` came only with opset 19, and a join of slices runs in float."""
     name = x.name
     for axis, length in enumerate(x.shape):
         if not before[axis] and not after[axis]:

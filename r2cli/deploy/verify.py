@@ -96,9 +96,9 @@ def prove(
     return Proof(tuple(checks), measures)
 
 
-def _seen(runs: Mapping[str, "_Run"], away: float | None) -> dict[str, Any]:
+def _seen(runs: Mapping[str, "LogitsRun"], away: float | None) -> dict[str, Any]:
     """What the runs of `_compare` say in numbers; None each where there are none."""
-    default, torch_run, overflowing = (runs.get(name, _Run()) for name in ("default", "torch", "overflowing"))
+    default, torch_run, overflowing = (runs.get(name, LogitsRun()) for name in ("default", "torch", "overflowing"))
     ran = default.samples > 0
     return {
         "top1": default.top1 if ran else None,
@@ -160,7 +160,7 @@ def _same_indices(file: onnx.ModelProto, name: str, coded: Coded) -> bool:
 
 
 @dataclass
-class _Run:
+class LogitsRun:
     """One engine on the samples: top-1 in percent, and how its logits compare with torch's."""
 
     correct: int = 0
@@ -206,13 +206,13 @@ class _Run:
 @torch.inference_mode()
 def _compare(
     path: Path, model: nn.Module, batches: Iterable[Batch], float_network: nn.Module | None
-) -> tuple[dict[str, _Run], Tensor]:
+) -> tuple[dict[str, LogitsRun], Tensor]:
     """Every engine on the samples, and the first of them; 'overflowing' is ONNX Runtime without `EXACT_PRODUCTS`, where
     that matters, and 'float' the checkpoint's network beside the user's float one."""
     engines = {"default": runtime.runner(path), "off": runtime.runner(path, optimise=False)}
     if not runtime.has_vnni():
         engines["overflowing"] = runtime.runner(path, exact=False)
-    runs = {name: _Run() for name in ("torch", "default", "off", "overflowing", "float")}
+    runs = {name: LogitsRun() for name in ("torch", "default", "off", "overflowing", "float")}
     first = None
     model.eval()
     for images, labels in batches:
@@ -229,7 +229,7 @@ def _compare(
     return runs, first.cpu()
 
 
-def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, _Run]) -> audit.Check:
+def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, LogitsRun]) -> audit.Check:
     foreign = next((node for node in file.graph.node if node.domain not in ("", "ai.onnx")), None)
     if foreign is not None:
         return audit.Check("runs", False, f"{foreign.op_type} is not a standard operator, but of {foreign.domain}")
@@ -243,7 +243,7 @@ def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, _Run]) -> audit.
     return audit.Check("runs", finite, detail if finite else "logits are not finite")
 
 
-def _parity(runs: Mapping[str, _Run], *, exact: bool, follows: bool) -> audit.Check:
+def _parity(runs: Mapping[str, LogitsRun], *, exact: bool, follows: bool) -> audit.Check:
     """Whether the logits are torch's.
 
     On grids, a value on the edge of two codes may round either way. In a deep network on coarse grids such flips add up

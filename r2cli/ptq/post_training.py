@@ -261,7 +261,8 @@ def _activations(
 ) -> tuple[dict[str, Grid], dict[str, Coded]]:
     """Put the activations of `net` on grids, and its biases on theirs, in place.
 
-    Returns the grids by value, and the weights whose scales were raised for their biases, by name. `known` is what the ranges come from: batches of images, or the statistics of layers by name.
+    Returns the grids by value, and the weights whose scales were raised for their biases, by name. `known` is what the
+    ranges come from: batches of images, or the statistics of layers by name.
     """
     if settings.act_bits is None:
         return {}, {}
