@@ -1,5 +1,7 @@
 """Networks that people brought: each kind of layer, weight and file through every command, and what the file is."""
 
+import argparse
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -15,6 +17,7 @@ from r2cli.calibration import deployed
 from r2cli.calibration.calibrate import with_raised_scale
 from r2cli.data import Batch
 from r2cli.deploy import onnx_export, runtime, verify
+from r2cli.errors import InputError
 from r2cli.graph.read import trace
 from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.palettes import compression
@@ -22,6 +25,7 @@ from r2cli.ptq import adaround, post_training
 from r2cli.qat import lsq, prepare, qat_method
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import Palette
+from r2cli.storage import pth, stream
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 CPU = torch.device("cpu")
@@ -356,3 +360,110 @@ def test_convolutions_behind_any_padding_run_on_integers(command: str, mode: str
     nodes = proof.measures["nodes"]
     assert nodes["QLinearConv"] == 2 and not {"Conv", "FusedConv", "NhwcFusedConv"} & set(nodes)
     assert not proof.measures["float_operations"]
+
+
+# --- one weight for several layers ------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """One convolution and one head at two scales, with one ReLU for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, 1, 1)
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.act(self.conv(self.act(self.stem(x))))
+        second = self.act(self.conv(self.pool(first)))
+        return self.head(first.mean((2, 3))) + self.head(second.mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """A convolution and its BatchNorm that run three times: one fold for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 4)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for _ in range(3):
+            x = self.block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Tied(nn.Module):
+    """Two layers whose weight is one parameter, each with a BatchNorm of its own, which therefore stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 4)
+        self.one, self.two = (nn.Conv2d(8, 8, 3, 1, 1, bias=False) for _ in range(2))
+        self.two.weight = self.one.weight
+        self.first, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(self.one(torch.relu(self.stem(x)))))
+        return self.head(torch.relu(self.second(self.two(x))).mean((2, 3)))
+
+
+SHARED = {"twice": (Twice, "conv", 0), "recurrent": (Recurrent, "block.0", 0), "tied": (Tied, "one", 2)}
+RUNS = [("w8a8", name) for name in SHARED]
+RUNS += [pytest.param(command, name, marks=pytest.mark.slow) for command in ("palette", "lsq", "w8") for name in SHARED]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("command", "name"), RUNS)
+def test_a_weight_of_several_layers_has_one_set_of_codes(command: str, name: str, tmp_path: Path) -> None:
+    factory, layer, norms = SHARED[name]
+    one = made(factory)
+    coded = COMMANDS[command](one)
+    assert set(coded.coded) == {"stem.weight", f"{layer}.weight", "head.weight"}
+    proof = require_proved(coded, one, tmp_path, 28)
+    file = onnx.load(tmp_path / "model.onnx")
+    assert [each.name for each in file.graph.initializer if list(each.dims) == [8, 8, 3, 3]] == [
+        f"{layer}.weight.codes"
+    ]
+    if command != "w8":
+        assert proof.measures["nodes"]["QLinearConv"] == {"twice": 3, "recurrent": 4, "tied": 3}[name]
+        assert proof.measures["nodes"].get("BatchNormalization", 0) == norms
+
+
+# --- files of other forms ---------------------------------------------------------------------------------------------
+
+
+MEMBERS = {
+    "x/constants.pkl": "a TorchScript file.*torch.jit.load",
+    "x/archive_format": "a program of torch.export.*torch.export.load",
+    "model.weights.h5": "a Keras file",
+}
+STARTS = {b"GGUF": "a GGUF file", b"\x89HDF\r\n": "an HDF5 file", b"\x1c\0\0\0TFL3": "a TensorFlow Lite file"}
+
+
+@pytest.mark.parametrize("reads", [pth.load, stream.tensors_of_model], ids=["weights", "analyze"])
+@pytest.mark.parametrize("what", [*MEMBERS, *STARTS], ids=str)
+def test_a_file_of_another_form_is_named_with_the_way_out(
+    what: str | bytes, reads: Callable[[Path], object], tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.bin"
+    if isinstance(what, str):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(what, b"")
+        message = MEMBERS[what]
+    else:
+        path.write_bytes(what + bytes(64))
+        message = STARTS[what]
+    with pytest.raises(InputError, match=f"weights.bin is {message}"):
+        reads(path)
+
+
+def test_what_torch_saved_is_read_as_a_model_is(tmp_path: Path) -> None:
+    path, weight = tmp_path / "model.pth", torch.randn(4, 3).T  # not contiguous
+    torch.save({"model": {"0.weight": weight}, "args": argparse.Namespace(lr=0.1)}, path)
+    (stored,) = stream.tensors_of_model(path)
+    assert stored.name == "0.weight" and torch.equal(torch.cat(list(stored.pieces())), weight.reshape(-1))
+    assert stream.metadata(path) == {}
+    torch.save(nn.Linear(2, 2), path)
+    with pytest.raises(InputError, match="holds Python objects.*save model.state_dict"):
+        stream.tensors_of_model(path)

@@ -73,19 +73,6 @@ class Prepared:
             yield layer, self.weights[layer.name], structure.float_weight(self.model.get_submodule(layer.name))
 
 
-def require_known(net: fx.GraphModule, *, activations: bool) -> None:
-    """Check that the layers of `net` can be trained with quantizers.
-
-    Raises InputError with `activations` for a layer that runs twice.
-    """
-    targets = [
-        str(node.target) for node in net.graph.nodes if isinstance(operators.module_of(net, node), operators.LAYERS)
-    ]
-    twice = next((target for target in targets if targets.count(target) > 1), None)
-    if twice and activations:
-        raise InputError(f"the layer '{twice}' runs twice, on values of two ranges: give --act-bits none")
-
-
 def places(net: fx.GraphModule, shape: tuple[int, ...], bits: Mapping[str, int], *, inputs: bool) -> list[Place]:
     """Return what stands on each value of `net`, a graph without BatchNorms, for inputs of `shape`.
 
@@ -151,7 +138,6 @@ def prepare(
     activations. Raises InputError for a network that cannot be read, or has a layer that cannot be quantized.
     """
     net = edit.over_same_modules(model)
-    require_known(net, activations=edges is not None)
     # BatchNorm goes into scales at the end, and a scale must be positive.
     batchnorm.make_factors_positive(net)
     layers = tuple(structure.layers(net))
@@ -177,8 +163,8 @@ def _put_on(
     """Put quantizers on the values of `net`, which still has its BatchNorms; in place. Returns them by their keys."""
     nodes = {node.name: node for node in net.graph.nodes}
     # The value of a layer in the graph without BatchNorms is here the value of the BatchNorm after the layer.
-    norms = {layer.node: layer.norm for layer in structure.layers(net) if layer.norm}
-    behind = {name: next(n for n in nodes.values() if n.target == norm) for name, norm in norms.items()}
+    norms = {layer.name: layer.norm for layer in structure.layers(net) if layer.norm}
+    behind = {name: next(iter(node.users)) for name, node in nodes.items() if node.target in norms}
     edges: dict[str, ActivationQuantizer | WideQuantizer] = {}
     for place in placed:
         node = behind.get(place.value, nodes[place.value])
@@ -217,8 +203,13 @@ def _part(values: tuple[Tensor, Tensor], index: int) -> Tensor:
 
 
 def _tell_what_is_read(net: fx.GraphModule, layers: Iterable[Layer], weights: Mapping[str, WeightQuantizer]) -> None:
-    """Tell each weight's quantizer which quantizer its layer reads from: EWGS's scale depends on it."""
+    """Tell each weight's quantizer which quantizer its layer reads from: EWGS's scale depends on it.
+
+    A layer that runs twice reads from two, and its quantizer is told of none.
+    """
     for layer in layers:
+        if sum(node.target == layer.name for node in net.graph.nodes) > 1:
+            continue
         learner, read = weights[layer.name], structure.node_of(net, layer).args[0]
         while isinstance(read, fx.Node) and (operators.is_a(net, read, operators.PASSING) or read.target is _part):
             read = read.args[0]
