@@ -1,6 +1,8 @@
 """Networks that people brought: each kind of layer, weight and file through every command, and what the file is."""
 
 import argparse
+import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,14 +17,15 @@ from torch import Tensor, nn
 from r2cli import models
 from r2cli.calibration import deployed
 from r2cli.calibration.calibrate import with_raised_scale
-from r2cli.data import Batch
+from r2cli.data import Batch, splits
 from r2cli.deploy import onnx_export, runtime, verify
-from r2cli.errors import InputError
+from r2cli.errors import InputError, R2Error
 from r2cli.graph.read import trace
 from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.palettes import compression
 from r2cli.ptq import adaround, post_training
 from r2cli.qat import lsq, prepare, qat_method
+from r2cli.quantized import grid_search
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import Palette
 from r2cli.storage import pth, stream
@@ -467,3 +470,52 @@ def test_what_torch_saved_is_read_as_a_model_is(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), path)
     with pytest.raises(InputError, match="holds Python objects.*save model.state_dict"):
         stream.tensors_of_model(path)
+
+
+# --- smaller things ---------------------------------------------------------------------------------------------------
+
+
+class Ends(nn.Module):
+    """A head whose value goes into a log-softmax, or into a sum with another."""
+
+    def __init__(self, norm: nn.Module, adds: bool) -> None:
+        super().__init__()
+        self.stem, self.norm, self.adds = nn.Conv2d(3, 8, 3, 2, 1), norm, adds
+        self.head, self.other = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x))).mean((2, 3))
+        return self.head(x) + self.other(x) if self.adds else torch.log_softmax(self.head(x) + 0.5, 1)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_layers_before_a_sum_or_a_log_softmax_run_on_integers(adds: bool, tmp_path: Path) -> None:
+    one = made(lambda: Ends(nn.BatchNorm2d(8), adds))
+    proof = require_proved(ptq(one), one, tmp_path, 28)
+    nodes = proof.measures["nodes"]
+    assert nodes["QGemm"] == 1 + adds and not {"Gemm", "FusedGemm", "MatMul"} & set(nodes)
+
+
+def test_a_synchronised_batch_norm_is_folded_as_any() -> None:
+    one = made(lambda: Ends(nn.BatchNorm2d(8), True))
+    spec = replace(one.model, factory=lambda: Ends(nn.SyncBatchNorm(8), True))
+    coded = ptq(replace(one, model=spec))
+    assert torch.equal(coded.coded["stem.weight"].codes, ptq(one).coded["stem.weight"].codes)
+    assert not any(name.startswith("norm.") for name in coded.floats)
+
+
+def test_a_batch_norm_without_statistics_is_refused() -> None:
+    one = made(lambda: Ends(nn.BatchNorm2d(8, track_running_stats=False), True))
+    with pytest.raises(R2Error, match="'norm' .* no running statistics, so its result depends on the batch"):
+        onnx_export.to_bytes(ptq(one))
+
+
+def test_values_in_any_layout_are_searched_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = grid_search.spread(torch.randn(30, 4).T)
+    assert found.values.is_contiguous()
+
+
+def test_no_more_processes_decode_than_there_are_cores() -> None:
+    assert 1 <= splits.usable_cores() <= (os.cpu_count() or 1)
