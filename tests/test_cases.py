@@ -13,8 +13,10 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from r2cli import models
+from r2cli.api import inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.calibrate import with_raised_scale
 from r2cli.data import Batch, splits
@@ -28,7 +30,7 @@ from r2cli.qat import lsq, prepare, qat_method
 from r2cli.quantized import grid_search
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import Palette
-from r2cli.storage import pth, stream
+from r2cli.storage import foreign, pth, stream
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 CPU = torch.device("cpu")
@@ -519,3 +521,42 @@ def test_values_in_any_layout_are_searched_without_a_warning() -> None:
 
 def test_no_more_processes_decode_than_there_are_cores() -> None:
     assert 1 <= splits.usable_cores() <= (os.cpu_count() or 1)
+
+
+def _small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def _pruned() -> nn.Sequential:
+    model = _small()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+COMPUTED: dict[str, Factory] = {
+    "weight_norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 8, 3, 2, 1)), *_small()[1:]),
+    "masks": _pruned,
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_is_computed_once(kind: str, tmp_path: Path) -> None:
+    one = made(COMPUTED[kind])
+    coded = ptq(one)
+    assert set(coded.coded) == {"0.weight", "4.weight"} and set(coded.floats) == {"0.bias", "4.bias"}
+    require_proved(coded, one, tmp_path, 28)
+    if kind == "masks":
+        assert (coded.coded["0.weight"].decode() == 0).float().mean() >= 0.5
+
+
+def test_masks_in_a_file_are_applied_and_that_is_said(tmp_path: Path) -> None:
+    path, model = tmp_path / "masked.pth", _pruned()
+    torch.save(model.state_dict(), path)
+    weights, others = foreign.load(path, _small(), "small")
+    assert torch.equal(weights["0.weight"], model[0].weight) and others == ["0.weight_mask"]
+    assert inputs.told_of_beside(path, others).endswith(
+        "1 masks of pruned weights were applied: the zeros are weights now"
+    )
+    assert set(foreign.load(path, _pruned(), "pruned")[0]) == set(model.state_dict())
+    (stored,) = [each for each in stream.tensors_of_model(path) if each.name == "0.weight"]
+    assert torch.equal(torch.cat(list(stored.pieces())), model[0].weight.detach().reshape(-1))

@@ -25,17 +25,19 @@ SHOWN = 12  # a message lists at most this many names of each kind
 def load(path: Path, model: nn.Module, what: str) -> tuple[dict[str, Tensor], list[str]]:
     """Read the weights of `model` from `path`. Messages call the network `what`.
 
-    Returns the tensors by the names, and in the types, of `model`; and the names of tensors in the file that belong to
-    something else. Raises InputError for a file that is missing, damaged or holds other objects than tensors, for NaN
-    or infinite values, and for weights of another architecture. The message then names each tensor that is missing,
-    left over or of another shape.
+    Weights that are stored with a mask are masked, if the network has no masks. Returns the tensors by the names, and
+    in the types, of `model`; and the names of tensors in the file that belong to something else, or are such masks.
+    Raises InputError for a file that is missing, damaged or holds other objects than tensors, for NaN or infinite
+    values, and for weights of another architecture. The message then names each tensor that is missing, left over or of
+    another shape.
     """
     if path.is_dir():
         raise InputError(f"{path} is a directory: give --weights a file")
     if not path.exists():
         raise InputError(f"{path} does not exist: give --weights a .safetensors or .pth file")
     state = load_tensors(path)[0] if path.suffix == ".safetensors" else pth.load(path)
-    weights, others = matched(state, model.state_dict(), str(path), what)
+    masks = [] if pth.masks(model.state_dict()) else [f"{name}_mask" for name in pth.masks(state)]
+    weights, others = matched(pth.with_masks_applied(state) if masks else state, model.state_dict(), str(path), what)
     for name, tensor in weights.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
@@ -43,7 +45,7 @@ def load(path: Path, model: nn.Module, what: str) -> tuple[dict[str, Tensor], li
                 f"{path}: tensor '{name}' has {bad} NaN or infinite values of {tensor.numel()}: give weights of a "
                 "training run that did not diverge"
             )
-    return weights, others
+    return weights, masks + others
 
 
 def matched(

@@ -92,6 +92,19 @@ def load(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def masks(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the weights that `state` holds as torch.nn.utils.prune does: apart, with a mask."""
+    names = [name.removesuffix("_mask") for name in state if name.endswith("_mask")]
+    return [name for name in names if f"{name}_orig" in state and name not in state]
+
+
+def with_masks_applied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with those weights as the network computes with them, under their own names."""
+    applied = {name: state[f"{name}_orig"] * state[f"{name}_mask"] for name in masks(state)}
+    used = {f"{name}{end}" for name in applied for end in ("_orig", "_mask")}
+    return {name: tensor for name, tensor in state.items() if name not in used} | applied
+
+
 def _state(content: Any) -> dict[str, Tensor]:
     """Return the tensors in `content` itself or under one of its keys, by name; empty where there are none."""
     if not isinstance(content, Mapping):

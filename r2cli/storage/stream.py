@@ -89,7 +89,9 @@ def tensors_of_model(path: Path) -> list[Stored]:
     if path.is_dir():
         path = _in_directory(path)
     if path.is_file() and pth.is_saved_by_torch(path):
-        tensors = [from_memory(name, tensor, str(path)) for name, tensor in pth.load(path).items()]
+        tensors = [
+            from_memory(name, tensor, str(path)) for name, tensor in pth.with_masks_applied(pth.load(path)).items()
+        ]
     else:
         tensors = _of_shards(path) if path.name.endswith(".index.json") else tensors_of_file(path)
 
