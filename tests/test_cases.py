@@ -560,3 +560,24 @@ def test_masks_in_a_file_are_applied_and_that_is_said(tmp_path: Path) -> None:
     assert set(foreign.load(path, _pruned(), "pruned")[0]) == set(model.state_dict())
     (stored,) = [each for each in stream.tensors_of_model(path) if each.name == "0.weight"]
     assert torch.equal(torch.cat(list(stored.pieces())), model[0].weight.detach().reshape(-1))
+
+
+class Rows(nn.Module):
+    """An image's columns through a recurrent layer."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.conv, self.rows, self.head = nn.Conv2d(3, 4, 3, 2, 1), kind(24, 8, batch_first=True), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found, _ = self.rows(torch.relu(self.conv(x)).transpose(1, 2).flatten(2))
+        return self.head(found.flatten(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("command", ["w8a8", "w8", "palette", "lsq"])
+def test_a_recurrent_layer_stays_float_and_its_file_is_refused_by_name(command: str, kind: type[nn.RNNBase]) -> None:
+    coded = COMMANDS[command](made(lambda: Rows(kind)))
+    assert set(coded.coded) == {"conv.weight", "head.weight"}
+    with pytest.raises(R2Error, match=f"'rows_{kind.__name__.lower()}' .* cannot be written as ONNX"):
+        onnx_export.to_bytes(coded)

@@ -192,7 +192,7 @@ def start_from(
 
 
 def told_of_beside(path: Path, beside: Sequence[str]) -> str:
-    """What a file of weights holds that the network has no place for: masks of pruning are applied, the rest is left."""
+    """What a file of weights holds that the network has no place for: masks are applied, the rest is left."""
     masks = [name for name in beside if name.endswith("_mask")]
     beside = [name for name in beside if name not in masks]
     applied = f"{path}: {len(masks)} masks of pruned weights were applied: the zeros are weights now" if masks else ""

@@ -112,7 +112,7 @@ def with_raised_scale(coded: Coded, by: Tensor) -> Coded:
     codes = codec.encode(coded.decode())
     if isinstance(codec, Palette):  # a code belongs to `dim` channels at once
         channels = raises.expand(codec.shape[0])
-        blocks = [bool(part.any()) for part in channels.split(codec.dim)]
+        blocks = [bool(part.any()) for part in torch.split(channels, codec.dim)]
         moved = torch.tensor(blocks).repeat_interleave(codec.positions).reshape(codes.shape)
     else:
         moved = per_channel(raises, codes.ndim, codec.axis)

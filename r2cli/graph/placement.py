@@ -11,6 +11,7 @@ All other values stay float, such as the residual stream between the layer norms
 cost accuracy and save no time.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -143,9 +144,15 @@ def _can_be_integer(net: fx.GraphModule, node: fx.Node, known: dict[fx.Node, boo
 
 
 def _origin(net: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Return the node that computes the value of `node`: skip reshapes and other nodes that only pass it on."""
+    """Return the node that computes the value of `node`: skip reshapes and other nodes that only pass it on.
+
+    Of an operation that computes several values, such as a recurrent layer, it is the node that picks one of them.
+    """
     while is_a(net, node, PASSING):
-        node = node.all_input_nodes[0]
+        before = node.all_input_nodes[0]
+        if node.target is operator.getitem and not is_a(net, before, PASSING):
+            return node
+        node = before
     return node
 
 
