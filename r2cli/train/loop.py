@@ -62,10 +62,8 @@ def seed_everything(seed: int) -> None:
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move `model` to `device`, in place, with the weights of its convolutions in the layout of images; return it."""
-    # Convolutions are faster in this layout, of weights and of images (data/splits.py), on CPUs and on GPUs. torch has
-    # another one for weights of five axes, and takes no network with both.
-    plain = any(tensor.ndim == 5 for tensor in model.state_dict().values())
+    """Move `model` to `device`, in place, in the layout of images (data/splits.py), which is faster; return it."""
+    plain = any(tensor.ndim == 5 for tensor in model.state_dict().values())  # of five axes torch has another layout
     return model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
