@@ -138,7 +138,7 @@ MADE: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = {
     "pieces": (Pieces, {}),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.PReLU(4), nn.Conv2d(4, 2, 1)),
-        {"2": (2, 4, 1, 1)},
+        {"0": (4, 3, 3, 3), "2": (2, 4, 1, 1)},
     ),
     "other norms": (
         lambda: nn.Sequential(
@@ -166,7 +166,7 @@ def test_whatever_wrote_it_is_the_same_function_over_plain_layers(name: str) -> 
         torch.testing.assert_close(net(x[:count]), model(x[:count].clone()), rtol=1e-5, atol=1e-5)
     found = {layer.name: tuple(module.weight.shape) for layer, module in structure.named_layers(net)}
     assert found == expected
-    plain = ("torch.nn.modules.conv", "torch.nn.modules.linear", "torch.nn.modules.batchnorm")
+    plain = ("torch.nn.modules.conv", "torch.nn.modules.linear", "r2cli.graph.transposed")
     assert all(type(module).__module__ in plain for _, module in structure.named_layers(net))
 
 

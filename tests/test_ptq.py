@@ -49,7 +49,7 @@ def float_one(trained: Path) -> checkpoint.Checkpoint:
         ([0.5, -1.25, 0.25, 1.0], 1, 0.75),
         (OUTLIER, 3, 1.0),
         (OUTLIER[:-1], 3, 0.225),
-        ([0.0, 0.0], 4, 1.0),
+        ([0.0, 0.0], 4, 2.0**-64),
     ],
 )
 def test_the_scale_rule(weights: list[float], bits: int, scale: float) -> None:

@@ -192,9 +192,15 @@ def start_from(
 
 
 def told_of_beside(path: Path, beside: Sequence[str]) -> str:
-    """What a file of weights holds that the network has no place for, and that it stays there."""
+    """What a file of weights holds that the network has no place for: masks are applied, the rest is left."""
+    masks = [name for name in beside if name.endswith("_mask")]
+    beside = [name for name in beside if name not in masks]
+    applied = f"{path}: {len(masks)} masks of pruned weights were applied: the zeros are weights now" if masks else ""
+    if not beside:
+        return applied
     named = ", ".join(beside[:3]) + (", …" if len(beside) > 3 else "")
-    return f"{path}: {len(beside)} tensors that stand beside the network were not used: {named}"
+    unused = f"{path}: {len(beside)} tensors that stand beside the network were not used: {named}"
+    return "\n".join(filter(None, (applied, unused)))
 
 
 def _with_code(made: checkpoint.Checkpoint, name: str, args: Sequence[str]) -> checkpoint.Checkpoint:

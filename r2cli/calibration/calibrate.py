@@ -5,6 +5,7 @@ no value is negative.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -12,8 +13,12 @@ from torch import Tensor, fx
 from r2cli.calibration import deployed, observers
 from r2cli.errors import R2Error
 from r2cli.graph import edit, placement, structure
+from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
+from r2cli.quantized.palette import Palette
+
+MOST_BIAS = 2.0**30  # of a bias in int32 sums: the other half of the range is for the products that are added to it
 
 
 def activation_grid(low: float, high: float, bits: int) -> Grid:
@@ -34,22 +39,24 @@ def calibrate_and_round(
     bits: int,
     images: Iterable[Tensor],
     rule: str = "minmax",
-) -> dict[str, Grid]:
+) -> tuple[dict[str, Grid], dict[str, Coded]]:
     """Find the grids of all values on `images`, and make `net` round its values and biases to their grids, in place.
 
-    `images` are float32 (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Raises R2Error for a value
-    that is not finite and for a bias that does not fit int32.
+    `images` are float32 (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Returns the grids by value,
+    and what `round_biases` does. Raises R2Error for a value that is not finite.
     """
     grids = calibrate(net, shape, bits, images, rule)
-    round_to_grids(net, coded, grids)
-    return grids
+    return grids, round_to_grids(net, coded, grids)
 
 
-def round_to_grids(net: fx.GraphModule, coded: Mapping[str, Coded], grids: Mapping[str, Grid]) -> None:
-    """Make `net` round its values and its biases to their grids, in place. Moves `net` to the CPU."""
+def round_to_grids(net: fx.GraphModule, coded: Mapping[str, Coded], grids: Mapping[str, Grid]) -> dict[str, Coded]:
+    """Make `net` round its values and its biases to their grids, in place. Moves `net` to the CPU.
+
+    Returns what `round_biases` does.
+    """
     deployed.insert_grids(net, grids)
     net.cpu()  # the codes and grids are there
-    round_biases(net, coded, grids)
+    return round_biases(net, coded, grids)
 
 
 def calibrate(
@@ -70,20 +77,51 @@ def calibrate(
     return {name: activation_grid(*observer.range(bits), bits) for name, observer in observed.items()}
 
 
-def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> None:
+def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> dict[str, Coded]:
     """Round every bias to a multiple of scale_x * scale_w, the unit of the layer's int32 sums; in place.
 
-    Runtimes do so silently. We do it here, so that the accuracy that we print is the one that is deployed. Raises
-    R2Error where a bias does not fit int32.
+    Runtimes do so silently. We do it here, so that the accuracy that we print is the one that is deployed. Where a bias
+    does not fit int32, the scale of its channel is raised: the weights are next to nothing beside such a bias. Returns
+    the weights with raised scales, by name.
     """
+    raised = {}
     for layer, module in structure.named_layers(net):
         where = edit.source(net, structure.node_of(net, layer))
         bias = module.bias
         if where is None or bias is None:
             continue
-        codec = coded[layer.weight].codec
-        scale = activations[where].scale * (codec.scale / codec.integer_factor)
-        codes = torch.round(bias.double() / scale.double())
-        if float(codes.abs().max()) >= 2**31:
-            raise R2Error(f"the bias of '{layer.name}' does not fit int32 on its grid: give --keep {layer.name}=8")
-        bias.copy_((codes * scale.double()).float())
+        one, given = coded[layer.weight], activations[where].scale
+        unit = given * (one.codec.scale / one.codec.integer_factor)
+        over = (bias.double() / unit.double()).abs() / MOST_BIAS
+        if float(over.max()) > 1:
+            raised[layer.weight] = one = with_raised_scale(one, over if unit.ndim else over.amax())
+            module.weight.copy_(one.decode())
+            unit = given * (one.codec.scale / one.codec.integer_factor)
+        codes = torch.round(bias.double() / unit.double())
+        bias.copy_((codes * unit.double()).float())
+    return raised
+
+
+def with_raised_scale(coded: Coded, by: Tensor) -> Coded:
+    """Return a weight whose scale, () or (channels,), is `by` times as large where that is more than 1.
+
+    The codes of those channels are the nearest ones on the new scale, and all others are as they were.
+    """
+    codec, raises = coded.codec, by > 1
+    codec = replace(codec, scale=torch.where(raises, codec.scale.double() * by, codec.scale.double()).float())
+    codes = codec.encode(coded.decode())
+    if isinstance(codec, Palette):  # a code belongs to `dim` channels at once
+        channels = raises.expand(codec.shape[0])
+        blocks = [bool(part.any()) for part in torch.split(channels, codec.dim)]
+        moved = torch.tensor(blocks).repeat_interleave(codec.positions).reshape(codes.shape)
+    else:
+        moved = per_channel(raises, codes.ndim, codec.axis)
+    return Coded(codec, torch.where(moved, codes, coded.codes))
+
+
+def raised_note(before: Coded, after: Coded | None) -> str:
+    """Return what is said of a layer whose scales `round_biases` raised; an empty text for another."""
+    if after is None:
+        return ""
+    count = int((after.codec.scale != before.codec.scale).sum())
+    return f"scale of {count} channels raised for their bias" if after.codec.scale.ndim else "scale raised for the bias"

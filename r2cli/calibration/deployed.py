@@ -120,6 +120,7 @@ def _described(checkpoint: Checkpoint) -> str:
     return json.dumps(known, sort_keys=True)
 
 
+@torch.inference_mode(False)  # the graph is kept, and reading it follows changes of tensors
 @functools.lru_cache(maxsize=2)  # a command asks for the same network several times
 def _graph(of: _Architecture) -> fx.GraphModule:
     """The graph of a network without BatchNorms, on the meta device: without its weights."""

@@ -228,6 +228,11 @@ class TextSplit:
                 yield self.tokens[index].to(device).long(), self.labels[index].to(device)
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass
 class FolderSplit:
     """Image files that worker processes decode each time. For sets that do not fit in memory."""
@@ -256,7 +261,7 @@ class FolderSplit:
             _Decoder(self.files, self.spec, seed),
             batch_sampler=[rows for rows in batches if rows],
             generator=shuffle,
-            num_workers=self.workers,
+            num_workers=min(self.workers, usable_cores()),  # torch warns of more
             collate_fn=_stack,
             pin_memory=device.type == "cuda",
         )

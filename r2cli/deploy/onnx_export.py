@@ -26,6 +26,7 @@ from r2cli.errors import R2Error
 from r2cli.graph import edit, operators, structure
 from r2cli.graph.channel_clip import Clip
 from r2cli.graph.read import trace
+from r2cli.graph.transposed import TransposedConv
 from r2cli.quantized.coded import Codec
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint
@@ -285,13 +286,14 @@ def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _giving_floats(net: fx.GraphModule) -> set[str]:
-    """The weights of layers whose value has no grid, behind its activation perhaps."""
+    """The weights of layers that run in float: no grid is on what they give, behind its activation perhaps."""
     found = set()
     for layer in structure.layers(net):
         node = structure.node_of(net, layer)
         user = structure.only_user(node)
         last = user if user is not None and operators.is_a(net, user, operators.ACTIVATIONS) else node
-        if not any(map(edit.is_grid, last.users)):
+        transposed = isinstance(operators.module_of(net, node), TransposedConv)
+        if transposed or not any(map(edit.is_grid, last.users)):
             found.add(layer.weight)
     return found
 

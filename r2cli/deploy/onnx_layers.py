@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +19,12 @@ from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value
 from r2cli.deploy.onnx_writer import Array, OnnxWriter
 from r2cli.errors import R2Error
 from r2cli.graph.channel_clip import Clip
+from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MODES = {"reflect": "reflect", "replicate": "edge"}
 
@@ -39,24 +40,53 @@ class Weights:
         self.unfused: set[str] = set()
         self.scales: dict[str, Array] = {}  # of values that a DequantizeLinear gives, by name
         self._written: dict[tuple[str, Any], str] = {}
+        self._readers: dict[str, int] = {}  # how many layers read a weight, where it is more than one
 
-    def tensor(self, name: str, content: Tensor) -> str:
+    def tensor(self, name: str, content: Tensor, exchanges: int | None = None) -> str:
         """Write the tensor called `name` in the network, from its codes where it has some; return its name.
 
-        Raises R2Error where the network's own values are not those that the codes stand for.
+        `exchanges` are the groups of a transposed convolution, whose weight has its channels exchanged in ONNX. Raises
+        R2Error where the network's own values are not those that the codes stand for.
         """
-        if (name, None) in self._written:
-            return name
         one = self.coded.get(name)
+        if (name, None) in self._written:
+            return name if one is None or self.float_activations else self._again(name)
         if one is None:
-            self.writer.initializer(name, content.detach().numpy())
+            own = content.detach() if exchanges is None else exchanged(content.detach(), exchanges).contiguous()
+            self.writer.initializer(name, own.numpy())
         else:
             if not torch.equal(content, one.decode()):
                 raise R2Error(f"the weight '{name}' is not what its codes stand for: report this with the model's name")
             loose = name in self.unfused
-            weight_nodes.emit(self.writer, name, one, read_as_float=self.float_activations, with_zero=loose)
+            weight_nodes.emit(
+                self.writer, name, one, read_as_float=self.float_activations, with_zero=loose, exchanges=exchanges
+            )
         self._written[name, None] = name
         return name
+
+    def _again(self, name: str) -> str:
+        """Decode a weight once more for another layer, from the same codes.
+
+        Each layer gets codes of its own when a file is loaded, by a Reshape that changes nothing, and a zero point.
+        Where ONNX Runtime makes INT8 codes to UINT8 (on processors without VNNI), it cannot do so twice with one
+        constant.
+        """
+        node = self.writer.made(name)
+        if node.op_type != "DequantizeLinear":
+            return name
+        self._readers[name] = count = self._readers.get(name, 1) + 1
+        shape = list(self.coded[name].decode().shape)
+        same = [
+            0 if (count - 1) >> axis & 1 else length for axis, length in enumerate(shape)
+        ]  # 0 is the length as it is
+        self.writer.enter(f"{name}.{count}")
+        own = self.writer.node("Reshape", [node.input[0], self.writer.ints(same)])
+        axis = next((each.i for each in node.attribute if each.name == "axis"), None)
+        scale, *zero = node.input[1:]
+        if zero:
+            content = onnx.numpy_helper.to_array(self.writer.initializers[zero[0]])
+            zero = [self.writer.initializer(f"{name}.{count}.zero_point", content)]
+        return self.writer.node("DequantizeLinear", [own, scale, *zero], axis=axis)
 
     def turned(self, name: str, content: Tensor) -> str:
         """The same, with its two axes exchanged."""
@@ -77,10 +107,12 @@ class Weights:
         if (name, x.name) not in self._written:
             exact = bias.detach().numpy().astype(np.float64)
             codes = np.rint(exact / scale)
-            if np.abs(codes).max() >= 2**31 or not np.allclose(codes * scale, exact, rtol=1e-6, atol=0):
-                return self.tensor(name, bias)  # calibration has not put it on the grid of the sums
             twice = any(key[0] == name for key in self._written)
             own = f"{name}.{x.name}" if twice else name
+            if np.abs(codes).max() >= 2**31 or not np.allclose(codes * scale, exact, rtol=1e-6, atol=0):
+                # Calibration has not put it on the grid of these sums.
+                self._written[name, x.name] = self.writer.initializer(own, bias.detach().numpy())
+                return own
             self.writer.enter(own)
             parts = [
                 self.writer.initializer(f"{own}.codes", codes.astype(np.int32)),
@@ -112,8 +144,8 @@ def convolution(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value
     return sheet.writer.node("Conv", _present(x.name, weight, bias), **_window(module), pads=_any(padding))
 
 
-def transposed(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
-    weight = weights.tensor(f"{name}.weight", module.weight)
+def transposed(sheet: Sheet, weights: Weights, name: str, module: TransposedConv, x: Value) -> str:
+    weight = weights.tensor(f"{name}.weight", module.weight, module.groups)
     bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
     sheet.writer.enter(name)
     more = list(module.output_padding)
@@ -290,7 +322,7 @@ def channel_clip(sheet: Sheet, name: str, module: Clip, x: Value) -> str:
 
 LAYERS: tuple[tuple[tuple[type[nn.Module], ...], Any], ...] = (
     (CONVOLUTIONS, convolution),
-    (TRANSPOSED, transposed),
+    ((TransposedConv,), transposed),
     ((nn.Linear,), linear),
     (BATCH_NORMS, batch_norm),
     ((nn.LayerNorm,), layer_norm),

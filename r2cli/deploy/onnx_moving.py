@@ -132,13 +132,15 @@ def pad(sheet: Sheet, x: Value, pad: Sequence[int], mode: str = "constant", valu
 
 
 def _wrap(sheet: Sheet, x: Value, before: Sequence[int], after: Sequence[int]) -> str:
-    """Write a circular pad by joining slices: the mode `wrap` came only with opset 19."""
-    name, end = x.name, np.iinfo(np.int64).max
-    for axis in [axis for axis in range(len(x.shape)) if before[axis] or after[axis]]:
-        ints = sheet.writer.ints
-        left = [sheet.node("Slice", name, ints([-before[axis]]), ints([end]), ints([axis]))] if before[axis] else []
-        right = [sheet.node("Slice", name, ints([0]), ints([after[axis]]), ints([axis]))] if after[axis] else []
-        name = sheet.node("Concat", *left, name, *right, axis=axis)
+    """Write a circular pad by picking places: `wrap` came only with opset 19, and a join of slices runs in float."""
+    name = x.name
+    for axis, length in enumerate(x.shape):
+        if not before[axis] and not after[axis]:
+            continue
+        if length is None:
+            raise Unwritable("it pads an axis whose length depends on the batch")
+        places = [place % length for place in range(-before[axis], length + after[axis])]
+        name = sheet.node("Gather", name, sheet.writer.ints(places), axis=axis)
     return name
 
 

@@ -46,6 +46,13 @@ class OnnxWriter:
         self._count += 1
         return f"{self._scope}.{self._count}"
 
+    def made(self, name: str) -> onnx.NodeProto:
+        """Return the node that gives the value `name`. Raises KeyError where none does."""
+        for node in reversed(self.nodes):
+            if name in node.output:
+                return node
+        raise KeyError(name)
+
     def rename(self, old: str, new: str) -> str:
         """Give a value that a node has made another name, and return it."""
         for node in reversed(self.nodes):  # what reads a value stands behind the node that makes it

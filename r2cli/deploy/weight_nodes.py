@@ -37,25 +37,52 @@ from r2cli.quantized.palette import Palette
 Array = np.ndarray[Any, Any]
 
 
-def emit(graph: OnnxWriter, name: str, coded: Coded, *, read_as_float: bool, with_zero: bool = False) -> str:
+def emit(
+    graph: OnnxWriter,
+    name: str,
+    coded: Coded,
+    *,
+    read_as_float: bool,
+    with_zero: bool = False,
+    exchanges: int | None = None,
+) -> str:
     """Write the nodes that compute the quantized weight `name`, and return the name of its float value: `name`.
 
     `read_as_float` says that activations are float, so that no integer kernel reads the weight. `with_zero` writes a
-    zero point of zeros too. Raises R2Error for a grid whose integers do not fit int8.
+    zero point of zeros too. `exchanges` are the groups of a transposed convolution: channels of its weight (outputs,
+    inputs of a group, ...) are exchanged. Raises R2Error for a grid whose integers do not fit int8.
     """
     graph.enter(name)
     codec = coded.codec
     if isinstance(codec, Palette):
         value, is_integer = _palette(graph, name, coded, codec)
-        ndim = len(codec.shape)
+        shape = codec.shape
     else:
-        value, is_integer, ndim = _grid(graph, name, coded, codec), True, coded.codes.ndim
+        value, is_integer, shape = _grid(graph, name, coded, codec), True, tuple(coded.codes.shape)
+    ndim = len(shape)
+    if exchanges == 1 and is_integer:  # of integers, which is done once; with groups a scale fits no axis afterwards
+        value, exchanges = _exchange(graph, value, shape, 1), None
+        codec = codec if codec.axis is None else replace(codec, axis=1)
     if is_integer:
         # ONNX Runtime's QGemm needs a zero point, even if it is zero.
         with_zero = with_zero or ndim == 2
         decode = _multiply if read_as_float else _dequantize
         value = decode(graph, name, value, codec, ndim, with_zero)
+    if exchanges is not None:
+        value = _exchange(graph, value, shape, exchanges)
     return graph.rename(value, name)
+
+
+def _exchange(graph: OnnxWriter, value: str, shape: tuple[int, ...], groups: int) -> str:
+    """Write the steps of `transposed.exchanged`: (outputs, inputs of a group, ...) with inputs first."""
+    outputs, inputs, *kernel = shape
+    if inputs == 1 and outputs == groups:  # depthwise: both are the same
+        return value
+    if groups == 1:
+        return graph.node("Transpose", [value], perm=[1, 0, *range(2, len(shape))])
+    apart = _reshape(graph, value, (groups, outputs // groups, inputs, *kernel))
+    turned = graph.node("Transpose", [apart], perm=[0, 2, 1, *range(3, len(shape) + 1)])
+    return _reshape(graph, turned, (groups * inputs, outputs // groups, *kernel))
 
 
 def scale_of(coded: Coded) -> Array:

@@ -73,7 +73,8 @@ def remove_norms(net: fx.GraphModule) -> dict[str, Tensor]:
             module.weight[factor < 0] *= -1
         module.bias = nn.Parameter(shift.float())
         factors[layer.name] = factor.abs()
-        bypass(net, next(node for node in net.graph.nodes if node.target == layer.norm))
+        for node in [node for node in net.graph.nodes if node.target == layer.norm]:
+            bypass(net, node)
     net.delete_all_unused_submodules()
     net.recompile()
     return factors

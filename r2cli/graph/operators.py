@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 
 from r2cli.graph.channel_clip import Clip
 from r2cli.graph.functions import INDEX, PAD_WITH, SLICE
+from r2cli.graph.transposed import TransposedConv
 
-LayerModule = nn.Conv1d | nn.Conv2d | nn.Linear
-NormModule = nn.BatchNorm1d | nn.BatchNorm2d
+LayerModule = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | TransposedConv
+NormModule = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 class Kind(Enum):
@@ -72,11 +73,18 @@ NO_CODES = "r2 has no codes for such weights"
 BY_NUMBER = "runtimes have no integer kernel for a value and a number"
 # The first row that fits counts.
 TABLE: tuple[Row, ...] = (
-    Row(Kind.LAYER, "layer", (nn.Conv1d, nn.Conv2d, nn.Linear)),
+    Row(Kind.LAYER, "layer", (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)),
+    Row(
+        Kind.LAYER,
+        "transposed convolution",
+        (TransposedConv,),
+        "ONNX Runtime has no integer kernel for it: it decodes the weight's codes",
+        ("ConvTranspose",),
+    ),
     Row(
         Kind.NORM,
         "BatchNorm",
-        (nn.BatchNorm1d, nn.BatchNorm2d),
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
         "it reads no layer's value alone, so no layer can take it",
         ("BatchNormalization",),
     ),
@@ -169,7 +177,6 @@ TABLE: tuple[Row, ...] = (
             "BatchNormalization",
         ),
     ),
-    Row(Kind.FLOAT, "BatchNorm", (nn.BatchNorm3d,), NO_CODES, ("BatchNormalization",)),
     Row(
         Kind.FLOAT,
         "attention",
@@ -192,11 +199,11 @@ TABLE: tuple[Row, ...] = (
         "rows of a table, which no layer has computed",
         ("Gather",),
     ),
-    Row(Kind.FLOAT, "convolution", (nn.Conv3d, F.conv1d, F.conv2d, F.conv3d), NO_CODES, ("Conv",)),
+    Row(Kind.FLOAT, "convolution", (F.conv1d, F.conv2d, F.conv3d), NO_CODES, ("Conv",)),
     Row(
         Kind.FLOAT,
         "transposed convolution",
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
         NO_CODES,
         ("ConvTranspose",),
     ),
@@ -310,8 +317,8 @@ def _of(*kinds: Kind) -> tuple[Any, ...]:
     return tuple(member for row in TABLE if row.kind in kinds for member in row.members)
 
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TransposedConv)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS, PASSING, SHAPES = _of(Kind.ACTIVATION), _of(Kind.PASSING), _of(Kind.SHAPE)
 # Their values are tuples.
 TUPLES: tuple[Any, ...] = (torch.chunk, torch.split, torch.unbind)

@@ -11,6 +11,7 @@ All other values stay float, such as the residual stream between the layer norms
 cost accuracy and save no time.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,7 +64,8 @@ def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatO
     operations, constants = [], _constants(net)
     for node in net.graph.nodes:
         kind = operators.kind(net, node)
-        computes = node.op.startswith("call") and _is_float(node) and kind is not Kind.LAYER
+        in_float = kind is not Kind.LAYER or _written_as_operators(net, node)
+        computes = node.op.startswith("call") and _is_float(node) and in_float
         if not computes or is_grid(node) or node in constants:
             continue
         if kind is Kind.PASSING and (not _written_as_operators(net, node) or _on_grid(net, node)):
@@ -81,7 +83,7 @@ def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatO
 
 
 def _written_as_operators(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether ONNX has no operator that moves values in this way, so that others do it."""
+    """Say whether the table names ONNX operators for it: those compute in float."""
     row = operators.row(net, node)
     return row is not None and bool(row.operators)
 
@@ -142,9 +144,15 @@ def _can_be_integer(net: fx.GraphModule, node: fx.Node, known: dict[fx.Node, boo
 
 
 def _origin(net: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Return the node that computes the value of `node`: skip reshapes and other nodes that only pass it on."""
+    """Return the node that computes the value of `node`: skip reshapes and other nodes that only pass it on.
+
+    Of an operation that computes several values, such as a recurrent layer, it is the node that picks one of them.
+    """
     while is_a(net, node, PASSING):
-        node = node.all_input_nodes[0]
+        before = node.all_input_nodes[0]
+        if node.target is operator.getitem and not is_a(net, before, PASSING):
+            return node
+        node = before
     return node
 
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from r2cli.graph.constants import Constant, operator_name
+from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.graph.writer import Writer
 
-CONVOLUTIONS: Mapping[str, type[nn.Module]] = {
+CONVOLUTIONS: Mapping[str, Any] = {
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
     "conv3d": nn.Conv3d,
-    "conv_transpose1d": nn.ConvTranspose1d,
-    "conv_transpose2d": nn.ConvTranspose2d,
-    "conv_transpose3d": nn.ConvTranspose3d,
+    "conv_transpose1d": TransposedConv,
+    "conv_transpose2d": TransposedConv,
+    "conv_transpose3d": TransposedConv,
 }
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 Arguments = Mapping[str, Any]
@@ -50,7 +51,7 @@ def convolution(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     weight, bias = constant_of(a["weight"]), constant_of(a["bias"])
     if weight is None or not _given(a["bias"]):
         return None
-    kind, transposed = CONVOLUTIONS[name], name.startswith("conv_transpose")
+    transposed, groups = name.startswith("conv_transpose"), a["groups"]
     rank = weight.value.ndim - 2
     sizes = {key: _each(a[key], rank) for key in ("stride", "padding", "dilation")}
     given = a["input"]
@@ -60,16 +61,27 @@ def convolution(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
             given = writer.call(torch.nn.functional.pad, writer.value(given), uneven, "constant", 0.0)
     if transposed:
         sizes["output_padding"] = _each(a["output_padding"], rank)
-    channels, groups = weight.value.shape[:2], a["groups"]
-    ends = (channels[0], channels[1] * groups) if transposed else (channels[1] * groups, channels[0])
+        weight = _outputs_first(weight, groups)
+    outputs, inputs, *kernel = weight.value.shape
 
     def make(_path: str) -> nn.Module:
+        if transposed:
+            return _with(writer, TransposedConv(weight.value, groups, sizes), weight=weight, bias=bias)
         # On the meta device: its own weights would be initialised for nothing.
-        made: Any = kind
-        module = made(*ends, tuple(weight.value.shape[2:]), **sizes, groups=groups, bias=False, device="meta")
+        module = CONVOLUTIONS[name](
+            inputs * groups, outputs, tuple(kernel), **sizes, groups=groups, bias=False, device="meta"
+        )
         return _with(writer, module, weight=weight, bias=bias)
 
     return _call(writer, node, given, (name, weight, bias, groups, *sizes.values()), weight, make)
+
+
+def _outputs_first(weight: Constant, groups: int) -> Constant:
+    """The weight of a transposed convolution as `TransposedConv` has it, with the name that it has in the network."""
+    if weight.transposed is None:
+        turned = exchanged(weight.value.detach(), groups).contiguous()
+        weight.transposed = Constant(turned, weight.name, weight.own, weight.trained)
+    return weight.transposed
 
 
 def _each(size: Any, rank: int) -> tuple[int, ...]:

@@ -52,7 +52,8 @@ def propagate(net: fx.GraphModule, shape: tuple[int, ...]) -> None:
 def layers(net: fx.GraphModule) -> list[Layer]:
     """Return the layers with weights, in the order in which they run.
 
-    A layer that runs twice is listed once, without a norm: two BatchNorms cannot go into one weight.
+    A layer that runs twice is listed once, without a norm unless the same one is behind it each time: two BatchNorms
+    cannot go into one weight.
     """
     calls: dict[str, list[fx.Node]] = {}
     for node in net.graph.nodes:
@@ -60,8 +61,10 @@ def layers(net: fx.GraphModule) -> list[Layer]:
             calls.setdefault(node.target, []).append(node)
     found = []
     for name, nodes in calls.items():
-        norm = only_user(nodes[0]) if len(nodes) == 1 else None
-        own = str(norm.target) if norm is not None and _follows(net, norm) else None
+        norms = {only_user(node) for node in nodes}
+        norm = next(iter(norms))
+        same = len({None if each is None else each.target for each in norms}) == 1
+        own = str(norm.target) if same and norm is not None and _follows(net, norm, len(nodes)) else None
         found.append(Layer(name, nodes[0].name, own))
     return found
 
@@ -116,11 +119,11 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _follows(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether `node` is a BatchNorm with running statistics that runs once."""
+def _follows(net: fx.GraphModule, node: fx.Node, count: int) -> bool:
+    """Return whether `node` is a BatchNorm with running statistics that runs `count` times."""
     norm = module_of(net, node)
-    once = sum(other.target == node.target for other in net.graph.nodes) == 1
-    return isinstance(norm, NORMS) and norm.running_var is not None and once
+    as_often = sum(other.target == node.target for other in net.graph.nodes) == count
+    return isinstance(norm, NORMS) and norm.running_var is not None and as_often
 
 
 def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:

@@ -300,7 +300,10 @@ def finish(
         assert batches is not None
         images, shape = (images for images, _ in batches()), work.checkpoint.input.shape
         bits, rule = work.settings.act_bits, work.settings.act_range
-        found = calibrate.calibrate_and_round(net.to(device), folded, shape, bits, images, rule)
+        found, raised = calibrate.calibrate_and_round(net.to(device), folded, shape, bits, images, rule)
+        told = {name: calibrate.raised_note(folded[name], one) for name, one in raised.items()}
+        rows = [replace(row, note=together(row.note, told.get(f"{row.layer}.weight"))) for row in rows]
+        folded |= raised
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
     return replace(work.checkpoint, floats=floats, coded=folded, activations=found, folded=True), rows
 

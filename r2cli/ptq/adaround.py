@@ -19,18 +19,22 @@ Where we differ from the paper:
 - The optimization ends as soon as every h is 0 or 1. If nearest rounding is better on the rows, its codes are kept.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r2cli.graph.transposed import TransposedConv
 from r2cli.ptq.layer_sweep import LayerSample
 from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | TransposedConv
 # h is stretched beyond 0 and 1 and clipped there, so that it reaches both at a finite V, as in the paper.
 ZETA, GAMMA = 1.1, -0.1
 BETA_START, BETA_END = 20.0, 2.0
@@ -185,21 +189,34 @@ def sample_rows(seen: LayerSample, settings: AdaroundSettings) -> Rows:
     return Rows(inputs, targets, None if bias is None else bias.reshape(groups, 1, -1), most)
 
 
-def patches(x: Tensor, conv: nn.Conv1d | nn.Conv2d, out: torch.Size, index: Tensor) -> Tensor:
+def patches(x: Tensor, conv: Convolution, out: torch.Size, index: Tensor) -> Tensor:
     """Return the input patches of `conv` for the output positions `index` in (images, *out).
 
     Their shape is (groups, rows, inputs of a filter).
     """
-    x = F.pad(x, conv._reversed_padding_repeated_twice)
-    stride, dilation, kernel = conv.stride, conv.dilation, conv.kernel_size
-    if isinstance(conv, nn.Conv1d):
-        x, out = x.unsqueeze(2), torch.Size((1, *out))
-        stride, dilation, kernel = (1, *stride), (1, *dilation), (1, *kernel)
-    image, rest = index // (out[0] * out[1]), index % (out[0] * out[1])
-    top, left = rest // out[1] * stride[0], rest % out[1] * stride[1]
-    places = [(i * dilation[0], j * dilation[1]) for i in range(kernel[0]) for j in range(kernel[1])]
-    seen = torch.stack([x[image, :, top + i, left + j] for i, j in places], dim=2)  # (rows, channels, kernel places)
-    return seen.reshape(len(index), conv.groups, -1).transpose(0, 1).contiguous()
+    steps = [range(0, size * apart, apart) for size, apart in zip(conv.kernel_size, conv.dilation, strict=True)]
+    stride = conv.stride
+    if isinstance(conv, TransposedConv):  # the convolution of the stretched input with the kernel turned around
+        x, stride, steps = _stretched(x, conv), (1,) * len(out), [step[::-1] for step in steps]
+    else:
+        x = F.pad(x, conv._reversed_padding_repeated_twice)
+    image, *corner = torch.unravel_index(index, (len(x), *out))
+    corner = [place * step for place, step in zip(corner, stride, strict=True)]
+    seen = []
+    for kernel in itertools.product(*steps):
+        place: Any = (image, slice(None), *(c + k for c, k in zip(corner, kernel, strict=True)))
+        seen.append(x[place])
+    return torch.stack(seen, dim=2).reshape(len(index), conv.groups, -1).transpose(0, 1).contiguous()
+
+
+def _stretched(x: Tensor, conv: TransposedConv) -> Tensor:
+    """Return x (n, channels, ...) with zeros between its values and around them, as `conv` reads it with stride 1."""
+    apart = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], conv.stride, strict=True)))
+    steps: Any = (..., *(slice(None, None, s) for s in conv.stride))
+    apart[steps] = x
+    around = [d * (k - 1) - p for d, k, p in zip(conv.dilation, conv.kernel_size, conv.padding, strict=True)]
+    ends = [(each, each + more) for each, more in zip(around, conv.output_padding, strict=True)]
+    return F.pad(apart, [size for pair in reversed(ends) for size in pair])
 
 
 METHOD = PtqMethod(round_layer)

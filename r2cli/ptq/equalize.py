@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 
 from r2cli.graph import channel_clip, operators, structure
 from r2cli.graph.operators import LayerModule
+from r2cli.graph.transposed import TransposedConv
 from r2cli.ptq.batchnorm_statistics import Normal
 from r2cli.quantized.channels import per_channel
 
@@ -246,6 +247,8 @@ def _is_depthwise(module: LayerModule) -> bool:
 
 def _pads(module: LayerModule) -> bool:
     """Return whether a layer reads zeros around its input."""
+    if isinstance(module, TransposedConv):  # its outputs at the edge have fewer inputs than the others
+        return True
     return not isinstance(module, nn.Linear) and any(module._reversed_padding_repeated_twice)
 
 

@@ -127,8 +127,11 @@ def quantize(
         note = "; ".join(each[layer.name] for each in notes if layer.name in each)
         rows.append(_quantized_layer(layer.name, one, weight.cpu(), settings.granularity, note))
         weight.copy_(one.decode())  # so that activations get the ranges of the quantized network
-    activations = _activations(net, coded, settings, checkpoint.input, normals if images is None else images)
+    activations, raised = _activations(net, coded, settings, checkpoint.input, normals if images is None else images)
     net.cpu()
+    told = {name: grids.raised_note(coded[name], one) for name, one in raised.items()}
+    rows = [_with_note(row, told.get(f"{row.layer}.weight", "")) for row in rows]
+    coded |= raised
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
     return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
 
@@ -255,19 +258,23 @@ def _activations(
     settings: PtqSettings,
     spec: InputSpec,
     known: Iterable[Tensor] | Mapping[str, batchnorm_statistics.Normal],
-) -> dict[str, Grid]:
-    """Put the activations of `net` on grids, and its biases on theirs, in place. Returns the grids by value.
+) -> tuple[dict[str, Grid], dict[str, Coded]]:
+    """Put the activations of `net` on grids, and its biases on theirs, in place.
 
-    `known` is what the ranges come from: batches of images, or the statistics of layers by name.
+    Returns the grids by value, and the weights whose scales were raised for their biases, by name. `known` is what the
+    ranges come from: batches of images, or the statistics of layers by name.
     """
     if settings.act_bits is None:
-        return {}
+        return {}, {}
     if not isinstance(known, Mapping):
         return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, settings.act_range)
     ends = batchnorm_statistics.ranges(net, known, spec)
     activations = {name: grids.activation_grid(*both, settings.act_bits) for name, both in ends.items()}
-    grids.round_to_grids(net, coded, activations)
-    return activations
+    return activations, grids.round_to_grids(net, coded, activations)
+
+
+def _with_note(row: QuantizedLayer, note: str) -> QuantizedLayer:
+    return replace(row, note="; ".join(filter(None, (row.note, note))))
 
 
 def _nearest(net: fx.GraphModule, settings: PtqSettings, factors: Mapping[str, Tensor]) -> dict[str, Coded]:

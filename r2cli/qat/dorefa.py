@@ -108,7 +108,7 @@ class DorefaWeight(quantizers.WeightQuantizer):
         """Set the factor to sum(W W_q) / sum(W_q**2), for which the levels are nearest to the weight `w`."""
         # Without it, the weights of such a layer would be as large as 1, and its output many times too large.
         rounded = quantized(w, self.bits, torch.ones_like(self.factor))
-        self.factor.copy_((w * rounded).sum() / rounded.square().sum())
+        self.factor.copy_(((w * rounded).sum() / rounded.square().sum()).clamp_min(fake_quant.FLOOR))
 
     def freeze(self, w: Tensor) -> Coded:
         w = w.detach()

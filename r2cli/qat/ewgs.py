@@ -173,7 +173,9 @@ class _Quantized(torch.autograd.Function):
         # `out` has the factor 1 / width already, so the sums over x_n - 1 and -x_n of `reference` become these.
         g_low = (weighed - (low + width) * plain) / width
         g_high = (low * plain - weighed) / width
-        return gw, g_low, g_high, scaled / output, None
+        # dy/do = y / o, for |o| as `scale` has it: an o of 0, of a weight that is 0 everywhere, can still grow.
+        size = quantizers.positive(output.abs())
+        return gw, g_low, g_high, scaled / torch.where(output < 0, -size, size), None
 
 
 class EwgsActivation(quantizers.ActivationQuantizer):

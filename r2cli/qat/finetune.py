@@ -113,8 +113,7 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
 
 def _distance_to(work: QatTask, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a loss: `weight` times the cross entropy of logits with the float network's class probabilities."""
-    # The weights are in this layout too (see loop.py): it is the faster one for convolutions.
-    teacher = deployed.network(work.checkpoint).to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = loop.to_device(deployed.network(work.checkpoint), work.device)
 
     def loss(images: Tensor, logits: Tensor) -> Tensor:
         with torch.no_grad():

@@ -28,6 +28,9 @@ from r2cli.quantized.grid import Grid
 # The share of the epochs after which bin regularization begins. The paper too trains without it first: until the steps
 # have settled, the levels that it draws weights to still move.
 BINS_FROM = 0.5
+# No step becomes smaller than this share of its first one. On few images, or where no ReLU bounds the values, a step
+# may fall until all values are clipped: then no weight has a gradient any more, and the run ends in nonsense.
+SMALLEST = 1 / 32
 
 
 def reference(x: Tensor, s: Tensor, codes: Codes, count: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,9 +77,12 @@ def first_step(x: Tensor, highest: int) -> Tensor:
 class LsqWeight(quantizers.WeightQuantizer):
     """LSQ's quantizer of a weight. It trains `step` ()."""
 
+    least: Tensor
+
     def __init__(self, w: Tensor, bits: int, fitted: bool = False) -> None:
         super().__init__(w, bits, fitted)
         self.step = nn.Parameter(torch.empty((), dtype=w.dtype, device=w.device))
+        self.register_buffer("least", torch.zeros_like(self.step))
         # Weights are known when the quantizer is made; an activation starts on the first images (`starting`).
         self.start(w)
 
@@ -87,27 +93,35 @@ class LsqWeight(quantizers.WeightQuantizer):
             self.step.copy_(quantizers.best_range(w, self.bits, -self.codes[0]) / (2**self.bits - 1))
         else:
             self.step.copy_(first_step(w, self.codes[1]))
+        self.least.copy_(self.step * SMALLEST)
 
     @property
     def codes(self) -> Codes:
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def freeze(self, w: Tensor) -> Coded:
-        step = quantizers.positive(self.step)
+        step = self.used_step()
         grid = Grid(step, torch.zeros_like(step, dtype=torch.int32), self.bits, signed=True)
         return Coded(grid, grid.encode(w.detach()))
 
+    def used_step(self) -> Tensor:
+        """Return the step () that weights are rounded to: the trained one, and at least `SMALLEST` of the first."""
+        return quantizers.positive(self.step, self.least)
+
     def forward(self, w: Tensor) -> Tensor:
-        step = quantizers.positive(self.step)
+        step = self.used_step()
         return fake_quant.quantize(w, self.step, step, self.codes, rule(w.numel(), self.codes[1], step))
 
 
 class LsqActivation(quantizers.ActivationQuantizer):
     """LSQ's quantizer of an activation. `parameter` () is the step."""
 
+    least: Tensor
+
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
         self.parameter = nn.Parameter(torch.ones(()))
+        self.register_buffer("least", torch.zeros(()))
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
@@ -116,9 +130,10 @@ class LsqActivation(quantizers.ActivationQuantizer):
             self.parameter.copy_(quantizers.best_range(x, self.bits, self.zero) / (2**self.bits - 1))
         else:
             self.parameter.copy_(first_step(x, self.codes[1]))
+        self.least.copy_(self.parameter * SMALLEST)
 
     def step(self) -> Tensor:
-        return quantizers.positive(self.parameter)
+        return quantizers.positive(self.parameter, self.least)
 
     def rule(self, x: Tensor) -> Rule:
         # One sample's values: N must not depend on the batch, over which the loss is a mean.
@@ -153,7 +168,7 @@ def draw_to_levels(prepared: Prepared, epoch: EpochStart) -> None:
         return
     for layer, learner, weight in prepared.each():
         assert isinstance(learner, LsqWeight) and weight.grad is not None, layer.name
-        _, gradient = bins(weight, quantizers.positive(learner.step), learner.codes)
+        _, gradient = bins(weight, learner.used_step(), learner.codes)
         weight.grad.add_(gradient, alpha=strength)
 
 

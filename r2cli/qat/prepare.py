@@ -129,8 +129,7 @@ def keep_scales(prepared: Prepared) -> None:
 def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> tuple[Checkpoint, list[TrainedLayer]]:
     """Return the coded checkpoint of a trained network, and a row for every layer. Takes the quantizers out of it.
 
-    Without `round_biases` the biases stay as trained, and not on the int32 grids of an ONNX file. Raises R2Error for a
-    bias that does not fit its grid.
+    Without `round_biases` the biases stay as trained, and not on the int32 grids of an ONNX file.
     """
     model = prepared.model.cpu().eval()
     prepared.net.cpu()
@@ -157,7 +156,11 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
         note = f"{turned} channels turned around" if turned else ""
         rows.append(_row(layer.name, coded[layer.name], grids[reads].bits if reads else None, note))
     if grids and round_biases:
-        calibrate.round_biases(net, folded, grids)
+        raised = calibrate.round_biases(net, folded, grids)
+        told = {name: calibrate.raised_note(folded[name], one) for name, one in raised.items()}
+        notes = [filter(None, (row.note, told.get(f"{row.layer}.weight"))) for row in rows]
+        rows = [replace(row, note="; ".join(note)) for row, note in zip(rows, notes, strict=True)]
+        folded |= raised
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
     return replace(work.checkpoint, floats=floats, coded=folded, activations=grids, folded=True), rows
 

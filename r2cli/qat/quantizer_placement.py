@@ -23,6 +23,7 @@ from r2cli.graph import batchnorm, edit, operators, placement, structure
 from r2cli.graph.edit import FOR_LAYERS
 from r2cli.graph.read import Unreadable, trace
 from r2cli.graph.structure import Layer
+from r2cli.graph.transposed import TransposedConv
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WeightQuantizer, WideQuantizer
 
 WIDE = 8  # bits
@@ -70,27 +71,6 @@ class Prepared:
         """Yield every layer with its quantizer and its float weight (channels, ...)."""
         for layer in self.layers:
             yield layer, self.weights[layer.name], structure.float_weight(self.model.get_submodule(layer.name))
-
-
-def require_known(net: fx.GraphModule, *, activations: bool) -> None:
-    """Check that the layers of `net` can be trained with quantizers.
-
-    Raises InputError for a module whose weights no quantizer knows, and with `activations` for a layer that runs twice.
-    """
-    for name, module in net.named_modules():
-        weight = getattr(module, "weight", None)
-        learned = isinstance(module, (*operators.LAYERS, nn.Embedding))  # rows of a table stay float
-        if isinstance(weight, Tensor) and weight.ndim > 1 and not learned:
-            raise InputError(
-                f"the layer '{name}' is a {type(module).__name__}, which has no quantizer: r2 qat trains networks of "
-                "Conv1d, Conv2d and Linear"
-            )
-    targets = [
-        str(node.target) for node in net.graph.nodes if isinstance(operators.module_of(net, node), operators.LAYERS)
-    ]
-    twice = next((target for target in targets if targets.count(target) > 1), None)
-    if twice and activations:
-        raise InputError(f"the layer '{twice}' runs twice, on values of two ranges: give --act-bits none")
 
 
 def places(net: fx.GraphModule, shape: tuple[int, ...], bits: Mapping[str, int], *, inputs: bool) -> list[Place]:
@@ -158,7 +138,6 @@ def prepare(
     activations. Raises InputError for a network that cannot be read, or has a layer that cannot be quantized.
     """
     net = edit.over_same_modules(model)
-    require_known(net, activations=edges is not None)
     # BatchNorm goes into scales at the end, and a scale must be positive.
     batchnorm.make_factors_positive(net)
     layers = tuple(structure.layers(net))
@@ -184,8 +163,8 @@ def _put_on(
     """Put quantizers on the values of `net`, which still has its BatchNorms; in place. Returns them by their keys."""
     nodes = {node.name: node for node in net.graph.nodes}
     # The value of a layer in the graph without BatchNorms is here the value of the BatchNorm after the layer.
-    norms = {layer.node: layer.norm for layer in structure.layers(net) if layer.norm}
-    behind = {name: next(n for n in nodes.values() if n.target == norm) for name, norm in norms.items()}
+    norms = {layer.name: layer.norm for layer in structure.layers(net) if layer.norm}
+    behind = {name: next(iter(node.users)) for name, node in nodes.items() if node.target in norms}
     edges: dict[str, ActivationQuantizer | WideQuantizer] = {}
     for place in placed:
         node = behind.get(place.value, nodes[place.value])
@@ -224,8 +203,13 @@ def _part(values: tuple[Tensor, Tensor], index: int) -> Tensor:
 
 
 def _tell_what_is_read(net: fx.GraphModule, layers: Iterable[Layer], weights: Mapping[str, WeightQuantizer]) -> None:
-    """Tell each weight's quantizer which quantizer its layer reads from: EWGS's scale depends on it."""
+    """Tell each weight's quantizer which quantizer its layer reads from: EWGS's scale depends on it.
+
+    A layer that runs twice reads from two, and its quantizer is told of none.
+    """
     for layer in layers:
+        if sum(node.target == layer.name for node in net.graph.nodes) > 1:
+            continue
         learner, read = weights[layer.name], structure.node_of(net, layer).args[0]
         while isinstance(read, fx.Node) and (operators.is_a(net, read, operators.PASSING) or read.target is _part):
             read = read.args[0]
@@ -288,7 +272,9 @@ def _without_bias(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """Return what the layer `module` gives for x with another weight and without its bias."""
     if isinstance(module, nn.Linear):
         return nn.functional.linear(x, weight)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    if isinstance(module, TransposedConv):
+        return module.convolve(x, weight, None)
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     found: Tensor = module._conv_forward(x, weight, None)
     return found
 

@@ -173,12 +173,12 @@ class TwoGrids(nn.Module):
         return fake_quant.quantize_behind(x, (wide.size, wide.codes), low.parameter, step, low.codes, low.rule(x))
 
 
-def positive(number: Tensor, floor: float = fake_quant.FLOOR) -> Tensor:
-    """Return a trained number () as it is used, which is at least `floor`.
+def positive(number: Tensor, floor: float | Tensor = fake_quant.FLOOR) -> Tensor:
+    """Return a trained number () as it is used, which is at least `floor`, a number or (), and `fake_quant.FLOOR`.
 
     The parameter itself is not clamped: a step below zero may come back by its gradient.
     """
-    return number.detach().clamp_min(floor)
+    return number.detach().clamp_min(floor).clamp_min(fake_quant.FLOOR)
 
 
 def best_range(x: Tensor, bits: int, zero: int) -> Tensor:

@@ -39,7 +39,7 @@ class Spread:
 def spread(values: Tensor, number: Tensor | None = None) -> Spread:
     """Return the `Spread` of `values` (sets, n) in any order; or ascending, with each `number` (sets, n) times."""
     if number is None:
-        values = values.double().sort(1).values
+        values = values.double().contiguous().sort(1).values  # torch.searchsorted warns of other layouts
         number = torch.ones_like(values)
     zero = values.new_zeros(len(values), 1)
     weighed = number * values

@@ -26,6 +26,9 @@ PATTERNS = 1 << 16
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 # No channel's grid is finer than this share of the coarsest one's: its bias then fits int32 on scale_x * scale_w.
 FINEST = 2.0**-16
+OF_ZEROS = (
+    2.0**-64
+)  # the scale of a weight that is 0 everywhere; times the scale of an activation it is a normal float32
 # The exponent of the least step between top halves of float32 values. A histogram cannot be finer than that.
 LEAST_STEP = -133
 
@@ -221,9 +224,12 @@ def min_max_scale(low: Tensor, high: Tensor, mean_abs: Tensor, bits: int) -> Ten
 
 
 def usable(scale: Tensor) -> Tensor:
-    """Return `scale` (channels,) with every entry above zero: a dead channel gets the finest grid that is allowed."""
+    """Return `scale` (channels,) with every entry above zero: a dead channel gets the finest grid that is allowed.
+
+    Where all are 0 they become `OF_ZEROS`, so that codes of other values than 0 stand for next to nothing too.
+    """
     coarsest = scale.amax()
-    return scale.clamp_min(coarsest * FINEST) if coarsest > 0 else torch.ones_like(scale)
+    return scale.clamp_min(coarsest * FINEST) if coarsest > 0 else torch.full_like(scale, OF_ZEROS)
 
 
 def rounded(x: Tensor, scale: Tensor, bits: int, memory: Pair | None = None) -> tuple[Tensor, Tensor]:

@@ -11,34 +11,33 @@ code, and torch reads .pth files with weights_only=True.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from r2cli.errors import InputError
+from r2cli.storage import pth
 from r2cli.storage.checkpoint import load_tensors
 
 SHOWN = 12  # a message lists at most this many names of each kind
-
-# The keys under which trainers save weights. Averaged weights (EMA) come first: those are the ones that were evaluated.
-KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net", "network", "weights")
 
 
 def load(path: Path, model: nn.Module, what: str) -> tuple[dict[str, Tensor], list[str]]:
     """Read the weights of `model` from `path`. Messages call the network `what`.
 
-    Returns the tensors by the names, and in the types, of `model`; and the names of tensors in the file that belong to
-    something else. Raises InputError for a file that is missing, damaged or holds other objects than tensors, for NaN
-    or infinite values, and for weights of another architecture. The message then names each tensor that is missing,
-    left over or of another shape.
+    Weights that are stored with a mask are masked, if the network has no masks. Returns the tensors by the names, and
+    in the types, of `model`; and the names of tensors in the file that belong to something else, or are such masks.
+    Raises InputError for a file that is missing, damaged or holds other objects than tensors, for NaN or infinite
+    values, and for weights of another architecture. The message then names each tensor that is missing, left over or of
+    another shape.
     """
     if path.is_dir():
         raise InputError(f"{path} is a directory: give --weights a file")
     if not path.exists():
         raise InputError(f"{path} does not exist: give --weights a .safetensors or .pth file")
-    state = load_tensors(path)[0] if path.suffix == ".safetensors" else _load_pth(path)
-    weights, others = matched(state, model.state_dict(), str(path), what)
+    state = load_tensors(path)[0] if path.suffix == ".safetensors" else pth.load(path)
+    masks = [] if pth.masks(model.state_dict()) else [f"{name}_mask" for name in pth.masks(state)]
+    weights, others = matched(pth.with_masks_applied(state) if masks else state, model.state_dict(), str(path), what)
     for name, tensor in weights.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
@@ -46,7 +45,7 @@ def load(path: Path, model: nn.Module, what: str) -> tuple[dict[str, Tensor], li
                 f"{path}: tensor '{name}' has {bad} NaN or infinite values of {tensor.numel()}: give weights of a "
                 "training run that did not diverge"
             )
-    return weights, others
+    return weights, masks + others
 
 
 def matched(
@@ -105,37 +104,3 @@ def _listed(kind: str, names: list[str]) -> str:
     """Return `names` as a part of a message, or an empty text if there are none."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{kind}: {', '.join(names[:SHOWN])}{more}" if names else ""
-
-
-def _load_pth(path: Path) -> dict[str, Tensor]:
-    """Read the state_dict from a file that torch.save wrote, without running code in it."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged pickle can raise any exception
-        message = str(error)
-        if "weights_only" in message or "Weights only" in message:
-            raise InputError(
-                f"{path} holds Python objects beside tensors, and loading them would run code from the file: save "
-                "model.state_dict() alone, or as .safetensors"
-            ) from error
-        line = " ".join(message.split())[:200]
-        raise InputError(f"{path} is not a readable PyTorch file ({line}): copy or write it again") from error
-    state = _state(content)
-    if not state:
-        raise InputError(f"{path} holds no state_dict: save model.state_dict(), alone or under the key 'state_dict'")
-    return state
-
-
-def _state(content: Any) -> dict[str, Tensor]:
-    """Return the tensors in `content` itself or under one of its keys, by name; empty where there are none."""
-    if not isinstance(content, Mapping):
-        return {}
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if tensors:
-        return tensors
-    nested = {str(key): _state(value) for key, value in content.items()}
-    known = [key for key in KEYS if nested.get(key)]
-    # Without a known key, the largest dict is more likely the network than an optimizer's state.
-    return nested[known[0]] if known else max(nested.values(), key=len, default={})

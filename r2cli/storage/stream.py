@@ -19,6 +19,7 @@ from torch import Tensor
 
 from r2cli.errors import InputError
 from r2cli.quantized.scratch import Scratch
+from r2cli.storage import pth
 
 # Elements of one piece, a megabyte of float32: small enough that all steps on a piece find it in the processor's cache.
 PIECE = 1 << 18
@@ -79,14 +80,20 @@ def from_memory(name: str, tensor: Tensor, file: str) -> Stored:
 
 
 def tensors_of_model(path: Path) -> list[Stored]:
-    """Return the tensors of a model: a safetensors file, an index of shards, or a directory that holds one of them.
+    """Return the tensors of a model: a safetensors file, an index of shards, a directory that holds one of them, or a
+    file that torch.save wrote.
 
     They are sorted by name, and numbers within names by value ('layer.2' before 'layer.10'). Raises InputError with the
     name of the file and of the tensor that cannot be read.
     """
     if path.is_dir():
         path = _in_directory(path)
-    tensors = _of_shards(path) if path.name.endswith(".index.json") else tensors_of_file(path)
+    if path.is_file() and pth.is_saved_by_torch(path):
+        tensors = [
+            from_memory(name, tensor, str(path)) for name, tensor in pth.with_masks_applied(pth.load(path)).items()
+        ]
+    else:
+        tensors = _of_shards(path) if path.name.endswith(".index.json") else tensors_of_file(path)
 
     def natural(stored: Stored) -> list[str]:
         # Zeros in front make text sort as numbers do.
@@ -108,7 +115,9 @@ def tensors_of_file(path: Path) -> list[Stored]:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of one safetensors file: texts by name."""
+    """Return the metadata of one safetensors file: texts by name. What torch.save wrote has none."""
+    if path.is_file() and pth.is_saved_by_torch(path):
+        return {}
     stored: dict[str, str] = _header(path)[0].get("__metadata__", {})
     return stored
 
@@ -165,6 +174,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     if not path.exists():
         raise InputError(f"{path} does not exist: name a .safetensors or .onnx file")
     try:
+        pth.require_known(path)
         with open(path, "rb") as file:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")

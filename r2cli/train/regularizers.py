@@ -139,6 +139,6 @@ def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             found[f"{name}.weight"] = float_weight(module)
     return found
