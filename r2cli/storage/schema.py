@@ -16,7 +16,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 T = TypeVar("T")
 
@@ -51,10 +51,13 @@ def of_text(kind: type[T], text: str | bytes) -> T:
     return read(kind, parsed(text))
 
 
-def read(kind: type[T], value: Any, place: str = "") -> T:
-    """Make a `kind` of a value of JSON. Raises Malformed."""
-    made: T = _read(kind, value, place)
-    return made
+@overload
+def read(kind: type[T], value: Any, place: str = "") -> T: ...
+@overload
+def read(kind: Any, value: Any, place: str = "") -> Any: ...
+def read(kind: Any, value: Any, place: str = "") -> Any:
+    """Make a `kind`, a class or any other type that is named above, of a value of JSON. Raises Malformed."""
+    return _read(kind, value, place)
 
 
 def _read(kind: Any, value: Any, place: str) -> Any:
@@ -97,7 +100,7 @@ def _plain(kind: type, value: Any, place: str) -> Any:
     """A text, a boolean or a number: an integer is no boolean, and counts as a float where one is wanted."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
-    if type(value) is not kind or (kind is int and abs(value) > LARGEST):
+    if type(value) is not kind or (kind is int and abs(value) > LARGEST):  # type: ignore[arg-type]
         _refuse(place, value, {str: "a text", bool: "true or false", int: "an integer", float: "a number"}[kind])
     if kind is float and not math.isfinite(value):
         _refuse(place, value, "a finite number")
@@ -113,7 +116,7 @@ def _within(bounds: Between, value: Any, place: str) -> Any:
 def _refuse(place: str, value: Any, wanted: Any) -> Any:
     if get_origin(wanted) is Literal:
         wanted = " or ".join(map(repr, get_args(wanted)))
-    shown = {dict: "a table", list: "a list"}.get(type(value)) or _short(value)
+    shown = "a table" if isinstance(value, dict) else "a list" if isinstance(value, list) else _short(value)
     raise Malformed(f"'{place}' is {shown}, not {wanted}" if place else f"it is {shown}, not {wanted}")
 
 

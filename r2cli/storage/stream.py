@@ -23,6 +23,8 @@ from r2cli.storage.schema import LARGEST, Between, Malformed
 
 # Elements of one piece, a megabyte of float32: small enough that all steps on a piece find it in the processor's cache.
 PIECE = 1 << 18
+TABLE: Any = Mapping[str, Any]
+TEXTS: Any = Mapping[str, str]
 MOST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -195,14 +197,14 @@ def _header(path: Path) -> tuple[dict[str, TensorEntry], Mapping[str, str], int]
             # Checked before the read: a damaged length must not make us ask for terabytes.
             if total < 8 or length > MOST_HEADER or 8 + length > total:
                 raise InputError(f"{path} is not a safetensors file, or its header is cut off: copy or write it again")
-            header = schema.read(Mapping[str, Any], schema.parsed(file.read(length)))
-        texts = schema.read(Mapping[str, str] | None, header.pop("__metadata__", None), "__metadata__")
+            header = dict(schema.read(TABLE, schema.parsed(file.read(length))))
+        texts = schema.read(TEXTS, header.pop("__metadata__", {}), "__metadata__")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Malformed as error:
         raise InputError(f"{path} is not a safetensors file (its header: {error}): name another") from error
     entries = {name: _sound(path, name, entry, total - 8 - length) for name, entry in header.items()}
-    return entries, texts or {}, 8 + length
+    return entries, texts, 8 + length
 
 
 def _sound(path: Path, name: str, stored: Any, room: int) -> TensorEntry:

@@ -196,6 +196,10 @@ class DoneEntry:
     written: Mapping[str, str | None] = field(default_factory=dict)
 
 
+DONE: Any = Mapping[str, DoneEntry]
+TABLE: Any = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Record:
     """What was done in a folder: for each output the options, the checksums of the inputs, and the report."""
@@ -208,10 +212,14 @@ class Record:
         """Read the record of `folder`. If it is missing or damaged, start an empty one: then all steps run again."""
         try:
             stored = schema.parsed((folder / "results.json").read_bytes())
-            for entry in schema.read(Mapping[str, DoneEntry], stored).values():
-                _, _, options = schema.of_text(tuple[Any, ...], entry.key)
-                schema.read(Mapping[str, Any], options)
-        except (OSError, ValueError):  # Malformed is one, and so is a key that is no list of three
+            for entry in schema.read(DONE, stored).values():
+                _, _, options = schema.parsed(entry.key)
+                schema.read(TABLE, options)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+        ):  # a key that is no list of three, too
             return cls(folder, {})
         return cls(folder, stored)
 

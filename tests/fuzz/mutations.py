@@ -206,7 +206,10 @@ def _onnx(content: bytes, draw: random.Random) -> bytes:
 def _onnx_value(model: onnx.ModelProto, draw: random.Random) -> None:
     small = [each for each in model.graph.initializer if each.data_type in (7, 6)] or list(model.graph.initializer)
     each = draw.choice(small if draw.random() < 0.8 else list(model.graph.initializer))
-    array = numpy_helper.to_array(each).copy()
+    try:
+        array = numpy_helper.to_array(each).copy()
+    except (ValueError, TypeError, KeyError):  # what an earlier change left
+        return
     kind = draw.randrange(3)
     if kind == 0 and array.size:
         value = draw.choice((0, -1, 3, 2**31 - 1, 10**9, 10**6, 127, -128))
@@ -310,7 +313,7 @@ def _pth(content: bytes, draw: random.Random) -> bytes:
             lambda: [state],
             lambda: {**state, 7: tensor, None: tensor},
             lambda: {"state_dict": "text"},
-            lambda: {},
+            dict,
         )
     )()
     out = io.BytesIO()

@@ -42,7 +42,7 @@ metrics = { "top-1" = "top1" }
 """
 DONE = """[[step]]
 run = "analyze"
-source = "../float.safetensors"
+source = "../weights.safetensors"
 quick = true
 """
 
@@ -62,7 +62,6 @@ READERS = {
         FLOAT,
         (
             ("evaluate", "FILE", "--dry-run", "--device", "cpu"),
-            ("analyze", "FILE", "--quick"),
             ("analyze", "FILE", "--quick", "--view", "trained", "-o", "page.html", "--overwrite"),
             ("export", "FILE", "-o", "out.onnx", "--dry-run"),
             ("palettize", "FILE", "-o", "out.safetensors", "--dry-run"),
@@ -85,7 +84,7 @@ READERS = {
     "shards": Reader("shards/model.safetensors.index.json", (("analyze", "FILE", "--quick"), ("analyze", "shards"))),
     "state": Reader("made.resume.safetensors", ((*TRAIN, "--resume"),), ("made.",), share=15),
     "record": Reader("coded.run.json", (("ptq", FLOAT, *CPU, "-o", CODED, "--resume"),), share=8),
-    "pth": Reader("float.pth", (("evaluate", "--weights", "FILE", "--model", "resnet8", *CPU, "--dry-run"),), share=15),
+    "pth": Reader("float.pth", (("evaluate", "--weights", "FILE", "--model", "resnet8", *CPU, "--dry-run"),), share=8),
     "onnx": Reader(ONNX, (("analyze", "FILE", "--quick"), ("evaluate", "FILE", *CPU)), share=20),
     "other-onnx": Reader("other.onnx", (("analyze", "FILE"), ("evaluate", "FILE", *CPU)), share=20),
     "recipe": Reader("recipe.toml", (("run", "FILE", "--dry-run"), ("run", "FILE", "--dry-run", "--only", "w4*"))),
