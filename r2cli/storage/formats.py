@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from r2cli.storage.schema import Between
+from r2cli.storage.schema import UNBOUNDED, Between
 
 # No network of ours comes near these, and a file cannot make us take memory for more.
 Size = Annotated[int, Between(1, 1 << 14)]  # pixels or tokens
@@ -86,3 +86,41 @@ class OnnxEntry:
     input: InputEntry
     class_names: tuple[str, ...]
     history: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class TrainedReport:
+    top1: float
+    range_mean: float
+    range_max: float
+    parameters: int
+    unreadable: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PalettesReport:
+    bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class CheckEntry:
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class EmbeddingsEntry:
+    coded: int
+    float: int
+
+
+@dataclass(frozen=True)
+class CompressedReport(PalettesReport):
+    top1: float | None
+    float_top1: float | None
+    checks: tuple[CheckEntry, ...]
+    overflow_db: Annotated[float, UNBOUNDED] | None
+    embeddings: EmbeddingsEntry | None
+    entropy_coded_bits: float | None = None

@@ -36,6 +36,9 @@ class Between:
     most: float
 
 
+UNBOUNDED = Between(-math.inf, math.inf)  # of a float that may be infinite, or NaN
+
+
 def parsed(text: str | bytes) -> Any:
     """The value of JSON text. Raises Malformed for other text, and for nesting that no format of ours has."""
     try:
@@ -64,6 +67,8 @@ def _read(kind: Any, value: Any, place: str) -> Any:
     if is_dataclass(kind):
         return _fields(kind, value, place)
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated and inner[1] is UNBOUNDED and isinstance(value, float):
+        return value
     if origin is Annotated:
         return _within(inner[1], _read(inner[0], value, place), place)
     if origin in (Union, types.UnionType):

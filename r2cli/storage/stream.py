@@ -256,7 +256,7 @@ def _of_shards(index: Path) -> list[Stored]:
         shards: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             # The name alone, without folders: an index cannot make us read files elsewhere.
-            shards.setdefault(Path(file).name, []).append(name)
+            shards.setdefault(Path(file).name or ".", []).append(name)
     except OSError as error:
         raise InputError(f"{index} cannot be read: {error.strerror or error}") from error
     except Malformed as error:
@@ -265,8 +265,8 @@ def _of_shards(index: Path) -> list[Stored]:
         ) from error
     tensors = []
     for file, names in shards.items():
-        path = index.with_name(file)
-        if not path.exists():
+        path = index.parent / file
+        if not os.path.isfile(path):  # Path.is_file raises for a name that no file can have
             raise InputError(
                 f"{path} is missing: {index.name} says that '{names[0]}' and {len(names) - 1} other tensors are in it, "
                 "so copy it too"

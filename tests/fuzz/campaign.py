@@ -8,6 +8,7 @@ imported. That process runs one input after the other; where it ends or hangs, t
 
 import argparse
 import io
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from pathlib import Path
 import mutations
 from valid_files import READERS, Reader, make
 
+PART = 500  # inputs in memory
 SLOWEST = 20.0  # seconds of one command
 MEMORY = 3 * 2**30  # bytes that a command may take beyond what is imported
 # Beside new lines; a terminal obeys the others. Colours are left out where there is no terminal.
@@ -182,6 +184,12 @@ def prepared(folder: Path) -> Path:
     return here
 
 
+def restore_from(here: Path) -> None:
+    """Put the folder back into the state of the valid files beside it."""
+    shutil.rmtree(here)
+    shutil.copytree(here.with_name("valid"), here)
+
+
 def outcomes(here: Path, given: Sequence[Input]) -> Iterator[tuple[Input, Outcome]]:
     """The outcome of every input, in order."""
     at = 0
@@ -213,8 +221,7 @@ def outcomes(here: Path, given: Sequence[Input]) -> Iterator[tuple[Input, Outcom
                 break
         os.close(read)
         os.waitpid(child, 0)
-        shutil.rmtree(here)
-        shutil.copytree(here.with_name("valid"), here)
+        restore_from(here)
 
 
 def _work(here: Path, given: Sequence[Input], write: int) -> None:
@@ -247,13 +254,14 @@ def warm() -> None:
     torch.set_num_threads(1)
 
 
-def tried(here: Path, given: Sequence[Input], tell: Callable[[str], None]) -> dict[str, object]:
+def tried(here: Path, given: Iterator[Input], tell: Callable[[str], None]) -> dict[str, object]:
     """Run the inputs, tell of every fault, and count."""
     codes: Counter[str] = Counter()
     formats: Counter[str] = Counter()
     faults: Counter[str] = Counter()
     slowest, spent = 0.0, Counter[str]()
-    for each, outcome in outcomes(here, given):
+    parts = iter(lambda: list(itertools.islice(given, PART)), [])
+    for each, outcome in (pair for part in parts for pair in outcomes(here, part)):
         codes[str(outcome.code)] += 1
         formats[each.name.rsplit("-", 2)[0]] += 1
         slowest = max(slowest, outcome.seconds)
@@ -264,7 +272,7 @@ def tried(here: Path, given: Sequence[Input], tell: Callable[[str], None]) -> di
             tell(f"{each.name}: {outcome.faults} {' '.join(each.line)}: {outcome.told}")
     print(spent, file=sys.stderr)
     return {
-        "inputs": len(given),
+        "inputs": sum(codes.values()),
         "exit codes": codes,
         "formats": formats,
         "faults": faults,
@@ -292,7 +300,11 @@ def main() -> None:
             if own.valid:
                 shutil.copytree(here, own.valid)
         print(f"valid files made after {time.perf_counter() - started:.0f} s", flush=True)
-        counts = tried(here, list(inputs(here, own.inputs, own.seed, own.only)), lambda text: print(text, flush=True))
+        counts = tried(here, inputs(here, own.inputs, own.seed, own.only), lambda text: print(text, flush=True))
+        if own.kills:
+            from kills import killed  # which uses this module
+
+            counts |= killed(here, own.kills, own.seed, lambda text: print(text, flush=True))
     counts["seconds"] = round(time.perf_counter() - started)
     print(json.dumps(counts, indent=1))
     if own.counts:

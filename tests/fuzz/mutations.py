@@ -26,7 +26,10 @@ def mutated(content: bytes, name: str, draw: random.Random) -> bytes:
     structured = STRUCTURED.get(name.rpartition(".")[2])
     if structured is None or draw.random() < 0.25:
         return _bytes(content, draw)
-    return structured(content, draw)
+    try:
+        return structured(content, draw)
+    except (ValueError, TypeError, KeyError, RecursionError):  # a second change of what the first made unreadable
+        return _bytes(content, draw)
 
 
 def _bytes(content: bytes, draw: random.Random) -> bytes:
@@ -206,10 +209,7 @@ def _onnx(content: bytes, draw: random.Random) -> bytes:
 def _onnx_value(model: onnx.ModelProto, draw: random.Random) -> None:
     small = [each for each in model.graph.initializer if each.data_type in (7, 6)] or list(model.graph.initializer)
     each = draw.choice(small if draw.random() < 0.8 else list(model.graph.initializer))
-    try:
-        array = numpy_helper.to_array(each).copy()
-    except (ValueError, TypeError, KeyError):  # what an earlier change left
-        return
+    array = numpy_helper.to_array(each).copy()
     kind = draw.randrange(3)
     if kind == 0 and array.size:
         value = draw.choice((0, -1, 3, 2**31 - 1, 10**9, 10**6, 127, -128))
