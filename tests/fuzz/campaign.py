@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mutations
+from cases import CASES
 from valid_files import READERS, Reader, make
 
 PART = 500  # inputs in memory
@@ -49,6 +50,7 @@ class Input:
     reader: Reader
     content: bytes
     line: tuple[str, ...]
+    due: tuple[int, str] | None = None  # the exit code, and a part of what is told, where they are known
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ def inputs(folder: Path, count: int, seed: int, only: Sequence[str] = ()) -> Ite
         reader = chosen[name]
         content = mutations.mutated(contents[name], reader.file, draw)
         yield Input(f"{name}-{seed}-{number}", reader, content, draw.choice(reader.lines))
+
+
+def cases(folder: Path) -> Iterator[Input]:
+    """The inputs that once missed a goal, each with the exit code and a part of the message that is due."""
+    for name, case in CASES.items():
+        reader = READERS[case.reader]
+        content = case.edit((folder / reader.file).read_bytes())
+        yield Input(name, reader, content, reader.lines[case.line], (case.code, case.told))
 
 
 # --- one command ----------------------------------------------------------------------------------------------------
@@ -122,33 +132,35 @@ def judged(given: Input, folder: Path) -> Outcome:
     after = listed(folder)
     place.write_bytes(valid)
     new = {name for name in after if before.get(name) != after[name]} | (before.keys() - after.keys())
-    faults = []
-    if code not in (0, 1, 2):
-        faults.append(f"exit {code}")
-    if "Traceback" in err + out or "internal error" in err + out:
-        faults.append("traceback or internal error")
-    if OUT_OF_MEMORY.search(err + out):
-        faults.append("out of memory")
-    if CONTROL.search(err + out):
-        faults.append("control characters")
+    faults = [*_said(code, out, err), *(["slow"] if seconds > SLOWEST else [])]
+    if given.due is not None and (code != given.due[0] or given.due[1] not in err + out):
+        faults.append(f"not {given.due}: {code} {err[-300:]}")
     if "PWNED" in new:
         faults.append("code ran")
-        (folder / "PWNED").unlink()
     foreign = sorted(name for name in new if not name.startswith(given.reader.writes or ("\0",)))
     if foreign:
         faults.append(f"wrote {foreign[:3]}")
-    told = [line for line in err.splitlines() if line.startswith("r2: ")]
-    if code in (1, 2) and (len(told) != 1 or not err.endswith(f"{told[0]}\n")):
-        faults.append("not one sentence")
-    if "Warning: " in err:
-        faults.append("a warning of a library")
-    for name in new & {"page.html"}:
-        if CONTROL.search((folder / name).read_text()):
-            faults.append("control characters in the page")
-    if seconds > SLOWEST:
-        faults.append("slow")
+    if any(CONTROL.search((folder / name).read_text()) for name in new & {"page.html"}):
+        faults.append("control characters in the page")
     _restore(folder, new, given.reader)
     return Outcome(code, seconds, err.strip()[-600:], tuple(faults))
+
+
+def _said(code: int, out: str, err: str) -> Iterator[str]:
+    """The goals that an exit code and an output miss."""
+    if code not in (0, 1, 2):
+        yield f"exit {code}"
+    if "Traceback" in err + out or "internal error" in err + out:
+        yield "traceback or internal error"
+    if OUT_OF_MEMORY.search(err + out):
+        yield "out of memory"
+    if CONTROL.search(err + out):
+        yield "control characters"
+    told = [line for line in err.splitlines() if line.startswith("r2: ")]
+    if code in (1, 2) and (len(told) != 1 or not err.endswith(f"{told[0]}\n")):
+        yield "not one sentence"
+    if "Warning: " in err:
+        yield "a warning of a library"
 
 
 def _restore(folder: Path, new: set[str], reader: Reader) -> None:
@@ -300,11 +312,14 @@ def main() -> None:
             if own.valid:
                 shutil.copytree(here, own.valid)
         print(f"valid files made after {time.perf_counter() - started:.0f} s", flush=True)
+        wrong = [f"{each.name}: {out.faults}" for each, out in outcomes(here, list(cases(here))) if out.faults]
+        print(f"{len(CASES)} known cases, wrong are: {wrong}", flush=True)
         counts = tried(here, inputs(here, own.inputs, own.seed, own.only), lambda text: print(text, flush=True))
         if own.kills:
             from kills import killed  # which uses this module
 
             counts |= killed(here, own.kills, own.seed, lambda text: print(text, flush=True))
+    counts |= {"known cases": len(CASES), "wrong": wrong}
     counts["seconds"] = round(time.perf_counter() - started)
     print(json.dumps(counts, indent=1))
     if own.counts:

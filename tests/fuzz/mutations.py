@@ -9,6 +9,7 @@ import json
 import random
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import onnx
@@ -339,8 +340,17 @@ def _image(content: bytes, draw: random.Random) -> bytes:
         stored = io.BytesIO()
         Image.new(draw.choice(("L", "RGB", "RGBA", "P", "I;16", "1")), (wide, high)).save(stored, "PNG")
         return stored.getvalue()
-    head = b"IHDR" + wide.to_bytes(4, "big") + high.to_bytes(4, "big") + content[24:29]
-    return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+    return header_of_png(wide, high)(content)
+
+
+def header_of_png(wide: int, high: int) -> Callable[[bytes], bytes]:
+    """The content of a PNG file with another size in its header."""
+
+    def edit(content: bytes) -> bytes:
+        head = b"IHDR" + wide.to_bytes(4, "big") + high.to_bytes(4, "big") + content[24:29]
+        return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+
+    return edit
 
 
 def _tsv(content: bytes, draw: random.Random) -> bytes:
