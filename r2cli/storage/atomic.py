@@ -130,7 +130,7 @@ def locked(path: Path, *, way_out: str = "another --output") -> Iterator[None]:
         finally:  # a second Ctrl-C may come in the first
             with suppress(OSError):
                 place.unlink()
-        os.close(descriptor)
+            os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:

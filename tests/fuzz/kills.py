@@ -108,6 +108,7 @@ def killed(here: Path, count: int, seed: int, tell: Callable[[str], None]) -> di
         code = _run(here, line, sent, at)
         counts[f"{name} {sent.name}"] += 1
         late += code == 0
+        told = here.with_name("log").read_text(errors="replace")
         found = [f"exit {code}"] if code not in ENDS[sent] | {0} else []
         found += _left(here, whole, clean=sent == signal.SIGINT)
         again = _run(here, line)
@@ -117,7 +118,7 @@ def killed(here: Path, count: int, seed: int, tell: Callable[[str], None]) -> di
         for fault in found:
             faults[fault] += 1
         if found:
-            tell(f"kill {number}: {name} {sent.name} at {at}: {found}")
+            tell(f"kill {number}: {name} {sent.name} at {at}: {found} {told[-600:]}")
         restore_from(here)
     return {"kills": count, "came after the end": late, "by command and signal": counts, "faults of kills": faults}
 
@@ -179,7 +180,10 @@ def _command(here: Path, line: tuple[str, ...], sent: signal.Signals | None, at:
     os.chdir(here)
     log = os.open(here.with_name("log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
-    code, out, err = ran(line)
+    try:
+        code, out, err = ran(line)
+    except KeyboardInterrupt:  # before or after `main`, where a process of its own is not yet r2, or r2 no more
+        os._exit(130)
     os.write(log, err.encode(errors="replace"))
     os._exit(96 if "Traceback" in err + out or "internal error" in err + out else code)
 
