@@ -261,6 +261,7 @@ def warm() -> None:
     """Import what the commands import, so that a fork has it."""
     import onnxruntime  # noqa: F401
     import torch
+    from transformers import MobileBertForSequenceClassification  # noqa: F401
 
     from r2cli.cli import deliver, main  # noqa: F401
     from r2cli.deploy import runtime  # noqa: F401
