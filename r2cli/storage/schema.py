@@ -81,6 +81,8 @@ def _read(kind: Any, value: Any, place: str) -> Any:
     if origin is Mapping:
         table = value if isinstance(value, Mapping) else _refuse(place, value, "a table")
         return {str(key): _read(inner[1], item, f"{place}.{key}") for key, item in table.items()}
+    if kind is types.NoneType:
+        return value if value is None else _refuse(place, value, "null")
     return value if kind is Any else _plain(kind, value, place)
 
 

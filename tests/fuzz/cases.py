@@ -195,6 +195,7 @@ CASES = {
     "a scale of an activation is text": Case(
         "coded", recorded("activations", {"a": {"scale": "x"}}), "'activations.a.scale' is 'x', not a number"
     ),
+    "an axis of an activation": Case("coded", recorded("activations/*/axis", 1), ".axis' is 1, not null"),
     "a table of another shape": Case("palette", recorded("codecs/a.weight/bits", 8), "'a.weight.codes' is"),
     "an epoch with other keys": Case(
         "state", recorded("history", [{"a": 1}], "r2_resume"), "is damaged ('history.0.epoch' is missing)"
