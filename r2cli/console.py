@@ -9,11 +9,12 @@ import math
 import os
 import select
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any
+from unicodedata import category
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,14 +24,35 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from r2cli.errors import R2Error
 
 
+def escaped(text: str) -> str:
+    """`text` with every character that a terminal would obey written as `\\x1b`: names in files may hold any.
+
+    Those are control characters but new lines, marks that turn the direction of writing, and halves of characters.
+    """
+    if text.isprintable():
+        return text
+    obeyed = (own for own in set(text) if own != "\n" and category(own) in OBEYED)
+    return text.translate({ord(own): own.encode("unicode_escape").decode() for own in obeyed})
+
+
+OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode
+
+
 class Output(Console):
-    """Prints until its reader goes away. The command then goes on without a word, to its files and its exit code."""
+    """Prints, with names `escaped`, until its reader goes away. The command then goes on without a word, to its files
+    and its exit code.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=escaped(segment.text))
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -210,7 +210,7 @@ def test_the_batch_is_dynamic_and_the_file_says_how_to_feed_it(trained: Path, tm
     run = runtime.runner(path)
     for count in (1, 5):
         assert run(torch.zeros(count, *made.input.shape)).shape == (count, 10)
-    assert runtime.input_spec(path) == made.input
+    assert runtime.recorded(path).input == made.input
     assert b"/" + b"home" not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
 
@@ -311,4 +311,4 @@ def test_unreadable_and_foreign_files_are_named(tmp_path: Path) -> None:
     graph = onnx.helper.make_graph([identity], "g", value[:1], value[1:])
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
     with pytest.raises(InputError, match="only files written by r2"):
-        runtime.input_spec(path)
+        runtime.recorded(path)

@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from conftest import R2
 
@@ -111,3 +114,28 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(r2: R2, model: 
         assert ran.code == 3 and "/proc/a" in ran.err and "could not be written" in ran.err, ran.err
         assert "epoch" not in ran.err and "exporting" not in ran.err and "Traceback" not in ran.err
         assert line[0] == "recipe" or json.loads(ran.out)["exit_code"] == 3
+
+
+def test_a_disk_that_is_full_while_files_are_written_is_one_sentence(
+    r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of files stands for the disk. What was there stays, and nothing half written is left."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"a.weight": torch.arange(4096.0).reshape(64, 64)}, "weights.safetensors")
+    Path("page.html").write_text("kept")
+    Path("q.toml").write_text("kept")
+    lines = [
+        ["palettize", "weights.safetensors", "-o", "made.safetensors"],
+        ["analyze", "weights.safetensors", "-o", "page.html", "--overwrite"],
+        ["recipe", "cp", "quickstart", "q.toml", "--overwrite"],
+    ]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for line in lines:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
+        try:
+            ran = r2(*line)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert ran.code == 3 and "could not be written: File too large" in ran.err, ran.err
+    assert Path("page.html").read_text() == Path("q.toml").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "q.toml", "weights.safetensors"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from r2cli import console
 from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 from r2cli.analysis.rounding_pass import TENSOR
 from r2cli.errors import InputError
@@ -102,9 +103,9 @@ def _short(name: str, most: int = 26) -> str:
 
 
 def _plain(name: str) -> str:
-    """Escape `name` for matplotlib, which reads dollars as a formula and hides labels that start with _."""
-    escaped = name.replace("$", r"\$")
-    return f" {escaped}" if name.startswith("_") else escaped
+    """Escape `name` as for a terminal, and for matplotlib: dollars are formulas, labels that start with _ hidden."""
+    shown = console.escaped(name).replace("$", r"\$")
+    return f" {shown}" if name.startswith("_") else shown
 
 
 def _legend(figure: "object", sheets: Sequence[Analysis], *, shown: int, sigma: float) -> None:

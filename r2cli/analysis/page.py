@@ -12,6 +12,7 @@ from typing import Any
 
 from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 from r2cli.analysis.rounding_pass import BITS
+from r2cli.console import escaped
 
 PLACE = "/*DATA*/"
 DIGITS = 6  # significant digits of every number that is not a count
@@ -93,6 +94,8 @@ def _compact(value: Any) -> Any:
         return {key: _compact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_compact(item) for item in value]
+    if isinstance(value, str):
+        return escaped(value)
     if not isinstance(value, float):
         return value
     if not math.isfinite(value):

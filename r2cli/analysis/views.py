@@ -1,6 +1,5 @@
 """The weights of a file to analyze, in one view or two: as trained, with BatchNorm folded, or decoded."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,11 +56,7 @@ def of_file(path: Path, *, everything: bool) -> list[View]:
     recorded = stream.metadata(path).get("r2") if path.is_file() and path.suffix == ".safetensors" else None
     if recorded is None:
         return [_view(path, "", stored, [], everything=everything)]
-    try:
-        meta = json.loads(recorded)
-        coded, has_network = bool(meta["codecs"]), meta["model"] is not None
-    except (ValueError, KeyError, TypeError):
-        coded, has_network = False, True  # `checkpoint.load` says below what is wrong
+    has_network, coded = checkpoint.has_network(path, recorded)
     if not has_network:
         state = [from_memory(name, tensor, str(path)) for name, tensor in checkpoint.load_state(path).items()]
         return [_view(path, DECODED, state, [], everything=everything)]

@@ -107,6 +107,7 @@ def load(
         return made, replace(datasets.load(spec, spec=made.input), name=NOISE, measured=False)
     loaded = load_data(given, given.data, default=own, spec=made.input)
     require_classes(made.origin, made.class_names, loaded)
+    _require_vocabulary(made, loaded)
     return made, loaded
 
 
@@ -223,6 +224,21 @@ def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Da
         raise InputError(
             f"{loaded.name} has the class '{other}' where {origin} was trained on '{own}': give the data of its classes"
         )
+
+
+def _require_vocabulary(made: checkpoint.Checkpoint, loaded: datasets.Data) -> None:
+    """Raises InputError where the tokenizer in the file gives tokens, or types of tokens, that its network lacks."""
+    if not text.has(made.model.name):
+        return
+    limits = text.limits(made.model)
+    for split in (loaded.train, loaded.test):
+        assert isinstance(split, datasets.TextSplit)
+        for row, what, limit in ((0, "token", limits[0]), (2, "type of tokens", limits[1])):
+            most = int(split.tokens[:, row].max())
+            if most >= limit and (row == 0 or limit > 1):
+                raise InputError(
+                    f"{made.origin}: its tokenizer gives the {what} {most}, its network knows {limit}: write it again"
+                )
 
 
 def arguments(texts: Sequence[str]) -> dict[str, Any]:

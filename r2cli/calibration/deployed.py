@@ -91,7 +91,7 @@ def network(checkpoint: Checkpoint) -> nn.Module:
         assert isinstance(model, fx.GraphModule)
         channel_clip.put(model, channel_clip.stored(checkpoint.floats))
     else:
-        model = models.build(checkpoint.model)
+        model = models.build(checkpoint.model, _room(checkpoint))
     state = {**checkpoint.floats, **{name: coded.decode() for name, coded in checkpoint.coded.items()}}
     load_state(model, state, f"{checkpoint.origin} ({checkpoint.model.name})")
     if checkpoint.activations:
@@ -108,11 +108,21 @@ class _Architecture:
     factory: Any
     on_grids: bool
     checkpoint: Checkpoint = field(compare=False)
+    room: int = field(compare=False)  # parameters
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "_Architecture":
         given = replace(checkpoint, floats={}, coded={}, activations={})
-        return cls(_described(checkpoint), checkpoint.model.factory, bool(checkpoint.activations), given)
+        return cls(
+            _described(checkpoint), checkpoint.model.factory, bool(checkpoint.activations), given, _room(checkpoint)
+        )
+
+
+def _room(checkpoint: Checkpoint) -> int:
+    """How many parameters the network of a checkpoint may have: folded BatchNorms and tied weights are not in it."""
+    held = sum(tensor.numel() for tensor in checkpoint.floats.values())
+    held += sum(coded.codes.numel() * getattr(coded.codec, "dim", 1) for coded in checkpoint.coded.values())
+    return 4 * held + 10_000
 
 
 def _described(checkpoint: Checkpoint) -> str:
@@ -124,7 +134,9 @@ def _described(checkpoint: Checkpoint) -> str:
 @functools.lru_cache(maxsize=2)  # a command asks for the same network several times
 def _graph(of: _Architecture) -> fx.GraphModule:
     """The graph of a network without BatchNorms, on the meta device: without its weights."""
-    net = trace(models.build(of.checkpoint.model), of.checkpoint.input.blank(2), architecture(of.checkpoint))
+    with torch.inference_mode(False):  # whose tensors have no versions, by which reading tells what was written to
+        model = models.build(of.checkpoint.model, of.room)
+        net = trace(model, of.checkpoint.input.blank(2), architecture(of.checkpoint))
     if of.on_grids:
         lone_norms.give_layers(net)
     batchnorm.remove_norms(net)

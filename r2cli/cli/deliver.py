@@ -17,6 +17,7 @@ from r2cli.config.groups import CompressionGates, FileGates
 from r2cli.deploy import onnx_export, runtime, verify
 from r2cli.errors import CheckFailed, InputError
 from r2cli.storage import checkpoint
+from r2cli.storage.formats import CompressedReport
 from r2cli.storage.run_files import Asked, RunFiles
 
 Table = Callable[[Mapping[str, Any]], console.Line]
@@ -54,7 +55,7 @@ def finished(to: Destination) -> dict[str, Any] | None:
     known = to.files.finished(to.asked)
     if known is None:
         return None
-    report = rerun.again(known, checkpoint=to.output, output=to.onnx)
+    report = rerun.again(known, CompressedReport, to.output) | {"checkpoint": to.output, "output": to.onnx}
     console.tell([rerun.told(to.output), *_ending(to, report)], as_json=to.json)
     require(report, to.gates)
     return report

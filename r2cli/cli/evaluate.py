@@ -84,9 +84,9 @@ def _of_onnx(given: EvaluateSource) -> Subject:
     source = gates.source(given)
     if given.model is not None:
         raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
-    spec = runtime.input_spec(source)
-    loaded = inputs.load_data(given, given.data, default=runtime.data_name(source), spec=spec)
-    inputs.require_classes(str(source), runtime.class_names(source), loaded)
+    made = runtime.recorded(source)
+    loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
+    inputs.require_classes(str(source), made.class_names, loaded)
     one_thread = runtime.runner(source, threads=1)
     size = source.stat().st_size
     return Subject(runtime.runner(source), one_thread, torch.device("cpu"), loaded, "ONNX Runtime", size)

@@ -11,6 +11,7 @@ from r2cli.cli.command import Report, command
 from r2cli.config.groups import CompressionGates, Evaluation, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
+from r2cli.storage.formats import PalettesReport
 from r2cli.storage.run_files import Asked, RunFiles, checksum
 from r2cli.train.resume import resume_state
 
@@ -90,7 +91,7 @@ def _file(
             report, shown = _palettized(source, files, settings, config.seed)
             files.commit(asked, report | {"options": options})
         else:
-            report, shown = rerun.again(known, checkpoint=output), [rerun.told(output)]
+            report, shown = rerun.again(known, PalettesReport, output) | {"checkpoint": output}, [rerun.told(output)]
     sizes = f"{report['bytes']:,} bytes of {size:,}, {report['bits_per_weight']:.2f} bits a weight with tables"
     console.tell([*shown, f"{output}: {sizes}", console.next_step(f"r2 analyze {output}")], as_json=written.json)
     gates.require(report, wanted, size=report["bytes"])

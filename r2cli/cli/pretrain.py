@@ -10,6 +10,7 @@ from r2cli.cli.command import Report, command
 from r2cli.config.groups import AccuracyGate, NewNetwork
 from r2cli.config.inspection import PretrainOutput
 from r2cli.config.methods import PretrainConfig
+from r2cli.storage.formats import TrainedReport
 from r2cli.storage.run_files import RunFiles
 from r2cli.train.resume import resume_state
 
@@ -46,7 +47,7 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
             report = _trained(run, given, files)
             files.commit(asked, report)
         else:
-            report = rerun.again(known, output=output)
+            report = rerun.again(known, TrainedReport, output) | {"output": output}
     before = [] if known is None else [rerun.told(output)]
     console.tell([*before, *_ending(report, given, is_text=source.input.is_text)], as_json=written.json)
     gates.require(report, wanted, top1=report["top1"])

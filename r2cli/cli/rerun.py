@@ -7,7 +7,10 @@ from typing import Any
 
 from r2cli import data as datasets
 from r2cli.config.groups import Preparation
+from r2cli.errors import InputError
+from r2cli.storage import schema
 from r2cli.storage.run_files import Asked, checksum
+from r2cli.storage.schema import Malformed
 
 
 def asked(
@@ -30,9 +33,17 @@ def asked(
     return Asked(command, {**own, **options}, sums | {path.name: checksum(path) for path in files})
 
 
-def again(report: Mapping[str, Any], **places: Path) -> dict[str, Any]:
-    """The `report` of a run that was finished before, with the `places` of its files as they were given this time."""
-    return {**report, **places, "finished_before": True}
+def again(report: Mapping[str, Any], kind: type, output: Path) -> dict[str, Any]:
+    """The `report` of a run that was finished before.
+
+    Raises InputError where the record beside `output` has no such `kind` of report.
+    """
+    try:
+        schema.read(kind, report)
+    except Malformed as error:
+        record = output.with_suffix(".run.json")
+        raise InputError(f"{record} is damaged ({error}): start again with --overwrite") from error
+    return {**report, "finished_before": True}
 
 
 def told(output: Path) -> str:

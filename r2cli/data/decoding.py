@@ -1,7 +1,9 @@
 """Decode one image file to pixels, and resize and crop it as the network's input asks. Pillow reads the file."""
 
 import os
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import torch
@@ -12,6 +14,10 @@ from r2cli.storage.checkpoint import InputSpec
 if TYPE_CHECKING:
     from PIL import Image
 
+T = TypeVar("T")
+
+# Of an image as it is stored or resized: Pillow warns of more.
+MOST_PIXELS = 89_478_485
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 
 
@@ -21,19 +27,37 @@ def decode(path: str | os.PathLike[str], spec: InputSpec, crop: torch.Generator 
     The image is resized and cropped at the centre. With `crop`, a generator, it is cropped and mirrored at random, as
     for Inception (Szegedy et al., "Going Deeper with Convolutions", 2015).
     """
-    from PIL import Image, UnidentifiedImageError  # here, because most commands read no image files
+    colours = "L" if spec.channels == 1 else "RGB"
 
-    try:
-        with Image.open(path) as file:
-            pixels = numpy.array(_eight_bits(file).convert("L" if spec.channels == 1 else "RGB"))
-    # Pillow raises all of these for damaged files. The path is returned, not raised, so that a worker process can pass
-    # it on, and one bad image does not end the run.
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    def pixels_of(file: "Image.Image") -> Any:
+        shorter, longer = sorted(file.size)
+        if longer * spec.resize**2 > MOST_PIXELS * shorter:  # the shorter side becomes `spec.resize`
+            return None
+        return numpy.array(_eight_bits(file).convert(colours))
+
+    pixels = opened(path, pixels_of)
+    if pixels is None:
         return os.fspath(path)
     image = torch.from_numpy(pixels).view(*pixels.shape[:2], spec.channels).permute(2, 0, 1)
     if crop is not None:
         return _random_crop(image, spec.size, crop)
     return image if image.shape[1:] == (spec.size, spec.size) == (spec.resize,) * 2 else _centre(image, spec)
+
+
+def opened(path: str | os.PathLike[str], take: "Callable[[Image.Image], T | None]") -> T | None:
+    """Return what `take` makes of an image file. None stands for one that cannot be read, or is too large.
+
+    So a worker process can pass it on, and one bad image does not end the run. Its size is known from its header,
+    before memory is taken for its pixels.
+    """
+    from PIL import Image  # here, because most commands read no image files
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of more than MOST_PIXELS
+    try:
+        with Image.open(path) as file:
+            return take(file) if file.width * file.height <= MOST_PIXELS else None
+    except Exception:  # damaged files raise OSError, ValueError, SyntaxError, struct.error, EOFError and others
+        return None
 
 
 def _eight_bits(file: "Image.Image") -> "Image.Image":

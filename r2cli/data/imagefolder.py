@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from r2cli.data.decoding import SUFFIXES
+from r2cli.data.decoding import SUFFIXES, opened
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import LARGE_IMAGE, FolderSplit, Split, kept
 from r2cli.errors import InputError
@@ -54,13 +54,7 @@ def _usual_size(files: Sequence[str]) -> int:
 
 def _shorter_side(path: str) -> int | None:
     """Return the pixels of an image's shorter side, or None if it is not a readable image."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as file:
-            return min(file.size)  # Pillow reads only the header for this
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-        return None
+    return opened(path, lambda file: min(file.size))  # Pillow reads only the header for this
 
 
 def scan(split: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:

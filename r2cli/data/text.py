@@ -22,6 +22,7 @@ from r2cli.storage.checkpoint import InputSpec
 
 TEST = 1000  # rows of a single file that are held out, but never more than a fifth of it
 LENGTH = 128  # tokens; the usual length for GLUE
+MOST_TOKENS = 2**31 - 1  # of a vocabulary: ids are int32
 ROWS = 3  # rows of a text's tensor: ids, mask, types
 NOT_TEXT = ("index", "idx", "id", "label")
 
@@ -96,6 +97,8 @@ def encoded(texts: Sequence[tuple[str, ...]], spec: InputSpec) -> Tensor:
     tokenizer.enable_truncation(spec.size)
     tokenizer.enable_padding(length=spec.size, **{key: pad[key] for key in ("pad_id", "pad_token") if key in pad})
     encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+    if any(max(one.ids, default=0) > MOST_TOKENS for one in encodings):
+        raise InputError(f"the tokenizer in the file gives ids above {MOST_TOKENS}: write the file again")
     return torch.tensor([[one.ids, one.attention_mask, one.type_ids] for one in encodings], dtype=torch.int32)
 
 

@@ -1,10 +1,13 @@
 """An ONNX file in ONNX Runtime: reading it, running it, and what the processor does with 8-bit integers."""
 
-import json
+import os
 import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,7 +24,10 @@ from r2cli import data
 from r2cli.deploy import weight_roles
 from r2cli.errors import InputError
 from r2cli.storage import checkpoint as checkpoints
+from r2cli.storage import schema
 from r2cli.storage.checkpoint import InputSpec
+from r2cli.storage.formats import OnnxEntry
+from r2cli.storage.schema import Malformed
 
 VERSION: str = ort.__version__
 EXACT_PRODUCTS = "session.x64quantprecision"  # ONNX Runtime's session option; "1": no overflow without VNNI
@@ -48,6 +54,10 @@ def opened(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
+        for each in weight_roles.constants(
+            model
+        ).values():  # the checker lets data pass that is too short for its shape
+            onnx.numpy_helper.to_array(each)
     except Exception as error:  # protobuf's and the checker's own classes share no base
         raise InputError(f"{path} is not a valid ONNX model ({type(error).__name__}): write it again") from error
     return model
@@ -61,7 +71,9 @@ def session(
     On a processor without VNNI, ONNX Runtime's default kernels add two products of uint8 and int8 in 16 bits, which
     overflow. An `exact` session asks for the kernels that do not; on other processors it changes nothing.
     """
+    _bound_memory()
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     if exact:
         options.add_session_config_entry(EXACT_PRODUCTS, "1")
     options.log_severity_level = 3
@@ -80,6 +92,27 @@ def session(
         raise UnrunnableError(f"{what} does not load in ONNX Runtime {ort.__version__}: {_first(error)}") from error
 
 
+@cache
+def _bound_memory() -> None:
+    """Let sessions of this process take three quarters of its memory at most, and refuse what a file asks beyond."""
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(info, ort.OrtArenaCfg({"max_mem": memory() * 3 // 4}))
+
+
+def memory() -> int:
+    """Bytes of memory for this process: of the machine, of its control group, or what its address space has left."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):  # no Linux, or no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with suppress(ImportError, OSError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        found += [max(0, limit - used)] if limit != resource.RLIM_INFINITY else []
+    return min(found)
+
+
 def _first(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
@@ -91,38 +124,40 @@ def runner(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
 
     def run(images: Tensor) -> Tensor:
         try:
-            return torch.from_numpy(own.run(None, {name: images.cpu().contiguous().numpy()})[0])
+            logits = torch.from_numpy(own.run(None, {name: images.cpu().contiguous().numpy()})[0])
         except Exception as error:  # as above
             raise UnrunnableError(
                 f"{path} fails when ONNX Runtime {ort.__version__} runs it: {_first(error)}"
             ) from error
+        if logits.ndim < 2 or logits.shape[0] != len(images) or not logits.numel():
+            raise UnrunnableError(
+                f"{path} gives {tuple(logits.shape)} for {len(images)} images: it wants logits of each"
+            )
+        return logits
 
     return run
 
 
-def input_spec(path: Path) -> InputSpec:
-    """The preprocessing that a file of ours records. Raises InputError for another tool's file."""
-    return checkpoints.input_spec(_recorded(path, "r2.input"))
+@dataclass(frozen=True)
+class Recorded:
+    """What a file of ours records: its preprocessing, its classes in the order of the logits, and its data set."""
+
+    input: InputSpec
+    class_names: tuple[str, ...]
+    data: str
 
 
-def data_name(path: Path) -> str:
-    """The data set that the network in the file was trained on, as `data.load` knows it."""
-    return data.named_in(_recorded(path, "r2.history"), str(path))
-
-
-def class_names(path: Path) -> tuple[str, ...]:
-    """The names of the classes, in the order of the logits."""
-    return tuple(_recorded(path, "r2.class_names"))
-
-
-def _recorded(path: Path, key: str) -> Any:
-    entries = {entry.key: entry.value for entry in read(path).metadata_props}
-    if key not in entries:
+def recorded(path: Path) -> Recorded:
+    """What the file at `path` records. Raises InputError for another tool's file, and for damaged metadata."""
+    found = {entry.key: entry.value for entry in opened(path).metadata_props}
+    if not {f"r2.{own.name}" for own in fields(OnnxEntry)} <= found.keys():
         raise InputError(f"{path} does not say how its images are preprocessed: only files written by r2 do")
     try:
-        return json.loads(entries[key])
-    except ValueError as error:
-        raise InputError(f"{path} has damaged metadata '{key}' ({error}): write it again") from error
+        entry = schema.read(OnnxEntry, {own.name: schema.parsed(found[f"r2.{own.name}"]) for own in fields(OnnxEntry)})
+        spec = checkpoints.input_spec(entry.input)
+    except Malformed as error:
+        raise InputError(f"{path} has damaged metadata ({error}): write it again") from error
+    return Recorded(spec, entry.class_names, data.named_in(entry.history, str(path)))
 
 
 def latency_ms(run: Callable[[Tensor], Tensor], image: Tensor, repeats: int = 30) -> float:

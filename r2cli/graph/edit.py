@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from r2cli.errors import R2Error
+from r2cli.errors import InputError
 from r2cli.graph.operators import LAYERS, PASSING, TUPLES, is_a, module_of
 
 GRIDS = "grids."  # the modules on edges, by the name of the node whose value they round
@@ -23,7 +23,7 @@ def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
     """Put a module on the value of each named node, in the place of one that is there: all then read the module.
 
     With `FOR_LAYERS` at the end of its name the layers alone read it, and it reads what they read before.
-    Raises R2Error for a name that no node has.
+    Raises InputError for a name that no node has.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     there = {str(node.target): node for node in net.graph.nodes if node.op == "call_module"}
@@ -34,7 +34,9 @@ def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
             net.set_submodule(target, modules[name])
             continue
         if value not in nodes:
-            raise R2Error(f"the network has no value '{value}' to put a grid on: the checkpoint is of another network")
+            raise InputError(
+                f"the network has no value '{value}' to put a grid on: the checkpoint is of another network"
+            )
         net.add_submodule(target, modules[name])
         read = nodes[value] if value == name else there.get(f"{GRIDS}{value}", nodes[value])
         users = [user for user in read.users if value == name or isinstance(module_of(net, user), LAYERS)]

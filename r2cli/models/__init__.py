@@ -10,11 +10,13 @@ The stem is the first layer. An 'imagenet' stem is that of the paper. A 'small' 
 has stride 1 and no pooling before the first block.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from r2cli.errors import InputError, unknown
 from r2cli.models import own, text, timm, torchvision
@@ -81,25 +83,48 @@ def spec(
     return ModelSpec(label, classes, channels, stem or default_stem, width, args or {}, factory)
 
 
-def build(spec: ModelSpec) -> nn.Module:
+def build(spec: ModelSpec, most: int | None = None) -> nn.Module:
     """Build the network of `spec` with new random weights: (batch, channels, size, size) to logits (batch, classes).
 
-    Raises InputError for an unknown name, for the user's own code if the command line did not name it, and for a
-    factory that raises, wants other arguments, or returns no module.
+    Raises InputError for an unknown name, for the user's own code if the command line did not name it, for a factory
+    that raises, wants other arguments, or returns no module, and for a network of more than `most` parameters.
     """
     if spec.factory is not None:
         return own.build(spec)
-    if text.has(spec.name):
-        return text.build(spec)
-    if is_own(spec.name):
+    if is_own(spec.name) and not text.has(spec.name):
         raise InputError(
             f"the network is made by {spec.name}, which is your own code and runs only when you name it: "
             f"give --model FILE.py:{spec.name.rpartition(':')[2]}"
         )
-    _require_known(spec.name)
-    if spec.name in MODELS:
-        return MODELS[spec.name](spec)
-    return timm.build(spec) if timm.has(spec.name) else torchvision.build(spec)
+    if not text.has(spec.name):
+        _require_known(spec.name)
+    make = text.build if text.has(spec.name) else timm.build if timm.has(spec.name) else torchvision.build
+    try:
+        with _at_most(most, spec.name):
+            return MODELS.get(spec.name, make)(spec)
+    except InputError:
+        raise
+    except Exception as error:  # a library's factory raises anything for keywords that a file or a user gives
+        why = "it takes more memory than there is" if "alloc" in str(error) else " ".join(str(error).split())[:300]
+        raise InputError(f"{spec.name} cannot be made with {dict(spec.args)} ({why}): see its --model-arg") from error
+
+
+@contextmanager
+def _at_most(most: int | None, name: str) -> Iterator[None]:
+    """Raise InputError, in the block, when modules have more than `most` parameters: before they are filled."""
+    count = 0
+
+    def add(module: nn.Module, own: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += max(1, parameter.numel()) if parameter is not None else 0
+        if most is not None and count > most:
+            raise InputError(f"{name} as the file describes it has more parameters than the file holds: write it again")
+
+    hook = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.inference_mode()

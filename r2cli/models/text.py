@@ -93,6 +93,14 @@ def build(spec: ModelSpec) -> nn.Module:
     return model
 
 
+def limits(spec: ModelSpec) -> tuple[int, int]:
+    """How many tokens, and how many types of tokens, the network of `spec` knows. Raises InputError as `build`."""
+    with _library(spec.name) as transformers:
+        config = dict(spec.args)
+        complete = transformers.AutoConfig.for_model(str(config.pop("model_type", "nothing")), **config)
+        return int(complete.vocab_size), max(1, int(getattr(complete, "type_vocab_size", None) or 1))
+
+
 def start(model: nn.Module, name: str) -> list[str]:
     """Load the pre-trained weights of `name` into `model`, in place. Returns the names of tensors that it lacks.
 

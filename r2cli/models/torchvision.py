@@ -9,7 +9,6 @@ from functools import cache
 import torchvision
 from torch import nn
 
-from r2cli.errors import InputError
 from r2cli.storage.checkpoint import ModelSpec
 from r2cli.storage.keywords import require_safe
 
@@ -28,14 +27,11 @@ def names() -> tuple[str, ...]:
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """Build a network. Raises InputError where torchvision refuses the keywords."""
+    """Build a network. Raises InputError for keywords that could load something."""
     width = {"width_mult": spec.width} if spec.name == "mobilenet_v2" else {}
     require_safe(spec.name, spec.args, "the network's description")
     args = {**ARGS.get(spec.name, {}), **width, **spec.args}
-    try:
-        model: nn.Module = torchvision.models.get_model(spec.name, weights=None, num_classes=spec.classes, **args)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{spec.name} cannot be made with {args} ({error}): see its --model-arg") from error
+    model: nn.Module = torchvision.models.get_model(spec.name, weights=None, num_classes=spec.classes, **args)
     if spec.stem == "small" or spec.channels != 3:
         _adapt(model, spec)
     return model

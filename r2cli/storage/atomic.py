@@ -125,10 +125,12 @@ def locked(path: Path, *, way_out: str = "another --output") -> Iterator[None]:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        _step("unlock", path)
-        with suppress(OSError):
-            place.unlink()
-        os.close(descriptor)
+        try:
+            _step("unlock", path)
+        finally:  # a second Ctrl-C may come in the first
+            with suppress(OSError):
+                place.unlink()
+            os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:

@@ -11,7 +11,8 @@ Loading a checkpoint never runs code: safetensors holds only tensors and text.
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from r2cli import __version__
 from r2cli.errors import InputError
 from r2cli.quantized.coded import Codec, Coded
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.packing import unpack
+from r2cli.quantized.packing import packed_bytes, unpack
 from r2cli.quantized.palette import Palette
+from r2cli.storage import schema
 from r2cli.storage.atomic import write_atomically
+from r2cli.storage.formats import ActivationEntry, CheckpointEntry, CodecEntry, InputEntry, ModelEntry, PalettesEntry
 from r2cli.storage.keywords import is_own, require_safe
+from r2cli.storage.schema import Malformed, of_text
 
 FORMAT = 1
 
@@ -90,30 +94,23 @@ class InputSpec:
         return {name: value for name, value in asdict(self).items() if name != "tokenizer" or self.is_text}
 
 
-def model_spec(stored: Mapping[str, Any], origin: str) -> ModelSpec:
-    """Read a `ModelSpec` from the JSON in the checkpoint `origin`.
+def model_spec(entry: ModelEntry, origin: str) -> ModelSpec:
+    """The network that the checkpoint `origin` names.
 
     Raises InputError for keywords with which the network's factory could load something.
     """
-    spec = ModelSpec(
-        str(stored["name"]),
-        int(stored["classes"]),
-        int(stored["channels"]),
-        str(stored["stem"]),
-        float(stored["width"]),
-        dict(stored["args"]),
-    )
     # The keywords of the user's own code need no check: that code runs only when the command line names it.
-    if not is_own(spec.name):
-        require_safe(spec.name, spec.args, origin)
+    if not is_own(entry.name):
+        require_safe(entry.name, entry.args, origin)
+    return ModelSpec(entry.name, entry.classes, entry.channels, entry.stem, entry.width, entry.args)
+
+
+def input_spec(entry: InputEntry) -> InputSpec:
+    """The preprocessing that a checkpoint, or an ONNX file of ours, records. Raises Malformed for half of it."""
+    spec = InputSpec(entry.channels, entry.size, entry.resize, entry.mean, entry.std, entry.tokenizer)
+    if {len(spec.mean), len(spec.std)} != {0 if spec.is_text else spec.channels}:
+        raise Malformed(f"'input' has {spec.channels} channels, {len(spec.mean)} means, {len(spec.std)} deviations")
     return spec
-
-
-def input_spec(stored: Mapping[str, Any]) -> InputSpec:
-    """Read an `InputSpec` from the JSON in a checkpoint or in an ONNX file that r2 wrote."""
-    mean, std = tuple(stored["mean"]), tuple(stored["std"])
-    sizes = int(stored["channels"]), int(stored["size"]), int(stored["resize"])
-    return InputSpec(*sizes, mean, std, str(stored.get("tokenizer", "")))
 
 
 @dataclass(frozen=True)
@@ -194,28 +191,24 @@ def load(path: Path) -> Checkpoint:
     tensors, metadata = load_tensors(path)
     if "r2" not in metadata:
         raise InputError(f"{path} is a safetensors file but not an r2 checkpoint: make one with `r2 pretrain`")
-    try:
-        meta = json.loads(metadata["r2"])
-        if meta["format"] != FORMAT:
-            raise InputError(
-                f"{path} has format {meta['format']}, this r2 reads {FORMAT}: install the r2cli that wrote it"
-            )
-        if meta["model"] is None:
-            raise InputError(f"{path} holds palettes of a file without a network: `r2 analyze` shows them")
-        coded = {name: _coded(name, entry, tensors) for name, entry in meta["codecs"].items()}
-        checkpoint = Checkpoint(
-            model=model_spec(meta["model"], str(path)),
-            input=input_spec(meta["input"]),
-            class_names=tuple(meta["class_names"]),
-            floats=tensors,  # what is left: `_coded` removed the codes, scales, zero points and tables
-            coded=coded,
-            activations={node: _activation_grid(entry) for node, entry in meta["activations"].items()},
-            folded=meta["folded"],
-            history=tuple(meta["history"]),
-            origin=str(path),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
+    with _told_of(path):
+        entry = _entry(metadata["r2"], path)
+        spec, given = model_spec(entry.model, str(path)), input_spec(entry.input)
+        if spec.classes != len(entry.class_names) or spec.channels != given.channels:
+            raise Malformed(f"'class_names' are {len(entry.class_names)}, the network has {spec.classes} classes")
+        coded = {name: _coded(name, own, tensors) for name, own in entry.codecs.items()}
+        activations = {node: _activation_grid(own) for node, own in entry.activations.items()}
+    checkpoint = Checkpoint(
+        spec,
+        given,
+        entry.class_names,
+        tensors,  # what is left: `_coded` removed the codes, scales, zero points and tables
+        coded,
+        activations,
+        entry.folded,
+        entry.history,
+        origin=str(path),
+    )
     _require_finite(checkpoint, path)
     return checkpoint
 
@@ -232,12 +225,36 @@ def load_state(path: Path) -> dict[str, Tensor]:
 def load_coded(path: Path) -> tuple[dict[str, Coded], dict[str, Tensor]]:
     """Return the coded tensors of any safetensors file, and the others. Raises InputError as `load_tensors` does."""
     tensors, metadata = load_tensors(path)
-    try:
-        codecs = json.loads(metadata["r2"])["codecs"] if "r2" in metadata else {}
+    with _told_of(path):
+        codecs = of_text(PalettesEntry, metadata["r2"]).codecs if "r2" in metadata else {}
         coded = {name: _coded(name, entry, tensors) for name, entry in codecs.items()}
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
     return coded, tensors
+
+
+def has_network(path: Path, recorded: str) -> tuple[bool, bool]:
+    """Whether the metadata `recorded` in `path` names a network, and whether weights are codes."""
+    with _told_of(path):
+        entry = of_text(PalettesEntry, recorded)
+    return entry.model is not None, bool(entry.codecs)
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Malformed as error:
+        raise InputError(f"{path} has damaged r2 metadata ({error}): write it again") from error
+
+
+def _entry(recorded: str, path: Path) -> CheckpointEntry:
+    """The metadata of a checkpoint with a network. Raises InputError for another version's, and Malformed."""
+    meta = schema.parsed(recorded)
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if version != FORMAT:
+        raise InputError(f"{path} has format {version}, this r2 reads {FORMAT}: install the r2cli that wrote it")
+    if meta.get("model", "") is None:
+        raise InputError(f"{path} holds palettes of a file without a network: `r2 analyze` shows them")
+    return schema.read(CheckpointEntry, meta)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -295,25 +312,56 @@ def _describe(codec: Codec) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return parts, entry | {"kind": "grid", "signed": codec.signed, "odd": codec.midrise}  # the format's word
 
 
-def _coded(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Coded:
-    """Read the quantized tensor `name`, and remove its parts from `tensors`."""
-    scale, packed = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.codes")
-    bits, shape = int(entry["bits"]), tuple(entry["shape"])
+def _coded(name: str, entry: CodecEntry, tensors: dict[str, Tensor]) -> Coded:
+    """Read the quantized tensor `name`, and remove its parts from `tensors`. Raises Malformed where they do not fit."""
+    count, is_palette = math.prod(entry.shape), entry.kind == "palette"
+    packed = _part(tensors, name, "codes", torch.uint8, (packed_bytes(count, entry.bits),))
+    weight = entry.weight_shape if is_palette else entry.shape
+    if entry.axis is not None and entry.axis >= len(weight):
+        raise Malformed(f"'codecs.{name}.axis' is {entry.axis}, the weight has {len(weight)} axes")
+    along = () if entry.axis is None else (weight[entry.axis],)
+    scale = _part(tensors, name, "scale", torch.float32, along)
     codec: Codec
-    if entry["kind"] == "palette":
-        codec = Palette(tensors.pop(f"{name}.lut"), scale, bits, tuple(entry["weight_shape"]), entry["axis"])
-        signed = False
+    if is_palette:
+        codec, signed = Palette(_lut(tensors, name, entry), scale, entry.bits, weight, entry.axis), False
     else:
-        zero = tensors.pop(f"{name}.zero_point", torch.zeros_like(scale, dtype=torch.int32))
-        codec = Grid(scale, zero, bits, entry["signed"], entry["axis"], entry["odd"])
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        zero = _part(tensors, name, "zero_point", torch.int32, along) if f"{name}.zero_point" in tensors else zero
+        codec = Grid(scale, zero, entry.bits, entry.signed, entry.axis, entry.odd)
         signed = codec.lowest < 0
-    return Coded(codec, unpack(packed, bits, math.prod(shape), signed).reshape(shape))
+    codes = unpack(packed, entry.bits, count, signed).reshape(entry.shape)
+    if entry.bits in (5, 6, 7) and bool((packed >> entry.bits).any()):  # these codes have a byte each
+        raise Malformed(f"'{name}.codes' are not all of {entry.bits} bits")
+    return Coded(codec, codes)
 
 
-def _activation_grid(entry: Mapping[str, Any]) -> Grid:
+def _part(tensors: dict[str, Tensor], name: str, part: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Take a part of the coded tensor `name` out of `tensors`. Raises Malformed where it is not what its codec says."""
+    found = tensors.pop(f"{name}.{part}", None)
+    if found is None:
+        raise Malformed(f"the tensor '{name}.{part}' is missing")
+    if found.dtype != dtype or tuple(found.shape) != shape:
+        raise Malformed(f"'{name}.{part}' is {found.dtype} {tuple(found.shape)}, not {dtype} {shape}")
+    return found
+
+
+def _lut(tensors: dict[str, Tensor], name: str, entry: CodecEntry) -> Tensor:
+    """Take the tables of a palette out of `tensors`. Raises Malformed where the codes are not those of its weight."""
+    lut = tensors.get(f"{name}.lut")
+    if lut is None or lut.ndim != 3 or len(entry.shape) != 2 or not entry.weight_shape:
+        raise Malformed(f"'{name}.lut' is no palette's: it has three axes, its codes two, and its weight one or more")
+    groups, vectors = entry.shape
+    blocks = -(-entry.weight_shape[0] // max(1, lut.shape[2]))
+    if groups * vectors != blocks * math.prod(entry.weight_shape[1:]):
+        raise Malformed(f"'codecs.{name}' has {groups * vectors} codes, which are not those of {entry.weight_shape}")
+    dtype = torch.int8 if lut.dtype == torch.int8 else torch.float32
+    return _part(tensors, name, "lut", dtype, (groups, 1 << entry.bits, max(1, lut.shape[2])))
+
+
+def _activation_grid(entry: ActivationEntry) -> Grid:
     """Read the grid of an activation from its JSON."""
-    scale, zero = torch.tensor(entry["scale"]), torch.tensor(entry["zero_point"], dtype=torch.int32)
-    return Grid(scale, zero, entry["bits"], entry["signed"], entry["axis"], entry["odd"])
+    scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
+    return Grid(scale, zero, entry.bits, entry.signed, None, entry.odd)
 
 
 def _require_finite(checkpoint: Checkpoint, path: Path) -> None:

@@ -4,6 +4,7 @@ A trainer's file holds the state_dict itself or under a key: {"state_dict": {...
 """
 
 import argparse
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from r2cli.errors import InputError
 
 # The keys under which trainers save weights. Averaged weights (EMA) come first: those are the ones that were evaluated.
 KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net", "network", "weights")
+DEEPEST = 6  # levels of dicts in which tensors are looked for
 SAVE_ALONE = "save model.state_dict() alone, or as .safetensors"
 # First bytes of files of other programs, what they are, and what to do.
 OTHERS: tuple[tuple[int, bytes, str, str], ...] = (
@@ -71,7 +73,8 @@ def load(path: Path) -> dict[str, Tensor]:
     try:
         require_known(path)
         # Its options are the most common beside weights, and hold no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Warnings are about tensors that are refused below.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
@@ -86,7 +89,14 @@ def load(path: Path) -> dict[str, Tensor]:
             ) from error
         line = " ".join(message.split())[:200]
         raise InputError(f"{path} is not a readable PyTorch file ({line}): copy or write it again") from error
-    state = _state(content)
+    state = _state(content, DEEPEST)
+    for name, tensor in state.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        if not plain or tensor.is_quantized or tensor.is_complex():
+            raise InputError(
+                f"{path}: tensor '{name}' is not a dense one of real numbers (it is sparse, quantized, complex or "
+                "without values): save the dense tensor"
+            )
     if not state:
         raise InputError(f"{path} holds no state_dict: save model.state_dict(), alone or under the key 'state_dict'")
     return state
@@ -105,14 +115,14 @@ def with_masks_applied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in used} | applied
 
 
-def _state(content: Any) -> dict[str, Tensor]:
-    """Return the tensors in `content` itself or under one of its keys, by name; empty where there are none."""
-    if not isinstance(content, Mapping):
+def _state(content: Any, depth: int) -> dict[str, Tensor]:
+    """Return the tensors in `content` itself or under its keys, `depth` levels deep, by name; or nothing."""
+    if not isinstance(content, Mapping) or not depth:
         return {}
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if tensors:
         return tensors
-    nested = {str(key): _state(value) for key, value in content.items()}
+    nested = {str(key): _state(value, depth - 1) for key, value in content.items()}
     known = [key for key in KEYS if nested.get(key)]
     # Without a known key, the largest dict is more likely the network than an optimizer's state.
     return nested[known[0]] if known else max(nested.values(), key=len, default={})

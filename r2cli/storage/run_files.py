@@ -25,7 +25,8 @@ from typing import IO, Any
 from r2cli import __version__
 from r2cli.console import RANK
 from r2cli.errors import InputError, R2Error
-from r2cli.storage import atomic
+from r2cli.storage import atomic, schema
+from r2cli.storage.schema import Malformed
 
 FORMAT = 1
 
@@ -83,12 +84,9 @@ class RunRecord:
     def read(cls, path: Path) -> "RunRecord | None":
         """The record at `path`; None where there is none, it is damaged, or another version wrote it."""
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored.pop("format") != FORMAT:
-                return None
-            asked = Asked(**stored["asked"])
-            return cls(asked, dict(stored["written"]), dict(stored["report"]), bool(stored["finished"]))
-        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            stored = schema.parsed(path.read_bytes())
+            return schema.read(cls, stored) if isinstance(stored, dict) and stored.get("format") == FORMAT else None
+        except (OSError, Malformed):
             return None
 
     def to_bytes(self) -> bytes:

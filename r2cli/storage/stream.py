@@ -5,24 +5,26 @@ bytes. Pieces are read into memory that the reader provides. A mapped file would
 as memory of the process.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from r2cli.errors import InputError
 from r2cli.quantized.scratch import Scratch
-from r2cli.storage import pth
+from r2cli.storage import pth, schema
+from r2cli.storage.schema import LARGEST, Between, Malformed
 
 # Elements of one piece, a megabyte of float32: small enough that all steps on a piece find it in the processor's cache.
 PIECE = 1 << 18
+TABLE: Any = Mapping[str, Any]
+TEXTS: Any = Mapping[str, str]
 MOST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -39,6 +41,22 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor in the header of a safetensors file; `data_offsets` are its first byte and the one after its last."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Between(0, LARGEST)], ...]
+    data_offsets: tuple[Annotated[int, Between(0, LARGEST)], ...]
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """An index of shards: which file holds a tensor."""
+
+    weight_map: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -104,22 +122,20 @@ def tensors_of_model(path: Path) -> list[Stored]:
 
 def tensors_of_file(path: Path) -> list[Stored]:
     """Return the tensors of one safetensors file in the order of their bytes. Raises InputError for a damaged file."""
-    header, start = _header(path)
+    entries, _, start = _header(path)
     descriptor = _Descriptor(path)
-    tensors = []
-    for name, entry in header.items():
-        if name != "__metadata__":
-            tensors.append((entry["data_offsets"][0], _stored(path, name, entry, start, descriptor)))
+    tensors = [
+        (entry.data_offsets[0], _stored(path, name, entry, start, descriptor)) for name, entry in entries.items()
+    ]
     # Reading from front to back is what disks do best.
     return [stored for _, stored in sorted(tensors, key=lambda pair: pair[0])]
 
 
-def metadata(path: Path) -> dict[str, str]:
+def metadata(path: Path) -> Mapping[str, str]:
     """Return the metadata of one safetensors file: texts by name. What torch.save wrote has none."""
     if path.is_file() and pth.is_saved_by_torch(path):
         return {}
-    stored: dict[str, str] = _header(path)[0].get("__metadata__", {})
-    return stored
+    return _header(path)[1]
 
 
 # --- one file ------------------------------------------------------------------------------------------------------
@@ -149,10 +165,10 @@ class _Descriptor:
             offset, buffer = offset + got, buffer[got:]
 
 
-def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descriptor: _Descriptor) -> Stored:
+def _stored(path: Path, name: str, entry: TensorEntry, start: int, descriptor: _Descriptor) -> Stored:
     """Return the tensor that `entry` of the header describes. Its file's tensors begin at the offset `start`."""
-    dtype = DTYPES.get(entry["dtype"])
-    base = start + entry["data_offsets"][0]
+    dtype = DTYPES.get(entry.dtype)
+    base = start + entry.data_offsets[0]
 
     def read(first: int, last: int, memory: Scratch) -> Tensor:
         assert dtype is not None
@@ -160,12 +176,12 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int, descrip
         descriptor.read(base + first * dtype.itemsize, part.numpy().data.cast("B"), name)
         return part.view(dtype)
 
-    kind = str(dtype).removeprefix("torch.") if dtype else entry["dtype"]
-    return Stored(name, tuple(entry["shape"]), dtype, kind, str(path), read)
+    kind = str(dtype).removeprefix("torch.") if dtype else entry.dtype
+    return Stored(name, entry.shape, dtype, kind, str(path), read)
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header, and the offset of the first tensor's bytes.
+def _header(path: Path) -> tuple[dict[str, TensorEntry], Mapping[str, str], int]:
+    """Return the header: tensors by name, and the metadata; and the offset of the first tensor's bytes.
 
     Raises InputError for anything that the format does not allow.
     """
@@ -181,31 +197,37 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             # Checked before the read: a damaged length must not make us ask for terabytes.
             if total < 8 or length > MOST_HEADER or 8 + length > total:
                 raise InputError(f"{path} is not a safetensors file, or its header is cut off: copy or write it again")
-            header = json.loads(file.read(length))
+            header = dict(schema.read(TABLE, schema.parsed(file.read(length))))
+        texts = schema.read(TEXTS, header.pop("__metadata__", {}), "__metadata__")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not a safetensors file (its header is not JSON): name another") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path} is not a safetensors file (its header is no table of tensors): name another")
-    for name, entry in header.items():
-        if name != "__metadata__":
-            _require_sound(path, name, entry, total - 8 - length)
-    return header, 8 + length
+    except Malformed as error:
+        raise InputError(f"{path} is not a safetensors file (its header: {error}): name another") from error
+    entries = {name: _sound(path, name, entry, total - 8 - length) for name, entry in header.items()}
+    return entries, texts, 8 + length
 
 
-def _require_sound(path: Path, name: str, entry: Any, room: int) -> None:
-    """Raise InputError unless `entry` describes a tensor within the file's `room` bytes."""
+def _sound(path: Path, name: str, stored: Any, room: int) -> TensorEntry:
+    """The entry of a tensor. Raises InputError unless it describes one within the file's `room` bytes."""
     try:
-        dtype, shape, (start, stop) = str(entry["dtype"]), list(entry["shape"]), entry["data_offsets"]
-        sound = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) and start <= stop
-        size = DTYPES[dtype].itemsize * prod(shape) if dtype in DTYPES else stop - start
-    except (KeyError, TypeError, ValueError):
-        sound, size, start, stop = False, 0, 0, 0
-    if not sound or size != stop - start:
-        raise InputError(f"{path}: the header's entry of '{name}' is damaged: copy or write the file again")
+        entry = schema.read(TensorEntry, stored)
+        start, stop = entry.data_offsets
+        itemsize = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+        elements = prod(length or 1 for length in entry.shape)
+        length = elements if all(entry.shape) else 0
+        # Of a type that torch lacks, eight elements or fewer share a byte.
+        fits = start <= stop and (length * itemsize == stop - start if itemsize else length <= 8 * (stop - start))
+    except ValueError as error:  # Malformed, or not two offsets
+        raise _damaged(path, name) from error
+    if not fits or elements > LARGEST:
+        raise _damaged(path, name)
     if stop > room:
         raise InputError(f"{path} ends inside the tensor '{name}': copy or write it again")
+    return entry
+
+
+def _damaged(path: Path, name: str) -> InputError:
+    return InputError(f"{path}: the header's entry of '{name}' is damaged: copy or write the file again")
 
 
 # --- several files -------------------------------------------------------------------------------------------------
@@ -230,19 +252,21 @@ def _in_directory(folder: Path) -> Path:
 def _of_shards(index: Path) -> list[Stored]:
     """Return the tensors of all files that `index` lists. Raises InputError for a missing file or tensor."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = schema.of_text(IndexEntry, index.read_bytes()).weight_map
         shards: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             # The name alone, without folders: an index cannot make us read files elsewhere.
-            shards.setdefault(Path(file).name, []).append(name)
+            shards.setdefault(Path(file).name or ".", []).append(name)
     except OSError as error:
         raise InputError(f"{index} cannot be read: {error.strerror or error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{index} is not an index of safetensors files: name the .safetensors file itself") from error
+    except Malformed as error:
+        raise InputError(
+            f"{index} is not an index of safetensors files ({error}): name the .safetensors file itself"
+        ) from error
     tensors = []
     for file, names in shards.items():
-        path = index.with_name(file)
-        if not path.exists():
+        path = index.parent / file
+        if not os.path.isfile(path):  # Path.is_file raises for a name that no file can have
             raise InputError(
                 f"{path} is missing: {index.name} says that '{names[0]}' and {len(names) - 1} other tensors are in it, "
                 "so copy it too"

@@ -193,7 +193,7 @@ def _run(
 
 def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
     """Train, evaluate and save, epoch by epoch, from where the state stands. Returns the results of all epochs."""
-    history = [Epoch(**epoch) for epoch in states.restore(state)] if resume and state.path.exists() else []
+    history = states.restore(state) if resume and state.path.exists() else []
     run.watch.step(len(history) * run.steps_per_epoch)
     for number in range(len(history) + 1, run.settings.epochs + 1):
         if run.method is not None:
@@ -210,7 +210,7 @@ def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
         mean = sum(ratios) / len(ratios)
         history.append(Epoch(number, loss, penalty, accuracy, max(ratios), mean, speed))
         if distributed.share().rank == 0:
-            states.save(state, [asdict(epoch) for epoch in history])
+            states.save(state, history)
         run.watch.epoch(history[-1])
     return history
 

@@ -28,15 +28,19 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from r2cli.errors import InputError, unknown
+from r2cli.storage import schema
+from r2cli.storage.schema import Malformed
 
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
 COMMANDS = ("pretrain", "analyze", "ptq", "qat", "palettize", "export", "evaluate")
 FILES = ("source", "output")
+MOST_STEPS = 10_000  # that one [[step]] may stand for
 HEAD = ""  # the key under which `lines` has the line of [[step]] itself
 
 
@@ -49,6 +53,17 @@ class Recipe:
     steps: Sequence[Mapping[str, Any]]
     tables: Sequence[Mapping[str, Any]]
     lines: Sequence[Mapping[str, int]] = ()
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """A [[table]]."""
+
+    run: str
+    rows: tuple[str, ...]
+    metrics: Mapping[str, str]
+    column: str | None = None
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,8 +129,10 @@ def load(path: Path) -> Recipe:
     try:
         text = path.read_text()
         content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, text that is not UTF-8, a number of 5,000 digits
         raise InputError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     for key in content:
         if key not in ("matrix", "step", "table"):
             raise unknown(f"key in {path}", key, ("matrix", "step", "table"))
@@ -147,6 +164,10 @@ def _require_shapes(recipe: Recipe) -> None:
     path, matrix = recipe.path, recipe.matrix
     if not isinstance(matrix, dict) or not all(isinstance(values, list) and values for values in matrix.values()):
         raise InputError(f"{path}: [matrix] wants a list of values for every variable, for example bits = [8, 4]")
+    for name, values in matrix.items():
+        parts = [part for value in values for part in (value.values() if isinstance(value, dict) else [value])]
+        if not all(map(_is_option, parts)):
+            raise InputError(f"{path}: {name} in [matrix] wants numbers, texts, or tables of these, for each value")
     if not _are_tables(recipe.steps) or not recipe.steps:
         raise InputError(f"{path} has no [[step]]: give it at least one, with run = 'pretrain' or another command")
     if not _are_tables(recipe.tables):
@@ -155,8 +176,15 @@ def _require_shapes(recipe: Recipe) -> None:
         if step.get("run") not in COMMANDS:
             raise unknown(f"command of a step in {path}", str(step.get("run")), COMMANDS)
         for key, value in step.items():
-            if not isinstance(value, str if key in FILES else (str, int, float, list)):
+            if not _is_option(value) if key not in FILES else not (isinstance(value, str) and _is_option(value)):
                 raise InputError(f"{path}: {key} = {value} is not a value that an option takes: put it in quotes")
+
+
+def _is_option(value: Any) -> bool:
+    """Whether an option takes a value: text, which no NUL ends, or a number; or a list of these."""
+    if isinstance(value, list):
+        return all(_is_option(item) and not isinstance(item, list) for item in value)
+    return "\0" not in value if isinstance(value, str) else isinstance(value, int | float)
 
 
 def _are_tables(value: Any) -> bool:
@@ -165,9 +193,12 @@ def _are_tables(value: Any) -> bool:
 
 def require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
     """Raise InputError for a [[table]] that lacks a key or names an unknown variable, before any work is done."""
-    for key, kind in (("run", str), ("rows", list), ("metrics", dict)):
-        if not isinstance(table.get(key), kind):
-            raise InputError(f"{recipe.path}: a [[table]] wants {key}, as {kind.__name__}")
+    try:
+        schema.read(TableEntry, table)
+    except Malformed as error:
+        raise InputError(
+            f"{recipe.path}: a [[table]] wants run, rows, metrics, as a shipped recipe: {error}"
+        ) from error
     for name in _variables(table):
         if not isinstance(name, str) or (recipe.matrix and name not in recipe.matrix):
             raise unknown(f"variable of {recipe.path}", str(name), recipe.matrix)
@@ -208,6 +239,9 @@ def steps(recipe: Recipe) -> list[Step]:
             if name not in recipe.matrix:
                 raise unknown(f"variable of {recipe.path}", name, recipe.matrix)
         variables = [name for name in recipe.matrix if name in mentioned]
+        count = prod(len(recipe.matrix[name]) for name in variables)
+        if count > MOST_STEPS:
+            raise InputError(f"{recipe.path}: a [[step]] stands for {count:,} commands: give {MOST_STEPS:,} at most")
         for chosen in itertools.product(*(recipe.matrix[name] for name in variables)):
             values = dict(zip(variables, chosen, strict=True))
             try:

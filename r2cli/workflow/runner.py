@@ -14,13 +14,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import sleep
 from typing import Any, Protocol
 
 from r2cli import __version__
 from r2cli.errors import CheckFailed, InputError, R2Error
+from r2cli.storage import schema
 from r2cli.storage.atomic import write_atomically
 from r2cli.storage.run_files import checksum
 from r2cli.train.resume import resume_state
@@ -185,6 +186,21 @@ def _named(error: Exception, step: Step) -> R2Error:
 
 
 @dataclass(frozen=True)
+class DoneEntry:
+    """What results.json holds of a step. r2 0.1 kept no checksums."""
+
+    key: str
+    report: Mapping[str, Any] | None = None
+    failed: str | None = None
+    inputs: Mapping[str, str | None] = field(default_factory=dict)
+    written: Mapping[str, str | None] = field(default_factory=dict)
+
+
+DONE: Any = Mapping[str, DoneEntry]
+TABLE: Any = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Record:
     """What was done in a folder: for each output the options, the checksums of the inputs, and the report."""
 
@@ -195,10 +211,17 @@ class Record:
     def read(cls, folder: Path) -> "Record":
         """Read the record of `folder`. If it is missing or damaged, start an empty one: then all steps run again."""
         try:
-            stored = json.loads((folder / "results.json").read_text())
-            return cls(folder, {str(name): {**entry, "key": entry["key"]} for name, entry in stored.items()})
-        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            stored = schema.parsed((folder / "results.json").read_bytes())
+            for entry in schema.read(DONE, stored).values():
+                _, _, options = schema.parsed(entry.key)
+                schema.read(TABLE, options)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+        ):  # a key that is no list of three, too
             return cls(folder, {})
+        return cls(folder, stored)
 
     def report(self, step: Step) -> Any:
         """Return the report of a step that is up to date, or None for a step that must run."""
