@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import R2
+from r2cli import __main__ as entry
 
 R2_COMMAND = [sys.executable, "-m", "r2cli"]
 # A C locale as it was before Python took UTF-8 for it, and no home.
@@ -139,3 +140,17 @@ def test_a_disk_that_is_full_while_files_are_written_is_one_sentence(
         assert ran.code == 3 and "could not be written: File too large" in ran.err, ran.err
     assert Path("page.html").read_text() == Path("q.toml").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "q.toml", "weights.safetensors"]
+
+
+def test_an_interrupt_while_r2_is_imported_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "r2cli.cli.main", Interrupting())  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "r2: interrupted; no file is left half written\n"
