@@ -4,6 +4,7 @@ Every process holds the whole network and gets its share of every batch; gradien
 prints and writes files. Without torchrun nothing here has any effect.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as group
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from r2cli.data.splits import ALL_ROWS, RowShare
 
+_connections = itertools.count()  # of this process; all processes count alike
 PATIENCE = timedelta(minutes=30)  # a process may evaluate or decode alone for so long before the others give up
 
 
@@ -25,7 +28,11 @@ def together(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
-    group.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+    # Each connection has names of its own in the store: a second one could read the addresses of the first.
+    own = PrefixStore(f"r2-{next(_connections)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    group.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=PATIENCE)
     try:
         yield
     finally:
