@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -22,6 +23,7 @@ from r2cli.calibration.calibrate import with_raised_scale
 from r2cli.data import Batch, splits
 from r2cli.deploy import onnx_export, runtime, verify
 from r2cli.errors import InputError, R2Error
+from r2cli.graph import structure
 from r2cli.graph.read import trace
 from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.palettes import compression
@@ -563,22 +565,112 @@ def test_masks_in_a_file_are_applied_and_that_is_said(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(list(stored.pieces())), model[0].weight.detach().reshape(-1))
 
 
-class Rows(nn.Module):
-    """An image's columns through a recurrent layer."""
+# --- recurrent layers -------------------------------------------------------------------------------------------------
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+
+class Rows(nn.Module):
+    """An image's rows through a recurrent layer, all its steps read."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
         super().__init__()
-        self.conv, self.rows, self.head = nn.Conv2d(3, 4, 3, 2, 1), kind(24, 8, batch_first=True), nn.Linear(48, 4)
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+        self.rows = kind(24, 8, batch_first=True, **options)
+        self.head = nn.Linear(48 * (1 + self.rows.bidirectional), 4)
 
     def forward(self, x: Tensor) -> Tensor:
         found, _ = self.rows(torch.relu(self.conv(x)).transpose(1, 2).flatten(2))
         return self.head(found.flatten(1))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("command", ["w8a8", "w8", "palette", "lsq"])
-def test_a_recurrent_layer_stays_float_and_its_file_is_refused_by_name(command: str, kind: type[nn.RNNBase]) -> None:
-    coded = COMMANDS[command](made(lambda: Rows(kind)))
-    assert set(coded.coded) == {"conv.weight", "head.weight"}
-    with pytest.raises(R2Error, match=f"'rows_{kind.__name__.lower()}' .* cannot be written as ONNX"):
-        onnx_export.to_bytes(coded)
+class Started(nn.Module):
+    """Steps first, first states of the network's own, and the last state read."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.conv, self.start = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 8)
+        self.rows, self.head = kind(24, 8, 2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x))
+        first = torch.tanh(self.start(x.mean((2, 3)))).unsqueeze(0).repeat(2, 1, 1)
+        is_lstm = isinstance(self.rows, nn.LSTM)
+        steps, last = self.rows(x.permute(2, 0, 1, 3).flatten(2), (first, -first) if is_lstm else first)
+        return self.head((last[1] if is_lstm else last)[-1] + steps[0])
+
+
+RECURRENT: dict[str, Factory] = {
+    "lstm": lambda: Rows(nn.LSTM),
+    "gru": lambda: Rows(nn.GRU),
+    "lstm of two ways": lambda: Rows(nn.LSTM, num_layers=2, bidirectional=True),
+    "gru without biases": lambda: Rows(nn.GRU, bidirectional=True, bias=False),
+    "rnn": lambda: Rows(nn.RNN, nonlinearity="relu", bidirectional=True),
+    "started lstm": lambda: Started(nn.LSTM),
+    "started gru": lambda: Started(nn.GRU),
+}
+AT_ONCE = (("w8", "lstm of two ways"), ("w8a8", "gru"), ("palette", "lstm"), ("lsq", "started gru"))
+EVERY = [pytest.param(*p, marks=() if p in AT_ONCE else pytest.mark.slow) for p in product(COMMANDS, RECURRENT)]
+
+
+def _own_name(name: str) -> str:
+    return name.removesuffix(".weight") if ".weight_" in name else name
+
+
+@pytest.mark.parametrize(("command", "kind"), EVERY)
+@torch.no_grad()
+def test_each_weight_of_a_recurrent_layer_is_codes(command: str, kind: str, tmp_path: Path) -> None:
+    one = made(RECURRENT[kind])
+    coded = COMMANDS[command](one)
+    assert {_own_name(name) for name in coded.coded} == {n for n, tensor in one.floats.items() if tensor.ndim > 1}
+    proof = require_proved(coded, one, tmp_path, DECIBELS.get(command, 12))
+    assert "100 % of the weights' bytes" in next(c.detail for c in proof.checks if c.name == "integer weights")
+    if coded.activations:
+        assert "recurrent layer" in {each["kind"] for each in proof.measures["float_operations"]}
+    else:  # torch's own layer with the decoded weights is what the file computes
+        state = {**coded.floats, **{_own_name(name): each.decode() for name, each in coded.coded.items()}}
+        model = RECURRENT[kind]()
+        model.load_state_dict(state)
+        found = runtime.runner(tmp_path / "model.onnx")(images(5))
+        assert torch.allclose(found, model.eval()(images(5)), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq"])
+def test_methods_that_see_layers_at_work_leave_a_recurrent_weight_at_its_nearest_codes(
+    method: str, tmp_path: Path
+) -> None:
+    one = made(RECURRENT["lstm"])
+    coded, nearest = ptq(one, method=method, bits=4), ptq(one, bits=4)
+    for name in ("rows.weight_ih_l0.weight", "rows.weight_hh_l0.weight"):
+        assert torch.equal(coded.coded[name].codes, nearest.coded[name].codes)
+    assert not torch.equal(coded.coded["conv.weight"].codes, nearest.coded["conv.weight"].codes)
+    require_proved(coded, one, tmp_path, 16)
+
+
+def test_a_float_weight_of_a_recurrent_layer_fails_the_proof(tmp_path: Path) -> None:
+    one = made(RECURRENT["lstm"])
+    coded = ptq(one)
+    name = "rows.weight_hh_l0.weight"
+    floats = {**coded.floats, name: coded.coded[name].decode()}
+    others = {key: each for key, each in coded.coded.items() if key != name}
+    proof = proof_of(replace(coded, floats=floats, coded=others), one, tmp_path)
+    (failed,) = [check for check in proof.checks if not check.passed]
+    assert failed.name == "integer weights" and failed.detail == f"{name}, which LSTM reads, is float"
+
+
+def test_weights_of_a_recurrent_layer_without_a_graph_are_refused() -> None:
+    with pytest.raises(InputError, match="the weights of the recurrent layer 'rows' need the network's graph"):
+        structure.weighted(RECURRENT["lstm"](), embeddings=False)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_an_lstm_that_projects_its_state_is_refused() -> None:
+    with pytest.raises(InputError, match="lstm .* projects its state"):
+        ptq(made(lambda: nn.Sequential(nn.Flatten(2), Last(nn.LSTM(144, 8, proj_size=4, batch_first=True)))))
+
+
+class Last(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0][:, -1]

@@ -117,7 +117,9 @@ def _constants(net: fx.GraphModule) -> set[fx.Node]:
 
 def _around_layer(net: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the input of a layer, and for a convolution also its output, after the activation that follows it."""
-    if not isinstance(module_of(net, node), LAYERS):
+    if (
+        not isinstance(module_of(net, node), LAYERS) or not node.all_input_nodes
+    ):  # a recurrent layer's weight reads none
         return
     yield node.all_input_nodes[0]
     if not isinstance(module_of(net, node), nn.Linear):

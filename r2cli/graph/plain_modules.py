@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from r2cli.graph.constants import Constant, operator_name
+from r2cli.graph.recurrent import KINDS, RecurrentWeight, recurrent
 from r2cli.graph.transposed import TransposedConv, exchanged
-from r2cli.graph.writer import Writer
+from r2cli.graph.writer import Unknown, Writer
 
 CONVOLUTIONS: Mapping[str, Any] = {
     "conv1d": nn.Conv1d,
@@ -228,6 +229,36 @@ def prelu(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     return _call(writer, node, a["self"], ("prelu", weight), weight, make)
 
 
+def recurrent_layer(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node:
+    kind, given = operator_name(node.target), a.get("params")
+    directions = a["num_layers"] * (1 + a["bidirectional"])
+    if given is None or "input" not in a or len(given) != directions * (4 if a["has_biases"] else 2):
+        raise Unknown(f"its {kind} reads packed sequences, or projects its state")
+    if a["input"].meta["val"].ndim != 3:
+        raise Unknown(f"its {kind} reads a sequence without a batch")
+    states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
+    first = None if all(map(_zeros, writer.value(states))) else writer.value(states)
+    weights = [_recurrent_weight(writer, one) for one in given]
+    return writer.part(
+        recurrent, kind, writer.value(a["input"]), first, weights, a["num_layers"], a["bidirectional"], a["batch_first"]
+    )
+
+
+def _zeros(state: Any) -> bool:
+    return isinstance(state, fx.Node) and state.target is torch.full and bool(state.args[1] == 0)
+
+
+def _recurrent_weight(writer: Writer, argument: Any) -> Any:
+    """A matrix as a module of its own; a bias, or what depends on the input, as it is."""
+    weight = constant_of(argument)
+    if weight is None or weight.value.ndim != 2:
+        return writer.value(argument)
+    target = writer.layer(
+        ("recurrent", weight), weight, lambda _: _with(writer, RecurrentWeight(), weight=weight), "weight"
+    )
+    return writer.create("call_module", target, (), {}, target)
+
+
 # By the operator: what writes it as a module, or gives None where its tensors depend on the input.
 LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]] = {
     **dict.fromkeys(CONVOLUTIONS, convolution),
@@ -240,4 +271,5 @@ LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]
     "group_norm": group_norm,
     "embedding": embedding,
     "prelu": prelu,
+    **dict.fromkeys(KINDS, recurrent_layer),
 }
