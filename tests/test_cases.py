@@ -22,7 +22,7 @@ from r2cli.calibration import deployed
 from r2cli.calibration.calibrate import with_raised_scale
 from r2cli.data import Batch, splits
 from r2cli.deploy import onnx_export, runtime, verify
-from r2cli.errors import InputError, R2Error
+from r2cli.errors import InputError
 from r2cli.graph import structure
 from r2cli.graph.read import trace
 from r2cli.graph.transposed import TransposedConv, exchanged
@@ -509,10 +509,13 @@ def test_a_synchronised_batch_norm_is_folded_as_any() -> None:
     assert not any(name.startswith("norm.") for name in coded.floats)
 
 
-def test_a_batch_norm_without_statistics_is_refused() -> None:
+@pytest.mark.parametrize("command", ["w8a8", "w8", "palette of floats", "lsq"])
+def test_a_batch_norm_without_statistics_is_refused_before_any_work(command: str) -> None:
     one = made(lambda: Ends(nn.BatchNorm2d(8, track_running_stats=False), True))
-    with pytest.raises(R2Error, match="'norm' .* no running statistics, so its result depends on the batch"):
-        onnx_export.to_bytes(ptq(one))
+    with pytest.raises(
+        InputError, match="BatchNorm 'norm' has no running statistics, so its result depends on the batch"
+    ):
+        COMMANDS[command](one)
 
 
 def test_values_in_any_layout_are_searched_without_a_warning() -> None:

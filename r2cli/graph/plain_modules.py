@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from r2cli.errors import InputError
 from r2cli.graph.constants import Constant, operator_name
 from r2cli.graph.recurrent import KINDS, RecurrentWeight, recurrent
 from r2cli.graph.transposed import TransposedConv, exchanged
@@ -144,20 +145,23 @@ def _linear(writer: Writer, node: fx.Node, given: Any, weight: Constant, bias: C
 
 def batch_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     parts = {name: constant_of(a[name]) for name in ("weight", "bias", "running_mean", "running_var")}
-    if not _given(*(a[name] for name in parts)) or (a["training"] and parts["running_mean"] is not None):
+    if a["training"]:  # in evaluation too
+        raise InputError(
+            f"the BatchNorm '{writer.within}' uses no running statistics, so its result depends on the batch: let it "
+            "track them (track_running_stats=True) and train it so, or write a GroupNorm"
+        )
+    if not _given(*(a[name] for name in parts)):
         return None
     given, of = a["input"], parts["weight"] or parts["bias"] or parts["running_mean"]
     channels = int(given.meta["val"].shape[1])
 
     def make(path: str) -> nn.Module:
-        tracked = parts["running_mean"] is not None
         made = NORMS[given.meta["val"].ndim](channels, a["eps"], a["momentum"] or None, device="meta")
         module = _with(writer, made, weight=parts["weight"], bias=parts["bias"])
-        module.track_running_stats = tracked  # type: ignore[assignment]
         for name in ("running_mean", "running_var"):
             constant = parts[name]
             setattr(module, name, None if constant is None else constant.value)
-        module.num_batches_tracked = _batches(writer.model, path, tracked)  # type: ignore[assignment]
+        module.num_batches_tracked = _batches(writer.model, path)  # type: ignore[assignment]
         return module
 
     named = of
@@ -166,10 +170,8 @@ def batch_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     return _call(writer, node, given, ("batch_norm", *parts.values(), a["eps"]), named, make)
 
 
-def _batches(model: nn.Module, path: str, tracked: bool) -> Tensor | None:
+def _batches(model: nn.Module, path: str) -> Tensor | None:
     """The network's own count of batches, so that its state_dict has the same names."""
-    if not tracked:
-        return None
     try:
         known = model.get_submodule(path)
     except AttributeError:

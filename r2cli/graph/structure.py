@@ -124,10 +124,10 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _follows(net: fx.GraphModule, node: fx.Node, count: int) -> bool:
-    """Return whether `node` is a BatchNorm with running statistics that runs `count` times."""
+    """Return whether `node` is a BatchNorm that runs `count` times."""
     norm = module_of(net, node)
     as_often = sum(other.target == node.target for other in net.graph.nodes) == count
-    return isinstance(norm, NORMS) and norm.running_var is not None and as_often
+    return isinstance(norm, NORMS) and as_often
 
 
 def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:
