@@ -513,7 +513,7 @@ def test_a_synchronised_batch_norm_is_folded_as_any() -> None:
 def test_a_batch_norm_without_statistics_is_refused_before_any_work(command: str) -> None:
     one = made(lambda: Ends(nn.BatchNorm2d(8, track_running_stats=False), True))
     with pytest.raises(
-        InputError, match="BatchNorm 'norm' has no running statistics, so its result depends on the batch"
+        InputError, match="BatchNorm 'norm' uses no running statistics, so its result depends on the batch"
     ):
         COMMANDS[command](one)
 
