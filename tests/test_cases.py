@@ -22,16 +22,17 @@ from r2cli.calibration import deployed
 from r2cli.calibration.calibrate import with_raised_scale
 from r2cli.data import Batch, splits
 from r2cli.deploy import onnx_export, runtime, verify
-from r2cli.errors import InputError
+from r2cli.errors import InputError, R2Error
 from r2cli.graph import structure
 from r2cli.graph.read import trace
 from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.palettes import compression
 from r2cli.ptq import adaround, post_training
-from r2cli.qat import lsq, prepare, qat_method
+from r2cli.qat import finetune, lsq, prepare, qat_method, quantizer_placement
 from r2cli.quantized import grid_search
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import Palette
+from r2cli.registry import LsqOptions
 from r2cli.storage import foreign, pth, stream
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
@@ -344,6 +345,31 @@ def test_a_step_falls_no_further_than_a_share_of_its_start() -> None:
     with torch.no_grad():
         learner.step.fill_(-1.0)
     assert learner.freeze(torch.randn(64)).codec.scale.item() == pytest.approx(first * lsq.SMALLEST)
+
+
+def _prepared() -> tuple[prepare.QatTask, quantizer_placement.Prepared]:
+    work = prepare.QatTask(made(Plain), prepare.QatSettings("lsq", 4, 4, {}), batches, CPU)
+    return work, prepare.prepare(work)
+
+
+def test_a_gradient_moves_a_step_by_no_more_than_its_size() -> None:
+    _, prepared = _prepared()
+    weight, activation = prepared.weights["deep"], prepared.activations[0]
+    assert isinstance(weight, lsq.LsqWeight) and isinstance(activation, lsq.LsqActivation)
+    weight.step.grad, activation.parameter.grad = torch.tensor(-1e3), activation.parameter.detach() / 3
+    lsq.METHOD.add_gradients(prepared, qat_method.EpochStart(1, 1, 0, batches, LsqOptions()))
+    assert torch.equal(weight.step.grad, -weight.step)
+    assert torch.equal(activation.parameter.grad, activation.parameter / 3)
+
+
+def test_steps_at_their_least_and_an_accuracy_of_chance_are_a_diverged_training() -> None:
+    work, prepared = _prepared()
+    finetune.require_learned(work, prepared, 25.0)
+    with torch.no_grad():
+        prepared.weights["deep"].step.fill_(-1.0)  # type: ignore[union-attr, operator]
+    finetune.require_learned(work, prepared, 25.1)
+    with pytest.raises(R2Error, match="training diverged: 1 steps fell to their least .'deep'.*use a lower --lr"):
+        finetune.require_learned(work, prepared, 25.0)
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
