@@ -462,6 +462,9 @@ def test_a_weight_of_several_layers_has_one_set_of_codes(command: str, name: str
     if command != "w8":
         assert proof.measures["nodes"]["QLinearConv"] == {"twice": 3, "recurrent": 4, "tied": 5}[name]
         assert "BatchNormalization" not in proof.measures["nodes"]
+        told = [each["node"] for each in proof.measures["float_operations"] if each["kind"] == "second use of a layer"]
+        # Between its uses a value is on another grid, and a bias has one unit.
+        assert told == {"twice": ["conv_1", "head_1"], "recurrent": ["block_0_1", "block_0_2"], "tied": []}[name]
 
 
 # --- files of other forms ---------------------------------------------------------------------------------------------
