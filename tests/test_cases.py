@@ -501,9 +501,20 @@ def test_what_torch_saved_is_read_as_a_model_is(tmp_path: Path) -> None:
     (stored,) = stream.tensors_of_model(path)
     assert stored.name == "0.weight" and torch.equal(torch.cat(list(stored.pieces())), weight.reshape(-1))
     assert stream.metadata(path) == {}
-    torch.save(nn.Linear(2, 2), path)
+    torch.save({"model": {"0.weight": weight}, "where": Path("x")}, path)
     with pytest.raises(InputError, match="holds Python objects.*save model.state_dict"):
         stream.tensors_of_model(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("reads", [pth.load, stream.tensors_of_model], ids=["weights", "analyze"])
+def test_a_whole_pickled_module_is_named_with_the_way_out(
+    reads: Callable[[Path], object], zipped: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"whole pickled module.*torch.save\(model.state_dict\(\), FILE\)"):
+        reads(path)
 
 
 # --- smaller things ---------------------------------------------------------------------------------------------------
