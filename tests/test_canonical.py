@@ -146,8 +146,8 @@ MADE: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = {
         ),
         {"4": (2, 8)},
     ),
-    "lstm": (lambda: _recurrent(nn.LSTM), {}),
-    "gru": (lambda: _recurrent(nn.GRU), {}),
+    "lstm": (lambda: _recurrent(nn.LSTM), {"cell.weight_ih_l0": (20, 8), "cell.weight_hh_l0": (20, 5)}),
+    "gru": (lambda: _recurrent(nn.GRU), {"cell.weight_ih_l0": (15, 8), "cell.weight_hh_l0": (15, 5)}),
 }
 
 
@@ -166,7 +166,7 @@ def test_whatever_wrote_it_is_the_same_function_over_plain_layers(name: str) -> 
         torch.testing.assert_close(net(x[:count]), model(x[:count].clone()), rtol=1e-5, atol=1e-5)
     found = {layer.name: tuple(module.weight.shape) for layer, module in structure.named_layers(net)}
     assert found == expected
-    plain = ("torch.nn.modules.conv", "torch.nn.modules.linear", "r2cli.graph.transposed")
+    plain = ("torch.nn.modules.conv", "torch.nn.modules.linear", "r2cli.graph.transposed", "r2cli.graph.recurrent")
     assert all(type(module).__module__ in plain for _, module in structure.named_layers(net))
 
 

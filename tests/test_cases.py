@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -22,14 +23,16 @@ from r2cli.calibration.calibrate import with_raised_scale
 from r2cli.data import Batch, splits
 from r2cli.deploy import onnx_export, runtime, verify
 from r2cli.errors import InputError, R2Error
+from r2cli.graph import structure
 from r2cli.graph.read import trace
 from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.palettes import compression
 from r2cli.ptq import adaround, post_training
-from r2cli.qat import lsq, prepare, qat_method
+from r2cli.qat import finetune, lsq, prepare, qat_method, quantizer_placement
 from r2cli.quantized import grid_search
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import Palette
+from r2cli.registry import LsqOptions
 from r2cli.storage import foreign, pth, stream
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
@@ -344,6 +347,31 @@ def test_a_step_falls_no_further_than_a_share_of_its_start() -> None:
     assert learner.freeze(torch.randn(64)).codec.scale.item() == pytest.approx(first * lsq.SMALLEST)
 
 
+def _prepared() -> tuple[prepare.QatTask, quantizer_placement.Prepared]:
+    work = prepare.QatTask(made(Plain), prepare.QatSettings("lsq", 4, 4, {}), batches, CPU)
+    return work, prepare.prepare(work)
+
+
+def test_a_gradient_moves_a_step_by_no_more_than_its_size() -> None:
+    _, prepared = _prepared()
+    weight, activation = prepared.weights["deep"], prepared.activations[0]
+    assert isinstance(weight, lsq.LsqWeight) and isinstance(activation, lsq.LsqActivation)
+    weight.step.grad, activation.parameter.grad = torch.tensor(-1e3), activation.parameter.detach() / 3
+    lsq.METHOD.add_gradients(prepared, qat_method.EpochStart(1, 1, 0, batches, LsqOptions()))
+    assert torch.equal(weight.step.grad, -weight.step)
+    assert torch.equal(activation.parameter.grad, activation.parameter / 3)
+
+
+def test_steps_at_their_least_and_an_accuracy_of_chance_are_a_diverged_training() -> None:
+    work, prepared = _prepared()
+    finetune.require_learned(work, prepared, 25.0)
+    with torch.no_grad():
+        prepared.weights["deep"].step.fill_(-1.0)  # type: ignore[union-attr, operator]
+    finetune.require_learned(work, prepared, 25.1)
+    with pytest.raises(R2Error, match="training diverged: 1 steps fell to their least .'deep'.*use a lower --lr"):
+        finetune.require_learned(work, prepared, 25.0)
+
+
 # --- padding ----------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +462,9 @@ def test_a_weight_of_several_layers_has_one_set_of_codes(command: str, name: str
     if command != "w8":
         assert proof.measures["nodes"]["QLinearConv"] == {"twice": 3, "recurrent": 4, "tied": 5}[name]
         assert "BatchNormalization" not in proof.measures["nodes"]
+        told = [each["node"] for each in proof.measures["float_operations"] if each["kind"] == "second use of a layer"]
+        # Between its uses a value is on another grid, and a bias has one unit.
+        assert told == {"twice": ["conv_1", "head_1"], "recurrent": ["block_0_1", "block_0_2"], "tied": []}[name]
 
 
 # --- files of other forms ---------------------------------------------------------------------------------------------
@@ -470,9 +501,20 @@ def test_what_torch_saved_is_read_as_a_model_is(tmp_path: Path) -> None:
     (stored,) = stream.tensors_of_model(path)
     assert stored.name == "0.weight" and torch.equal(torch.cat(list(stored.pieces())), weight.reshape(-1))
     assert stream.metadata(path) == {}
-    torch.save(nn.Linear(2, 2), path)
+    torch.save({"model": {"0.weight": weight}, "where": Path("x")}, path)
     with pytest.raises(InputError, match="holds Python objects.*save model.state_dict"):
         stream.tensors_of_model(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("reads", [pth.load, stream.tensors_of_model], ids=["weights", "analyze"])
+def test_a_whole_pickled_module_is_named_with_the_way_out(
+    reads: Callable[[Path], object], zipped: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"whole pickled module.*torch.save\(model.state_dict\(\), FILE\)"):
+        reads(path)
 
 
 # --- smaller things ---------------------------------------------------------------------------------------------------
@@ -507,10 +549,13 @@ def test_a_synchronised_batch_norm_is_folded_as_any() -> None:
     assert not any(name.startswith("norm.") for name in coded.floats)
 
 
-def test_a_batch_norm_without_statistics_is_refused() -> None:
+@pytest.mark.parametrize("command", ["w8a8", "w8", "palette of floats", "lsq"])
+def test_a_batch_norm_without_statistics_is_refused_before_any_work(command: str) -> None:
     one = made(lambda: Ends(nn.BatchNorm2d(8, track_running_stats=False), True))
-    with pytest.raises(R2Error, match="'norm' .* no running statistics, so its result depends on the batch"):
-        onnx_export.to_bytes(ptq(one))
+    with pytest.raises(
+        InputError, match="BatchNorm 'norm' uses no running statistics, so its result depends on the batch"
+    ):
+        COMMANDS[command](one)
 
 
 def test_values_in_any_layout_are_searched_without_a_warning() -> None:
@@ -563,22 +608,112 @@ def test_masks_in_a_file_are_applied_and_that_is_said(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(list(stored.pieces())), model[0].weight.detach().reshape(-1))
 
 
-class Rows(nn.Module):
-    """An image's columns through a recurrent layer."""
+# --- recurrent layers -------------------------------------------------------------------------------------------------
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+
+class Rows(nn.Module):
+    """An image's rows through a recurrent layer, all its steps read."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
         super().__init__()
-        self.conv, self.rows, self.head = nn.Conv2d(3, 4, 3, 2, 1), kind(24, 8, batch_first=True), nn.Linear(48, 4)
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+        self.rows = kind(24, 8, batch_first=True, **options)
+        self.head = nn.Linear(48 * (1 + self.rows.bidirectional), 4)
 
     def forward(self, x: Tensor) -> Tensor:
         found, _ = self.rows(torch.relu(self.conv(x)).transpose(1, 2).flatten(2))
         return self.head(found.flatten(1))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("command", ["w8a8", "w8", "palette", "lsq"])
-def test_a_recurrent_layer_stays_float_and_its_file_is_refused_by_name(command: str, kind: type[nn.RNNBase]) -> None:
-    coded = COMMANDS[command](made(lambda: Rows(kind)))
-    assert set(coded.coded) == {"conv.weight", "head.weight"}
-    with pytest.raises(R2Error, match=f"'rows_{kind.__name__.lower()}' .* cannot be written as ONNX"):
-        onnx_export.to_bytes(coded)
+class Started(nn.Module):
+    """Steps first, first states of the network's own, and the last state read."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.conv, self.start = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 8)
+        self.rows, self.head = kind(24, 8, 2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x))
+        first = torch.tanh(self.start(x.mean((2, 3)))).unsqueeze(0).repeat(2, 1, 1)
+        is_lstm = isinstance(self.rows, nn.LSTM)
+        steps, last = self.rows(x.permute(2, 0, 1, 3).flatten(2), (first, -first) if is_lstm else first)
+        return self.head((last[1] if is_lstm else last)[-1] + steps[0])
+
+
+RECURRENT: dict[str, Factory] = {
+    "lstm": lambda: Rows(nn.LSTM),
+    "gru": lambda: Rows(nn.GRU),
+    "lstm of two ways": lambda: Rows(nn.LSTM, num_layers=2, bidirectional=True),
+    "gru without biases": lambda: Rows(nn.GRU, bidirectional=True, bias=False),
+    "rnn": lambda: Rows(nn.RNN, nonlinearity="relu", bidirectional=True),
+    "started lstm": lambda: Started(nn.LSTM),
+    "started gru": lambda: Started(nn.GRU),
+}
+AT_ONCE = (("w8", "lstm of two ways"), ("w8a8", "gru"), ("palette", "lstm"), ("lsq", "started gru"))
+EVERY = [pytest.param(*p, marks=() if p in AT_ONCE else pytest.mark.slow) for p in product(COMMANDS, RECURRENT)]
+
+
+def _own_name(name: str) -> str:
+    return name.removesuffix(".weight") if ".weight_" in name else name
+
+
+@pytest.mark.parametrize(("command", "kind"), EVERY)
+@torch.no_grad()
+def test_each_weight_of_a_recurrent_layer_is_codes(command: str, kind: str, tmp_path: Path) -> None:
+    one = made(RECURRENT[kind])
+    coded = COMMANDS[command](one)
+    assert {_own_name(name) for name in coded.coded} == {n for n, tensor in one.floats.items() if tensor.ndim > 1}
+    proof = require_proved(coded, one, tmp_path, DECIBELS.get(command, 12))
+    assert "100 % of the weights' bytes" in next(c.detail for c in proof.checks if c.name == "integer weights")
+    if coded.activations:
+        assert "recurrent layer" in {each["kind"] for each in proof.measures["float_operations"]}
+    else:  # torch's own layer with the decoded weights is what the file computes
+        state = {**coded.floats, **{_own_name(name): each.decode() for name, each in coded.coded.items()}}
+        model = RECURRENT[kind]()
+        model.load_state_dict(state)
+        found = runtime.runner(tmp_path / "model.onnx")(images(5))
+        assert torch.allclose(found, model.eval()(images(5)), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq"])
+def test_methods_that_see_layers_at_work_leave_a_recurrent_weight_at_its_nearest_codes(
+    method: str, tmp_path: Path
+) -> None:
+    one = made(RECURRENT["lstm"])
+    coded, nearest = ptq(one, method=method, bits=4), ptq(one, bits=4)
+    for name in ("rows.weight_ih_l0.weight", "rows.weight_hh_l0.weight"):
+        assert torch.equal(coded.coded[name].codes, nearest.coded[name].codes)
+    assert not torch.equal(coded.coded["conv.weight"].codes, nearest.coded["conv.weight"].codes)
+    require_proved(coded, one, tmp_path, 16)
+
+
+def test_a_float_weight_of_a_recurrent_layer_fails_the_proof(tmp_path: Path) -> None:
+    one = made(RECURRENT["lstm"])
+    coded = ptq(one)
+    name = "rows.weight_hh_l0.weight"
+    floats = {**coded.floats, name: coded.coded[name].decode()}
+    others = {key: each for key, each in coded.coded.items() if key != name}
+    proof = proof_of(replace(coded, floats=floats, coded=others), one, tmp_path)
+    (failed,) = [check for check in proof.checks if not check.passed]
+    assert failed.name == "integer weights" and failed.detail == f"{name}, which LSTM reads, is float"
+
+
+def test_weights_of_a_recurrent_layer_without_a_graph_are_refused() -> None:
+    with pytest.raises(InputError, match="the weights of the recurrent layer 'rows' need the network's graph"):
+        structure.weighted(RECURRENT["lstm"](), embeddings=False)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_an_lstm_that_projects_its_state_is_refused() -> None:
+    with pytest.raises(InputError, match="lstm .* projects its state"):
+        ptq(made(lambda: nn.Sequential(nn.Flatten(2), Last(nn.LSTM(144, 8, proj_size=4, batch_first=True)))))
+
+
+class Last(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0][:, -1]

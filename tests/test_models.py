@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +204,37 @@ def test_an_image_that_a_network_cannot_take_is_refused_with_its_reason() -> Non
             models.require_fit(models.build(spec), spec, (3, size, size))
 
 
+class Gives(nn.Module):
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.give = give
+
+    def forward(self, x: Tensor) -> Any:
+        return self.give(x.mean((2, 3)))
+
+
+class Stereo(nn.Module):
+    def forward(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        return (left + scale * right).mean((2, 3))
+
+
+OTHERS: dict[str, tuple[nn.Module, str]] = {
+    "one number": (Gives(lambda x: x[:, :1]), "gives one number for an image: .*, or write the logits of two classes"),
+    "a map": (Gives(lambda x: x[:, :, None, None]), r"gives values of shape \(3, 1, 1\) for an image: "),
+    "a tuple": (Gives(lambda x: (x, x)), "returns a tuple: .*, or write a network that returns its logits alone"),
+    "two inputs": (Stereo(), r"reads 2 inputs \(left, right\): "),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_classifier_of_one_input_is_told_what_r2_takes(kind: str) -> None:
+    model, why = OTHERS[kind]
+    spec = ModelSpec("net.py:net", 3)
+    with pytest.raises(InputError, match=f"net.py:net {why}") as told:
+        models.require_fit(model, spec, (3, 8, 8))
+    assert "r2 takes classifiers of one input today" in str(told.value) and "--size" not in str(told.value)
+
+
 @pytest.mark.slow
 def test_timm_s_networks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
@@ -305,13 +338,13 @@ def test_a_file_that_cannot_be_imported_is_named(content: str, net: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "told"), [("net.py:two", r"\(3, 8, 8\) logits"), ("net.py:Wide", None)])
+@pytest.mark.parametrize(("name", "told"), [("net.py:two", r"values of shape \(3, 8, 8\)"), ("net.py:Wide", None)])
 def test_logits_are_one_a_class(name: str, told: str | None, net: Path) -> None:
     spec = own(name)
     if told is None:
         models.require_fit(models.build(spec), spec, (3, 8, 8))
         spec = replace(spec, classes=7)
-        told = "4,.* logits, the data has 7 classes"
+        told = "4 logits, the data has 7 classes"
     with pytest.raises(InputError, match=told):
         models.require_fit(models.build(spec), spec, (3, 8, 8))
 

@@ -20,6 +20,7 @@ MOVING = {
     "Expand",
     "MaxPool",
     "Pad",
+    "Tile",
 }
 CLIPPING = {"Relu", "Clip"}  # fused into what is before them
 LAYERS = {"Conv", "Gemm", "MatMul"}

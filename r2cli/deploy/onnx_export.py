@@ -26,6 +26,7 @@ from r2cli.errors import R2Error
 from r2cli.graph import edit, operators, structure
 from r2cli.graph.channel_clip import Clip
 from r2cli.graph.read import trace
+from r2cli.graph.recurrent import RecurrentWeight
 from r2cli.graph.transposed import TransposedConv
 from r2cli.quantized.coded import Codec
 from r2cli.quantized.grid import Grid
@@ -125,7 +126,7 @@ class _Export:
     def _node(self, node: fx.Node, first: _Shapes, second: _Shapes) -> Any:
         seen = _merged(first.found[node], second.found[node])
         constant = self.constants.get(node)
-        if constant is not None and not self._from_codes(node):
+        if constant is not None and not self._from_codes(node) and not isinstance(self.modules[node], RecurrentWeight):
             if node.op == "get_attr":
                 return Value(self.weights.tensor(str(node.target), constant), *_typed(constant))
             if all(user in self.constants for user in node.users):
@@ -153,6 +154,8 @@ class _Export:
         shapes = tuple(each[0] for each in (seen if isinstance(seen, list) else [seen]))
         sheet = Sheet(self.writer, shapes, self._batch)
         module = self.modules[node]
+        if isinstance(module, RecurrentWeight):
+            return self.weights.tensor(f"{node.target}.weight", module.weight)
         args: Any = fx.node.map_arg(node.args, lambda each: self.values[each])
         kwargs = fx.node.map_arg(node.kwargs, lambda each: self.values[each])
         self.writer.enter(node.name)

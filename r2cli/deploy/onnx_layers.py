@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from r2cli.deploy import weight_nodes
 from r2cli.deploy.onnx_moving import pad
-from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value
+from r2cli.deploy.onnx_sheet import Sheet, Value
 from r2cli.deploy.onnx_writer import Array, OnnxWriter
 from r2cli.errors import R2Error
 from r2cli.graph.channel_clip import Clip
@@ -194,8 +194,6 @@ def linear(sheet: Sheet, weights: Weights, name: str, module: nn.Linear, x: Valu
 
 
 def batch_norm(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
-    if module.running_mean is None:
-        raise Unwritable("it has no running statistics, so its result depends on the batch")
     count = len(module.running_mean)
     given = {
         "weight": torch.ones(count) if module.weight is None else module.weight,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from r2cli.deploy import onnx_moving, onnx_pointwise, onnx_pooling
+from r2cli.deploy import onnx_moving, onnx_pointwise, onnx_pooling, onnx_recurrent
+from r2cli.graph.recurrent import recurrent
 
 ATEN = torch.ops.aten
 Handler = Callable[..., Any]
@@ -133,4 +134,5 @@ OPERATORS: Mapping[Any, Handler] = {
     **_rows(onnx_moving.index, ATEN.index.Tensor),
     **_rows(onnx_moving.full, torch.full),
     **_rows(onnx_moving.arange, torch.arange),
+    **_rows(onnx_recurrent.recurrent, recurrent),
 }

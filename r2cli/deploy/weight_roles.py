@@ -23,12 +23,10 @@ BITS: Mapping[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProt
 LAYERS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("Conv", "ConvTranspose", "DeformConv", "Attention"), (1,)),
     **dict.fromkeys(("Gemm", "MatMul", "Einsum"), (0, 1)),
-}
-# Float by design: r2 has no codes for the first, and those of embeddings are a choice. They are listed.
-LISTED: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2)),
-    **dict.fromkeys(("Gather", "GatherND", "GatherElements"), (0,)),
 }
+# Codes of embeddings are a choice: those in float are listed.
+LISTED: Mapping[str, tuple[int, ...]] = dict.fromkeys(("Gather", "GatherND", "GatherElements"), (0,))
 ADDING = ("Add", "Sub", "Where", "Concat", "Expand", "Pad")
 
 

@@ -5,7 +5,7 @@ A node of a canonical graph is one of these:
 placeholder, output   the inputs; one tensor, or a tuple of those that the network gives, in order
 get_attr              a parameter or buffer of the graph
 call_module           Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, BatchNorm1d/2d/3d, LayerNorm, GroupNorm, Embedding,
-                      PReLU: torch's own classes, `padding` of a convolution in numbers
+                      PReLU: torch's own classes, `padding` of a convolution in numbers; RecurrentWeight
 call_function         a function of `FUNCTIONS` with those arguments, or one of `OTHERS`
                       with the arguments given there; an operator of torch.ops.aten where neither has a row for it
 
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from r2cli.graph.recurrent import recurrent
 
 SLICE, INDEX = torch.ops.aten.slice.Tensor, torch.ops.aten.index.Tensor
 PAD_WITH = torch.ops.aten.constant_pad_nd.default
@@ -148,5 +150,6 @@ OTHERS: Mapping[Callable[..., Any], str] = {
     operator.getitem: "a tuple, index",
     operator.mul: "sizes that depend on the batch; with floordiv, add, sub and mod",
     F.scaled_dot_product_attention: "query, key, value, attn_mask=, is_causal=, scale=, enable_gqa=",
+    recurrent: "kind, x, states or None, weights, layers, bidirectional, batch_first",
     F.interpolate: "x, size= or scale_factor= (tuples), mode=, align_corners=, antialias=",
 }

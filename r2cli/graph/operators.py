@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 
 from r2cli.graph.channel_clip import Clip
 from r2cli.graph.functions import INDEX, PAD_WITH, SLICE
+from r2cli.graph.recurrent import RecurrentWeight, recurrent
 from r2cli.graph.transposed import TransposedConv
 
-LayerModule = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | TransposedConv
+LayerModule = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | TransposedConv | RecurrentWeight
 NormModule = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
@@ -73,7 +74,7 @@ NO_CODES = "r2 has no codes for such weights"
 BY_NUMBER = "runtimes have no integer kernel for a value and a number"
 # The first row that fits counts.
 TABLE: tuple[Row, ...] = (
-    Row(Kind.LAYER, "layer", (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)),
+    Row(Kind.LAYER, "layer", (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, RecurrentWeight)),
     Row(
         Kind.LAYER,
         "transposed convolution",
@@ -176,6 +177,13 @@ TABLE: tuple[Row, ...] = (
             "Div",
             "BatchNormalization",
         ),
+    ),
+    Row(
+        Kind.FLOAT,
+        "recurrent layer",
+        (recurrent,),
+        "its state goes on from step to step in float, and runtimes decode its weights' codes for it",
+        ("LSTM", "GRU", "RNN", "Concat"),
     ),
     Row(
         Kind.FLOAT,
@@ -317,7 +325,8 @@ def _of(*kinds: Kind) -> tuple[Any, ...]:
     return tuple(member for row in TABLE if row.kind in kinds for member in row.members)
 
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TransposedConv)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TransposedConv, RecurrentWeight)
+MATRICES = (nn.Linear, RecurrentWeight)  # layers whose weight has two axes, and that no image passes
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS, PASSING, SHAPES = _of(Kind.ACTIVATION), _of(Kind.PASSING), _of(Kind.SHAPE)
 # Their values are tuples.

@@ -20,10 +20,11 @@ from torch import fx, nn
 
 from r2cli.graph import operators
 from r2cli.graph.constants import operator_name
-from r2cli.graph.edit import is_grid
+from r2cli.graph.edit import is_grid, source
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, PASSING, Kind, is_a, module_of
 from r2cli.graph.structure import only_user, propagate
 
+FOREIGN_BIAS = "its bias is in units of the first value that the layer reads: runtimes may run it in float"
 # What can run on integers or is cheap between two grids.
 COMPUTES = (Kind.INTEGER, Kind.POINTWISE, Kind.NORM, Kind.ACTIVATION)
 
@@ -61,9 +62,12 @@ def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
 def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatOperation]:
     """Return the operations that a network with grids still computes in float, in the order in which they run."""
     propagate(net, shape)
-    operations, constants = [], _constants(net)
+    operations, constants, again = [], _constants(net), _with_foreign_bias(net)
     for node in net.graph.nodes:
         kind = operators.kind(net, node)
+        if node in again:
+            operations.append(FloatOperation(node.name, "second use of a layer", FOREIGN_BIAS, ("Gemm", "Conv")))
+            continue
         in_float = kind is not Kind.LAYER or _written_as_operators(net, node)
         computes = node.op.startswith("call") and _is_float(node) and in_float
         if not computes or is_grid(node) or node in constants:
@@ -80,6 +84,18 @@ def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatO
             continue
         operations.append(_float_operation(net, node))
     return operations
+
+
+def _with_foreign_bias(net: fx.GraphModule) -> set[fx.Node]:
+    """Return the calls of layers with a bias that read another grid than the layer's first call does."""
+    first: dict[fx.node.Target, str] = {}
+    found = set()
+    for node in net.graph.nodes:
+        module, grid = module_of(net, node), source(net, node)
+        if isinstance(module, LAYERS) and module.bias is not None and grid is not None:
+            if first.setdefault(node.target, grid) != grid:
+                found.add(node)
+    return found
 
 
 def _written_as_operators(net: fx.GraphModule, node: fx.Node) -> bool:
@@ -117,7 +133,9 @@ def _constants(net: fx.GraphModule) -> set[fx.Node]:
 
 def _around_layer(net: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the input of a layer, and for a convolution also its output, after the activation that follows it."""
-    if not isinstance(module_of(net, node), LAYERS):
+    if (
+        not isinstance(module_of(net, node), LAYERS) or not node.all_input_nodes
+    ):  # a recurrent layer's weight reads none
         return
     yield node.all_input_nodes[0]
     if not isinstance(module_of(net, node), nn.Linear):

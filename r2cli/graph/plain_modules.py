@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from r2cli.errors import InputError
 from r2cli.graph.constants import Constant, operator_name
+from r2cli.graph.recurrent import KINDS, RecurrentWeight, recurrent
 from r2cli.graph.transposed import TransposedConv, exchanged
-from r2cli.graph.writer import Writer
+from r2cli.graph.writer import Unknown, Writer
 
 CONVOLUTIONS: Mapping[str, Any] = {
     "conv1d": nn.Conv1d,
@@ -143,20 +145,23 @@ def _linear(writer: Writer, node: fx.Node, given: Any, weight: Constant, bias: C
 
 def batch_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     parts = {name: constant_of(a[name]) for name in ("weight", "bias", "running_mean", "running_var")}
-    if not _given(*(a[name] for name in parts)) or (a["training"] and parts["running_mean"] is not None):
+    if a["training"]:  # in evaluation too
+        raise InputError(
+            f"the BatchNorm '{writer.within}' uses no running statistics, so its result depends on the batch: let it "
+            "track them (track_running_stats=True) and train it so, or write a GroupNorm"
+        )
+    if not _given(*(a[name] for name in parts)):
         return None
     given, of = a["input"], parts["weight"] or parts["bias"] or parts["running_mean"]
     channels = int(given.meta["val"].shape[1])
 
     def make(path: str) -> nn.Module:
-        tracked = parts["running_mean"] is not None
         made = NORMS[given.meta["val"].ndim](channels, a["eps"], a["momentum"] or None, device="meta")
         module = _with(writer, made, weight=parts["weight"], bias=parts["bias"])
-        module.track_running_stats = tracked  # type: ignore[assignment]
         for name in ("running_mean", "running_var"):
             constant = parts[name]
             setattr(module, name, None if constant is None else constant.value)
-        module.num_batches_tracked = _batches(writer.model, path, tracked)  # type: ignore[assignment]
+        module.num_batches_tracked = _batches(writer.model, path)  # type: ignore[assignment]
         return module
 
     named = of
@@ -165,10 +170,8 @@ def batch_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     return _call(writer, node, given, ("batch_norm", *parts.values(), a["eps"]), named, make)
 
 
-def _batches(model: nn.Module, path: str, tracked: bool) -> Tensor | None:
+def _batches(model: nn.Module, path: str) -> Tensor | None:
     """The network's own count of batches, so that its state_dict has the same names."""
-    if not tracked:
-        return None
     try:
         known = model.get_submodule(path)
     except AttributeError:
@@ -228,6 +231,36 @@ def prelu(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     return _call(writer, node, a["self"], ("prelu", weight), weight, make)
 
 
+def recurrent_layer(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node:
+    kind, given = operator_name(node.target), a.get("params")
+    directions = a["num_layers"] * (1 + a["bidirectional"])
+    if given is None or "input" not in a or len(given) != directions * (4 if a["has_biases"] else 2):
+        raise Unknown(f"its {kind} reads packed sequences, or projects its state")
+    if a["input"].meta["val"].ndim != 3:
+        raise Unknown(f"its {kind} reads a sequence without a batch")
+    states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
+    first = None if all(map(_zeros, writer.value(states))) else writer.value(states)
+    weights = [_recurrent_weight(writer, one) for one in given]
+    return writer.part(
+        recurrent, kind, writer.value(a["input"]), first, weights, a["num_layers"], a["bidirectional"], a["batch_first"]
+    )
+
+
+def _zeros(state: Any) -> bool:
+    return isinstance(state, fx.Node) and state.target is torch.full and bool(state.args[1] == 0)
+
+
+def _recurrent_weight(writer: Writer, argument: Any) -> Any:
+    """A matrix as a module of its own; a bias, or what depends on the input, as it is."""
+    weight = constant_of(argument)
+    if weight is None or weight.value.ndim != 2:
+        return writer.value(argument)
+    target = writer.layer(
+        ("recurrent", weight), weight, lambda _: _with(writer, RecurrentWeight(), weight=weight), "weight"
+    )
+    return writer.create("call_module", target, (), {}, target)
+
+
 # By the operator: what writes it as a module, or gives None where its tensors depend on the input.
 LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]] = {
     **dict.fromkeys(CONVOLUTIONS, convolution),
@@ -240,4 +273,5 @@ LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]
     "group_norm": group_norm,
     "embedding": embedding,
     "prelu": prelu,
+    **dict.fromkeys(KINDS, recurrent_layer),
 }

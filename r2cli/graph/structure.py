@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer: the path of its module, the name of its node, and the path of its BatchNorm.
+    """A convolution, a linear layer or a recurrent layer's weight: its path, and the names of its node and BatchNorm.
 
     `norm` is the BatchNorm that reads the output of the layer, if nothing else reads it; else None.
     """
@@ -80,6 +80,10 @@ def weighted(model: nn.Module, *, embeddings: bool) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             raise InputError(f"the weights of the attention '{name}' are in no layer: use linear layers there")
+        if isinstance(module, nn.RNNBase):
+            raise InputError(
+                f"the weights of the recurrent layer '{name}' need the network's graph, which is not read here"
+            )
     if embeddings and not any(isinstance(module, nn.Embedding) for module in found.values()):
         raise InputError(f"{type(model).__name__} has no embeddings: leave --embeddings out")
     if not found:
@@ -120,10 +124,10 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _follows(net: fx.GraphModule, node: fx.Node, count: int) -> bool:
-    """Return whether `node` is a BatchNorm with running statistics that runs `count` times."""
+    """Return whether `node` is a BatchNorm that runs `count` times."""
     norm = module_of(net, node)
     as_often = sum(other.target == node.target for other in net.graph.nodes) == count
-    return isinstance(norm, NORMS) and norm.running_var is not None and as_often
+    return isinstance(norm, NORMS) and as_often
 
 
 def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:

@@ -10,6 +10,7 @@ The stem is the first layer. An 'imagenet' stem is that of the paper. A 'small' 
 has stride 1 and no pooling before the first block.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,11 @@ from r2cli.storage.checkpoint import ModelSpec
 from r2cli.storage.keywords import is_own, require_safe
 
 SMALL_IMAGE = 64  # pixels; larger images get the imagenet stem
+TODAY = (
+    "r2 takes classifiers of one input today, which return one tensor of logits: palettize the weights alone "
+    "(r2 palettize WEIGHTS --method kmeans)"
+)
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 STEMS = ("small", "imagenet")
 
 MODELS: Mapping[str, Callable[[ModelSpec], nn.Module]] = {
@@ -139,15 +145,29 @@ def require_fit(model: nn.Module, spec: ModelSpec, shape: tuple[int, ...]) -> No
     try:
         logits = model.eval()(torch.zeros(1, *shape, device=device, dtype=kind))
     except Exception as error:
-        why = " ".join(str(error).split())
+        why, inputs = " ".join(str(error).split()), _inputs(model)
+        if len(inputs) > 1:
+            raise InputError(f"{spec.name} reads {len(inputs)} inputs ({', '.join(inputs)}): {TODAY}") from error
         raise InputError(f"{spec.name} cannot take images of {size} ({why}): give another --size or --data") from error
     if not isinstance(logits, Tensor):
-        raise InputError(f"{spec.name} returns a {type(logits).__name__}: it must return one tensor of logits")
+        raise InputError(
+            f"{spec.name} returns a {type(logits).__name__}: {TODAY}, or write a network that returns its logits alone"
+        )
+    if logits.ndim != 2 or logits.shape[1] == 1 < spec.classes:
+        one = "one number" if logits.numel() == 1 else f"values of shape {tuple(logits.shape)[1:]}"
+        pair = ", or write the logits of two classes, torch.cat([-x, x], 1)" if logits.numel() == 1 else ""
+        raise InputError(f"{spec.name} gives {one} for an image: {TODAY}{pair}")
     if tuple(logits.shape) != (1, spec.classes):
         raise InputError(
-            f"{spec.name} gives an image {tuple(logits.shape)[1:]} logits, the data has {spec.classes} classes: "
+            f"{spec.name} gives an image {logits.shape[1]} logits, the data has {spec.classes} classes: "
             "give the data that it was made for, or a --model-arg that sets its classes"
         )
+
+
+def _inputs(model: nn.Module) -> list[str]:
+    """Return the names of the arguments that a network cannot do without."""
+    known = inspect.signature(model.forward).parameters.values()
+    return [one.name for one in known if one.default is one.empty and one.kind in POSITIONAL]
 
 
 def _require_known(name: str) -> None:

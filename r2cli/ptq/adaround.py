@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r2cli.graph.operators import MATRICES
 from r2cli.graph.transposed import TransposedConv
 from r2cli.ptq.layer_sweep import LayerSample
 from r2cli.ptq.ptq_method import PtqMethod
@@ -175,12 +176,12 @@ def sample_rows(seen: LayerSample, settings: AdaroundSettings) -> Rows:
     outputs = module(seen.inputs)
     most = seen.bound
     bias = None if module.bias is None else module.bias.detach()
-    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    groups = 1 if isinstance(module, MATRICES) else module.groups
     draw = torch.Generator().manual_seed(settings.seed)
-    places = outputs.flatten(0, -2) if isinstance(module, nn.Linear) else outputs.movedim(1, -1).flatten(0, -2)
+    places = outputs.flatten(0, -2) if isinstance(module, MATRICES) else outputs.movedim(1, -1).flatten(0, -2)
     limit = max(settings.batch, MEMORY // (4 * groups * module.weight[0].numel()))
     index = torch.randperm(len(places), generator=draw)[: min(settings.rows, limit)].to(places.device)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, MATRICES):
         inputs = seen.rounded_inputs.flatten(0, -2)[index].unsqueeze(0)
     else:
         inputs = patches(seen.rounded_inputs, module, outputs.shape[2:], index)

@@ -33,12 +33,13 @@ def analytic(net: fx.GraphModule, coded: Mapping[str, Coded], known: Mapping[str
     notes = {}
     for layer, module in structure.named_layers(net):
         node = structure.node_of(net, layer)
-        read = node.all_input_nodes[0]
-        value = known.get(read.name)
         if module.bias is None:
             notes[layer.name] = "not corrected: it has no bias"
+            continue
+        read = node.all_input_nodes[0]
+        value = known.get(read.name)
         # A layer that runs twice has two inputs, whose means differ, and one bias for both.
-        elif value is None or sum(other.target == layer.name for other in net.graph.nodes) > 1:
+        if value is None or sum(other.target == layer.name for other in net.graph.nodes) > 1:
             notes[layer.name] = "not corrected: its input's mean is not known without data"
         else:
             shape = read.meta["tensor_meta"].shape[1:]

@@ -88,7 +88,7 @@ def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
             if node.op == "output":
                 break
             entry, nodes, names = nodes[-1], [], []
-        if node.op == "get_attr":  # a parameter is available in every block
+        if layer_sweep.reads_nothing(node):  # a parameter is available in every block
             continue
         nodes.append(node)
         names += [name] if name else []
@@ -102,10 +102,11 @@ def run(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State
     for node in block.nodes:
         if node is block.entry:
             continue
-        # Parameters that no module holds, such as a position table, are nodes of their own, and in no block.
+        # Parameters that no layer holds, such as a position table, are nodes of their own, and in no block.
         for source in node.all_input_nodes:
-            if source.op == "get_attr":
-                values[source] = layer_sweep.run(net, source, values)
+            if layer_sweep.reads_nothing(source):
+                own = states.get(str(source.target))
+                values[source] = layer_sweep.run(net, source, values) if own is None else own["weight"]
         name = str(node.target)
         if node.op == "call_module" and name in states:
             module = net.get_submodule(name)
@@ -188,7 +189,9 @@ def round_network(
     """
     own = {layer.name: layer for layer in structure.layers(net)}
     coded, biases = dict(nearest), dict[str, Tensor]()
-    states: dict[str, State] = {}
+    # A recurrent layer's weights have the nearest codes.
+    alone = [layer for layer in own.values() if layer_sweep.reads_nothing(structure.node_of(net, layer))]
+    states = {layer.name: state(nearest[layer.weight].decode(), None) for layer in alone}
     plain = rounded = images
     for block in blocks(net):
         # A layer of an earlier block that runs here again has its codes.

@@ -238,18 +238,18 @@ def _bounds(net: fx.GraphModule, link: Link) -> list[channel_clip.Clip]:
 
 
 def _groups(module: LayerModule) -> int:
-    return 1 if isinstance(module, nn.Linear) else module.groups
+    return 1 if isinstance(module, operators.MATRICES) else module.groups
 
 
 def _is_depthwise(module: LayerModule) -> bool:
-    return not isinstance(module, nn.Linear) and module.groups == module.in_channels == module.out_channels
+    return not isinstance(module, operators.MATRICES) and module.groups == module.in_channels == module.out_channels
 
 
 def _pads(module: LayerModule) -> bool:
     """Return whether a layer reads zeros around its input."""
     if isinstance(module, TransposedConv):  # its outputs at the edge have fewer inputs than the others
         return True
-    return not isinstance(module, nn.Linear) and any(module._reversed_padding_repeated_twice)
+    return not isinstance(module, operators.MATRICES) and any(module._reversed_padding_repeated_twice)
 
 
 def _stands_alone(net: fx.GraphModule, layer: structure.Layer, weights: Sequence[Any]) -> bool:

@@ -5,7 +5,7 @@ method for one layer at a time (AdaRound, bias correction) gets the input of tha
 networks need not be run again for each layer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,14 @@ Visit = Callable[[LayerSample], tuple[Coded, Tensor | None]]
 
 
 @torch.no_grad()
-def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, Coded], dict[str, Tensor | None]]:
+def sweep(
+    net: fx.GraphModule, images: Tensor, visit: Visit, nearest: Mapping[str, Coded] | None = None
+) -> tuple[dict[str, Coded], dict[str, Tensor | None]]:
     """Visit every layer of the float `net` in the order in which they run; `net` is not changed.
 
     Returns the codes by the weight's name, and the biases by the layer's. A layer that runs twice is visited at its
-    first run. `images` is (n, c, s, s) on the device of `net`.
+    first run. A recurrent layer's weight reads no value, so it is not visited: it has the codes in `nearest`. `images`
+    is (n, c, s, s) on the device of `net`.
     """
     own = {layer.name: layer for layer in structure.layers(net)}
     coded: dict[str, Coded] = {}
@@ -54,7 +57,11 @@ def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, 
         if node.op == "output":
             break
         layer = own.get(str(node.target)) if node.op == "call_module" else None
-        if layer is None:
+        if layer is not None and reads_nothing(node):
+            assert nearest is not None, layer.name
+            coded[layer.weight] = nearest[layer.weight]
+            plain[node], rounded[node] = structure.layer_module(net, layer.name).weight, coded[layer.weight].decode()
+        elif layer is None:
             plain[node] = images if node.op == "placeholder" else run(net, node, plain)
             # Before the first layer both networks have the same values: then the node runs once.
             same = all(plain[source] is rounded[source] for source in node.all_input_nodes)
@@ -72,6 +79,11 @@ def sweep(net: fx.GraphModule, images: Tensor, visit: Visit) -> tuple[dict[str, 
         for source in last.get(node, ()):
             del plain[source], rounded[source]
     return coded, biases
+
+
+def reads_nothing(node: fx.Node) -> bool:
+    """Return whether `node` gives a tensor of the network's own: a parameter, or a recurrent layer's weight."""
+    return node.op != "placeholder" and not node.all_input_nodes
 
 
 def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...]) -> int:

@@ -337,7 +337,7 @@ def _look(
         advance()
         return chosen, bias_correction.empirical(seen, chosen) if corrects else structure.bias_of(seen.module)
 
-    coded, biases = layer_sweep.sweep(net, images, visit)
+    coded, biases = layer_sweep.sweep(net, images, visit, nearest)
     return coded, _set_biases(net, biases) if corrects else {}
 
 

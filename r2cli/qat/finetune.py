@@ -70,8 +70,20 @@ def by_training(
         resume=following.resume,
         watch=following.watch,
     )
+    if source.measured:
+        require_learned(work, prepared, history[-1].top1)
     coded, rows = prepare.finish(work, prepared)
     return coded, rows, history
+
+
+def require_learned(work: QatTask, prepared: Prepared, top1: float) -> None:
+    """Raise R2Error where `top1`, in percent, is no better than chance and quantizers have collapsed."""
+    stuck = qat_method.method(work.settings.method).collapsed(prepared)
+    if stuck and top1 <= 100 / len(work.checkpoint.class_names):
+        raise R2Error(
+            f"training diverged: {len(stuck)} steps fell to their least ('{stuck[0]}'), and top-1 is {top1:.2f} %, no "
+            "better than chance: use a lower --lr"
+        )
 
 
 def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHooks:

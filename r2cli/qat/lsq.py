@@ -172,4 +172,37 @@ def draw_to_levels(prepared: Prepared, epoch: EpochStart) -> None:
         weight.grad.add_(gradient, alpha=strength)
 
 
-METHOD = QatMethod(LsqWeight, LsqActivation, add_gradients=draw_to_levels)
+# --- steps that do not run away ------------------------------------------------------------------------------------
+
+
+def _steps(prepared: Prepared) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return every step () that is trained, with the least that it may be, by the name of its layer or value."""
+    weights = {name: (one.step, one.least) for name, one in prepared.weights.items() if isinstance(one, LsqWeight)}
+    edges = {name: (one.parameter, one.least) for name, one in prepared.edges.items() if isinstance(one, LsqActivation)}
+    return weights | edges
+
+
+@torch.no_grad()
+def bound_steps(prepared: Prepared) -> None:
+    """Cut the gradient of every step to the size of the step, in place.
+
+    It is far below that where a BatchNorm keeps gradients small. Without one, at the usual rate, a step jumped to 141
+    times its first value, or through 0, where no weight has a gradient any more.
+    """
+    for parameter, least in _steps(prepared).values():
+        if parameter.grad is not None:
+            most = quantizers.positive(parameter, least)
+            parameter.grad.clamp_(-most, most)
+
+
+def collapsed(prepared: Prepared) -> list[str]:
+    """Return the names of the steps that are at their least, or below it."""
+    return [name for name, (parameter, least) in _steps(prepared).items() if bool(parameter <= least)]
+
+
+def add_gradients(prepared: Prepared, epoch: EpochStart) -> None:
+    bound_steps(prepared)
+    draw_to_levels(prepared, epoch)
+
+
+METHOD = QatMethod(LsqWeight, LsqActivation, add_gradients=add_gradients, collapsed=collapsed)

@@ -1,6 +1,6 @@
 """What a method of quantization-aware training consists of: two kinds of quantizers, and hooks of the training loop."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,8 @@ def _nothing(prepared: Prepared, epoch: EpochStart) -> None:
 class QatMethod:
     """The quantizers of a method, how their own parameters are trained, and hooks.
 
-    `before_epoch` is called before every epoch. `add_gradients` is called after every backward pass, and may add to the
-    parameters' `.grad`.
+    `before_epoch` is called before every epoch. `add_gradients` is called after every backward pass, and may change the
+    parameters' `.grad`. `collapsed` names the quantizers whose parameters are as small as they may become.
     """
 
     weight: type[WeightQuantizer]
@@ -45,6 +45,7 @@ class QatMethod:
     decays: bool = False  # the quantizers' parameters have the weight decay of the weights
     before_epoch: Hook = _nothing
     add_gradients: Hook = _nothing
+    collapsed: Callable[[Prepared], Sequence[str]] = lambda prepared: ()
 
 
 def method(name: str) -> QatMethod:

@@ -22,6 +22,7 @@ from r2cli.errors import InputError
 from r2cli.graph import batchnorm, edit, operators, placement, structure
 from r2cli.graph.edit import FOR_LAYERS
 from r2cli.graph.read import Unreadable, trace
+from r2cli.graph.recurrent import RecurrentWeight
 from r2cli.graph.structure import Layer
 from r2cli.graph.transposed import TransposedConv
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WeightQuantizer, WideQuantizer
@@ -208,6 +209,8 @@ def _tell_what_is_read(net: fx.GraphModule, layers: Iterable[Layer], weights: Ma
     A layer that runs twice reads from two, and its quantizer is told of none.
     """
     for layer in layers:
+        if isinstance(structure.layer_module(net, layer.name), RecurrentWeight):
+            continue
         if sum(node.target == layer.name for node in net.graph.nodes) > 1:
             continue
         learner, read = weights[layer.name], structure.node_of(net, layer).args[0]
@@ -255,10 +258,13 @@ def _switch(prepared: Prepared, starting: bool) -> None:
             edge.settle()
 
 
-def _matching(learner: WeightQuantizer, weight: Tensor) -> Callable[[nn.Module, tuple[Tensor]], None]:
+def _matching(learner: WeightQuantizer, weight: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     """Return a hook that gives a quantizer the output of its layer, in float and quantized, both without the bias."""
 
-    def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs:  # a recurrent layer's weight
+            learner.match(weight, learner(weight))
+            return
         (rounded,) = inputs
         seen = learner.reads[0].seen if learner.reads else None
         # The values before rounding, unless an operation between the quantizer and the layer has changed their shape.

@@ -83,6 +83,11 @@ def load(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can raise any exception
         message = str(error)
         if "weights_only" in message or "Weights only" in message:
+            if _holds_module(path):
+                raise InputError(
+                    f"{path} is a whole pickled module, as torch.save(model, FILE) writes it, and loading it would run "
+                    "code from the file: write its weights alone, torch.save(model.state_dict(), FILE)"
+                ) from error
             raise InputError(
                 f"{path} holds Python objects beside tensors, and loading them would run code from the file: "
                 f"{SAVE_ALONE}"
@@ -100,6 +105,13 @@ def load(path: Path) -> dict[str, Tensor]:
     if not state:
         raise InputError(f"{path} holds no state_dict: save model.state_dict(), alone or under the key 'state_dict'")
     return state
+
+
+def _holds_module(path: Path) -> bool:
+    """Say whether a pickle holds an nn.Module: the names of what each of them has. Its pickle stands at the start."""
+    with path.open("rb") as file:
+        start = file.read(2**20)
+    return b"_parameters" in start and b"_modules" in start
 
 
 def masks(state: Mapping[str, Tensor]) -> list[str]:
