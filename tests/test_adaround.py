@@ -142,6 +142,7 @@ def linear(weights: Tensor, inputs: Tensor, bits: int, scale: float) -> tuple[La
     )
 
 
+@pytest.mark.slow
 def test_weights_that_are_read_together_are_rounded_together() -> None:
     # Inputs that move together: each weight is nearest to 0, and only two of four rounded up give the sum.
     weights = torch.tensor([[0.45, 0.42, 0.38, 0.35]])
@@ -160,6 +161,7 @@ def test_weights_that_are_read_together_are_rounded_together() -> None:
     assert adaround.round_layer(one, nearest, thorough).codes.equal(chosen.codes), "the same seed, the same codes"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -199,6 +201,7 @@ def folded(made: checkpoint.Checkpoint) -> torch.fx.GraphModule:
     return net
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_sweep_sees_both_networks_inputs_and_changes_nothing(made: checkpoint.Checkpoint) -> None:
     net = folded(made)

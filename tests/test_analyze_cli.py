@@ -272,6 +272,7 @@ def test_a_picture_of_thousands_of_layers_is_refused(r2: R2, foreign: Path) -> N
     assert ran.code == 2 and "too many for a picture" in ran.err and not Path("all.png").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_of_nothing_and_of_constants(r2: R2, foreign: Path) -> None:
     save_file({"ids": torch.arange(3)}, "none.safetensors")
     constant = {"c": torch.full((4, 4), 0.5), "z": torch.zeros(4, 4), "e": torch.zeros(0, 4), "one": torch.ones(1, 1)}

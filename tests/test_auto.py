@@ -63,6 +63,7 @@ def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path) ->
     assert auto.divergence(outputs, expected) == pytest.approx(best.divergence, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_range_where_it_is_asked_for(trained: Path) -> None:
     made = checkpoint.load(trained)
     *_, own, trials = auto.choose(made, _settings(8), _shown(made), CPU, grids=["unfolded"], rules=["mse"])

@@ -157,6 +157,7 @@ def _read(make: Callable[[], nn.Module]) -> tuple[nn.Module, fx.GraphModule, Ten
     return model, trace(model, x[:2]), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 @torch.no_grad()
 def test_whatever_wrote_it_is_the_same_function_over_plain_layers(name: str) -> None:

@@ -167,6 +167,7 @@ SOME = (("w8a8", "up"), ("lsq", "up in groups"), ("palette of pairs", "up in gro
 EACH = [pytest.param(*pair, marks=() if pair in SOME else pytest.mark.slow) for pair in FULL]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "kind"), EACH)
 def test_every_weight_is_codes_and_every_norm_is_folded(command: str, kind: str, tmp_path: Path) -> None:
     one = made(KINDS[kind])
@@ -277,6 +278,7 @@ QUICK = (("gammas", "palette"), ("layer", "dorefa"), ("bias", "w8a8"), ("bias", 
 ALL = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in product(CHANGES, METHODS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "method"), ALL)
 def test_zeros_cost_next_to_nothing(change: str, method: str, tmp_path: Path) -> None:
     one = made(Plain, CHANGES[change])
@@ -385,6 +387,7 @@ class Padded(nn.Module):
         return self.head(torch.relu(self.second(torch.relu(self.norm(self.first(x))))).mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
 @pytest.mark.parametrize("command", ["w8a8", pytest.param("lsq", marks=pytest.mark.slow)])
 def test_convolutions_behind_any_padding_run_on_integers(command: str, mode: str, tmp_path: Path) -> None:
@@ -448,6 +451,7 @@ RUNS = [("w8a8", name) for name in SHARED]
 RUNS += [pytest.param(command, name, marks=pytest.mark.slow) for command in ("palette", "lsq", "w8") for name in SHARED]  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), RUNS)
 def test_a_weight_of_several_layers_has_one_set_of_codes(command: str, name: str, tmp_path: Path) -> None:
     factory, layer = SHARED[name]
@@ -533,6 +537,7 @@ class Ends(nn.Module):
         return self.head(x) + self.other(x) if self.adds else torch.log_softmax(self.head(x) + 0.5, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adds", [True, False])
 def test_layers_before_a_sum_or_a_log_softmax_run_on_integers(adds: bool, tmp_path: Path) -> None:
     one = made(lambda: Ends(nn.BatchNorm2d(8), adds))
@@ -585,6 +590,7 @@ COMPUTED: dict[str, Factory] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMPUTED)
 def test_a_weight_that_is_computed_is_computed_once(kind: str, tmp_path: Path) -> None:
     one = made(COMPUTED[kind])
@@ -658,6 +664,7 @@ def _own_name(name: str) -> str:
     return name.removesuffix(".weight") if ".weight_" in name else name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "kind"), EVERY)
 @torch.no_grad()
 def test_each_weight_of_a_recurrent_layer_is_codes(command: str, kind: str, tmp_path: Path) -> None:
@@ -676,6 +683,7 @@ def test_each_weight_of_a_recurrent_layer_is_codes(command: str, kind: str, tmp_
         assert torch.allclose(found, model.eval()(images(5)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adaround", "brecq"])
 def test_methods_that_see_layers_at_work_leave_a_recurrent_weight_at_its_nearest_codes(
     method: str, tmp_path: Path

@@ -361,6 +361,7 @@ def _one_sentence(text: str) -> bool:
     return text.startswith("r2: ") and "Traceback" not in text and text.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [

@@ -552,6 +552,7 @@ def test_a_set_that_cannot_be_downloaded_says_how_to_get_it(tmp_path: Path, monk
 # --- workers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 @pytest.mark.parametrize("augment", [False, True], ids=["plain", "augmented"])
 def test_workers_change_no_batch(augment: bool, tmp_path: Path) -> None:

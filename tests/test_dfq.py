@@ -98,6 +98,7 @@ def test_a_depthwise_layer_between_two_others_shares_their_channels() -> None:
     assert [float(conv.weight.abs().max()) for conv in convs] == pytest.approx([1.5874010520] * 3, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -151,6 +152,7 @@ def test_only_what_one_layer_alone_reads_is_scaled() -> None:
     assert equalize.links(trace(Residual(), torch.zeros(2, 3, 4, 4))) == {}
 
 
+@pytest.mark.slow
 def test_a_flatten_between_is_only_of_whole_channels() -> None:
     def joined(*modules: nn.Module) -> int:
         return len(equalize.links(stack(*modules)))

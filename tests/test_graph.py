@@ -24,6 +24,7 @@ def _warm(model: nn.Module, channels: int, size: int) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet8", "resnet18"])
 def test_folding_keeps_the_function(name: str) -> None:
     model = _warm(models.build(models.spec(name, classes=10, channels=3, size=16, width=None)), 3, 16)
@@ -42,6 +43,7 @@ def test_folding_keeps_the_function(name: str) -> None:
     assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
 
 
+@pytest.mark.slow
 def test_parameter_names_stay_when_the_graph_is_read() -> None:
     model = models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None))
     net = trace(model, torch.zeros(2, 3, 32, 32))
@@ -51,6 +53,7 @@ def test_parameter_names_stay_when_the_graph_is_read() -> None:
     assert all(own[name] is parameter for name, parameter in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
     model = models.build(models.spec("resnet8", classes=10, channels=1, size=8, width=None))
     net = trace(model, torch.zeros(2, 1, 8, 8))
@@ -62,6 +65,7 @@ def test_grids_stand_on_what_computes_and_not_on_the_logits() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_shared_relu_is_two_places() -> None:
     model = models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None))
     net = trace(model, torch.zeros(2, 3, 32, 32))

@@ -60,6 +60,7 @@ class Block(nn.Module):
         return x + y + kept.mean((2, 3), keepdim=True) + kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", OPERATIONS.values(), ids=OPERATIONS)
 @torch.no_grad()
 def test_who_reads_the_memory_later_reads_the_new_value(make: Callable[[], Operation]) -> None:

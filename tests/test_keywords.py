@@ -86,6 +86,7 @@ LOADERS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "args", "key"), LOADERS, ids=lambda value: str(value)[:40])
 def test_a_checkpoint_cannot_choose_what_is_loaded(
     name: str, args: dict[str, Any], key: str, r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -44,6 +44,7 @@ def test_the_fact_sheets_six_weights() -> None:
     assert kmeans.error(points, centroids) == pytest.approx(0.6075)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_bins_of_a_large_tensor_cost_next_to_nothing(bits: int) -> None:
     w = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) * 0.02

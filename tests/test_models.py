@@ -197,6 +197,7 @@ def test_keywords_reach_the_factory() -> None:
         models.spec("resnet20", classes=3, channels=3, size=32, args={"depth": 3})
 
 
+@pytest.mark.slow
 def test_an_image_that_a_network_cannot_take_is_refused_with_its_reason() -> None:
     for name, size, stem in (("alexnet", 32, "imagenet"), ("vit_b_16", 32, None)):
         spec = models.spec(name, classes=5, channels=3, size=size, stem=stem)

@@ -160,11 +160,13 @@ class Long(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_what_a_long_network_leaves_in_float_is_found() -> None:
     left = placement.float_operations(trace(Long(), torch.zeros(2, 4)), (4,))
     assert len(left) == 1200 and {each.kind for each in left} == {"sum", "tanh"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", [vit, swin], ids=lambda factory: factory.__name__)
 @torch.no_grad()
 def test_attention_as_layers_is_the_same_function(factory: Callable[[], nn.Module]) -> None:

@@ -31,6 +31,7 @@ def noise(x: Tensor, low: float, high: float, bits: int) -> float:
     return float((grid.decode(grid.encode(x)) - x).double().square().sum())
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(BATCHES)
 def test_a_histogram_that_grew_is_the_one_that_knew_its_range(batches: list[list[float]]) -> None:

@@ -118,6 +118,7 @@ def test_divided_filters_compute_the_same(model: Path) -> None:
     assert torch.allclose(net.get_parameter(first.weight), weight / by.reshape(-1, 1, 1, 1), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [500, 1e6])
 def test_outliers_do_not_take_a_table_of_two_rows(times: float, model: Path, tmp_path: Path) -> None:
     made, form = _with_one_large_filter(model, times), PaletteForm(1, 1, None, 8)
@@ -150,6 +151,7 @@ def test_layers_that_it_does_not_help_stay_as_they_are(model: Path) -> None:
     assert not bool(coded.coded[names[0]].decode().any())
 
 
+@pytest.mark.slow
 def test_folding_changes_scales_and_no_code(model: Path) -> None:
     made = checkpoint.load(model)
     raw = _palettized(model, PaletteForm(3, 1, None, 8), None, images=False)
@@ -176,6 +178,7 @@ def test_statistics_again_are_worth_more_than_any_method(model: Path) -> None:
     assert found[1] > found[0] + 30 and found[1] > 80
 
 
+@pytest.mark.slow
 def test_a_channel_that_never_varies_becomes_constant(model: Path) -> None:
     made = checkpoint.load(model)
     made.floats["conv.weight"][3] = 0

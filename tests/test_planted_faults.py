@@ -252,6 +252,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_the_healthy_file_passes(subject: Subject, tmp_path: Path) -> None:
     proof = subject.prove(tmp_path / "model.onnx")
     assert proof.passed, [check for check in proof.checks if not check.passed]
@@ -260,6 +261,7 @@ def test_the_healthy_file_passes(subject: Subject, tmp_path: Path) -> None:
     assert "dB from your float network" in proof.checks[-1].detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "check"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_fails_the_check_that_is_for_it(subject: Subject, fault: Fault, check: str, tmp_path: Path) -> None:
     failed = {each.name for each in subject.prove(tmp_path / "model.onnx", fault).checks if not each.passed}

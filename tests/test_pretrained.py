@@ -58,6 +58,7 @@ def test_a_published_file_runs_no_code(cache: Path, r2: R2, tmp_path: Path) -> N
     assert ran.code == 2 and "could not be had" in ran.err and not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -105,6 +105,7 @@ def test_every_weight_is_coded_and_every_edge_has_a_grid(float_one: checkpoint.C
     assert not any("norm" in name or "running" in name for name in coded.floats)
 
 
+@pytest.mark.slow
 def test_the_unfolded_grid_is_one_per_tensor_and_exact(float_one: checkpoint.Checkpoint) -> None:
     # Where BatchNorm's factor is negative its sign is in the integers: some are, in every layer.
     floats = {name: tensor.clone() for name, tensor in float_one.floats.items()}
@@ -160,6 +161,7 @@ def test_a_coded_checkpoint_is_not_quantized_again(float_one: checkpoint.Checkpo
         _quantize(coded, _settings(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", [1e-30, 1e-10, 2e-9, 1e-8, 1e-7, 5e-6])
 def test_a_channel_without_variance_does_not_take_the_grid(float_one: checkpoint.Checkpoint, variance: float) -> None:
     # The filter's output is a constant: its weights see a value that is always zero, as behind a dead ReLU.

@@ -67,6 +67,7 @@ def placed(
     return {place.value: place for place in quantizer_placement.places(net, shape, each, inputs=inputs)}
 
 
+@pytest.mark.slow
 def test_what_enters_a_sum_is_wide_and_layers_read_their_levels_behind_it() -> None:
     found = placed("resnet18", inputs=False)
     assert found["x"] == quantizer_placement.Place("x", wide=True)
@@ -80,18 +81,21 @@ def test_what_enters_a_sum_is_wide_and_layers_read_their_levels_behind_it() -> N
     )
 
 
+@pytest.mark.slow
 def test_the_papers_placement_is_on_what_layers_read() -> None:
     found = placed("resnet18", inputs=True)
     assert {place.value for place in found.values() if place.wide} == {"x"}
     assert "layer1_0_conv2" not in found and found["layer1_0_relu_1"].shared and found["layer1_0_relu"].low == 2
 
 
+@pytest.mark.slow
 def test_at_8_bits_a_sums_grid_serves_layers_too() -> None:
     found = placed("resnet18", inputs=False, bits=8)
     assert found["layer1_0_relu_1"] == quantizer_placement.Place("layer1_0_relu_1", wide=True)
     assert found["layer1_0_relu"] == quantizer_placement.Place("layer1_0_relu", low=8)
 
 
+@pytest.mark.slow
 def test_a_max_pool_between_keeps_both_grids_where_they_belong() -> None:
     net = trace(models.build(ModelSpec("resnet18", 10, channels=3, stem="imagenet")), torch.zeros(2, 3, 64, 64))
     batchnorm.remove_norms(net)
@@ -146,6 +150,7 @@ def test_two_bits_train_and_run_on_integers(method: str, model: Path, tmp_path: 
     assert {row.bits for row in rows} == {2} and {row.act_bits for row in rows} == {8, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(registry.QAT_METHODS))
 def test_the_network_that_trained_is_the_one_that_is_frozen(method: str, model: Path) -> None:
     """In evaluation: weights are their codes', values their grids', logits the same but for the biases' int32 grid."""

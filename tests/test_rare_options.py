@@ -42,10 +42,12 @@ def _analyzed(r2: R2, *options: object) -> list[Any]:
     return layers
 
 
+@pytest.mark.slow
 def test_one_thread_measures_what_several_do(r2: R2, trained: Path) -> None:
     assert _analyzed(r2, trained, "--threads", "1") == _analyzed(r2, trained, "--threads", "2")
 
 
+@pytest.mark.slow
 def test_layers_are_sorted_by_what_is_asked(r2: R2, trained: Path) -> None:
     def shown(by: str) -> list[str]:
         ran = r2("analyze", trained, "--view", "trained", "--sort", by, "--limit", "0")

@@ -160,6 +160,7 @@ def test_a_step_s_exit_code_is_the_run_s(small: Path, r2: R2) -> None:
     assert ran.code == 1 and "small.toml:16: r2 ptq -> none.w8.safetensors: gate failed" in ran.err
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_within_the_step(small: Path, r2: R2, monkeypatch: pytest.MonkeyPatch) -> None:
     training, *_ = SMALL.split('[[step]]\nrun = "ptq"')
     small.write_text(training.replace("epochs = 1", "epochs = 3"))
@@ -181,6 +182,7 @@ def test_a_stopped_run_goes_on_within_the_step(small: Path, r2: R2, monkeypatch:
     assert Path("whole/linf.safetensors").read_bytes() == Path("stopped/linf.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_says_so_and_a_second_one_at_the_same_time_is_refused(small: Path, r2: R2) -> None:
     command = ("run", "small.toml", "--only", "linf.safetensors", "--work-dir", "here", "--resume")
     first = r2(*command, "--json")
@@ -205,6 +207,7 @@ def test_a_run_that_is_done_says_so_and_a_second_one_at_the_same_time_is_refused
     assert refused.code == 2 and f"another run (process {other.pid} on " in refused.err and "--work-dir" in refused.err
 
 
+@pytest.mark.slow
 def test_a_trial_writes_elsewhere_and_says_so(small: Path, r2: R2) -> None:
     ran = r2("run", "small.toml", "--smoke")
     assert ran.code == 0, ran.err

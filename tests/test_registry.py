@@ -220,6 +220,7 @@ OWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_file_but_its_own_names_a_method(path: Path) -> None:
     """Neither in a comparison nor anywhere else in code; and no isinstance of a class that a method's file has."""

@@ -454,6 +454,7 @@ def widest(*, stable: bool, channels: int, steps: int) -> tuple[float, float]:
 
 
 # The widest layer of a ResNet-18 over the steps that decide, and a narrower one for as long as a short training.
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("channels", "steps"), [(512, 30), (128, 200)])
 def test_the_stable_margin_stays_with_the_weights(channels: int, steps: int) -> None:

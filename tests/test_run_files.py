@@ -113,6 +113,7 @@ def is_finished(left: dict[str, str]) -> bool:
     return "m.run.json" in left and json.loads(left["m.run.json"])["finished"]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
     for each in killed_everywhere(tmp_path, {}, resume=True):
         assert each["again"] == 0 and sorted(each["whole"]) == WHOLE
@@ -121,6 +122,7 @@ def test_the_same_command_goes_on_wherever_it_was_killed(tmp_path: Path) -> None
         assert CODED not in each["left"] or ONNX in each["left"]
 
 
+@pytest.mark.slow
 def test_without_resume_a_killed_run_is_in_the_way_only_by_its_state_or_when_it_was_finished(tmp_path: Path) -> None:
     for each in killed_everywhere(tmp_path, {}):
         stopped, finished = STATE in each["left"], is_finished(each["left"])
@@ -129,6 +131,7 @@ def test_without_resume_a_killed_run_is_in_the_way_only_by_its_state_or_when_it_
             assert sorted(each["whole"]) == WHOLE
 
 
+@pytest.mark.slow
 def test_files_that_are_replaced_are_there_until_the_new_ones_are(tmp_path: Path) -> None:
     mine = {CODED: "mine", ONNX: "mine too"}
     for each in killed_everywhere(tmp_path, mine, overwrite=True):

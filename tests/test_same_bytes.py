@@ -50,6 +50,7 @@ WORK = [
 QUICK = ("linf", "margin", "soft-minmax", "kure", "clip", "none", "dkm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "method"), [pytest.param(*each, marks=[pytest.mark.slow] * (each[1] not in QUICK)) for each in WORK]
 )

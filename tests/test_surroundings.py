@@ -45,6 +45,7 @@ def on_a_full_disk(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["--help", "ptq --help", "--version", "recipe ls", "recipe ls --json"])
 def test_a_reader_that_goes_away_is_no_error(line: str) -> None:
     assert without_reader(*line.split()) == (0, "")
@@ -59,6 +60,7 @@ def test_a_gate_fails_whether_anybody_reads_or_not(json_too: list[str], model: P
     assert code == 1 and "gate failed" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["recipe ls", "recipe ls --json", "--help"])
 def test_a_full_disk_behind_standard_output_is_one_sentence(line: str) -> None:
     code, told = on_a_full_disk(*line.split())
@@ -66,6 +68,7 @@ def test_a_full_disk_behind_standard_output_is_one_sentence(line: str) -> None:
     assert "standard output" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line", ["--help", "ptq --help", "recipe ls", "recipe show quickstart", "run quickstart --dry-run"]
 )

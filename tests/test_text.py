@@ -100,6 +100,7 @@ def test_what_layers_read_has_eight_bits(
     assert any("encoder_layer_1_attention" in name for name in coded.activations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "options", "coded"),
     [
@@ -129,6 +130,7 @@ def test_a_checkpoint_becomes_a_proved_file(
         assert ran.code == 0 and json.loads(ran.out)["top1"] == report["top1"], ran.err
 
 
+@pytest.mark.slow
 def test_the_float_network_is_exported_and_analyzed(r2: R2, made: tuple[Path, Any], tsv: Path, tmp_path: Path) -> None:
     output = tmp_path / "float.onnx"
     ran = r2("export", made[0], "--data", f"qnli:{tsv}", "-o", output, "--json")
@@ -139,6 +141,7 @@ def test_the_float_network_is_exported_and_analyzed(r2: R2, made: tuple[Path, An
     assert "shown as trained only" not in ran.err + ran.out
 
 
+@pytest.mark.slow
 def test_it_trains_with_quantizers(r2: R2, made: tuple[Path, Any], tsv: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     options = ["--epochs", 1, "--batch-size", 32, "-o", output, "--json"]
