@@ -231,6 +231,7 @@ def test_a_sweep_sees_both_networks_inputs_and_changes_nothing(made: checkpoint.
     assert torch.allclose(rounded, net(images), atol=1e-5) and len(inner.graph.nodes) > 0
 
 
+@pytest.mark.slow
 def test_fewer_images_are_taken_where_memory_is_short(
     made: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

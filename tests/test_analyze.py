@@ -64,6 +64,7 @@ CASES = [_case(dtype, name, x) for dtype in DTYPES for name, x in hostile(dtype)
 PIECES = (1 << 17, 64, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", CASES)
 def test_statistics_are_numpys_whatever_the_pieces(x: Tensor) -> None:
     w = x.float().double().numpy()
@@ -89,6 +90,7 @@ def test_statistics_are_numpys_whatever_the_pieces(x: Tensor) -> None:
         assert sum(found.histogram.counts) == w.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", CASES)
 def test_channels_are_numpys_whatever_the_pieces(x: Tensor) -> None:
     w = x.float().reshape(len(x), -1).numpy()
@@ -123,6 +125,7 @@ def rounded_sqnr(x: Tensor, bits: int, *, per_channel: bool) -> float:
     return float(10 * torch.log10(signal / error)) if error > 0 and signal > 0 else math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", CASES)
 def test_sqnr_is_that_of_really_rounding(x: Tensor) -> None:
     w = x.float()

@@ -288,6 +288,7 @@ def test_a_picture_of_nothing_and_of_constants(r2: R2, foreign: Path) -> None:
     assert ran.code == 0 and "16 bad" in ran.out and "broken: 16 NaN and 0 infinite" in ran.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gate", "passes", "fails"),
     [("--max-range-ratio", "100", "5"), ("--max-outliers", "0.5", "0.001"), ("--min-sqnr", "1@4", "20@4")],
@@ -323,6 +324,7 @@ def test_a_dry_run_writes_and_measures_nothing(r2: R2, foreign: Path) -> None:
 # --- what can be wrong ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence_that_names_the_file(r2: R2, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = foreign.read_bytes()
     Path("cut.safetensors").write_bytes(good[:20])

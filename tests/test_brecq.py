@@ -39,6 +39,7 @@ def nearest(net: fx.GraphModule, bits: int, **options: bool) -> dict[str, Coded]
     return found
 
 
+@pytest.mark.slow
 def test_blocks_of_a_residual_network_end_where_one_value_is_left(net: fx.GraphModule) -> None:
     found = brecq.blocks(net)
     assert [block.layers for block in found] == [

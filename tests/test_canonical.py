@@ -198,6 +198,7 @@ def test_a_batchnorm_of_another_class_is_folded_like_any() -> None:
     assert [node.name for node in net.graph.nodes][1:-1] == ["_0", "_1", "_1_act"]
 
 
+@pytest.mark.slow
 def test_sizes_are_numbers_but_for_the_batch() -> None:
     _, net, _ = _read(Shapes)
     shapes = [node.args[1] for node in net.graph.nodes if node.target is torch.reshape]
@@ -205,6 +206,7 @@ def test_sizes_are_numbers_but_for_the_batch() -> None:
     assert not [node for node in net.graph.nodes if "aten" in str(node.target) and "slice" not in str(node.target)]
 
 
+@pytest.mark.slow
 def test_adaptive_pools_are_average_pools_where_they_can_be() -> None:
     _, net, _ = _read(Pieces)
     pools = [node.args[1:] for node in net.graph.nodes if node.target is F.avg_pool2d]

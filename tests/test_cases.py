@@ -177,6 +177,7 @@ def test_every_weight_is_codes_and_every_norm_is_folded(command: str, kind: str,
     require_proved(coded, one, tmp_path, DECIBELS.get(command, 12))
 
 
+@pytest.mark.slow
 def test_the_codes_of_a_transposed_convolution_lie_along_its_second_axis(tmp_path: Path) -> None:
     """Its own order in ONNX too: what reads the codes decodes them along axis 1, one scale an output channel."""
     one = made(KINDS["up"])
@@ -546,6 +547,7 @@ def test_layers_before_a_sum_or_a_log_softmax_run_on_integers(adds: bool, tmp_pa
     assert nodes["QGemm"] == 1 + adds and not {"Gemm", "FusedGemm", "MatMul"} & set(nodes)
 
 
+@pytest.mark.slow
 def test_a_synchronised_batch_norm_is_folded_as_any() -> None:
     one = made(lambda: Ends(nn.BatchNorm2d(8), True))
     spec = replace(one.model, factory=lambda: Ends(nn.SyncBatchNorm(8), True))
@@ -554,6 +556,7 @@ def test_a_synchronised_batch_norm_is_folded_as_any() -> None:
     assert not any(name.startswith("norm.") for name in coded.floats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["w8a8", "w8", "palette of floats", "lsq"])
 def test_a_batch_norm_without_statistics_is_refused_before_any_work(command: str) -> None:
     one = made(lambda: Ends(nn.BatchNorm2d(8, track_running_stats=False), True))
@@ -696,6 +699,7 @@ def test_methods_that_see_layers_at_work_leave_a_recurrent_weight_at_its_nearest
     require_proved(coded, one, tmp_path, 16)
 
 
+@pytest.mark.slow
 def test_a_float_weight_of_a_recurrent_layer_fails_the_proof(tmp_path: Path) -> None:
     one = made(RECURRENT["lstm"])
     coded = ptq(one)
@@ -712,6 +716,7 @@ def test_weights_of_a_recurrent_layer_without_a_graph_are_refused() -> None:
         structure.weighted(RECURRENT["lstm"](), embeddings=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_an_lstm_that_projects_its_state_is_refused() -> None:
     with pytest.raises(InputError, match="lstm .* projects its state"):

@@ -179,6 +179,7 @@ def test_weights_from_elsewhere_are_where_training_starts(r2: R2, model: Path) -
     assert json.loads(r2("pretrain", *options, "--overwrite", "--json").out)["top1"] < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -441,6 +442,7 @@ def test_a_file_s_name_is_no_markup(r2: R2, model: Path) -> None:
     assert ran.code == 0 and "v[bold]x.safetensors: top-1" in ran.out
 
 
+@pytest.mark.slow
 def test_errors_are_json_too(r2: R2, model: Path) -> None:
     ran = r2("ptq", "missing.safetensors", "--json")
     assert json.loads(ran.out) == {"error": ran.err.removeprefix("r2: ").strip(), "exit_code": 2}

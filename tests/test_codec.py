@@ -61,6 +61,7 @@ def test_packed_bytes_are_these(bits: int, codes: list[int], expected: list[int]
     assert packed.tolist() == expected
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(BITS).flatmap(
         lambda bits: st.booleans().flatmap(

@@ -61,6 +61,7 @@ def test_every_value_is_in_its_bucket(x: Tensor) -> None:
         assert (np.repeat(found.low.numpy(), repeated) == values).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", CASES)
 @pytest.mark.parametrize("piece", [1, 17, 4096])
 def test_below_and_beyond_are_exact_for_any_edge(x: Tensor, piece: int) -> None:
@@ -132,6 +133,7 @@ def test_rounding_is_the_codecs(bits: int, values: list[float], scale: float) ->
     assert bool((residual.double().abs() * scale - error.abs()).abs().le(slack).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 def test_the_noise_of_a_whole_count_is_that_of_really_rounding(dtype: torch.dtype, bits: int) -> None:
@@ -159,6 +161,7 @@ def test_the_best_scale_of_an_example_worked_by_hand() -> None:
     assert 0.07479375 - 1e-6 <= value_counts.noise(exact, torch.tensor(best), 3) / 16 < 0.0755
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_the_best_scale_is_as_good_as_a_thousand_tried(dtype: torch.dtype, bits: int) -> None:

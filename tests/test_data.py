@@ -166,6 +166,7 @@ def test_calibration_is_a_fixed_choice_of_training_images(digits: Data, count: i
 # --- augmentation --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "reach"), [(6, 1), (8, 1), (16, 2)])
 def test_an_augmented_image_is_a_shifted_mirrored_original(size: int, reach: int) -> None:
     count = 2000
@@ -331,6 +332,7 @@ def test_an_image_too_large_for_memory_is_unreadable(tmp_path: Path, monkeypatch
     assert data.decode(path, InputSpec(3, 64, 64, (0.0,) * 3, (1.0,) * 3)) == str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [12, 96])
 def test_few_unreadable_images_are_left_out_and_named(size: int, tmp_path: Path) -> None:
     root = folder(tmp_path / "set", each=50, size=(size, size))
@@ -342,6 +344,7 @@ def test_few_unreadable_images_are_left_out_and_named(size: int, tmp_path: Path)
     assert not source.test.unreadable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [12, 96])
 def test_many_unreadable_images_are_refused(size: int, tmp_path: Path) -> None:
     root = folder(tmp_path / "set", each=50, size=(size, size))

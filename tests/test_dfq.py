@@ -67,6 +67,7 @@ def _no_gradients() -> Iterator[None]:
 W1, B1, W2 = [[2.0, -4.0], [0.5, 0.25]], [1.0, -0.5], [[1.0, 0.5], [-0.25, 2.0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Identity(), nn.LeakyReLU(), nn.PReLU(2), nn.ReLU6()])
 def test_a_pair_of_a_case_worked_by_hand(activation: nn.Module) -> None:
     net = stack(pointwise(W1, B1), activation, pointwise(W2, [0.0, 0.0]))
@@ -267,6 +268,7 @@ def test_a_negative_gamma_counts_as_its_size() -> None:
     )
 
 
+@pytest.mark.slow
 def test_statistics_go_on_through_the_graph(float_one: checkpoint.Checkpoint) -> None:
     net = trace(deployed.network(float_one), float_one.input.blank(2))
     normals = batchnorm_statistics.statistics(net)

@@ -30,6 +30,7 @@ def _without_silu(net: fx.GraphModule) -> fx.GraphModule:
     return net
 
 
+@pytest.mark.slow
 def test_a_graph_of_another_function_is_r2s_fault_and_names_the_module() -> None:
     model = Small().eval()
     equivalence.require_same(trace(model, SPEC.blank(2)), model, SPEC)
@@ -38,6 +39,7 @@ def test_a_graph_of_another_function_is_r2s_fault_and_names_the_module() -> None
     assert raised.value.exit_code == 3 and not isinstance(raised.value, InputError)
 
 
+@pytest.mark.slow
 def test_where_weights_alone_are_wanted_a_misread_graph_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equivalence, "trace", lambda model, example, _: _without_silu(trace(model, SPEC.blank(2))))
     model = Small()

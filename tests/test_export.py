@@ -204,6 +204,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(trained: Path) -> None:
     assert onnx_export.to_bytes(made) == onnx_export.to_bytes(made)
 
 
+@pytest.mark.slow
 def test_the_batch_is_dynamic_and_the_file_says_how_to_feed_it(trained: Path, tmp_path: Path) -> None:
     made, path = _coded(trained, 4), tmp_path / "model.onnx"
     path.write_bytes(onnx_export.to_bytes(made))

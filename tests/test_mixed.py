@@ -124,6 +124,7 @@ def test_the_average_is_met_and_the_same_seed_chooses_the_same(
     assert target - 0.5 < mean <= target
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_codes_and_scales_and_named_layers_keep_their_bits(made: checkpoint.Checkpoint) -> None:
     chosen, bits = _choose(made, post_training.BitTarget(None, 12_000, "sqnr"), keep={"classifier": 8, "conv": 6})
     assert bits["classifier"] == 8 and bits["conv"] == 6

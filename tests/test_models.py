@@ -69,6 +69,7 @@ RESNET18 = ["conv1", "maxpool", "layer1", "layer2", "layer3", "layer4"]
 CIFAR = ["conv", "stages.0", "stages.1", "stages.2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stem", "size", "watched", "expected"),
     [
@@ -87,6 +88,7 @@ def test_sizes_of_what_flows(name: str, stem: str, size: int, watched: list[str]
     assert sizes(model, (3, size, size), watched) == (expected, (2, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_network_takes_images_of_any_channels(name: str, channels: int) -> None:

@@ -298,6 +298,7 @@ def test_a_network_that_nobody_can_read_is_refused() -> None:
         _quantized(_made(ByValue, 16))
 
 
+@pytest.mark.slow
 def test_attention_between_two_values_is_read() -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:

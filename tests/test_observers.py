@@ -48,6 +48,7 @@ def test_a_histogram_that_grew_is_the_one_that_knew_its_range(batches: list[list
         assert float((torch.cat(parts).double() - edge).abs().min()) <= 1e-6 * grown.step * observers.BINS
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(BATCHES, st.sampled_from(sorted(OBSERVERS)), st.sampled_from([8, 6, 4]))
 def test_every_range_makes_a_grid_within_what_was_seen(batches: list[list[float]], rule: str, bits: int) -> None:
@@ -86,6 +87,7 @@ def test_a_rule_that_is_none_is_refused_before_any_work(rule: str) -> None:
         observer(rule)()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("kind", ["relu", "signed", "outlier", "lopsided"])
 def test_least_error_is_as_small_as_a_thousand_ranges_find(kind: str, bits: int) -> None:

@@ -83,6 +83,7 @@ def test_huffman_as_worked_by_hand() -> None:
 # --- the network ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_negative_factors_become_positive_and_nothing_else_changes(model: Path) -> None:
     made = checkpoint.load(model)
     made.floats["norm.weight"][::2] *= -1
@@ -104,6 +105,7 @@ def _with_one_large_filter(model: Path, times: float = 500) -> checkpoint.Checkp
     return made
 
 
+@pytest.mark.slow
 def test_divided_filters_compute_the_same(model: Path) -> None:
     made = _with_one_large_filter(model)
     made.floats["norm.running_var"][5] = 3e-6  # below BatchNorm's epsilon
@@ -133,6 +135,7 @@ def test_outliers_do_not_take_a_table_of_two_rows(times: float, model: Path, tmp
     assert int((before.codes != coded.codes).sum()) < 0.4 * w.numel(), "nearly the codes without the large filter"
 
 
+@pytest.mark.slow
 def test_layers_that_it_does_not_help_stay_as_they_are(model: Path) -> None:
     made = checkpoint.load(model)
     names = [name for name in made.floats if name.endswith("conv1.weight")]
@@ -381,6 +384,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value))
 def test_what_cannot_be_done_is_one_sentence(
     arguments: tuple[object, ...], message: str, r2: R2, model: Path, tmp_path: Path

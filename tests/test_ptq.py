@@ -196,6 +196,7 @@ def test_every_range_of_activations_keeps_the_network_working(
     assert loop.evaluate(deployed.network(coded), source.test, CPU) > before - {8: 1, 6: 2, 4: 15}[act_bits]
 
 
+@pytest.mark.slow
 def test_activations_that_are_not_finite_are_named(float_one: checkpoint.Checkpoint) -> None:
     net = trace(deployed.network(float_one), float_one.input.blank(2))
     images = torch.randn(4, 1, 8, 8)
@@ -211,6 +212,7 @@ def test_ranges_need_images_and_say_so(float_one: checkpoint.Checkpoint) -> None
     assert post_training.quantize(float_one, _settings(4, act_bits=None), [], CPU)[0].coded
 
 
+@pytest.mark.slow
 def test_calibration_keeps_no_activations(float_one: checkpoint.Checkpoint) -> None:
     net = trace(deployed.network(float_one), float_one.input.blank(2))
     batchnorm.remove_norms(net)

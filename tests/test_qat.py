@@ -379,6 +379,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value))
 def test_what_cannot_be_done_is_one_sentence(
     arguments: tuple[object, ...], message: str, r2: R2, model: Path, tmp_path: Path

@@ -9,6 +9,7 @@ import pytest
 from conftest import R2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "place", "value"),
     [

@@ -51,6 +51,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "line", "named"),
     [
@@ -75,6 +76,7 @@ def test_what_a_command_does_not_take_has_its_line(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_what_only_the_step_can_see_has_its_line_too(small: Path, r2: R2) -> None:
     small.write_text(SMALL.replace("source =", 'keep = "nosuch=4"\nsource ='))
     ran = r2("run", "small.toml")
@@ -233,6 +235,7 @@ def test_recipes_are_listed_shown_and_copied(r2: R2, tmp_path: Path, monkeypatch
     assert wrong.code == 2 and "'quickstart'" in wrong.err
 
 
+@pytest.mark.slow
 def test_a_shipped_recipe_runs_by_its_name(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = [r2("run", name, "--dry-run").out for name in ("cpu/digits", "recipes/cpu/digits.toml")]

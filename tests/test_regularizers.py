@@ -395,6 +395,7 @@ def test_parameters_start_where_the_paper_starts_them(dim: int) -> None:
     assert not Regularizer(RegularizerSpec("kure", 0.1), model).parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [1, 2])
 def test_a_soft_minmax_of_large_weights_draws_the_ends_together(dim: int) -> None:
     model = nn.Conv2d(16, 16, 3)

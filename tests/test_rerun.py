@@ -81,6 +81,7 @@ def contents() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path().iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("here", ALL, indirect=True)
 def test_a_finished_run_is_said_to_be_finished_and_nothing_is_done(r2: R2, here: str) -> None:
     line, _, _, same = COMMANDS[here]
@@ -113,6 +114,7 @@ def test_other_options_other_files_and_no_resume_are_refused(r2: R2, here: str) 
         assert ran.code == 2 and f"made before {source} was changed" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("here", ALL, indirect=True)
 def test_a_file_that_is_missing_or_exchanged_is_named(r2: R2, here: str) -> None:
     line = COMMANDS[here][0]
@@ -187,6 +189,7 @@ def test_a_killed_run_does_not_stand_in_the_way_of_the_same_command(r2: R2, here
     assert all(again[str(path)] == whole[str(path)] for path in outputs(here))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("here", ["pretrain"], indirect=True)
 def test_a_state_of_other_options_is_refused(r2: R2, here: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(step: str, path: Path) -> None:

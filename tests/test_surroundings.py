@@ -78,6 +78,7 @@ def test_a_c_locale_20_columns_and_no_home_are_enough(line: str) -> None:
     assert done.stdout.isascii() and not done.stderr
 
 
+@pytest.mark.slow
 def test_characters_that_the_encoding_lacks_are_question_marks(
     r2: R2, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_user_without_a_home_is_asked_for_a_folder(r2: R2, monkeypatch: pytest
     assert ran.code == 2 and "no home folder" in ran.err and "--data-dir" in ran.err
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(r2: R2, model: Path) -> None:
     """/proc takes no files from anybody, root included."""
     lines = [
@@ -120,6 +122,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(r2: R2, model: 
         assert line[0] == "recipe" or json.loads(ran.out)["exit_code"] == 3
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_files_are_written_is_one_sentence(
     r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

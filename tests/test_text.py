@@ -151,6 +151,7 @@ def test_it_trains_with_quantizers(r2: R2, made: tuple[Path, Any], tsv: Path, tm
     assert {one.codec.bits for one in coded.coded.values()} == {4} and coded.activations
 
 
+@pytest.mark.slow
 def test_what_needs_the_graph_is_refused_with_the_way_out(r2: R2, made: tuple[Path, Any], tsv: Path) -> None:
     for command, options, way_out in (
         ("palettize", ["--method", "kmeans", "--embeddings"], "--act-bits none"),
