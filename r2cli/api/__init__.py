@@ -137,10 +137,12 @@ def prepare(network: Network, data: Data | str | None = None, config: QatConfig 
 
 
 def regularizer(network: nn.Module, name: str, strength: float | None = None, *, dim: int = 1) -> Regularizer:
-    """A range regularizer for a loop of one's own: call its `add_gradients()` between `backward()` and `step()`.
+    """A range regularizer for a loop of one's own.
 
-    Its `parameters` (margin's M, soft-min-max's alpha) go to the optimizer. `strength` is lambda, by default the
-    paper's 0.01; `dim` the vector length of a later palette. Raises InputError for an unknown name.
+    Call its `add_gradients()` between `backward()` and `step()`, and its `after_step()` behind `step()`. Its
+    `parameters` (margin's M, soft-min-max's alpha) go to the optimizer. `strength` is lambda, by default the paper's
+    0.01, or for 'clip' the 2 deviations that it clamps to; `dim` is the vector length of a later palette. Raises
+    InputError for an unknown name.
     """
     usual = registry.default_strength(name, size=224, images=0)
     return Regularizer(RegularizerSpec(name, usual if strength is None else strength, dim=dim), network)

@@ -65,8 +65,10 @@ def _decodes(part: TensorProto, coded: Mapping[str, Coded]) -> bool:
 
 
 def all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded], floats: Mapping[str, Tensor]) -> Check:
-    """Every coded weight comes from integers, a float table of centroids at most; no layer reads a float one, and a
-    float weight of another operator is a tensor of `floats`, those that the checkpoint has left."""
+    """Every coded weight is decoded from integers; a palette's centroids may be float.
+
+    No layer reads a float weight. A float weight of any other operator must be one of `floats`, the checkpoint's.
+    """
     made_from, held = weight_roles.sources(file), weight_roles.constants(file)
     problem = _decoded_from(made_from, held, coded) or (_float_weight(file, held, coded, floats) if coded else None)
     if problem:
@@ -111,7 +113,7 @@ def _decoded_from(
 def _float_weight(
     file: onnx.ModelProto, held: Mapping[str, TensorProto], coded: Mapping[str, Coded], floats: Mapping[str, Tensor]
 ) -> str | None:
-    """A float weight that nothing announces."""
+    """Return which float weight the checkpoint does not explain, and why; None where there is none."""
     large = {one.codes.numel() for one in coded.values()}
     seen: set[str] = set()
     for node, _, leaves, adds in weight_roles.of(file):
@@ -131,7 +133,7 @@ def _float_weight(
 
 
 def nothing_beside(written: onnx.ModelProto, file: onnx.ModelProto) -> Check:
-    """All that the file holds, as it was `written` and inlined as `file`, goes into its result."""
+    """Every initializer and node goes into a result. `file` is `written`, the stored model, without functions."""
     dead = weight_roles.beside(written, file)
     more = f" and {len(dead) - 1} more" if len(dead) > 1 else ""
     told = f"{dead[0]}{more} goes into no result" if dead else "every initializer and node goes into the result"
@@ -139,7 +141,7 @@ def nothing_beside(written: onnx.ModelProto, file: onnx.ModelProto) -> Check:
 
 
 def announced(file: onnx.ModelProto, weights: Check, left: Sequence[placement.FloatOperation] | None) -> Check:
-    """`weights`, and that between grids the file computes in float only what the network says that it leaves there."""
+    """Extend the check `weights`: it fails where the file runs a float operator between grids that `left` has not."""
     if left is None or not weights.passed:
         return weights
     found = float_nodes.operators(file)

@@ -248,7 +248,8 @@ def _parity(runs: Mapping[str, LogitsRun], *, exact: bool, follows: bool) -> aud
 
     On grids, a value on the edge of two codes may round either way. In a deep network on coarse grids such flips add up
     to less than `SQNR_DB` without any fault: two runs of torch, in float32 and float64, differ as much there. So logits
-    that are far from torch's are right where the file `follows`: each of its parts is right from the codes before it.
+    that are far from torch's are right where the file `follows`: each of its parts is right from the codes before it,
+    on the first `FOLLOWED` images. There is no bound on dB then, and the report has them.
     """
     if exact:
         worst = max(runs["default"].worst, runs["off"].worst)
@@ -262,7 +263,7 @@ def _parity(runs: Mapping[str, LogitsRun], *, exact: bool, follows: bool) -> aud
     one_image = 100 / runs["default"].samples
     gap = one_image * (runs["default"].resolved - runs["torch"].resolved)
     near &= abs(gap) <= max(TOP1_POINTS, one_image)
-    detail = f"argmax and logits as torch's: {', '.join(told)}; top-1 {gap:+.2f}"
+    detail = f"argmax and logits beside torch's: {', '.join(told)}; top-1 {gap:+.2f}"
     if follows and not near:
         detail += "; each part is right, and single codes at the edge of two add up"
     return audit.Check("parity", near or follows, detail)

@@ -24,7 +24,7 @@ from r2cli.graph.edit import is_grid, source
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, PASSING, Kind, is_a, module_of
 from r2cli.graph.structure import only_user, propagate
 
-FOREIGN_BIAS = "its bias is in units of the first value that the layer reads: runtimes may run it in float"
+FOREIGN_BIAS = "its int32 bias is on the scale of the first call's input: runtimes may run this call in float"
 # What can run on integers or is cheap between two grids.
 COMPUTES = (Kind.INTEGER, Kind.POINTWISE, Kind.NORM, Kind.ACTIVATION)
 
@@ -99,7 +99,7 @@ def _with_foreign_bias(net: fx.GraphModule) -> set[fx.Node]:
 
 
 def _written_as_operators(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether the table names ONNX operators for it: those compute in float."""
+    """Return whether `operators.row` lists ONNX operators for `node`: those compute in float."""
     row = operators.row(net, node)
     return row is not None and bool(row.operators)
 
@@ -133,9 +133,8 @@ def _constants(net: fx.GraphModule) -> set[fx.Node]:
 
 def _around_layer(net: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """Yield the input of a layer, and for a convolution also its output, after the activation that follows it."""
-    if (
-        not isinstance(module_of(net, node), LAYERS) or not node.all_input_nodes
-    ):  # a recurrent layer's weight reads none
+    # The module of a recurrent layer's weight has no input.
+    if not isinstance(module_of(net, node), LAYERS) or not node.all_input_nodes:
         return
     yield node.all_input_nodes[0]
     if not isinstance(module_of(net, node), nn.Linear):

@@ -86,7 +86,7 @@ def places(net: fx.GraphModule, shape: tuple[int, ...], bits: Mapping[str, int],
         readers = list(_readers(net, node))
         read_by = [(via, user) for via, user in readers if isinstance(operators.module_of(net, user), operators.LAYERS)]
         others = len(read_by) < len(readers)
-        # One value has one low grid. The most bits among its layers, so that --keep does what it says for each.
+        # One value has one low grid. Its layers may want different bits: no layer gets fewer than --keep says.
         low = max((bits[str(user.target)] for _, user in read_by), default=None)
         if node.op == "placeholder" or (others and not inputs):
             found[value] = Place(value, wide=True)
@@ -243,7 +243,7 @@ def start(prepared: Prepared, images: Tensor) -> None:
     _switch(prepared, False)
     for hook in hooks:
         hook.remove()
-    leave_relus(net)
+    absorb_relus(net)
     net.eval()
 
 
@@ -285,8 +285,8 @@ def _without_bias(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
-def leave_relus(net: fx.GraphModule) -> None:
-    """Take out every ReLU that only a quantizer reads whose lowest level is 0; in place.
+def absorb_relus(net: fx.GraphModule) -> None:
+    """Take out every ReLU whose only reader is a quantizer with the lowest level 0; in place.
 
     Such a quantizer clips at 0 itself, so the ReLU would only be one more pass over the values.
     """
