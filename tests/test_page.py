@@ -11,6 +11,7 @@ import torch
 
 from r2cli.analysis import layer_table, page
 from r2cli.analysis.layer_table import Analysis, AnalyzedLayer, AnalyzeSettings
+from r2cli.console import escaped
 from r2cli.storage.stream import from_memory
 
 CHROMIUM = next(
@@ -98,10 +99,10 @@ def test_it_opens_with_every_layer_and_draws_only_what_is_seen(opened: Any) -> N
 
 
 def test_a_hostile_name_is_only_text(opened: Any) -> None:
-    assert HOSTILE in names(opened) and opened.title() == "first.safetensors – r2 analyze"
+    assert escaped(HOSTILE) in names(opened) and opened.title() == "first.safetensors – r2 analyze"
     opened.locator("#search").fill("owned")
     opened.locator("#layers tr").click()
-    assert opened.locator("#title").text_content() == HOSTILE and opened.locator("img").count() == 0
+    assert opened.locator("#title").text_content() == escaped(HOSTILE) and opened.locator("img").count() == 0
 
 
 def test_search(opened: Any) -> None:
