@@ -59,10 +59,11 @@ def model_spec(
     """
     if given.pretrained and given.weights is not None:
         raise InputError(f"--weights {given.weights} and --pretrained are two networks: give one of them")
-    if given.pretrained and pretrained.published(name).classes != len(source.class_names):
+    known = pretrained.published(name).classes if given.pretrained else None
+    if known is not None and known != len(source.class_names):
         raise InputError(
-            f"the pre-trained {name} tells {pretrained.published(name).classes} classes apart and {source.name} has "
-            f"{len(source.class_names)}: give --data with its classes"
+            f"the pre-trained {name} tells {known} classes apart and {source.name} has {len(source.class_names)}: "
+            "give --data with its classes"
         )
     return models.spec(
         name,

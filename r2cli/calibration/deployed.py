@@ -130,13 +130,12 @@ def _described(checkpoint: Checkpoint) -> str:
     return json.dumps(known, sort_keys=True)
 
 
-@torch.inference_mode(False)  # the graph is kept, and reading it follows changes of tensors
+@torch.inference_mode(False)  # whose tensors have no versions, by which reading tells what was written to
 @functools.lru_cache(maxsize=2)  # a command asks for the same network several times
 def _graph(of: _Architecture) -> fx.GraphModule:
     """The graph of a network without BatchNorms, on the meta device: without its weights."""
-    with torch.inference_mode(False):  # whose tensors have no versions, by which reading tells what was written to
-        model = models.build(of.checkpoint.model, of.room)
-        net = trace(model, of.checkpoint.input.blank(2), architecture(of.checkpoint))
+    model = models.build(of.checkpoint.model, of.room)
+    net = trace(model, of.checkpoint.input.blank(2), architecture(of.checkpoint))
     if of.on_grids:
         lone_norms.give_layers(net)
     batchnorm.remove_norms(net)

@@ -54,9 +54,8 @@ def opened(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
-        for each in weight_roles.constants(
-            model
-        ).values():  # the checker lets data pass that is too short for its shape
+        # The checker lets data pass that is too short for its shape.
+        for each in weight_roles.constants(model).values():
             onnx.numpy_helper.to_array(each)
     except Exception as error:  # protobuf's and the checker's own classes share no base
         raise InputError(f"{path} is not a valid ONNX model ({type(error).__name__}): write it again") from error

@@ -42,11 +42,12 @@ def trace(model: nn.Module, example: Tensor, architecture: Hashable | None = Non
     accepts batches of any size. Networks of equal `architecture` differ in the values of their weights alone:
     torch.export runs for the first of them, and not for the others. Raises Unreadable naming what cannot be read.
     """
+    model.eval()
     name = type(model).__name__
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     known = None if architecture is None else (architecture, str(device))
     try:
-        program = _programs[known] if known in _programs else _exported(model.eval(), example.to(device))
+        program = _programs[known] if known in _programs else _exported(model, example.to(device))
     except Exception as error:  # torch.export passes on whatever the network raises
         first = next(iter(str(error).strip().splitlines()), "")
         raise Unreadable(f"torch.export cannot read {name} ({type(error).__name__}: {first}{_place(error)})") from error
@@ -55,7 +56,6 @@ def trace(model: nn.Module, example: Tensor, architecture: Hashable | None = Non
         _programs.move_to_end(known)
         while len(_programs) > KEPT:
             _programs.popitem(last=False)
-    model.eval()
     try:
         return canonical.rewrite(copy.deepcopy(program), model)
     except in_place.AliasLost as shared:
