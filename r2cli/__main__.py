@@ -1,17 +1,20 @@
-"""`r2`, and `python -m r2cli`: an interrupt before the command line is there to tell of it is told here."""
+"""`r2`, and `python -m r2cli`."""
 
 import sys
 from typing import NoReturn
 
+from r2cli.cli import interrupt
+
 
 def main() -> NoReturn:
+    interrupt.ends_at_once()
     try:
         from r2cli.cli.main import main as run
 
         run()
-    except KeyboardInterrupt:
-        print("r2: interrupted; no file is left half written", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:  # where a signal cannot be handled
+        print(f"r2: {interrupt.TOLD}", file=sys.stderr)
+        sys.exit(interrupt.CODE)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ file is written unless a path is given, and errors are those of `r2cli.errors`.
 """
 
 import copy
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +40,7 @@ from r2cli.ptq.quantize import PtqResult
 from r2cli.qat import quantization_aware
 from r2cli.qat.quantization_aware import QatResult, Trainable
 from r2cli.storage import checkpoint
-from r2cli.storage.atomic import write_atomically
+from r2cli.storage.atomic import scratch_folder, write_atomically
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
 from r2cli.train import pretraining
 from r2cli.train.pretraining import Pretrained
@@ -244,5 +243,5 @@ def _of_module(network: nn.Module, source: Data) -> Checkpoint:
 @contextmanager
 def _kept(state: Path | None) -> Iterator[Path]:
     """Where a run keeps its last whole epoch: the file that is given, or one that is gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield state or Path(folder) / "state.safetensors"
+    with scratch_folder() as folder:
+        yield state or folder / "state.safetensors"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r2cli import console
+from r2cli.cli import interrupt
 from r2cli.config.groups import DEFAULT_SOURCE, Inputs
 from r2cli.config.option import Config
 from r2cli.errors import CheckFailed, InputError
@@ -53,11 +54,16 @@ def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
 @contextmanager
 def told_of(state: Path) -> Iterator[None]:
     """If the block is interrupted, say which file the run can be resumed from."""
+
+    def words() -> str:
+        return f"{state} holds the last whole epoch: go on with --resume" if state.exists() else ""
+
     try:
-        yield
+        with interrupt.telling(words):
+            yield
     except KeyboardInterrupt:
-        if state.exists():
-            console.note(f"{state} holds the last whole epoch: go on with --resume")
+        if said := words():
+            console.note(said)
         raise
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from r2cli import __version__, console
-from r2cli.cli import analyze, evaluate, export, palettize, pretrain, ptq, qat, recipes, run
+from r2cli.cli import analyze, evaluate, export, interrupt, palettize, pretrain, ptq, qat, recipes, run
 from r2cli.cli.command import UsageError
 from r2cli.errors import InputError, R2Error
 
@@ -35,7 +35,6 @@ app.command()(evaluate.evaluate)
 app.command()(run.run)
 app.add_typer(recipes.recipe, name="recipe")
 
-INTERRUPTED = 130
 SPINS = "10000"  # how often a waiting thread of torch looks for work before it sleeps; the default is 300,000 times
 TRAINING = ("pretrain", "palettize", "qat")  # the commands that torchrun may start in several processes
 
@@ -60,7 +59,7 @@ def _root(
 def invoke(arguments: list[str]) -> Any:
     """Run one command and return its report. Raises R2Error, or the parser's error, instead of exiting."""
     result = app(arguments, standalone_mode=False)
-    if result == INTERRUPTED:  # the parser turns an interrupt into this exit code
+    if result == interrupt.CODE:  # the parser turns an interrupt into this exit code
         raise KeyboardInterrupt
     return result
 
@@ -106,7 +105,7 @@ def _told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
     if isinstance(error, R2Error):
         message, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
-        message, code = "interrupted; no file is left half written", INTERRUPTED
+        message, code = interrupt.TOLD, interrupt.CODE
     elif isinstance(error, UsageError):
         command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
         message, code = f"{error.format_message()} Try `{command} --help`.", 2

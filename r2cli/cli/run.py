@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from r2cli import console
+from r2cli.cli import interrupt
 from r2cli.cli.command import Report, UsageError, command
 from r2cli.config.groups import Written
 from r2cli.config.inspection import RecipeConfig
@@ -60,7 +61,7 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
             return worker.InThisProcess(invoke, arguments)
         return worker.InOwnProcess(arguments, worker.threads_each(config.jobs), folder / "logs" / f"{number}.log")
 
-    with _ended_as_interrupted(), atomic.locked(folder / "results.json", way_out="another --work-dir"):
+    with _interruptible(config.jobs), atomic.locked(folder / "results.json", way_out="another --work-dir"):
         if config.smoke:
             trial.provide(todo, folder)
         done = worker.execute(
@@ -126,11 +127,12 @@ def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
 
 
 @contextmanager
-def _ended_as_interrupted() -> Iterator[None]:
-    """Let a request to end (SIGTERM) stop the block as Ctrl-C does, so that no step's process goes on alone."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _interruptible(jobs: int) -> Iterator[None]:
+    """Let a request to end (SIGTERM) stop the block as Ctrl-C does, and either stop the steps' own processes first."""
+    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
-        yield
+        with interrupt.raised() if jobs > 1 else nullcontext():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

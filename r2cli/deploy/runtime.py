@@ -2,7 +2,6 @@
 
 import os
 import platform
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from r2cli.deploy import weight_roles
 from r2cli.errors import InputError
 from r2cli.storage import checkpoint as checkpoints
 from r2cli.storage import schema
+from r2cli.storage.atomic import scratch_folder
 from r2cli.storage.checkpoint import InputSpec
 from r2cli.storage.formats import OnnxEntry
 from r2cli.storage.schema import Malformed
@@ -171,8 +171,8 @@ def latency_ms(run: Callable[[Tensor], Tensor], image: Tensor, repeats: int = 30
 
 def node_counts(path: Path) -> dict[str, int]:
     """What ONNX Runtime runs at its default optimisation: how many nodes of each operator."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "optimised.onnx"
+    with scratch_folder() as folder:
+        optimised = folder / "optimised.onnx"
         session(path, save_to=optimised)
         return dict(sorted(Counter(node.op_type for node in onnx.load(optimised).graph.node).items()))
 
@@ -211,8 +211,8 @@ def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | No
     part.graph.node.extend(node for node in file.graph.node if node.output[0] in needed)
     for name, shape in shapes.items():
         part.graph.output.append(onnx.helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), shape))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.onnx"
+    with scratch_folder() as folder:
+        path = folder / "weights.onnx"
         onnx.save(part, path)
         own = session(path, optimise=False)
         try:

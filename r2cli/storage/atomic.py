@@ -8,7 +8,9 @@ process that is killed loses its locks, so the next write of NAME can tell what 
 import glob
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -26,6 +28,40 @@ if HAS_LOCKS:
 # `path`, 'write' to it, 'sync' it to the disk, 'place' it at `path`; and 'remove' `path`, 'lock' it, 'unlock' it. Tests
 # end the process there.
 watchers: list[Callable[[str, Path], None]] = []
+
+# Temporary files and folders, and locks, that this process holds now.
+_held: set[Path] = set()
+
+
+def abandon() -> None:
+    """Remove every temporary file and folder and every lock of this process, which ends now."""
+    for path in list(_held):
+        with suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _unlink_unless_locked(path)
+
+
+def _unlink_unless_locked(path: Path) -> None:
+    """Remove a file, but not the lock that another process holds."""
+    descriptor = os.open(path, os.O_RDWR)
+    if HAS_LOCKS:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path.unlink()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new empty folder among the system's temporary ones, which is removed with all that is in it."""
+    place = Path(tempfile.gettempdir()) / f"r2-{os.getpid()}-{secrets.token_hex(6)}"
+    _held.add(place)
+    try:
+        place.mkdir(mode=0o700)
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        _held.discard(place)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -91,6 +127,7 @@ class Draft:
         with suppress(OSError):  # a disk that is full may say so once more
             os.close(self._descriptor)
         self._descriptor = -1
+        _held.discard(self.temporary)
 
 
 def remove_left_over(path: Path) -> None:
@@ -118,6 +155,7 @@ def locked(path: Path, *, way_out: str = "another --output") -> Iterator[None]:
     with _told_as(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _step("lock", path)
+        _held.add(place)
         descriptor = _locked(place, path, way_out)
     try:
         with suppress(OSError):  # who holds it is told to the others, nothing more
@@ -131,6 +169,7 @@ def locked(path: Path, *, way_out: str = "another --output") -> Iterator[None]:
             with suppress(OSError):
                 place.unlink()
             os.close(descriptor)
+            _held.discard(place)
 
 
 def sync_folder(path: Path) -> None:
@@ -166,10 +205,12 @@ def _create(path: Path) -> tuple[Path, int]:
     """A new temporary file for `path`, locked, and its descriptor."""
     while True:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
+        _held.add(temporary)  # before it is there: an interrupt may come between
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         if _is_ours(descriptor, temporary):
             return temporary, descriptor
         os.close(descriptor)
+        _held.discard(temporary)
 
 
 def _is_ours(descriptor: int, place: Path) -> bool:

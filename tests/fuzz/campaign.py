@@ -88,7 +88,7 @@ def cases(folder: Path) -> Iterator[Input]:
 
 def ran(line: Sequence[str]) -> tuple[int, str, str]:
     """Exit code and output of `r2` in this process, with streams of the encodings that a terminal has."""
-    from r2cli.cli.main import main
+    from r2cli.__main__ import main
 
     kept = sys.argv, sys.stdout, sys.stderr
     out, err = io.BytesIO(), io.BytesIO()
