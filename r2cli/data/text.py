@@ -97,8 +97,8 @@ def encoded(texts: Sequence[tuple[str, ...]], spec: InputSpec) -> Tensor:
     tokenizer.enable_truncation(spec.size)
     tokenizer.enable_padding(length=spec.size, **{key: pad[key] for key in ("pad_id", "pad_token") if key in pad})
     encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
-    if any(max(one.ids, default=0) > MOST_TOKENS for one in encodings):
-        raise InputError(f"the tokenizer in the file gives ids above {MOST_TOKENS}: write the file again")
+    if any(max(one.ids + one.type_ids, default=0) > MOST_TOKENS for one in encodings):
+        raise InputError(f"the tokenizer in the file gives numbers above {MOST_TOKENS}: write the file again")
     return torch.tensor([[one.ids, one.attention_mask, one.type_ids] for one in encodings], dtype=torch.int32)
 
 

@@ -213,6 +213,11 @@ CASES = {
     "tokens outside the vocabulary": Case(
         "text", in_tokenizer("model/vocab/old", 9999), "its tokenizer gives the token 9999, its network knows"
     ),
+    "a type of tokens beyond 32 bits": Case(
+        "text",
+        in_tokenizer("post_processor/pair/1/Sequence/type_id", 1 << 31),
+        "the tokenizer in the file gives numbers above",
+    ),
     "a meta tensor": Case("pth", _weight(lambda w: w.to("meta")), "'fc.weight' is not a dense one of real numbers"),
     "a sparse tensor": Case("pth", _weight(lambda w: w.to_sparse()), "is not a dense one of real numbers"),
     "a complex tensor": Case("pth", _weight(lambda w: w.to(torch.complex64)), "is not a dense one of real numbers"),
