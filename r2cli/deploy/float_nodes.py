@@ -24,7 +24,7 @@ MOVING = {
 }
 CLIPPING = {"Relu", "Clip"}  # fused into what is before them
 LAYERS = {"Conv", "Gemm", "MatMul"}
-INTEGER = {"Add", "Mul", "Concat", "Sigmoid", "GlobalAveragePool", "AveragePool"}
+INTEGER = {"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool"}
 
 
 def operators(file: onnx.ModelProto) -> Counter[str]:
@@ -44,6 +44,8 @@ def operators(file: onnx.ModelProto) -> Counter[str]:
         outputs = list(node.output)
         if all(name in constants for name in read):
             constants.update(outputs)
+            if node.op_type == "DequantizeLinear":
+                on_grid.update(outputs)
         elif node.op_type == "DequantizeLinear" or (node.op_type in MOVING and read[0] in on_grid):
             on_grid.update(outputs)
         elif known.get(outputs[0]) != onnx.TensorProto.FLOAT or node.op_type in MOVING:
@@ -55,7 +57,7 @@ def operators(file: onnx.ModelProto) -> Counter[str]:
             found[f"layer {node.op_type}"] += read[0] not in on_grid
         elif node.op_type == "Add" and any(n in products for n in read) and any(n in constants for n in read):
             products.update(outputs)
-        elif node.op_type in INTEGER and rounded[outputs[0]] and all(n in on_grid | constants for n in read):
+        elif node.op_type in INTEGER and rounded[outputs[0]] and all(n in on_grid for n in read):
             continue
         else:
             found[node.op_type] += 1

@@ -23,7 +23,7 @@ from r2cli.deploy.onnx_operators import OPERATORS
 from r2cli.deploy.onnx_sheet import Shape, Sheet, Unwritable, Value
 from r2cli.deploy.onnx_writer import OnnxWriter
 from r2cli.errors import R2Error
-from r2cli.graph import edit, operators, structure
+from r2cli.graph import edit, operators, placement, structure
 from r2cli.graph.channel_clip import Clip
 from r2cli.graph.read import trace
 from r2cli.graph.recurrent import RecurrentWeight
@@ -165,6 +165,8 @@ class _Export:
             return self.weights.tensor(str(node.target), getattr_path(self.net, str(node.target)))
         if node.target not in OPERATORS:
             raise Unwritable("r2 knows no form of it")
+        if node.target in (torch.add, torch.mul) and _with_number(node) and placement.is_between_grids(self.net, node):
+            args = (args[0], onnx_layers.number_on_grid(sheet, float(args[1])))
         count = len(self.writer.nodes)
         return self._named(OPERATORS[node.target](sheet, *args, **kwargs), node.name, count)
 
@@ -228,6 +230,11 @@ def getattr_path(net: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     found: Tensor = getattr(net.get_submodule(owner), name)
     return found
+
+
+def _with_number(node: fx.Node) -> bool:
+    """Whether the second argument of a sum or product is a number; 0 is no step of a grid."""
+    return isinstance(node.args[1], int | float) and node.args[1] != 0
 
 
 def _typed(tensor: Tensor) -> tuple[Shape, torch.dtype]:

@@ -290,15 +290,19 @@ def hard_sigmoid_on_grid(sheet: Sheet, weights: Weights, name: str, grid: Grid, 
     """
     writer = sheet.writer
     scale, zero = _parameters(writer, name, grid)
-    # The constant 3 as a code too, so that the sum runs on integers: 255 * (3 / 255).
-    code, third = writer.constant(255, np.uint8, "code"), writer.constant(3 / 255, np.float32)
-    three = writer.node("DequantizeLinear", [code, third, writer.constant(0, np.uint8, "code")])
-    total = writer.node("Add", [x.name, three])
+    total = writer.node("Add", [x.name, number_on_grid(sheet, 3.0)])
     sixfold = writer.initializer(f"{name}.sixfold", (6 * grid.scale).numpy())
     codes = writer.node("QuantizeLinear", [total, sixfold, zero])
     value = writer.node("DequantizeLinear", [codes, scale, zero])
     weights.scales[value] = grid.scale.numpy()
     return value
+
+
+def number_on_grid(sheet: Sheet, number: float) -> str:
+    """Write a number that is not 0 as one step of a grid: runtimes then add it, or multiply by it, on integers."""
+    writer = sheet.writer
+    code, zero = (writer.constant(each, np.uint8, "code") for each in ((1, 0) if number > 0 else (0, 1)))
+    return writer.node("DequantizeLinear", [code, writer.constant(abs(number), np.float32), zero])
 
 
 def _parameters(writer: OnnxWriter, name: str, grid: Grid) -> tuple[str, str]:

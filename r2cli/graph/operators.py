@@ -61,6 +61,10 @@ def _tensors(node: fx.Node) -> bool:
     return all(isinstance(given, fx.Node) for given in node.args[:2])
 
 
+def _with_number(node: fx.Node) -> bool:
+    return isinstance(node.args[1], int | float) and node.args[1] != 0
+
+
 def _one(node: fx.Node) -> bool:
     return node.args[1] in ((1, 1), 1, (1,))
 
@@ -71,7 +75,7 @@ def _nearest(node: fx.Node) -> bool:
 
 NO_KERNEL = "runtimes have no integer kernel for it"
 NO_CODES = "r2 has no codes for such weights"
-BY_NUMBER = "runtimes have no integer kernel for a value and a number"
+BY_NUMBER = "it reads floats, or no layer reads it"
 # The first row that fits counts.
 TABLE: tuple[Row, ...] = (
     Row(Kind.LAYER, "layer", (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, RecurrentWeight)),
@@ -125,9 +129,12 @@ TABLE: tuple[Row, ...] = (
         ("GlobalAveragePool", "AveragePool"),
     ),
     Row(Kind.INTEGER, "sigmoid", (torch.sigmoid, F.hardsigmoid), "it reads floats", ("Sigmoid", "HardSigmoid")),
+    Row(Kind.INTEGER, "leaky ReLU", (F.leaky_relu,), "it reads floats, or no layer reads it", ("LeakyRelu",)),
+    Row(Kind.INTEGER, "sum with a number", (When(torch.add, _with_number),), BY_NUMBER, ("Add",)),
+    Row(Kind.INTEGER, "product with a number", (When(torch.mul, _with_number),), BY_NUMBER, ("Mul",)),
     Row(Kind.POINTWISE, "GELU", (F.gelu,), NO_KERNEL, ("Gelu", "Erf", "Tanh", "Pow", "Mul", "Add", "Div")),
     Row(Kind.POINTWISE, "tanh", (torch.tanh,), NO_KERNEL, ("Tanh",)),
-    Row(Kind.POINTWISE, "leaky ReLU", (F.leaky_relu, nn.PReLU), NO_KERNEL, ("LeakyRelu", "PRelu", "Where", "Mul")),
+    Row(Kind.POINTWISE, "PReLU", (nn.PReLU,), NO_KERNEL, ("PRelu", "Where", "Mul")),
     Row(Kind.POINTWISE, "ELU", (F.elu, F.selu, F.celu), NO_KERNEL, ("Elu", "Selu", "Celu", "Mul", "Exp", "Sub")),
     Row(
         Kind.POINTWISE,
@@ -136,8 +143,8 @@ TABLE: tuple[Row, ...] = (
         NO_KERNEL,
         ("Softplus", "Mish", "Tanh", "Mul", "Log", "Sigmoid", "Div", "Exp", "Add", "Neg"),
     ),
-    Row(Kind.POINTWISE, "sum with a number", (torch.add,), BY_NUMBER, ("Add",)),
-    Row(Kind.POINTWISE, "product with a number", (torch.mul,), BY_NUMBER, ("Mul",)),
+    Row(Kind.POINTWISE, "sum with 0", (torch.add,), NO_KERNEL, ("Add",)),
+    Row(Kind.POINTWISE, "product with 0", (torch.mul,), NO_KERNEL, ("Mul",)),
     Row(Kind.POINTWISE, "clip", (torch.clamp,), NO_KERNEL, ("Clip", "Max", "Min")),
     Row(Kind.POINTWISE, "sign", (torch.neg, torch.abs), NO_KERNEL, ("Neg", "Abs")),
     Row(Kind.FLOAT, "difference", (torch.sub,), NO_KERNEL, ("Sub",)),

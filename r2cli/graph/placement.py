@@ -74,16 +74,22 @@ def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatO
             continue
         if kind is Kind.PASSING and (not _written_as_operators(net, node) or _on_grid(net, node)):
             continue
-        # Runtimes fuse a ReLU into the operation before it, so the grid after the ReLU counts.
-        user = only_user(node)
-        last = user if user is not None and is_a(net, user, ACTIVATIONS) else node
-        between_grids = all(_on_grid(net, value) for value in _inputs(node)) and any(map(is_grid, last.users))
-        if between_grids and kind in (Kind.INTEGER, Kind.ACTIVATION):
+        if kind in (Kind.INTEGER, Kind.ACTIVATION) and is_between_grids(net, node):
             continue
         if is_a(net, node, ACTIVATIONS) and not _is_result(net, node) and _is_fused(net, node):
             continue
         operations.append(_float_operation(net, node))
     return operations
+
+
+def is_between_grids(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether all that `node` reads is on grids, and so is what it gives.
+
+    Runtimes fuse a ReLU into the operation before it, so the grid after the ReLU counts.
+    """
+    user = only_user(node)
+    last = user if user is not None and is_a(net, user, ACTIVATIONS) else node
+    return all(_on_grid(net, value) for value in _inputs(node)) and any(map(is_grid, last.users))
 
 
 def _with_foreign_bias(net: fx.GraphModule) -> set[fx.Node]:
