@@ -24,12 +24,13 @@ from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
-from r2cli.config.groups import Inputs, Preparation
+from r2cli.config.groups import ExportForm, Inputs, Preparation
 from r2cli.config.inspection import AnalyzeConfig
 from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
 from r2cli.data import Data
 from r2cli.deploy import onnx_export
 from r2cli.deploy import verify as proof_of
+from r2cli.deploy.retarget import retarget
 from r2cli.deploy.verify import Proof
 from r2cli.errors import InputError
 from r2cli.models import require_fit
@@ -147,9 +148,13 @@ def regularizer(network: nn.Module, name: str, strength: float | None = None, *,
     return Regularizer(RegularizerSpec(name, usual if strength is None else strength, dim=dim), network)
 
 
-def export(network: Network, path: str | Path | None = None) -> bytes:
-    """The network as an ONNX file, float or with integer weights; written to `path`, atomically, where one is given."""
-    content = onnx_export.to_bytes(_checkpoint_of(network))
+def export(network: Network, path: str | Path | None = None, form: ExportForm | None = None) -> bytes:
+    """The network as an ONNX file, float or with integer weights; written to `path`, atomically, where one is given.
+
+    `form` says for which target, and how many images at once. Raises InputError for what the target cannot hold.
+    """
+    form = form or ExportForm()
+    content = onnx_export.to_bytes(retarget(_checkpoint_of(network), form.target), form)
     if path is not None:
         write_atomically(Path(path), content)
     return content

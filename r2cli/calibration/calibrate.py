@@ -21,12 +21,19 @@ from r2cli.quantized.palette import Palette
 MOST_BIAS = 2.0**30  # of a bias in int32 sums: the other half of the range is for the products that are added to it
 
 
-def activation_grid(low: float, high: float, bits: int) -> Grid:
-    """Make an unsigned grid over [low, high] in which 0 is a level. If both ends are 0, the range is [0, 1]."""
+def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = False) -> Grid:
+    """Make an unsigned grid over [low, high] in which 0 is a level. If both ends are 0, the range is [0, 1].
+
+    In a `symmetric` one the middle code stands for 0, so that as signed codes it has the zero point 0.
+    """
     # Zero must be exact: zero padding and ReLU give many zeros, and an error in each would add up.
     low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         high = 1.0
+    if symmetric:
+        middle = 1 << (bits - 1)
+        scale = torch.tensor(max(-low, high) / (middle - 1))
+        return Grid(scale, torch.tensor(middle, dtype=torch.int32), bits, signed=False)
     scale = (high - low) / (2**bits - 1)
     zero = max(0, min(2**bits - 1, round(-low / scale)))
     return Grid(torch.tensor(scale), torch.tensor(zero, dtype=torch.int32), bits, signed=False)
@@ -39,13 +46,15 @@ def calibrate_and_round(
     bits: int,
     images: Iterable[Tensor],
     rule: str = "minmax",
+    *,
+    symmetric: bool = False,
 ) -> tuple[dict[str, Grid], dict[str, Coded]]:
     """Find the grids of all values on `images`, and make `net` round its values and biases to their grids, in place.
 
     `images` are float32 (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Returns the grids by value,
     and what `round_biases` does. Raises R2Error for a value that is not finite.
     """
-    grids = calibrate(net, shape, bits, images, rule)
+    grids = calibrate(net, shape, bits, images, rule, symmetric=symmetric)
     return grids, round_to_grids(net, coded, grids)
 
 
@@ -60,7 +69,13 @@ def round_to_grids(net: fx.GraphModule, coded: Mapping[str, Coded], grids: Mappi
 
 
 def calibrate(
-    net: fx.GraphModule, shape: tuple[int, ...], bits: int, images: Iterable[Tensor], rule: str = "minmax"
+    net: fx.GraphModule,
+    shape: tuple[int, ...],
+    bits: int,
+    images: Iterable[Tensor],
+    rule: str = "minmax",
+    *,
+    symmetric: bool = False,
 ) -> dict[str, Grid]:
     """Find the grid of every value that needs one, on all `images` (n, *shape). Returns the grids by node.
 
@@ -74,7 +89,9 @@ def calibrate(
                 f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged, so train "
                 "it again with a lower --lr"
             )
-    return {name: activation_grid(*observer.range(bits), bits) for name, observer in observed.items()}
+    return {
+        name: activation_grid(*observer.range(bits), bits, symmetric=symmetric) for name, observer in observed.items()
+    }
 
 
 def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> dict[str, Coded]:

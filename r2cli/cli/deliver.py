@@ -13,7 +13,7 @@ from r2cli import data as datasets
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.cli import gates, rerun
-from r2cli.config.groups import CompressionGates, FileGates
+from r2cli.config.groups import CompressionGates, FileForm, FileGates
 from r2cli.deploy import onnx_export, runtime, verify
 from r2cli.errors import CheckFailed, InputError
 from r2cli.storage import checkpoint
@@ -27,12 +27,13 @@ Table = Callable[[Mapping[str, Any]], console.Line]
 class Destination:
     """Where a command that compresses writes, the gates of the file, and how the command answers.
 
-    `files` are the checkpoint and the ONNX file beside it, and `asked` is what decides them. `data` is the option, for
-    the next command. `started` is a time of `perf_counter`.
+    `files` are the checkpoint and the ONNX file beside it, of `form`, and `asked` is what decides them. `data` is the
+    option, for the next command. `started` is a time of `perf_counter`.
     """
 
     files: RunFiles
     asked: Asked
+    form: FileForm
     data: str | None
     gates: CompressionGates
     json: bool
@@ -72,7 +73,7 @@ def compressed(
     """
     made = result.checkpoint
     to.files.write(to.output, checkpoint.to_bytes(made))
-    proved = to_onnx(made, to.files, to.onnx, source, what=str(to.output), original=result.original)
+    proved = to_onnx(made, to.files, to.onnx, source, form=to.form, what=str(to.output), original=result.original)
     report = {
         "command": to.files.command,
         "checkpoint": to.output,
@@ -104,17 +105,18 @@ def to_onnx(
     path: Path,
     source: datasets.Data,
     *,
+    form: FileForm,
     what: str,
     original: checkpoint.Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Write `made` as ONNX, which `files.commit` puts at `path`, and prove the file on the data set's test split, with
-    a bar on standard error. Returns the proof and what it measured.
+    a bar on standard error. Returns the proof and what it measured. `form` is what is asked of the file.
 
     `original` is the float checkpoint that it was made from, if there is one: the proof compares with it too. `what` is
     the name of the network in notes on standard error.
     """
     console.note(f"{what}: exporting to ONNX")
-    temporary = files.write(path, onnx_export.to_bytes(made))
+    temporary = files.write(path, onnx_export.to_bytes(made, form))
     try:
         proof = api.verify(temporary, made, source, original=original, reporter=console)
     except InputError as error:  # people know the file by the name that it is to have

@@ -5,31 +5,33 @@ from time import perf_counter
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import Evaluation, FileGates, Inputs
+from r2cli.config.groups import Evaluation, ExportForm, FileGates, Inputs
 from r2cli.config.inspection import ExportOutput
 from r2cli.storage.run_files import RunFiles
 
 
 @command
-def export(given: Inputs, evaluation: Evaluation, wanted: FileGates, written: ExportOutput) -> Report:
+def export(given: Inputs, evaluation: Evaluation, wanted: FileGates, form: ExportForm, written: ExportOutput) -> Report:
     """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
     source = gates.source(given)
-    output = written.output or gates.beside(source, "onnx")
+    output = written.output or gates.beside(source, f"{form.target}.onnx" if form.target else "onnx")
     gates.require_output(output, ".onnx", source=source)
     files = RunFiles("export", [output], overwrite=written.overwrite)
     files.require_free()
 
     from r2cli.api import inputs
     from r2cli.cli import deliver
+    from r2cli.deploy.retarget import retarget
 
     started = perf_counter()
     made, loaded = inputs.load(given, tell=console.note)
+    made = retarget(made, form.target)
     loaded = inputs.measured_by(evaluation, wanted, loaded)
     if written.dry_run:
         console.tell([f"would export {source} -> {output}"], as_json=written.json)
         return {"command": "export"}
     with files.claimed():
-        report = deliver.to_onnx(made, files, output, loaded, what=str(source))
+        report = deliver.to_onnx(made, files, output, loaded, form=form, what=str(source))
         files.commit()
     report = {"command": "export", **report, "seconds": round(perf_counter() - started, 1)}
     kind = f"{report['bits_per_weight']:.2f} bits a weight" if made.coded else "float32"

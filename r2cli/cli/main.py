@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from r2cli import __version__, console
-from r2cli.cli import analyze, evaluate, export, interrupt, palettize, pretrain, ptq, qat, recipes, run
+from r2cli.cli import analyze, evaluate, export, interrupt, palettize, pretrain, ptq, qat, recipes, run, target_list
 from r2cli.cli.command import UsageError
 from r2cli.errors import InputError, R2Error
 
@@ -33,6 +33,7 @@ app.command()(palettize.palettize)
 app.command()(export.export)
 app.command()(evaluate.evaluate)
 app.command()(run.run)
+app.command("targets")(target_list.list_targets)
 app.add_typer(recipes.recipe, name="recipe")
 
 SPINS = "10000"  # how often a waiting thread of torch looks for work before it sleeps; the default is 300,000 times

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import CompressionGates, Evaluation, Inputs
+from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
 from r2cli.storage.formats import PalettesReport
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @command
 def palettize(
-    config: PalettizeConfig, given: Inputs, evaluation: Evaluation, wanted: CompressionGates, written: PalettizeOutput
+    config: PalettizeConfig,
+    given: Inputs,
+    evaluation: Evaluation,
+    wanted: CompressionGates,
+    form: FileForm,
+    written: PalettizeOutput,
 ) -> Report:
     """Compress to tables of centroids: codes, an ONNX file, and its proof."""
     started = perf_counter()
@@ -56,8 +61,8 @@ def palettize(
         lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=written.json)
         return {"command": "palettize", "options": run.options}
-    asked = rerun.asked("palettize", run.options, loaded, given, [source])
-    to = deliver.Destination(files, asked, given.data, wanted, written.json, started)
+    asked = rerun.asked("palettize", run.options | form.asked, loaded, given, [source])
+    to = deliver.Destination(files, asked, form, given.data, wanted, written.json, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import CompressionGates, Evaluation, Inputs
+from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import PtqOutput
 from r2cli.config.methods import PtqConfig
 from r2cli.errors import InputError
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @command
 def ptq(
-    config: PtqConfig, given: Inputs, evaluation: Evaluation, wanted: CompressionGates, written: PtqOutput
+    config: PtqConfig,
+    given: Inputs,
+    evaluation: Evaluation,
+    wanted: CompressionGates,
+    form: FileForm,
+    written: PtqOutput,
 ) -> Report:
     """Quantize without training: codes, an ONNX file, and its proof."""
     started = perf_counter()
@@ -53,8 +58,8 @@ def ptq(
             "command": "ptq",
             "options": options | (_mixed(config) if config.target_bits or config.target_bytes else {}),
         }
-    asked = rerun.asked("ptq", options | _mixed(config) | _left_open(config), loaded, given, [source])
-    to = deliver.Destination(files, asked, given.data, wanted, written.json, started)
+    asked = rerun.asked("ptq", options | _mixed(config) | _left_open(config) | form.asked, loaded, given, [source])
+    to = deliver.Destination(files, asked, form, given.data, wanted, written.json, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:

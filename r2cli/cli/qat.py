@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import CompressionGates, Evaluation, Inputs
+from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import QatOutput
 from r2cli.config.methods import QatConfig
 from r2cli.storage.run_files import RunFiles
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 @command
 def qat(
-    config: QatConfig, given: Inputs, evaluation: Evaluation, wanted: CompressionGates, written: QatOutput
+    config: QatConfig,
+    given: Inputs,
+    evaluation: Evaluation,
+    wanted: CompressionGates,
+    form: FileForm,
+    written: QatOutput,
 ) -> Report:
     """Train with quantized weights and activations: codes, an ONNX file, and its proof."""
     started = perf_counter()
@@ -44,8 +49,8 @@ def qat(
         lines = [f"would train {source} ({made.model.name}) as {config.suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=written.json)
         return {"command": "qat", "options": run.options}
-    asked = rerun.asked("qat", run.options, loaded, given, [None if is_new else source])
-    to = deliver.Destination(files, asked, given.data, wanted, written.json, started)
+    asked = rerun.asked("qat", run.options | form.asked, loaded, given, [None if is_new else source])
+    to = deliver.Destination(files, asked, form, given.data, wanted, written.json, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r2cli.config import values
+from r2cli.config import targets, values
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
 
 DEFAULT_SOURCE = Path("model.safetensors")
@@ -112,11 +112,53 @@ class CompressionGates(FileGates):
 
 
 @dataclass(frozen=True)
-class Told(Config):
+class FileForm(Config):
+    """What is fixed of an ONNX file, beside its target."""
+
+    batch: str | None = option(
+        None,
+        "Images that the ONNX file takes at once: a number, or dynamic. (default: that of the target)",
+        check=targets.batch,
+        panel=OUTPUT,
+    )
+    opset: int | None = option(
+        None,
+        "The opset of the ONNX file. (default: the lowest that has all its operators)",
+        least=targets.LEAST_OPSET,
+        most=targets.MOST_OPSET,
+        panel=OUTPUT,
+    )
+
+    @property
+    def asked(self) -> dict[str, object]:
+        """What is not left to the target, by the names of options."""
+        return {name: value for name, value in (("batch", self.batch), ("opset", self.opset)) if value is not None}
+
+
+@dataclass(frozen=True)
+class ExportForm(FileForm):
+    """The form of a file that is written again."""
+
+    target: str | None = option(
+        None,
+        "Where the file is to run: see `r2 targets`. (default: where the checkpoint was made for)",
+        check=targets.get,
+        panel=OUTPUT,
+    )
+
+
+@dataclass(frozen=True)
+class Listed(Config):
+    """How a command that only tells answers."""
+
+    json: bool = option(False, "Print one JSON object on standard output.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class Told(Listed):
     """How a command answers."""
 
     dry_run: bool = option(False, "Say what would be done, and do nothing.", panel=OUTPUT)
-    json: bool = option(False, "Print one JSON object on standard output.", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -142,6 +184,15 @@ def seed() -> Any:
 
 def device() -> Any:
     return option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N.")
+
+
+def target() -> Any:
+    return option(targets.DEFAULT, "Where the file is to run: see `r2 targets`.", check=targets.get)
+
+
+def for_target(name: str) -> str:
+    """The part of an output's name that says for which target it is, where it is not for the usual one."""
+    return "" if name == targets.DEFAULT else f"-{name}"
 
 
 def resume() -> Any:

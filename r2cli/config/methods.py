@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r2cli import registry
-from r2cli.config import groups, values
+from r2cli.config import groups, targets, values
 from r2cli.config.option import FOREIGN, Config, meanings, option
 from r2cli.errors import InputError
 
@@ -134,6 +134,7 @@ class PtqConfig(Config):
         "(default: 512; 0 for dfq without --data)",
         least=0,
     )
+    target: str = groups.target()
     seed: int = groups.seed()
     device: str = groups.device()
 
@@ -153,6 +154,12 @@ class PtqConfig(Config):
             raise InputError(
                 f"--act-range {self.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
             )
+        targets.require(
+            self.target,
+            act_bits=values.act_bits(self.act_bits),
+            zero_points=not self.symmetric,
+            per_channel=self.granularity in (None, "channel"),
+        )
 
     @property
     def suffix(self) -> str:
@@ -164,7 +171,7 @@ class PtqConfig(Config):
             wanted = f"{self.target_bytes}B"
         acts = values.act_bits(self.act_bits)
         grid = "" if self.granularity in (None, "channel") else f"-{self.granularity}"
-        return f"w{wanted}{f'a{acts}' if acts else ''}-{self.method}{grid}"
+        return f"w{wanted}{f'a{acts}' if acts else ''}-{self.method}{grid}{groups.for_target(self.target)}"
 
 
 @dataclass(frozen=True)
@@ -252,6 +259,7 @@ class QatConfig(Config):
         "float32, bfloat16 (mixed), or auto: bfloat16 on a GPU that has it.",
         check=values.one_of("--precision", *values.PRECISIONS),
     )
+    target: str = groups.target()
     seed: int = groups.seed()
     device: str = groups.device()
 
@@ -262,6 +270,7 @@ class QatConfig(Config):
             raise InputError(
                 f"--reg {self.reg} belongs to --from-scratch: use it in r2 pretrain, and leave it out here"
             )
+        targets.require(self.target, act_bits=values.trained_act_bits(self.act_bits))
 
     @property
     def own_options(self) -> dict[str, Any]:
@@ -272,7 +281,7 @@ class QatConfig(Config):
     def suffix(self) -> str:
         """The part of the output's name that says what was done, for example 'w4a8-lsq'."""
         acts = values.trained_act_bits(self.act_bits)
-        return f"w{self.weight_bits}{f'a{acts}' if acts else ''}-{self.method}"
+        return f"w{self.weight_bits}{f'a{acts}' if acts else ''}-{self.method}{groups.for_target(self.target)}"
 
 
 @dataclass(frozen=True)
@@ -357,6 +366,7 @@ class PalettizeConfig(Config):
         "Number of training images for BatchNorm's statistics and ranges of activations; 0: none. (default: 512)",
         least=0,
     )
+    target: str = groups.target()
     seed: int = groups.seed()
     device: str = groups.device()
 
@@ -366,6 +376,7 @@ class PalettizeConfig(Config):
             raise InputError(
                 f"--act-bits {self.activation_bits} needs integer weights: give --lut-bits 8, or --act-bits none"
             )
+        targets.require(self.target, act_bits=self.activation_bits, integers=self.lut_bits == 8)
 
     @property
     def own_options(self) -> dict[str, Any]:
@@ -381,4 +392,5 @@ class PalettizeConfig(Config):
 
     def suffix(self, method: str) -> str:
         """Return the part of the output's name that says what was done, for example 'b2d2-dkm'."""
-        return f"b{self.bits}d{self.dim}{f'g{self.group_size}' if self.group_size else ''}-{method}"
+        group = f"g{self.group_size}" if self.group_size else ""
+        return f"b{self.bits}d{self.dim}{group}-{method}{groups.for_target(self.target)}"

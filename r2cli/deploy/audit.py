@@ -13,10 +13,10 @@ import onnx
 from onnx import TensorProto
 from torch import Tensor
 
-from r2cli.deploy import float_nodes, onnx_export, weight_roles
+from r2cli.config.targets import DEFAULT, TARGETS, Target
+from r2cli.deploy import float_nodes, weight_nodes, weight_roles
 from r2cli.graph import placement
 from r2cli.quantized.coded import Coded
-from r2cli.quantized.packing import packed_bytes
 from r2cli.quantized.palette import Palette
 
 
@@ -160,7 +160,7 @@ def has_float_table(coded: Coded) -> bool:
     return isinstance(coded.codec, Palette) and coded.codec.lut.is_floating_point()
 
 
-def size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check:
+def size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded], target: Target = TARGETS[DEFAULT]) -> Check:
     """Bytes of every layer's codes against the least that its container can hold, and of the file against the ideal.
 
     The ideal: codes, scales, tables, and the floats that stay, which are biases most of all.
@@ -169,7 +169,7 @@ def size(file: onnx.ModelProto, path: Path, coded: Mapping[str, Coded]) -> Check
     ideal, parts = 0, {name for name in coded for name in made_from.get(name, [])}
     for name, one in coded.items():
         held = sum(len(part.raw_data) for part in weight_roles.codes(file, name))
-        least = packed_bytes(one.codes.numel(), onnx_export.stored_bits(one.codec))
+        least = weight_nodes.stored_bytes(one, target)
         if held != least:
             return Check("size", False, f"{name} takes {held} bytes of codes, {least} are enough")
         ideal += one.payload_bytes()

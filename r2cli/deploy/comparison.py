@@ -43,6 +43,7 @@ class Rounding:
     codes_zero: int
     bounded: bool  # codes clipped in each channel, in the place of the value
     repeats: bool  # it reads a value that is on this grid already
+    signed: bool  # INT8: no ReLU stands before it, where its codes are clipped as the ReLU would
 
 
 def roundings(file: onnx.ModelProto) -> list[Rounding]:
@@ -53,7 +54,8 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
 
     def parameters(node: onnx.NodeProto) -> tuple[float, int]:
         scale, zero = (onnx.numpy_helper.to_array(held[name]) for name in node.input[1:3])
-        return float(scale), int(zero)
+        # Grids of the checkpoint have unsigned codes.
+        return float(scale), int(zero) + (128 if zero.dtype == np.int8 else 0)
 
     for node in file.graph.node:
         if node.op_type != "DequantizeLinear" or not all(n in held for n in node.input[1:]) or len(node.input) < 3:
@@ -69,7 +71,8 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
             origin = producer[origin].input[0]
         before = found.get(origin)
         repeats = before is not None and (before.scale, before.zero) == (scale, zero) == parameters(codes)
-        own = Rounding(codes.input[0], node.output[0], scale, zero, *parameters(codes), bounded, repeats)
+        signed = held[node.input[2]].data_type == onnx.TensorProto.INT8
+        own = Rounding(codes.input[0], node.output[0], scale, zero, *parameters(codes), bounded, repeats, signed)
         found[node.output[0]] = own
     return list(found.values())
 
@@ -125,6 +128,8 @@ class _Forced(fx.Interpreter):
         if rounding.bounded or rounding.reads not in self.values:
             return
         before = self.values[rounding.reads].reshape(x.shape)
+        if rounding.signed and rounding.codes_scale == rounding.scale:
+            before, x = (value.clamp(-rounding.zero * scale, (255 - rounding.zero) * scale) for value in (before, x))
         if rounding.codes_scale != rounding.scale:  # a hard sigmoid: its sum on six times the grid, which clips it
             low, high = -rounding.zero * scale, (255 - rounding.zero) * scale
             before, x = (before / (rounding.codes_scale / scale)).clamp(low, high), x.clamp(low, high)
@@ -272,6 +277,7 @@ def same_metadata(file: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
         "r2.history": checkpoint.history,
         "r2.input": checkpoint.input.described(),
         "r2.model": checkpoint.model.described(),
+        "r2.target": checkpoint.target,
     }
     found = {entry.key: entry.value for entry in file.metadata_props}
     for key in sorted({*expected, *found}):

@@ -22,7 +22,7 @@ MOVING = {
     "Pad",
     "Tile",
 }
-CLIPPING = {"Relu", "Clip"}  # fused into what is before them
+CLIPPING = {"Relu", "Clip", "Min"}  # with constants: fused into what is before them
 LAYERS = {"Conv", "Gemm", "MatMul"}
 INTEGER = {"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool"}
 
@@ -50,7 +50,7 @@ def operators(file: onnx.ModelProto) -> Counter[str]:
             on_grid.update(outputs)
         elif known.get(outputs[0]) != onnx.TensorProto.FLOAT or node.op_type in MOVING:
             continue
-        elif node.op_type in CLIPPING and (rounded[outputs[0]] or read[0] in products):
+        elif _clips(node, constants) and (rounded[outputs[0]] or read[0] in products):
             products.update(outputs)
         elif node.op_type in LAYERS and read[1] in constants:
             products.update(outputs)
@@ -64,13 +64,17 @@ def operators(file: onnx.ModelProto) -> Counter[str]:
     return +found
 
 
+def _clips(node: onnx.NodeProto, constants: set[str]) -> bool:
+    return node.op_type in CLIPPING and all(name in constants for name in node.input[1:] if name)
+
+
 def _rounded(file: onnx.ModelProto) -> dict[str, bool]:
     """For every value, whether all that reads it rounds it, behind a ReLU perhaps."""
     found = {name: True for node in file.graph.node for name in node.output}
-    read: set[str] = set()
+    read, constants = set[str](), {each.name for each in file.graph.initializer}
     for node in reversed(file.graph.node):
         for name in filter(None, node.input):
-            fits = node.op_type == "QuantizeLinear" or (node.op_type in CLIPPING and found[node.output[0]])
+            fits = node.op_type == "QuantizeLinear" or (_clips(node, constants) and found[node.output[0]])
             found[name] = found.get(name, True) and fits
             read.add(name)
     return {name: fits and name in read for name, fits in found.items()}

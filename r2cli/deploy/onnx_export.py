@@ -17,46 +17,53 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
 from r2cli.calibration import deployed
+from r2cli.config import targets
+from r2cli.config.groups import FileForm
 from r2cli.deploy import onnx_layers
 from r2cli.deploy.onnx_layers import Weights
 from r2cli.deploy.onnx_operators import OPERATORS
 from r2cli.deploy.onnx_sheet import Shape, Sheet, Unwritable, Value
 from r2cli.deploy.onnx_writer import OnnxWriter
+from r2cli.deploy.retarget import retarget
 from r2cli.errors import R2Error
 from r2cli.graph import edit, operators, placement, structure
 from r2cli.graph.channel_clip import Clip
 from r2cli.graph.read import trace
 from r2cli.graph.recurrent import RecurrentWeight
 from r2cli.graph.transposed import TransposedConv
-from r2cli.quantized.coded import Codec
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint
 
 INPUT, OUTPUT = "input", "logits"
 
 
-def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """Return the bytes of the ONNX file of `checkpoint`. Equal checkpoints give equal bytes.
+def to_bytes(checkpoint: Checkpoint, form: FileForm | None = None) -> bytes:
+    """Return the bytes of the ONNX file of `checkpoint` for its target. Equal checkpoints give equal bytes.
 
     Its input is float32 (batch, channels, size, size), or int64 tokens (batch, 3, size); its output is the logits,
-    float32 (batch, classes). Raises R2Error for an operation that has no form in ONNX, or a weight that is lost.
+    float32 (batch, classes). Raises R2Error for an operation that has no form in ONNX, or a weight that is lost, and
+    InputError for what the target cannot hold.
     """
+    form, checkpoint = form or FileForm(), retarget(checkpoint)
+    target = targets.get(checkpoint.target)
+    batch = target.batch if form.batch is None else targets.batch(form.batch)
     net = deployed.network(checkpoint)
     blank = checkpoint.input.blank(2)
     graph = net if isinstance(net, fx.GraphModule) else trace(net, blank, deployed.architecture(checkpoint))
     _pool_on_grids(graph)
     edit.repeat_grids(graph)
-    writer = OnnxWriter()
-    weights = Weights(writer, checkpoint.coded)
+    writer = OnnxWriter(target.most_opset, form.opset)
+    weights = Weights(writer, checkpoint.coded, target)
     weights.float_activations = not checkpoint.activations
     weights.unfused = _giving_floats(graph)
-    _Export(graph.eval(), writer, weights).write(blank)
+    _Export(graph.eval(), writer, weights).write(checkpoint.input.blank(batch or 2), is_fixed=batch is not None)
     lost = [name for name in checkpoint.coded if not any(name in node.output for node in writer.nodes)]
     if lost:
         raise R2Error(f"nothing in the network reads the weight '{lost[0]}': report this with the model's name")
     kind = TensorProto.INT64 if blank.dtype == torch.int64 else TensorProto.FLOAT
-    given = helper.make_tensor_value_info(INPUT, kind, ["batch", *blank.shape[1:]])
-    result = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", len(checkpoint.class_names)])
+    count = batch or "batch"
+    given = helper.make_tensor_value_info(INPUT, kind, [count, *blank.shape[1:]])
+    result = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [count, len(checkpoint.class_names)])
     content: bytes = writer.model([given], [result], metadata(checkpoint)).SerializeToString(deterministic=True)
     return content
 
@@ -98,18 +105,19 @@ class _Export:
         self.constants: dict[fx.Node, Tensor] = {}
         self.batch = ""
 
-    def write(self, blank: Tensor) -> None:
-        """Write the nodes in their order. `blank` (2, ...) is an input; what a third one changes follows the batch."""
+    def write(self, blank: Tensor, *, is_fixed: bool) -> None:
+        """Write the nodes in their order. `blank` (n, ...) is an input. What one more changes follows the batch, unless
+        the batch `is_fixed`."""
         with torch.no_grad():
             first, second = _Shapes(self.net), _Shapes(self.net)
             first.run(blank)
-            second.run(blank.new_zeros((3, *blank.shape[1:])))
+            second.run(blank if is_fixed else blank.new_zeros((len(blank) + 1, *blank.shape[1:])))
         # What depends on the batch's size is no constant, whatever it is made from.
         both = first.constants.items()
         self.constants = {node: one for node, one in both if torch.equal(one, second.constants[node])}
         for node in self.net.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = Value(INPUT, (None, *blank.shape[1:]), blank.dtype)
+                self.values[node] = Value(INPUT, (len(blank) if is_fixed else None, *blank.shape[1:]), blank.dtype)
             elif node.op == "output":
                 self._result(node.args[0])
             else:
@@ -159,6 +167,8 @@ class _Export:
         args: Any = fx.node.map_arg(node.args, lambda each: self.values[each])
         kwargs = fx.node.map_arg(node.kwargs, lambda each: self.values[each])
         self.writer.enter(node.name)
+        if self.weights.target.signed and self._is_clipped(node):
+            return args[0].name
         if module is not None:
             return self._module(sheet, node, module, args[0])
         if node.op == "get_attr":
@@ -166,7 +176,7 @@ class _Export:
         if node.target not in OPERATORS:
             raise Unwritable("r2 knows no form of it")
         if node.target in (torch.add, torch.mul) and _with_number(node) and placement.is_between_grids(self.net, node):
-            args = (args[0], onnx_layers.number_on_grid(sheet, float(args[1])))
+            args = (args[0], onnx_layers.number_on_grid(sheet, self.weights, float(args[1])))
         count = len(self.writer.nodes)
         return self._named(OPERATORS[node.target](sheet, *args, **kwargs), node.name, count)
 
@@ -175,7 +185,7 @@ class _Export:
         if isinstance(module, deployed.FakeQuantize):
             return self._grid(sheet, node, module.grid, x)
         if isinstance(module, Clip):
-            if all(edit.is_grid(user) for user in node.users):  # the grid clips the codes of each channel
+            if self._clips_codes(node):  # the grid clips the codes of each channel
                 return sheet.node("Relu", x)
             return onnx_layers.channel_clip(sheet, name, module, x)
         for kinds, handler in onnx_layers.LAYERS:
@@ -191,9 +201,26 @@ class _Export:
             given = self.values[before.all_input_nodes[0]]
             return onnx_layers.hard_sigmoid_on_grid(sheet, self.weights, name, grid, given)
         module = self.modules[before]
-        return onnx_layers.quantize(
-            sheet, self.weights, name, grid, x.name, module.high if isinstance(module, Clip) else None
+        bound = module.high if isinstance(module, Clip) and self._clips_codes(before) else None
+        return onnx_layers.quantize(sheet, self.weights, name, grid, x.name, bound)
+
+    def _is_clipped(self, node: fx.Node) -> bool:
+        """Whether a ReLU changes nothing, because the grids that read it clip its values. ONNX Runtime does not fuse it
+        with INT8 codes."""
+        most = next(
+            (high for kind, high in ((F.relu, None), (F.relu6, 6.0)) if operators.is_a(self.net, node, (kind,))), 0
         )
+        grids = [self.modules[user] for user in node.users]
+        return most != 0 and all(
+            isinstance(each, deployed.FakeQuantize)
+            and int(each.grid.zero_point) == 0
+            and (most is None or int(each.grid.encode(torch.tensor(most))) == each.grid.highest)
+            for each in grids
+        )
+
+    def _clips_codes(self, node: fx.Node) -> bool:
+        """Whether the bounds of a Clip are those of its grid's codes."""
+        return self.weights.target.clips_codes and all(edit.is_grid(user) for user in node.users)
 
     def _joins(self, node: fx.Node) -> bool:
         """Whether `node` is a hard sigmoid between two grids of 8 bits, which is written with the second."""
@@ -296,14 +323,19 @@ def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _giving_floats(net: fx.GraphModule) -> set[str]:
-    """The weights of layers that run in float: no grid is on what they give, behind its activation perhaps."""
+    """The weights of layers that run in float: no grid is on what they give, behind its activation perhaps.
+
+    An activation before a grid that reaches below zero is not fused.
+    """
     found = set()
     for layer in structure.layers(net):
         node = structure.node_of(net, layer)
         user = structure.only_user(node)
         last = user if user is not None and operators.is_a(net, user, operators.ACTIVATIONS) else node
         transposed = isinstance(operators.module_of(net, node), TransposedConv)
-        if transposed or not any(map(edit.is_grid, last.users)):
+        grids: list[Any] = [operators.module_of(net, each) for each in last.users if edit.is_grid(each)]
+        fuses = any(last is node or not bool(each.zero_point) for each in grids)
+        if transposed or not fuses:
             found.add(layer.weight)
     return found
 
@@ -318,14 +350,10 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "r2.history": _json(checkpoint.history),
         "r2.input": _json(checkpoint.input.described()),
         "r2.model": _json(checkpoint.model.described()),
+        "r2.target": _json(checkpoint.target),
     }
     return dict(sorted(entries.items()))
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def stored_bits(codec: Codec) -> int:
-    """Return the bits that a code takes in the file. Codes of 5 to 7 bits take 8: they would not pack well."""
-    return codec.bits if codec.bits <= 4 else 8

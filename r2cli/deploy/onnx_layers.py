@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from r2cli.config.targets import Target
 from r2cli.deploy import weight_nodes
 from r2cli.deploy.onnx_moving import pad
 from r2cli.deploy.onnx_sheet import Sheet, Value
@@ -32,8 +33,8 @@ MODES = {"reflect": "reflect", "replicate": "edge"}
 class Weights:
     """The network's tensors in the file: each is written once, when the first node reads it."""
 
-    def __init__(self, writer: OnnxWriter, coded: Mapping[str, Coded]) -> None:
-        self.writer, self.coded = writer, coded
+    def __init__(self, writer: OnnxWriter, coded: Mapping[str, Coded], target: Target) -> None:
+        self.writer, self.coded, self.target = writer, coded, target
         self.float_activations = True
         # Weights of layers that give floats. ONNX Runtime does not fuse those, and on processors without VNNI it then
         # needs a zero point. OpenCV cannot read one beside a bias of INT32, so the others have none.
@@ -57,9 +58,15 @@ class Weights:
         else:
             if not torch.equal(content, one.decode()):
                 raise R2Error(f"the weight '{name}' is not what its codes stand for: report this with the model's name")
-            loose = name in self.unfused
+            loose = name in self.unfused or self.target.signed  # ONNX Runtime fuses no ReLU with INT8
             weight_nodes.emit(
-                self.writer, name, one, read_as_float=self.float_activations, with_zero=loose, exchanges=exchanges
+                self.writer,
+                name,
+                one,
+                read_as_float=self.float_activations,
+                with_zero=loose,
+                exchanges=exchanges,
+                target=self.target,
             )
         self._written[name, None] = name
         return name
@@ -101,7 +108,7 @@ class Weights:
         if bias is None:
             return None
         scale = self._unit(weight, x)
-        if scale is None:
+        if scale is None or not self.target.integer_biases:
             return self.tensor(name, bias)
         # A layer that runs on two values has two units, and so its bias twice.
         if (name, x.name) not in self._written:
@@ -268,15 +275,16 @@ def quantize(sheet: Sheet, weights: Weights, name: str, grid: Grid, x: str, most
     gives the same result as clipping the values, and runtimes stay in integers.
     """
     writer = sheet.writer
-    scale, zero = _parameters(writer, name, grid)
+    offset, kind = codes_of(weights.target)
+    scale, zero = _parameters(weights, name, grid)
     codes = writer.node("QuantizeLinear", [x, scale, zero])
     if grid.bits < 8:
-        lowest, highest = (writer.constant(each, np.uint8, "code") for each in (grid.lowest, grid.highest))
+        lowest, highest = (writer.constant(each - offset, kind, "code") for each in (grid.lowest, grid.highest))
         codes = writer.node("Clip", [codes, lowest, highest])
     bounds = None if most is None else grid.encode(most)
     if bounds is not None and bool((bounds < grid.highest).any()):
         shape = (-1, *(1 for _ in sheet.shape[2:]))
-        column = bounds.to(torch.uint8).reshape(shape if bounds.ndim else ()).numpy()
+        column = (bounds.to(torch.int32) - offset).numpy().astype(kind).reshape(shape if bounds.ndim else ())
         codes = writer.node("Min", [codes, writer.initializer(f"{name}.most", column)])
     value = writer.node("DequantizeLinear", [codes, scale, zero])
     weights.scales[value] = grid.scale.numpy()
@@ -289,8 +297,10 @@ def hard_sigmoid_on_grid(sheet: Sheet, weights: Weights, name: str, grid: Grid, 
     Quantizing x + 3 with six times the scale gives the codes of (x + 3) / 6, and clips them to the range.
     """
     writer = sheet.writer
-    scale, zero = _parameters(writer, name, grid)
-    total = writer.node("Add", [x.name, number_on_grid(sheet, 3.0)])
+    scale, zero = _parameters(weights, name, grid)
+    total = writer.node("Add", [x.name, number_on_grid(sheet, weights, 3.0)])
+    if bool(grid.zero_point):  # a grid that reaches below zero does not clip there
+        total = writer.node("Clip", [total, writer.constant(0.0, np.float32), writer.constant(6.0, np.float32)])
     sixfold = writer.initializer(f"{name}.sixfold", (6 * grid.scale).numpy())
     codes = writer.node("QuantizeLinear", [total, sixfold, zero])
     value = writer.node("DequantizeLinear", [codes, scale, zero])
@@ -298,19 +308,26 @@ def hard_sigmoid_on_grid(sheet: Sheet, weights: Weights, name: str, grid: Grid, 
     return value
 
 
-def number_on_grid(sheet: Sheet, number: float) -> str:
+def number_on_grid(sheet: Sheet, weights: Weights, number: float) -> str:
     """Write a number that is not 0 as one step of a grid: runtimes then add it, or multiply by it, on integers."""
-    writer = sheet.writer
-    code, zero = (writer.constant(each, np.uint8, "code") for each in ((1, 0) if number > 0 else (0, 1)))
+    writer, kind = sheet.writer, codes_of(weights.target)[1]
+    below = (-1, 0) if kind is np.int8 else (0, 1)
+    code, zero = (writer.constant(each, kind, "code") for each in ((1, 0) if number > 0 else below))
     return writer.node("DequantizeLinear", [code, writer.constant(abs(number), np.float32), zero])
 
 
-def _parameters(writer: OnnxWriter, name: str, grid: Grid) -> tuple[str, str]:
+def codes_of(target: Target) -> tuple[int, Any]:
+    """What is taken off the unsigned codes of activations, and the type that they then have."""
+    return (128, np.int8) if target.signed else (0, np.uint8)
+
+
+def _parameters(weights: Weights, name: str, grid: Grid) -> tuple[str, str]:
     """Write a grid's scale and zero point, once."""
     names = f"{name}.scale", f"{name}.zero_point"
-    if names[0] not in writer.initializers:
-        writer.initializer(names[0], grid.scale.numpy())
-        writer.initializer(names[1], grid.zero_point.to(torch.uint8).numpy())
+    if names[0] not in weights.writer.initializers:
+        offset, kind = codes_of(weights.target)
+        weights.writer.initializer(names[0], grid.scale.numpy())
+        weights.writer.initializer(names[1], (grid.zero_point - offset).numpy().astype(kind))
     return names
 
 

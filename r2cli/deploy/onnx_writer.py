@@ -7,21 +7,28 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from r2cli.config.targets import MOST_OPSET
+from r2cli.errors import InputError
+
 Array = np.ndarray[Any, Any]
 # The lowest opset with all that r2 writes, but for the operators that say otherwise: any runtime since 2020 reads it.
 OPSET = 13
 # The oldest format of a file in which each opset may stand.
 IR_VERSIONS = {13: 8, 14: 8, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
 SINCE = {"LayerNormalization": 17}  # operators that no lower opset has
+AXES_AS_INPUT = 18  # from this opset on, means and extremes read their axes
+REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin")
 
 
 class OnnxWriter:
     """A graph that grows node by node. Values are known by their names."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_opset: int = MOST_OPSET, opset: int | None = None) -> None:
+        """`opset` is asked for, and `most_opset` is the greatest that the file may have."""
+        self.most_opset, self.asked = most_opset, opset
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
-        self.opset = OPSET
+        self.opset, self._asker = OPSET, ""
         self._scope, self._count = "", 0
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
@@ -39,7 +46,8 @@ class OnnxWriter:
         read = ["" if name is None else name for name in inputs]
         given = {key: value for key, value in attributes.items() if value is not None}
         self.nodes.append(helper.make_node(operator, read, names, **given))
-        self.opset = max(self.opset, SINCE.get(operator, OPSET))
+        if SINCE.get(operator, OPSET) > self.opset:
+            self.opset, self._asker = SINCE[operator], operator
         return names
 
     def _next(self) -> str:
@@ -89,6 +97,26 @@ class OnnxWriter:
         """Return the name of a shared constant (n,) of INT64: a shape, axes, or bounds."""
         return self.constant(list(values), np.int64, "shape")
 
+    def _opset(self) -> int:
+        """The file's opset. Raises InputError where its operators and what is asked for exclude each other."""
+        if self.opset > self.most_opset:
+            raise InputError(
+                f"{self._asker} exists from opset {self.opset} on, and the target reads {self.most_opset} at most: "
+                "take another --target"
+            )
+        if self.asked is not None and self.asked < self.opset:
+            raise InputError(f"{self._asker} exists from opset {self.opset} on: give --opset {self.opset} or more")
+        if self.asked is not None and self.asked > self.most_opset:
+            raise InputError(f"the target reads opset {self.most_opset} at most: give a lower --opset")
+        return self.asked or self.opset
+
+    def _give_axes(self, node: NodeProto) -> None:
+        """Make the axes of a mean or an extreme its second input, in place."""
+        own = next((each for each in node.attribute if each.name == "axes"), None)
+        if node.op_type in REDUCTIONS and own is not None:
+            node.input.append(self.ints(list(own.ints)))
+            node.attribute.remove(own)
+
     def model(
         self,
         inputs: Sequence[onnx.ValueInfoProto],
@@ -101,12 +129,17 @@ class OnnxWriter:
             if needed.intersection(node.output):
                 needed.update(node.input)
                 nodes.append(node)
+        opset = self._opset()
+        if opset >= AXES_AS_INPUT:
+            for node in nodes:
+                self._give_axes(node)
+            needed = {name for node in nodes for name in node.input}
         held = [tensor for name, tensor in self.initializers.items() if name in needed]
         graph = helper.make_graph(nodes[::-1], "r2", inputs, outputs, held)
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", self.opset)],
-            ir_version=IR_VERSIONS[self.opset],
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=IR_VERSIONS[opset],
             producer_name="r2cli",
         )
         helper.set_model_props(model, dict(metadata))

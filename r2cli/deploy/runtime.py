@@ -1,5 +1,6 @@
 """An ONNX file in ONNX Runtime: reading it, running it, and what the processor does with 8-bit integers."""
 
+import json
 import os
 import platform
 from collections import Counter
@@ -12,6 +13,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.inliner
 import onnxruntime as ort
@@ -20,6 +22,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from r2cli import data
+from r2cli.config.targets import TARGETS
 from r2cli.deploy import weight_roles
 from r2cli.errors import InputError
 from r2cli.storage import checkpoint as checkpoints
@@ -119,11 +122,11 @@ def _first(error: Exception) -> str:
 def runner(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
     """A function from images (n, c, s, s) to logits (n, classes), by ONNX Runtime."""
     own = session(path, **options)
-    name = own.get_inputs()[0].name
+    given = own.get_inputs()[0]
 
     def run(images: Tensor) -> Tensor:
         try:
-            logits = torch.from_numpy(own.run(None, {name: images.cpu().contiguous().numpy()})[0])
+            logits = torch.from_numpy(_in_batches(own, [own.get_outputs()[0].name], given, images)[0])
         except Exception as error:  # as above
             raise UnrunnableError(
                 f"{path} fails when ONNX Runtime {ort.__version__} runs it: {_first(error)}"
@@ -157,6 +160,25 @@ def recorded(path: Path) -> Recorded:
     except Malformed as error:
         raise InputError(f"{path} has damaged metadata ({error}): write it again") from error
     return Recorded(spec, entry.class_names, data.named_in(entry.history, str(path)))
+
+
+def _in_batches(own: ort.InferenceSession, outputs: Sequence[str], given: Any, images: Tensor) -> list[Any]:
+    """The outputs for `images` (n, ...), in the batches that a file of a fixed batch takes, the last one filled up."""
+    values, count = images.cpu().contiguous().numpy(), given.shape[0]
+    if not isinstance(count, int) or count == len(values):
+        found: list[Any] = own.run(outputs, {given.name: values})
+        return found
+    runs = [
+        own.run(outputs, {given.name: values.take(range(k, k + count), 0, mode="clip")})
+        for k in range(0, len(values), count)
+    ]
+    return [np.concatenate(parts)[: len(values)] for parts in zip(*runs, strict=True)]
+
+
+def target_of(model: onnx.ModelProto) -> str | None:
+    """The target that a file of ours says it is for; None for another file."""
+    told = {entry.value for entry in model.metadata_props if entry.key == "r2.target"}
+    return next((name for name in TARGETS if json.dumps(name) in told), None)
 
 
 def latency_ms(run: Callable[[Tensor], Tensor], image: Tensor, repeats: int = 30) -> float:
@@ -230,16 +252,16 @@ def values(file: onnx.ModelProto, names: Sequence[str], *, optimise: bool) -> Ca
     open_file.CopyFrom(file)
     open_file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     own = session(open_file.SerializeToString(), optimise=optimise)
-    outputs, given = [each.name for each in own.get_outputs()], own.get_inputs()[0].name
+    outputs, given = [each.name for each in own.get_outputs()], own.get_inputs()[0]
 
     def run(images: Tensor) -> dict[str, Tensor]:
         try:
-            found = own.run(outputs, {given: images.cpu().contiguous().numpy()})
+            found = _in_batches(own, outputs, given, images)
         except Exception as error:  # as above
             raise UnrunnableError(
                 f"the file fails when ONNX Runtime {ort.__version__} runs it: {_first(error)}"
             ) from error
         read = zip(outputs, found, strict=True)
-        return {given: images.cpu()} | {name: torch.from_numpy(value) for name, value in read}
+        return {given.name: images.cpu()} | {name: torch.from_numpy(value) for name, value in read}
 
     return run

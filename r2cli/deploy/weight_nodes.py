@@ -7,6 +7,9 @@
                          centroids -> channels of vectors apart -> DequantizeLinear for an int8 table, Mul by the scale
                          for a float one
 
+Some targets look for INT8 weights right before DequantizeLinear: for those the integers themselves are written, of all
+widths and of palettes with int8 tables, without zero points (`is_packed`).
+
 Layers share the tables of bytes and the shapes; a shape has -1 as its first dimension, so that more layers can share
 it. A palette unpacks by Div and Mod, because a table of bytes takes one or two KB, and the file of a small network is
 hardly larger than its codes.
@@ -27,11 +30,12 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from r2cli.config.targets import DEFAULT, TARGETS, Target
 from r2cli.deploy.onnx_writer import OnnxWriter
 from r2cli.errors import R2Error
-from r2cli.quantized.coded import Coded
+from r2cli.quantized.coded import Codec, Coded
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.packing import Plane, split_planes, twos_complement, unpack_plane
+from r2cli.quantized.packing import Plane, packed_bytes, split_planes, twos_complement, unpack_plane
 from r2cli.quantized.palette import Palette
 
 Array = np.ndarray[Any, Any]
@@ -45,6 +49,7 @@ def emit(
     read_as_float: bool,
     with_zero: bool = False,
     exchanges: int | None = None,
+    target: Target = TARGETS[DEFAULT],
 ) -> str:
     """Write the nodes that compute the quantized weight `name`, and return the name of its float value: `name`.
 
@@ -54,7 +59,9 @@ def emit(
     """
     graph.enter(name)
     codec = coded.codec
-    if isinstance(codec, Palette):
+    if not is_packed(codec, target):
+        codec, value, is_integer, shape = _plain(graph, name, coded)
+    elif isinstance(codec, Palette):
         value, is_integer = _palette(graph, name, coded, codec)
         shape = codec.shape
     else:
@@ -71,6 +78,36 @@ def emit(
     if exchanges is not None:
         value = _exchange(graph, value, shape, exchanges)
     return graph.rename(value, name)
+
+
+def is_packed(codec: Codec, target: Target) -> bool:
+    """Whether the codes of a weight are stored as they are, with its table or zero points, and not its integers."""
+    has_zeros = isinstance(codec, Grid) and bool(codec.zero_point.any())
+    return target.packed and (target.weight_zero_points or not has_zeros)
+
+
+def stored_bytes(coded: Coded, target: Target) -> int:
+    """Return the bytes that a weight's codes take in the file. Codes of 5 to 7 bits take a byte each."""
+    if not is_packed(coded.codec, target):
+        return plain(coded).numel()
+    return packed_bytes(coded.codes.numel(), coded.codec.bits if coded.codec.bits <= 4 else 8)
+
+
+def plain(coded: Coded) -> Tensor:
+    """Return the integers that the scale of `scale_of` multiplies, in the shape of the weight: int32."""
+    codec = coded.codec
+    if isinstance(codec, Grid):
+        return codec.integers(coded.codes) * codec.integer_factor
+    return replace(codec, scale=torch.ones(()), axis=None).decode(coded.codes).round().to(torch.int32)
+
+
+def _plain(graph: OnnxWriter, name: str, coded: Coded) -> tuple[Codec, str, bool, tuple[int, ...]]:
+    """Write the integers of a weight, INT8, and say what decodes them."""
+    integers, codec = plain(coded), coded.codec
+    if isinstance(codec, Grid):
+        codec = replace(codec, zero_point=torch.zeros_like(codec.zero_point))
+    value = graph.initializer(f"{name}.codes", integers.to(torch.int8).numpy())
+    return codec, value, True, tuple(integers.shape)
 
 
 def _exchange(graph: OnnxWriter, value: str, shape: tuple[int, ...], groups: int) -> str:

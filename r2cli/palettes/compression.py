@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from r2cli import registry
 from r2cli.calibration import calibrate, deployed
+from r2cli.config import targets
 from r2cli.data import Batch
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, equivalence, lone_norms, operators, structure
@@ -49,6 +50,7 @@ class PaletteSettings:
     keep: Mapping[str, tuple[int, int]]
     act_range: str = "minmax"
     embeddings: bool = False  # whether embeddings get palettes too, which needs activations in float
+    target: str = targets.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -300,12 +302,16 @@ def finish(
         assert batches is not None
         images, shape = (images for images, _ in batches()), work.checkpoint.input.shape
         bits, rule = work.settings.act_bits, work.settings.act_range
-        found, raised = calibrate.calibrate_and_round(net.to(device), folded, shape, bits, images, rule)
+        symmetric = targets.get(work.settings.target).symmetric
+        found, raised = calibrate.calibrate_and_round(
+            net.to(device), folded, shape, bits, images, rule, symmetric=symmetric
+        )
         told = {name: calibrate.raised_note(folded[name], one) for name, one in raised.items()}
         rows = [replace(row, note=together(row.note, told.get(f"{row.layer}.weight"))) for row in rows]
         folded |= raised
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
-    return replace(work.checkpoint, floats=floats, coded=folded, activations=found, folded=True), rows
+    made = replace(work.checkpoint, floats=floats, coded=folded, activations=found, folded=True)
+    return replace(made, target=work.settings.target), rows
 
 
 def _finish_weights(
@@ -322,7 +328,7 @@ def _finish_weights(
         model.cpu()
     own = {f"{name}.weight": one for name, one in coded.items()}
     floats = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
-    return replace(work.checkpoint, floats=floats, coded=own), rows
+    return replace(work.checkpoint, floats=floats, coded=own, target=work.settings.target), rows
 
 
 def _with_factor(coded: Coded, factor: Tensor | None) -> Coded:

@@ -68,6 +68,7 @@ def settings_of(config: PalettizeConfig, method: str) -> PaletteSettings:
         values.keep_forms(config.keep, config.dim),
         config.act_range or observers.usual(acts or 8),
         config.embeddings,
+        config.target,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from r2cli import registry
 from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
+from r2cli.config import targets
 from r2cli.data import Batch
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, equivalence, lone_norms, operators, structure
@@ -65,6 +66,7 @@ class PtqSettings:
     act_range: str = "minmax"
     symmetric: bool = True
     embeddings: bool = False  # whether embeddings get codes too, which needs activations in float
+    target: str = targets.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def quantize(
     rows = [_with_note(row, told.get(f"{row.layer}.weight", "")) for row in rows]
     coded |= raised
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
-    return replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True), rows
+    made = replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True)
+    return replace(made, target=settings.target), rows
 
 
 @dataclass(frozen=True)
@@ -266,10 +269,14 @@ def _activations(
     """
     if settings.act_bits is None:
         return {}, {}
+    symmetric = targets.get(settings.target).symmetric
     if not isinstance(known, Mapping):
-        return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, settings.act_range)
+        rule = settings.act_range
+        return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, rule, symmetric=symmetric)
     ends = batchnorm_statistics.ranges(net, known, spec)
-    activations = {name: grids.activation_grid(*both, settings.act_bits) for name, both in ends.items()}
+    activations = {
+        name: grids.activation_grid(*both, settings.act_bits, symmetric=symmetric) for name, both in ends.items()
+    }
     return activations, grids.round_to_grids(net, coded, activations)
 
 
@@ -308,7 +315,7 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
         coded[f"{name}.weight"] = one
         rows.append(_quantized_layer(name, one, weight, settings.granularity, note))
     floats = {name: tensor for name, tensor in checkpoint.floats.items() if name not in coded}
-    return replace(checkpoint, floats=floats, coded=coded), rows
+    return replace(checkpoint, floats=floats, coded=coded, target=settings.target), rows
 
 
 def _look(

@@ -65,6 +65,7 @@ def settings_of(config: PtqConfig) -> PtqSettings:
         config.act_range or observers.usual(acts or 8),
         config.symmetric,
         config.embeddings,
+        config.target,
     )
 
 

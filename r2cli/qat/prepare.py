@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from r2cli import models, registry
 from r2cli.calibration import calibrate, deployed
+from r2cli.config import targets
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, edit, equivalence, lone_norms, structure
 from r2cli.qat import qat_method, quantizer_placement
@@ -45,6 +46,7 @@ class QatSettings:
     keep: Mapping[str, int]
     activations: str = OUTPUTS
     start: str = FITTED
+    target: str = targets.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,10 @@ def prepare(work: QatTask) -> Prepared:
         inputs=settings.activations == INPUTS,
     )
     keep_scales(prepared)
-    for edge in prepared.activations:
-        edge.fitted = settings.start == FITTED
+    for edge in prepared.edges.values():
+        edge.symmetric = targets.get(settings.target).symmetric
+    for trained in prepared.activations:
+        trained.fitted = settings.start == FITTED
     # Weights are scaled before the first images pass, because activations start on what these weights compute.
     prepared.net.to(work.device)
     images, _ = next(iter(work.batches()))
@@ -162,7 +166,8 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
         rows = [replace(row, note="; ".join(note)) for row, note in zip(rows, notes, strict=True)]
         folded |= raised
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}
-    return replace(work.checkpoint, floats=floats, coded=folded, activations=grids, folded=True), rows
+    made = replace(work.checkpoint, floats=floats, coded=folded, activations=grids, folded=True)
+    return replace(made, target=work.settings.target), rows
 
 
 def fold(coded: Coded, factor: Tensor | None, negative: Tensor | None) -> Coded:

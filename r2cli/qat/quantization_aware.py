@@ -102,6 +102,7 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
         values.keep(config.keep),
         config.activations,
         config.start,
+        config.target,
     )
 
     def batches() -> Iterator[Batch]:

@@ -61,6 +61,8 @@ class _OnEdge(nn.Module):
     The zero point is part of the state, so that a resumed run finds it again.
     """
 
+    symmetric = False  # the zero point is the middle code, whatever the values
+
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits, self.zero, self.rectifies = bits, 0, False
@@ -97,6 +99,8 @@ class ActivationQuantizer(_OnEdge):
         width, levels = max(high, 0.0) - min(low, 0.0), 2**self.bits - 1
         # Negative values get one level at least, and so do positive ones, however few they are.
         self.zero = 0 if low >= 0 else min(max(round(-low / width * levels), 1), max(levels - 1, 1))
+        if self.symmetric:
+            self.zero = 1 << (self.bits - 1)
 
     def step(self) -> Tensor:
         """Return the distance () between two levels."""
@@ -146,7 +150,7 @@ class WideQuantizer(_OnEdge):
 
     def settle(self) -> None:
         """End watching, and set the grid to the range that was seen."""
-        grid = activation_grid(self.low, self.high, self.bits)
+        grid = activation_grid(self.low, self.high, self.bits, symmetric=self.symmetric)
         self.size.copy_(grid.scale)
         self.zero = int(grid.zero_point)
         self.watching, self.low, self.high = False, 0.0, 0.0

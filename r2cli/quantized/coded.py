@@ -26,6 +26,11 @@ class Coded:
         """Return the values: float32, the shape of the weight."""
         return self.codec.decode(self.codes)
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether its values are integers times a scale: a palette's may be floats."""
+        return not isinstance(self.codec, Palette) or not self.codec.lut.is_floating_point()
+
     def packed(self) -> Tensor:
         """Return the codes as bytes, as `packing.pack` packs them: (bytes,) uint8."""
         return pack(self.codes, self.codec.bits)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from r2cli import __version__
+from r2cli.config import targets
 from r2cli.errors import InputError
 from r2cli.quantized.coded import Codec, Coded
 from r2cli.quantized.grid import Grid
@@ -119,7 +120,8 @@ class Checkpoint:
 
     `floats` and `coded` together hold every tensor of the network's state_dict, by name. `folded` says that every
     BatchNorm was folded into the scales and biases of the layer before it, and is no longer in the network.
-    `activations` maps the name of a node in the traced graph to the grid of its output.
+    `activations` maps the name of a node in the traced graph to the grid of its output. `target` is the row of
+    `config.targets` that the grids were found for.
     """
 
     model: ModelSpec
@@ -130,6 +132,7 @@ class Checkpoint:
     activations: Mapping[str, Grid] = field(default_factory=dict)
     folded: bool = False
     history: tuple[Mapping[str, Any], ...] = ()
+    target: str = targets.DEFAULT
     origin: str = field(default="the checkpoint", compare=False)  # the file it was read from, for messages
 
     def then(self, command: str, options: Mapping[str, Any], metrics: Mapping[str, Any]) -> "Checkpoint":
@@ -179,6 +182,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         "activations": activations,
         "folded": checkpoint.folded,
         "history": checkpoint.history,
+        "target": checkpoint.target,
     }
     return safetensors.torch.save(tensors, {"r2": json.dumps(meta, sort_keys=True)})
 
@@ -198,6 +202,8 @@ def load(path: Path) -> Checkpoint:
             raise Malformed(f"'class_names' are {len(entry.class_names)}, the network has {spec.classes} classes")
         coded = {name: _coded(name, own, tensors) for name, own in entry.codecs.items()}
         activations = {node: _activation_grid(own) for node, own in entry.activations.items()}
+        if entry.target not in targets.TARGETS:
+            raise Malformed(f"'target' is {entry.target[:40]!r}, which is none of `r2 targets`")
     checkpoint = Checkpoint(
         spec,
         given,
@@ -207,6 +213,7 @@ def load(path: Path) -> Checkpoint:
         activations,
         entry.folded,
         entry.history,
+        entry.target,
         origin=str(path),
     )
     _require_finite(checkpoint, path)

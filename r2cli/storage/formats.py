@@ -71,6 +71,7 @@ class CheckpointEntry:
     activations: Mapping[str, ActivationEntry]
     folded: bool
     history: tuple[Mapping[str, Any], ...]
+    target: str = "onnxruntime"
 
 
 @dataclass(frozen=True)
