@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from r2cli.api import verify as verify
     from r2cli.config.groups import ExportForm as ExportForm
     from r2cli.config.inspection import AnalyzeConfig as AnalyzeConfig
+    from r2cli.config.inspection import VerifyConfig as VerifyConfig
     from r2cli.config.methods import PalettizeConfig as PalettizeConfig
     from r2cli.config.methods import PretrainConfig as PretrainConfig
     from r2cli.config.methods import PtqConfig as PtqConfig
     from r2cli.config.methods import QatConfig as QatConfig
 
-CONFIGS = {"AnalyzeConfig": "inspection", "ExportForm": "groups"}
+CONFIGS = {"AnalyzeConfig": "inspection", "VerifyConfig": "inspection", "ExportForm": "groups"}
 CONFIGS |= dict.fromkeys(("PalettizeConfig", "PretrainConfig", "PtqConfig", "QatConfig"), "methods")
 FUNCTIONS = (
     "analyze",

@@ -21,14 +21,14 @@ from r2cli import data as datasets
 from r2cli import registry
 from r2cli.analysis import layer_table, views
 from r2cli.analysis.layer_table import Analysis
-from r2cli.api import inputs
+from r2cli.api import inputs, proof_inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.config.groups import ExportForm, Inputs, Preparation
-from r2cli.config.inspection import AnalyzeConfig
+from r2cli.config.inspection import AnalyzeConfig, VerifyConfig
 from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
 from r2cli.data import Data
-from r2cli.deploy import onnx_export
+from r2cli.deploy import any_file, engines, onnx_export, second_engine
 from r2cli.deploy import verify as proof_of
 from r2cli.deploy.retarget import retarget
 from r2cli.deploy.verify import Proof
@@ -162,17 +162,27 @@ def export(network: Network, path: str | Path | None = None, form: ExportForm | 
 
 def verify(
     path: str | Path,
-    against: Network,
+    against: Network | None = None,
     data: Data | str | None = None,
+    config: VerifyConfig | None = None,
     *,
     original: Checkpoint | None = None,
     reporter: Reporter = SILENT,
 ) -> Proof:
-    """The proof of the ONNX file at `path` against the network that it was made from, on the test images.
+    """The proof of the ONNX file at `path`, r2's or anybody's, also in each runtime that `config` names or finds.
 
-    It also says how far that is from the float network, which a result brings along, or `original` is. Raises
-    InputError where the file is not a readable ONNX model.
+    `against` is what it was made from: a network, which it is compared with on the test images of `data`; or the path
+    of a float `.onnx` file; None for the file alone. The proof also says how far the file is from the float network,
+    which a result brings along, or `original` is. Raises InputError where a file is no readable ONNX model, where
+    ONNX Runtime cannot run it as it is written, and for a runtime that is unknown or not installed.
     """
+    config, path = config or VerifyConfig(), Path(path)
+    others = [engine for engine in engines.chosen(config.runtime) if engine.name != "onnxruntime"]
+    if against is None or (isinstance(against, str | Path) and Path(against).suffix == ".onnx"):
+        given = proof_inputs.of_file(path, data, config)
+        float_file = None if against is None else Path(against)
+        proof = any_file.prove(path, given.batches, float_file=float_file, others=others)
+        return proof.extended((), {"inputs": given.told})
     made, source = _read(against, data)
     original = against.original if isinstance(against, Result) else original
     float_network = None if original is None else deployed.network(original)
@@ -183,7 +193,17 @@ def verify(
                 yield images, labels
                 progress.advance(len(labels))
 
-        return proof_of.prove(Path(path), made, deployed.network(made), batches(), float_network)
+        proof = proof_of.prove(path, made, deployed.network(made), batches(), float_network)
+    if not others or not _ran(proof):
+        return proof
+    shown = proof_inputs.of_data(path, source).batches
+    usual = proof.measures["sqnr_db"]
+    return proof.extended([second_engine.check(path, each, shown, usual_db=usual) for each in others], {})
+
+
+def _ran(proof: Proof) -> bool:
+    """Whether the file ran in ONNX Runtime: else there is nothing to compare another runtime with."""
+    return proof.measures["nodes"] is not None
 
 
 def analyze(path: str | Path, config: AnalyzeConfig | None = None, *, reporter: Reporter = SILENT) -> list[Analysis]:

@@ -148,14 +148,14 @@ def told(report: Mapping[str, Any]) -> list[console.Line]:
     lines: list[console.Line] = [
         console.tick(each["name"], each["passed"], each["detail"]) for each in report["checks"]
     ]
-    overflow = report["overflow_db"]
+    overflow = report.get("overflow_db")
     if overflow is not None and overflow < verify.SQNR_DB:
         lines.append(
             "note: on a processor without VNNI, as this one, ONNX Runtime's default kernels overflow "
             f'({overflow:.0f} dB): deploy with the session option {runtime.EXACT_PRODUCTS} = "1", as r2 does, '
             "or with --weight-bits 7"
         )
-    own = report["embeddings"]
+    own = report.get("embeddings")
     if own is not None:
         kept = f"{own['coded']:,} weights as codes" if own["coded"] else f"{own['float']:,} weights stay float32"
         lines.append(f"embeddings: {kept}")

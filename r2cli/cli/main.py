@@ -13,7 +13,20 @@ from typing import Any, NoReturn
 import typer
 
 from r2cli import __version__, console
-from r2cli.cli import analyze, evaluate, export, interrupt, palettize, pretrain, ptq, qat, recipes, run, target_list
+from r2cli.cli import (
+    analyze,
+    evaluate,
+    export,
+    interrupt,
+    palettize,
+    pretrain,
+    prove,
+    ptq,
+    qat,
+    recipes,
+    run,
+    target_list,
+)
 from r2cli.cli.command import UsageError
 from r2cli.errors import InputError, R2Error
 
@@ -32,6 +45,7 @@ app.command()(qat.qat)
 app.command()(palettize.palettize)
 app.command()(export.export)
 app.command()(evaluate.evaluate)
+app.command()(prove.verify)
 app.command()(run.run)
 app.command("targets")(target_list.list_targets)
 app.add_typer(recipes.recipe, name="recipe")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from r2cli.config import groups, values
 from r2cli.config.groups import Written
-from r2cli.config.option import GATES, OUTPUT, Config, option
+from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
 
 SORTS = ("sqnr", "range", "outliers", "kurtosis", "size", "name")
 
@@ -99,6 +99,48 @@ class EvaluateConfig(Config):
     """Where a network is measured."""
 
     device: str = groups.device()
+
+
+@dataclass(frozen=True)
+class VerifyFiles(Config):
+    """The file to prove, and what it was made from."""
+
+    file: str = option("", "The .onnx file: r2's, or anybody's.", is_argument=True, given=str)
+    against: Path | None = option(
+        None, "What it was made from: the checkpoint of r2's, or the float .onnx file. (default: the file alone)"
+    )
+    data: str | None = option(None, f"{groups.DATA} (default: that of the file, else random inputs)")
+    data_dir: Path | None = option(None, "The folder of downloaded data sets. (default: ~/.cache/r2cli)")
+    model: str | None = option(None, "FILE.py:FACTORY, where the checkpoint's network is yours.", panel=FOREIGN)
+    model_arg: Sequence[str] = option(
+        (), "NAME=VALUE: a keyword of its factory; repeatable.", panel=FOREIGN, given=list[str] | None
+    )
+
+
+@dataclass(frozen=True)
+class VerifyConfig(Config):
+    """Where a file must run, and on what inputs."""
+
+    runtime: Sequence[str] = option(
+        (),
+        "Where it must run beside ONNX Runtime's plain kernels: onnxruntime, openvino; repeatable. (default: all that "
+        "are installed)",
+        given=list[str] | None,
+    )
+    shape: Sequence[str] = option(
+        (),
+        "NAME=1x3x224x224: the shape of an input that is drawn at random; repeatable. (default: the file's own)",
+        check=values.input_shapes,
+        given=list[str] | None,
+    )
+    seed: int = groups.seed()
+
+
+@dataclass(frozen=True)
+class VerifyGates(Config):
+    """Bounds on a file that is proved."""
+
+    max_bytes: int | None = option(None, "The greatest size of the file, in bytes.", panel=GATES)
 
 
 @dataclass(frozen=True)

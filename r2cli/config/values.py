@@ -160,3 +160,15 @@ def sqnr_floor(text: str) -> tuple[float, int]:
         raise InputError(f"--min-sqnr {text} would stop nothing or everything: give a number of dB")
     number_of("--min-sqnr …@", *MEASURED_BITS, what="not measured")(found[1])
     return found
+
+
+def input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return `NAME=1x3x224x224` options as shapes by name. Raises InputError for anything else."""
+    found = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        parts = sizes.split("x")
+        if not name or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+            raise InputError(f"--shape {text} is not NAME=SIZES, for example --shape input=1x3x224x224")
+        found[name] = tuple(map(int, parts))
+    return found

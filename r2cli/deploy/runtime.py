@@ -23,7 +23,7 @@ from torch import Tensor
 
 from r2cli import data
 from r2cli.config.targets import TARGETS
-from r2cli.deploy import weight_roles
+from r2cli.deploy import external_data, weight_roles
 from r2cli.errors import InputError
 from r2cli.storage import checkpoint as checkpoints
 from r2cli.storage import schema
@@ -55,13 +55,15 @@ def opened(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise InputError(f"{path} does not exist: name an .onnx file, or make one with `r2 ptq`")
     try:
-        model = onnx.load(path)
-        onnx.checker.check_model(model)
+        model = external_data.load(path)
         # The checker lets data pass that is too short for its shape.
         for each in weight_roles.constants(model).values():
             onnx.numpy_helper.to_array(each)
+    except InputError:
+        raise
     except Exception as error:  # protobuf's and the checker's own classes share no base
-        raise InputError(f"{path} is not a valid ONNX model ({type(error).__name__}): write it again") from error
+        why = _first(error) if isinstance(error, onnx.checker.ValidationError) else type(error).__name__
+        raise InputError(f"{path} is not a valid ONNX model ({why.rstrip('.')}): write it again") from error
     return model
 
 
@@ -191,12 +193,14 @@ def latency_ms(run: Callable[[Tensor], Tensor], image: Tensor, repeats: int = 30
     return median(times[5:])
 
 
-def node_counts(path: Path) -> dict[str, int]:
+def node_counts(path: Path, *, exact: bool = True) -> dict[str, int]:
     """What ONNX Runtime runs at its default optimisation: how many nodes of each operator."""
     with scratch_folder() as folder:
         optimised = folder / "optimised.onnx"
-        session(path, save_to=optimised)
-        return dict(sorted(Counter(node.op_type for node in onnx.load(optimised).graph.node).items()))
+        session(path, save_to=optimised, exact=exact)
+        return dict(
+            sorted(Counter(node.op_type for node in onnx.load(optimised, load_external_data=False).graph.node).items())
+        )
 
 
 def _vnni() -> list[str]:

@@ -4,7 +4,7 @@ Nothing here trusts the exporter: the file is audited as it was written, the wei
 and the logits are those of sessions with optimisation off and at its default.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class Proof:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
+    def extended(self, checks: Sequence[audit.Check], measures: Mapping[str, Any]) -> "Proof":
+        """This proof with more checks and measures; its ticks are counted again."""
+        every = (*self.checks, *checks)
+        ticks = f"{sum(check.passed for check in every)}/{len(every)}"
+        return Proof(every, {**self.measures, **measures, "ticks": ticks})
+
 
 def prove(
     path: Path,
@@ -82,6 +88,7 @@ def prove(
         seen = _seen(compared, away) | {"nodes": runtime.node_counts(path)}
     except runtime.UnrunnableError as error:
         checks.append(audit.Check("runs", False, str(error)))
+        checks += _wrong_parts(model, checkpoint, file) if on_grids else []  # type: ignore[arg-type]
         seen = dict.fromkeys((*_seen({}, None), "nodes"))
     held = audit.held_weights(file, checkpoint.coded)
     payload = sum(coded.payload_bytes() for coded in checkpoint.coded.values())
@@ -125,6 +132,16 @@ def _parts(model: fx.GraphModule, images: Tensor, file: onnx.ModelProto) -> list
             if told.setdefault(check.name, check).passed:  # the first that fails is told
                 told[check.name] = check
     return list(told.values())
+
+
+def _wrong_parts(model: fx.GraphModule, checkpoint: Checkpoint, file: onnx.ModelProto) -> list[audit.Check]:
+    """Which parts of a file that ONNX Runtime does not run optimised are wrong as it is written: they may be why."""
+    images = torch.rand(checkpoint.input.blank(2).shape, generator=torch.Generator().manual_seed(0))
+    try:
+        written = runtime.values(file, comparison.exposed(file), optimise=False)(images)
+    except runtime.UnrunnableError:
+        return []
+    return [check for check in comparison.between_grids(model, images, file, written, written) if not check.passed]
 
 
 def _same_codes(file: onnx.ModelProto, checkpoint: Checkpoint, model: nn.Module) -> audit.Check:

@@ -19,14 +19,21 @@ INTEGERS = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.U
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 BITS: Mapping[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64}
 
-# The inputs that are weights, whatever their shape.
+# The inputs that are weights, whatever their shape: of float operators, and of those that take the codes themselves.
 LAYERS: Mapping[str, tuple[int, ...]] = {
-    **dict.fromkeys(("Conv", "ConvTranspose", "DeformConv", "Attention"), (1,)),
-    **dict.fromkeys(("Gemm", "MatMul", "Einsum"), (0, 1)),
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2)),
+    **dict.fromkeys(("Conv", "ConvTranspose", "DeformConv", "Attention", "FusedConv"), (1,)),
+    **dict.fromkeys(("Gemm", "MatMul", "Einsum", "FusedMatMul", "FusedGemm"), (0, 1)),
+    **dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"), (1, 2)),
+    **dict.fromkeys(("ConvInteger", "MatMulNBits", "MatMulBnb4", "QAttention", "DynamicQuantizeMatMul"), (1,)),
+    **dict.fromkeys(("MatMulInteger", "MatMulIntegerToFloat"), (0, 1)),
+    **dict.fromkeys(("QLinearMatMul", "QGemm"), (0, 3)),
+    "QLinearConv": (3,),
 }
 # Codes of embeddings are a choice: those in float are listed.
-LISTED: Mapping[str, tuple[int, ...]] = dict.fromkeys(("Gather", "GatherND", "GatherElements"), (0,))
+LISTED: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Gather", "GatherND", "GatherElements", "GatherBlockQuantized"), (0,)),
+    **dict.fromkeys(("EmbedLayerNormalization", "QEmbedLayerNormalization"), (2, 3, 4)),
+}
 ADDING = ("Add", "Sub", "Where", "Concat", "Expand", "Pad")
 
 
@@ -52,9 +59,22 @@ def sources(file: onnx.ModelProto) -> dict[str, list[str]]:
     """For every value: the values that it is made from, however far up, in the file's order of nodes."""
     above: dict[str, list[str]] = {}
     for node in file.graph.node:
-        own = list(dict.fromkeys(v for used in node.input if used for v in (used, *above.get(used, []))))
+        read = (*node.input, *captured(node))
+        own = list(dict.fromkeys(v for used in read if used for v in (used, *above.get(used, []))))
         above |= dict.fromkeys(node.output, own)
     return above
+
+
+def captured(node: onnx.NodeProto) -> list[str]:
+    """What the graphs within a node read of the graph around it, an If's branches for example."""
+    inner = [graph for each in node.attribute for graph in (each.g, *each.graphs) if graph.node]
+    found = []
+    for graph in inner:
+        own = {each.name for each in (*graph.input, *graph.initializer)}
+        own |= {name for each in graph.node for name in each.output}
+        found += [name for each in graph.node for name in (*each.input, *captured(each)) if name and name not in own]
+        found += [each.name for each in graph.output if each.name not in own]
+    return found
 
 
 def codes(file: onnx.ModelProto, name: str) -> list[TensorProto]:
@@ -72,12 +92,24 @@ def codes(file: onnx.ModelProto, name: str) -> list[TensorProto]:
         node = made.get(value)
         if node is None:
             continue
-        # A lookup's codes are its indices. Planes are added to each other; a constant is added as an offset.
-        read = node.input[1:2] if node.op_type == "Gather" else node.input[:1]
-        if node.op_type == "Add":
-            read = [each for each in node.input if each not in held]
-        todo = [*read, *todo]
+        todo = [*_holding(node, held), *todo]
     return found
+
+
+def _holding(node: onnx.NodeProto, held: Mapping[str, TensorProto]) -> list[str]:
+    """Which inputs of a node, on the way to a weight, hold its codes: no scale, no zero point, no table."""
+    if node.op_type == "Gather":
+        picks = held.get(node.input[1])
+        # A lookup's codes are its indices, which are computed from bytes; constant indices pick rows of the weight.
+        place = 0 if picks is not None and picks.data_type not in INTEGERS else 1
+        return [node.input[place]]
+    if node.op_type == "Concat":
+        return list(node.input)
+    if node.op_type in ("Add", "Mul"):
+        # Planes are added to each other; a constant beside is an offset or a scale.
+        computed = [name for name in node.input if name not in held]
+        return computed if node.op_type == "Add" else computed[:1] or [node.input[0]]
+    return list(node.input[:1])
 
 
 def size(tensor: TensorProto) -> int:

@@ -1,0 +1,82 @@
+"""What a file is run on for its proof: images of its data set, or random inputs of the shapes that it declares."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2cli import data as datasets
+from r2cli.config import values
+from r2cli.config.inspection import VerifyConfig
+from r2cli.data import Data
+from r2cli.deploy import declared_inputs, runtime
+from r2cli.deploy.engines import Arrays
+from r2cli.errors import InputError
+
+IMAGES = 64  # of a data set, at most
+DRAWN = 8  # samples drawn at random, in one batch where the file leaves that open
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a file is run on, batch by batch, and what that is in words."""
+
+    batches: list[Arrays]
+    told: str
+
+
+def named(path: Path, data: str | None) -> runtime.Recorded | None:
+    """What the file at `path` records of its data; None for another tool's file, and where only a folder is recorded.
+
+    Raises InputError for `data` beside a file that does not say how its inputs are prepared.
+    """
+    if not any(entry.key.startswith("r2.") for entry in runtime.opened(path).metadata_props):
+        if data is not None:
+            raise InputError(f"{path} does not say how its inputs are prepared: leave out --data, and they are drawn")
+        return None
+    recorded = runtime.recorded(path)
+    return None if data is None and recorded.data == "imagefolder" else recorded
+
+
+def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
+    """The inputs of the file at `path`: of `data`, or of the data set that a file of r2's names, or else drawn.
+
+    Raises InputError as `named` does.
+    """
+    if isinstance(data, Data):
+        return of_data(path, data)
+    found = named(path, data)
+    if found is None:
+        return _drawn(path, config)
+    if data is None:
+        return of_data(path, datasets.load_named_in_file(found.data, spec=found.input))
+    return of_data(path, datasets.load(data, spec=found.input))
+
+
+def of_data(path: Path, source: Data) -> Given:
+    """The first test images of `source`, as the file at `path` takes them."""
+    images = next(iter(source.test.batches(min(IMAGES, datasets.batch_that_fits(source.test, IMAGES)), CPU)))[0]
+    wanted = declared_inputs.declared(runtime.read(path), str(path))
+    if len(wanted) != 1 or len(wanted[0].axes) != images.ndim:
+        raise InputError(f"{path} wants {', '.join(each.name for each in wanted)}, and not one batch of images")
+    return Given(_split(wanted[0], images), f"{len(images)} test images of {source.name}")
+
+
+def _split(wanted: declared_inputs.Declared, images: Tensor) -> list[Arrays]:
+    """`images` in the batches that a file takes; what fills no whole one of a fixed size is left out."""
+    size = wanted.axes[0] if isinstance(wanted.axes[0], int) else len(images)
+    parts = [part for part in torch.split(images, size) if len(part) == size]
+    if not parts:
+        raise InputError(f"'{wanted.name}' takes {size} images at once, and there are {len(images)}: give more data")
+    return [{wanted.name: part.numpy()} for part in parts]
+
+
+def _drawn(path: Path, config: VerifyConfig) -> Given:
+    inputs = declared_inputs.declared(runtime.read(path), str(path))
+    sizes = declared_inputs.shapes(inputs, values.input_shapes(config.shape))
+    first = next((sizes[each.name][0] for each in inputs if sizes[each.name]), DRAWN)
+    count = -(-DRAWN // first)
+    batches = [declared_inputs.drawn(inputs, sizes, config.seed + place) for place in range(count)]
+    return Given(list(batches), declared_inputs.told(inputs, sizes))

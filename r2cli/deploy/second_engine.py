@@ -1,0 +1,57 @@
+"""A file in another runtime: it must give what ONNX Runtime gives.
+
+Runtimes add floats in other orders, so a code at the edge of two may fall to either, as it does between two levels of
+ONNX Runtime. Files of r2's at 8 to 2 bits were 54 to 130 dB apart (benchmarks/engines.md). The bound is that of parity
+with torch, 30 dB.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from r2cli.deploy import engines, likeness, runtime
+from r2cli.deploy.audit import Check
+from r2cli.deploy.engines import Arrays, Engine
+from r2cli.deploy.verify import AGREEMENT, SQNR_DB
+
+SLACK_DB = 6.0  # another runtime's flips are not those of ONNX Runtime: twice the noise
+
+
+def check(
+    path: Path,
+    engine: Engine,
+    given: Sequence[Arrays],
+    reference: Arrays | None = None,
+    *,
+    usual_db: float = SQNR_DB,
+) -> Check:
+    """Whether `engine` computes from the file at `path` and the inputs `given` what ONNX Runtime does.
+
+    `reference` is what that gave, if it has run already. `usual_db` is how near two runs of the file are to each other
+    anyway: single codes of a deep network on coarse grids may add up to more noise than `SQNR_DB`. On a processor
+    without VNNI, products of 8-bit integers overflow in kernels of other runtimes too, which they document. There a
+    file is right that agrees by plain kernels.
+    """
+    bound = min(SQNR_DB, usual_db - SLACK_DB) if usual_db < SQNR_DB else SQNR_DB
+    if reference is None:
+        reference = engines.together(engines.named("onnxruntime").load(path, 0, False), given)
+    try:
+        like = _like(path, engine, given, reference, bound, plain=False)
+        agrees = likeness.agrees(like, db=bound, share=AGREEMENT)
+        told = likeness.told(like)
+        if not agrees and not runtime.has_vnni():
+            plain = _like(path, engine, given, reference, bound, plain=True)
+            agrees = likeness.agrees(plain, db=bound, share=AGREEMENT)
+            told = f"{likeness.told(plain)} by plain kernels; its 8-bit products {_overflow(told)}"
+    except runtime.UnrunnableError as error:
+        return Check(engine.name, False, str(error))
+    return Check(engine.name, agrees, f"{engine.shown} beside ONNX Runtime: {told} ({bound:.0f} dB are enough)")
+
+
+def _overflow(told: str) -> str:
+    return f"overflow on this processor without VNNI ({told}): 7 bits do not"
+
+
+def _like(
+    path: Path, engine: Engine, given: Sequence[Arrays], reference: Arrays, bound: float, *, plain: bool
+) -> list[likeness.Likeness]:
+    return likeness.compared(engines.together(engine.load(path, 0, plain), given), reference, noise_db=bound)

@@ -1,0 +1,85 @@
+"""`r2 verify` on files of r2's: alone, against the checkpoint, and with a fault in the file."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import test_planted_faults as faults
+
+import r2cli
+from conftest import R2
+from r2cli.deploy import runtime
+from r2cli.storage import checkpoint
+
+DATA = ["--data", "digits:64", "--runtime", "onnxruntime"]
+
+
+@pytest.fixture(scope="module")
+def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of eight bits; its file is beside it."""
+    path = tmp_path_factory.mktemp("made") / "net.safetensors"
+    result = r2cli.quantize(trained, "digits:64", r2cli.PtqConfig(calibration=64))
+    path.write_bytes(checkpoint.to_bytes(result.checkpoint))
+    r2cli.export(result, path.with_suffix(".onnx"))
+    return path
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in (made, made.with_suffix(".onnx")):
+        Path(name.name).write_bytes(name.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_file_of_r2_s_is_proved_alone_and_against_its_checkpoint(r2: R2, here: Path) -> None:
+    alone = r2("verify", "net.onnx", *DATA)
+    assert alone.code == 0 and alone.out.count("✓") == 6 and "next: r2 evaluate net.onnx" in alone.out, alone.err
+    assert "on 64 test images of digits" in alone.out
+    ran = r2("verify", "net.onnx", "--against", "net.safetensors", "--eval-images", 32, *DATA, "--json")
+    told = json.loads(ran.out)
+    assert ran.code == 0 and told["ticks"] == "10/10" and told["samples"] == 32 and told["output"] == "net.onnx"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "names"),
+    [
+        ("code flipped", ["same codes", "conv.weight"]),
+        ("biases swapped", ["same biases", "conv.bias"]),
+        ("zero point by one", ["same grids", "grid '"]),
+        ("weights in float", ["integer weights", "weights, which Conv reads"]),
+    ],
+)
+def test_a_fault_is_caught_and_named(fault: str, names: list[str], r2: R2, here: Path) -> None:
+    file = onnx.load("net.onnx")
+    faults.PLANTED[fault][0](file)
+    Path("net.onnx").write_bytes(file.SerializeToString())
+    ran = r2("verify", "net.onnx", "--against", "net.safetensors", *DATA)
+    assert ran.code == 1 and all(name in ran.err for name in ["net.onnx failed its proof", *names]), ran.err
+
+
+@pytest.mark.slow
+def test_a_file_of_another_checkpoint_fails(r2: R2, here: Path) -> None:
+    made = checkpoint.load(Path("net.safetensors"))
+    name = next(iter(made.coded))
+    made.coded[name].codes.neg_()  # type: ignore[index]
+    Path("other.safetensors").write_bytes(checkpoint.to_bytes(made))
+    ran = r2("verify", "net.onnx", "--against", "other.safetensors", *DATA)
+    assert ran.code == 1 and f"same codes ({name}" in ran.err
+
+
+def test_overflow_is_measured_where_the_processor_has_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = r2cli.VerifyConfig(runtime=["onnxruntime"])
+    file = made.with_suffix(".onnx")
+    for vnni in (True, False):
+        monkeypatch.setattr(runtime, "has_vnni", lambda vnni=vnni: vnni)
+        proof = r2cli.verify(file, data="digits:64", config=config)
+        assert proof.passed and (proof.measures["overflow_db"] is None) == vnni
+
+
+def test_dry_run_reads_nothing(r2: R2, tmp_path: Path) -> None:
+    ran = r2("verify", tmp_path / "none.onnx", "--dry-run")
+    assert ran.code == 0 and "would verify" in ran.out
