@@ -148,6 +148,7 @@ def row(name: str, size: int) -> dict[str, Any]:
     float_model = deployed.network(made)
     with torch.inference_mode():
         test = [(images, float_model(images).argmax(1)) for images in noise(2, 3, made.input.size)]
+    assert isinstance(made.input, InputSpec), "a network of images"
     source = data_of(made.input, made.class_names, noise(2, 2, made.input.size), test)
 
     def quantized(bits: int) -> Proof:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import r2cli
 from r2cli import __version__, models
 from r2cli.calibration import deployed
-from r2cli.deploy import onnx_export, runtime
+from r2cli.deploy import runtime
 from r2cli.deploy.verify import Proof
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
@@ -78,7 +78,7 @@ class _Noise(CalibrationDataReader):  # type: ignore[misc]
 
     def get_next(self) -> Mapping[str, object] | None:
         images = next(self.batches, None)
-        return None if images is None else {onnx_export.INPUT: images.numpy()}
+        return None if images is None else {"input": images.numpy()}
 
 
 def reference(float_file: Path, output: Path) -> None:

@@ -26,7 +26,7 @@ from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.graph import batchnorm, operators
 from r2cli.storage import checkpoint
-from r2cli.train import loop
+from r2cli.train import evaluation, loop
 
 CPU = torch.device("cpu")
 MOMENTUM, DECAY, WARMUP = 0.9, 4e-5, 0.05  # as `r2 palettize` has them
@@ -89,8 +89,8 @@ def main() -> None:
     values = [int(torch.unique(module.weight.detach()).numel()) for module in layers]
     record = {
         **{key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "top1": round(loop.evaluate(hard, source.test, CPU), 2),
-        "soft_top1": round(loop.evaluate(soft.eval(), source.test, CPU), 2),
+        "top1": round(evaluation.evaluate(hard, source.test, CPU), 2),
+        "soft_top1": round(evaluation.evaluate(soft.eval(), source.test, CPU), 2),
         "layers": len(layers),
         "most_values": max(values),
         "cpu_seconds": round(seconds, 1),

@@ -17,7 +17,7 @@ from r2cli.ptq.layer_sweep import MEMORY, LayerSample, images_that_fit, sweep
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
-from r2cli.train import loop
+from r2cli.train import evaluation
 
 CPU = torch.device("cpu")
 # Four weights on a grid of a quarter: floors 1, -2, 0, 3.
@@ -255,7 +255,7 @@ def test_adaround_gives_back_what_rounding_takes(made: checkpoint.Checkpoint, gr
             made, post_training.PtqSettings(method, 2, 8, granularity, {}), images, CPU
         )
         assert len(rows) == 10 and len(coded.coded) == 10
-        return loop.evaluate(deployed.network(coded), source.test, CPU)
+        return evaluation.evaluate(deployed.network(coded), source.test, CPU)
 
     plain, better = top1("none"), top1("adaround")
     assert better > 75 and better > plain + 20

@@ -14,7 +14,7 @@ from conftest import R2
 from r2cli import data as datasets
 from r2cli.config.option import Config
 from r2cli.errors import InputError
-from r2cli.train import loop
+from r2cli.train import evaluation
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
 CONFIGS = (r2cli.PretrainConfig, r2cli.PtqConfig, r2cli.QatConfig, r2cli.PalettizeConfig, r2cli.AnalyzeConfig)
@@ -87,7 +87,7 @@ def test_a_module_is_trained_quantized_and_palettized() -> None:
     for result, top1 in ((tuned, tuned.epochs[-1].top1), (palettes, palettes.epochs[-1]["top1"])):
         assert set(result.checkpoint.coded) == {"0.weight", "4.weight"} and len(result.epochs) == 2
         assert all(len(one.codes.unique()) == 4 for one in result.checkpoint.coded.values())
-        reached = loop.evaluate(result.network, source.test, torch.device("cpu"))
+        reached = evaluation.evaluate(result.network, source.test, torch.device("cpu"))
         assert reached == pytest.approx(top1, abs=10)  # three of 32: int32 biases, 8-bit tables
     losses = [epoch.loss for epoch in tuned.epochs]
     assert losses[1] < losses[0]

@@ -15,7 +15,7 @@ from r2cli.ptq import brecq, post_training, weight_grids
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
-from r2cli.train import loop
+from r2cli.train import evaluation
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_blocks_of_a_residual_network_end_where_one_value_is_left(net: fx.GraphM
         ("classifier",),
     ]
     for before, after in zip(found, found[1:], strict=False):
-        assert after.entry is before.nodes[-1]
+        assert after.entries == (before.nodes[-1],)
     # A cut within the residual block would leave two values.
     assert [block.layers for block in brecq.blocks(net, least=1)][0] == ("conv",)
 
@@ -161,6 +161,6 @@ def test_two_bits_give_back_what_rounding_takes(trained: Path) -> None:
         shown = [batch for batch, _ in data.calibration(source, 256, CPU, 0)]
         coded, rows = post_training.quantize(made, post_training.PtqSettings(method, 2, 8, "tensor", {}), shown, CPU)
         assert {row.note for row in rows} == ({"bias learned"} if method == "brecq" else {""})
-        return loop.evaluate(network(coded), source.test, CPU)
+        return evaluation.evaluate(network(coded), source.test, CPU)
 
     assert top1("brecq") > max(90, top1("none") + 20)

@@ -21,7 +21,7 @@ from r2cli.api import inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.calibrate import with_raised_scale
 from r2cli.data import Batch, splits
-from r2cli.deploy import onnx_export, runtime, verify
+from r2cli.deploy import onnx_export, parity, runtime, verify
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import structure
 from r2cli.graph.read import trace
@@ -320,7 +320,7 @@ def test_a_raised_scale_leaves_the_codes_of_other_channels(dim: int) -> None:
 
 def test_equal_logits_are_decided_as_torch_decides_them() -> None:
     """Two classes of equal logits: which one is greatest is chance, and no loss of the file."""
-    run = verify.LogitsRun()
+    run = parity.Decisions()
     reference, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     run.add(torch.tensor([[0.0, 1e-9, 0.0]]).expand(4, 3), reference, labels)
     assert run.correct == 0 and run.resolved == 4 and run.decided == 4

@@ -125,15 +125,17 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
         "midrise": grid(2, 1 / 3, midrise=True),
     }
     parts = {"fc.weight": CODECS["plain 4"]}
-    first = Checkpoint(spec, shown, ("a", "é", "c d"), floats, parts, grids, folded=True, target="qnn")
+    more = {"target": "qnn", "outputs": ("logits", "aux")}
+    first = Checkpoint(spec, shown, ("a", "é", "c d"), floats, parts, grids, folded=True, **more)
     first = first.then("pretrain", {"lr": 0.1, "reg": None}, {"top1": 97.3}).then("ptq", {"keep": ["a=8"]}, {})
     checkpoint.save(first, path)
     back = checkpoint.load(path)
     assert {field.name for field in fields(Checkpoint)} == {
-        *("model", "input", "class_names", "floats", "coded", "activations", "folded", "history", "target", "origin")
+        *("model", "input", "class_names", "floats", "coded", "activations", "folded", "history", "target", "origin"),
+        "outputs",
     }
     assert (back.model, back.input, back.class_names, back.folded) == (spec, shown, ("a", "é", "c d"), True)
-    assert (back.history, back.target) == (first.history, "qnn")
+    assert (back.history, back.target, back.outputs) == (first.history, "qnn", ("logits", "aux"))
     assert [entry["command"] for entry in back.history] == ["pretrain", "ptq"]
     assert back.floats.keys() == floats.keys()
     for name, tensor in floats.items():

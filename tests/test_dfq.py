@@ -25,7 +25,7 @@ from r2cli.ptq.layer_sweep import LayerSample
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
-from r2cli.train import loop
+from r2cli.train import evaluation
 
 CPU = torch.device("cpu")
 
@@ -355,7 +355,7 @@ def images_of(made: checkpoint.Checkpoint, count: int) -> Tensor:
 
 
 def top1(made: checkpoint.Checkpoint) -> float:
-    return loop.evaluate(deployed.network(made), data.load("digits", spec=made.input).test, CPU)
+    return evaluation.evaluate(deployed.network(made), data.load("digits", spec=made.input).test, CPU)
 
 
 @pytest.mark.slow

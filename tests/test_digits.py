@@ -5,7 +5,7 @@ import torch
 
 import r2cli
 from r2cli.data import Data
-from r2cli.train import loop
+from r2cli.train import evaluation
 from r2cli.train.pretraining import Pretrained
 
 pytestmark = pytest.mark.slow
@@ -38,5 +38,5 @@ def test_two_bit_weights_survive_on_the_grid_that_was_regularized(pair: dict[str
     top1 = {}
     for reg, made in pair.items():
         result = r2cli.quantize(made, source, config)
-        top1[reg] = loop.evaluate(result.network, source.test, CPU)
+        top1[reg] = evaluation.evaluate(result.network, source.test, CPU)
     assert top1["linf"] >= top1["none"] + 55, top1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from r2cli import models
 from r2cli.errors import InputError
-from r2cli.storage.checkpoint import ModelSpec
+from r2cli.storage.checkpoint import InputSpec, ModelSpec
 
 
 def parameters(model: nn.Module) -> int:
@@ -174,7 +174,7 @@ def test_a_width_that_no_network_has_is_refused() -> None:
 def test_torchvision_s_networks_by_name(name: str, size: int, channels: int) -> None:
     spec = models.spec(name, classes=5, channels=channels, size=size)
     model = models.build(spec)
-    models.require_fit(model, spec, (channels, size, size))
+    models.require_fit(model, spec, image(channels, size))
     out = model.train()(torch.zeros(2, channels, size, size))
     assert isinstance(out, torch.Tensor) and out.shape == (2, 5), "no second head in training"
 
@@ -204,7 +204,11 @@ def test_an_image_that_a_network_cannot_take_is_refused_with_its_reason() -> Non
     for name, size, stem in (("alexnet", 32, "imagenet"), ("vit_b_16", 32, None)):
         spec = models.spec(name, classes=5, channels=3, size=size, stem=stem)
         with pytest.raises(InputError, match=rf"{name} cannot take images of 3x{size}x{size} .*--size"):
-            models.require_fit(models.build(spec), spec, (3, size, size))
+            models.require_fit(models.build(spec), spec, image(3, size))
+
+
+def image(channels: int, size: int) -> InputSpec:
+    return InputSpec(channels, size, size, (0.5,) * channels, (0.25,) * channels)
 
 
 class Gives(nn.Module):
@@ -224,18 +228,19 @@ class Stereo(nn.Module):
 OTHERS: dict[str, tuple[nn.Module, str]] = {
     "one number": (Gives(lambda x: x[:, :1]), "gives one number for an image: .*, or write the logits of two classes"),
     "a map": (Gives(lambda x: x[:, :, None, None]), r"gives values of shape \(3, 1, 1\) for an image: "),
-    "a tuple": (Gives(lambda x: (x, x)), "returns a tuple: .*, or write a network that returns its logits alone"),
-    "two inputs": (Stereo(), r"reads 2 inputs \(left, right\): "),
+    "a text": (Gives(lambda x: (x, "two")), "gives a str as '1': it must give tensors, "),
+    "nothing": (Gives(lambda x: None), "gives no tensor: "),
+    "two inputs": (Stereo(), r"reads 2 inputs \(left, right\) and the data gives images of 3x8x8: "),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_classifier_of_one_input_is_told_what_r2_takes(kind: str) -> None:
+def test_a_network_that_is_no_classifier_of_the_data_is_told_why(kind: str) -> None:
     model, why = OTHERS[kind]
     spec = ModelSpec("net.py:net", 3)
     with pytest.raises(InputError, match=f"net.py:net {why}") as told:
-        models.require_fit(model, spec, (3, 8, 8))
-    assert "r2 takes classifiers of one input today" in str(told.value) and "--size" not in str(told.value)
+        models.require_fit(model, spec, image(3, 8))
+    assert "--size" not in str(told.value)
 
 
 @pytest.mark.slow
@@ -243,7 +248,7 @@ def test_timm_s_networks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     spec = models.spec("timm:resnet10t", classes=5, channels=1, size=32)
     model = models.build(spec)
-    models.require_fit(model, spec, (1, 32, 32))
+    models.require_fit(model, spec, image(1, 32))
     assert type(model) is type(timm.create_model("resnet10t"))
     with pytest.raises(InputError, match="'resnet10t'"):
         models.build(models.spec("timm:resnet10", classes=5, channels=1, size=32))
@@ -298,7 +303,7 @@ def test_a_factory_in_a_file(net: Path) -> None:
         assert spec.name == "net.py:small", "no folder of this machine in a checkpoint"
         model = models.build(spec)
         assert parameters(model) == 192 * 32 + 32 + 32 * 4 + 4
-        models.require_fit(model, spec, (3, 8, 8))
+        models.require_fit(model, spec, image(3, 8))
     assert isinstance(models.build(own("net.py:Wide")), nn.Sequential)
     assert isinstance(models.build(own("own_package.nets:flat")), nn.Flatten)
 
@@ -345,11 +350,11 @@ def test_a_file_that_cannot_be_imported_is_named(content: str, net: Path) -> Non
 def test_logits_are_one_a_class(name: str, told: str | None, net: Path) -> None:
     spec = own(name)
     if told is None:
-        models.require_fit(models.build(spec), spec, (3, 8, 8))
+        models.require_fit(models.build(spec), spec, image(3, 8))
         spec = replace(spec, classes=7)
         told = "4 logits, the data has 7 classes"
     with pytest.raises(InputError, match=told):
-        models.require_fit(models.build(spec), spec, (3, 8, 8))
+        models.require_fit(models.build(spec), spec, image(3, 8))
 
 
 def test_options_that_own_code_has_no_use_for_are_refused(net: Path) -> None:

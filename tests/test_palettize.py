@@ -172,10 +172,12 @@ def test_folding_changes_scales_and_no_code(model: Path) -> None:
 @pytest.mark.slow
 def test_statistics_again_are_worth_more_than_any_method(model: Path) -> None:
     source = data.load("digits", spec=checkpoint.load(model).input)
-    from r2cli.train import loop
+    from r2cli.train import evaluation
 
     found = [
-        loop.evaluate(deployed.network(_palettized(model, PaletteForm(1, 1, None, 8), None, images)), source.test, CPU)
+        evaluation.evaluate(
+            deployed.network(_palettized(model, PaletteForm(1, 1, None, 8), None, images)), source.test, CPU
+        )
         for images in (False, True)
     ]
     assert found[1] > found[0] + 30 and found[1] > 80

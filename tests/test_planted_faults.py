@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from r2cli import data, models
 from r2cli.calibration import deployed
-from r2cli.deploy import onnx_export, runtime, verify, weight_roles
+from r2cli.deploy import onnx_export, parity, runtime, verify, weight_roles
 from r2cli.palettes import compression
 from r2cli.ptq import post_training
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
@@ -308,7 +308,7 @@ PLANTED: dict[str, tuple[Fault, str]] = {
 def test_roundings_that_add_up_are_no_fault(large: Subject, tmp_path: Path) -> None:
     proof = large.prove(tmp_path / "model.onnx")
     assert proof.passed, [check for check in proof.checks if not check.passed]
-    near = proof.measures["sqnr_db"] >= verify.SQNR_DB
+    near = proof.measures["sqnr_db"] >= parity.SQNR_DB
     assert near != ("single codes at the edge of two add up" in proof.checks[-1].detail)
     four_bits = any(coded.codec.bits == 4 for coded in large.made.coded.values())
     assert near != four_bits  # ResNet-18 on four bits is too deep for 30 dB

@@ -14,7 +14,7 @@ from r2cli.graph.read import trace
 from r2cli.ptq import post_training, weight_grids
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
-from r2cli.train import loop
+from r2cli.train import evaluation
 
 CPU = torch.device("cpu")
 # 16 weights: one outlier takes the range of all others.
@@ -89,8 +89,8 @@ def test_activation_grids_hold_zero_exactly_and_reach_both_ends(low: float, high
 def test_eight_bits_cost_next_to_nothing(float_one: checkpoint.Checkpoint, granularity: str) -> None:
     coded, rows = _quantize(float_one, _settings(8, granularity))
     source = data.load("digits", spec=float_one.input)
-    before = loop.evaluate(deployed.network(float_one), source.test, CPU)
-    assert abs(loop.evaluate(deployed.network(coded), source.test, CPU) - before) <= 1.0
+    before = evaluation.evaluate(deployed.network(float_one), source.test, CPU)
+    assert abs(evaluation.evaluate(deployed.network(coded), source.test, CPU) - before) <= 1.0
     assert len(rows) == 10 and all(row.sqnr > 25 for row in rows)
 
 
@@ -179,8 +179,8 @@ def test_a_channel_without_variance_does_not_take_the_grid(float_one: checkpoint
     # The lowered channel may be as large as the largest other, on the side of the grid that holds one level less.
     assert isinstance(own, Grid) and float(own.scale) <= 8 / 7 * float(healthy.scale)
     source = data.load("digits", spec=float_one.input)
-    before = loop.evaluate(deployed.network(damaged), source.test, CPU)
-    assert loop.evaluate(deployed.network(coded), source.test, CPU) > before - 5
+    before = evaluation.evaluate(deployed.network(damaged), source.test, CPU)
+    assert evaluation.evaluate(deployed.network(coded), source.test, CPU) > before - 5
 
 
 @pytest.mark.slow
@@ -192,8 +192,8 @@ def test_every_range_of_activations_keeps_the_network_working(
     coded, _ = _quantize(float_one, replace(_settings(8), act_bits=act_bits, act_range=rule))
     assert {grid.bits for grid in coded.activations.values()} == {act_bits}
     source = data.load("digits", spec=float_one.input)
-    before = loop.evaluate(deployed.network(float_one), source.test, CPU)
-    assert loop.evaluate(deployed.network(coded), source.test, CPU) > before - {8: 1, 6: 2, 4: 15}[act_bits]
+    before = evaluation.evaluate(deployed.network(float_one), source.test, CPU)
+    assert evaluation.evaluate(deployed.network(coded), source.test, CPU) > before - {8: 1, 6: 2, 4: 15}[act_bits]
 
 
 @pytest.mark.slow

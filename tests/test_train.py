@@ -15,7 +15,7 @@ from conftest import R2, StoppedAt
 from r2cli import data, models
 from r2cli.errors import InputError, R2Error
 from r2cli.storage import checkpoint
-from r2cli.train import hooks, loop, regularizers
+from r2cli.train import evaluation, hooks, loop, regularizers
 from r2cli.train.loop import AveragedModel, TrainSettings
 
 CPU = torch.device("cpu")
@@ -156,7 +156,7 @@ def test_the_running_average_is_what_is_kept(tmp_path: Path) -> None:
     last, _ = _fit(tmp_path / "b", _settings(ema=0.0))
     smooth, history = _fit(tmp_path / "c", _settings(ema=0.999, epochs=4))
     assert all(t.equal(last.state_dict()[name]) for name, t in network.state_dict().items())
-    assert history[-1].top1 == pytest.approx(loop.evaluate(smooth, data.load("digits", size=8).test, CPU))
+    assert history[-1].top1 == pytest.approx(evaluation.evaluate(smooth, data.load("digits", size=8).test, CPU))
     assert history[-1].top1 > 90
     tensors, _ = checkpoint.load_tensors(tmp_path / "c")
     assert smooth.state_dict()["conv.weight"].equal(tensors["average.module.conv.weight"])

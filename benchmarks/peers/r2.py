@@ -8,6 +8,7 @@ from common import Clock, Job, Made, main
 
 import r2cli
 from r2cli.storage import checkpoint
+from r2cli.storage.checkpoint import InputSpec
 
 sys.path.append(str(Path(__file__).parents[1]))
 from given_images import data_of  # noqa: E402
@@ -26,6 +27,7 @@ def quantize(job: Job, clock: Clock) -> Made:
         calibration=0 if job.method == "dfq" else None,  # as `r2 ptq` has it, dfq looks at no image
         device="cpu",
     )
+    assert isinstance(made.input, InputSpec), "a network of images"
     result = r2cli.quantize(made, data_of(made.input, made.class_names, images, test), config)
     own, chosen = result.settings, ""
     if job.method == "auto":

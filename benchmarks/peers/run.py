@@ -132,6 +132,7 @@ def network(path: Path, arguments: argparse.Namespace) -> Network:
     folder = arguments.work_dir / "float"
     onnx, told = folder / f"{path.stem}-{sha}.onnx", folder / f"{path.stem}-{sha}.json"
     made = checkpoint.load(path)
+    assert isinstance(made.input, InputSpec), "a network of images"
     images = write_images(arguments.data, made.input, arguments.calibration, arguments.seed, arguments.work_dir)
     if not told.exists():
         folder.mkdir(parents=True, exist_ok=True)

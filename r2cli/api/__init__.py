@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from r2cli.calibration.result import Result
 from r2cli.config.groups import ExportForm, Inputs, Preparation
 from r2cli.config.inspection import AnalyzeConfig, VerifyConfig
 from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
-from r2cli.data import Data
+from r2cli.data import Data, own
 from r2cli.deploy import any_file, engines, onnx_export, second_engine
 from r2cli.deploy import verify as proof_of
 from r2cli.deploy.retarget import retarget
@@ -43,6 +44,7 @@ from r2cli.qat.quantization_aware import QatResult, Trainable
 from r2cli.storage import checkpoint
 from r2cli.storage.atomic import scratch_folder, write_atomically
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
+from r2cli.storage.input_spec import count
 from r2cli.train import pretraining
 from r2cli.train.pretraining import Pretrained
 from r2cli.train.regularizers import Regularizer, RegularizerSpec
@@ -52,7 +54,14 @@ Network = nn.Module | Checkpoint | Result | Pretrained | str | Path
 PROOF_BATCH = 256  # images that the proof runs at once, at most
 CPU = torch.device("cpu")
 
-load_data = datasets.load
+
+def load_data(given: Any, **preparation: Any) -> Data:
+    """A data set by its name, as `r2cli.data.load` takes it, or data of your own.
+
+    Your own is train and test, or one of them: datasets, loaders or iterables of batches (`data/own.py`). Raises
+    InputError for anything else.
+    """
+    return datasets.load(given, **preparation) if isinstance(given, str) else own.to_data("the data", given)
 
 
 def pretrain(
@@ -189,11 +198,12 @@ def verify(
     with reporter.bar("prove", len(source.test)) as progress:
 
         def batches() -> Iterator[datasets.Batch]:
-            for images, labels in source.test.batches(datasets.batch_that_fits(source.test, PROOF_BATCH), CPU):
-                yield images, labels
-                progress.advance(len(labels))
+            for images, target in source.test.batches(datasets.batch_that_fits(source.test, PROOF_BATCH), CPU):
+                yield images, target
+                progress.advance(count(images))
 
-        proof = proof_of.prove(path, made, deployed.network(made), batches(), float_network)
+        network = deployed.network(made)
+        proof = proof_of.prove(path, made, network, batches(), float_network, source.task)
     if not others or not _ran(proof):
         return proof
     shown = proof_inputs.of_data(path, source).batches
@@ -230,8 +240,7 @@ def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:
         return _of_module(network, source), source
     made = _checkpoint_of(network)
     if isinstance(data, Data):
-        inputs.require_classes(made.origin, made.class_names, data)
-        return made, data
+        return made, inputs.fitting(made, data)
     named = data or datasets.named_in(made.history, made.origin)
     return made, datasets.load(named, spec=made.input)
 
@@ -251,17 +260,15 @@ def _spec_of(network: nn.Module, source: Data) -> ModelSpec:
     template = copy.deepcopy(network)
     kind = type(network)
     name = f"{kind.__module__}:{kind.__qualname__}"
-    return ModelSpec(name, len(source.class_names), source.input.channels, factory=lambda: copy.deepcopy(template))
+    return ModelSpec(name, source.classes, source.input.channels, factory=lambda: copy.deepcopy(template))
 
 
 def _of_module(network: nn.Module, source: Data) -> Checkpoint:
     """The float checkpoint of a module. Raises InputError where it does not take the images of `source`."""
     spec = _spec_of(network, source)
-    training = network.training
-    require_fit(network, spec, source.input.shape)
-    network.train(training)
+    given, outputs = require_fit(copy.deepcopy(network), spec, source.input)
     floats = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-    made = Checkpoint(spec, source.input, source.class_names, floats, origin=spec.name)
+    made = Checkpoint(spec, given, source.class_names, floats, origin=spec.name, outputs=outputs)
     return made.then("import", {"data": datasets.recorded(source.name), "model": spec.described()}, {})
 
 

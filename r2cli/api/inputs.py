@@ -17,6 +17,7 @@ from r2cli.errors import InputError
 from r2cli.models import own as own_code
 from r2cli.models import pretrained, text, timm
 from r2cli.storage import checkpoint, foreign
+from r2cli.storage.input_spec import NetworkInput, TensorsSpec, forms
 from r2cli.storage.keywords import is_own, require_safe
 from r2cli.train import loop
 
@@ -26,7 +27,7 @@ def load_data(
     name: str | None,
     *,
     default: str,
-    spec: checkpoint.InputSpec | None = None,
+    spec: NetworkInput | None = None,
     model: str | None = None,
 ) -> datasets.Data:
     """The data set `name`, by default `default`, with the preprocessing of `spec` or of `given`; text by the tokenizer
@@ -67,7 +68,7 @@ def model_spec(
         )
     return models.spec(
         name,
-        classes=len(source.class_names),
+        classes=source.classes,
         channels=source.input.channels,
         size=source.input.size,
         width=width,
@@ -107,7 +108,7 @@ def load(
         spec = f"fake:{made.input.channels}x{made.input.size}x{made.input.size}:{len(made.class_names)}"
         return made, replace(datasets.load(spec, spec=made.input), name=NOISE, measured=False)
     loaded = load_data(given, given.data, default=own, spec=made.input)
-    require_classes(made.origin, made.class_names, loaded)
+    loaded = fitting(made, loaded)
     _require_vocabulary(made, loaded)
     return made, loaded
 
@@ -142,12 +143,12 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
     loaded = load_data(given, given.data, default="", model=given.model)
     spec = model_spec(given, given.model, loaded)
     model = models.build(spec)
-    models.require_fit(model, spec, loaded.input.shape)
+    taken, outputs = models.require_fit(model, spec, loaded.input)
     state, beside = _weights(given, model, spec)
     if beside:
         tell(told_of_beside(given.weights or PRETRAINED, beside))
     origin, name = (str(given.weights), given.weights.name) if given.weights else (spec.name, PRETRAINED.name)
-    made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, state, origin=origin)
+    made = checkpoint.Checkpoint(spec, taken, loaded.class_names, state, origin=origin, outputs=outputs)
     options = {"data": datasets.recorded(given.data), "weights": name, "model": spec.described()}
     return made.then("import", options, {}), loaded
 
@@ -170,8 +171,8 @@ def new_network(given: Inputs, seed: int) -> tuple[checkpoint.Checkpoint, datase
     spec = model_spec(given, given.model, loaded)
     loop.seed_everything(seed)
     model = models.build(spec)
-    models.require_fit(model, spec, loaded.input.shape)
-    made = checkpoint.Checkpoint(spec, loaded.input, loaded.class_names, model.state_dict(), origin=spec.name)
+    taken, outputs = models.require_fit(model, spec, loaded.input)
+    made = checkpoint.Checkpoint(spec, taken, loaded.class_names, model.state_dict(), origin=spec.name, outputs=outputs)
     options = {"data": datasets.recorded(name), "model": spec.described()}
     return made.then("new", options, {}), loaded
 
@@ -215,6 +216,23 @@ def _with_code(made: checkpoint.Checkpoint, name: str, args: Sequence[str]) -> c
         require_safe(made.model.name, made.model.args, made.origin)
     keywords = arguments(args) if args else made.model.args
     return replace(made, model=replace(made.model, factory=own_code.factory(name), args=keywords))
+
+
+def fitting(made: checkpoint.Checkpoint, loaded: datasets.Data) -> datasets.Data:
+    """`loaded`, if it is data that the network of `made` takes.
+
+    Raises InputError for inputs of other names, shapes or kinds, and for other classes.
+    """
+    found, wanted = loaded.input, made.input
+    if isinstance(found, TensorsSpec) or isinstance(wanted, TensorsSpec):
+        named = all(found.names) and len(found.names) > 1
+        if forms(found) != forms(wanted) or (named and found.names != wanted.names):
+            raise InputError(
+                f"{loaded.name} holds {found} and {made.origin} takes {wanted}: give the data that it is for"
+            )
+    if loaded.class_names or not isinstance(found, TensorsSpec):
+        require_classes(made.origin, made.class_names, loaded)
+    return loaded
 
 
 def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Data) -> None:

@@ -17,6 +17,7 @@ from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
+from r2cli.storage.input_spec import Given, Shape
 
 MOST_BIAS = 2.0**30  # of a bias in int32 sums: the other half of the range is for the products that are added to it
 
@@ -42,17 +43,17 @@ def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = Fal
 def calibrate_and_round(
     net: fx.GraphModule,
     coded: Mapping[str, Coded],
-    shape: tuple[int, ...],
+    shape: Shape,
     bits: int,
-    images: Iterable[Tensor],
+    images: Iterable[Given],
     rule: str = "minmax",
     *,
     symmetric: bool = False,
 ) -> tuple[dict[str, Grid], dict[str, Coded]]:
     """Find the grids of all values on `images`, and make `net` round its values and biases to their grids, in place.
 
-    `images` are float32 (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Returns the grids by value,
-    and what `round_biases` does. Raises R2Error for a value that is not finite.
+    `images` are batches of inputs (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Returns the grids
+    by value, and what `round_biases` does. Raises R2Error for a value that is not finite.
     """
     grids = calibrate(net, shape, bits, images, rule, symmetric=symmetric)
     return grids, round_to_grids(net, coded, grids)
@@ -70,9 +71,9 @@ def round_to_grids(net: fx.GraphModule, coded: Mapping[str, Coded], grids: Mappi
 
 def calibrate(
     net: fx.GraphModule,
-    shape: tuple[int, ...],
+    shape: Shape,
     bits: int,
-    images: Iterable[Tensor],
+    images: Iterable[Given],
     rule: str = "minmax",
     *,
     symmetric: bool = False,

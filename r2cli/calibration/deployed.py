@@ -22,6 +22,7 @@ from r2cli.graph import batchnorm, channel_clip, edit, lone_norms
 from r2cli.graph.read import trace
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint, into
+from r2cli.storage.input_spec import Given, TensorsSpec, count, places
 
 
 class FakeQuantize(nn.Module):
@@ -46,20 +47,20 @@ class FakeQuantize(nn.Module):
 
 @torch.inference_mode()
 def observe(
-    net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor], make: Callable[[], Observer] = Observer
+    net: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Given], make: Callable[[], Observer] = Observer
 ) -> dict[str, Observer]:
-    """Run `net` on `batches` of images (n, ...) with an observer on each of `nodes`; returns the observers by node.
+    """Run `net` on `batches` of inputs with an observer on each of `nodes`; returns the observers by node.
 
     `make` makes one observer. The observers stay in `net` until grids replace them. Raises InputError where there is
     no image.
     """
     observed = {name: make() for name in nodes}
     edit.insert(net, observed)
-    count = 0
+    seen = 0
     for images in batches:
-        net(images)
-        count += len(images)
-    if not count:
+        net(*places(images))
+        seen += count(images)
+    if not seen:
         raise InputError(
             "the ranges of activations need calibration images, and there are none: give --calibration a number above "
             "0, or --act-bits none"
@@ -91,7 +92,7 @@ def network(checkpoint: Checkpoint) -> nn.Module:
         assert isinstance(model, fx.GraphModule)
         channel_clip.put(model, channel_clip.stored(checkpoint.floats))
     else:
-        model = models.build(checkpoint.model, _room(checkpoint))
+        model = models.called(models.build(checkpoint.model, _room(checkpoint)), checkpoint.model, checkpoint.input)
     state = {**checkpoint.floats, **{name: coded.decode() for name, coded in checkpoint.coded.items()}}
     load_state(model, state, f"{checkpoint.origin} ({checkpoint.model.name})")
     if checkpoint.activations:
@@ -126,16 +127,18 @@ def _room(checkpoint: Checkpoint) -> int:
 
 
 def _described(checkpoint: Checkpoint) -> str:
-    known = [checkpoint.model.described(), checkpoint.input.shape, checkpoint.input.is_text]
-    return json.dumps(known, sort_keys=True)
+    given = checkpoint.input
+    inputs = given.described() if isinstance(given, TensorsSpec) else given.shape
+    return json.dumps([checkpoint.model.described(), inputs, given.is_text], sort_keys=True)
 
 
 @torch.inference_mode(False)  # whose tensors have no versions, by which reading tells what was written to
 @functools.lru_cache(maxsize=2)  # a command asks for the same network several times
 def _graph(of: _Architecture) -> fx.GraphModule:
     """The graph of a network without BatchNorms, on the meta device: without its weights."""
-    model = models.build(of.checkpoint.model, of.room)
-    net = trace(model, of.checkpoint.input.blank(2), architecture(of.checkpoint))
+    made = of.checkpoint
+    model = models.called(models.build(made.model, of.room), made.model, made.input)
+    net = trace(model, made.input.blank(2), architecture(made))
     if of.on_grids:
         lone_norms.give_layers(net)
     batchnorm.remove_norms(net)

@@ -14,7 +14,7 @@ from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.cli import gates, rerun
 from r2cli.config.groups import CompressionGates, FileForm, FileGates
-from r2cli.deploy import onnx_export, runtime, verify
+from r2cli.deploy import onnx_export, parity, runtime
 from r2cli.errors import CheckFailed, InputError
 from r2cli.storage import checkpoint
 from r2cli.storage.formats import CompressedReport
@@ -149,7 +149,7 @@ def told(report: Mapping[str, Any]) -> list[console.Line]:
         console.tick(each["name"], each["passed"], each["detail"]) for each in report["checks"]
     ]
     overflow = report.get("overflow_db")
-    if overflow is not None and overflow < verify.SQNR_DB:
+    if overflow is not None and overflow < parity.SQNR_DB:
         lines.append(
             "note: on a processor without VNNI, as this one, ONNX Runtime's default kernels overflow "
             f'({overflow:.0f} dB): deploy with the session option {runtime.EXACT_PRODUCTS} = "1", as r2 does, '

@@ -28,7 +28,7 @@ def evaluate(
 
     from r2cli import data as datasets
     from r2cli.deploy import runtime
-    from r2cli.train import loop
+    from r2cli.train import evaluation
 
     source = gates.source(given)
     subject = _of_onnx(given) if source.suffix == ".onnx" else _of_network(given, config.device)
@@ -40,7 +40,7 @@ def evaluate(
         return {"command": "evaluate"}
     console.note(f"evaluating {source} on {len(loaded.test)} images")
     with console.bar("evaluate", len(loaded.test)) as progress:
-        top1 = loop.top1(subject.predict, loaded.test, where, advance=progress.advance)
+        top1 = evaluation.top1(subject.predict, loaded.test, where, advance=progress.advance)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     latency = runtime.latency_ms(lambda image: subject.one_thread(image.to(where)).cpu(), subject.loaded.input.blank(1))

@@ -12,6 +12,7 @@ Images that fit in memory are decoded once and kept as uint8. Others are decoded
 is an `InputSpec`: the checkpoint records it, and every later command applies it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TypeVar
 
 import torch
 
-from r2cli.data import digits, fake, imagefolder, text, torchvision
+from r2cli.data import digits, fake, imagefolder, own, text, torchvision
 from r2cli.data.decoding import decode
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import (
@@ -39,7 +40,8 @@ from r2cli.data.splits import (
 )
 from r2cli.data.text import pack_tokenizer
 from r2cli.errors import InputError, unknown
-from r2cli.storage.checkpoint import InputSpec
+from r2cli.storage.input_spec import NetworkInput, TensorsSpec, each
+from r2cli.storage.input_spec import count as samples
 
 __all__ = [
     "KINDS",
@@ -97,7 +99,7 @@ def load(
     size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    spec: InputSpec | None = None,
+    spec: NetworkInput | None = None,
     directory: Path | None = None,
     workers: int = 2,
     tokenizer: str | None = None,
@@ -113,7 +115,7 @@ def load(
     return _load(name, Request("", "", size, mean, std, spec, directory, workers, tokenizer))
 
 
-def load_named_in_file(name: str, *, spec: InputSpec, directory: Path | None = None, workers: int = 2) -> Data:
+def load_named_in_file(name: str, *, spec: NetworkInput, directory: Path | None = None, workers: int = 2) -> Data:
     """Load a data set that a file names, with the preprocessing in that file. Nothing is downloaded.
 
     Raises InputError as `load` does, and for a set that is not on this machine.
@@ -193,8 +195,11 @@ PIXELS = 2**19  # of a batch: what a mobile network makes of it takes some 150 M
 
 def batch_that_fits(split: Split, most: int) -> int:
     """How many inputs at once, at most `most`, where nothing is learned: 10 images of 224 pixels, 128 of 64."""
-    spec: InputSpec | None = getattr(split, "spec", None)  # texts are short and have none
-    return most if spec is None else max(1, min(most, PIXELS // spec.size**2))
+    spec: NetworkInput | None = getattr(split, "spec", None)  # texts are short and have none
+    if spec is None:
+        return most
+    shapes = [one.shape for one in spec.tensors] if isinstance(spec, TensorsSpec) else [spec.shape]
+    return max(1, min(most, PIXELS // max(1, *(math.prod(shape[1:]) for shape in shapes))))
 
 
 CALIBRATION = 512  # training images that calibrate, where no number is given
@@ -213,9 +218,12 @@ def calibration(data: Data, count: int, device: torch.device, seed: int, batch: 
     if not count:
         return
     given, batch = 0, batch_that_fits(data.train, batch)
-    for images, labels in data.train.batches(batch, device, shuffle=torch.Generator().manual_seed(seed)):
-        take = min(len(labels), count - given)
-        yield images[:take], labels[:take]
-        given += take
+    for images, target in data.train.batches(batch, device, shuffle=torch.Generator().manual_seed(seed)):
+        left = count - given
+        given += samples(images)
+        if given <= count:
+            yield images, target
+        else:
+            yield each(images, lambda one: one[:left]), own.taken(target, torch.arange(left))  # noqa: B023
         if given >= count:
             return

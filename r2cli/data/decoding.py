@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from r2cli.storage.checkpoint import InputSpec
+from r2cli.storage.input_spec import InputSpec
 
 if TYPE_CHECKING:
     from PIL import Image

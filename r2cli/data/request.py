@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from r2cli.data.splits import MemorySplit, Split
+from r2cli.data.task import CLASSIFICATION, Task
 from r2cli.errors import InputError
-from r2cli.storage.checkpoint import InputSpec
+from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Request:
     size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-    spec: InputSpec | None = None
+    spec: NetworkInput | None = None
     directory: Path | None = None
     workers: int = 2
     tokenizer: str | None = None  # of a network that reads text, compressed by `text.pack_tokenizer`
@@ -37,6 +38,10 @@ class Request:
 
         Raises InputError for a mean or std that does not fit the channels.
         """
+        if isinstance(self.spec, TensorsSpec):
+            raise InputError(
+                f"{self.kind} holds images and the network takes {self.spec}: give the --data that it is for"
+            )
         if self.spec:
             return self.spec
         size = self.size or size
@@ -56,15 +61,22 @@ class Request:
 class Data:
     """A data set: its name, the preprocessing, the classes, and its two halves.
 
-    `measured` says whether an accuracy on the test half is wanted and means something.
+    `measured` says whether the task's metric on the test half is wanted and means something. `label_count` is how many
+    classes the labels of data without names of classes tell apart.
     """
 
     name: str
-    input: InputSpec
+    input: NetworkInput
     class_names: tuple[str, ...]
     train: Split
     test: Split
     measured: bool = True
+    task: Task = CLASSIFICATION
+    label_count: int = 0
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names) or self.label_count
 
 
 def in_memory(

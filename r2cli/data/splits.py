@@ -20,13 +20,14 @@ from torch import Tensor
 
 from r2cli.data.decoding import decode
 from r2cli.errors import InputError, R2Error
-from r2cli.storage.checkpoint import InputSpec
+from r2cli.storage.input_spec import InputSpec
 
 LARGE_IMAGE = 96  # pixels; training images of this size or more are random crops, decoded each time by workers
 UNREADABLE_LIMIT = 0.01  # share of a split's images that may fail to decode: large collections have a few damaged files
 
-# Images float32 (n, channels, size, size) or tokens int64 (n, 3, size), and labels int64 (n,).
-Batch = tuple[Tensor, Tensor]
+# Inputs: images float32 (n, channels, size, size), tokens int64 (n, 3, size), or the user's own tensors. The target is
+# labels int64 (n,), or whatever the user's data has.
+Batch = tuple[Any, Any]  # of `Given`
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,8 @@ def subset(split: Split, index: Tensor) -> Split:
         return replace(split, images=split.images[index], labels=split.labels[index])
     if isinstance(split, TextSplit):
         return replace(split, tokens=split.tokens[index], labels=split.labels[index])
-    assert isinstance(split, FolderSplit)
+    if not isinstance(split, FolderSplit):
+        return split.of(index)  # type: ignore[attr-defined, no-any-return]  # the user's own: data/own.py
     return replace(split, files=[split.files[i] for i in index.tolist()])
 
 

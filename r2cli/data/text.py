@@ -18,7 +18,7 @@ from torch import Tensor
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import TextSplit
 from r2cli.errors import InputError
-from r2cli.storage.checkpoint import InputSpec
+from r2cli.storage.input_spec import InputSpec
 
 TEST = 1000  # rows of a single file that are held out, but never more than a fifth of it
 LENGTH = 128  # tokens; the usual length for GLUE
@@ -30,7 +30,7 @@ NOT_TEXT = ("index", "idx", "id", "label")
 def load(request: Request) -> Data:
     """Load and tokenize texts. Raises InputError for a missing file, another form, or fewer than two labels."""
     spec = request.spec or _input_spec(request)
-    if not spec.is_text:
+    if not isinstance(spec, InputSpec) or not spec.is_text:
         raise InputError(
             f"{request.kind} holds text and the network reads images: give the --data that it was made for"
         )

@@ -15,7 +15,8 @@ import onnx
 from r2cli.deploy import engines, external_data, float_nodes, holdings, likeness, runtime, second_engine
 from r2cli.deploy.audit import Check
 from r2cli.deploy.engines import Arrays, Engine, Run
-from r2cli.deploy.verify import AGREEMENT, SQNR_DB, Proof
+from r2cli.deploy.parity import AGREEMENT, SQNR_DB
+from r2cli.deploy.verify import Proof
 from r2cli.errors import InputError
 
 # Two runs of one file differ by single codes that fall to the other side of an edge. In a deep network on coarse grids

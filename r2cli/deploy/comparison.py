@@ -21,12 +21,14 @@ from r2cli.deploy import weight_roles
 from r2cli.deploy.audit import Check
 from r2cli.deploy.float_nodes import MOVING
 from r2cli.graph.edit import is_grid
-from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.checkpoint import LOGITS, Checkpoint
+from r2cli.storage.input_spec import Given, places
 
 Array = np.ndarray[Any, Any]
 # Of a value's largest magnitude, for what torch and ONNX Runtime make of the same codes: sums in another order, and
 # their own erf, exp and tanh, differ by some 1e-6. A ReLU that is lacking, or a shift by 0.1, is a thousandth and more.
 BETWEEN_GRIDS = 1e-4
+DECIDED = 0.99  # share of equal integers in an output of integers
 EDGE = 1e-2  # of a step: a value this near to the edge between two codes may fall to either, and to no third
 BIAS = 3e-7  # relative: a bias as int32 codes times a scale is rounded twice to float32
 
@@ -138,13 +140,15 @@ class _Forced(fx.Interpreter):
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:
+    if not found.is_floating_point():  # decisions, where values are near each other
+        return float((found == expected).double().mean()) >= DECIDED
     return float((found - expected).abs().max()) <= BETWEEN_GRIDS * max(float(expected.abs().max()), 1e-30)
 
 
 @torch.no_grad()
 def between_grids(
     net: fx.GraphModule,
-    images: Tensor,
+    images: Given,
     file: onnx.ModelProto,
     values: Mapping[str, Tensor],
     optimised: Mapping[str, Tensor],
@@ -157,7 +161,7 @@ def between_grids(
     """
     rounded = roundings(file)
     forced = _Forced(net, rounded, values)
-    result = forced.run(images)
+    results = _by_name(file, forced.run(*places(images)))
     grids = len({node.target for node in net.graph.nodes if is_grid(node)})
     strange = [r for r in rounded if not _same_parameters(r)]
     problem = ""
@@ -170,17 +174,21 @@ def between_grids(
         one = strange[0]
         problem = f"a value is put on a grid of scale {one.codes_scale:.6g} and read from one of {one.scale:.6g}"
     checks = [Check("same grids", not problem, problem or f"{grids} grids of values, scale and zero point equal")]
-    if not _equal(values[file.graph.output[0].name], result):
-        forced.differ.append("the logits")
+    forced.differ += [f"the output '{name}'" for name, result in results.items() if not _equal(values[name], result)]
     told = f"each part within {BETWEEN_GRIDS:g} of torch's from the same codes, as written and optimised"
     fused = _Forced(net, rounded, optimised)
-    if not _equal(optimised[file.graph.output[0].name], fused.run(images)):
-        fused.differ.append("the logits")
+    results = _by_name(file, fused.run(*places(images)))
+    fused.differ += [f"the output '{name}'" for name, result in results.items() if not _equal(optimised[name], result)]
     if forced.differ:
         told = f"the file computes {forced.differ[0]} otherwise than the checkpoint's network, from the same codes"
     elif fused.differ:
         told = f"ONNX Runtime's optimisation computes {fused.differ[0]} otherwise than the file, from the same codes"
     return [*checks, Check("same graph", not (forced.differ or fused.differ), told)]
+
+
+def _by_name(file: onnx.ModelProto, outputs: Given) -> dict[str, Tensor]:
+    """What a network gives, by the names of the file's outputs."""
+    return dict(zip((each.name for each in file.graph.output), places(outputs), strict=True))
 
 
 def _same_parameters(rounding: Rounding) -> bool:
@@ -279,6 +287,8 @@ def same_metadata(file: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
         "r2.model": checkpoint.model.described(),
         "r2.target": checkpoint.target,
     }
+    if checkpoint.outputs != LOGITS:
+        expected["r2.outputs"] = checkpoint.outputs
     found = {entry.key: entry.value for entry in file.metadata_props}
     for key in sorted({*expected, *found}):
         if key not in found:

@@ -21,6 +21,7 @@ MOVING = {
     "MaxPool",
     "Pad",
     "Tile",
+    "Identity",
 }
 CLIPPING = {"Relu", "Clip", "Min"}  # with constants: fused into what is before them
 LAYERS = {"Conv", "Gemm", "MatMul"}
@@ -48,7 +49,7 @@ def operators(file: onnx.ModelProto) -> Counter[str]:
                 on_grid.update(outputs)
         elif node.op_type == "DequantizeLinear" or (node.op_type in MOVING and read[0] in on_grid):
             on_grid.update(outputs)
-        elif known.get(outputs[0]) != onnx.TensorProto.FLOAT or node.op_type in MOVING:
+        elif known.get(outputs[0]) != onnx.TensorProto.FLOAT or node.op_type in (*MOVING, "Cast"):
             continue
         elif _clips(node, constants) and (rounded[outputs[0]] or read[0] in products):
             products.update(outputs)

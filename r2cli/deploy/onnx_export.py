@@ -9,11 +9,13 @@ The file is plain: opset 13 unless an operator asks for more, IR version 8, no f
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import onnx
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
+from onnx import helper
 from torch import Tensor, fx, nn
 
 from r2cli.calibration import deployed
@@ -32,40 +34,50 @@ from r2cli.graph.read import trace
 from r2cli.graph.recurrent import RecurrentWeight
 from r2cli.graph.transposed import TransposedConv
 from r2cli.quantized.grid import Grid
-from r2cli.storage.checkpoint import Checkpoint
-
-INPUT, OUTPUT = "input", "logits"
+from r2cli.storage.checkpoint import LOGITS, Checkpoint
+from r2cli.storage.input_spec import NetworkInput, places
 
 
 def to_bytes(checkpoint: Checkpoint, form: FileForm | None = None) -> bytes:
     """Return the bytes of the ONNX file of `checkpoint` for its target. Equal checkpoints give equal bytes.
 
-    Its input is float32 (batch, channels, size, size), or int64 tokens (batch, 3, size); its output is the logits,
-    float32 (batch, classes). Raises R2Error for an operation that has no form in ONNX, or a weight that is lost, and
-    InputError for what the target cannot hold.
+    Its inputs and outputs have the names that the checkpoint has for them, and the batch first. An image is float32
+    (batch, channels, size, size), a text int64 tokens (batch, 3, size), and a classifier gives logits (batch, classes).
+    Raises R2Error for an operation that has no form in ONNX, or a weight that is lost, and InputError for what the
+    target cannot hold.
     """
     form, checkpoint = form or FileForm(), retarget(checkpoint)
     target = targets.get(checkpoint.target)
     batch = target.batch if form.batch is None else targets.batch(form.batch)
     net = deployed.network(checkpoint)
-    blank = checkpoint.input.blank(2)
-    graph = net if isinstance(net, fx.GraphModule) else trace(net, blank, deployed.architecture(checkpoint))
+    given = checkpoint.input
+    graph = net if isinstance(net, fx.GraphModule) else trace(net, given.blank(2), deployed.architecture(checkpoint))
     _pool_on_grids(graph)
     edit.repeat_grids(graph)
     writer = OnnxWriter(target.most_opset, form.opset)
     weights = Weights(writer, checkpoint.coded, target)
     weights.float_activations = not checkpoint.activations
     weights.unfused = _giving_floats(graph)
-    _Export(graph.eval(), writer, weights).write(checkpoint.input.blank(batch or 2), is_fixed=batch is not None)
+    export = _Export(graph.eval(), writer, weights, given.names, checkpoint.outputs)
+    export.write(given, batch)
     lost = [name for name in checkpoint.coded if not any(name in node.output for node in writer.nodes)]
     if lost:
         raise R2Error(f"nothing in the network reads the weight '{lost[0]}': report this with the model's name")
-    kind = TensorProto.INT64 if blank.dtype == torch.int64 else TensorProto.FLOAT
-    count = batch or "batch"
-    given = helper.make_tensor_value_info(INPUT, kind, [count, *blank.shape[1:]])
-    result = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [count, len(checkpoint.class_names)])
-    content: bytes = writer.model([given], [result], metadata(checkpoint)).SerializeToString(deterministic=True)
+    model = writer.model(_told(export.given), _told(export.results), metadata(checkpoint))
+    content: bytes = model.SerializeToString(deterministic=True)
     return content
+
+
+def _told(values: Sequence[Value]) -> list[onnx.ValueInfoProto]:
+    """Inputs or outputs as the file announces them; a length that follows the batch is called so."""
+    return [
+        helper.make_tensor_value_info(
+            one.name,
+            helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=one.dtype).numpy().dtype),
+            ["batch" if length is None else length for length in one.shape],
+        )
+        for one in values
+    ]
 
 
 # --- the graph -----------------------------------------------------------------------------------------------------
@@ -98,38 +110,48 @@ def _seen(one: Any) -> Any:
 class _Export:
     """One walk over a graph, which writes each node by its row of `OPERATORS` or `onnx_layers.LAYERS`."""
 
-    def __init__(self, net: fx.GraphModule, writer: OnnxWriter, weights: Weights) -> None:
+    def __init__(
+        self, net: fx.GraphModule, writer: OnnxWriter, weights: Weights, inputs: Sequence[str], outputs: Sequence[str]
+    ) -> None:
         self.net, self.writer, self.weights = net, writer, weights
+        self.inputs, self.outputs = inputs, outputs
+        self.given: list[Value] = []
+        self.results: list[Value] = []
         self.values: dict[fx.Node, Any] = {}  # Value, or a list of them, or what a node without a tensor gives
         self.modules = {node: operators.module_of(net, node) for node in net.graph.nodes}
         self.constants: dict[fx.Node, Tensor] = {}
         self.batch = ""
 
-    def write(self, blank: Tensor, *, is_fixed: bool) -> None:
-        """Write the nodes in their order. `blank` (n, ...) is an input. What one more changes follows the batch, unless
-        the batch `is_fixed`."""
+    def write(self, spec: NetworkInput, batch: int | None) -> None:
+        """Write the nodes in their order. What one sample more changes follows the batch, unless `batch` fixes it."""
+        blank = places(spec.blank(batch or 2))
         with torch.no_grad():
             first, second = _Shapes(self.net), _Shapes(self.net)
-            first.run(blank)
-            second.run(blank if is_fixed else blank.new_zeros((len(blank) + 1, *blank.shape[1:])))
+            first.run(*blank)
+            second.run(*places(spec.blank(batch or 3)))
         # What depends on the batch's size is no constant, whatever it is made from.
         both = first.constants.items()
         self.constants = {node: one for node, one in both if torch.equal(one, second.constants[node])}
         for node in self.net.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = Value(INPUT, (len(blank) if is_fixed else None, *blank.shape[1:]), blank.dtype)
+                own, name = blank[len(self.given)], self.inputs[len(self.given)]
+                self.values[node] = Value(name, (batch, *own.shape[1:]), own.dtype)
+                self.given.append(self.values[node])
             elif node.op == "output":
                 self._result(node.args[0])
             else:
                 self.values[node] = self._node(node, first, second)
 
     def _result(self, given: Any) -> None:
-        one = given if isinstance(given, fx.Node) else next(iter(given.values() if isinstance(given, dict) else given))
-        name = self.values[one].name
-        if not any(name in node.output for node in self.writer.nodes):
-            self.writer.enter("result")
-            name = self.writer.node("Identity", [name])
-        self.writer.rename(name, OUTPUT)
+        renamed: dict[str, str] = {}
+        for one, wanted in zip([given] if isinstance(given, fx.Node) else given, self.outputs, strict=True):
+            value = self.values[one]
+            name = renamed.get(value.name, value.name)
+            if value.name in renamed or not any(name in node.output for node in self.writer.nodes):
+                self.writer.enter(f"{wanted}.result")
+                name = self.writer.node("Identity", [name])
+            renamed.setdefault(value.name, wanted)
+            self.results.append(Value(self.writer.rename(name, wanted), value.shape, value.dtype))
 
     def _node(self, node: fx.Node, first: _Shapes, second: _Shapes) -> Any:
         seen = _merged(first.found[node], second.found[node])
@@ -235,14 +257,17 @@ class _Export:
 
     def _named(self, given: Any, name: str, before: int) -> Any:
         """Call the value that the last node gives, where it is the result, as the network does."""
-        if isinstance(given, str) and len(self.writer.nodes) > before and given in self.writer.nodes[-1].output:
+        reserved = name in self.inputs or name in self.outputs
+        if reserved or not isinstance(given, str):
+            return given
+        if len(self.writer.nodes) > before and given in self.writer.nodes[-1].output:
             return self.writer.rename(given, name)
         return given
 
     def _batch(self) -> str:
         """Write the size of the batch as the network runs, once: (1,) INT64."""
         if not self.batch:
-            shape = self.writer.node("Shape", [INPUT])
+            shape = self.writer.node("Shape", [self.inputs[0]])
             self.batch = self.writer.node("Slice", [shape, self.writer.ints([0]), self.writer.ints([1])])
         return self.batch
 
@@ -352,6 +377,8 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "r2.model": _json(checkpoint.model.described()),
         "r2.target": _json(checkpoint.target),
     }
+    if checkpoint.outputs != LOGITS:
+        entries["r2.outputs"] = _json(checkpoint.outputs)
     return dict(sorted(entries.items()))
 
 

@@ -1,5 +1,6 @@
 """Operations on each value alone, and products of two tensors, in ONNX. Parameters are those of torch's functions."""
 
+import functools
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -19,9 +20,24 @@ def unary(operation: str) -> Callable[..., Any]:
 
 def binary(operation: str) -> Callable[..., Any]:
     def write(sheet: Sheet, x: Any, other: Any, *, alpha: float = 1, **__: Any) -> str:
+        x, other = _of_one_type(sheet, x, other)
         return sheet.node(operation, x, other if alpha == 1 else sheet.node("Mul", other, alpha))
 
     return write
+
+
+def _of_one_type(sheet: Sheet, *values: Any) -> list[Any]:
+    """Values of the type that torch promotes them to: a mask of booleans or integers times floats is a float."""
+    types = [value.dtype for value in values if isinstance(value, Value)]
+    if len(set(types)) < 2:
+        return list(values)
+    wanted = functools.reduce(torch.promote_types, types)
+    return [
+        Value(sheet.node("Cast", each, to=TYPES[wanted]), each.shape, wanted)
+        if isinstance(each, Value) and each.dtype != wanted
+        else each
+        for each in values
+    ]
 
 
 def reversed_(operation: str) -> Callable[..., Any]:

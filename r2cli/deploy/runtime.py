@@ -6,7 +6,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -28,8 +28,8 @@ from r2cli.errors import InputError
 from r2cli.storage import checkpoint as checkpoints
 from r2cli.storage import schema
 from r2cli.storage.atomic import scratch_folder
-from r2cli.storage.checkpoint import InputSpec
 from r2cli.storage.formats import OnnxEntry
+from r2cli.storage.input_spec import Given, NetworkInput, places
 from r2cli.storage.schema import Malformed
 
 VERSION: str = ort.__version__
@@ -121,60 +121,74 @@ def _first(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def runner(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
-    """A function from images (n, c, s, s) to logits (n, classes), by ONNX Runtime."""
+def runner(path: Path, **options: Any) -> Callable[..., Any]:
+    """A function from inputs by place to the outputs, one tensor or a tuple, by ONNX Runtime."""
     own = session(path, **options)
-    given = own.get_inputs()[0]
+    given = own.get_inputs()
 
-    def run(images: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Given:
         try:
-            logits = torch.from_numpy(_in_batches(own, [own.get_outputs()[0].name], given, images)[0])
+            found = _in_batches(own, None, given, inputs)
         except Exception as error:  # as above
             raise UnrunnableError(
                 f"{path} fails when ONNX Runtime {ort.__version__} runs it: {_first(error)}"
             ) from error
-        if logits.ndim < 2 or logits.shape[0] != len(images) or not logits.numel():
-            raise UnrunnableError(
-                f"{path} gives {tuple(logits.shape)} for {len(images)} images: it wants logits of each"
-            )
-        return logits
+        outputs = tuple(map(torch.from_numpy, found))
+        for one in outputs:
+            if not one.ndim or one.shape[0] != len(inputs[0]) or not one.numel():
+                raise UnrunnableError(
+                    f"{path} gives {tuple(one.shape)} for a batch of {len(inputs[0])}: outputs have the batch first"
+                )
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return run
+
+
+def fed(names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """What a session is given: arrays by the names of its inputs."""
+    return {name: one.cpu().contiguous().numpy() for name, one in zip(names, inputs, strict=True)}
 
 
 @dataclass(frozen=True)
 class Recorded:
     """What a file of ours records: its preprocessing, its classes in the order of the logits, and its data set."""
 
-    input: InputSpec
+    input: NetworkInput
     class_names: tuple[str, ...]
     data: str
+    outputs: tuple[str, ...]
 
 
 def recorded(path: Path) -> Recorded:
     """What the file at `path` records. Raises InputError for another tool's file, and for damaged metadata."""
     found = {entry.key: entry.value for entry in opened(path).metadata_props}
-    if not {f"r2.{own.name}" for own in fields(OnnxEntry)} <= found.keys():
+    if not {f"r2.{own.name}" for own in fields(OnnxEntry) if own.default is MISSING} <= found.keys():
         raise InputError(f"{path} does not say how its images are preprocessed: only files written by r2 do")
     try:
-        entry = schema.read(OnnxEntry, {own.name: schema.parsed(found[f"r2.{own.name}"]) for own in fields(OnnxEntry)})
+        entry = schema.read(
+            OnnxEntry,
+            {own.name: schema.parsed(found[key]) for own in fields(OnnxEntry) if (key := f"r2.{own.name}") in found},
+        )
         spec = checkpoints.input_spec(entry.input)
     except Malformed as error:
         raise InputError(f"{path} has damaged metadata ({error}): write it again") from error
-    return Recorded(spec, entry.class_names, data.named_in(entry.history, str(path)))
+    return Recorded(spec, entry.class_names, data.named_in(entry.history, str(path)), entry.outputs)
 
 
-def _in_batches(own: ort.InferenceSession, outputs: Sequence[str], given: Any, images: Tensor) -> list[Any]:
-    """The outputs for `images` (n, ...), in the batches that a file of a fixed batch takes, the last one filled up."""
-    values, count = images.cpu().contiguous().numpy(), given.shape[0]
-    if not isinstance(count, int) or count == len(values):
-        found: list[Any] = own.run(outputs, {given.name: values})
+def _in_batches(
+    own: ort.InferenceSession, outputs: Sequence[str] | None, given: Sequence[Any], inputs: Sequence[Tensor]
+) -> list[Any]:
+    """The outputs for `inputs` (n, ...), in the batches that a file of a fixed batch takes, the last one filled up."""
+    fed_all = fed([each.name for each in given], inputs)
+    size, samples = given[0].shape[0] if given[0].shape else None, len(inputs[0])
+    if not isinstance(size, int) or size == samples:
+        found: list[Any] = own.run(outputs, fed_all)
         return found
     runs = [
-        own.run(outputs, {given.name: values.take(range(k, k + count), 0, mode="clip")})
-        for k in range(0, len(values), count)
+        own.run(outputs, {name: one.take(range(k, k + size), 0, mode="clip") for name, one in fed_all.items()})
+        for k in range(0, samples, size)
     ]
-    return [np.concatenate(parts)[: len(values)] for parts in zip(*runs, strict=True)]
+    return [np.concatenate(parts)[:samples] for parts in zip(*runs, strict=True)]
 
 
 def target_of(model: onnx.ModelProto) -> str | None:
@@ -183,12 +197,12 @@ def target_of(model: onnx.ModelProto) -> str | None:
     return next((name for name in TARGETS if json.dumps(name) in told), None)
 
 
-def latency_ms(run: Callable[[Tensor], Tensor], image: Tensor, repeats: int = 30) -> float:
-    """Median time of `image`, a batch of one, in ms, after five runs to warm up."""
+def latency_ms(run: Callable[..., object], one: Given, repeats: int = 30) -> float:
+    """Median time of `one`, a batch of one sample, in ms, after five runs to warm up."""
     times = []
     for _ in range(repeats + 5):
         start = perf_counter()
-        run(image)
+        run(*places(one))
         times.append(1000 * (perf_counter() - start))
     return median(times[5:])
 
@@ -250,22 +264,23 @@ def run_constants(file: onnx.ModelProto, shapes: Mapping[str, Sequence[int] | No
     return found
 
 
-def values(file: onnx.ModelProto, names: Sequence[str], *, optimise: bool) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A function from images (n, ...) to the values of the inlined `file` by name: input, result, and `names`."""
+def values(file: onnx.ModelProto, names: Sequence[str], *, optimise: bool) -> Callable[..., dict[str, Tensor]]:
+    """A function from inputs by place to the values of the inlined `file` by name: inputs, results, and `names`."""
     open_file = onnx.ModelProto()
     open_file.CopyFrom(file)
     open_file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     own = session(open_file.SerializeToString(), optimise=optimise)
-    outputs, given = [each.name for each in own.get_outputs()], own.get_inputs()[0]
+    outputs, given = [each.name for each in own.get_outputs()], own.get_inputs()
 
-    def run(images: Tensor) -> dict[str, Tensor]:
+    def run(*inputs: Tensor) -> dict[str, Tensor]:
         try:
-            found = _in_batches(own, outputs, given, images)
+            found = _in_batches(own, outputs, given, inputs)
         except Exception as error:  # as above
             raise UnrunnableError(
                 f"the file fails when ONNX Runtime {ort.__version__} runs it: {_first(error)}"
             ) from error
         read = zip(outputs, found, strict=True)
-        return {given.name: images.cpu()} | {name: torch.from_numpy(value) for name, value in read}
+        own_inputs = {place.name: one.cpu() for place, one in zip(given, inputs, strict=True)}
+        return own_inputs | {name: torch.from_numpy(value) for name, value in read}
 
     return run

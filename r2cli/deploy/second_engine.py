@@ -11,7 +11,7 @@ from pathlib import Path
 from r2cli.deploy import engines, likeness, runtime
 from r2cli.deploy.audit import Check
 from r2cli.deploy.engines import Arrays, Engine
-from r2cli.deploy.verify import AGREEMENT, SQNR_DB
+from r2cli.deploy.parity import AGREEMENT, SQNR_DB
 
 SLACK_DB = 6.0  # another runtime's flips are not those of ONNX Runtime: twice the noise
 

@@ -10,6 +10,7 @@ from r2cli.graph.operators import NORMS, NormModule
 from r2cli.graph.structure import Layer, layer_module, named_layers, norm_module, norm_statistics
 from r2cli.quantized.channels import per_channel
 from r2cli.quantized.value_counts import usable
+from r2cli.storage.input_spec import Given, places
 
 # A channel with less variance than this share of its BatchNorm's epsilon varies, after the BatchNorm, by less than a
 # hundredth of gamma: sqrt(1e-4).
@@ -163,7 +164,7 @@ def lower_quiet_channels(net: fx.GraphModule) -> dict[str, int]:
 
 
 @torch.no_grad()
-def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_norms(model: nn.Module, batches: Iterable[Given]) -> None:
     """Set the statistics of every BatchNorm to the plain average over `batches` of images (n, ...); in place.
 
     Rounded weights give other means and variances than the weights that the statistics were collected with. Everything
@@ -177,7 +178,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         norm.momentum = None  # in torch this means a plain average over all batches
         norm.train()
     for images in batches:
-        model(images)
+        model(*places(images))
     # Training goes on with its own momentum.
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -20,7 +20,8 @@ def over_same_modules(net: fx.GraphModule) -> fx.GraphModule:
 
 
 def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
-    """Put a module on the value of each named node, in the place of one that is there: all then read the module.
+    """Put a module on the value of each named node, in the place of one that is there: all then read the module, but
+    for the network's result.
 
     With `FOR_LAYERS` at the end of its name the layers alone read it, and it reads what they read before.
     Raises InputError for a name that no node has.
@@ -39,7 +40,8 @@ def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
             )
         net.add_submodule(target, modules[name])
         read = nodes[value] if value == name else there.get(f"{GRIDS}{value}", nodes[value])
-        users = [user for user in read.users if value == name or isinstance(module_of(net, user), LAYERS)]
+        readers = [user for user in read.users if user.op != "output"]
+        users = [user for user in readers if value == name or isinstance(module_of(net, user), LAYERS)]
         with net.graph.inserting_after(read):
             there[target] = net.graph.call_module(target, (read,))
         for user in users:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from r2cli.errors import R2Error
 from r2cli.graph.read import WEIGHTS_ALONE, trace
-from r2cli.storage.checkpoint import InputSpec
+from r2cli.storage.input_spec import Given, NetworkInput, TensorsSpec, each, places
 
 TOLERANCE = 1e-5  # of an output's largest value: the order of float sums is all that may differ
 SEED = 0
@@ -23,7 +23,7 @@ class Misread(R2Error):
     """A graph that is not the network's function: a fault of r2's."""
 
 
-def read(model: nn.Module, spec: InputSpec, architecture: Hashable | None = None) -> fx.GraphModule:
+def read(model: nn.Module, spec: NetworkInput, architecture: Hashable | None = None) -> fx.GraphModule:
     """The graph of a float network, as `trace` reads it, compared with `model`.
 
     Raises Unreadable as `trace` does, and Misread where the two are not the same function.
@@ -32,11 +32,11 @@ def read(model: nn.Module, spec: InputSpec, architecture: Hashable | None = None
 
 
 @torch.no_grad()
-def require_same(net: fx.GraphModule, model: nn.Module, spec: InputSpec) -> fx.GraphModule:
+def require_same(net: fx.GraphModule, model: nn.Module, spec: NetworkInput) -> fx.GraphModule:
     """`net`, if it gives what `model` gives, both in evaluation, on two random inputs. Raises Misread otherwise."""
     inputs = random_inputs(model, spec, 2)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    inputs = inputs.to(device)
+    inputs = each(inputs, lambda one: one.to(device))
     # In a deep network float32's own rounding may pass the bound; a graph of another function differs in float64 too.
     if _distance(net, model, inputs) > TOLERANCE and _distance(*_in_double(net, model), _double(inputs)) > TOLERANCE:
         at = _first_difference(net, model, inputs)
@@ -48,12 +48,15 @@ def require_same(net: fx.GraphModule, model: nn.Module, spec: InputSpec) -> fx.G
     return net
 
 
-def random_inputs(model: nn.Module, spec: InputSpec, count: int) -> Tensor:
-    """`count` inputs, the same in every run: pixels that are normal about the middle grey, or tokens of any kind.
+def random_inputs(model: nn.Module, spec: NetworkInput, count: int) -> Given:
+    """`count` inputs, the same in every run: pixels that are normal about the middle grey, tokens of any kind, or
+    normal numbers and the integers that the data has.
 
     Zeros would hide what is wrong: what multiplies them, and ReLUs.
     """
     generator = torch.Generator().manual_seed(SEED)
+    if isinstance(spec, TensorsSpec):
+        return spec.random(count, generator)
     if not spec.is_text:
         pixels = (0.5 + 0.25 * torch.randn(count, *spec.shape, generator=generator)).clamp_(0, 1)
         mean, std = (torch.tensor(each).reshape(-1, 1, 1) for each in (spec.mean, spec.std))
@@ -69,13 +72,17 @@ def random_inputs(model: nn.Module, spec: InputSpec, count: int) -> Tensor:
     return tokens
 
 
-def _distance(net: nn.Module, model: nn.Module, inputs: Tensor) -> float:
+def _distance(net: nn.Module, model: nn.Module, inputs: Given) -> float:
     """The largest difference of two networks' outputs, relative to the largest value of the output; infinite where one
     is finite and the other is not."""
     worst = 0.0
-    for found, expected in zip(_tensors(net(inputs.clone())), _tensors(model(inputs.clone())), strict=True):
+    for found, expected in zip(_run(net, inputs), _run(model, inputs), strict=True):
         worst = max(worst, _relative(found, expected))
     return worst
+
+
+def _run(model: nn.Module, inputs: Given) -> list[Tensor]:
+    return list(_tensors(model(*places(each(inputs, torch.clone)))))  # it may write into its inputs
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -96,8 +103,8 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _double(inputs: Tensor) -> Tensor:
-    return inputs.double() if inputs.is_floating_point() else inputs
+def _double(inputs: Given) -> Given:
+    return each(inputs, lambda one: one.double() if one.is_floating_point() else one)
 
 
 def _in_double(net: nn.Module, model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -105,7 +112,7 @@ def _in_double(net: nn.Module, model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return copy.deepcopy(net).double(), copy.deepcopy(model).double()
 
 
-def _first_difference(net: nn.Module, model: nn.Module, inputs: Tensor) -> str | None:
+def _first_difference(net: nn.Module, model: nn.Module, inputs: Given) -> str | None:
     """The first module, in the order in which the network runs, whose value is another one in the graph."""
     seen, expected = _module_values(net, inputs), _module_values(model, inputs)
     for name, values in expected.items():
@@ -117,7 +124,7 @@ def _first_difference(net: nn.Module, model: nn.Module, inputs: Tensor) -> str |
     return None
 
 
-def _module_values(model: nn.Module, inputs: Tensor) -> dict[str, list[Tensor]]:
+def _module_values(model: nn.Module, inputs: Given) -> dict[str, list[Tensor]]:
     """What each module without parts gives, one for each time it runs, by name, in the order of first runs."""
     values: dict[str, list[Tensor]] = {}
     hooks = []
@@ -128,7 +135,7 @@ def _module_values(model: nn.Module, inputs: Tensor) -> dict[str, list[Tensor]]:
                 values.setdefault(name, []).extend(one.clone() for one in _tensors(result))
 
             hooks.append(module.register_forward_hook(note))
-    model(inputs.clone())
+    _run(model, inputs)
     for hook in hooks:
         hook.remove()
     return values

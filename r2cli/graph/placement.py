@@ -23,6 +23,7 @@ from r2cli.graph.constants import operator_name
 from r2cli.graph.edit import is_grid, source
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, PASSING, Kind, is_a, module_of
 from r2cli.graph.structure import only_user, propagate
+from r2cli.storage.input_spec import Shape
 
 FOREIGN_BIAS = "its int32 bias is on the scale of the first call's input: runtimes may run this call in float"
 # What can run on integers or is cheap between two grids.
@@ -39,10 +40,10 @@ class FloatOperation:
     operators: tuple[str, ...]
 
 
-def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
+def values(net: fx.GraphModule, shape: Shape) -> list[str]:
     """Return the nodes whose values get a grid, in order, for inputs of `shape` (without the batch).
 
-    The network's result stays float: rounding it would only blur the logits.
+    The network's results stay float: rounding them would only blur them.
     """
     propagate(net, shape)
     known: dict[fx.Node, bool] = {}
@@ -56,10 +57,10 @@ def values(net: fx.GraphModule, shape: tuple[int, ...]) -> list[str]:
         operation = _before_activation(net, node)
         if operators.kind(net, operation) in COMPUTES and _can_be_integer(net, operation, known):
             todo += _inputs(operation)
-    return [node.name for node in net.graph.nodes if node in with_grid and not _is_result(net, node)]
+    return [node.name for node in net.graph.nodes if node in with_grid and not _is_only_result(net, node)]
 
 
-def float_operations(net: fx.GraphModule, shape: tuple[int, ...]) -> list[FloatOperation]:
+def float_operations(net: fx.GraphModule, shape: Shape) -> list[FloatOperation]:
     """Return the operations that a network with grids still computes in float, in the order in which they run."""
     propagate(net, shape)
     operations, constants, again = [], _constants(net), _with_foreign_bias(net)
@@ -200,6 +201,13 @@ def _is_float(node: fx.Node) -> bool:
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["tensor_meta"].shape)
+
+
+def _is_only_result(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Say whether the output of `node` is a result of the network, and nothing else reads it."""
+    return bool(node.users) and all(
+        user.op == "output" or (is_a(net, user, PASSING) and _is_only_result(net, user)) for user in node.users
+    )
 
 
 def _is_result(net: fx.GraphModule, node: fx.Node) -> bool:

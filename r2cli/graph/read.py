@@ -8,7 +8,7 @@ import copy
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from r2cli.errors import InputError
 from r2cli.graph import canonical, in_place
 from r2cli.graph.writer import Unknown
+from r2cli.storage.input_spec import Given, places
 
 WEIGHTS_ALONE = "or quantize the weights alone: --act-bits none, and for r2 ptq --method none"
 
@@ -35,11 +36,11 @@ _programs = OrderedDict[Hashable, fx.GraphModule]()
 KEPT = 8
 
 
-def trace(model: nn.Module, example: Tensor, architecture: Hashable | None = None) -> fx.GraphModule:
+def trace(model: nn.Module, example: Given, architecture: Hashable | None = None) -> fx.GraphModule:
     """The canonical graph of `model` in evaluation mode: the same function, the network's own parameters.
 
-    `example` is a batch (n, ...) of its inputs with n > 1: torch.export takes a size of 1 for a constant. The graph
-    accepts batches of any size. Networks of equal `architecture` differ in the values of their weights alone:
+    `example` is a batch of its inputs, each (n, ...) with n > 1: torch.export takes a size of 1 for a constant. The
+    graph accepts batches of any size. Networks of equal `architecture` differ in the values of their weights alone:
     torch.export runs for the first of them, and not for the others. Raises Unreadable naming what cannot be read.
     """
     model.eval()
@@ -47,7 +48,9 @@ def trace(model: nn.Module, example: Tensor, architecture: Hashable | None = Non
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     known = None if architecture is None else (architecture, str(device))
     try:
-        program = _programs[known] if known in _programs else _exported(model, example.to(device))
+        program = (
+            _programs[known] if known in _programs else _exported(model, [one.to(device) for one in places(example)])
+        )
     except Exception as error:  # torch.export passes on whatever the network raises
         first = next(iter(str(error).strip().splitlines()), "")
         raise Unreadable(f"torch.export cannot read {name} ({type(error).__name__}: {first}{_place(error)})") from error
@@ -64,15 +67,17 @@ def trace(model: nn.Module, example: Tensor, architecture: Hashable | None = Non
         raise Unreadable(f"r2 cannot read {name}: {unknown}", "write it another way") from unknown
 
 
-def _exported(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def _exported(model: nn.Module, example: Sequence[Tensor]) -> fx.GraphModule:
     """torch.export's graph of operators, for batches of any size."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # attention as operators, and not as one
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export warns about its own deprecated parts
-            batch = ({0: torch.export.Dim("batch")},)
-            exported = torch.export.export(model, (example,), dynamic_shapes=batch, strict=False)
+            dim = torch.export.Dim("batch")
+            exported = torch.export.export(
+                model, tuple(example), dynamic_shapes=tuple({0: dim} for _ in example), strict=False
+            )
             program = exported.module()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -7,7 +7,7 @@ the name of the node that computes it, so that a checkpoint finds its values aga
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from r2cli.errors import InputError, unknown
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, SHAPES, LayerModule, NormModule, is_a, module_of
+from r2cli.storage.input_spec import Shape
 
 T = TypeVar("T")
 
@@ -38,15 +39,21 @@ class Layer:
         return f"{self.name}.weight"
 
 
-def propagate(net: fx.GraphModule, shape: tuple[int, ...]) -> None:
-    """Record the shape and type of every value in the graph, as `tensor_meta`, for a batch of two inputs of `shape`.
+def propagate(net: fx.GraphModule, shape: Shape) -> None:
+    """Record the shape and type of every value in the graph, as `tensor_meta`, for a batch of two inputs of `shape`,
+    or of the shapes of several.
 
     The batch is two, so that nothing mistakes it for a dimension of size one.
     """
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    given = next(node for node in net.graph.nodes if node.op == "placeholder")
+    given = [node for node in net.graph.nodes if node.op == "placeholder"]
+    shapes: Any = shape if shape and isinstance(shape[0], tuple) else (shape,)
     with torch.no_grad():
-        ShapeProp(net).propagate(torch.zeros(2, *shape, device=device, dtype=given.meta.get("dtype")))
+        blank = [
+            torch.zeros(2, *own, device=device, dtype=node.meta.get("dtype"))
+            for node, own in zip(given, shapes, strict=True)
+        ]
+        ShapeProp(net).propagate(*blank)
 
 
 def layers(net: fx.GraphModule) -> list[Layer]:

@@ -10,7 +10,6 @@ The stem is the first layer. An 'imagenet' stem is that of the paper. A 'small' 
 has stride 1 and no pooling before the first block.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,18 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from r2cli.errors import InputError, unknown
-from r2cli.models import own, text, timm, torchvision
+from r2cli.models import own, signature, text, timm, torchvision
 from r2cli.models.mobilenet_v1 import mobilenet_v1
 from r2cli.models.resnet_cifar import resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
-from r2cli.storage.checkpoint import ModelSpec
+from r2cli.storage.checkpoint import LOGITS, ModelSpec
+from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec, places
 from r2cli.storage.keywords import is_own, require_safe
 
 SMALL_IMAGE = 64  # pixels; larger images get the imagenet stem
-TODAY = (
-    "r2 takes classifiers of one input today, which return one tensor of logits: palettize the weights alone "
-    "(r2 palettize WEIGHTS --method kmeans)"
-)
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 STEMS = ("small", "imagenet")
 
 MODELS: Mapping[str, Callable[[ModelSpec], nn.Module]] = {
@@ -133,41 +128,65 @@ def _at_most(most: int | None, name: str) -> Iterator[None]:
         hook.remove()
 
 
-@torch.inference_mode()
-def require_fit(model: nn.Module, spec: ModelSpec, shape: tuple[int, ...]) -> None:
-    """Run one black image, or an empty text, of `shape` (channels, size, size) through `model`.
+def called(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> nn.Module:
+    """`model`, in place, called by place: `signature.by_place` for the user's own code, and for the user's own data."""
+    if isinstance(given, TensorsSpec) or (is_own(spec.name) and not text.has(spec.name)):
+        return signature.by_place(model, given.names)
+    return model
 
-    Raises InputError where that fails or the logits do not have `spec.classes` classes: better now than after the data
-    has been read.
+
+@torch.inference_mode()
+def require_fit(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> tuple[NetworkInput, tuple[str, ...]]:
+    """Run one sample of zeros through `model`, which becomes one that is called by place, in place.
+
+    Returns the inputs with the network's names for them, and the names of its outputs. Raises InputError where the
+    network does not take `given`, or is to be a classifier and its first output has not `spec.classes` classes: better
+    now than after the data has been read.
     """
-    size, kind = "x".join(map(str, shape)), torch.int64 if text.has(spec.name) else torch.float32
+    inputs = signature.named_inputs(model, given, spec.name) if isinstance(given, TensorsSpec) else given
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    needed = signature.needed(model)
+    model = called(model.eval(), spec, inputs)
+    blank = [one.to(device) for one in places(inputs.blank(1))]
     try:
-        logits = model.eval()(torch.zeros(1, *shape, device=device, dtype=kind))
+        raw = model.raw(*blank) if isinstance(model, signature.ByPlace) else model(*blank)
     except Exception as error:
-        why, inputs = " ".join(str(error).split()), _inputs(model)
-        if len(inputs) > 1:
-            raise InputError(f"{spec.name} reads {len(inputs)} inputs ({', '.join(inputs)}): {TODAY}") from error
-        raise InputError(f"{spec.name} cannot take images of {size} ({why}): give another --size or --data") from error
-    if not isinstance(logits, Tensor):
-        raise InputError(
-            f"{spec.name} returns a {type(logits).__name__}: {TODAY}, or write a network that returns its logits alone"
-        )
+        why = " ".join(str(error).split())[:300]
+        if len(needed) != len(blank):
+            raise InputError(
+                f"{spec.name} reads {len(needed)} inputs ({', '.join(needed)}) and the data gives {inputs}: give the "
+                "data that it is for, as --data FILE.py:FACTORY"
+            ) from error
+        raise InputError(f"{spec.name} cannot take {inputs} ({why}): give another --size or --data") from error
+    if not isinstance(raw, Tensor) and not isinstance(model, signature.ByPlace):
+        raise InputError(f"{spec.name} returns a {type(raw).__name__} and no tensor: name it as FILE.py:FACTORY")
+    try:
+        outputs = list(signature.named(raw))
+    except InputError as error:
+        raise InputError(f"{spec.name} gives {error}") from error
+    if not outputs:
+        raise InputError(f"{spec.name} gives no tensor: a network must give one at least")
+    is_classifier = spec.classes > 0 and isinstance(inputs, InputSpec)
+    if is_classifier:
+        _require_logits(outputs[0][1], spec)
+    names = tuple(name for name, _ in outputs)
+    return inputs, LOGITS if is_classifier and len(names) == 1 else names
+
+
+def _require_logits(logits: Tensor, spec: ModelSpec) -> None:
+    """Raises InputError where the first output of a classifier is not the logits of its classes."""
     if logits.ndim != 2 or logits.shape[1] == 1 < spec.classes:
         one = "one number" if logits.numel() == 1 else f"values of shape {tuple(logits.shape)[1:]}"
         pair = ", or write the logits of two classes, torch.cat([-x, x], 1)" if logits.numel() == 1 else ""
-        raise InputError(f"{spec.name} gives {one} for an image: {TODAY}{pair}")
+        raise InputError(
+            f"{spec.name} gives {one} for an image: the data has {spec.classes} classes, so give the data that it is "
+            f"for{pair}"
+        )
     if tuple(logits.shape) != (1, spec.classes):
         raise InputError(
             f"{spec.name} gives an image {logits.shape[1]} logits, the data has {spec.classes} classes: "
             "give the data that it was made for, or a --model-arg that sets its classes"
         )
-
-
-def _inputs(model: nn.Module) -> list[str]:
-    """Return the names of the arguments that a network cannot do without."""
-    known = inspect.signature(model.forward).parameters.values()
-    return [one.name for one in known if one.default is one.empty and one.kind in POSITIONAL]
 
 
 def _require_known(name: str) -> None:

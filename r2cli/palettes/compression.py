@@ -28,6 +28,7 @@ from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 from r2cli.storage.checkpoint import Checkpoint, require_float
+from r2cli.storage.input_spec import places
 
 SHAPELESS = 0.9  # with this share of its filters at a single value each, a layer has lost what it computes
 
@@ -253,7 +254,7 @@ def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
     total = {name: torch.zeros_like(structure.weight_of(module)) for name, module in layers.items()}
     for images, labels in batches:
         model.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(model(*places(images)), labels).backward()  # type: ignore[no-untyped-call]
         for name, module in layers.items():
             weight = structure.weight_of(module)
             if weight.grad is not None:

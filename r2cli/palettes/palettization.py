@@ -17,7 +17,7 @@ from r2cli.palettes import compression, soft_training
 from r2cli.palettes.compression import PaletteSettings, PaletteTask, PalettizedLayer
 from r2cli.palettes.soft_training import PalettePlan, PaletteRunControl, Schedule
 from r2cli.storage.checkpoint import Checkpoint
-from r2cli.train import distributed, loop
+from r2cli.train import distributed, evaluation, loop
 from r2cli.train.hooks import Epoch
 from r2cli.train.loop import ADAMW, TrainSettings
 from r2cli.train.reporter import SILENT, Reporter
@@ -149,7 +149,7 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
     """
     task, source = run.task, run.source
     loop.seed_everything(task.seed)
-    before = loop.float_top1(task.checkpoint, source, task.device)
+    before = evaluation.float_top1(task.checkpoint, source, task.device)
     shown = f"float top-1 {before:.2f} %" if before is not None else "accuracy is not measured"
     reporter.note(f"palettizing {task.checkpoint.origin}: {shown}")
     epochs: list[dict[str, float]] = []

@@ -21,6 +21,7 @@ from r2cli.ptq import layer_sweep
 from r2cli.ptq.post_training import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, PtqSettings, QuantizedLayer, quantize
 from r2cli.quantized.decibels import sqnr
 from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.input_spec import Given, each, joined, places, split
 
 ENOUGH = 30.0  # dB of the outputs; an error of a thousandth of the signal's power hardly changes a class
 FEW = 4  # bits; with more, least-squares ranges gain nothing
@@ -36,7 +37,8 @@ PARTS: tuple[tuple[str, ...], ...] = ((), (CORRECT,), DFQ)
 class Trial:
     """Settings that were tried, and what they do to the outputs on calibration images.
 
-    `sqnr` is in dB. `divergence` of the class probabilities from the float network's is in nats. `seconds` is the time.
+    `sqnr` is in dB. `divergence` of the class probabilities from the float network's is in nats; of other outputs it is
+    the share of noise. `seconds` is the time.
     """
 
     method: str
@@ -55,34 +57,35 @@ class Trial:
 def choose(
     checkpoint: Checkpoint,
     settings: PtqSettings,
-    images: Iterable[Tensor],
+    images: Iterable[Given],
     device: torch.device,
     *,
     grids: Sequence[str] = GRIDS,
     rules: Sequence[str] = (),
+    decides: bool = True,
     told: Callable[[Trial], None] = lambda trial: None,
 ) -> tuple[Checkpoint, list[QuantizedLayer], PtqSettings, list[Trial]]:
     """Try `settings` with each of `grids`, of the range `rules` and of the methods. Returns the best, and all trials.
 
-    `images` are read more than once. `told` is called with each trial when it ends. Raises InputError as `quantize`
-    does.
+    `images` are read more than once. Outputs that do not decide among classes are compared by their noise. `told` is
+    called with each trial when it ends. Raises InputError as `quantize` does.
     """
-    few = torch.split(layer_sweep.first(images, SOME), BATCH)
+    few = split(layer_sweep.first(images, SOME), BATCH)
     expected = _outputs(checkpoint, images, device)
     trials: list[Trial] = []
     best: tuple[Checkpoint, list[QuantizedLayer], PtqSettings] | None = None
 
-    def attempt(own: PtqSettings, shown: Iterable[Tensor]) -> None:
+    def attempt(own: PtqSettings, shown: Iterable[Given]) -> None:
         nonlocal best
         started = perf_counter()
         made, rows = quantize(checkpoint, own, shown, device)
         outputs = _outputs(made, images, device)
-        lost = divergence(outputs, expected)
+        lost = sum(map(divergence if decides else noise, outputs, expected)) / len(outputs)
         if best is None or lost < min(trial.divergence for trial in trials):
             best = made, rows, own
         assert own.parts is not None
         form = own.method, own.granularity, own.weight_range, own.parts
-        trials.append(Trial(*form, sqnr(outputs, expected), lost, round(perf_counter() - started, 1)))
+        trials.append(Trial(*form, min(map(sqnr, outputs, expected)), lost, round(perf_counter() - started, 1)))
         told(trials[-1])
 
     # With many levels, the range with the least squared error is nearly that of min-max.
@@ -139,8 +142,15 @@ def divergence(outputs: Tensor, expected: Tensor) -> float:
     return float((wanted.exp() * (wanted - found)).sum(1).mean())
 
 
+def noise(outputs: Tensor, expected: Tensor) -> float:
+    """Return the noise of outputs that are no logits, as a share of their signal."""
+    difference = (outputs - expected).double().square().sum()
+    return float(difference / expected.double().square().sum().clamp_min(1e-30))
+
+
 @torch.inference_mode()
-def _outputs(checkpoint: Checkpoint, images: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return the logits of the network for all images: (n, classes)."""
+def _outputs(checkpoint: Checkpoint, images: Iterable[Given], device: torch.device) -> tuple[Tensor, ...]:
+    """Return the outputs of the network for all images, each (n, ...)."""
     model = deployed.network(checkpoint).to(device).eval()
-    return torch.cat([model(batch.to(device)).cpu() for batch in images])
+    run = (model(*(one.to(device) for one in places(batch))) for batch in images)
+    return places(joined([each(outputs, Tensor.cpu) for outputs in run]))

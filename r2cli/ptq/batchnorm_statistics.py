@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, operators, placement, structure
 from r2cli.graph.channel_clip import Clip
-from r2cli.storage.checkpoint import InputSpec
+from r2cli.storage.input_spec import NetworkInput
 
 DEVIATIONS = 6.0  # a range reaches this many deviations from the mean on each side, as in the paper
 
@@ -103,7 +103,7 @@ def _cdf(t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def values(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) -> dict[str, ValueStatistics]:
+def values(net: fx.GraphModule, normals: Mapping[str, Normal], spec: NetworkInput) -> dict[str, ValueStatistics]:
     """Return the statistics of all nodes' values by name, for images of `spec`. BatchNorms are removed already."""
     structure.propagate(net, spec.shape)
     known: dict[str, ValueStatistics] = {}
@@ -114,7 +114,7 @@ def values(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) 
     return known
 
 
-def ranges(net: fx.GraphModule, normals: Mapping[str, Normal], spec: InputSpec) -> dict[str, tuple[float, float]]:
+def ranges(net: fx.GraphModule, normals: Mapping[str, Normal], spec: NetworkInput) -> dict[str, tuple[float, float]]:
     """Return the (least, greatest) value of each node that needs a grid. Raises InputError for one that is unknown."""
     known = values(net, normals, spec)
     found = {}
@@ -133,9 +133,11 @@ def _value(
     node: fx.Node,
     normals: Mapping[str, Normal],
     known: Mapping[str, ValueStatistics],
-    spec: InputSpec,
+    spec: NetworkInput,
 ) -> ValueStatistics | None:
     """Return the statistics of the value of `node`; None for an operation through which they are not known."""
+    if node.op == "placeholder" and not spec.mean:
+        return None
     if node.op == "placeholder":  # pixels from 0 to 1, normalised
         mean, std = torch.tensor(spec.mean).double(), torch.tensor(spec.std).double()
         return ValueStatistics(torch.zeros_like(mean), torch.ones_like(mean), -mean / std, (1 - mean) / std)

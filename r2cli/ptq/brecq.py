@@ -30,6 +30,7 @@ from r2cli.ptq import adaround, layer_sweep
 from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
+from r2cli.storage.input_spec import Given, count, each, joined, places, split
 
 LEAST = 2  # a block has at least this many layers
 BATCH = 64  # images at once where nothing is learned
@@ -60,11 +61,14 @@ class BrecqSettings:
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes that read only one value, `entry`, from outside. Only the value of the last one is read outside."""
+    """Nodes that read only one value, `entries`, from outside; the first block reads all inputs. Only `results` are
+    read outside: the value of the last node, and outputs of the network.
+    """
 
-    entry: fx.Node
+    entries: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     layers: tuple[str, ...]
+    results: tuple[fx.Node, ...]
 
 
 def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
@@ -74,33 +78,41 @@ def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
     What lies between a layer and the next cut (activations, sums, pooling) is in the layer's block.
     """
     own = {layer.name for layer in structure.layers(net)}
-    last = layer_sweep.last_readers(net)
+    *computing, end = net.graph.nodes
+    last = {source: node for node in computing for source in node.all_input_nodes}  # the last that reads a value
+    outputs = set(end.all_input_nodes)
     found: list[Block] = []
     live: set[fx.Node] = set()
     nodes: list[fx.Node] = []
     names: list[str] = []
-    entry = next(iter(net.graph.nodes))
-    for node in net.graph.nodes:
+    entries = tuple(node for node in computing if node.op == "placeholder")
+
+    def close() -> None:
+        ends = [node for node in nodes[:-1] if node in outputs]
+        if live or not ends or nodes[-1] in outputs:  # the next block reads it, or nobody
+            ends.insert(0, nodes[-1])
+        found.append(Block(entries, tuple(nodes), tuple(dict.fromkeys(names)), tuple(ends)))
+
+    for node in computing:
         name = str(node.target) if node.op == "call_module" and str(node.target) in own else None
         # `live` are values that are still to be read. With a skip connection open there are two, and no cut.
-        if node.op == "output" or (name and len(names) >= least and live == {nodes[-1]}):
-            found.append(Block(entry, tuple(nodes), tuple(dict.fromkeys(names))))
-            if node.op == "output":
-                break
-            entry, nodes, names = nodes[-1], [], []
+        if name and len(names) >= least and live == {nodes[-1]}:
+            close()
+            entries, nodes, names = (nodes[-1],), [], []
         if layer_sweep.reads_nothing(node):  # a parameter is available in every block
             continue
         nodes.append(node)
         names += [name] if name else []
-        live = (live | {node}) - set(last.get(node, ()))
+        live = {one for one in (*live, node) if one in last and last[one] is not node}
+    close()
     return found
 
 
-def run(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State]) -> Tensor:
+def run(net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, State]) -> Given:
     """Run `block` on `x` (n, ...). A layer in `states` uses the weight and bias there instead of its own."""
-    values: dict[fx.Node, Any] = {block.entry: x}
+    values: dict[fx.Node, Any] = dict(zip(block.entries, places(x), strict=True))
     for node in block.nodes:
-        if node is block.entry:
+        if node in values:
             continue
         # Parameters that no layer holds, such as a position table, are nodes of their own, and in no block.
         for source in node.all_input_nodes:
@@ -113,13 +125,13 @@ def run(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State
             values[node] = torch.func.functional_call(module, states[name], (values[node.all_input_nodes[0]],))
         else:
             values[node] = layer_sweep.run(net, node, values)
-    found: Tensor = values[block.nodes[-1]]
-    return found
+    found = tuple(values[node] for node in block.results)
+    return found if len(found) > 1 else found[0]
 
 
-def _run_all(net: fx.GraphModule, block: Block, x: Tensor, states: Mapping[str, State]) -> Tensor:
+def _run_all(net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, State]) -> Given:
     """Run `block` on all images x (n, ...), a few at once."""
-    return torch.cat([run(net, block, part, states) for part in torch.split(x, BATCH)])
+    return joined([run(net, block, part, states) for part in split(x, BATCH)])
 
 
 # --- what is learned -----------------------------------------------------------------------------------------------
@@ -177,7 +189,7 @@ def state(weight: Tensor, bias: Tensor | None) -> State:
 @torch.no_grad()
 def round_network(
     net: fx.GraphModule,
-    images: Tensor,
+    images: Given,
     nearest: Mapping[str, Coded],
     advance: Callable[[], None] = lambda: None,
     settings: BrecqSettings = BrecqSettings(),
@@ -185,14 +197,15 @@ def round_network(
     """Round the weights of `net`. Returns the codes by the weight's name, and the biases by the layer's name.
 
     The grids are those of `nearest`, with learned scales.
-    The float `net` is not changed. `images` is (n, c, s, s) on its device. `advance` is called for each layer.
+    The float `net` is not changed. `images` are inputs, each (n, ...), on its device. `advance` is called for each
+    layer.
     """
     own = {layer.name: layer for layer in structure.layers(net)}
     coded, biases = dict(nearest), dict[str, Tensor]()
     # A recurrent layer's weights have the nearest codes.
     alone = [layer for layer in own.values() if layer_sweep.reads_nothing(structure.node_of(net, layer))]
     states = {layer.name: state(nearest[layer.weight].decode(), None) for layer in alone}
-    plain = rounded = images
+    plain = rounded = images  # of the first block; then its first result
     for block in blocks(net):
         # A layer of an earlier block that runs here again has its codes.
         fresh = {name: structure.layer_module(net, name) for name in block.layers if name not in states}
@@ -217,35 +230,38 @@ def round_network(
             coded[own[name].weight] = one
             biases |= {name: states[name]["bias"]} if "bias" in states[name] else {}
             advance()
-        plain, rounded = targets, _run_all(net, block, rounded, states)
+        plain, rounded = places(targets)[0], places(_run_all(net, block, rounded, states))[0]
     return coded, biases
 
 
 def _learn(
-    forward: Callable[[Tensor, Mapping[str, State]], Tensor],
-    inputs: Tensor,
-    targets: Tensor,
+    forward: Callable[[Given, Mapping[str, State]], Given],
+    inputs: Given,
+    targets: Given,
     parts: Mapping[str, Learned],
     states: Mapping[str, State],
     before: float,
     settings: BrecqSettings,
 ) -> None:
     """Train `parts` in place, so that `forward` gives `targets`. `before` is the squared error of nearest rounding."""
-    each = list(parts.values())
-    rounding = [part.v for part in each]
+    own, number_of = list(parts.values()), count(inputs)
+    rounding = [part.v for part in own]
     # V moves by whole units, and scales and biases by fractions of themselves, so they have a rate of their own.
-    fine = [part.size for part in each] + [part.bias for part in each if part.bias is not None]
+    fine = [part.size for part in own] + [part.bias for part in own if part.bias is not None]
     adam = torch.optim.Adam([{"params": rounding, "lr": settings.lr}, {"params": fine, "lr": settings.fine_lr}])
     weight = settings.weight / sum(v.numel() for v in rounding)
     draw = torch.Generator().manual_seed(settings.seed)
-    steps = settings.steps or (FEW if min(part.grid.bits for part in each) >= FINE else MANY)
+    steps = settings.steps or (FEW if min(part.grid.bits for part in own) >= FINE else MANY)
     warm = int(adaround.WARM_UP * steps)
     for number in range(1, steps + 1):
-        index = torch.randint(len(inputs), (min(settings.batch, len(inputs)),), generator=draw).to(inputs.device)
+        index = torch.randint(number_of, (min(settings.batch, number_of),), generator=draw)
+        index = index.to(places(inputs)[0].device)
         with torch.enable_grad():
-            outputs = forward(inputs[index], {**states, **{name: part.soft() for name, part in parts.items()}})
+            soft = {name: part.soft() for name, part in parts.items()}
+            outputs = forward(each(inputs, lambda one: one[index]), {**states, **soft})  # noqa: B023
+            wanted = each(targets, lambda one: one[index])  # noqa: B023
             # Relative, so that one `weight` of the rounding term fits blocks whose outputs have different sizes.
-            loss = (outputs - targets[index]).square().mean() / before
+            loss = _squared(outputs, wanted) / _numbers(wanted) / before
         adam.zero_grad()
         torch.autograd.backward(loss)
         if number > warm:
@@ -263,11 +279,25 @@ def _learn(
         adam.step()
 
 
-def _error(net: fx.GraphModule, block: Block, x: Tensor, targets: Tensor, states: Mapping[str, State]) -> float:
+def _error(net: fx.GraphModule, block: Block, x: Given, targets: Given, states: Mapping[str, State]) -> float:
     """Return the mean squared error of the output of `block` over all images."""
-    parts = zip(torch.split(x, BATCH), torch.split(targets, BATCH), strict=True)
-    total = sum(float((run(net, block, part, states) - target).double().square().sum()) for part, target in parts)
-    return total / targets.numel()
+    parts = zip(split(x, BATCH), split(targets, BATCH), strict=True)
+    total = sum(
+        float((one - other).double().square().sum())
+        for part, target in parts
+        for one, other in zip(places(run(net, block, part, states)), places(target), strict=True)
+    )
+    return total / _numbers(targets)
+
+
+def _squared(found: Given, wanted: Given) -> Tensor:
+    """The sum of squared differences of all results, ()."""
+    pairs = zip(places(found), places(wanted), strict=True)
+    return torch.stack([(one - other).square().sum() for one, other in pairs]).sum()
+
+
+def _numbers(given: Given) -> int:
+    return sum(one.numel() for one in places(given))
 
 
 def _bias(module: LayerModule) -> Tensor | None:

@@ -18,6 +18,7 @@ from r2cli.errors import InputError
 from r2cli.graph import structure
 from r2cli.graph.operators import LayerModule
 from r2cli.quantized.coded import Coded
+from r2cli.storage.input_spec import Given, Shape, count, each, joined, places
 
 MEMORY = 2 * 2**30  # bytes that the values of both networks together may take
 
@@ -39,20 +40,20 @@ Visit = Callable[[LayerSample], tuple[Coded, Tensor | None]]
 
 @torch.no_grad()
 def sweep(
-    net: fx.GraphModule, images: Tensor, visit: Visit, nearest: Mapping[str, Coded] | None = None
+    net: fx.GraphModule, images: Given, visit: Visit, nearest: Mapping[str, Coded] | None = None
 ) -> tuple[dict[str, Coded], dict[str, Tensor | None]]:
     """Visit every layer of the float `net` in the order in which they run; `net` is not changed.
 
     Returns the codes by the weight's name, and the biases by the layer's. A layer that runs twice is visited at its
     first run. A recurrent layer's weight reads no value, so it is not visited: it has the codes in `nearest`. `images`
-    is (n, c, s, s) on the device of `net`.
+    are inputs, each (n, ...), on the device of `net`.
     """
     own = {layer.name: layer for layer in structure.layers(net)}
     coded: dict[str, Coded] = {}
     biases: dict[str, Tensor | None] = {}
     plain: dict[fx.Node, Any] = {}
     rounded: dict[fx.Node, Any] = {}
-    last = last_readers(net)
+    last, given = last_readers(net), iter(places(images))
     for node in net.graph.nodes:
         if node.op == "output":
             break
@@ -62,7 +63,7 @@ def sweep(
             coded[layer.weight] = nearest[layer.weight]
             plain[node], rounded[node] = structure.layer_module(net, layer.name).weight, coded[layer.weight].decode()
         elif layer is None:
-            plain[node] = images if node.op == "placeholder" else run(net, node, plain)
+            plain[node] = next(given) if node.op == "placeholder" else run(net, node, plain)
             # Before the first layer both networks have the same values: then the node runs once.
             same = all(plain[source] is rounded[source] for source in node.all_input_nodes)
             rounded[node] = plain[node] if same else run(net, node, rounded)
@@ -86,7 +87,7 @@ def reads_nothing(node: fx.Node) -> bool:
     return node.op != "placeholder" and not node.all_input_nodes
 
 
-def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...]) -> int:
+def images_that_fit(net: fx.GraphModule, shape: Shape) -> int:
     """Return for how many images of `shape` the values of both networks fit into `MEMORY`."""
     structure.propagate(net, shape)
     last, live, most = last_readers(net), 0, 1
@@ -97,17 +98,19 @@ def images_that_fit(net: fx.GraphModule, shape: tuple[int, ...]) -> int:
     return max(1, MEMORY // (2 * most))
 
 
-def first(batches: Iterable[Tensor], count: int) -> Tensor:
-    """Return the first `count` images of `batches`, or all: (n, c, s, s). Raises InputError where there is none."""
-    taken: list[Tensor] = []
+def first(batches: Iterable[Given], wanted: int) -> Given:
+    """Return the first `wanted` samples of `batches`, or all, each (n, ...). Raises InputError where there is none."""
+    taken: list[Given] = []
+    left = wanted
     for images in batches:
-        taken.append(images[: count - sum(map(len, taken))])
-        if sum(map(len, taken)) >= count:
+        taken.append(each(images, lambda one: one[:left]))  # noqa: B023
+        left -= count(taken[-1])
+        if left <= 0:
             break
     if not taken:
         other = registry.PTQ_NEAREST
         raise InputError(f"this method looks at calibration images, and there are none: give --method {other}")
-    return torch.cat(taken)
+    return joined(taken)
 
 
 def _bytes(node: fx.Node) -> int:

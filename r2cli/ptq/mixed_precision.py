@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r2cli.data import Batch
 from r2cli.errors import InputError
+from r2cli.storage.input_spec import count, places
 
 WIDTHS = (8, 4, 3, 2, 1)  # codes of 7 to 5 bits take a byte, as those of 8 bits do
 SENSITIVITIES = ("hessian", "sqnr")
@@ -52,14 +53,14 @@ def curvature(
         # torch's fused kernels for attention have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             # The sum and not the mean: batches of different sizes then add up, and the end divides by all images.
-            loss = F.cross_entropy(net(images), labels, reduction="sum")
+            loss = F.cross_entropy(net(*places(images)), labels, reduction="sum")
             slopes = torch.autograd.grad(loss, own, create_graph=True)
             for _ in range(DRAWS):
                 signs = [(2 * torch.randint(2, w.shape, generator=draw) - 1).to(w) for w in own]
                 bent = torch.autograd.grad(slopes, own, signs, retain_graph=True)
                 for name, sign, product in zip(weights, signs, bent, strict=True):
                     found[name] += float((sign * product).sum(dtype=torch.float64)) / sign.numel()
-        seen += len(labels)
+        seen += count(images)
         if seen >= IMAGES:
             break
     if not seen:

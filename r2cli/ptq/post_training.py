@@ -37,7 +37,8 @@ from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.packing import packed_bytes
-from r2cli.storage.checkpoint import Checkpoint, InputSpec, require_float
+from r2cli.storage.checkpoint import Checkpoint, require_float
+from r2cli.storage.input_spec import Given, NetworkInput
 
 CHANNEL, TENSOR, UNFOLDED = "channel", "tensor", "unfolded"
 GRANULARITIES = (CHANNEL, TENSOR, UNFOLDED)
@@ -85,16 +86,16 @@ class QuantizedLayer:
 def quantize(
     checkpoint: Checkpoint,
     settings: PtqSettings,
-    images: Iterable[Tensor] | None,
+    images: Iterable[Given] | None,
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[Checkpoint, list[QuantizedLayer]]:
     """Return `checkpoint` with codes for its weights and grids for its activations, and a row for every layer.
 
-    The ranges of activations are those on `images`, batches of (n, c, s, s), or those that the BatchNorms' statistics
-    give if it is None. `images` are read more than once; only as many are kept as fit a method's memory. `advance` is
-    called after each layer that a method has rounded. Raises InputError for a coded checkpoint, a pattern that names no
-    layer, a graph that cannot be read, and for what cannot be known without images.
+    The ranges of activations are those on `images`, batches of inputs (n, ...), or those that the BatchNorms'
+    statistics give if it is None. `images` are read more than once; only as many are kept as fit a method's memory.
+    `advance` is called after each layer that a method has rounded. Raises InputError for a coded checkpoint, a pattern
+    that names no layer, a graph that cannot be read, and for what cannot be known without images.
     """
     method, looks = ptq_method.method(settings.method), _looks(settings)
     parts = _parts(settings)
@@ -259,8 +260,8 @@ def _activations(
     net: fx.GraphModule,
     coded: Mapping[str, Coded],
     settings: PtqSettings,
-    spec: InputSpec,
-    known: Iterable[Tensor] | Mapping[str, batchnorm_statistics.Normal],
+    spec: NetworkInput,
+    known: Iterable[Given] | Mapping[str, batchnorm_statistics.Normal],
 ) -> tuple[dict[str, Grid], dict[str, Coded]]:
     """Put the activations of `net` on grids, and its biases on theirs, in place.
 
@@ -321,13 +322,13 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
 def _look(
     method: PtqMethod,
     net: fx.GraphModule,
-    images: Tensor,
+    images: Given,
     nearest: Mapping[str, Coded],
     *,
     corrects: bool,
     advance: Callable[[], None],
 ) -> tuple[dict[str, Coded], dict[str, str]]:
-    """Let a method round the layers on `images` (n, c, s, s). Returns codes by the weight's name, and notes by layer.
+    """Let a method round the layers on `images` (n, ...). Returns codes by the weight's name, and notes by layer.
 
     Biases are changed in place. With `corrects`, they are corrected after each layer is rounded, so that the next layer
     sees corrected inputs.

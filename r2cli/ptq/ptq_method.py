@@ -9,6 +9,7 @@ from r2cli import registry
 from r2cli.errors import InputError
 from r2cli.ptq.layer_sweep import LayerSample
 from r2cli.quantized.coded import Coded
+from r2cli.storage.input_spec import Given
 
 Rounded = tuple[dict[str, Coded], dict[str, Tensor]]  # codes by the weight's name, biases by the layer's
 
@@ -18,11 +19,11 @@ class PtqMethod:
     """How a method rounds. One that has neither function keeps the nearest codes.
 
     `rounds` rounds one layer, given the layer with its inputs, and its nearest codes. `whole` rounds the network, given
-    the graph, images (n, c, s, s), the nearest codes by the weight's name, and a function to call after each layer.
+    the graph, inputs (n, ...), the nearest codes by the weight's name, and a function to call after each layer.
     """
 
     rounds: Callable[[LayerSample, Coded], Coded] | None = None
-    whole: Callable[[fx.GraphModule, Tensor, Mapping[str, Coded], Callable[[], None]], Rounded] | None = None
+    whole: Callable[[fx.GraphModule, Given, Mapping[str, Coded], Callable[[], None]], Rounded] | None = None
 
 
 NEAREST = PtqMethod()

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from r2cli import data, registry
 from r2cli.calibration import deployed, observers
@@ -18,7 +17,8 @@ from r2cli.graph.read import trace
 from r2cli.ptq import auto, equalize, mixed_precision, post_training
 from r2cli.ptq.post_training import BitTarget, ChosenBits, PtqSettings
 from r2cli.storage.checkpoint import Checkpoint
-from r2cli.train import loop
+from r2cli.storage.input_spec import Given
+from r2cli.train import evaluation, loop
 from r2cli.train.reporter import SILENT, Reporter
 
 
@@ -106,13 +106,15 @@ def quantize(
         plain = replace(settings, method=auto.NEAREST) if entry.chooses else settings
         plain, chosen_bits = post_training.choose_bits(made, plain, target, batches, where, config.seed)
         settings = replace(plain, method=config.method)
-    before = None if source is None else loop.float_top1(made, source, where)
+    before = None if source is None else evaluation.float_top1(made, source, where)
     shown = f"float top-1 {before:.2f} %" if before is not None else "accuracy is not measured"
     reporter.note(f"quantizing {made.origin} to {config.suffix}: {shown}")
     images = data.Repeatable(lambda: (batch for batch, _ in batches)) if calibration else None
     trials: list[auto.Trial] = []
     if entry.chooses:
-        coded, layers, settings, trials = _best(made, settings, config, images, where, reporter)
+        coded, layers, settings, trials = _best(
+            made, settings, config, images, where, reporter, decides=source is None or source.task.decides
+        )
     else:
         with reporter.bar(config.method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
             coded, layers = post_training.quantize(made, settings, images, where, progress.advance)
@@ -146,9 +148,11 @@ def _best(
     made: Checkpoint,
     settings: PtqSettings,
     config: PtqConfig,
-    images: Iterable[Tensor] | None,
+    images: Iterable[Given] | None,
     where: torch.device,
     reporter: Reporter,
+    *,
+    decides: bool,
 ) -> tuple[Checkpoint, list[post_training.QuantizedLayer], PtqSettings, list[auto.Trial]]:
     """Return what `--method auto` keeps, with its settings and all trials. Raises InputError without images."""
     if images is None:
@@ -163,7 +167,7 @@ def _best(
 
     grids = (config.granularity,) if config.granularity else auto.GRIDS
     rules = (config.weight_range,) if config.weight_range else ()
-    return auto.choose(made, settings, images, where, grids=grids, rules=rules, told=tried)
+    return auto.choose(made, settings, images, where, grids=grids, rules=rules, decides=decides, told=tried)
 
 
 def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) -> float | None:
@@ -172,4 +176,4 @@ def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) 
         return None
     net = trace(deployed.network(made), made.input.blank(2), deployed.architecture(made))
     equalize.without_relu6(net)
-    return loop.evaluate(net.to(where), source.test, where)
+    return evaluation.evaluate(net.to(where), source.test, where)

@@ -33,6 +33,7 @@ from r2cli.quantized.coded import Coded
 from r2cli.quantized.fake_quant import Bound, Rule, round_with_gradient
 from r2cli.quantized.grid import Grid
 from r2cli.registry import EwgsOptions
+from r2cli.storage.input_spec import places
 
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # standard deviation of |x| for x of deviation 1
 DELTA = EwgsOptions().delta or 0.0
@@ -310,7 +311,7 @@ def before_epoch(prepared: Prepared, epoch: EpochStart) -> None:
         return
     net = prepared.net.eval()  # these passes must not move BatchNorm's running statistics
     batches = [batch for batch, _ in zip(epoch.batches(), range(TRACED), strict=False)]
-    losses = [lambda b=batch: nn.functional.cross_entropy(net(b[0]), b[1]) for batch in batches]
+    losses = [lambda b=batch: nn.functional.cross_entropy(net(*places(b[0])), b[1]) for batch in batches]
     set_deltas(every, losses, epoch.seed + epoch.number)
 
 

@@ -21,6 +21,7 @@ from r2cli.qat.prepare import QatTask, TrainedLayer
 from r2cli.qat.qat_method import EpochStart
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.input_spec import Given, places
 from r2cli.train import hooks, loop, regularizers
 from r2cli.train.hooks import Epoch, RunControl
 from r2cli.train.loop import TrainSettings
@@ -123,13 +124,13 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
     )
 
 
-def _distance_to(work: QatTask, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+def _distance_to(work: QatTask, weight: float) -> Callable[[Given, Any], Tensor]:
     """Return a loss: `weight` times the cross entropy of logits with the float network's class probabilities."""
     teacher = loop.to_device(deployed.network(work.checkpoint), work.device)
 
-    def loss(images: Tensor, logits: Tensor) -> Tensor:
+    def loss(images: Given, logits: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = teacher(images).softmax(1)
+            wanted = teacher(*places(images)).softmax(1)
         return weight * nn.functional.cross_entropy(logits, wanted)
 
     return loss

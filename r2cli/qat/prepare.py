@@ -87,7 +87,8 @@ def prepare(work: QatTask) -> Prepared:
     """
     made, settings = work.checkpoint, work.settings
     require_float(made)
-    model = models.build(made.model) if work.scratch else deployed.network(made)
+    model = deployed.network(made) if not work.scratch else models.build(made.model)
+    model = models.called(model, made.model, made.input)
     # The graph is what is trained and exported. It must compute what the user's module computes.
     graph = quantizer_placement.read(model, made.input.blank(2), deployed.architecture(made))
     net = equivalence.require_same(graph, model, made.input)

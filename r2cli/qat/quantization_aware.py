@@ -18,7 +18,7 @@ from r2cli.qat.finetune import QatPlan
 from r2cli.qat.prepare import QatSettings, QatTask
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.storage.checkpoint import Checkpoint
-from r2cli.train import distributed, loop, regularizers
+from r2cli.train import distributed, evaluation, loop, regularizers
 from r2cli.train.hooks import Epoch, Progress, RunControl
 from r2cli.train.loop import TrainSettings
 from r2cli.train.reporter import SILENT, Reporter
@@ -123,7 +123,7 @@ def train(
     """
     task, source = run.task, run.source
     loop.seed_everything(run.plan.loop.seed)
-    before = None if is_new else loop.float_top1(task.checkpoint, source, task.device)
+    before = None if is_new else evaluation.float_top1(task.checkpoint, source, task.device)
     told = "" if before is None else f": float top-1 {before:.2f} %"
     reporter.note(f"training {task.checkpoint.model.name} on {task.device}{told}")
     epochs = run.plan.loop.epochs

@@ -26,6 +26,8 @@ from r2cli.graph.recurrent import RecurrentWeight
 from r2cli.graph.structure import Layer
 from r2cli.graph.transposed import TransposedConv
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WeightQuantizer, WideQuantizer
+from r2cli.storage.input_spec import Given, Shape
+from r2cli.storage.input_spec import places as by_place
 
 WIDE = 8  # bits
 
@@ -74,7 +76,7 @@ class Prepared:
             yield layer, self.weights[layer.name], structure.float_weight(self.model.get_submodule(layer.name))
 
 
-def places(net: fx.GraphModule, shape: tuple[int, ...], bits: Mapping[str, int], *, inputs: bool) -> list[Place]:
+def places(net: fx.GraphModule, shape: Shape, bits: Mapping[str, int], *, inputs: bool) -> list[Place]:
     """Return what stands on each value of `net`, a graph without BatchNorms, for inputs of `shape`.
 
     `bits` are the bits of what each layer reads, by the layer's name. With `inputs` only the inputs of layers count.
@@ -111,11 +113,11 @@ def _readers(net: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.N
     for user in node.users:
         if operators.is_a(net, user, operators.PASSING):
             yield from _readers(net, user)
-        elif user.target not in operators.SHAPES:
+        elif user.target not in operators.SHAPES and user.op != "output":
             yield node, user
 
 
-def read(model: nn.Module, example: Tensor, architecture: Hashable | None = None) -> fx.GraphModule:
+def read(model: nn.Module, example: Given, architecture: Hashable | None = None) -> fx.GraphModule:
     """Return the graph of a network that is to be trained. Raises InputError for one that cannot be read."""
     try:
         return trace(model, example, architecture)
@@ -125,7 +127,7 @@ def read(model: nn.Module, example: Tensor, architecture: Hashable | None = None
 
 def prepare(
     model: fx.GraphModule,
-    shape: tuple[int, ...],
+    shape: Shape,
     weights: Callable[[str, Tensor], WeightQuantizer],
     edges: Callable[[int], ActivationQuantizer] | None,
     bits: Mapping[str, int],
@@ -169,7 +171,7 @@ def _put_on(
     edges: dict[str, ActivationQuantizer | WideQuantizer] = {}
     for place in placed:
         node = behind.get(place.value, nodes[place.value])
-        users = list(node.users)  # as they are before the quantizer becomes one
+        users = [user for user in node.users if user.op != "output"]  # as they are before the quantizer becomes one
         layers = [user for user in users if isinstance(operators.module_of(net, user), operators.LAYERS)]
         wide, low = WideQuantizer() if place.wide else None, make(place.low) if place.low else None
         if wide is not None:
@@ -226,7 +228,7 @@ def _tell_what_is_read(net: fx.GraphModule, layers: Iterable[Layer], weights: Ma
 
 
 @torch.no_grad()
-def start(prepared: Prepared, images: Tensor) -> None:
+def start(prepared: Prepared, images: Given) -> None:
     """Start the quantizers of activations on one batch of images, in the order in which the network runs."""
     net = prepared.net.eval()
     # BatchNorms use the statistics of this batch: the weights before them are rounded now, and DoReFa's have another
@@ -239,7 +241,7 @@ def start(prepared: Prepared, images: Tensor) -> None:
         module = net.get_submodule(layer.name)
         hooks.append(module.register_forward_pre_hook(_matching(learner, weight)))
     _switch(prepared, True)
-    net(images)
+    net(*by_place(images))
     _switch(prepared, False)
     for hook in hooks:
         hook.remove()
@@ -312,7 +314,7 @@ def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:
 
 
 @torch.no_grad()
-def watch(prepared: Prepared, batches: Iterable[Tensor], *, norms: bool) -> None:
+def watch(prepared: Prepared, batches: Iterable[Given], *, norms: bool) -> None:
     """Set the wide grids to the ranges that they see on `batches` of images, each (n, ...).
 
     With `norms`, BatchNorm's statistics are set too. The network is in evaluation mode afterwards.
@@ -325,6 +327,6 @@ def watch(prepared: Prepared, batches: Iterable[Tensor], *, norms: bool) -> None
     else:
         prepared.net.eval()
         for images in batches:
-            prepared.net(images)
+            prepared.net(*by_place(images))
     for edge in wides:
         edge.settle()

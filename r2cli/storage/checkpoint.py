@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from r2cli.quantized.palette import Palette
 from r2cli.storage import schema
 from r2cli.storage.atomic import write_atomically
 from r2cli.storage.formats import ActivationEntry, CheckpointEntry, CodecEntry, InputEntry, ModelEntry, PalettesEntry
+from r2cli.storage.input_spec import InputSpec as InputSpec
+from r2cli.storage.input_spec import NetworkInput, TensorSpec, TensorsSpec
 from r2cli.storage.keywords import is_own, require_safe
 from r2cli.storage.schema import Malformed, of_text
 
@@ -59,42 +61,6 @@ class ModelSpec:
         return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "factory"}
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """How an image becomes the network's input: resize, crop, then (pixel / 255 - mean) / std for each channel.
-
-    A text becomes `size` tokens. `tokenizer` is a tokenizer.json as `data.text.pack_tokenizer` compresses it. The three
-    channels are the ids of the tokens, the attention mask, and the token types (first or second text).
-    """
-
-    channels: int
-    size: int  # pixels, height and width after the crop
-    resize: int  # pixels, shorter side before the crop
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    tokenizer: str = ""
-
-    @property
-    def is_text(self) -> bool:
-        return bool(self.tokenizer)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.channels, self.size) if self.is_text else (self.channels, self.size, self.size)
-
-    def blank(self, count: int) -> Tensor:
-        """Return `count` empty inputs: float32 images of zeros, or int64 tokens of id 0 with a mask of ones."""
-        if not self.is_text:
-            return torch.zeros(count, *self.shape)
-        tokens = torch.zeros(count, *self.shape, dtype=torch.int64)
-        tokens[:, 1] = 1
-        return tokens
-
-    def described(self) -> dict[str, Any]:
-        """Return the spec as it is written to JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "tokenizer" or self.is_text}
-
-
 def model_spec(entry: ModelEntry, origin: str) -> ModelSpec:
     """The network that the checkpoint `origin` names.
 
@@ -106,26 +72,36 @@ def model_spec(entry: ModelEntry, origin: str) -> ModelSpec:
     return ModelSpec(entry.name, entry.classes, entry.channels, entry.stem, entry.width, entry.args)
 
 
-def input_spec(entry: InputEntry) -> InputSpec:
-    """The preprocessing that a checkpoint, or an ONNX file of ours, records. Raises Malformed for half of it."""
+def input_spec(entry: InputEntry) -> NetworkInput:
+    """The inputs that a checkpoint, or an ONNX file of ours, records. Raises Malformed for half of a preprocessing."""
+    if entry.tensors:
+        names = [one.name for one in entry.tensors]
+        if len(set(names)) < len(names):
+            raise Malformed(f"'input' has two tensors of one name: {', '.join(names)}")
+        return TensorsSpec(tuple(TensorSpec(one.name, one.shape, one.kind, one.most) for one in entry.tensors))
+    if entry.channels is None or entry.size is None or entry.resize is None:
+        raise Malformed("'input' lacks its channels, size or resize")
     spec = InputSpec(entry.channels, entry.size, entry.resize, entry.mean, entry.std, entry.tokenizer)
     if {len(spec.mean), len(spec.std)} != {0 if spec.is_text else spec.channels}:
         raise Malformed(f"'input' has {spec.channels} channels, {len(spec.mean)} means, {len(spec.std)} deviations")
     return spec
 
 
+LOGITS = ("logits",)  # the outputs of a classifier
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A network: float, or with quantized weights and perhaps quantized activations.
 
-    `floats` and `coded` together hold every tensor of the network's state_dict, by name. `folded` says that every
-    BatchNorm was folded into the scales and biases of the layer before it, and is no longer in the network.
-    `activations` maps the name of a node in the traced graph to the grid of its output. `target` is the row of
-    `config.targets` that the grids were found for.
+        `floats` and `coded` together hold every tensor of the network's state_dict, by name. `folded` says that every
+        BatchNorm was folded into the scales and biases of the layer before it, and is no longer in the network.
+        `activations` maps the name of a node in the traced graph to the grid of its output. `target` is the row of
+    `config.targets` that the grids were found for. `outputs` are the names of what the network gives, in order.
     """
 
     model: ModelSpec
-    input: InputSpec
+    input: NetworkInput
     class_names: tuple[str, ...]
     floats: Mapping[str, Tensor]
     coded: Mapping[str, Coded] = field(default_factory=dict)
@@ -134,6 +110,7 @@ class Checkpoint:
     history: tuple[Mapping[str, Any], ...] = ()
     target: str = targets.DEFAULT
     origin: str = field(default="the checkpoint", compare=False)  # the file it was read from, for messages
+    outputs: tuple[str, ...] = LOGITS
 
     def then(self, command: str, options: Mapping[str, Any], metrics: Mapping[str, Any]) -> "Checkpoint":
         """Return this checkpoint with one more entry in its history."""
@@ -184,6 +161,8 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         "history": checkpoint.history,
         "target": checkpoint.target,
     }
+    if checkpoint.outputs != LOGITS:
+        meta["outputs"] = checkpoint.outputs
     return safetensors.torch.save(tensors, {"r2": json.dumps(meta, sort_keys=True)})
 
 
@@ -215,6 +194,7 @@ def load(path: Path) -> Checkpoint:
         entry.history,
         entry.target,
         origin=str(path),
+        outputs=entry.outputs,
     )
     _require_finite(checkpoint, path)
     return checkpoint

@@ -22,7 +22,7 @@ Int32 = Annotated[int, Between(-(2**31), 2**31 - 1)]
 @dataclass(frozen=True)
 class ModelEntry:
     name: str
-    classes: Count
+    classes: Annotated[int, Between(0, 1 << 20)]
     channels: Count
     stem: Literal["small", "imagenet"]
     width: Annotated[float, Between(1e-3, 64)]
@@ -30,13 +30,24 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
+class InputTensorEntry:
+    name: str
+    shape: tuple[Annotated[int, Between(1, 1 << 30)], ...]
+    kind: Literal["float32", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    most: Annotated[int, Between(0, 2**53)] = 0
+
+
+@dataclass(frozen=True)
 class InputEntry:
-    channels: Count
-    size: Size
-    resize: Size
-    mean: tuple[float, ...]
-    std: tuple[Positive, ...]
+    """An image or a text has all but `tensors`; other inputs are `tensors` alone."""
+
+    channels: Count | None = None
+    size: Size | None = None
+    resize: Size | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[Positive, ...] = ()
     tokenizer: str = ""
+    tensors: tuple[InputTensorEntry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class CheckpointEntry:
     folded: bool
     history: tuple[Mapping[str, Any], ...]
     target: str = "onnxruntime"
+    outputs: tuple[str, ...] = ("logits",)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class OnnxEntry:
     input: InputEntry
     class_names: tuple[str, ...]
     history: tuple[Mapping[str, Any], ...]
+    outputs: tuple[str, ...] = ("logits",)
 
 
 @dataclass(frozen=True)

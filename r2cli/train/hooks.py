@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from r2cli.storage.input_spec import Given
 from r2cli.train import regularizers
 
 
@@ -24,7 +25,7 @@ class TrainHooks:
     before_epoch: Callable[[int], None] = lambda number: None
     before_evaluation: Callable[[int], None] = lambda number: None
     adam: Sequence[Mapping[str, Any]] = ()
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None  # of images and logits, added to the task's
+    loss: Callable[[Given, Any], Tensor] | None = None  # of inputs and outputs, added to the task's
     add_gradients: Callable[[], None] = lambda: None  # after the backward pass, to `.grad`
     regularizer: regularizers.RegularizerSpec | None = None
 

@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2cli import data
-from r2cli.calibration import deployed
 from r2cli.errors import InputError, R2Error, unknown
-from r2cli.storage.checkpoint import Checkpoint
-from r2cli.train import distributed, regularizers
+from r2cli.storage.input_spec import Given, count, places
+from r2cli.train import distributed, evaluation, regularizers
 from r2cli.train import state as states
 from r2cli.train.hooks import Epoch, Progress, TrainHooks
 
-EVALUATION_BATCH = 256
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 SGD, ADAMW = "sgd", "adamw"
 
@@ -206,7 +204,7 @@ def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
         if run.method is not None:
             run.method.before_evaluation(number)
         ratios = list(range_ratios(run.result).values()) or [0.0]
-        accuracy = evaluate(run.result, run.source.test, run.device)
+        accuracy = evaluation.evaluate(run.result, run.source.test, run.device) if run.source.task.decides else math.nan
         mean = sum(ratios) / len(ratios)
         history.append(Epoch(number, loss, penalty, accuracy, max(ratios), mean, speed))
         if distributed.share().rank == 0:
@@ -235,7 +233,7 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
         loss = _loss(run, images, labels)
         for optimizer in run.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        _weighed(loss, len(labels), index, run).backward()  # type: ignore[no-untyped-call]
+        _weighed(loss, count(images), index, run).backward()  # type: ignore[no-untyped-call]
         if run.method is not None:
             run.method.add_gradients()
         # Before the gradients are clipped: the bound is on all that moves the weights. AdamW: see `optimizers`.
@@ -250,13 +248,13 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
             run.regularizer.after_step()
         if run.average is not None:
             run.average.update_parameters(run.model)
-        total += loss.detach() * len(labels)
-        seen += len(labels)
+        total += loss.detach() * count(images)
+        seen += count(images)
         step += 1
         run.watch.step(1)
-    total, count = distributed.add_up(total, torch.tensor(seen, device=run.device))
-    mean = float(total) / max(1, int(count))  # waits for the device, so that the time is that of all work
-    return mean, float(penalty), int(count) / (perf_counter() - started)
+    total, all_seen = distributed.add_up(total, torch.tensor(seen, device=run.device))
+    mean = float(total) / max(1, int(all_seen))  # waits for the device, so that the time is that of all work
+    return mean, float(penalty), int(all_seen) / (perf_counter() - started)
 
 
 def _clip(model: nn.Module, settings: TrainSettings) -> None:
@@ -295,46 +293,16 @@ def running_average(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-def _loss(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
+def _loss(run: _Run, images: Given, labels: Any) -> Tensor:
     """Return the loss () of one batch, with the method's. Raises R2Error if the network cannot be compiled."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == BFLOAT16):
         try:
-            logits = run.forward(images)
+            logits = run.forward(*places(images))
         except torch._dynamo.exc.TorchDynamoException as error:
             told = " ".join(str(error).split())[:300]
             raise R2Error(f"the network cannot be compiled ({told}): leave --compile out") from error
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
         return loss if run.method is None or run.method.loss is None else loss + run.method.loss(images, logits)
-
-
-def evaluate(model: nn.Module, split: data.Split, device: torch.device) -> float:
-    """Return the top-1 accuracy of `model` on `split`, in percent."""
-    model.eval()
-    return top1(model, split, device)
-
-
-def float_top1(checkpoint: Checkpoint, source: data.Data, device: torch.device) -> float | None:
-    """Return the top-1 of a checkpoint's network on the test images, in percent; None where it is not measured."""
-    return evaluate(deployed.network(checkpoint).to(device), source.test, device) if source.measured else None
-
-
-@torch.inference_mode()
-def top1(
-    predict: Callable[[Tensor], Tensor],
-    split: data.Split,
-    device: torch.device,
-    *,
-    advance: Callable[[int], None] = lambda images: None,
-) -> float:
-    """Return the top-1 in percent, on `split`, of a function from images (n, c, s, s) to logits (n, classes)."""
-    correct, seen = 0, 0
-    size = data.batch_that_fits(split, EVALUATION_BATCH)
-    for images, labels in split.batches(size, device, share=distributed.share()):
-        correct += int((predict(images).argmax(1).to(device) == labels).sum())
-        seen += len(labels)
-        advance(len(labels))
-    right, of = distributed.add_up(torch.tensor(correct, device=device), torch.tensor(seen, device=device))
-    return 100 * int(right) / int(of)
 
 
 def range_ratios(model: nn.Module) -> dict[str, float]:

@@ -12,6 +12,7 @@ from r2cli.config import groups
 from r2cli.config.methods import PretrainConfig
 from r2cli.data import Data
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
+from r2cli.storage.input_spec import TensorsSpec
 from r2cli.train import distributed, loop
 from r2cli.train.hooks import Epoch, Progress
 from r2cli.train.loop import ADAMW, TrainSettings
@@ -40,6 +41,7 @@ class PretrainRun:
         """One line about the run."""
         given, config = self.source.input, self.config
         size = f"{given.size} tokens" if given.is_text else f"{given.size}x{given.size}"
+        size = str(given) if isinstance(given, TensorsSpec) else size
         stem = "" if self.spec.factory or given.is_text else f" ({self.spec.stem} stem)"
         told = "no regularizer"
         if self.regularizer:
@@ -113,7 +115,7 @@ def network_of(run: PretrainRun) -> nn.Module:
     """Return the network of `run` with new weights. Raises InputError if it does not fit the data."""
     loop.seed_everything(run.config.seed)
     network = models.build(run.spec)
-    models.require_fit(network, run.spec, run.source.input.shape)
+    models.require_fit(network, run.spec, run.source.input)
     return network
 
 
@@ -138,7 +140,9 @@ def train(
     last = history[-1]
     metrics = {"top1": last.top1, "range_max": last.range_max, "range_mean": last.range_mean}
     floats: dict[str, Tensor] = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    made = Checkpoint(run.spec, source.input, source.class_names, floats).then("pretrain", run.options, metrics)
+    given, outputs = models.require_fit(network, run.spec, source.input)
+    made = Checkpoint(run.spec, given, source.class_names, floats, outputs=outputs)
+    made = made.then("pretrain", run.options, metrics)
     return Pretrained(made, history, sum(p.numel() for p in network.parameters()), run.options)
 
 

@@ -1,0 +1,21 @@
+"""What a network is for: how good it is, and what it learns. Classification is one of many."""
+
+from dataclasses import dataclass
+
+from r2cli.data.metrics import TOP1, Metric
+
+
+@dataclass(frozen=True)
+class Task:
+    """A metric; None where the outputs are compared with the float network's alone."""
+
+    metric: Metric | None = TOP1
+
+    @property
+    def decides(self) -> bool:
+        """Whether the first output has logits, of which the largest decides."""
+        return self.metric is not None and self.metric.decides
+
+
+CLASSIFICATION = Task()
+UNLABELLED = Task(None)

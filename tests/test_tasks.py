@@ -1,0 +1,237 @@
+"""Networks of several inputs and outputs, of any shape and kind, from data to the proved file."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import r2cli
+from r2cli.calibration import deployed
+from r2cli.data import Data, own
+from r2cli.deploy import runtime
+from r2cli.errors import InputError
+from r2cli.models import signature
+from r2cli.storage import checkpoint
+from r2cli.storage.input_spec import Given, TensorSpec, TensorsSpec, places
+
+COUNT = 24
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Mixed(nn.Module):
+    """An image, a vector, ids and a mask in; a map, a vector and decisions out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.dense, self.table, self.head = nn.Linear(5, 8), nn.Embedding(7, 8), nn.Linear(8, 3)
+
+    def forward(self, image: Tensor, vector: Tensor, ids: Tensor, *, mask: Tensor) -> dict[str, Any]:
+        x = torch.relu(self.conv(image))
+        words = (self.table(ids) * mask.unsqueeze(-1)).sum(1)
+        both = torch.relu(self.dense(vector)) + x.mean((2, 3)) + words
+        return {"map": self.up(x), "aux": {"scores": self.head(both)}, "nothing": None}
+
+
+def mixed() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "image": normal(COUNT, 3, 8, 8),
+        "vector": normal(COUNT, 5, seed=1),
+        "ids": torch.randint(7, (COUNT, 4), generator=generator),
+        "mask": torch.rand(COUNT, 4, generator=generator) < 0.8,
+    }
+
+
+@dataclasses.dataclass
+class Two:
+    first: Tensor
+    second: Tensor | None = None
+
+
+class Gives(nn.Module):
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.give = nn.Linear(4, 3), give
+
+    def forward(self, x: Tensor) -> Any:
+        return self.give(self.layer(x))
+
+
+class Step(nn.Module):
+    """A recurrent step: its state is an input and an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(9, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = torch.tanh(self.mix(torch.cat([x, state], 1)))
+        return self.head(state), state
+
+
+def data(inputs: Any, target: Any = None) -> Data:
+    half = [(inputs, target)]
+    return own.to_data("own.py:data", (half, half))
+
+
+def proved(network: nn.Module, given: Data, folder: Path, **options: Any) -> tuple[Any, Any, Path]:
+    made = r2cli.quantize(network, given, r2cli.PtqConfig(**options))
+    path = folder / "model.onnx"
+    r2cli.export(made, path)
+    return made, r2cli.verify(path, made, given), path
+
+
+@pytest.mark.parametrize("method", ["none", "brecq"])
+def test_inputs_of_any_kind_by_name_and_outputs_in_dicts(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, inputs = Mixed().eval(), mixed()
+    made, proof, path = proved(network, data(inputs), tmp_path, method=method)
+    assert proof.passed, [check for check in proof.checks if not check.passed]
+    assert made.checkpoint.outputs == ("map", "aux_scores") == tuple(proof.measures["outputs"])
+    assert {"conv.weight", "up.weight", "dense.weight", "head.weight"} == set(made.checkpoint.coded)
+    session = runtime.session(path)
+    assert [(one.name, one.type, one.shape) for one in session.get_inputs()] == [
+        ("image", "tensor(float)", ["batch", 3, 8, 8]),
+        ("vector", "tensor(float)", ["batch", 5]),
+        ("ids", "tensor(int64)", ["batch", 4]),
+        ("mask", "tensor(bool)", ["batch", 4]),
+    ]
+    assert [(one.name, one.shape) for one in session.get_outputs()] == [
+        ("map", ["batch", 4, 8, 8]),
+        ("aux_scores", ["batch", 3]),
+    ]
+    found = session.run(None, {name: one.numpy() for name, one in inputs.items()})
+    expected = network(**inputs)
+    for one, other in zip(found, (expected["map"], expected["aux"]["scores"]), strict=True):
+        assert (torch.from_numpy(one) - other).norm() < 0.02 * other.norm()
+    assert isinstance(network, Mixed) and type(network) is Mixed, "the user's module is as it was"
+
+
+def test_a_checkpoint_keeps_inputs_and_outputs(tmp_path: Path) -> None:
+    made = r2cli.quantize(Step().eval(), data((normal(COUNT, 4), normal(COUNT, 5))), r2cli.PtqConfig())
+    assert made.checkpoint.input == TensorsSpec((TensorSpec("x", (4,)), TensorSpec("state", (5,))))
+    assert made.checkpoint.outputs == ("output_0", "output_1")
+    again = tmp_path / "again.safetensors"
+    again.write_bytes(made.to_bytes())
+    read = checkpoint.load(again)
+    assert (read.input, read.outputs) == (made.checkpoint.input, made.checkpoint.outputs)
+    with pytest.raises(InputError, match="is your own code and runs only when you name it"):
+        deployed.network(read)
+
+
+def test_a_state_that_goes_in_and_comes_out(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    _, proof, path = proved(Step().eval(), data((normal(COUNT, 4), normal(COUNT, 5))), tmp_path)
+    assert proof.passed and [one.name for one in onnx.load(path).graph.output] == ["output_0", "output_1"]
+    assert min(one["sqnr_db"] for one in proof.measures["outputs"].values()) > 30
+
+
+OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], tuple[str, ...]]] = {
+    "a dataclass": (lambda x: Two(x), ("first",)),
+    "a list": (lambda x: [x, x + 1], ("output_0", "output_1")),
+    "the same twice": (lambda x: (x, x), ("output_0", "output_1")),
+    "nested": (lambda x: {"a": [x, (x, 2 * x)]}, ("a_0", "a_1_0", "a_1_1")),
+    "classes": (lambda x: x.argmax(1), ("output",)),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_are_flattened_and_named(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    give, names = OUTPUTS[kind]
+    _, proof, path = proved(Gives(give).eval(), data(normal(COUNT, 4)), tmp_path)
+    assert proof.passed, [check for check in proof.checks if not check.passed]
+    assert tuple(one.name for one in onnx.load(path).graph.output) == names
+
+
+def test_a_network_is_trained_on_its_own_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    labels = normal(COUNT, 4).argmax(1) % 3
+    source = own.to_data("own.py:data", TensorDataset(normal(COUNT, 4), labels))
+    assert (source.label_count, len(source.train), len(source.test)) == (3, 20, 4)
+    config = r2cli.QatConfig(epochs=2, batch_size=8, weight_bits=4, act_bits="8")
+    made = r2cli.finetune(Gives(lambda x: x).eval(), source, config)
+    path = tmp_path / "model.onnx"
+    r2cli.export(made, path)
+    proof = r2cli.verify(path, made, source)
+    assert proof.passed and proof.measures["top1"] is not None
+    assert r2cli.palettize(Gives(lambda x: x), source, r2cli.PalettizeConfig(bits=2, epochs=2, hard_epochs=1)).layers
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def samples(source: Data) -> list[tuple[Given, Any]]:
+    return list(source.train.batches(4, torch.device("cpu")))
+
+
+def test_what_a_factory_may_return() -> None:
+    x, y = normal(10, 3), torch.arange(10) % 4
+    loader = DataLoader(TensorDataset(x, y), batch_size=3)
+    for given in (TensorDataset(x, y), loader, [(x, y)], iter([(x[:5], y[:5]), (x[5:], y[5:])])):
+        source = own.to_data("f", given)
+        assert (len(source.train), len(source.test), source.label_count) == (8, 2, 4)
+        assert source.input == TensorsSpec((TensorSpec("", (3,)),)) and source.task.decides
+        rows = torch.cat([places(inputs)[0] for inputs, _ in samples(source)])
+        assert {tuple(row) for row in rows.tolist()} < {tuple(row) for row in x.tolist()}
+    both = own.to_data("f", {"train": [(x, None)], "test": [x[:3].numpy()]})
+    assert (len(both.train), len(both.test), both.measured) == (10, 3, False)
+    boxes = own.to_data("f", [({"image": x, "target": [{"box": row} for row in x]})])
+    assert isinstance(samples(boxes)[0][1], list) and len(samples(boxes)[0][1]) == 4
+    shuffled = list(own.to_data("f", [(x, y)]).train.batches(8, torch.device("cpu"), torch.Generator().manual_seed(0)))
+    rows, labels = places(shuffled[0][0])[0], shuffled[0][1]
+    assert all(int(label) == int(y[(x == row).all(1)][0]) for row, label in zip(rows, labels, strict=True))
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "a number": (3, "f returned a int: it must return a dataset, a loader or an iterable"),
+    "a tensor": (normal(4, 3), "f returned a Tensor: "),
+    "no batches": ([], r"f \(train\) is empty"),
+    "three parts": ([(normal(4, 3), normal(4, 3), normal(4))], r"gives a tuple of 3 for a batch: a batch is "),
+    "text": ([("words", None)], r"gives a str for an input: inputs are tensors"),
+    "complex": ([normal(4, 3).to(torch.complex64)], "gives a tensor of torch.complex64 for an input"),
+    "lengths": ([((normal(4, 3), normal(5, 3)), None)], r"different lengths \(0 \(4, 3\), 1 \(5, 3\)\)"),
+    "other batches": ([normal(4, 3), normal(4, 2)], r"a batch holds input float32 nx2 and the first one .* nx3"),
+    "raises": ((1 / 0 for _ in range(1)), r"f \(train\) raised ZeroDivisionError as it was read"),
+    "halves": (([normal(4, 3)], [normal(4, 2)]), "its test half holds input float32 nx2 and its train half "),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_data_is_refused_with_what_was_expected(kind: str) -> None:
+    given, why = BAD[kind]
+    with pytest.raises(InputError, match=why):
+        own.to_data("f", given)
+
+
+def test_batches_that_do_not_fit_the_network_are_named_on_both_sides() -> None:
+    made = r2cli.quantize(Step().eval(), data((normal(4, 4), normal(4, 5))), r2cli.PtqConfig(calibration=4)).checkpoint
+    for other in (data((normal(4, 4), normal(4, 6))), data({"x": normal(4, 4), "memory": normal(4, 5)})):
+        with pytest.raises(InputError, match="own.py:data holds .* takes x float32 nx4, state float32 nx5"):
+            r2cli.quantize(made, other)
+    with pytest.raises(InputError, match="the batches hold a, b and .*Step takes x, state: give each input the name"):
+        r2cli.quantize(Step(), data({"a": normal(4, 4), "b": normal(4, 5)}))
+    with pytest.raises(InputError, match=r"Step reads 2 inputs \(x, state\) and the data gives input float32 nx4"):
+        r2cli.quantize(Step(), data(normal(4, 4)))
+    with pytest.raises(InputError, match=r"Step cannot take x float32 nx4, state float32 nx3 \("):
+        r2cli.quantize(Step(), data((normal(4, 4), normal(4, 3))))
+
+
+def test_a_network_is_called_by_place_whatever_its_arguments_are() -> None:
+    network = signature.by_place(Mixed().eval(), ("image", "vector", "ids", "mask"))
+    inputs = mixed()
+    outputs = network(*inputs.values())
+    assert [tuple(one.shape) for one in outputs] == [(COUNT, 4, 8, 8), (COUNT, 3)]
+    assert signature.by_place(network, ("other",)) is network and sorted(network.state_dict()) == sorted(
+        Mixed().state_dict()
+    )
