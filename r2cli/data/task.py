@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 from r2cli.data.metrics import TOP1, Metric
+from r2cli.storage.checkpoint import LOGITS
 
 
 @dataclass(frozen=True)
 class Task:
-    """A metric; None where the outputs are compared with the float network's alone."""
+    """A metric, None where the outputs are compared with the float network's alone; and the outputs' names."""
 
     metric: Metric | None = TOP1
+    outputs: tuple[str, ...] = LOGITS
 
     @property
     def decides(self) -> bool:

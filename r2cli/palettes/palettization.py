@@ -12,6 +12,7 @@ from r2cli.calibration.result import Result
 from r2cli.config import groups, values
 from r2cli.config.methods import PalettizeConfig
 from r2cli.data import Batch, Data
+from r2cli.data.metrics import Metric, recorded
 from r2cli.errors import InputError
 from r2cli.palettes import compression, soft_training
 from r2cli.palettes.compression import PaletteSettings, PaletteTask, PalettizedLayer
@@ -149,8 +150,8 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
     """
     task, source = run.task, run.source
     loop.seed_everything(task.seed)
-    before = evaluation.float_top1(task.checkpoint, source, task.device)
-    shown = f"float top-1 {before:.2f} %" if before is not None else "accuracy is not measured"
+    before = evaluation.of_float(task.checkpoint, source, task.device)
+    shown = f"float {before}" if before is not None else "it is not measured"
     reporter.note(f"palettizing {task.checkpoint.origin}: {shown}")
     epochs: list[dict[str, float]] = []
     if run.plan is None:
@@ -161,13 +162,13 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
 
             def told(epoch: Epoch, gap: float) -> None:
                 epochs.append({**epoch.__dict__, "gap": gap})
-                progress.line(_line(epoch, task, run.plan, gap))
+                progress.line(_line(epoch, task, run.plan, gap, source.task.metric))
 
             control = PaletteRunControl(state, resume, progress.advance, told)
             coded, layers = soft_training.by_training(task, run.plan, source, control)
     distributed.end_others()
     details = {**sizes(layers), "epochs": epochs}
-    coded = coded.then("palettize", run.options, {} if before is None else {"float_top1": before})
+    coded = coded.then("palettize", run.options, recorded(before))
     return PaletteResult(coded, layers, before, run.options, details, original=task.checkpoint, epochs=epochs)
 
 
@@ -179,10 +180,10 @@ def sizes(layers: Sequence[PalettizedLayer]) -> dict[str, float]:
     return {"bits_per_weight": size, "entropy_coded_bits": coded}
 
 
-def _line(epoch: Epoch, task: PaletteTask, plan: PalettePlan | None, gap: float) -> str:
+def _line(epoch: Epoch, task: PaletteTask, plan: PalettePlan | None, gap: float, metric: Metric | None) -> str:
     """Return one line about an epoch of training."""
     total = plan.loop.epochs if plan else 0
     return (
-        f"epoch {epoch.epoch:>{len(str(total))}}/{total}  loss {epoch.loss:.4f}  hard top-1 {epoch.top1:.2f} %  "
+        f"epoch {epoch.epoch:>{len(str(total))}}/{total}  loss {epoch.loss:.4f}  hard {epoch.shown(metric)}  "
         f"soft to hard {100 * gap:.1f} %  {epoch.images_per_second:,.0f} images/s"
     )

@@ -105,7 +105,7 @@ def by_training(
     watch = hooks.Progress(following.step, lambda epoch: following.epoch(epoch, gaps[epoch.epoch]))
     loop.fit(
         model,
-        source,
+        source.giving(work.checkpoint.outputs),
         plan.loop,
         device=work.device,
         setting=method,

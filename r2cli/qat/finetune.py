@@ -63,7 +63,7 @@ def by_training(
     prepared = prepare.prepare(work)
     history = loop.fit(
         prepared.net,
-        source,
+        source.giving(work.checkpoint.outputs),
         plan.loop,
         device=work.device,
         setting=hooks_of(work, plan, prepared),
@@ -71,7 +71,7 @@ def by_training(
         resume=following.resume,
         watch=following.watch,
     )
-    if source.measured:
+    if history[-1].top1 is not None and work.checkpoint.model.classes:
         require_learned(work, prepared, history[-1].top1)
     coded, rows = prepare.finish(work, prepared)
     return coded, rows, history
@@ -80,7 +80,7 @@ def by_training(
 def require_learned(work: QatTask, prepared: Prepared, top1: float) -> None:
     """Raise R2Error where `top1`, in percent, is no better than chance and quantizers have collapsed."""
     stuck = qat_method.method(work.settings.method).collapsed(prepared)
-    if stuck and top1 <= 100 / len(work.checkpoint.class_names):
+    if stuck and top1 <= 100 / work.checkpoint.model.classes:
         raise R2Error(
             f"training diverged: {len(stuck)} steps fell to their least ('{stuck[0]}'), and top-1 is {top1:.2f} %, no "
             "better than chance: use a lower --lr"

@@ -204,9 +204,10 @@ def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
         if run.method is not None:
             run.method.before_evaluation(number)
         ratios = list(range_ratios(run.result).values()) or [0.0]
-        accuracy = evaluation.evaluate(run.result, run.source.test, run.device) if run.source.task.decides else math.nan
+        found = evaluation.of_task(run.result, run.source, run.device)
+        top1, value = (None, None) if found is None else (found.top1, found.value)
         mean = sum(ratios) / len(ratios)
-        history.append(Epoch(number, loss, penalty, accuracy, max(ratios), mean, speed))
+        history.append(Epoch(number, loss, penalty, top1, max(ratios), mean, speed, value))
         if distributed.share().rank == 0:
             states.save(state, history)
         run.watch.epoch(history[-1])
