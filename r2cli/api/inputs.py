@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from r2cli import data as datasets
 from r2cli import models
 from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
-from r2cli.data import metrics
+from r2cli.data import losses, metrics
 from r2cli.data import own as own_data
 from r2cli.errors import InputError
 from r2cli.models import pretrained, text, timm
@@ -63,7 +63,10 @@ def of_task(given: Preparation, loaded: datasets.Data) -> datasets.Data:
             raise InputError("--metric-lower and --metric-arg belong to --metric: give its name")
         return loaded
     metric = metrics.named(given.metric, given.metric_arg, lower=given.metric_lower)
-    return replace(loaded, task=replace(loaded.task, metric=metric), measured=True)
+    task, usual = replace(loaded.task, metric=metric), losses.OF_METRIC.get(metric.name)
+    if usual is not None:
+        task = replace(task, loss=losses.LOSSES[usual], logits=usual == losses.CROSS_ENTROPY.name)
+    return replace(loaded, task=task, measured=True)
 
 
 def model_spec(

@@ -25,7 +25,7 @@ def asked(
     own = {"data": datasets.recorded(loaded.name), "size": spec.size, "mean": spec.mean, "std": spec.std}
     own |= {"pretrained": getattr(given, "model", None)} if given.pretrained else {}
     own |= {name: getattr(given, name) for name in ("metric", "metric_arg", "data_arg") if getattr(given, name)}
-    code = [own_code.file_of(getattr(given, name, None)) for name in ("model", "data", "metric")]
+    code = [own_code.file_of(getattr(given, name, None)) for name in ("model", "data", "metric", "loss")]
     read = [] if given.pretrained else read
     files = [path for path in (*read, *code) if path is not None]
     images = f"{len(loaded.train)} to train and {len(loaded.test)} to test"

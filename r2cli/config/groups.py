@@ -208,6 +208,14 @@ def usual_optimizer(name: str | None, *, is_text: bool) -> str:
     return name or ("adamw" if is_text else "sgd")
 
 
+def loss(usual: str) -> Any:
+    return option(
+        None,
+        "What is learned: cross-entropy, bce, mse, l1, ctc, distill (the float network's own outputs), or your own "
+        f"FILE.py:FUNCTION of outputs and target. (default: {usual})",
+    )
+
+
 def seed() -> Any:
     return option(0, "Seed of all random numbers; the same seed gives the same bytes.", least=0)
 

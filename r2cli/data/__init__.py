@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from r2cli.data import arrays, digits, fake, imagefolder, images, own, text, torchvision
+from r2cli.data import arrays, digits, fake, imagefolder, images, losses, own, text, torchvision
 from r2cli.data.decoding import decode
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import (
@@ -156,6 +156,17 @@ def _load(name: str, request: Request) -> Data:
     if reads_text and kind not in (*TEXTS, "npz"):
         raise InputError(f"{kind} holds images and the network reads text: give --data qnli:FILE.tsv")
     return KINDS[kind](replace(request, kind=kind, where=where))
+
+
+def learning(data: Data, loss: str | None) -> Data:
+    """`data` with the loss of that name; with None its own."""
+    return data if loss is None else replace(data, task=replace(data.task, loss=losses.named(loss)))
+
+
+def recorded_loss(data: Data) -> dict[str, str]:
+    """What options say of the loss: nothing of the usual one."""
+    name = data.task.loss.name
+    return {} if name == losses.CROSS_ENTROPY.name else {"loss": recorded(name)}
 
 
 T = TypeVar("T")

@@ -94,6 +94,7 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
     method = config.method or registry.PALETTE_METHOD
     require_consistent(config, method, is_network=True)
     where = loop.device(config.device)
+    source = data.learning(source, config.loss)
     calibration = data.calibration_count(config.calibration, source)
     settings, entry = settings_of(config, method), registry.get(registry.PALETTE_METHODS, method)
     if not calibration and (settings.act_bits or entry.trains or config.weigh != "none"):
@@ -107,6 +108,8 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
     plan = None
     if not entry.trains:
         options["weigh"] = config.weigh
+        if config.weigh != "none" and source.task.loss.distils:
+            raise InputError(f"--weigh {config.weigh} needs a loss of targets: give --loss, or leave --weigh out")
     else:
         training = _training(config, method, loop.precision(config.precision, where), is_text=made.input.is_text)
         hard = config.hard_epochs if entry.soft else 0
@@ -115,8 +118,8 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
         lut_lr = entry.lut_lr if config.lut_lr is None else config.lut_lr
         plan = PalettePlan(training, schedule, lut_lr, config.own_options)
         options |= {**training.__dict__, "hard_epochs": config.hard_epochs, "temperature": config.temperature}
-        options |= {**config.own_options, "lut_lr": lut_lr}
-    task = PaletteTask(made, settings, batches if calibration else None, where, config.seed)
+        options |= {**config.own_options, "lut_lr": lut_lr, **data.recorded_loss(source)}
+    task = PaletteTask(made, settings, batches if calibration else None, where, config.seed, source.task)
     return PaletteRun(task, plan, source, config.weigh == "fisher", options)
 
 

@@ -13,6 +13,7 @@ from r2cli.config import values
 from r2cli.config.methods import PtqConfig
 from r2cli.data import Data
 from r2cli.data.metrics import recorded
+from r2cli.data.task import CLASSIFICATION
 from r2cli.errors import InputError
 from r2cli.graph.read import trace
 from r2cli.ptq import auto, equalize, mixed_precision, post_training
@@ -105,7 +106,9 @@ def quantize(
         target = BitTarget(config.target_bits, config.target_bytes, config.sensitivity)
         # `auto` has no rounding of its own yet when bits are chosen.
         plain = replace(settings, method=auto.NEAREST) if entry.chooses else settings
-        plain, chosen_bits = post_training.choose_bits(made, plain, target, batches, where, config.seed)
+        plain, chosen_bits = post_training.choose_bits(
+            made, plain, target, batches, where, config.seed, source.task if source else CLASSIFICATION
+        )
         settings = replace(plain, method=config.method)
     before = None if source is None else evaluation.of_float(made, source, where)
     shown = f"float {before}" if before is not None else "it is not measured"

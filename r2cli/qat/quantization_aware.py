@@ -66,6 +66,7 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
     require_bits(config)
     where, entry = loop.device(config.device), registry.get(registry.QAT_METHODS, config.method)
     lr = entry.lr if config.lr is None else config.lr
+    source = data.learning(source, config.loss)
     source = source if config.images is None else data.with_fewer(source, config.images, config.seed)
     calibration = data.calibration_count(config.calibration, source)
     regularizer = None
@@ -109,9 +110,9 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
     def batches() -> Iterator[Batch]:
         return data.calibration(source, calibration, where, config.seed)
 
-    task = QatTask(made, settings, batches, where, config.from_scratch)
+    task = QatTask(made, settings, batches, where, config.from_scratch, source.task)
     options = {**plan.identity(task), **training.__dict__, "calibration": calibration, "images": config.images}
-    options |= {"reg": regularizer.__dict__ if regularizer else None}
+    options |= {"reg": regularizer.__dict__ if regularizer else None, **data.recorded_loss(source)}
     return QatRun(task, plan, source, options)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from r2cli.data.losses import Learned
 from r2cli.data.metrics import Metric
 from r2cli.storage.input_spec import Given
 from r2cli.train import regularizers
@@ -27,6 +28,7 @@ class TrainHooks:
     before_evaluation: Callable[[int], None] = lambda number: None
     adam: Sequence[Mapping[str, Any]] = ()
     loss: Callable[[Given, Any], Tensor] | None = None  # of inputs and outputs, added to the task's
+    learned: Learned | None = None  # in the place of the task's loss
     add_gradients: Callable[[], None] = lambda: None  # after the backward pass, to `.grad`
     regularizer: regularizers.RegularizerSpec | None = None
 

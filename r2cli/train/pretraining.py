@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from r2cli import models, registry
+from r2cli import data, models, registry
 from r2cli.config import groups
 from r2cli.config.methods import PretrainConfig
 from r2cli.data import Data
 from r2cli.data.metrics import Metric, report_of
+from r2cli.errors import InputError
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
 from r2cli.storage.input_spec import TensorsSpec
 from r2cli.train import distributed, loop
@@ -77,7 +78,9 @@ class Pretrained:
 
 def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Mapping[str, Any]) -> PretrainRun:
     """Return the run that `config` asks for. `recorded` is what the checkpoint's history says of network and data."""
-    regularizer = None
+    source, regularizer = data.learning(source, config.loss), None
+    if source.task.loss.distils:
+        raise InputError("r2 pretrain has no float network to learn from: give --loss and data with targets")
     if config.reg != "none":
         strength = config.reg_weight
         if strength is None:
@@ -110,7 +113,7 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
     # Without paths of files and the device, so that the same work gives the same bytes.
     reg = regularizer.__dict__ if regularizer else None
     options = {"data": recorded["data"], "model": spec.described(), "reg": reg, **settings.__dict__}
-    options |= {name: value for name, value in recorded.items() if name != "data"}
+    options |= {name: value for name, value in recorded.items() if name != "data"} | data.recorded_loss(source)
     return PretrainRun(spec, source, config, settings, regularizer, options)
 
 
