@@ -109,6 +109,7 @@ def unlabelled(count: int = 96) -> Data:
     return own.to_data("x", ([(drawn(count, 4), None)], [(drawn(32, 4, seed=9), None)]))
 
 
+@torch.no_grad()
 def noise(made: Result, x: Tensor) -> float:
     assert made.original is not None
     wanted = deployed.network(made.original)(x)
