@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import R2
 from r2cli.cli import deliver
 from r2cli.config.groups import CompressionGates
+from r2cli.data import metrics
 from r2cli.deploy import onnx_export
 from r2cli.errors import CheckFailed
 from r2cli.storage import checkpoint
@@ -269,7 +270,8 @@ def _checks(*failed: str) -> list[dict[str, Any]]:
 
 
 def test_what_fails_of_a_proof_is_named_before_any_gate() -> None:
-    report = {"output": "m.onnx", "top1": 95.0, "float_top1": 97.0, "bytes": 2000, "checks": _checks()}
+    metric = metrics.report_of(metrics.TOP1, 95.0)
+    report = {"output": "m.onnx", "metric": metric, "float_value": 97.0, "bytes": 2000, "checks": _checks()}
     wrong, strict = {**report, "checks": _checks("parity")}, CompressionGates(max_bytes=10)
     with pytest.raises(CheckFailed, match=r"^m.onnx failed its proof: parity \(about parity\)$") as caught:
         deliver.require(wrong, strict)

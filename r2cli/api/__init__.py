@@ -240,7 +240,7 @@ def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:
         return _of_module(network, source), source
     made = _checkpoint_of(network)
     if isinstance(data, Data):
-        return made, inputs.fitting(made, data)
+        return made, inputs.fitting(made.origin, made.input, made.class_names, data)
     named = data or datasets.named_in(made.history, made.origin)
     return made, datasets.load(named, spec=made.input)
 

@@ -1,6 +1,5 @@
 """What the work is done on: a checkpoint of r2's, or a network and weights from elsewhere, with their data."""
 
-import ast
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from r2cli import data as datasets
 from r2cli import models
 from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
+from r2cli.data import losses, metrics
+from r2cli.data import own as own_data
 from r2cli.errors import InputError
-from r2cli.models import own as own_code
 from r2cli.models import pretrained, text, timm
-from r2cli.storage import checkpoint, foreign
-from r2cli.storage.input_spec import NetworkInput, TensorsSpec, forms
+from r2cli.storage import checkpoint, foreign, own_code
+from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec, forms
 from r2cli.storage.keywords import is_own, require_safe
+from r2cli.storage.own_code import keywords
 from r2cli.train import loop
 
 
@@ -40,15 +41,32 @@ def load_data(
         usual = pretrained.published(model)
         mean, std, size = mean or list(usual.mean), std or list(usual.std), size or usual.size
     more: dict[str, Any] = {"directory": given.data_dir, "workers": given.workers}
+    if name is not None and own_code.is_code(name):
+        return of_task(given, datasets.load_own(name, keywords(given.data_arg, "--data-arg")))
+    if given.data_arg:
+        raise InputError("--data-arg belongs to data of your own: give --data FILE.py:FACTORY")
     if spec is not None:
         for option, value in {"--size": size, "--mean": mean, "--std": std}.items():
             if value is not None:
                 raise InputError(f"{option} does not apply: the checkpoint says how its input is prepared")
         if name is None:
-            return datasets.load_named_in_file(default, spec=spec, **more)
-        return datasets.load(name, spec=spec, **more)
+            return of_task(given, datasets.load_named_in_file(default, spec=spec, **more))
+        return of_task(given, datasets.load(name, spec=spec, **more))
     tokenizer = datasets.pack_tokenizer(text.tokenizer(model)) if model and text.has(model) else None
-    return datasets.load(name or default, size=size, mean=mean, std=std, tokenizer=tokenizer, **more)
+    return of_task(given, datasets.load(name or default, size=size, mean=mean, std=std, tokenizer=tokenizer, **more))
+
+
+def of_task(given: Preparation, loaded: datasets.Data) -> datasets.Data:
+    """`loaded` with the metric that `given` names, or else its own."""
+    if given.metric is None:
+        if given.metric_lower or given.metric_arg:
+            raise InputError("--metric-lower and --metric-arg belong to --metric: give its name")
+        return loaded
+    metric = metrics.named(given.metric, given.metric_arg, lower=given.metric_lower)
+    task, usual = replace(loaded.task, metric=metric), losses.OF_METRIC.get(metric.name)
+    if usual is not None:
+        task = replace(task, loss=losses.LOSSES[usual], logits=usual == losses.CROSS_ENTROPY.name)
+    return replace(loaded, task=task, measured=True)
 
 
 def model_spec(
@@ -73,7 +91,7 @@ def model_spec(
         size=source.input.size,
         width=width,
         stem=given.stem or ("imagenet" if given.pretrained and not timm.has(name) else None),
-        args=arguments(given.model_arg),
+        args=keywords(given.model_arg, "--model-arg"),
     )
 
 
@@ -103,14 +121,29 @@ def load(
     made = checkpoint.load(given.source or DEFAULT_SOURCE)
     if given.model is not None:
         made = _with_code(made, given.model, given.model_arg)
+    if given.input_shape:
+        raise InputError(f"--input-shape does not apply: {made.origin} says what its inputs are")
     own = datasets.named_in(made.history, made.origin)
-    if not needed and given.data is None and own == "imagefolder":
+    if not needed and given.data is None and isinstance(made.input, TensorsSpec):
+        return made, own_data.noise(made.input, NOISE)
+    if not needed and given.data is None and own in ("imagefolder", "images"):
+        assert isinstance(made.input, InputSpec)
         spec = f"fake:{made.input.channels}x{made.input.size}x{made.input.size}:{len(made.class_names)}"
         return made, replace(datasets.load(spec, spec=made.input), name=NOISE, measured=False)
     loaded = load_data(given, given.data, default=own, spec=made.input)
-    loaded = fitting(made, loaded)
+    loaded = fitting(made.origin, made.input, made.class_names, loaded)
     _require_vocabulary(made, loaded)
-    return made, loaded
+    return made, _calibrating(given, made, loaded)
+
+
+def _calibrating(given: Inputs, made: checkpoint.Checkpoint, loaded: datasets.Data) -> datasets.Data:
+    """`loaded` with the data that --calibration-data names, if it does."""
+    if given.calibration_data is None:
+        return loaded
+    plain = replace(given, size=None, mean=None, std=None, pretrained=False, metric=None, metric_lower=False)
+    other = load_data(replace(plain, metric_arg=()), given.calibration_data, default="", spec=made.input)
+    other = fitting(made.origin, made.input, (), replace(other, class_names=()))
+    return replace(loaded, calibration=other.train)
 
 
 def measured_by(
@@ -128,9 +161,13 @@ def measured_by(
         loaded = replace(datasets.with_test_images(loaded, PROVED), measured=False)
     elif wanted.eval_images is not None:
         loaded = datasets.with_test_images(loaded, wanted.eval_images)
-    if not loaded.measured and (gates.min_accuracy is not None or getattr(gates, "max_drop", None) is not None):
-        way_out = "leave out --no-eval" if not wanted.eval else "give --data"
-        raise InputError(f"--min-accuracy and --max-drop need images with labels: {way_out}")
+    asked = (gates.min_accuracy, gates.min_metric, getattr(gates, "max_drop", None))
+    if not loaded.measured and any(bound is not None for bound in asked):
+        way_out = "leave out --no-eval" if not wanted.eval else "give --data, or --metric"
+        raise InputError(f"--min-accuracy, --min-metric and --max-drop need data with labels or targets: {way_out}")
+    metric = loaded.task.metric
+    if gates.min_accuracy is not None and metric is not None and metric.name != "top1":
+        raise InputError(f"--min-accuracy is the least top-1 and what is measured is {metric.label}: give --min-metric")
     return loaded
 
 
@@ -138,9 +175,12 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
     option = "--pretrained" if given.weights is None else f"--weights {given.weights}"
     if given.model is None:
         raise InputError(f"{option} needs its network: give --model NAME or --model FILE.py:FACTORY")
+    if given.data is None and not given.input_shape:
+        raise InputError(f"{option} needs the data it is for: give --data, as imagefolder:DIR, or --input-shape")
     if given.data is None:
-        raise InputError(f"{option} needs the data it is for: give --data, as imagefolder:DIR")
-    loaded = load_data(given, given.data, default="", model=given.model)
+        loaded = own_data.noise(own_data.of_shapes(given.input_shape), NOISE)
+    else:
+        loaded = load_data(given, given.data, default="", model=given.model)
     spec = model_spec(given, given.model, loaded)
     model = models.build(spec)
     taken, outputs = models.require_fit(model, spec, loaded.input)
@@ -149,8 +189,9 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
         tell(told_of_beside(given.weights or PRETRAINED, beside))
     origin, name = (str(given.weights), given.weights.name) if given.weights else (spec.name, PRETRAINED.name)
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, state, origin=origin, outputs=outputs)
-    options = {"data": datasets.recorded(given.data), "weights": name, "model": spec.described()}
-    return made.then("import", options, {}), loaded
+    options = {"data": datasets.recorded(given.data or NOISE), "weights": name, "model": spec.described()}
+    made = made.then("import", options, {})
+    return made, _calibrating(given, made, loaded)
 
 
 def _weights(given: Preparation, network: nn.Module, spec: checkpoint.ModelSpec) -> tuple[dict[str, Tensor], list[str]]:
@@ -214,24 +255,22 @@ def _with_code(made: checkpoint.Checkpoint, name: str, args: Sequence[str]) -> c
         raise InputError(f"{made.origin} was made by {made.model.name}, not by {name}: name that one with --model")
     if not args:
         require_safe(made.model.name, made.model.args, made.origin)
-    keywords = arguments(args) if args else made.model.args
-    return replace(made, model=replace(made.model, factory=own_code.factory(name), args=keywords))
+    own = keywords(args, "--model-arg") if args else made.model.args
+    return replace(made, model=replace(made.model, factory=own_code.factory(name), args=own))
 
 
-def fitting(made: checkpoint.Checkpoint, loaded: datasets.Data) -> datasets.Data:
-    """`loaded`, if it is data that the network of `made` takes.
+def fitting(origin: str, wanted: NetworkInput, class_names: Sequence[str], loaded: datasets.Data) -> datasets.Data:
+    """`loaded`, if it is data that the network of the file `origin` takes, which wants those inputs and classes.
 
     Raises InputError for inputs of other names, shapes or kinds, and for other classes.
     """
-    found, wanted = loaded.input, made.input
+    found = loaded.input
     if isinstance(found, TensorsSpec) or isinstance(wanted, TensorsSpec):
         named = all(found.names) and len(found.names) > 1
         if forms(found) != forms(wanted) or (named and found.names != wanted.names):
-            raise InputError(
-                f"{loaded.name} holds {found} and {made.origin} takes {wanted}: give the data that it is for"
-            )
-    if loaded.class_names or not isinstance(found, TensorsSpec):
-        require_classes(made.origin, made.class_names, loaded)
+            raise InputError(f"{loaded.name} holds {found} and {origin} takes {wanted}: give the data that it is for")
+    if loaded.class_names:
+        require_classes(origin, class_names, loaded)
     return loaded
 
 
@@ -251,36 +290,14 @@ def _require_vocabulary(made: checkpoint.Checkpoint, loaded: datasets.Data) -> N
         return
     limits = text.limits(made.model)
     for split in (loaded.train, loaded.test):
-        assert isinstance(split, datasets.TextSplit)
+        if not isinstance(split, datasets.TextSplit):
+            return  # tensors of the user's own
         for row, what, limit in ((0, "token", limits[0]), (2, "type of tokens", limits[1])):
             most = int(split.tokens[:, row].max())
             if most >= limit and (row == 0 or limit > 1):
                 raise InputError(
                     f"{made.origin}: its tokenizer gives the {what} {most}, its network knows {limit}: write it again"
                 )
-
-
-def arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` options as keywords: numbers, True, False, None and lists as Python writes them, else text."""
-    out = {}
-    for given in texts:
-        name, sign, value = given.partition("=")
-        if not sign or not name.isidentifier():
-            raise InputError(f"--model-arg {given} is not NAME=VALUE, for example --model-arg width_mult=0.5")
-        try:
-            out[name] = _plain(ast.literal_eval(value))
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            out[name] = value
-    return out
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON gives it back; ValueError for what JSON does not hold."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, str | int | bool | None) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    raise ValueError(value)
 
 
 def numbers(option: str, text: str | None) -> list[float] | None:

@@ -6,49 +6,56 @@ from typing import TYPE_CHECKING
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import FileGates, MeasuredImages, Told
+from r2cli.config.groups import Evaluation, FileGates, MeasuredImages, Told
 from r2cli.config.inspection import EvaluateConfig, EvaluateSource
 from r2cli.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
-    from torch import Tensor
 
     from r2cli import data as datasets
+    from r2cli.storage.input_spec import Given
 
 
 @command
 def evaluate(
     given: EvaluateSource, images: MeasuredImages, config: EvaluateConfig, wanted: FileGates, answer: Told
 ) -> Report:
-    """Measure top-1, latency of one image on one thread, and size."""
+    """Measure how good a network is, its time for one sample on one thread, and its size."""
     import torch
 
-    from r2cli import data as datasets
+    from r2cli.api import inputs
+    from r2cli.data.metrics import report_of
     from r2cli.deploy import runtime
+    from r2cli.storage.input_spec import each
     from r2cli.train import evaluation
 
     source = gates.source(given)
     subject = _of_onnx(given) if source.suffix == ".onnx" else _of_network(given, config.device)
     where, loaded = subject.device, subject.loaded
-    if images.eval_images is not None:
-        loaded = datasets.with_test_images(loaded, images.eval_images)
+    loaded = inputs.measured_by(Evaluation(images.eval_images), wanted, loaded)
+    metric = loaded.task.metric
     if answer.dry_run:
         console.tell([f"would evaluate {source} on {loaded.name}"], as_json=answer.json)
         return {"command": "evaluate"}
     console.note(f"evaluating {source} on {len(loaded.test)} images")
+    found = None
     with console.bar("evaluate", len(loaded.test)) as progress:
-        top1 = evaluation.top1(subject.predict, loaded.test, where, advance=progress.advance)
+        if metric is not None:
+            told = {"advance": progress.advance}
+            found = evaluation.measure(subject.predict, loaded.test, where, metric, subject.outputs, **told)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    latency = runtime.latency_ms(lambda image: subject.one_thread(image.to(where)).cpu(), subject.loaded.input.blank(1))
+    one = each(subject.blank, lambda tensor: tensor.to(where))
+    latency = runtime.latency_ms(lambda *inputs: each(subject.one_thread(*inputs), torch.Tensor.cpu), one)
     torch.set_num_threads(threads)
     report = {
         "command": "evaluate",
         "source": source,
-        "top1": top1,
+        "top1": None if found is None else found.top1,
+        "metric": found and report_of(found.metric, found.value, others=dict(found.others)),
         "images": len(loaded.test),
         "latency_ms": latency,
         "bytes": subject.size,
@@ -56,22 +63,28 @@ def evaluate(
         "cpu": runtime.cpu(),
     }
     speed = f"{latency:.2f} ms an image ({subject.engine}{', 1 thread' if where.type == 'cpu' else ''})"
-    summary = f"{source}: top-1 {top1:.2f} % of {len(loaded.test)} images, {speed}, {subject.size:,} bytes"
+    measured = "accuracy not measured" if found is None else f"{found} of {len(loaded.test)} images"
+    summary = f"{source}: {measured}, {speed}, {subject.size:,} bytes"
     console.tell([summary, *gates.unreadable(loaded.test.unreadable)], as_json=answer.json)
-    gates.require(report, wanted, top1=top1, size=subject.size)
+    gates.require(report, wanted, size=subject.size)
     return report
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a function from images to logits, the same on one thread, and its size in bytes."""
+    """What is measured: a function from inputs to outputs, the same on one thread, and its size in bytes.
 
-    predict: "Callable[[Tensor], Tensor]"
-    one_thread: "Callable[[Tensor], Tensor]"
+    `outputs` are the names of what it gives, and `blank` is one sample of zeros.
+    """
+
+    predict: "Callable[..., Given]"
+    one_thread: "Callable[..., Given]"
     device: "torch.device"
     loaded: "datasets.Data"
     engine: str
     size: int
+    outputs: "Sequence[str]"
+    blank: "Given"
 
 
 def _of_onnx(given: EvaluateSource) -> Subject:
@@ -86,10 +99,11 @@ def _of_onnx(given: EvaluateSource) -> Subject:
         raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
     made = runtime.recorded(source)
     loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
-    inputs.require_classes(str(source), made.class_names, loaded)
+    loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
     one_thread = runtime.runner(source, threads=1)
     size = source.stat().st_size
-    return Subject(runtime.runner(source), one_thread, torch.device("cpu"), loaded, "ONNX Runtime", size)
+    more = "ONNX Runtime", size, made.outputs, made.input.blank(1)
+    return Subject(runtime.runner(source), one_thread, torch.device("cpu"), loaded, *more)
 
 
 def _of_network(given: EvaluateSource, device: str) -> Subject:
@@ -107,4 +121,4 @@ def _of_network(given: EvaluateSource, device: str) -> Subject:
         size = sum(tensor.nbytes for tensor in made.floats.values())
     else:
         size = gates.source(given).stat().st_size
-    return Subject(predict, predict, where, loaded, f"torch on {where}", size)
+    return Subject(predict, predict, where, loaded, f"torch on {where}", size, made.outputs, made.input.blank(1))

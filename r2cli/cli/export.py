@@ -35,8 +35,9 @@ def export(given: Inputs, evaluation: Evaluation, wanted: FileGates, form: Expor
         files.commit()
     report = {"command": "export", **report, "seconds": round(perf_counter() - started, 1)}
     kind = f"{report['bits_per_weight']:.2f} bits a weight" if made.coded else "float32"
-    top1 = "accuracy not measured" if report["top1"] is None else f"top-1 {report['top1']:.2f} % in ONNX Runtime"
-    summary = f"{output}: {top1}, {report['bytes']:,} bytes, {kind}"
+    metric = report["metric"]
+    measured = deliver.not_measured(report) if metric is None else f"{metric['shown']} in ONNX Runtime"
+    summary = f"{output}: {measured}, {report['bytes']:,} bytes, {kind}"
     follow = console.next_step(f"r2 evaluate {output}")
     console.tell([*deliver.told(report), summary, follow], as_json=written.json)
     deliver.require(report, wanted)

@@ -71,25 +71,37 @@ def require(
     report: Mapping[str, Any],
     wanted: Config,
     *,
-    top1: float | None = None,
-    drop: float | None = None,
     size: int | None = None,
 ) -> None:
     """Raise CheckFailed, with the command's `report`, for the gates of `wanted` that are not met.
 
     A gate that was not asked for cannot fail, and neither can one whose value was not measured.
     """
-    failed = []
-    least, most = getattr(wanted, "min_accuracy", None), getattr(wanted, "max_drop", None)
-    limit = getattr(wanted, "max_bytes", None)
-    if least is not None and top1 is not None and top1 < least:
-        failed.append(f"top-1 {top1:.2f} % is below --min-accuracy {least:g}")
-    if most is not None and drop is not None and drop > most:
-        failed.append(f"the drop of {drop:.2f} points is above --max-drop {most:g}")
+    limit, failed = getattr(wanted, "max_bytes", None), [*_of_metric(report, wanted)]
+    floor, away = getattr(wanted, "min_sqnr", None), report.get("float_sqnr_db")
+    if floor is not None and away is not None and away < floor:
+        failed.append(f"outputs at {away:.1f} dB from the float network's are below --min-sqnr {floor:g}")
     if limit is not None and size is not None and size > limit:
         failed.append(f"{size} bytes are above --max-bytes {limit}")
     if failed:
         raise CheckFailed("gate failed: " + "; ".join(failed), report)
+
+
+def _of_metric(report: Mapping[str, Any], wanted: Config) -> Iterator[str]:
+    """The gates of a metric that are not met."""
+    metric, before = report.get("metric"), report.get("float_value")
+    if metric is None:
+        return
+    value, higher = metric["value"], metric["higher"]
+    for option in ("min_accuracy", "min_metric"):
+        bound = getattr(wanted, option, None)
+        if bound is not None and (value < bound if higher else value > bound):
+            yield f"{metric['shown']} is {'below' if higher else 'above'} --{option.replace('_', '-')} {bound:g}"
+    most = getattr(wanted, "max_drop", None)
+    drop = None if before is None else before - value if higher else value - before
+    if most is not None and drop is not None and drop > most:
+        unit = "dB" if metric["unit"] == "dB" else "points"
+        yield f"the drop of {drop:.{2 if metric['unit'] else 4}f} {unit} is above --max-drop {most:g}"
 
 
 def unreadable(files: Sequence[str]) -> list[str]:

@@ -50,7 +50,7 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
             report = rerun.again(known, TrainedReport, output) | {"output": output}
     before = [] if known is None else [rerun.told(output)]
     console.tell([*before, *_ending(report, given, is_text=source.input.is_text)], as_json=written.json)
-    gates.require(report, wanted, top1=report["top1"])
+    gates.require(report, wanted)
     return report
 
 
@@ -82,7 +82,8 @@ def _ending(report: Mapping[str, Any], given: NewNetwork, *, is_text: bool) -> l
     """The checkpoint in one line, what was left out, and the next command."""
     output = report["output"]
     worst = f"max|w|/std {report['range_mean']:.2f} mean, {report['range_max']:.2f} worst layer"
-    summary = f"{output}: top-1 {report['top1']:.2f} %, {worst}, {report['parameters']:,} parameters"
+    measured = "accuracy not measured" if report["metric"] is None else report["metric"]["shown"]
+    summary = f"{output}: {measured}, {worst}, {report['parameters']:,} parameters"
     more = " --act-bits none" if is_text else ""
     more += "" if given.data == "digits" else f" --data {given.data}"
     follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")

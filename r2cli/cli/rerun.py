@@ -8,7 +8,7 @@ from typing import Any
 from r2cli import data as datasets
 from r2cli.config.groups import Preparation
 from r2cli.errors import InputError
-from r2cli.storage import schema
+from r2cli.storage import own_code, schema
 from r2cli.storage.run_files import Asked, checksum
 from r2cli.storage.schema import Malformed
 
@@ -24,9 +24,10 @@ def asked(
     spec = loaded.input
     own = {"data": datasets.recorded(loaded.name), "size": spec.size, "mean": spec.mean, "std": spec.std}
     own |= {"pretrained": getattr(given, "model", None)} if given.pretrained else {}
-    code = str(getattr(given, "model", None) or "").rpartition(":")[0]
+    own |= {name: getattr(given, name) for name in ("metric", "metric_arg", "data_arg") if getattr(given, name)}
+    code = [own_code.file_of(getattr(given, name, None)) for name in ("model", "data", "metric", "loss")]
     read = [] if given.pretrained else read
-    files = [path for path in (*read, Path(code) if code.endswith(".py") else None) if path is not None]
+    files = [path for path in (*read, *code) if path is not None]
     images = f"{len(loaded.train)} to train and {len(loaded.test)} to test"
     known = hashlib.sha256(repr((loaded.class_names, spec.tokenizer)).encode()).hexdigest()
     sums = {f"{loaded.name}": f"{images}, classes and tokenizer {known}"}

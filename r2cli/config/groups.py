@@ -9,7 +9,10 @@ from r2cli.config import targets, values
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
 
 DEFAULT_SOURCE = Path("model.safetensors")
-DATA = "digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder:DIR, qnli:FILE.tsv (text) or fake:CxHxW:CLASSES."
+DATA = (
+    "digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder:DIR, qnli:FILE.tsv (text), images:DIR (without "
+    "labels), npz:FILE|DIR (arrays), fake:CxHxW:CLASSES, or your own FILE.py:FACTORY."
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ class Preparation(Config):
         None, "Standard deviation of pixels, given as --mean is. (default: that of the data)", panel=FOREIGN
     )
     workers: int = option(2, "Number of processes that decode large images.", least=0)
+    data_arg: Sequence[str] = option(
+        (), "NAME=VALUE: a keyword of --data FILE.py:FACTORY; repeatable.", panel=FOREIGN, given=list[str] | None
+    )
+    metric: str | None = option(
+        None,
+        "How good the network is: top1, top5, miou, f1, auroc, mse, mae, r2, psnr, torchmetrics:CLASS, or your own "
+        "FILE.py:FUNCTION of outputs and targets. (default: top1 where there are labels)",
+    )
+    metric_arg: Sequence[str] = option(
+        (), "NAME=VALUE: a keyword of --metric; repeatable.", panel=FOREIGN, given=list[str] | None
+    )
+    metric_lower: bool = option(False, "Less of your own --metric is better.", "--metric-lower", panel=FOREIGN)
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,15 @@ class Inputs(Preparation):
 
     source: Path | None = option(None, "The checkpoint to read. (default: model.safetensors)", is_argument=True)
     data: str | None = option(None, f"{DATA} (default: that of the checkpoint)")
+    calibration_data: str | None = option(
+        None, "Data that calibrates, named as --data is, where it is not what trains. (default: --data)"
+    )
+    input_shape: Sequence[str] = option(
+        (),
+        "NAME=1x80x100: an input of the network without its batch, where no data tells it; repeatable.",
+        panel=FOREIGN,
+        given=list[str] | None,
+    )
     model: str | None = option(
         None, "The network of --weights, if it is no r2 checkpoint: its name or FILE.py:FACTORY.", panel=FOREIGN
     )
@@ -90,9 +114,12 @@ class Evaluation(MeasuredImages):
 
 @dataclass(frozen=True)
 class AccuracyGate(Config):
-    """A bound on the accuracy."""
+    """A bound on how good the network is."""
 
     min_accuracy: float | None = option(None, "The least top-1, in percent.", panel=GATES)
+    min_metric: float | None = option(
+        None, "The least value of --metric; the greatest, where less is better.", panel=GATES
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +134,10 @@ class CompressionGates(FileGates):
     """Bounds on a compressed network."""
 
     max_drop: float | None = option(
-        None, "The greatest loss of top-1 against the float checkpoint, in points.", panel=GATES
+        None, "The greatest loss against the float checkpoint by --metric, in its points or dB.", panel=GATES
+    )
+    min_sqnr: float | None = option(
+        None, "The least signal to noise of every output against the float network's, in dB.", panel=GATES
     )
 
 
@@ -176,6 +206,14 @@ def output(default: Path | None, help: str) -> Any:
 def usual_optimizer(name: str | None, *, is_text: bool) -> str:
     """Return the optimizer `name`. The default is AdamW for text, which is usually fine-tuned with it, and else SGD."""
     return name or ("adamw" if is_text else "sgd")
+
+
+def loss(usual: str) -> Any:
+    return option(
+        None,
+        "What is learned: cross-entropy, bce, mse, l1, ctc, distill (the float network's own outputs), or your own "
+        f"FILE.py:FUNCTION of outputs and target. (default: {usual})",
+    )
 
 
 def seed() -> Any:

@@ -58,6 +58,7 @@ class PretrainConfig(Config):
     momentum: float = option(0.9, "Nesterov momentum.", least=0, most=1)
     weight_decay: float = option(4e-5, "L2 on weights; 10x L2 is 4e-4.", least=0)
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", least=0, most=1)
+    loss: str | None = groups.loss("what goes with --metric, else cross-entropy")
     label_smoothing: float = option(0.0, "Label smoothing, 0 to 1.", least=0, most=1)
     clip_grad: float | None = option(None, "The greatest norm of the gradient of all weights together.", least=0)
     ema: float | None = option(
@@ -221,6 +222,7 @@ class QatConfig(Config):
     weight_decay: float | None = option(
         None, "L2 on weights. (default: 1e-4; half of it at 3 bits, a quarter below)", least=0
     )
+    loss: str | None = groups.loss("what goes with --metric; without labels distill")
     distill: float = option(0.0, "Weight of the distance to the float network's predictions.", least=0, panel=EXTRAS)
     progressive: bool = option(False, "Train at 8 bits, then at 4, then at the wanted bits.", panel=EXTRAS)
     bin_reg: float = option(
@@ -319,6 +321,7 @@ class PalettizeConfig(Config):
         "PATTERN=BITS or PATTERN=BITSxDIM: another palette for some layers; repeatable.", values.keep_forms
     )
     embeddings: bool = groups.embeddings()
+    loss: str | None = groups.loss("what goes with --metric; without labels distill")
     weigh: str = option(
         "none",
         "kmeans: weights of the errors. none, or fisher: squared gradients on training images.",

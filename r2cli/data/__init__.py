@@ -7,6 +7,9 @@
     imagefolder:DIR                 DIR/train/CLASS/* and DIR/val/CLASS/* (or DIR/test/CLASS/*), ImageNet's layout
     qnli:FILE.tsv, qnli:DIR         pairs of texts with labels, in GLUE's form; DIR has train.tsv and dev.tsv
     fake:CxHxW:CLASSES              noise that depends a little on the class: to time and try things, not to learn
+    images:DIR                      pictures without labels, in any folders below DIR
+    npz:FILE, npz:DIR               arrays by the names of the inputs, and `target` if it is there
+    FILE.py:FACTORY                 the user's own datasets, loaders or batches of tensors (own.py)
 
 Images that fit in memory are decoded once and kept as uint8. Others are decoded by workers each time. The preprocessing
 is an `InputSpec`: the checkpoint records it, and every later command applies it.
@@ -16,11 +19,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from r2cli.data import digits, fake, imagefolder, own, text, torchvision
+from r2cli.data import arrays, digits, fake, imagefolder, images, losses, own, text, torchvision
 from r2cli.data.decoding import decode
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import (
@@ -40,6 +43,7 @@ from r2cli.data.splits import (
 )
 from r2cli.data.text import pack_tokenizer
 from r2cli.errors import InputError, unknown
+from r2cli.storage import own_code
 from r2cli.storage.input_spec import NetworkInput, TensorsSpec, each
 from r2cli.storage.input_spec import count as samples
 
@@ -81,16 +85,20 @@ KINDS: Mapping[str, Callable[[Request], Data]] = {
     "imagefolder": imagefolder.load,
     "qnli": text.load,
     "fake": fake.load,
+    "images": images.load,
+    "npz": arrays.load,
 }
 # The kinds that need more than their name, and how to write them.
 WHERE = {
     "imagefolder": "imagefolder:DIR",
     "qnli": "qnli:FILE.tsv",
     "fake": "fake:CxHxW:CLASSES",
+    "images": "images:DIR",
+    "npz": "npz:FILE",
 }
 
 TEXTS = ("qnli",)
-NOT_RECORDED = ("imagefolder", "qnli")  # a checkpoint does not record the paths of these kinds
+NOT_RECORDED = ("imagefolder", "qnli", "images", "npz")  # a checkpoint does not record the paths of these kinds
 
 
 def load(
@@ -109,10 +117,20 @@ def load(
     `size` is in pixels; of a text, in tokens, which the network's `tokenizer` makes. `mean` and `std` are of pixels
     from 0 to 1, one number or one for each channel. `directory` is the folder for downloads.
 
+    A name FILE.py:FACTORY or package.module:FACTORY is the user's own code, as `load_own` takes it.
+
     Raises InputError for an unknown name, a missing set, a folder with another layout, and impossible preprocessing.
     Its batches raise InputError when more than 1 % of the images cannot be decoded.
     """
+    if own_code.is_code(name):
+        return load_own(name, {})
     return _load(name, Request("", "", size, mean, std, spec, directory, workers, tokenizer))
+
+
+def load_own(name: str, keywords: Mapping[str, Any]) -> Data:
+    """Load what the user's factory `name` returns, called with `keywords`. Raises InputError for what is no data."""
+    given = own_code.called(own_code.factory(name), name, keywords, "--data-arg")
+    return own.to_data(own_code.label(name), given)
 
 
 def load_named_in_file(name: str, *, spec: NetworkInput, directory: Path | None = None, workers: int = 2) -> Data:
@@ -124,6 +142,8 @@ def load_named_in_file(name: str, *, spec: NetworkInput, directory: Path | None 
 
 
 def _load(name: str, request: Request) -> Data:
+    if own_code.is_code(name):
+        raise InputError(f"{name} is your own code and runs only when you name it: give --data FILE.py:FACTORY")
     kind, _, where = name.partition(":")
     size, spec = request.size, request.spec
     if kind not in KINDS or (where and kind not in {*WHERE, "digits"}):
@@ -133,9 +153,20 @@ def _load(name: str, request: Request) -> Data:
     if size is not None and not 4 <= size <= 1024:
         raise InputError(f"--size {size} is out of range: give 4 to 1024 pixels")
     reads_text = request.tokenizer is not None or (spec is not None and spec.is_text)
-    if reads_text and kind not in TEXTS:
+    if reads_text and kind not in (*TEXTS, "npz"):
         raise InputError(f"{kind} holds images and the network reads text: give --data qnli:FILE.tsv")
     return KINDS[kind](replace(request, kind=kind, where=where))
+
+
+def learning(data: Data, loss: str | None) -> Data:
+    """`data` with the loss of that name; with None its own."""
+    return data if loss is None else replace(data, task=replace(data.task, loss=losses.named(loss)))
+
+
+def recorded_loss(data: Data) -> dict[str, str]:
+    """What options say of the loss: nothing of the usual one."""
+    name = data.task.loss.name
+    return {} if name == losses.CROSS_ENTROPY.name else {"loss": recorded(name)}
 
 
 T = TypeVar("T")
@@ -156,6 +187,8 @@ def recorded(name: str) -> str:
 
     It is without the path of a folder, so that the same work in another folder gives the same bytes.
     """
+    if own_code.is_code(name):
+        return own_code.label(name)
     kind = name.partition(":")[0]
     return kind if kind in NOT_RECORDED else name
 
@@ -207,7 +240,7 @@ CALIBRATION = 512  # training images that calibrate, where no number is given
 
 def calibration_count(asked: int | None, data: Data) -> int:
     """How many training images calibrate. Raises InputError for more than there are."""
-    there = len(data.train)
+    there = len(data.shown)
     if asked is not None and asked > there:
         raise InputError(f"--calibration {asked} is more than {data.name} has: give at most {there}")
     return min(CALIBRATION, there) if asked is None else asked
@@ -217,13 +250,13 @@ def calibration(data: Data, count: int, device: torch.device, seed: int, batch: 
     """Yield batches of `count` training images, in a random order that `seed` fixes, without augmentation."""
     if not count:
         return
-    given, batch = 0, batch_that_fits(data.train, batch)
-    for images, target in data.train.batches(batch, device, shuffle=torch.Generator().manual_seed(seed)):
+    given, batch = 0, batch_that_fits(data.shown, batch)
+    for given_, target in data.shown.batches(batch, device, shuffle=torch.Generator().manual_seed(seed)):
         left = count - given
-        given += samples(images)
+        given += samples(given_)
         if given <= count:
-            yield images, target
+            yield given_, target
         else:
-            yield each(images, lambda one: one[:left]), own.taken(target, torch.arange(left))  # noqa: B023
+            yield each(given_, lambda one: one[:left]), own.taken(target, torch.arange(left))  # noqa: B023
         if given >= count:
             return

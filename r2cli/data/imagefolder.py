@@ -1,13 +1,14 @@
 """Folders of images in ImageNet's layout: DIR/train/CLASS/* and DIR/val/CLASS/* (or DIR/test/CLASS/*)."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from r2cli.data.decoding import SUFFIXES, opened
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import LARGE_IMAGE, FolderSplit, Split, kept
 from r2cli.errors import InputError
+from r2cli.storage.input_spec import InputSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 MEMORY_LIMIT = 2 * 2**30  # bytes; a set of small images that is larger than this is decoded anew in each epoch
@@ -29,18 +30,26 @@ def load(request: Request) -> Data:
             f"{root}: class folder '{extra}' is in only one of train/ and {held_out.name}/: add it to the other, or "
             "remove it"
         )
-    size = request.spec.size if request.spec else request.size or _usual_size([file for file, _ in train])
+    spec, split = prepared(request, [file for file, _ in (*train, *test)])
+    return Data(f"imagefolder:{root}", spec, classes, split("train", train), split(held_out.name, test))
+
+
+def prepared(
+    request: Request, files: Sequence[str]
+) -> tuple[InputSpec, Callable[[str, Sequence[tuple[str, int]]], Split]]:
+    """How `files` are prepared, and what makes a split of some of them by its name: in memory, where all fit."""
+    size = request.spec.size if request.spec else request.size or _usual_size(files)
     # ImageNet's usual proportion: the shorter side becomes 256 pixels, and the centre crop takes 224 of them.
     resize = size if size < LARGE_IMAGE else round(size * 256 / 224)
     spec = request.input(3, size, mean=MEAN, std=STD, resize=resize)
-    fits = (len(train) + len(test)) * spec.channels * spec.size**2 <= MEMORY_LIMIT
+    fits = len(files) * spec.channels * spec.size**2 <= MEMORY_LIMIT
 
     def split(name: str, files: Sequence[tuple[str, int]]) -> Split:
         if spec.size < LARGE_IMAGE and fits:
             return kept(name, files, spec)
         return FolderSplit(name, files, spec, request.workers)
 
-    return Data(f"imagefolder:{root}", spec, classes, split("train", train), split(held_out.name, test))
+    return spec, split
 
 
 def _usual_size(files: Sequence[str]) -> int:
@@ -65,7 +74,7 @@ def scan(split: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     try:
         with os.scandir(split) as entries:
             folders = sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        files = [(path, label) for label, folder in enumerate(folders) for path in _images(folder)]
+        files = [(path, label) for label, folder in enumerate(folders) for path in pictures(folder)]
     except OSError as error:
         raise InputError(f"{error.filename or split} cannot be read: {error.strerror or error}") from error
     names = tuple(os.path.basename(folder) for folder in folders)
@@ -79,7 +88,7 @@ def scan(split: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     return names, files
 
 
-def _images(folder: str) -> Iterator[str]:
+def pictures(folder: str) -> Iterator[str]:
     """Yield the images below a folder, in the order of their names.
 
     os.scandir says what is a folder without a system call for each file: ImageNet has 1.3 million files.
@@ -88,6 +97,6 @@ def _images(folder: str) -> Iterator[str]:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
         if entry.is_dir():
-            yield from _images(entry.path)
+            yield from pictures(entry.path)
         elif entry.name.lower().endswith(SUFFIXES):
             yield entry.path

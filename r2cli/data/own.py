@@ -7,6 +7,7 @@
 A dataset gives the same for one sample, without the n.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from r2cli.data.request import Data
 from r2cli.data.splits import ALL_ROWS, Batch, RowShare, Split
 from r2cli.data.task import CLASSIFICATION, UNLABELLED
 from r2cli.errors import InputError
-from r2cli.storage.input_spec import NAMES, Given, TensorSpec, TensorsSpec, count, each, places
+from r2cli.storage.input_spec import KINDS, NAMES, Given, TensorSpec, TensorsSpec, count, each, places
 
 TARGET = "target"  # the name of the target among named arrays
 HELD_OUT = 0.2  # of a single split
@@ -44,6 +45,37 @@ def to_data(name: str, given: Any) -> Data:
     classes = len(class_names) or (0 if labels is None else int(labels.max()) + 1)
     task = UNLABELLED if labels is None else CLASSIFICATION
     return Data(name, spec, (), train, test, measured=task.metric is not None, task=task, label_count=classes)
+
+
+NOISE = 64  # samples
+
+
+def noise(spec: TensorsSpec, name: str) -> Data:
+    """Random samples of `spec`, to read and prove a network where there is no data of its own."""
+    train, test = (
+        TensorSplit(half, spec, spec.random(NOISE, torch.Generator().manual_seed(seed)), None)
+        for seed, half in enumerate(("train", "test"))
+    )
+    return Data(name, spec, (), train, test, measured=False, task=UNLABELLED)
+
+
+def of_shapes(texts: Sequence[str]) -> TensorsSpec:
+    """The inputs that --input-shape says: NAME=1x80x100 without the batch, and :int64 or another kind behind it.
+
+    Raises InputError for another form.
+    """
+    found = []
+    for text in texts:
+        match = re.fullmatch(r"(?:(\w+)=)?(\d+(?:x\d+)*)?(?::(\w+))?", text)
+        if not match or not text or (match[3] or "float32") not in KINDS:
+            raise InputError(f"--input-shape {text} is not NAME=1x80x100, or NAME=12:int64 for another kind")
+        shape = tuple(int(length) for length in (match[2] or "").split("x") if length)
+        if not all(0 < length <= 1 << 20 for length in shape):
+            raise InputError(f"--input-shape {text} is impossible: give lengths above 0")
+        found.append(TensorSpec(match[1] or "", shape, match[3] or "float32", 1 if match[3] else 0))
+    if len({one.name for one in found}) < len(found):
+        raise InputError("--input-shape names two inputs alike: give each its own name")
+    return TensorsSpec(tuple(found))
 
 
 def require_same(found: TensorsSpec, expected: TensorsSpec, name: str, one: str, other: str) -> None:

@@ -1,7 +1,7 @@
 """What a caller asks of a data set (`Request`), and what the data set returns (`Data`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,6 +73,16 @@ class Data:
     measured: bool = True
     task: Task = CLASSIFICATION
     label_count: int = 0
+    calibration: Split | None = None  # where it is not the training half
+
+    def giving(self, outputs: tuple[str, ...]) -> "Data":
+        """The same data for a network with outputs of those names."""
+        return replace(self, task=replace(self.task, outputs=outputs))
+
+    @property
+    def shown(self) -> Split:
+        """The half that calibrates."""
+        return self.calibration or self.train
 
     @property
     def classes(self) -> int:

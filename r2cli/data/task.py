@@ -2,14 +2,22 @@
 
 from dataclasses import dataclass
 
+from r2cli.data.losses import CROSS_ENTROPY, DISTILL, Loss
 from r2cli.data.metrics import TOP1, Metric
+from r2cli.storage.checkpoint import LOGITS
 
 
 @dataclass(frozen=True)
 class Task:
-    """A metric; None where the outputs are compared with the float network's alone."""
+    """A metric, None where the outputs are compared with the float network's alone; a loss; the outputs' names.
+
+    `logits` says that the first output has logits of classes, whatever the metric is.
+    """
 
     metric: Metric | None = TOP1
+    outputs: tuple[str, ...] = LOGITS
+    loss: Loss = CROSS_ENTROPY
+    logits: bool = True
 
     @property
     def decides(self) -> bool:
@@ -18,4 +26,4 @@ class Task:
 
 
 CLASSIFICATION = Task()
-UNLABELLED = Task(None)
+UNLABELLED = Task(None, loss=DISTILL, logits=False)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2cli.data import Batch
+from r2cli.data import Batch, metrics
+from r2cli.data import own as own_data
+from r2cli.data.metrics import Measured
 from r2cli.data.task import Task
 from r2cli.deploy import audit, runtime
 from r2cli.errors import InputError
@@ -72,6 +74,7 @@ class EngineRun:
     samples: int = 0
     outputs: dict[str, OutputRun] = field(default_factory=dict)
     decisions: Decisions = field(default_factory=Decisions)
+    measured: Measured | None = None  # by the task's metric
 
     def add(self, outputs: Given, reference: Given, names: Sequence[str], labels: Any = None) -> None:
         """Add a batch. `labels` (n,) are given where the first output has the logits of classes."""
@@ -114,11 +117,13 @@ def compare(
     if not runtime.has_vnni():
         engines["overflowing"] = runtime.runner(path, exact=False)
     runs = {name: EngineRun() for name in ("torch", "default", "off", "overflowing", "float")}
-    first = None
+    metric, first = task.metric, None
+    meters = {} if metric is None else {name: metric.start() for name in ("torch", "default")}
     model.eval()
     for given, target in batches:
         first = given if first is None else first
-        inputs, labels = places(given), target.cpu() if task.decides else None
+        inputs, target = places(given), own_data.moved(target, torch.device("cpu"))
+        labels = target if task.decides else None
         reference = each(model(*inputs), Tensor.cpu)
         if float_network is not None and runs["float"].samples < OFF_SAMPLES:
             own = float_network(*(one.clone() for one in inputs))  # it may write into its input
@@ -126,9 +131,17 @@ def compare(
         runs["torch"].add(reference, reference, names, labels)
         for name, engine in engines.items():
             if name == "default" or runs["off"].samples < OFF_SAMPLES:
-                runs[name].add(engine(*inputs), reference, names, labels)
+                own = engine(*inputs)
+                runs[name].add(own, reference, names, labels)
+                if metric is not None and name in meters:
+                    metrics.updated(metric, meters[name], metrics.by_name(own, names), target)
+        if metric is not None:
+            metrics.updated(metric, meters["torch"], metrics.by_name(reference, names), target)
     if first is None:
         raise InputError("there is no sample to compare the file on: the test split is empty")
+    if metric is not None:
+        for name, meter in meters.items():
+            runs[name].measured = metrics.value_of(metric, meter)
     return runs, each(first, Tensor.cpu)
 
 

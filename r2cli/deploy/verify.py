@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from r2cli.config import targets
 from r2cli.data import Batch
+from r2cli.data.metrics import Measured, report_of
 from r2cli.data.task import CLASSIFICATION, Task
 from r2cli.deploy import audit, comparison, parity, runtime, weight_nodes, weight_roles
 from r2cli.deploy.retarget import retarget
@@ -111,8 +112,9 @@ def _seen(runs: Mapping[str, parity.EngineRun], away: float | None, *, decides: 
     )
     ran, away_of = default.samples > 0, runs.get("float", parity.EngineRun()).outputs
     return {
-        "top1": default.top1 if ran and decides else None,
-        "torch_top1": torch_run.top1 if ran and decides else None,
+        "metric": _metric(default.measured, torch_run.measured),
+        "top1": None if default.measured is None else default.measured.top1,
+        "torch_top1": None if torch_run.measured is None else torch_run.measured.top1,
         "agreement": default.agreement if ran and decides else None,
         "sqnr_db": default.sqnr if ran else None,
         "outputs": {
@@ -123,6 +125,13 @@ def _seen(runs: Mapping[str, parity.EngineRun], away: float | None, *, decides: 
         "overflow_db": overflowing.sqnr if overflowing.samples else None,
         "samples": default.samples,
     }
+
+
+def _metric(found: Measured | None, torch_s: Measured | None) -> dict[str, Any] | None:
+    """What the report says of the task's metric: of the file, and of torch."""
+    if found is None or torch_s is None:
+        return None
+    return report_of(found.metric, found.value, torch=torch_s.value, others=dict(found.others))
 
 
 def _parts(model: fx.GraphModule, images: Given, file: onnx.ModelProto) -> list[audit.Check]:

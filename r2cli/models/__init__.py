@@ -169,7 +169,7 @@ def require_fit(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> tuple
     is_classifier = spec.classes > 0 and isinstance(inputs, InputSpec)
     if is_classifier:
         _require_logits(outputs[0][1], spec)
-    names = tuple(name for name, _ in outputs)
+    names = signature.apart([name for name, _ in outputs], inputs.names)
     return inputs, LOGITS if is_classifier and len(names) == 1 else names
 
 

@@ -112,3 +112,12 @@ def needed(model: nn.Module) -> list[str]:
     known = inspect.signature(model.forward).parameters.values()
     kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     return [one.name for one in known if one.default is one.empty and one.kind in kinds]
+
+
+def apart(names: Sequence[str], taken: Sequence[str]) -> tuple[str, ...]:
+    """`names`, each once and none of `taken`: an output that has the name of an input gets another."""
+    found: list[str] = []
+    for name in names:
+        choices = (name, f"{name}_{OUTPUT}", *(f"{name}_{number}" for number in range(2, 2 + len(names) + len(taken))))
+        found.append(next(one for one in choices if one not in (*taken, *found)))
+    return tuple(found)

@@ -16,7 +16,9 @@ from torch import Tensor, fx, nn
 from r2cli import registry
 from r2cli.calibration import calibrate, deployed
 from r2cli.config import targets
-from r2cli.data import Batch
+from r2cli.data import Batch, losses
+from r2cli.data.losses import Learned
+from r2cli.data.task import CLASSIFICATION, Task
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, equivalence, lone_norms, operators, structure
 from r2cli.graph.read import Unreadable
@@ -85,6 +87,7 @@ class PaletteTask:
     batches: Batches | None
     device: torch.device
     seed: int
+    task: Task = CLASSIFICATION
 
     @property
     def generator(self) -> torch.Generator:
@@ -119,7 +122,9 @@ def by_kmeans(
     importance: Mapping[str, Tensor] = {}
     if weigh:
         assert work.batches is not None
-        importance = {k: v.cpu() for k, v in sensitivity(model.to(work.device), subject.layers, work.batches()).items()}
+        learned = losses.of_target(work.task.loss, work.checkpoint.outputs)
+        found = sensitivity(model.to(work.device), subject.layers, work.batches(), learned)
+        importance = {name: one.cpu() for name, one in found.items()}
         model.cpu()
     coded, notes = {}, {}
     find = registry.load(registry.PALETTE_METHODS, work.settings.method)
@@ -244,7 +249,9 @@ def few(used: int, form: PaletteForm) -> str:
     return f"{used} different {what} for {form.rows} centroids" if used < form.rows else ""
 
 
-def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:
+def sensitivity(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch], learned: Learned
+) -> dict[str, Tensor]:
     """Return how much the loss depends on each weight, by layer: the sum over batches of the squared gradient.
 
     This is the diagonal of the Fisher information, taken over batches where that is taken over single images: it costs
@@ -254,7 +261,7 @@ def sensitivity(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
     total = {name: torch.zeros_like(structure.weight_of(module)) for name, module in layers.items()}
     for images, labels in batches:
         model.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(model(*places(images)), labels).backward()  # type: ignore[no-untyped-call]
+        learned(images, model(*places(images)), labels).backward()  # type: ignore[no-untyped-call]
         for name, module in layers.items():
             weight = structure.weight_of(module)
             if weight.grad is not None:

@@ -12,6 +12,7 @@ from r2cli.calibration.result import Result
 from r2cli.config import groups, values
 from r2cli.config.methods import PalettizeConfig
 from r2cli.data import Batch, Data
+from r2cli.data.metrics import Metric, recorded
 from r2cli.errors import InputError
 from r2cli.palettes import compression, soft_training
 from r2cli.palettes.compression import PaletteSettings, PaletteTask, PalettizedLayer
@@ -93,6 +94,7 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
     method = config.method or registry.PALETTE_METHOD
     require_consistent(config, method, is_network=True)
     where = loop.device(config.device)
+    source = data.learning(source, config.loss)
     calibration = data.calibration_count(config.calibration, source)
     settings, entry = settings_of(config, method), registry.get(registry.PALETTE_METHODS, method)
     if not calibration and (settings.act_bits or entry.trains or config.weigh != "none"):
@@ -106,6 +108,8 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
     plan = None
     if not entry.trains:
         options["weigh"] = config.weigh
+        if config.weigh != "none" and source.task.loss.distils:
+            raise InputError(f"--weigh {config.weigh} needs a loss of targets: give --loss, or leave --weigh out")
     else:
         training = _training(config, method, loop.precision(config.precision, where), is_text=made.input.is_text)
         hard = config.hard_epochs if entry.soft else 0
@@ -114,8 +118,8 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
         lut_lr = entry.lut_lr if config.lut_lr is None else config.lut_lr
         plan = PalettePlan(training, schedule, lut_lr, config.own_options)
         options |= {**training.__dict__, "hard_epochs": config.hard_epochs, "temperature": config.temperature}
-        options |= {**config.own_options, "lut_lr": lut_lr}
-    task = PaletteTask(made, settings, batches if calibration else None, where, config.seed)
+        options |= {**config.own_options, "lut_lr": lut_lr, **data.recorded_loss(source)}
+    task = PaletteTask(made, settings, batches if calibration else None, where, config.seed, source.task)
     return PaletteRun(task, plan, source, config.weigh == "fisher", options)
 
 
@@ -149,8 +153,8 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
     """
     task, source = run.task, run.source
     loop.seed_everything(task.seed)
-    before = evaluation.float_top1(task.checkpoint, source, task.device)
-    shown = f"float top-1 {before:.2f} %" if before is not None else "accuracy is not measured"
+    before = evaluation.of_float(task.checkpoint, source, task.device)
+    shown = f"float {before}" if before is not None else "it is not measured"
     reporter.note(f"palettizing {task.checkpoint.origin}: {shown}")
     epochs: list[dict[str, float]] = []
     if run.plan is None:
@@ -161,13 +165,13 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
 
             def told(epoch: Epoch, gap: float) -> None:
                 epochs.append({**epoch.__dict__, "gap": gap})
-                progress.line(_line(epoch, task, run.plan, gap))
+                progress.line(_line(epoch, task, run.plan, gap, source.task.metric))
 
             control = PaletteRunControl(state, resume, progress.advance, told)
             coded, layers = soft_training.by_training(task, run.plan, source, control)
     distributed.end_others()
     details = {**sizes(layers), "epochs": epochs}
-    coded = coded.then("palettize", run.options, {} if before is None else {"float_top1": before})
+    coded = coded.then("palettize", run.options, recorded(before))
     return PaletteResult(coded, layers, before, run.options, details, original=task.checkpoint, epochs=epochs)
 
 
@@ -179,10 +183,10 @@ def sizes(layers: Sequence[PalettizedLayer]) -> dict[str, float]:
     return {"bits_per_weight": size, "entropy_coded_bits": coded}
 
 
-def _line(epoch: Epoch, task: PaletteTask, plan: PalettePlan | None, gap: float) -> str:
+def _line(epoch: Epoch, task: PaletteTask, plan: PalettePlan | None, gap: float, metric: Metric | None) -> str:
     """Return one line about an epoch of training."""
     total = plan.loop.epochs if plan else 0
     return (
-        f"epoch {epoch.epoch:>{len(str(total))}}/{total}  loss {epoch.loss:.4f}  hard top-1 {epoch.top1:.2f} %  "
+        f"epoch {epoch.epoch:>{len(str(total))}}/{total}  loss {epoch.loss:.4f}  hard {epoch.shown(metric)}  "
         f"soft to hard {100 * gap:.1f} %  {epoch.images_per_second:,.0f} images/s"
     )

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from r2cli import registry
-from r2cli.data import Data
+from r2cli.calibration import deployed
+from r2cli.data import Data, losses
 from r2cli.errors import R2Error
 from r2cli.graph import batchnorm, structure
 from r2cli.palettes import compression, learners
@@ -105,7 +106,7 @@ def by_training(
     watch = hooks.Progress(following.step, lambda epoch: following.epoch(epoch, gaps[epoch.epoch]))
     loop.fit(
         model,
-        source,
+        source.giving(work.checkpoint.outputs),
         plan.loop,
         device=work.device,
         setting=method,
@@ -160,4 +161,8 @@ def _method(
     own = [learner.centroids for learner in made.values() if isinstance(learner.centroids, nn.Parameter)]
     # Without decay: it would pull the centroids to 0, whatever their clusters are.
     groups = [{"params": own, "weight_decay": 0.0, "base_lr": plan.lut_lr}] if own else []
-    return hooks.TrainHooks(plan.identity(work.settings), groups, before_epoch, before_evaluation)
+    learned = None
+    if work.task.loss.distils:
+        teacher = loop.to_device(deployed.network(work.checkpoint), work.device)
+        learned = losses.of_teacher(teacher, decides=work.task.logits)
+    return hooks.TrainHooks(plan.identity(work.settings), groups, before_epoch, before_evaluation, learned=learned)

@@ -17,14 +17,15 @@ Where we differ from the paper:
   budget can be met without it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from r2cli.data import Batch
+from r2cli.data import Batch, losses
+from r2cli.data.losses import Learned
+from r2cli.data.task import Task
 from r2cli.errors import InputError
 from r2cli.storage.input_spec import count, places
 
@@ -34,12 +35,18 @@ IMAGES = 256  # the trace is averaged over at most this many images
 DRAWS = 2  # random sign vectors for each batch
 LIMITS = (0.2, 0.5)  # limits of the noise as a share of |w|^2; the first with which the budget can be met is used
 
+CROSS_ENTROPY = losses.of_target(losses.CROSS_ENTROPY, ())
+
 Widths = Mapping[int, tuple[int, float]]  # bits: (bytes, noise or sensitivity)
 Front = list[tuple[int, int, float]]  # (bits, bytes, sensitivity) from the widest to the narrowest
 
 
 def curvature(
-    net: fx.GraphModule, weights: Mapping[str, nn.Parameter], batches: Iterable[Batch], seed: int
+    net: fx.GraphModule,
+    weights: Mapping[str, nn.Parameter],
+    batches: Iterable[Batch],
+    seed: int,
+    learned: Learned = CROSS_ENTROPY,
 ) -> dict[str, float]:
     """Return, for each weight by name, the mean of the diagonal of the loss's Hessian, times |w|^2.
 
@@ -53,7 +60,7 @@ def curvature(
         # torch's fused kernels for attention have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             # The sum and not the mean: batches of different sizes then add up, and the end divides by all images.
-            loss = F.cross_entropy(net(*places(images)), labels, reduction="sum")
+            loss = learned(images, net(*places(images)), labels) * count(images)
             slopes = torch.autograd.grad(loss, own, create_graph=True)
             for _ in range(DRAWS):
                 signs = [(2 * torch.randint(2, w.shape, generator=draw) - 1).to(w) for w in own]
@@ -68,6 +75,13 @@ def curvature(
     means = {name: value / (seen * DRAWS) for name, value in found.items()}
     least = min((value for value in means.values() if value > 0), default=1.0)
     return {name: max(value, least) * _power(weights[name]) for name, value in means.items()}
+
+
+def learned_by(net: fx.GraphModule, task: Task, outputs: Sequence[str]) -> Learned:
+    """What the Hessian is of: the task's loss, or the distance to what the network itself gives."""
+    if task.loss.distils:
+        return losses.of_teacher(net, decides=task.logits)
+    return losses.of_target(task.loss, outputs)
 
 
 def noise(rounded: Tensor, weight: Tensor) -> float:

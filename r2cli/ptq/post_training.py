@@ -18,6 +18,7 @@ from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
 from r2cli.config import targets
 from r2cli.data import Batch
+from r2cli.data.task import CLASSIFICATION, Task
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, equivalence, lone_norms, operators, structure
 from r2cli.graph.read import Unreadable
@@ -169,6 +170,7 @@ def choose_bits(
     batches: Iterable[Batch],
     device: torch.device,
     seed: int,
+    task: Task = CLASSIFICATION,
 ) -> tuple[PtqSettings, list[ChosenBits]]:
     """Return `settings` with the bits that keep the loss lowest within `target`, and the choice for every layer.
 
@@ -192,7 +194,8 @@ def choose_bits(
     factor = dict.fromkeys(weights, 1.0)
     if target.sensitivity == "hessian":
         net.to(device)
-        factor = mixed_precision.curvature(net, weights, batches, seed)
+        learned = mixed_precision.learned_by(net, task, checkpoint.outputs)
+        factor = mixed_precision.curvature(net, weights, batches, seed, learned)
     count = sum(w.numel() for w in weights.values())
     chosen = mixed_precision.allot(tried, factor, target.size or int((target.bits or 0) * count / 8))
     # The most common bits become the default, which makes the `--keep` options for the same result as few as possible.

@@ -12,6 +12,8 @@ from r2cli.calibration.result import Result
 from r2cli.config import values
 from r2cli.config.methods import PtqConfig
 from r2cli.data import Data
+from r2cli.data.metrics import recorded
+from r2cli.data.task import CLASSIFICATION
 from r2cli.errors import InputError
 from r2cli.graph.read import trace
 from r2cli.ptq import auto, equalize, mixed_precision, post_training
@@ -104,10 +106,12 @@ def quantize(
         target = BitTarget(config.target_bits, config.target_bytes, config.sensitivity)
         # `auto` has no rounding of its own yet when bits are chosen.
         plain = replace(settings, method=auto.NEAREST) if entry.chooses else settings
-        plain, chosen_bits = post_training.choose_bits(made, plain, target, batches, where, config.seed)
+        plain, chosen_bits = post_training.choose_bits(
+            made, plain, target, batches, where, config.seed, source.task if source else CLASSIFICATION
+        )
         settings = replace(plain, method=config.method)
-    before = None if source is None else evaluation.float_top1(made, source, where)
-    shown = f"float top-1 {before:.2f} %" if before is not None else "accuracy is not measured"
+    before = None if source is None else evaluation.of_float(made, source, where)
+    shown = f"float {before}" if before is not None else "it is not measured"
     reporter.note(f"quantizing {made.origin} to {config.suffix}: {shown}")
     images = data.Repeatable(lambda: (batch for batch, _ in batches)) if calibration else None
     trials: list[auto.Trial] = []
@@ -130,7 +134,7 @@ def quantize(
     if entry.parts and config.relu6 == post_training.RELU:
         details["relu_top1"] = relu
     return PtqResult(
-        coded.then("ptq", options, {} if before is None else {"float_top1": before}),
+        coded.then("ptq", options, recorded(before)),
         layers,
         before,
         options,
@@ -172,7 +176,7 @@ def _best(
 
 def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) -> float | None:
     """Return the top-1 in percent of the float network with every ReLU6 replaced by ReLU; None without data."""
-    if source is None or not source.measured:
+    if source is None or not source.measured or not source.task.decides:
         return None
     net = trace(deployed.network(made), made.input.blank(2), deployed.architecture(made))
     equalize.without_relu6(net)

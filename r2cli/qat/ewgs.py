@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from r2cli.data import losses
 from r2cli.qat import quantizers
 from r2cli.qat.qat_method import EpochStart, QatMethod
 from r2cli.qat.quantizer_placement import Prepared
@@ -33,6 +34,7 @@ from r2cli.quantized.coded import Coded
 from r2cli.quantized.fake_quant import Bound, Rule, round_with_gradient
 from r2cli.quantized.grid import Grid
 from r2cli.registry import EwgsOptions
+from r2cli.storage.checkpoint import LOGITS
 from r2cli.storage.input_spec import places
 
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # standard deviation of |x| for x of deviation 1
@@ -311,8 +313,9 @@ def before_epoch(prepared: Prepared, epoch: EpochStart) -> None:
         return
     net = prepared.net.eval()  # these passes must not move BatchNorm's running statistics
     batches = [batch for batch, _ in zip(epoch.batches(), range(TRACED), strict=False)]
-    losses = [lambda b=batch: nn.functional.cross_entropy(net(*places(b[0])), b[1]) for batch in batches]
-    set_deltas(every, losses, epoch.seed + epoch.number)
+    learned = epoch.learned or losses.of_target(losses.CROSS_ENTROPY, LOGITS)
+    each = [lambda b=batch: learned(b[0], net(*places(b[0])), b[1]) for batch in batches]
+    set_deltas(every, each, epoch.seed + epoch.number)
 
 
 METHOD = QatMethod(EwgsWeight, EwgsActivation, adam=True, before_epoch=before_epoch)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from r2cli import registry
 from r2cli.calibration import deployed
-from r2cli.data import Data
+from r2cli.data import Data, losses
 from r2cli.errors import R2Error
 from r2cli.qat import prepare, qat_method, quantizer_placement
 from r2cli.qat.prepare import QatTask, TrainedLayer
@@ -63,7 +63,7 @@ def by_training(
     prepared = prepare.prepare(work)
     history = loop.fit(
         prepared.net,
-        source,
+        source.giving(work.checkpoint.outputs),
         plan.loop,
         device=work.device,
         setting=hooks_of(work, plan, prepared),
@@ -71,7 +71,7 @@ def by_training(
         resume=following.resume,
         watch=following.watch,
     )
-    if source.measured:
+    if history[-1].top1 is not None and work.checkpoint.model.classes:
         require_learned(work, prepared, history[-1].top1)
     coded, rows = prepare.finish(work, prepared)
     return coded, rows, history
@@ -80,7 +80,7 @@ def by_training(
 def require_learned(work: QatTask, prepared: Prepared, top1: float) -> None:
     """Raise R2Error where `top1`, in percent, is no better than chance and quantizers have collapsed."""
     stuck = qat_method.method(work.settings.method).collapsed(prepared)
-    if stuck and top1 <= 100 / len(work.checkpoint.class_names):
+    if stuck and top1 <= 100 / work.checkpoint.model.classes:
         raise R2Error(
             f"training diverged: {len(stuck)} steps fell to their least ('{stuck[0]}'), and top-1 is {top1:.2f} %, no "
             "better than chance: use a lower --lr"
@@ -96,12 +96,13 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
     # Decay would pull a step or a range to 0, whatever the loss says of it. PACT's paper alone decays its bound.
     decay = plan.loop.weight_decay if kind.decays else 0.0
     groups = [{"params": parameters, "base_lr": plan.quantizer_lr, "weight_decay": decay}] if parameters else []
+    learned = work.learned() if work.task.loss.distils or kind.before_epoch is not qat_method.nothing else None
     now: list[EpochStart] = []  # the epoch that runs: `before_epoch` sets it, and `add_gradients` reads it
 
     def before_epoch(number: int) -> None:
         if plan.progressive:
             _step_down(work, prepared, number, plan.loop.epochs)
-        now[:] = [EpochStart(number, plan.loop.epochs, plan.loop.seed, work.batches, options)]
+        now[:] = [EpochStart(number, plan.loop.epochs, plan.loop.seed, work.batches, options, learned)]
         kind.before_epoch(prepared, now[0])
 
     def before_evaluation(number: int) -> None:
@@ -119,19 +120,26 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
         before_epoch=before_epoch,
         before_evaluation=before_evaluation,
         loss=_distance_to(work, plan.distill) if plan.distill else None,
+        learned=learned if work.task.loss.distils else None,
         add_gradients=lambda: kind.add_gradients(prepared, now[0]),
         regularizer=plan.regularizer,
     )
 
 
 def _distance_to(work: QatTask, weight: float) -> Callable[[Given, Any], Tensor]:
-    """Return a loss: `weight` times the cross entropy of logits with the float network's class probabilities."""
-    teacher = loop.to_device(deployed.network(work.checkpoint), work.device)
+    """Return a loss: `weight` times the cross entropy of logits with the float network's class probabilities.
 
-    def loss(images: Given, logits: Tensor) -> Tensor:
+    Of outputs that are no logits it is the distance to the float network's.
+    """
+    teacher = loop.to_device(deployed.network(work.checkpoint), work.device)
+    other = None if work.task.logits else losses.of_teacher(teacher, decides=False)
+
+    def loss(images: Given, outputs: Any) -> Tensor:
+        if other is not None:
+            return weight * other(images, outputs, None)
         with torch.no_grad():
-            wanted = teacher(*places(images)).softmax(1)
-        return weight * nn.functional.cross_entropy(logits, wanted)
+            wanted = places(teacher(*places(images)))[0].softmax(1)
+        return weight * nn.functional.cross_entropy(places(outputs)[0], wanted)
 
     return loss
 

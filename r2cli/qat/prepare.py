@@ -17,6 +17,9 @@ from torch.nn.utils import parametrize
 from r2cli import models, registry
 from r2cli.calibration import calibrate, deployed
 from r2cli.config import targets
+from r2cli.data import losses
+from r2cli.data.losses import Learned
+from r2cli.data.task import CLASSIFICATION, Task
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, edit, equivalence, lone_norms, structure
 from r2cli.qat import qat_method, quantizer_placement
@@ -26,6 +29,7 @@ from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint, require_float
+from r2cli.train import loop
 
 OUTPUTS, INPUTS = "outputs", "inputs"
 PAPER, FITTED = "paper", "fitted"
@@ -61,6 +65,14 @@ class QatTask:
     batches: Batches
     device: torch.device
     scratch: bool = False
+    task: Task = CLASSIFICATION
+
+    def learned(self) -> Learned:
+        """What is learned: the task's loss, or the distance to the float network."""
+        if self.task.loss.distils:
+            teacher = loop.to_device(deployed.network(self.checkpoint), self.device)
+            return losses.of_teacher(teacher, decides=self.task.logits)
+        return losses.of_target(self.task.loss, self.checkpoint.outputs)
 
 
 @dataclass(frozen=True)

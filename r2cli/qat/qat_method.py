@@ -6,6 +6,7 @@ from typing import Any
 
 from r2cli import registry
 from r2cli.data import Batch
+from r2cli.data.losses import Learned
 from r2cli.errors import InputError
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.qat.quantizers import ActivationQuantizer, WeightQuantizer
@@ -22,12 +23,13 @@ class EpochStart:
     seed: int
     batches: Batches
     options: Any  # of the class that the method's entry in the registry has as `options`
+    learned: Learned | None = None  # what the network learns; None for a method that does not ask
 
 
 Hook = Callable[[Prepared, EpochStart], None]
 
 
-def _nothing(prepared: Prepared, epoch: EpochStart) -> None:
+def nothing(prepared: Prepared, epoch: EpochStart) -> None:
     pass
 
 
@@ -43,8 +45,8 @@ class QatMethod:
     activation: type[ActivationQuantizer]
     adam: bool = False  # Adam trains the quantizers' parameters, not the optimizer of the weights
     decays: bool = False  # the quantizers' parameters have the weight decay of the weights
-    before_epoch: Hook = _nothing
-    add_gradients: Hook = _nothing
+    before_epoch: Hook = nothing
+    add_gradients: Hook = nothing
     collapsed: Callable[[Prepared], Sequence[str]] = lambda prepared: ()
 
 

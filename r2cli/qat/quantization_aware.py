@@ -13,6 +13,7 @@ from r2cli.calibration.result import Result
 from r2cli.config import values
 from r2cli.config.methods import QatConfig
 from r2cli.data import Batch, Data
+from r2cli.data.metrics import Metric, recorded
 from r2cli.qat import finetune, prepare
 from r2cli.qat.finetune import QatPlan
 from r2cli.qat.prepare import QatSettings, QatTask
@@ -65,6 +66,7 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
     require_bits(config)
     where, entry = loop.device(config.device), registry.get(registry.QAT_METHODS, config.method)
     lr = entry.lr if config.lr is None else config.lr
+    source = data.learning(source, config.loss)
     source = source if config.images is None else data.with_fewer(source, config.images, config.seed)
     calibration = data.calibration_count(config.calibration, source)
     regularizer = None
@@ -108,9 +110,9 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
     def batches() -> Iterator[Batch]:
         return data.calibration(source, calibration, where, config.seed)
 
-    task = QatTask(made, settings, batches, where, config.from_scratch)
+    task = QatTask(made, settings, batches, where, config.from_scratch, source.task)
     options = {**plan.identity(task), **training.__dict__, "calibration": calibration, "images": config.images}
-    options |= {"reg": regularizer.__dict__ if regularizer else None}
+    options |= {"reg": regularizer.__dict__ if regularizer else None, **data.recorded_loss(source)}
     return QatRun(task, plan, source, options)
 
 
@@ -123,24 +125,28 @@ def train(
     """
     task, source = run.task, run.source
     loop.seed_everything(run.plan.loop.seed)
-    before = None if is_new else evaluation.float_top1(task.checkpoint, source, task.device)
-    told = "" if before is None else f": float top-1 {before:.2f} %"
+    before = None if is_new else evaluation.of_float(task.checkpoint, source, task.device)
+    told = "" if before is None else f": float {before}"
     reporter.note(f"training {task.checkpoint.model.name} on {task.device}{told}")
     epochs = run.plan.loop.epochs
     with reporter.bar(task.settings.method, run.steps) as progress:
-        watch = Progress(progress.advance, lambda epoch: progress.line(line(epoch, epochs)))
+        watch = Progress(progress.advance, lambda epoch: progress.line(line(epoch, epochs, source.task.metric)))
         coded, layers, history = finetune.by_training(task, run.plan, source, RunControl(state, resume, watch))
     distributed.end_others()
-    details = {"trained_top1": history[-1].top1, "epochs": [epoch.__dict__ for epoch in history]}
+    details = {
+        "trained_top1": history[-1].top1,
+        "trained_value": history[-1].value,
+        "epochs": [epoch.__dict__ for epoch in history],
+    }
     original = None if is_new else task.checkpoint
-    coded = coded.then("qat", run.options, {} if before is None else {"float_top1": before})
+    coded = coded.then("qat", run.options, recorded(before))
     return QatResult(coded, layers, before, run.options, details, is_new, original, epochs=history)
 
 
-def line(epoch: Epoch, epochs: int) -> str:
+def line(epoch: Epoch, epochs: int, metric: Metric | None) -> str:
     """Return one line about an epoch of training."""
     return (
-        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  top-1 {epoch.top1:.2f} %  "
+        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  {epoch.shown(metric)}  "
         f"{epoch.images_per_second:,.0f} images/s"
     )
 

@@ -103,12 +103,23 @@ class OnnxEntry:
 
 
 @dataclass(frozen=True)
+class MetricEntry:
+    name: str
+    label: str
+    unit: str
+    higher: bool
+    value: float
+    shown: str
+
+
+@dataclass(frozen=True)
 class TrainedReport:
-    top1: float
+    top1: float | None
     range_mean: float
     range_max: float
     parameters: int
     unreadable: tuple[str, ...]
+    metric: MetricEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -138,3 +149,5 @@ class CompressedReport(PalettesReport):
     overflow_db: Annotated[float, UNBOUNDED] | None
     embeddings: EmbeddingsEntry | None
     entropy_coded_bits: float | None = None
+    metric: MetricEntry | None = None
+    float_value: float | None = None

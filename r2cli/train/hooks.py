@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from r2cli.data.losses import Learned
+from r2cli.data.metrics import Metric
 from r2cli.storage.input_spec import Given
 from r2cli.train import regularizers
 
@@ -26,21 +28,31 @@ class TrainHooks:
     before_evaluation: Callable[[int], None] = lambda number: None
     adam: Sequence[Mapping[str, Any]] = ()
     loss: Callable[[Given, Any], Tensor] | None = None  # of inputs and outputs, added to the task's
+    learned: Learned | None = None  # in the place of the task's loss
     add_gradients: Callable[[], None] = lambda: None  # after the backward pass, to `.grad`
     regularizer: regularizers.RegularizerSpec | None = None
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The results of one epoch. `top1` is in percent on the test split; the ranges are max|w| / std over the layers."""
+    """The results of one epoch. The ranges are max|w| / std over the layers.
+
+    `value` is what the task's metric gives on the test half, None where it is not measured; `top1` is the same in
+    percent, and None for another metric.
+    """
 
     epoch: int
     loss: float  # task loss, mean over the epoch
     penalty: float  # strength * R after the last step
-    top1: float
+    top1: float | None
     range_max: float
     range_mean: float
     images_per_second: float = 0.0  # of the training steps, evaluation and saving not counted
+    value: float | None = None
+
+    def shown(self, metric: Metric | None) -> str:
+        """What was measured, as people read it."""
+        return "not measured" if metric is None or self.value is None else metric.shown(self.value)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2cli import data
+from r2cli.data import losses
+from r2cli.data.losses import Learned
 from r2cli.errors import InputError, R2Error, unknown
 from r2cli.storage.input_spec import Given, count, places
 from r2cli.train import distributed, evaluation, regularizers
@@ -128,6 +130,7 @@ class _Run:
     method: TrainHooks | None
     optimizers: tuple[torch.optim.Optimizer, ...]
     watch: Progress
+    learned: Learned
 
     @property
     def result(self) -> nn.Module:
@@ -186,7 +189,10 @@ def _run(
     forward = distributed.wrapped(model, device)
     if settings.compile:
         forward = torch.compile(forward)  # type: ignore[assignment]
-    return _Run(model, forward, average, source, settings, device, regularizer, method, steps_by, watch)
+    task = source.task
+    own = None if method is None else method.learned
+    learned = own or losses.of_target(task.loss, task.outputs, settings.label_smoothing)
+    return _Run(model, forward, average, source, settings, device, regularizer, method, steps_by, watch, learned)
 
 
 def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
@@ -204,9 +210,10 @@ def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
         if run.method is not None:
             run.method.before_evaluation(number)
         ratios = list(range_ratios(run.result).values()) or [0.0]
-        accuracy = evaluation.evaluate(run.result, run.source.test, run.device) if run.source.task.decides else math.nan
+        found = evaluation.of_task(run.result, run.source, run.device)
+        top1, value = (None, None) if found is None else (found.top1, found.value)
         mean = sum(ratios) / len(ratios)
-        history.append(Epoch(number, loss, penalty, accuracy, max(ratios), mean, speed))
+        history.append(Epoch(number, loss, penalty, top1, max(ratios), mean, speed, value))
         if distributed.share().rank == 0:
             states.save(state, history)
         run.watch.epoch(history[-1])
@@ -301,7 +308,7 @@ def _loss(run: _Run, images: Given, labels: Any) -> Tensor:
         except torch._dynamo.exc.TorchDynamoException as error:
             told = " ".join(str(error).split())[:300]
             raise R2Error(f"the network cannot be compiled ({told}): leave --compile out") from error
-        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+        loss = run.learned(images, logits, labels)
         return loss if run.method is None or run.method.loss is None else loss + run.method.loss(images, logits)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from r2cli import models, registry
+from r2cli import data, models, registry
 from r2cli.config import groups
 from r2cli.config.methods import PretrainConfig
 from r2cli.data import Data
+from r2cli.data.metrics import Metric, report_of
+from r2cli.errors import InputError
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
 from r2cli.storage.input_spec import TensorsSpec
 from r2cli.train import distributed, loop
@@ -57,6 +59,7 @@ class Pretrained:
     epochs: list[Epoch]
     parameters: int
     options: Mapping[str, Any]
+    metric: Metric | None = None
 
     @property
     def report(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class Pretrained:
         return {
             "parameters": self.parameters,
             "top1": last.top1,
+            "metric": report_of(self.metric, last.value),
             "range_max": last.range_max,
             "range_mean": last.range_mean,
             "epochs": [epoch.__dict__ for epoch in self.epochs],
@@ -74,7 +78,9 @@ class Pretrained:
 
 def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Mapping[str, Any]) -> PretrainRun:
     """Return the run that `config` asks for. `recorded` is what the checkpoint's history says of network and data."""
-    regularizer = None
+    source, regularizer = data.learning(source, config.loss), None
+    if source.task.loss.distils:
+        raise InputError("r2 pretrain has no float network to learn from: give --loss and data with targets")
     if config.reg != "none":
         strength = config.reg_weight
         if strength is None:
@@ -107,7 +113,7 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
     # Without paths of files and the device, so that the same work gives the same bytes.
     reg = regularizer.__dict__ if regularizer else None
     options = {"data": recorded["data"], "model": spec.described(), "reg": reg, **settings.__dict__}
-    options |= {name: value for name, value in recorded.items() if name != "data"}
+    options |= {name: value for name, value in recorded.items() if name != "data"} | data.recorded_loss(source)
     return PretrainRun(spec, source, config, settings, regularizer, options)
 
 
@@ -115,7 +121,9 @@ def network_of(run: PretrainRun) -> nn.Module:
     """Return the network of `run` with new weights. Raises InputError if it does not fit the data."""
     loop.seed_everything(run.config.seed)
     network = models.build(run.spec)
+    own = type(network)
     models.require_fit(network, run.spec, run.source.input)
+    network.__class__ = own
     return network
 
 
@@ -124,32 +132,37 @@ def train(
 ) -> Pretrained:
     """Train `network` in place. The file `state` keeps the last whole epoch. Raises R2Error if training diverges."""
     epochs, source = run.config.epochs, run.source
-    total = epochs * loop.steps_per_epoch(len(source.train), run.config.batch_size)
+    total, metric = epochs * loop.steps_per_epoch(len(source.train), run.config.batch_size), source.task.metric
+    own = type(network)
+    given, outputs = models.require_fit(network, run.spec, source.input)
     with reporter.bar("pretrain", total) as progress:
         history = loop.fit(
             network,
-            source,
+            source.giving(outputs),
             run.settings,
             device=loop.device(run.config.device),
             setting=run.regularizer,
             state=state,
             resume=resume,
-            watch=Progress(progress.advance, lambda epoch: progress.line(_line(epoch, epochs))),
+            watch=Progress(progress.advance, lambda epoch: progress.line(_line(epoch, epochs, metric))),
         )
+    network.__class__ = own  # called as its own code has it again
     distributed.end_others()
     last = history[-1]
-    metrics = {"top1": last.top1, "range_max": last.range_max, "range_mean": last.range_mean}
+    measured: dict[str, Any] = {"top1": last.top1} if last.top1 is not None else {}
+    if metric is not None and last.top1 is None:
+        measured = {metric.name: last.value}
+    metrics = {**measured, "range_max": last.range_max, "range_mean": last.range_mean}
     floats: dict[str, Tensor] = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    given, outputs = models.require_fit(network, run.spec, source.input)
     made = Checkpoint(run.spec, given, source.class_names, floats, outputs=outputs)
     made = made.then("pretrain", run.options, metrics)
-    return Pretrained(made, history, sum(p.numel() for p in network.parameters()), run.options)
+    return Pretrained(made, history, sum(p.numel() for p in network.parameters()), run.options, metric)
 
 
-def _line(epoch: Epoch, epochs: int) -> str:
+def _line(epoch: Epoch, epochs: int, metric: Metric | None) -> str:
     """Return one line about an epoch of training."""
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  loss {epoch.loss:.4f}  penalty {epoch.penalty:.4f}  "
-        f"top-1 {epoch.top1:.2f} %  max|w|/std {epoch.range_mean:.2f} (worst {epoch.range_max:.2f})  "
+        f"{epoch.shown(metric)}  max|w|/std {epoch.range_mean:.2f} (worst {epoch.range_max:.2f})  "
         f"{epoch.images_per_second:,.0f} images/s"
     )

@@ -1,0 +1,193 @@
+"""Data, metrics and gates of the user's own on the command line, by small files in the test's folder."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+from conftest import R2
+
+TASK = '''
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+class Net(nn.Module):
+    """Its target is the first output, but for the last sample."""
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+    def forward(self, x):
+        return self.head(torch.relu(self.body(x)))
+
+class Pair(Net):
+    def forward(self, image, vector):
+        x = super().forward(vector)
+        return {"sum": x + image.mean((1, 2, 3))[:, None], "vector": x}
+
+def x(count):
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
+
+def data(count=32, target=True):
+    net = Net()
+    net.load_state_dict(torch.load(__file__.replace("task.py", "net.pth")))
+    with torch.no_grad():
+        y = net(x(count))
+    return TensorDataset(x(count), y + 0.01) if target else [x(count)]
+
+def pair():
+    return [{"image": x(24 * 4).reshape(24, 1, 4, 4), "vector": x(24)}]
+
+def wrong():
+    return "digits"
+
+def largest(outputs, targets):
+    return {"largest": outputs.max(), "least": outputs.min()}
+
+def raises(outputs, targets):
+    return outputs["sum"]
+'''
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.body, net.head = nn.Linear(4, 8), nn.Linear(8, 1)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    (tmp_path / "task.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+NET = ("--weights", "net.pth", "--model", "task.py:Net")
+FULL = (*NET, "--data", "task.py:data")
+
+
+def test_a_metric_is_measured_on_torch_and_on_the_file_alike(r2: R2, task: Path) -> None:
+    ran = r2("ptq", *FULL, "--data-arg", "count=40", "--metric", "mae", "-o", "q.safetensors", "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    metric = report["metric"]
+    assert (metric["label"], metric["higher"], report["top1"], report["float_top1"]) == ("MAE", False, None, None)
+    assert metric["value"] == pytest.approx(metric["torch"], rel=1e-3) and report["float_value"] == pytest.approx(0.01)
+    assert metric["value"] == pytest.approx(0.01, abs=0.01) and report["samples"] == 8
+    measured = r2("evaluate", "q.onnx", "--data", "task.py:data", "--data-arg", "count=40", "--metric", "mae", "--json")
+    assert json.loads(measured.out)["metric"]["value"] == pytest.approx(metric["value"], rel=1e-4)
+    told = r2("evaluate", "q.safetensors", "--model", "task.py:Net", "--data", "task.py:data", "--metric", "mse")
+    assert told.code == 0 and "q.safetensors: MSE 0.000" in told.out and "of 6 images" in told.out
+    given = ("--model", "task.py:Net", "--data", "task.py:data", "-o", "again.onnx")
+    assert r2("export", "q.safetensors", *given).code == 0
+    assert (task / "again.onnx").read_bytes() == (task / "q.onnx").read_bytes()
+
+
+def test_gates_follow_the_metric(r2: R2, task: Path) -> None:
+    base = ("ptq", *FULL, "--metric", "mae", "--overwrite", "-o", "q.safetensors")
+    assert r2(*base, "--min-metric", 0.1, "--max-drop", 0.05, "--min-sqnr", 20).code == 0
+    for gate, why in {
+        ("--min-metric", "0.001"): "MAE 0.0.* is above --min-metric 0.001",
+        ("--max-drop", "-1"): "the drop of .* points is above --max-drop -1",
+        ("--min-sqnr", "90"): "dB from the float network's are below --min-sqnr 90",
+    }.items():
+        ran = r2(*base, *gate)
+        assert ran.code == 1 and re.search(why, ran.err), ran.err
+    assert (
+        "--min-accuracy is the least top-1 and what is measured is MAE: give --min-metric"
+        in r2(*base, "--min-accuracy", 1).err
+    )
+
+
+def test_without_a_target_the_outputs_are_compared_with_the_float_network(r2: R2, task: Path) -> None:
+    ran = r2("ptq", *FULL, "--data-arg", "target=False", "-o", "q.safetensors")
+    assert ran.code == 0 and "dB from the float network" in ran.out, ran.err
+    assert "need data with labels or targets" in r2("ptq", *FULL, "--data-arg", "target=False", "--max-drop", 1).err
+    ran = r2("ptq", *NET, "--input-shape", "x=4", "--act-bits", "none", "-o", "w.safetensors")
+    assert ran.code == 0, ran.err
+    assert "--input-shape x=4x does" not in ran.err and r2("ptq", *NET, "--input-shape", "x=4x").code == 2
+
+
+def test_several_outputs_are_told_one_by_one(r2: R2, task: Path) -> None:
+    given = ("--weights", "net.pth", "--model", "task.py:Pair", "--data", "task.py:pair")
+    ran = r2("ptq", *given, "-o", "p.safetensors", "--json")
+    assert ran.code == 0, ran.err
+    outputs = json.loads(ran.out)["outputs"]
+    assert list(outputs) == ["sum", "vector_output"] and min(one["float_sqnr_db"] for one in outputs.values()) > 20
+
+
+def test_arrays_by_name_calibrate_and_are_measured(r2: R2, task: Path) -> None:
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
+    folder = task / "arrays"
+    folder.mkdir()
+    np.savez(folder / "train.npz", x=x.numpy())
+    np.savez(folder / "test.npz", x=x[:6].numpy().astype(np.float64))
+    ran = r2("ptq", *NET, "--data", "npz:arrays", "-o", "q.safetensors", "--json")
+    assert ran.code == 0 and json.loads(ran.out)["samples"] == 6, ran.err
+    np.savez(task / "own.npz", x=x.numpy(), target=np.zeros((20, 1)))
+    assert r2("ptq", *NET, "--data", "npz:own.npz", "--metric", "mae", "-o", "r.safetensors").code == 0
+    other = ("--calibration-data", "npz:own.npz", "--calibration", 16)
+    assert r2("ptq", *FULL, *other, "-o", "s.safetensors").code == 0
+    assert "--calibration 17 is more" in r2("ptq", *FULL, *other[:2], "--calibration", 17, "-o", "t.safetensors").err
+
+
+def test_pictures_without_labels_calibrate_a_classifier(r2: R2, trained: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(trained.read_bytes())
+    for number in range(6):
+        where = tmp_path / "pictures" / ("deep" if number % 2 else ".")
+        where.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(where / f"{number}.png")
+    ran = r2("ptq", source, "--data", f"images:{tmp_path / 'pictures'}", "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert report["top1"] is None and report["samples"] == 1 and report["options"]["calibration"] == 5
+    given = ("--calibration-data", f"images:{tmp_path / 'pictures'}", "--overwrite", "--json")
+    report = json.loads(r2("ptq", source, "--data", "digits:64", *given).out)
+    assert report["top1"] > 60 and report["options"]["calibration"] == 5
+
+
+def test_bad_input_is_one_sentence_with_the_way_out(r2: R2, task: Path) -> None:
+    with (task / "bad.npz").open("wb") as file:
+        np.savez(file, x=np.array([{"a": 1}], dtype=object))
+    (task / "plain.npz").write_bytes(pickle.dumps({"x": 1}))
+    (task / "short.npz").write_bytes((task / "bad.npz").read_bytes()[:60])
+    np.savez(task / "five.npz", x=np.zeros((4, 5), np.float32))
+    for data, why in {
+        "task.py:wrong": "task.py:wrong returned a str: it must return a dataset, a loader",
+        "task.py:nothing": "unknown factory in task.py 'nothing'",
+        "gone.py:data": "gone.py does not exist",
+        "npz:bad.npz": "bad.npz: 'x' holds pickled objects, which r2 never loads",
+        "npz:plain.npz": "plain.npz is not a readable .npz file",
+        "npz:short.npz": "short.npz is not a readable .npz file",
+        "npz:gone.npz": "gone.npz is not a readable .npz file",
+        "npz:five.npz": "task.py:Net cannot take x float32 nx5",
+        "images:.": "holds 0 pictures",
+    }.items():
+        ran = r2("ptq", *NET, "--data", data)
+        assert ran.code == 2 and why in ran.err, (data, ran.err)
+    for option, why in {
+        ("--metric", "task.py:raises"): "--metric task.py:raises raised",
+        ("--metric", "top1"): "labels are integers, and the target is float32 (6, 1)",
+        ("--metric", "mea"): "unknown --metric 'mea'",
+        ("--data-arg", "size=3"): "give --data-arg NAME=VALUE for each",
+        ("--metric-lower",): "--metric-lower and --metric-arg belong to --metric",
+    }.items():
+        ran = r2("ptq", *FULL, *option)
+        assert ran.code == 2 and why in ran.err, (option, ran.err)
+    assert "--data-arg belongs to data of your own" in r2("pretrain", "--data-arg", "a=1").err
+
+
+def test_a_checkpoint_never_names_code_that_runs(r2: R2, task: Path) -> None:
+    assert r2("ptq", *FULL, "-o", "q.safetensors").code == 0
+    held = safetensors.torch.load_file(task / "q.safetensors")
+    assert (
+        held
+        and "task.py:data is your own code and runs only when you name it: give --data" in r2("evaluate", "q.onnx").err
+    )
