@@ -93,6 +93,20 @@ def r2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> R
     return run
 
 
+@pytest.fixture(autouse=True)
+def one_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs run files in ONNX Runtime only, which is quick; with `every_engine` in all that are installed."""
+    engines = sys.modules.get("r2cli.deploy.engines")
+    if engines is not None and "every_engine" not in request.fixturenames:
+        only = {"onnxruntime": engines.ENGINES["onnxruntime"]}
+        monkeypatch.setattr(engines, "USUAL", only)
+
+
+@pytest.fixture
+def every_engine() -> None:
+    """The proofs of a test run in every runtime that is installed."""
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet-8 on digits at 8x8, four epochs, about 95 %. Copy it before a command writes beside it."""
