@@ -94,12 +94,20 @@ def r2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> R
 
 
 @pytest.fixture(autouse=True)
-def one_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proofs run files in ONNX Runtime only, which is quick; with `every_engine` in all that are installed."""
-    engines = sys.modules.get("r2cli.deploy.engines")
+def quick_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs are quick: files run in ONNX Runtime only, or with `every_engine` in all that are installed; and their
+    speed is said to be half of float's time, or with `clock` measured."""
+    engines, speed = (sys.modules.get(f"r2cli.deploy.{name}") for name in ("engines", "speed"))
     if engines is not None and "every_engine" not in request.fixturenames:
         only = {"onnxruntime": engines.ENGINES["onnxruntime"]}
         monkeypatch.setattr(engines, "USUAL", only)
+    if speed is not None and "clock" not in request.fixturenames:
+        monkeypatch.setattr(speed, "of_checkpoint", lambda *given: speed.Speed(1.0, 2.0, {}))
+
+
+@pytest.fixture
+def clock() -> None:
+    """The proofs of a test measure speed."""
 
 
 @pytest.fixture

@@ -131,6 +131,8 @@ def measured_by(
     if not loaded.measured and (gates.min_accuracy is not None or getattr(gates, "max_drop", None) is not None):
         way_out = "leave out --no-eval" if not wanted.eval else "give --data"
         raise InputError(f"--min-accuracy and --max-drop need images with labels: {way_out}")
+    if not wanted.eval and getattr(gates, "max_latency", None) is not None:
+        raise InputError("--max-latency needs what --no-eval leaves out: give only one of them")
     return loaded
 
 

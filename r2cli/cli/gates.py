@@ -74,6 +74,7 @@ def require(
     top1: float | None = None,
     drop: float | None = None,
     size: int | None = None,
+    latency: float | None = None,
 ) -> None:
     """Raise CheckFailed, with the command's `report`, for the gates of `wanted` that are not met.
 
@@ -88,6 +89,9 @@ def require(
         failed.append(f"the drop of {drop:.2f} points is above --max-drop {most:g}")
     if limit is not None and size is not None and size > limit:
         failed.append(f"{size} bytes are above --max-bytes {limit}")
+    slowest = getattr(wanted, "max_latency", None)
+    if slowest is not None and latency is not None and latency > slowest:
+        failed.append(f"{latency:.2f} of the float network's time is above --max-latency {slowest:g}")
     if failed:
         raise CheckFailed("gate failed: " + "; ".join(failed), report)
 

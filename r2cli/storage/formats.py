@@ -138,3 +138,7 @@ class CompressedReport(PalettesReport):
     overflow_db: Annotated[float, UNBOUNDED] | None
     embeddings: EmbeddingsEntry | None
     entropy_coded_bits: float | None = None
+    latency_ms: float | None = None
+    float_latency_ms: float | None = None
+    latency_ratio: float | None = None
+    latency_costs: Mapping[str, float] | None = None
