@@ -15,6 +15,7 @@ from conftest import R2
 from r2cli.api import proof_inputs
 from r2cli.deploy import engines, runtime, second_engine
 from r2cli.deploy.engines import ENGINES, Arrays, Run
+from r2cli.storage.atomic import scratch_folder
 
 needs_openvino = pytest.mark.skipif(not ENGINES["openvino"].installed, reason="openvino is not installed")
 
@@ -107,3 +108,23 @@ def test_onnx_runtime_is_an_engine_among_others(trained_once: dict[str, Path]) -
     found = ENGINES["onnxruntime"].load(path, 1, False)(ones)
     assert np.array_equal(found["logits"], runtime.runner(path)(torch.ones(2, 1, 8, 8)).numpy())
     assert second_engine.check(path, ENGINES["onnxruntime"], [ones]).passed
+
+
+def test_layers_before_a_relu6_run_on_integers_at_four_bits() -> None:
+    def factory() -> torch.nn.Module:
+        layers = [torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU6(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU6()]
+        return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(128, 10))
+
+    torch.manual_seed(0)
+    network = factory()
+    with torch.no_grad():  # values up to 6 and beyond
+        network[0].weight.mul_(20)
+        network[2].weight.mul_(5)
+    data = r2cli.load_data("digits:64", size=8)
+    result = r2cli.quantize(network, data, r2cli.PtqConfig(weight_bits=4, act_bits="4", calibration=64))
+    with scratch_folder() as folder:
+        r2cli.export(result, folder / "few.onnx")
+        counts = runtime.node_counts(folder / "few.onnx")
+        proof = r2cli.verify(folder / "few.onnx", result, data)
+    assert proof.passed, proof.checks
+    assert counts["QLinearConv"] == 2 and not {"Conv", "FusedConv"} & counts.keys()
