@@ -65,6 +65,13 @@ def test_the_gate_is_on_the_ratio() -> None:
         CompressionGates(max_latency=-1)
 
 
+@pytest.mark.parametrize("command", ["ptq", "qat", "palettize"])
+def test_few_bits_of_activations_are_said_to_be_slower_before_any_work(command: str, r2: R2, trained: Path) -> None:
+    few, eight = (r2(command, trained, "--act-bits", bits, "--dry-run") for bits in (4, 8))
+    assert few.code == 0 and "--act-bits 4 runs slower than 8 in ONNX Runtime" in few.err
+    assert eight.code == 0 and "slower" not in eight.err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("clock")
 def test_a_proof_measures_it_and_an_absurd_gate_fails(

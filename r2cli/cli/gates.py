@@ -51,6 +51,15 @@ def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
             raise InputError(f"{path} is there already: give --overwrite to replace it, or another --output")
 
 
+def warn_of_speed(act_bits: int | str | None) -> None:
+    """Say before any work that activations of fewer than 8 bits are no faster: each grid clips its codes, which are
+    bytes all the same."""
+    if str(act_bits) in map(str, range(1, 8)):
+        console.note(
+            f"--act-bits {act_bits} runs slower than 8 in ONNX Runtime: codes stay bytes, and each grid clips them"
+        )
+
+
 @contextmanager
 def told_of(state: Path) -> Iterator[None]:
     """If the block is interrupted, say which file the run can be resumed from."""
