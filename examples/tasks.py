@@ -192,7 +192,9 @@ def write_keywords(path: Path, count: int = 600) -> None:
     time = torch.linspace(0, 1, 25)[None, :, None] * (0.8 + 0.4 * torch.rand(count, 1, 1, generator=drawn(4)))
     time = time + 0.2 * torch.rand(count, 1, 1, generator=drawn(5))
     bands = torch.arange(10)[None, None, :]
-    features = torch.sin((3 + labels[:, None, None]) * time * (1 + bands / 5)) + torch.cos(labels[:, None, None] * bands)
+    features = torch.sin((3 + labels[:, None, None]) * time * (1 + bands / 5)) + torch.cos(
+        labels[:, None, None] * bands
+    )
     features = features + 0.7 * torch.randn(features.shape, generator=drawn(6))
     np.savez(path, features=features.numpy(), target=labels.numpy())
 

@@ -93,6 +93,28 @@ def r2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> R
     return run
 
 
+@pytest.fixture(autouse=True)
+def quick_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs are quick: files run in ONNX Runtime only, or with `every_engine` in all that are installed; and their
+    speed is said to be half of float's time, or with `clock` measured."""
+    engines, speed = (sys.modules.get(f"r2cli.deploy.{name}") for name in ("engines", "speed"))
+    if engines is not None and "every_engine" not in request.fixturenames:
+        only = {"onnxruntime": engines.ENGINES["onnxruntime"]}
+        monkeypatch.setattr(engines, "USUAL", only)
+    if speed is not None and "clock" not in request.fixturenames:
+        monkeypatch.setattr(speed, "of_checkpoint", lambda *given: speed.Speed(1.0, 2.0, {}))
+
+
+@pytest.fixture
+def clock() -> None:
+    """The proofs of a test measure speed."""
+
+
+@pytest.fixture
+def every_engine() -> None:
+    """The proofs of a test run in every runtime that is installed."""
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet-8 on digits at 8x8, four epochs, about 95 %. Copy it before a command writes beside it."""

@@ -403,7 +403,8 @@ def test_a_runtime_that_is_not_installed_is_said_with_the_way_to_get_it(here: Pa
     absent = engines.Engine("other", "Other", "no_such_module", "pip install other", lambda *_: lambda given: {})
     assert not absent.installed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "ENGINES", {"other": absent})
+        for name in ("ENGINES", "USUAL"):
+            patch.setattr(engines, name, {"other": absent})
         with pytest.raises(errors.InputError, match="Other is not installed: get it with `pip install other`"):
             engines.chosen(["other"])
         assert engines.chosen([]) == []

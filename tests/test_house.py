@@ -39,6 +39,7 @@ OWNERS = {
     "onnx": {"deploy", "analysis/onnx_weights"},
     "onnx_ir": {"deploy"},
     "onnxruntime": {"deploy/runtime"},
+    "openvino": {"deploy/engines"},
     "typer": {"cli"},
     "matplotlib": {"analysis/figure"},
     "transformers": {"models"},

@@ -29,7 +29,7 @@ from r2cli.config.groups import ExportForm, Inputs, Preparation
 from r2cli.config.inspection import AnalyzeConfig, VerifyConfig
 from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
 from r2cli.data import Data, own
-from r2cli.deploy import any_file, engines, onnx_export, second_engine
+from r2cli.deploy import any_file, engines, onnx_export, second_engine, speed
 from r2cli.deploy import verify as proof_of
 from r2cli.deploy.retarget import retarget
 from r2cli.deploy.verify import Proof
@@ -176,14 +176,16 @@ def verify(
     config: VerifyConfig | None = None,
     *,
     original: Checkpoint | None = None,
+    timed: bool = True,
     reporter: Reporter = SILENT,
 ) -> Proof:
     """The proof of the ONNX file at `path`, r2's or anybody's, also in each runtime that `config` names or finds.
 
     `against` is what it was made from: a network, which it is compared with on the test images of `data`; or the path
     of a float `.onnx` file; None for the file alone. The proof also says how far the file is from the float network,
-    which a result brings along, or `original` is. Raises InputError where a file is no readable ONNX model, where
-    ONNX Runtime cannot run it as it is written, and for a runtime that is unknown or not installed.
+    which a result brings along, or `original` is; and where it is `timed`, how fast beside it. Raises InputError where
+    a file is no readable ONNX model, where ONNX Runtime cannot run it as it is written, and for a runtime that is not
+    known, or not installed.
     """
     config, path = config or VerifyConfig(), Path(path)
     others = [engine for engine in engines.chosen(config.runtime) if engine.name != "onnxruntime"]
@@ -204,11 +206,13 @@ def verify(
 
         network = deployed.network(made)
         proof = proof_of.prove(path, made, network, batches(), float_network, source.task)
-    if not others or not _ran(proof):
-        return proof
+    timed = timed and bool(made.coded)
+    if not _ran(proof) or not (others or timed):
+        return proof.extended((), speed.UNMEASURED)
     shown = proof_inputs.of_data(path, source).batches
-    usual = proof.measures["sqnr_db"]
-    return proof.extended([second_engine.check(path, each, shown, usual_db=usual) for each in others], {})
+    checks = [second_engine.check(path, each, shown, usual_db=proof.measures["sqnr_db"]) for each in others]
+    times = speed.of_checkpoint(path, made, any_file.first_of(shown[0], path)).measures() if timed else {}
+    return proof.extended(checks, {**speed.UNMEASURED, **times})
 
 
 def _ran(proof: Proof) -> bool:

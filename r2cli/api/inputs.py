@@ -168,6 +168,8 @@ def measured_by(
     metric = loaded.task.metric
     if gates.min_accuracy is not None and metric is not None and metric.name != "top1":
         raise InputError(f"--min-accuracy is the least top-1 and what is measured is {metric.label}: give --min-metric")
+    if not wanted.eval and getattr(gates, "max_latency", None) is not None:
+        raise InputError("--max-latency needs what --no-eval leaves out: give only one of them")
     return loaded
 
 

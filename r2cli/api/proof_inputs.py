@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from r2cli import data as datasets
 from r2cli.config import values
@@ -13,6 +12,7 @@ from r2cli.data import Data
 from r2cli.deploy import declared_inputs, runtime
 from r2cli.deploy.engines import Arrays
 from r2cli.errors import InputError
+from r2cli.storage.input_spec import count, places, split
 
 IMAGES = 64  # of a data set, at most
 DRAWN = 8  # samples drawn at random, in one batch where the file leaves that open
@@ -56,21 +56,22 @@ def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
 
 
 def of_data(path: Path, source: Data) -> Given:
-    """The first test images of `source`, as the file at `path` takes them."""
-    images = next(iter(source.test.batches(min(IMAGES, datasets.batch_that_fits(source.test, IMAGES)), CPU)))[0]
+    """The first test samples of `source`, as the file at `path` takes them: by place, in batches of its own size.
+
+    Raises InputError where the file wants other inputs.
+    """
+    samples = next(iter(source.test.batches(min(IMAGES, datasets.batch_that_fits(source.test, IMAGES)), CPU)))[0]
     wanted = declared_inputs.declared(runtime.read(path), str(path))
-    if len(wanted) != 1 or len(wanted[0].axes) != images.ndim:
-        raise InputError(f"{path} wants {', '.join(each.name for each in wanted)}, and not one batch of images")
-    return Given(_split(wanted[0], images), f"{len(images)} test images of {source.name}")
-
-
-def _split(wanted: declared_inputs.Declared, images: Tensor) -> list[Arrays]:
-    """`images` in the batches that a file takes; what fills no whole one of a fixed size is left out."""
-    size = wanted.axes[0] if isinstance(wanted.axes[0], int) else len(images)
-    parts = [part for part in torch.split(images, size) if len(part) == size]
-    if not parts:
-        raise InputError(f"'{wanted.name}' takes {size} images at once, and there are {len(images)}: give more data")
-    return [{wanted.name: part.numpy()} for part in parts]
+    if [len(each.axes) for each in wanted] != [one.ndim for one in places(samples)]:
+        shapes = ", ".join(str(tuple(one.shape)) for one in places(samples))
+        raise InputError(f"{path} wants {', '.join(each.name for each in wanted)}, and {source.name} gives {shapes}")
+    names, first = [each.name for each in wanted], wanted[0].axes[0]
+    size = first if isinstance(first, int) else count(samples)
+    whole = [part for part in split(samples, size) if count(part) == size]  # what fills no batch is left out
+    if not whole:
+        raise InputError(f"{path} takes {size} samples at once, and there are {count(samples)}: give more data")
+    told = f"{count(samples)} test {'images' if source.input.mean else 'samples'} of {source.name}"
+    return Given([runtime.fed(names, places(part)) for part in whole], told)
 
 
 def _drawn(path: Path, config: VerifyConfig) -> Given:

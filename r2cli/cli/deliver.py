@@ -10,6 +10,7 @@ from torch import nn
 
 from r2cli import api, console
 from r2cli import data as datasets
+from r2cli.api import inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.cli import gates, rerun
@@ -125,8 +126,9 @@ def to_onnx(
     """
     console.note(f"{what}: exporting to ONNX")
     temporary = files.write(path, onnx_export.to_bytes(made, form))
+    timed = source.measured or source.name == inputs.NOISE  # not with --no-eval, which only makes and proves a file
     try:
-        proof = api.verify(temporary, made, source, original=original, reporter=console)
+        proof = api.verify(temporary, made, source, original=original, timed=timed, reporter=console)
     except InputError as error:  # people know the file by the name that it is to have
         raise InputError(str(error).replace(str(temporary), str(path))) from error
     checks = [replace(check, detail=check.detail.replace(str(temporary), str(path))) for check in proof.checks]
@@ -163,11 +165,21 @@ def told(report: Mapping[str, Any]) -> list[console.Line]:
             f'({overflow:.0f} dB): deploy with the session option {runtime.EXACT_PRODUCTS} = "1", as r2 does, '
             "or with --weight-bits 7"
         )
+    if report.get("latency_ratio") is not None:
+        lines.append(_speed(report))
     own = report.get("embeddings")
     if own is not None:
         kept = f"{own['coded']:,} weights as codes" if own["coded"] else f"{own['float']:,} weights stay float32"
         lines.append(f"embeddings: {kept}")
     return lines
+
+
+def _speed(report: Mapping[str, Any]) -> str:
+    """How fast the file is beside its float network, and which operators take the time where it is slower."""
+    costs = ", ".join(f"{operator} {share:.0f} %" for operator, share in report["latency_costs"].items())
+    told = f"{report['latency_ms']:.2f} ms, float {report['float_latency_ms']:.2f}, one thread"
+    slower = f"; the time goes to {costs}" if costs else ""
+    return f"speed: {report['latency_ratio']:.2f} of float32 ({told}{slower})"
 
 
 def require(report: Mapping[str, Any], wanted: FileGates) -> None:
@@ -178,4 +190,4 @@ def require(report: Mapping[str, Any], wanted: FileGates) -> None:
     failed = [f"{each['name']} ({each['detail']})" for each in report["checks"] if not each["passed"]]
     if failed:
         raise CheckFailed(f"{report['output']} failed its proof: {'; '.join(failed)}", report)
-    gates.require(report, wanted, size=report["bytes"])
+    gates.require(report, wanted, size=report["bytes"], latency=report.get("latency_ratio"))

@@ -5,13 +5,15 @@ from time import perf_counter
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import Evaluation, ExportForm, FileGates, Inputs
+from r2cli.config.groups import Evaluation, ExportForm, ExportGates, Inputs
 from r2cli.config.inspection import ExportOutput
 from r2cli.storage.run_files import RunFiles
 
 
 @command
-def export(given: Inputs, evaluation: Evaluation, wanted: FileGates, form: ExportForm, written: ExportOutput) -> Report:
+def export(
+    given: Inputs, evaluation: Evaluation, wanted: ExportGates, form: ExportForm, written: ExportOutput
+) -> Report:
     """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
     source = gates.source(given)
     output = written.output or gates.beside(source, f"{form.target}.onnx" if form.target else "onnx")

@@ -51,6 +51,15 @@ def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
             raise InputError(f"{path} is there already: give --overwrite to replace it, or another --output")
 
 
+def warn_of_speed(act_bits: int | str | None) -> None:
+    """Say before any work that activations of fewer than 8 bits are no faster: each grid clips its codes, which are
+    bytes all the same."""
+    if str(act_bits) in map(str, range(1, 8)):
+        console.note(
+            f"--act-bits {act_bits} runs slower than 8 in ONNX Runtime: codes stay bytes, and each grid clips them"
+        )
+
+
 @contextmanager
 def told_of(state: Path) -> Iterator[None]:
     """If the block is interrupted, say which file the run can be resumed from."""
@@ -72,6 +81,7 @@ def require(
     wanted: Config,
     *,
     size: int | None = None,
+    latency: float | None = None,
 ) -> None:
     """Raise CheckFailed, with the command's `report`, for the gates of `wanted` that are not met.
 
@@ -83,6 +93,9 @@ def require(
         failed.append(f"outputs at {away:.1f} dB from the float network's are below --min-sqnr {floor:g}")
     if limit is not None and size is not None and size > limit:
         failed.append(f"{size} bytes are above --max-bytes {limit}")
+    slowest = getattr(wanted, "max_latency", None)
+    if slowest is not None and latency is not None and latency > slowest:
+        failed.append(f"{latency:.2f} of the float network's time is above --max-latency {slowest:g}")
     if failed:
         raise CheckFailed("gate failed: " + "; ".join(failed), report)
 

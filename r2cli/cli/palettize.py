@@ -57,6 +57,7 @@ def palettize(
     trains = registry.get(registry.PALETTE_METHODS, method).trains
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=trains)
     run = worker.ready(made, loaded, config)
+    gates.warn_of_speed(config.act_bits)
     if written.dry_run:
         lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=written.json)

@@ -23,6 +23,8 @@ def verify(
     file, against = Path(given.file), given.against
     if file.suffix != ".onnx":
         raise InputError(f"{file} is no .onnx file: name one, and its checkpoint with --against")
+    if against is None and wanted.max_latency is not None:
+        raise InputError("--max-latency needs --against: the checkpoint, or the float .onnx file")
     if answer.dry_run:
         console.tell([f"would verify {file}{f' against {against}' if against else ''}"], as_json=answer.json)
         return {"command": "verify"}
@@ -50,7 +52,7 @@ def verify(
     if not proof.passed:
         failed = [f"{each.name} ({each.detail})" for each in proof.checks if not each.passed]
         raise CheckFailed(f"{file} failed its proof: {'; '.join(failed)}", report)
-    gates.require(report, wanted, size=report["bytes"])
+    gates.require(report, wanted, size=report["bytes"], latency=report.get("latency_ratio"))
     return report
 
 

@@ -51,6 +51,7 @@ def ptq(
     has_images, loaded = loaded.name != inputs.NOISE, inputs.measured_by(evaluation, wanted, loaded)
     calibration = datasets.calibration_count(config.calibration, loaded) if looks else 0
     options = worker.options_of(config, worker.settings_of(config), calibration)
+    gates.warn_of_speed(config.act_bits)
     if written.dry_run:
         lines = [f"would quantize {source} ({made.model.name}) to {config.suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=written.json)

@@ -45,6 +45,7 @@ def qat(
     made, loaded = inputs.new_network(given, config.seed) if is_new else inputs.load(given, tell=console.note)
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=True)
     run = worker.ready(made, loaded, config)
+    gates.warn_of_speed(config.act_bits)
     if written.dry_run:
         lines = [f"would train {source} ({made.model.name}) as {config.suffix} -> {output}, {onnx}"]
         console.tell(lines, as_json=written.json)

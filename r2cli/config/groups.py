@@ -129,8 +129,24 @@ class FileGates(AccuracyGate):
     max_bytes: int | None = option(None, "The greatest size of the written file, in bytes.", panel=GATES)
 
 
+def max_latency() -> Any:
+    return option(
+        None,
+        "The most time that the file may take, as a share of its float network's: 0.8, for example.",
+        panel=GATES,
+        least=0,
+    )
+
+
 @dataclass(frozen=True)
-class CompressionGates(FileGates):
+class ExportGates(FileGates):
+    """Bounds on a written file, and on its speed."""
+
+    max_latency: float | None = max_latency()
+
+
+@dataclass(frozen=True)
+class CompressionGates(ExportGates):
     """Bounds on a compressed network."""
 
     max_drop: float | None = option(

@@ -141,6 +141,7 @@ class VerifyGates(Config):
     """Bounds on a file that is proved."""
 
     max_bytes: int | None = option(None, "The greatest size of the file, in bytes.", panel=GATES)
+    max_latency: float | None = groups.max_latency()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import onnx
 
-from r2cli.deploy import engines, external_data, float_nodes, holdings, likeness, runtime, second_engine
+from r2cli.deploy import (
+    declared_inputs,
+    engines,
+    external_data,
+    float_nodes,
+    holdings,
+    likeness,
+    runtime,
+    second_engine,
+    speed,
+)
 from r2cli.deploy.audit import Check
 from r2cli.deploy.engines import Arrays, Engine, Run
 from r2cli.deploy.parity import AGREEMENT, SQNR_DB
@@ -52,6 +62,8 @@ def prove(
         beside = engines.together(loaded(float_file), _renamed(given, names or [], path, float_file))
         like = likeness.compared(found or reference, beside, noise_db=SQNR_DB)
         checks.append(_like_float(like))
+        if found is not None:
+            measures |= _speed(path, float_file, given, names or [])
         measures |= {"float_bytes": external_data.size(float_file), "outputs": [each.__dict__ for each in like]}
     if found is not None:
         checks += [second_engine.check(path, engine, given, found) for engine in others]
@@ -91,6 +103,22 @@ def _explained(path: Path, message: str) -> InputError:
 
 
 OPERATED = (*holdings.STANDARD, "com.microsoft", "com.microsoft.nchwc", "ai.onnx.training", "ai.onnx.preview.training")
+
+
+def _speed(path: Path, float_file: Path, given: Sequence[Arrays], names: list[str]) -> dict[str, Any]:
+    """Times of both files on one sample, where the file takes one."""
+    alone = [first_of(given[0], path)]
+    try:
+        return speed.of_files(path, float_file, alone[0], _renamed(alone, names, path, float_file)[0]).measures()
+    except runtime.UnrunnableError:  # neither one sample, nor the exact products that sessions ask for here
+        return dict(speed.UNMEASURED)
+
+
+def first_of(given: Arrays, path: Path) -> Arrays:
+    """The first sample of a batch, or all of it where the file at `path` takes batches of one size only."""
+    inputs = declared_inputs.declared(runtime.read(path), str(path))
+    is_open = all(each.axes and not isinstance(each.axes[0], int) for each in inputs)
+    return {name: value[:1] for name, value in given.items()} if is_open else given
 
 
 def _levels(path: Path, given: Sequence[Arrays], reference: Arrays) -> tuple[list[Check], Arrays | None]:

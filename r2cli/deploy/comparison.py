@@ -21,6 +21,7 @@ from r2cli.deploy import weight_roles
 from r2cli.deploy.audit import Check
 from r2cli.deploy.float_nodes import MOVING
 from r2cli.graph.edit import is_grid
+from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import LOGITS, Checkpoint
 from r2cli.storage.input_spec import Given, places
 
@@ -107,7 +108,7 @@ class _Forced(fx.Interpreter):
         best = min(alike, key=lambda rounding: int(self._moved(self.values[rounding.gives], expected, scale).sum()))
         self.free.remove(best)
         given: Tensor = self.values[best.gives].reshape(x.shape)
-        self._compare(name, best, x, scale)
+        self._compare(name, best, x, module.grid)
         if self._wrong(given, expected, x / scale, scale):
             self.differ.append(f"'{name}'")
         return given
@@ -126,12 +127,15 @@ class _Forced(fx.Interpreter):
         far = (given - expected).abs() > 1.5 * scale
         return bool((far | (self._moved(given, expected, scale) & inside)).any())
 
-    def _compare(self, name: str, rounding: Rounding, x: Tensor, scale: float) -> None:
+    def _compare(self, name: str, rounding: Rounding, x: Tensor, grid: Grid) -> None:
+        scale = float(grid.scale)
         if rounding.bounded or rounding.reads not in self.values:
             return
         before = self.values[rounding.reads].reshape(x.shape)
-        if rounding.signed and rounding.codes_scale == rounding.scale:
-            before, x = (value.clamp(-rounding.zero * scale, (255 - rounding.zero) * scale) for value in (before, x))
+        if (rounding.signed or grid.bits < 8) and rounding.codes_scale == rounding.scale:
+            # A ReLU that changes nothing on the grid, which ends where it does, is not in the file.
+            low, high = ((code - rounding.zero) * scale for code in (grid.lowest, grid.highest))
+            before, x = (value.clamp(low, high) for value in (before, x))
         if rounding.codes_scale != rounding.scale:  # a hard sigmoid: its sum on six times the grid, which clips it
             low, high = -rounding.zero * scale, (255 - rounding.zero) * scale
             before, x = (before / (rounding.codes_scale / scale)).clamp(low, high), x.clamp(low, high)

@@ -96,9 +96,12 @@ ENGINES: Mapping[str, Engine] = {
     each.name: each
     for each in (
         Engine("onnxruntime", "ONNX Runtime", "onnxruntime", "pip install onnxruntime", _onnxruntime),
-        Engine("openvino", "OpenVINO", "openvino", "pip install openvino", _openvino),
+        Engine("openvino", "OpenVINO", "openvino", "pip install '.[openvino]'", _openvino),
     )
 }
+
+
+USUAL = ENGINES  # those that a proof takes by itself, where they are installed
 
 
 def named(name: str) -> Engine:
@@ -114,4 +117,4 @@ def named(name: str) -> Engine:
 def chosen(names: Iterable[str]) -> list[Engine]:
     """The runtimes of these names, or all that are installed where none is named."""
     asked = [named(name) for name in dict.fromkeys(names)]
-    return asked or [engine for engine in ENGINES.values() if engine.installed]
+    return asked or [engine for engine in USUAL.values() if engine.installed]

@@ -189,7 +189,7 @@ class _Export:
         args: Any = fx.node.map_arg(node.args, lambda each: self.values[each])
         kwargs = fx.node.map_arg(node.kwargs, lambda each: self.values[each])
         self.writer.enter(node.name)
-        if self.weights.target.signed and self._is_clipped(node):
+        if self._is_clipped(node) and (self.weights.target.signed or self._bounds_few_bits(node)):
             return args[0].name
         if module is not None:
             return self._module(sheet, node, module, args[0])
@@ -238,6 +238,14 @@ class _Export:
             and int(each.grid.zero_point) == 0
             and (most is None or int(each.grid.encode(torch.tensor(most))) == each.grid.highest)
             for each in grids
+        )
+
+    def _bounds_few_bits(self, node: fx.Node) -> bool:
+        """Whether a clipped ReLU6 stands before grids of fewer than 8 bits. ONNX Runtime does not see that it changes
+        nothing there, and would leave the layer before it in float."""
+        grids = [self.modules[user] for user in node.users]
+        return operators.is_a(self.net, node, (F.relu6,)) and all(
+            isinstance(each, deployed.FakeQuantize) and each.grid.bits < 8 for each in grids
         )
 
     def _clips_codes(self, node: fx.Node) -> bool:

@@ -151,3 +151,7 @@ class CompressedReport(PalettesReport):
     entropy_coded_bits: float | None = None
     metric: MetricEntry | None = None
     float_value: float | None = None
+    latency_ms: float | None = None
+    float_latency_ms: float | None = None
+    latency_ratio: float | None = None
+    latency_costs: Mapping[str, float] | None = None

@@ -1,0 +1,130 @@
+"""A file in another runtime than ONNX Runtime."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+import r2cli
+from conftest import R2
+from r2cli.api import proof_inputs
+from r2cli.deploy import engines, runtime, second_engine
+from r2cli.deploy.engines import ENGINES, Arrays, Run
+from r2cli.storage.atomic import scratch_folder
+
+needs_openvino = pytest.mark.skipif(not ENGINES["openvino"].installed, reason="openvino is not installed")
+
+
+@pytest.fixture(scope="module")
+def trained_once(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of a ResNet-8 at several widths, by name."""
+    folder, found = tmp_path_factory.mktemp("widths"), {}
+    for name, config in (
+        ("w8a8", r2cli.PtqConfig(calibration=64)),
+        ("w2a8", r2cli.PtqConfig(calibration=64, weight_bits=2)),
+        ("w4a4", r2cli.PtqConfig(calibration=64, weight_bits=4, act_bits="4")),
+        ("w4", r2cli.PtqConfig(calibration=64, weight_bits=4, act_bits="none")),
+    ):
+        found[name] = folder / f"{name}.onnx"
+        r2cli.export(r2cli.quantize(trained, "digits:64", config), found[name])
+    return found
+
+
+def _given(path: Path) -> list[Arrays]:
+    return proof_inputs.of_data(path, r2cli.load_data("digits:64", size=8)).batches
+
+
+@needs_openvino
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_engine")
+@pytest.mark.parametrize("name", ["w8a8", "w2a8", "w4a4", "w4"])
+def test_openvino_agrees_at_every_width(name: str, trained_once: dict[str, Path]) -> None:
+    proof = r2cli.verify(trained_once[name], data="digits:64")
+    last = proof.checks[-1]
+    assert proof.passed and last.name == "openvino" and "30 dB are enough" in last.detail, last
+    assert ("by plain kernels" in last.detail) <= (name != "w2a8")  # products of two bits cannot overflow
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_a_fault_in_one_runtime_only_is_caught(trained_once: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = trained_once["w2a8"]
+    off = _changed(lambda found: found[:, ::-1])
+    for vnni in (True, False):
+        monkeypatch.setattr(runtime, "has_vnni", lambda vnni=vnni: vnni)
+        told = second_engine.check(path, replace(ENGINES["openvino"], load=off), _given(path))
+        assert not told.passed and ("by plain kernels" in told.detail) != vnni
+    reference = engines.together(ENGINES["onnxruntime"].load(path, 1, False), _given(path))
+    near = replace(ENGINES["openvino"], load=_changed(lambda found: found * np.float32(1.05)))  # 26 dB
+    monkeypatch.setattr(runtime, "has_vnni", lambda: True)
+    assert not second_engine.check(path, near, _given(path), reference).passed
+    assert second_engine.check(path, near, _given(path), reference, usual_db=30.0).passed
+
+
+def _changed(change: Callable[[engines.Array], engines.Array]) -> Callable[[Path, int, bool], Run]:
+    def load(path: Path, threads: int, plain: bool) -> Run:
+        run = ENGINES["openvino"].load(path, threads, plain)
+        return lambda given: {name: change(value) for name, value in run(given).items()}
+
+    return load
+
+
+@needs_openvino
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_engine")
+def test_the_proof_of_a_command_runs_there_too(r2: R2, trained: Path, tmp_path: Path) -> None:
+    options = ["--data", "digits:64", "--calibration", 64, "-o", tmp_path / "n.safetensors"]
+    ran = r2("ptq", trained, *options)
+    assert ran.code == 0 and "✓ openvino: OpenVINO beside ONNX Runtime" in ran.out, ran.err
+    only = r2("verify", tmp_path / "n.onnx", "--data", "digits:64", "--runtime", "onnxruntime")
+    assert only.code == 0 and "openvino" not in only.out
+
+
+@needs_openvino
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_engine")
+def test_what_openvino_cannot_load_is_a_failed_check(tmp_path: Path) -> None:
+    path = tmp_path / "odd.onnx"
+    packed = numpy_helper.from_array(np.ones((16, 1, 8), np.uint8), "p")
+    scale = numpy_helper.from_array(np.ones((16, 1), np.float32), "s")
+    node = helper.make_node("DynamicQuantizeMatMul", ["x", "p", "s"], ["y"], domain="com.microsoft")
+    shape = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 16]) for name in "xy"]
+    graph = helper.make_graph([node], "g", shape[:1], shape[1:], [packed, scale])
+    opsets = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
+    path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
+    ones = {"x": torch.ones(1, 16).numpy()}
+    told = second_engine.check(path, ENGINES["openvino"], [ones], {"y": np.ones((1, 16), np.float32)})
+    assert not told.passed and "fails when OpenVINO" in told.detail
+
+
+def test_onnx_runtime_is_an_engine_among_others(trained_once: dict[str, Path]) -> None:
+    path = trained_once["w8a8"]
+    ones = {"input": np.ones((2, 1, 8, 8), np.float32)}
+    found = ENGINES["onnxruntime"].load(path, 1, False)(ones)
+    assert np.array_equal(found["logits"], runtime.runner(path)(torch.ones(2, 1, 8, 8)).numpy())
+    assert second_engine.check(path, ENGINES["onnxruntime"], [ones]).passed
+
+
+def test_layers_before_a_relu6_run_on_integers_at_four_bits() -> None:
+    def factory() -> torch.nn.Module:
+        layers = [torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU6(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU6()]
+        return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(128, 10))
+
+    torch.manual_seed(0)
+    network = factory()
+    with torch.no_grad():  # values up to 6 and beyond
+        network[0].weight.mul_(20)
+        network[2].weight.mul_(5)
+    data = r2cli.load_data("digits:64", size=8)
+    result = r2cli.quantize(network, data, r2cli.PtqConfig(weight_bits=4, act_bits="4", calibration=64))
+    with scratch_folder() as folder:
+        r2cli.export(result, folder / "few.onnx")
+        counts = runtime.node_counts(folder / "few.onnx")
+        proof = r2cli.verify(folder / "few.onnx", result, data)
+    assert proof.passed, proof.checks
+    assert counts["QLinearConv"] == 2 and not {"Conv", "FusedConv"} & counts.keys()
