@@ -39,6 +39,8 @@ OWNERS = {
     "onnx": {"deploy", "analysis/onnx_weights"},
     "onnx_ir": {"deploy"},
     "onnxruntime": {"deploy/runtime"},
+    "ai_edge_litert": {"deploy/tflite_writer", "deploy/tflite_run"},
+    "flatbuffers": {"deploy/tflite_writer"},
     "typer": {"cli"},
     "matplotlib": {"analysis/figure"},
     "transformers": {"models"},
