@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 APART = {"r2cli.__main__"}
 if find_spec("ai_edge_litert") is None:
     APART |= {f"r2cli.deploy.tflite_{part}" for part in ("export", "operators", "run", "sheet", "writer")}
+    APART |= {"r2cli.deploy.vela"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
