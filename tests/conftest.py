@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ settings.register_profile("gate", derandomize=True, deadline=None, database=None
 settings.register_profile("quick", settings.get_profile("gate"), max_examples=10)
 
 ROOT = Path(__file__).parent.parent
-# What only a process of its own runs.
+# What only a process of its own runs, and what needs a library of an extra that is not installed.
 APART = {"r2cli.__main__"}
+if find_spec("ai_edge_litert") is None:
+    APART |= {f"r2cli.deploy.tflite_{part}" for part in ("export", "operators", "run", "sheet", "writer")}
+    APART |= {"r2cli.deploy.vela"}
 
 
 def pytest_configure(config: pytest.Config) -> None:

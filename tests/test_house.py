@@ -40,6 +40,8 @@ OWNERS = {
     "onnx_ir": {"deploy"},
     "onnxruntime": {"deploy/runtime"},
     "openvino": {"deploy/engines"},
+    "ai_edge_litert": {"deploy/tflite_writer", "deploy/tflite_run"},
+    "flatbuffers": {"deploy/tflite_writer"},
     "typer": {"cli"},
     "matplotlib": {"analysis/figure"},
     "transformers": {"models"},

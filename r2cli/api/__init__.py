@@ -25,12 +25,14 @@ from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs, proof_inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
+from r2cli.config import targets
 from r2cli.config.groups import ExportForm, Inputs, Preparation
 from r2cli.config.inspection import AnalyzeConfig, VerifyConfig
 from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
 from r2cli.data import Data, own
 from r2cli.deploy import any_file, engines, onnx_export, second_engine, speed
 from r2cli.deploy import verify as proof_of
+from r2cli.deploy.rehearsal import rehearse
 from r2cli.deploy.retarget import retarget
 from r2cli.deploy.verify import Proof
 from r2cli.errors import InputError
@@ -95,6 +97,7 @@ def quantize(
     """
     config = config or PtqConfig()
     made, source = _read(network, data)
+    rehearse(made, config.target)
     looks = ptq.looks_at_images(config, has_data=data is not None)
     count = datasets.calibration_count(config.calibration, source) if looks else 0
     return ptq.quantize(made, source, config, calibration=count, reporter=reporter)
@@ -114,6 +117,7 @@ def finetune(
     """
     config = config or QatConfig()
     made, source = _read(network, data)
+    rehearse(made, config.target)
     run = quantization_aware.ready(made, source, config)
     with _kept(state) as path:
         return quantization_aware.train(run, path, reporter=reporter)
@@ -133,6 +137,7 @@ def palettize(
     """
     config = config or PalettizeConfig()
     made, source = _read(network, data)
+    rehearse(made, config.target)
     run = palettization.ready(made, source, config)
     with _kept(state) as path:
         return palettization.compress(run, path, reporter=reporter)
@@ -160,10 +165,16 @@ def regularizer(network: nn.Module, name: str, strength: float | None = None, *,
 def export(network: Network, path: str | Path | None = None, form: ExportForm | None = None) -> bytes:
     """The network as an ONNX file, float or with integer weights; written to `path`, atomically, where one is given.
 
-    `form` says for which target, and how many images at once. Raises InputError for what the target cannot hold.
+    `form` says for which target, and how many images at once; for `tflite` and `ethos-u` it is a file of TensorFlow
+    Lite. Raises InputError for what the target cannot hold.
     """
     form = form or ExportForm()
-    content = onnx_export.to_bytes(retarget(_checkpoint_of(network), form.target), form)
+    made = retarget(_checkpoint_of(network), form.target)
+    content = onnx_export.to_bytes(made, form)
+    if targets.get(made.target).container == targets.TFLITE:
+        from r2cli.deploy import tflite_export
+
+        content = tflite_export.to_bytes(content)
     if path is not None:
         write_atomically(Path(path), content)
     return content

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from r2cli.calibration import deployed, observers
+from r2cli.config.targets import DEFAULT, TARGETS, Target
 from r2cli.errors import R2Error
 from r2cli.graph import edit, placement, structure
 from r2cli.quantized.channels import per_channel
@@ -47,15 +48,14 @@ def calibrate_and_round(
     bits: int,
     images: Iterable[Given],
     rule: str = "minmax",
-    *,
-    symmetric: bool = False,
+    target: Target = TARGETS[DEFAULT],
 ) -> tuple[dict[str, Grid], dict[str, Coded]]:
     """Find the grids of all values on `images`, and make `net` round its values and biases to their grids, in place.
 
     `images` are batches of inputs (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Returns the grids
     by value, and what `round_biases` does. Raises R2Error for a value that is not finite.
     """
-    grids = calibrate(net, shape, bits, images, rule, symmetric=symmetric)
+    grids = calibrate(net, shape, bits, images, rule, target)
     return grids, round_to_grids(net, coded, grids)
 
 
@@ -75,15 +75,15 @@ def calibrate(
     bits: int,
     images: Iterable[Given],
     rule: str = "minmax",
-    *,
-    symmetric: bool = False,
+    target: Target = TARGETS[DEFAULT],
 ) -> dict[str, Grid]:
     """Find the grid of every value that needs one, on all `images` (n, *shape). Returns the grids by node.
 
     The observers stay in `net` until `round_to_grids` replaces them. Raises InputError where there is no image, and
     R2Error for a value that is not finite.
     """
-    observed = deployed.observe(net, placement.values(net, shape), images, observers.observer(rule))
+    values = placement.values(net, shape, result=target.codes_of_result)
+    observed = deployed.observe(net, values, images, observers.observer(rule))
     for name, observer in observed.items():
         if not observer.finite:
             raise R2Error(
@@ -91,7 +91,8 @@ def calibrate(
                 "it again with a lower --lr"
             )
     return {
-        name: activation_grid(*observer.range(bits), bits, symmetric=symmetric) for name, observer in observed.items()
+        name: activation_grid(*observer.range(bits), bits, symmetric=target.symmetric)
+        for name, observer in observed.items()
     }
 
 

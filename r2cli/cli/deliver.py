@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import nn
 
 from r2cli import api, console
@@ -14,10 +15,13 @@ from r2cli.api import inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.cli import gates, rerun
+from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, FileForm, FileGates
 from r2cli.deploy import onnx_export, parity, runtime
+from r2cli.deploy.audit import Check
 from r2cli.errors import CheckFailed, InputError
-from r2cli.storage import checkpoint
+from r2cli.storage import checkpoint, input_spec
+from r2cli.storage.atomic import scratch_folder
 from r2cli.storage.formats import CompressedReport
 from r2cli.storage.run_files import Asked, RunFiles
 
@@ -28,7 +32,7 @@ Table = Callable[[Mapping[str, Any]], console.Line]
 class Destination:
     """Where a command that compresses writes, the gates of the file, and how the command answers.
 
-    `files` are the checkpoint and the ONNX file beside it, of `form`, and `asked` is what decides them. `data` is the
+    `files` are the checkpoint and the file of its target, of `form`, and `asked` is what decides them. `data` is the
     option, for the next command. `started` is a time of `perf_counter`.
     """
 
@@ -45,7 +49,7 @@ class Destination:
         return self.files.files[0]
 
     @property
-    def onnx(self) -> Path:
+    def file(self) -> Path:
         return self.files.files[1]
 
 
@@ -57,7 +61,7 @@ def finished(to: Destination) -> dict[str, Any] | None:
     known = to.files.finished(to.asked)
     if known is None:
         return None
-    report = rerun.again(known, CompressedReport, to.output) | {"checkpoint": to.output, "output": to.onnx}
+    report = rerun.again(known, CompressedReport, to.output) | {"checkpoint": to.output, "output": to.file}
     console.tell([rerun.told(to.output), *_ending(to, report)], as_json=to.json)
     require(report, to.gates)
     return report
@@ -74,7 +78,7 @@ def compressed(
     """
     made = result.checkpoint
     to.files.write(to.output, checkpoint.to_bytes(made))
-    proved = to_onnx(made, to.files, to.onnx, source, form=to.form, what=str(to.output), original=result.original)
+    proved = to_file(made, to.files, to.file, source, form=to.form, what=str(to.output), original=result.original)
     report = {
         "command": to.files.command,
         "checkpoint": to.output,
@@ -98,8 +102,8 @@ def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
         measured = f"{metric['shown']} in ONNX Runtime{'' if before is None else f' (float {before:{digits}})'}"
     coded = "" if entropy is None else f" with tables ({entropy:.2f} Huffman-coded)"
     bits = f"{report['bits_per_weight']:.2f} bits a weight{coded}"
-    follow = f"r2 evaluate {to.onnx}{f' --data {to.data}' if to.data else ''}"
-    return [f"{to.onnx}: {measured}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
+    follow = f"r2 evaluate {to.file}{f' --data {to.data}' if to.data else ''}"
+    return [f"{to.file}: {measured}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
 
 
 def not_measured(report: Mapping[str, Any]) -> str:
@@ -108,7 +112,7 @@ def not_measured(report: Mapping[str, Any]) -> str:
     return "accuracy not measured" if away is None else f"{away:.1f} dB from the float network, not measured otherwise"
 
 
-def to_onnx(
+def to_file(
     made: checkpoint.Checkpoint,
     files: RunFiles,
     path: Path,
@@ -118,28 +122,68 @@ def to_onnx(
     what: str,
     original: checkpoint.Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """Write `made` as ONNX, which `files.commit` puts at `path`, and prove the file on the data set's test split, with
-    a bar on standard error. Returns the proof and what it measured. `form` is what is asked of the file.
+    """Write `made` as the file of its target, which `files.commit` puts at `path`, and prove the file on the data
+    set's test split, with a bar on standard error. Returns the proof and what it measured.
 
-    `original` is the float checkpoint that it was made from, if there is one: the proof compares with it too. `what` is
-    the name of the network in notes on standard error.
+    `form` is what is asked of the file. `original` is the float checkpoint that it was made from, if there is one: the
+    proof compares with it too. `what` is the name of the network in notes on standard error. A file of TensorFlow Lite
+    is proved by the ONNX file of the same codes, and runs beside that.
     """
-    console.note(f"{what}: exporting to ONNX")
-    temporary = files.write(path, onnx_export.to_bytes(made, form))
+    is_lite = targets.get(made.target).container == targets.TFLITE
+    console.note(f"{what}: exporting to {'TensorFlow Lite' if is_lite else 'ONNX'}")
+    content = onnx_export.to_bytes(made, form)
     timed = source.measured or source.name == inputs.NOISE  # not with --no-eval, which only makes and proves a file
-    try:
-        proof = api.verify(temporary, made, source, original=original, timed=timed, reporter=console)
-    except InputError as error:  # people know the file by the name that it is to have
-        raise InputError(str(error).replace(str(temporary), str(path))) from error
-    checks = [replace(check, detail=check.detail.replace(str(temporary), str(path))) for check in proof.checks]
+    with scratch_folder() as folder:
+        if is_lite:
+            temporary = folder / "model.onnx"
+            temporary.write_bytes(content)
+        else:
+            temporary = files.write(path, content)
+        try:
+            proof = api.verify(temporary, made, source, original=original, timed=timed, reporter=console)
+        except InputError as error:  # people know the file by the name that it is to have
+            raise InputError(str(error).replace(str(temporary), str(path))) from error
+        found: Sequence[Check] = proof.checks
+        checks = [replace(check, detail=check.detail.replace(str(temporary), str(path))) for check in found]
+        measures = dict(proof.measures)
+        if is_lite:
+            measures |= _as_lite(made, files, path, temporary, source, checks, measures["sqnr_db"])
     return {
         "output": path,
-        "passed": proof.passed,
+        "passed": all(check.passed for check in checks),
         "checks": [check.__dict__ for check in checks],
         "embeddings": _embeddings(made, deployed.network(made)),
-        **proof.measures,
+        **measures,
         **({} if source.measured else {"top1": None, "torch_top1": None, "metric": None}),
     }
+
+
+def _as_lite(
+    made: checkpoint.Checkpoint,
+    files: RunFiles,
+    path: Path,
+    onnx: Path,
+    source: datasets.Data,
+    checks: list[Check],
+    usual_db: float | None,
+) -> dict[str, Any]:
+    """Write the file at `onnx` as TensorFlow Lite too, and run it on a few images: a further check. Returns what is
+    measured of it."""
+    from r2cli.deploy import tflite_export, tflite_run, vela
+
+    temporary = files.write(path, tflite_export.to_bytes(onnx.read_bytes()))
+    batch, _ = next(iter(source.test.batches(parity.OFF_SAMPLES, torch.device("cpu"))))
+    size = int(runtime.opened(onnx).graph.input[0].type.tensor_type.shape.dim[0].dim_value)
+    parts = [split for split in input_spec.split(batch, size) if input_spec.count(split) == size]
+    given = [
+        {name: one.numpy() for name, one in zip(made.input.names, input_spec.places(part), strict=True)}
+        for part in parts
+    ]
+    if given and usual_db is not None:
+        checks.append(tflite_run.beside_onnx(temporary, onnx, given, usual_db=usual_db))
+    ticks = f"{sum(check.passed for check in checks)}/{len(checks)}"
+    compiled = vela.report(temporary) if made.target == targets.ETHOS_U else None
+    return {"bytes": temporary.stat().st_size, "ticks": ticks, "vela": compiled}
 
 
 def _embeddings(made: checkpoint.Checkpoint, model: nn.Module) -> dict[str, int] | None:
@@ -167,6 +211,13 @@ def told(report: Mapping[str, Any]) -> list[console.Line]:
         )
     if report.get("latency_ratio") is not None:
         lines.append(_speed(report))
+    compiled = report.get("vela")
+    if compiled is not None:
+        lines.append(
+            f"vela, {compiled['accelerator']}: {compiled['on_npu']} operators on the NPU, {compiled['on_cpu']} beside "
+            f"it, {compiled['flash_bytes']:,} bytes of flash, {compiled['sram_bytes']:,} of SRAM, "
+            f"{compiled['cycles']:,} cycles an image"
+        )
     own = report.get("embeddings")
     if own is not None:
         kept = f"{own['coded']:,} weights as codes" if own["coded"] else f"{own['float']:,} weights stay float32"

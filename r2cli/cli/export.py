@@ -5,8 +5,10 @@ from time import perf_counter
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
+from r2cli.config import targets
 from r2cli.config.groups import Evaluation, ExportForm, ExportGates, Inputs
 from r2cli.config.inspection import ExportOutput
+from r2cli.errors import InputError
 from r2cli.storage.run_files import RunFiles
 
 
@@ -16,8 +18,11 @@ def export(
 ) -> Report:
     """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
     source = gates.source(given)
-    output = written.output or gates.beside(source, f"{form.target}.onnx" if form.target else "onnx")
-    gates.require_output(output, ".onnx", source=source)
+    container = targets.get(form.target or targets.DEFAULT).container
+    ending = ".".join(dict.fromkeys((form.target, container))) if form.target else container
+    output = written.output or gates.beside(source, ending)
+    gates.require_output(output, f".{container}", source=source)
+    targets.require_installed(form.target or targets.DEFAULT)
     files = RunFiles("export", [output], overwrite=written.overwrite)
     files.require_free()
 
@@ -28,12 +33,14 @@ def export(
     started = perf_counter()
     made, loaded = inputs.load(given, tell=console.note)
     made = retarget(made, form.target)
+    if targets.get(made.target).container != container:
+        raise InputError(f"{source} is for {made.target}: give --target {made.target}, or --target {targets.DEFAULT}")
     loaded = inputs.measured_by(evaluation, wanted, loaded)
     if written.dry_run:
         console.tell([f"would export {source} -> {output}"], as_json=written.json)
         return {"command": "export"}
     with files.claimed():
-        report = deliver.to_onnx(made, files, output, loaded, form=form, what=str(source))
+        report = deliver.to_file(made, files, output, loaded, form=form, what=str(source))
         files.commit()
     report = {"command": "export", **report, "seconds": round(perf_counter() - started, 1)}
     kind = f"{report['bits_per_weight']:.2f} bits a weight" if made.coded else "float32"

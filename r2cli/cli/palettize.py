@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
+from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
@@ -36,10 +37,10 @@ def palettize(
     suffix = config.suffix(method)
     output = written.output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
-    onnx, state = output.with_suffix(".onnx"), resume_state(output)
+    file, state = targets.beside(output, config.target), resume_state(output)
     files = RunFiles(
         "palettize",
-        [output, onnx] if is_network else [output],
+        [output, file] if is_network else [output],
         state=state if registry.get(registry.PALETTE_METHODS, method).trains else None,
         resume=written.resume,
         overwrite=written.overwrite,
@@ -48,6 +49,7 @@ def palettize(
 
     from r2cli.api import inputs
     from r2cli.cli import deliver, rerun
+    from r2cli.deploy.rehearsal import rehearse
     from r2cli.palettes import palettization as worker
 
     worker.require_consistent(config, method, is_network=is_network)
@@ -56,10 +58,11 @@ def palettize(
     made, loaded = inputs.load(given, tell=console.note)
     trains = registry.get(registry.PALETTE_METHODS, method).trains
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=trains)
+    rehearse(made, config.target)
     run = worker.ready(made, loaded, config)
     gates.warn_of_speed(config.act_bits)
     if written.dry_run:
-        lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {onnx}"]
+        lines = [f"would palettize {source} ({made.model.name}) to {suffix} -> {output}, {file}"]
         console.tell(lines, as_json=written.json)
         return {"command": "palettize", "options": run.options}
     asked = rerun.asked("palettize", run.options | form.asked, loaded, given, [source])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
+from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import PtqOutput
 from r2cli.config.methods import PtqConfig
@@ -33,13 +34,14 @@ def ptq(
     source = gates.source(given)
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
-    onnx = output.with_suffix(".onnx")
-    files = RunFiles("ptq", [output, onnx], resume=written.resume, overwrite=written.overwrite)
+    file = targets.beside(output, config.target)
+    files = RunFiles("ptq", [output, file], resume=written.resume, overwrite=written.overwrite)
     files.require_free()
 
     from r2cli import data as datasets
     from r2cli.api import inputs
     from r2cli.cli import deliver, rerun
+    from r2cli.deploy.rehearsal import rehearse
     from r2cli.ptq import quantize as worker
 
     looks = worker.looks_at_images(config, has_data=given.data is not None)
@@ -49,11 +51,12 @@ def ptq(
         )
     made, loaded = inputs.load(given, needed=looks, tell=console.note)
     has_images, loaded = loaded.name != inputs.NOISE, inputs.measured_by(evaluation, wanted, loaded)
+    rehearse(made, config.target)
     calibration = datasets.calibration_count(config.calibration, loaded) if looks else 0
     options = worker.options_of(config, worker.settings_of(config), calibration)
     gates.warn_of_speed(config.act_bits)
     if written.dry_run:
-        lines = [f"would quantize {source} ({made.model.name}) to {config.suffix} -> {output}, {onnx}"]
+        lines = [f"would quantize {source} ({made.model.name}) to {config.suffix} -> {output}, {file}"]
         console.tell(lines, as_json=written.json)
         return {
             "command": "ptq",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
+from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import QatOutput
 from r2cli.config.methods import QatConfig
@@ -33,21 +34,23 @@ def qat(
     source = gates.source(given)
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
-    state, onnx = resume_state(output), output.with_suffix(".onnx")
-    files = RunFiles("qat", [output, onnx], state=state, resume=written.resume, overwrite=written.overwrite)
+    state, file = resume_state(output), targets.beside(output, config.target)
+    files = RunFiles("qat", [output, file], state=state, resume=written.resume, overwrite=written.overwrite)
     files.require_free()
 
     from r2cli.api import inputs
     from r2cli.cli import deliver, rerun
+    from r2cli.deploy.rehearsal import rehearse
     from r2cli.qat import quantization_aware as worker
 
     worker.require_bits(config)
     made, loaded = inputs.new_network(given, config.seed) if is_new else inputs.load(given, tell=console.note)
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=True)
+    rehearse(made, config.target)
     run = worker.ready(made, loaded, config)
     gates.warn_of_speed(config.act_bits)
     if written.dry_run:
-        lines = [f"would train {source} ({made.model.name}) as {config.suffix} -> {output}, {onnx}"]
+        lines = [f"would train {source} ({made.model.name}) as {config.suffix} -> {output}, {file}"]
         console.tell(lines, as_json=written.json)
         return {"command": "qat", "options": run.options}
     asked = rerun.asked("qat", run.options | form.asked, loaded, given, [None if is_new else source])

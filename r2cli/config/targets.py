@@ -9,6 +9,8 @@ the grid of its layer's sums is the same in float and in INT32.
 
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 from r2cli.errors import InputError, unknown
 
@@ -41,6 +43,7 @@ class Target:
     weights_alone: bool = True
     integers: bool = True
     batch: int | None = None
+    codes_of_result: bool = False  # the network's result has a grid too, and is given as codes
 
     @property
     def clips_codes(self) -> bool:
@@ -49,6 +52,7 @@ class Target:
 
 
 DEFAULT = "onnxruntime"
+ETHOS_U = "ethos-u"
 HERE = "ONNX Runtime 1.17 to 1.32"
 ROWS = (
     Target(DEFAULT, "any processor", HERE, least_act_bits=1, packed=True, weight_zero_points=True),
@@ -59,6 +63,26 @@ ROWS = (
     Target("xnnpack", "phones' processors", signed=True, packed=True),
     Target("rknn", "Rockchip NPUs", most_opset=19, batch=1),
     Target("st", "STM32", most_opset=20, signed=True, batch=1),
+    Target(
+        "tflite",
+        "LiteRT, microcontrollers",
+        "LiteRT 2.3",
+        container=TFLITE,
+        signed=True,
+        weights_alone=False,
+        batch=1,
+        codes_of_result=True,
+    ),
+    Target(
+        ETHOS_U,
+        "Arm Ethos-U",
+        "Vela 5.2, LiteRT 2.3",
+        container=TFLITE,
+        signed=True,
+        weights_alone=False,
+        batch=1,
+        codes_of_result=True,
+    ),
     Target("float", "other quantizers", HERE, integers=False),
 )
 TARGETS = {row.name: row for row in ROWS}
@@ -82,6 +106,7 @@ def require(
     row, flag = get(name), f"--target {name}"
     if not row.integers:
         raise InputError(f"{flag} is the float network, which needs no codes: write it with `r2 export {flag}`")
+    require_installed(name)
     if act_bits is None and not row.weights_alone:
         raise InputError(f"{flag} reads integer weights beside integer activations only: give --act-bits 8")
     if act_bits is not None and act_bits < row.least_act_bits:
@@ -97,8 +122,19 @@ def require(
         )
 
 
+def require_installed(name: str) -> None:
+    """Raise InputError where the target's file needs a library that is not there."""
+    if get(name).container == TFLITE and find_spec("ai_edge_litert") is None:
+        raise InputError(f"--target {name} needs LiteRT: install it with pip install 'r2cli[tflite]'")
+
+
 def _onnxruntime() -> tuple[int, ...]:
     return tuple(map(int, version("onnxruntime").split(".")[:2]))
+
+
+def beside(output: Path, name: str) -> Path:
+    """The file of the target `name` beside the checkpoint `output`."""
+    return output.with_suffix(f".{get(name).container}")
 
 
 def batch(text: str) -> int | None:

@@ -27,7 +27,7 @@ from r2cli.deploy.onnx_operators import OPERATORS
 from r2cli.deploy.onnx_sheet import Shape, Sheet, Unwritable, Value
 from r2cli.deploy.onnx_writer import OnnxWriter
 from r2cli.deploy.retarget import retarget
-from r2cli.errors import R2Error
+from r2cli.errors import InputError, R2Error
 from r2cli.graph import edit, operators, placement, structure
 from r2cli.graph.channel_clip import Clip
 from r2cli.graph.read import trace
@@ -49,6 +49,8 @@ def to_bytes(checkpoint: Checkpoint, form: FileForm | None = None) -> bytes:
     form, checkpoint = form or FileForm(), retarget(checkpoint)
     target = targets.get(checkpoint.target)
     batch = target.batch if form.batch is None else targets.batch(form.batch)
+    if batch is None and target.container == targets.TFLITE:
+        raise InputError(f"--target {target.name} has a fixed batch: give --batch a number, or leave it out")
     net = deployed.network(checkpoint)
     given = checkpoint.input
     graph = net if isinstance(net, fx.GraphModule) else trace(net, given.blank(2), deployed.architecture(checkpoint))

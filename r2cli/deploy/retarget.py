@@ -38,8 +38,12 @@ def _problems(checkpoint: Checkpoint, row: Target) -> Iterator[str]:
     grids, again = checkpoint.activations, f"quantize the float checkpoint again with --target {row.name}"
     if grids and not row.integers:
         yield "has activations on grids, which a float file has not: export the float checkpoint that it was made from"
+    if row.container == targets.TFLITE and not checkpoint.coded:
+        yield f"is float, and {row.name} wants codes: make them with `r2 ptq --target {row.name}`"
     if not row.integers or not checkpoint.coded:
         return
+    if row.codes_of_result and not targets.get(checkpoint.target).codes_of_result:
+        yield f"was made for {checkpoint.target}, and its result has no codes, which {row.name} wants: {again}"
     fewest = min((grid.bits for grid in grids.values()), default=8)
     if fewest < row.least_act_bits:
         yield f"has activations of {fewest} bits, which {row.name} cannot clip to: {again} and --act-bits 8"

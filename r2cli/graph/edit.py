@@ -20,14 +20,15 @@ def over_same_modules(net: fx.GraphModule) -> fx.GraphModule:
 
 
 def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
-    """Put a module on the value of each named node, in the place of one that is there: all then read the module, but
-    for the network's result.
+    """Put a module on the value of each named node, in the place of one that is there: all then read the module. The
+    network's results do so only where all of them have one.
 
     With `FOR_LAYERS` at the end of its name the layers alone read it, and it reads what they read before.
     Raises InputError for a name that no node has.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     there = {str(node.target): node for node in net.graph.nodes if node.op == "call_module"}
+    gives = all(_origin(net, node).name in modules for node in net.graph.output_node().all_input_nodes)
     for name in sorted(modules, key=lambda name: name.endswith(FOR_LAYERS)):
         value = name.removesuffix(FOR_LAYERS)
         target = f"{GRIDS if value == name else LAYER_GRIDS}{value}"
@@ -40,7 +41,7 @@ def insert(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
             )
         net.add_submodule(target, modules[name])
         read = nodes[value] if value == name else there.get(f"{GRIDS}{value}", nodes[value])
-        readers = [user for user in read.users if user.op != "output"]
+        readers = [user for user in read.users if gives or user.op != "output"]
         users = [user for user in readers if value == name or isinstance(module_of(net, user), LAYERS)]
         with net.graph.inserting_after(read):
             there[target] = net.graph.call_module(target, (read,))
@@ -60,6 +61,13 @@ def source(net: fx.GraphModule, node: fx.Node) -> str | None:
     if target.startswith(LAYER_GRIDS):
         return f"{target.removeprefix(LAYER_GRIDS)}{FOR_LAYERS}"
     return target.removeprefix(GRIDS)
+
+
+def _origin(net: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The node that computes the value of `node`, behind what only passes it on, and behind modules on it."""
+    while (is_a(net, node, PASSING) or is_grid(node)) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def is_grid(node: fx.Node) -> bool:

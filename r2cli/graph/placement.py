@@ -40,15 +40,17 @@ class FloatOperation:
     operators: tuple[str, ...]
 
 
-def values(net: fx.GraphModule, shape: Shape) -> list[str]:
+def values(net: fx.GraphModule, shape: Shape, *, result: bool = False) -> list[str]:
     """Return the nodes whose values get a grid, in order, for inputs of `shape` (without the batch).
 
-    The network's results stay float: rounding them would only blur them.
+    The network's `result` stays float unless it is wanted as codes: rounding it only blurs it.
     """
     propagate(net, shape)
     known: dict[fx.Node, bool] = {}
     with_grid: set[fx.Node] = set()
     todo = [value for node in net.graph.nodes for value in _around_layer(net, node)]
+    if result:
+        todo += net.graph.output_node().all_input_nodes
     while todo:  # from the layers back towards the input
         node = _origin(net, todo.pop())
         if node in with_grid or not _is_float(node):
@@ -57,7 +59,7 @@ def values(net: fx.GraphModule, shape: Shape) -> list[str]:
         operation = _before_activation(net, node)
         if operators.kind(net, operation) in COMPUTES and _can_be_integer(net, operation, known):
             todo += _inputs(operation)
-    return [node.name for node in net.graph.nodes if node in with_grid and not _is_only_result(net, node)]
+    return [node.name for node in net.graph.nodes if node in with_grid and (result or not _is_only_result(net, node))]
 
 
 def float_operations(net: fx.GraphModule, shape: Shape) -> list[FloatOperation]:

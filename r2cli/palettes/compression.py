@@ -310,10 +310,8 @@ def finish(
         assert batches is not None
         images, shape = (images for images, _ in batches()), work.checkpoint.input.shape
         bits, rule = work.settings.act_bits, work.settings.act_range
-        symmetric = targets.get(work.settings.target).symmetric
-        found, raised = calibrate.calibrate_and_round(
-            net.to(device), folded, shape, bits, images, rule, symmetric=symmetric
-        )
+        target = targets.get(work.settings.target)
+        found, raised = calibrate.calibrate_and_round(net.to(device), folded, shape, bits, images, rule, target)
         told = {name: calibrate.raised_note(folded[name], one) for name, one in raised.items()}
         rows = [replace(row, note=together(row.note, told.get(f"{row.layer}.weight"))) for row in rows]
         folded |= raised

@@ -114,11 +114,16 @@ def values(net: fx.GraphModule, normals: Mapping[str, Normal], spec: NetworkInpu
     return known
 
 
-def ranges(net: fx.GraphModule, normals: Mapping[str, Normal], spec: NetworkInput) -> dict[str, tuple[float, float]]:
-    """Return the (least, greatest) value of each node that needs a grid. Raises InputError for one that is unknown."""
+def ranges(
+    net: fx.GraphModule, normals: Mapping[str, Normal], spec: NetworkInput, *, result: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Return the (least, greatest) value of each node that needs a grid, as `placement.values` says.
+
+    Raises InputError for one that is unknown.
+    """
     known = values(net, normals, spec)
     found = {}
-    for name in placement.values(net, spec.shape):
+    for name in placement.values(net, spec.shape, result=result):
         if name not in known:
             raise InputError(
                 f"the range of the value '{name}' is not known without data, because no BatchNorm gives its "

@@ -273,13 +273,13 @@ def _activations(
     """
     if settings.act_bits is None:
         return {}, {}
-    symmetric = targets.get(settings.target).symmetric
+    target = targets.get(settings.target)
     if not isinstance(known, Mapping):
         rule = settings.act_range
-        return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, rule, symmetric=symmetric)
-    ends = batchnorm_statistics.ranges(net, known, spec)
+        return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, rule, target)
+    ends = batchnorm_statistics.ranges(net, known, spec, result=target.codes_of_result)
     activations = {
-        name: grids.activation_grid(*both, settings.act_bits, symmetric=symmetric) for name, both in ends.items()
+        name: grids.activation_grid(*both, settings.act_bits, symmetric=target.symmetric) for name, both in ends.items()
     }
     return activations, grids.round_to_grids(net, coded, activations)
 

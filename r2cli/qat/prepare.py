@@ -112,6 +112,7 @@ def prepare(work: QatTask) -> Prepared:
     bits = structure.by_pattern(names, settings.weight_bits, settings.keep)
     for name, own in bits.items():
         registry.require_bits(settings.method, own, f"{own}-bit weights ('{name}')")
+    target = targets.get(settings.target)
     method, acts = qat_method.method(settings.method), settings.act_bits
     # A layer that --keep spares with more bits would lose them again on an input of fewer.
     reads = {name: max(acts or 0, own) if own != settings.weight_bits else acts or 0 for name, own in bits.items()}
@@ -122,10 +123,11 @@ def prepare(work: QatTask) -> Prepared:
         method.activation if acts else None,
         reads,
         inputs=settings.activations == INPUTS,
+        result=target.codes_of_result,
     )
     keep_scales(prepared)
     for edge in prepared.edges.values():
-        edge.symmetric = targets.get(settings.target).symmetric
+        edge.symmetric = target.symmetric
     for trained in prepared.activations:
         trained.fitted = settings.start == FITTED
     # Weights are scaled before the first images pass, because activations start on what these weights compute.

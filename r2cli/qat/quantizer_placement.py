@@ -76,16 +76,19 @@ class Prepared:
             yield layer, self.weights[layer.name], structure.float_weight(self.model.get_submodule(layer.name))
 
 
-def places(net: fx.GraphModule, shape: Shape, bits: Mapping[str, int], *, inputs: bool) -> list[Place]:
+def places(
+    net: fx.GraphModule, shape: Shape, bits: Mapping[str, int], *, inputs: bool, result: bool = False
+) -> list[Place]:
     """Return what stands on each value of `net`, a graph without BatchNorms, for inputs of `shape`.
 
     `bits` are the bits of what each layer reads, by the layer's name. With `inputs` only the inputs of layers count.
+    With `result` the network's result gets a grid too.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     found: dict[str, Place] = {}
-    for value in placement.values(net, shape):
+    for value in placement.values(net, shape, result=result):
         node = nodes[value]
-        readers = list(_readers(net, node))
+        readers = list(_readers(net, node, result=result))
         read_by = [(via, user) for via, user in readers if isinstance(operators.module_of(net, user), operators.LAYERS)]
         others = len(read_by) < len(readers)
         # One value has one low grid. Its layers may want different bits: no layer gets fewer than --keep says.
@@ -105,15 +108,16 @@ def places(net: fx.GraphModule, shape: Shape, bits: Mapping[str, int], *, inputs
     return list(found.values())
 
 
-def _readers(net: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+def _readers(net: fx.GraphModule, node: fx.Node, *, result: bool) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield every node that reads the value of `node`, with the node that it reads it from.
 
-    Operations that only pass values on are looked through. Those that read only the shape do not count.
+    Operations that only pass values on are looked through. Those that read only the shape do not count,
+    and the network's result only where `result` says so.
     """
     for user in node.users:
         if operators.is_a(net, user, operators.PASSING):
-            yield from _readers(net, user)
-        elif user.target not in operators.SHAPES and user.op != "output":
+            yield from _readers(net, user, result=result)
+        elif user.target not in operators.SHAPES and (result or user.op != "output"):
             yield node, user
 
 
@@ -133,6 +137,7 @@ def prepare(
     bits: Mapping[str, int],
     *,
     inputs: bool,
+    result: bool = False,
 ) -> Prepared:
     """Put quantizers on the weights and activations of `model`, in place. Returns the network with them.
 
@@ -149,19 +154,19 @@ def prepare(
         # Deployed, the BatchNorms are folded away, so it is that graph that says which values exist.
         folded = copy.deepcopy(net)
         batchnorm.remove_norms(folded)
-        placed = places(folded, shape, bits, inputs=inputs)
+        placed = places(folded, shape, bits, inputs=inputs, result=result)
     made = {}
     for layer in layers:
         module = structure.layer_module(model, layer.name)
         made[layer.name] = weights(layer.name, module.weight.detach())
         parametrize.register_parametrization(module, "weight", made[layer.name])
-    on_edges = _put_on(net, placed, edges) if edges is not None else {}
+    on_edges = _put_on(net, placed, edges, result=result) if edges is not None else {}
     _tell_what_is_read(net, layers, made)
     return Prepared(model, net, layers, made, on_edges)
 
 
 def _put_on(
-    net: fx.GraphModule, placed: Iterable[Place], make: Callable[[int], ActivationQuantizer]
+    net: fx.GraphModule, placed: Iterable[Place], make: Callable[[int], ActivationQuantizer], *, result: bool
 ) -> dict[str, ActivationQuantizer | WideQuantizer]:
     """Put quantizers on the values of `net`, which still has its BatchNorms; in place. Returns them by their keys."""
     nodes = {node.name: node for node in net.graph.nodes}
@@ -171,7 +176,8 @@ def _put_on(
     edges: dict[str, ActivationQuantizer | WideQuantizer] = {}
     for place in placed:
         node = behind.get(place.value, nodes[place.value])
-        users = [user for user in node.users if user.op != "output"]  # as they are before the quantizer becomes one
+        # As they are before the quantizer becomes one.
+        users = [user for user in node.users if result or user.op != "output"]
         layers = [user for user in users if isinstance(operators.module_of(net, user), operators.LAYERS)]
         wide, low = WideQuantizer() if place.wide else None, make(place.low) if place.low else None
         if wide is not None:

@@ -1,0 +1,42 @@
+"""An integer network as a TensorFlow Lite file, code for code.
+
+It is written from the ONNX file of the target `tflite`, whose operators are few and whose shapes are fixed, and not
+from the network's graph: so both files have the same codes, scales, biases and rounded values, and one is checked
+beside the other. Activations are INT8; weights are INT8 with a scale for each channel; biases are INT32.
+"""
+
+import onnx
+
+from r2cli.deploy.onnx_sheet import Unwritable
+from r2cli.deploy.tflite_operators import HANDLERS
+from r2cli.deploy.tflite_sheet import LiteSheet
+from r2cli.errors import InputError
+
+
+def to_bytes(content: bytes) -> bytes:
+    """Return the bytes of the .tflite file of an ONNX file, given as bytes too, for the target `tflite`.
+
+    Metadata and names stay as they are. Images are INT8 (1, height, width, channels), logits INT8 (1, classes), each
+    with its scale and zero point. Raises InputError for an operator without a form, or one in float, by its node.
+    """
+    model = onnx.load_from_string(content)
+    lite = LiteSheet(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    for node in lite.graph.node:
+        try:
+            if node.op_type not in HANDLERS:
+                raise Unwritable("r2 knows no form of it")
+            HANDLERS[node.op_type](lite, node)
+        except Unwritable as why:
+            what = f"'{node.output[0]}' ({node.op_type})"
+            raise InputError(
+                f"{what} cannot be written as TensorFlow Lite: {why}. Write it another way in the network's code, or "
+                "take another --target"
+            ) from why
+    inputs, outputs = ([each.name for each in own] for own in (lite.graph.input, lite.graph.output))
+    bare = next((name for name in inputs if name not in lite.given), None)
+    bare = bare or next((name for name in outputs if name not in lite.values), None)
+    if bare is not None:
+        raise InputError(f"'{bare}' has no codes, which a file of TensorFlow Lite wants: take another --target")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    results = {name: lite.values[name].tensor for name in outputs}
+    return lite.writer.to_bytes([lite.given[name].tensor for name in inputs], results, metadata)

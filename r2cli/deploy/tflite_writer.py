@@ -1,0 +1,121 @@
+"""Write a TensorFlow Lite file: tensors, the operators that read and give them, and the bytes in between.
+
+The schema is the one that `ai-edge-litert` ships, and `flatbuffers` packs it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+Array = np.ndarray[Any, Any]
+TYPES = {"int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32}
+# The oldest version of each operator that has INT8.
+VERSIONS = {
+    "CONV_2D": 3,
+    "DEPTHWISE_CONV_2D": 3,
+    "FULLY_CONNECTED": 4,
+    "RESHAPE": 1,
+    "RESIZE_NEAREST_NEIGHBOR": 3,
+    "SPLIT_V": 2,
+}
+USUAL_VERSION = 2
+
+
+@dataclass(frozen=True)
+class LiteGrid:
+    """What the integers of a tensor stand for: scale * (code - zero), or with one scale for each place on `axis`."""
+
+    scale: Array  # float32, () or (channels,)
+    zero: int = 0
+    axis: int = 0
+
+    def same(self, other: "LiteGrid") -> bool:
+        return bool(np.array_equal(self.scale, other.scale)) and self.zero == other.zero
+
+
+class TfliteWriter:
+    """A graph that grows operator by operator. Tensors are known by their numbers."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Any] = []
+        self.operators: list[Any] = []
+        self._buffers: list[Any] = [schema.BufferT()]  # the first is empty by rule: of tensors that are computed
+        self._codes: dict[str, int] = {}
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], int] = {}
+
+    def tensor(
+        self, name: str, shape: Sequence[int], codes: LiteGrid | None = None, content: Array | None = None
+    ) -> int:
+        """Add a tensor of INT8, or of the type of its `content`."""
+        own = schema.TensorT()
+        own.name, own.shape, own.hasRank = name.encode(), list(map(int, shape)), True
+        own.type = TYPES["int8" if content is None else str(content.dtype)]
+        if content is not None:
+            buffer = schema.BufferT()
+            buffer.data = np.frombuffer(np.ascontiguousarray(content).tobytes(), np.uint8)
+            self._buffers.append(buffer)
+            own.buffer = len(self._buffers) - 1
+        if codes is not None:
+            own.quantization = schema.QuantizationParametersT()
+            own.quantization.scale = codes.scale.reshape(-1).astype(np.float32)
+            own.quantization.zeroPoint = np.full(codes.scale.size, codes.zero, np.int64)
+            own.quantization.quantizedDimension = codes.axis
+        self.tensors.append(own)
+        return len(self.tensors) - 1
+
+    def ints(self, values: Any) -> int:
+        """The number of a constant of INT32 that all share who need the same one: a shape, axes or bounds."""
+        content = np.asarray(values, np.int32)
+        key = ("int32", content.shape, content.tobytes())
+        if key not in self._shared:
+            name = f"shape.{'x'.join(map(str, content.reshape(-1).tolist()))}"
+            self._shared[key] = self.tensor(name, content.shape, None, content)
+        return self._shared[key]
+
+    def operator(
+        self, kind: str, inputs: Sequence[int], outputs: Sequence[int], options: str = "", **given: Any
+    ) -> None:
+        """Add an operator of `kind`, with `options` (the schema's class without 'Options') that are `given`."""
+        own = schema.OperatorT()
+        own.opcodeIndex = self._codes.setdefault(kind, len(self._codes))
+        own.inputs, own.outputs = list(inputs), list(outputs)
+        if options:
+            own.builtinOptionsType = getattr(schema.BuiltinOptions, f"{options}Options")
+            own.builtinOptions = getattr(schema, f"{options}OptionsT")()
+            for name, value in given.items():
+                setattr(own.builtinOptions, name, value)
+        self.operators.append(own)
+
+    def to_bytes(self, given: Sequence[int], results: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+        """The file, with the tensors `given` as inputs, and `results` by name. Equal graphs give equal bytes."""
+        for name, tensor in results.items():
+            self.tensors[tensor].name = name.encode()
+        graph = schema.SubGraphT()
+        graph.name, graph.tensors, graph.operators = b"r2", self.tensors, self.operators
+        graph.inputs, graph.outputs = list(given), list(results.values())
+        model = schema.ModelT()
+        model.version, model.description = 3, b"r2cli"
+        model.metadata = [self._metadata(*entry) for entry in metadata.items()]
+        model.subgraphs, model.buffers = [graph], self._buffers
+        model.operatorCodes = [self._code(kind) for kind in self._codes]
+        builder = flatbuffers.Builder(1 << 16)
+        builder.Finish(model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+    def _metadata(self, name: str, text: str) -> Any:
+        own, buffer = schema.MetadataT(), schema.BufferT()
+        buffer.data = np.frombuffer(text.encode(), np.uint8)
+        self._buffers.append(buffer)
+        own.name, own.buffer = name.encode(), len(self._buffers) - 1
+        return own
+
+    def _code(self, kind: str) -> Any:
+        own = schema.OperatorCodeT()
+        own.builtinCode = getattr(schema.BuiltinOperator, kind)
+        own.deprecatedBuiltinCode = min(own.builtinCode, 127)
+        own.version = VERSIONS.get(kind, USUAL_VERSION)
+        return own

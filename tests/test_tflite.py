@@ -1,0 +1,166 @@
+"""TensorFlow Lite: the file computes in LiteRT what the ONNX file of the same codes computes in ONNX Runtime."""
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import r2cli
+from conftest import R2
+from r2cli import data
+from r2cli.calibration.result import Result
+from r2cli.deploy import onnx_export, runtime
+from r2cli.errors import InputError
+
+pytestmark = pytest.mark.skipif(find_spec("ai_edge_litert") is None, reason="pip install '.[tflite]'")
+
+
+class Net(nn.Module):
+    """A first convolution to 8 channels, a `body` on images (n, 8, 8, 8), and a linear layer of ten classes."""
+
+    def __init__(self, body: nn.Module | Callable[[Tensor], Tensor], features: int) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(1, 8, 3, stride=2, padding=1), body, nn.Linear(features, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(F.relu(self.stem(x)))
+        return self.head(torch.flatten(x, 1))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gate = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.sigmoid(self.gate(F.adaptive_avg_pool2d(x, 1)))
+        return F.relu(x + self.layer(x) * scale)
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), F.hardswish(self.other(x))], 1)
+
+
+def _halves(x: Tensor) -> Tensor:
+    left, right = x.chunk(2, 1)
+    return torch.cat([F.pad(left[:, :, 1:, ::2], (1, 3, 1, 0)), F.interpolate(right[:, :, :4, :], (8, 8))], 1)
+
+
+def _shuffled(x: Tensor) -> Tensor:
+    return x.reshape(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8).permute(0, 2, 1, 3)
+
+
+BODIES = {
+    "residual": (Residual, 512),
+    "joined": (Joined, 512),
+    "depthwise": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.ReLU6(), nn.Conv2d(8, 16, 1)), 256),
+    "multiplied": (lambda: nn.Conv2d(8, 16, 5, padding=4, dilation=2, groups=8), 1024),
+    "max pool": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(3, 2, 1)), 128),
+    "mean pool": (lambda: nn.AvgPool2d(2), 128),
+    "shuffled": (lambda: _shuffled, 512),
+    "moved": (lambda: _halves, 512),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_litert_gives_what_onnx_runtime_gives(name: str, tmp_path: Path) -> None:
+    from r2cli.deploy import tflite_export, tflite_run
+
+    torch.manual_seed(0)
+    body, features = BODIES[name]
+    made = r2cli.quantize(
+        Net(body(), features).eval(),
+        data.load("digits"),
+        r2cli.PtqConfig(weight_bits=4, target="tflite", calibration=32),
+    )
+    (tmp_path / "model.onnx").write_bytes(onnx_export.to_bytes(made.checkpoint))
+    (tmp_path / "model.tflite").write_bytes(tflite_export.to_bytes((tmp_path / "model.onnx").read_bytes()))
+    images = torch.randn(16, 1, 16, 16)
+    expected = runtime.runner(tmp_path / "model.onnx")(images)
+    found = tflite_run.runner(tmp_path / "model.tflite")(images)
+    step = float(made.checkpoint.activations["head"].scale)  # of the result's codes: LiteRT rounds by a shift
+    assert float((found - expected).abs().max()) <= 2.01 * step
+
+
+@pytest.mark.parametrize("work", [r2cli.quantize, r2cli.finetune, r2cli.palettize])
+def test_what_has_no_form_is_named_before_any_work(work: Callable[..., object]) -> None:
+    configs = {"quantize": r2cli.PtqConfig, "finetune": r2cli.QatConfig, "palettize": r2cli.PalettizeConfig}
+    config = configs[work.__name__](target="tflite")
+    with pytest.raises(InputError, match=r"'body.1' \(Div\) cannot be written as TensorFlow Lite: .*another --target"):
+        work(Net(nn.GELU(), 512).eval(), data.load("digits"), config)
+
+
+def test_another_target_s_checkpoint_has_no_codes_of_its_result() -> None:
+    torch.manual_seed(0)
+    made = r2cli.quantize(Net(nn.MaxPool2d(2), 128).eval(), data.load("digits"), r2cli.PtqConfig(calibration=8))
+    with pytest.raises(InputError, match="result has no codes, .*again with --target tflite"):
+        r2cli.export(made, form=r2cli.ExportForm(target="tflite"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("work", "config"),
+    [
+        (r2cli.finetune, r2cli.QatConfig(weight_bits=2, target="ethos-u", epochs=1, images=64, calibration=32)),
+        (r2cli.palettize, r2cli.PalettizeConfig(bits=2, method="kmeans", target="tflite", calibration=32)),
+    ],
+    ids=["qat", "palettize"],
+)
+def test_other_methods_are_written_too(work: Callable[..., Result], config: object, tmp_path: Path) -> None:
+    from r2cli.deploy import tflite_run
+
+    torch.manual_seed(0)
+    made = work(Net(Residual(), 512).eval(), data.load("digits"), config)
+    (tmp_path / "model.onnx").write_bytes(onnx_export.to_bytes(made.checkpoint))
+    r2cli.export(made, tmp_path / "model.tflite")
+    given = [{"input": image.numpy()[None]} for image in torch.randn(8, 1, 16, 16)]
+    files = tmp_path / "model.tflite", tmp_path / "model.onnx"
+    assert tflite_run.beside_onnx(*files, given, usual_db=40.0).passed
+
+
+@pytest.mark.slow
+def test_the_command_writes_and_proves_it_and_vela_tells_of_few_bits(r2: R2, trained: Path, tmp_path: Path) -> None:
+    flash = {}
+    for bits in (8, 2):
+        output = tmp_path / f"{bits}.safetensors"
+        ran = r2("ptq", trained, "--target", "ethos-u", "--weight-bits", bits, "-o", output, "--json")
+        report = json.loads(ran.out)
+        assert ran.code == 0 and "tflite" in [each["name"] for each in report["checks"]], ran.err
+        assert {path.name for path in tmp_path.glob(f"{bits}.*")} == {f"{bits}.{e}" for e in ENDINGS}
+        flash[bits] = report["vela"] and report["vela"]["flash_bytes"]
+    if find_spec("ethosu") is not None:
+        assert flash[2] < 0.5 * flash[8]
+    ran = r2("export", tmp_path / "2.safetensors", "--target", "tflite", "-o", tmp_path / "again.tflite")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "again.tflite").stat().st_size == (tmp_path / "2.tflite").stat().st_size
+    refused = r2("export", tmp_path / "2.safetensors", "-o", tmp_path / "again.onnx")
+    assert refused.code == 2 and "give --target ethos-u, or --target onnxruntime" in refused.err
+
+
+def test_without_vela_there_is_no_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from r2cli.deploy import vela
+
+    monkeypatch.setattr(vela.shutil, "which", lambda *_, **__: None)
+    assert vela.report(tmp_path / "model.tflite") is None
+
+
+ENDINGS = ("safetensors", "tflite", "run.json")
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    from r2cli.deploy import tflite_run
+
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"TFL3" * 10)
+    with pytest.raises(InputError, match=r"model.tflite does not load in LiteRT"):
+        tflite_run.runner(path)
