@@ -5,11 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from r2cli.errors import R2Error
+from r2cli.storage.atomic import scratch_folder
 
 ACCELERATOR = "ethos-u55-128"
 
@@ -22,10 +22,10 @@ def report(path: Path) -> dict[str, Any] | None:
     command = shutil.which("vela") or shutil.which("vela", path=str(Path(sys.executable).parent))
     if command is None:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        given = [command, str(path), "--output-dir", folder, "--accelerator-config", ACCELERATOR]
+    with scratch_folder() as folder:
+        given = [command, str(path), "--output-dir", str(folder), "--accelerator-config", ACCELERATOR]
         ran = subprocess.run(given, capture_output=True, text=True)
-        summaries = list(Path(folder).glob("*_summary_*.csv"))
+        summaries = list(folder.glob("*_summary_*.csv"))
         if ran.returncode or not summaries:
             told = (ran.stderr or ran.stdout).strip().splitlines() or ["it gave no report"]
             raise R2Error(f"vela cannot compile {path}: {told[-1]}")
