@@ -6,6 +6,7 @@ pickles, and refused: nothing in such a file is ever run.
 
 import zipfile
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,32 @@ def load(request: Request) -> Data:
 def _read(path: Path) -> dict[str, Any]:
     """The arrays of one file, by name."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} is one array: npz:FILE wants arrays by name, as numpy.savez writes them")
-            return {name: _array(file, name, path) for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is not a readable .npz file ({error}): write it with numpy.savez") from error
-
-
-def _array(file: Any, name: str, path: Path) -> Any:
-    try:
-        array = file[name]
-    except ValueError as error:
-        if "pickle" in str(error).lower() or "object" in str(error).lower():
-            raise InputError(
-                f"{path}: '{name}' holds pickled objects, which r2 never loads: save it as numbers"
-            ) from error
+        with zipfile.ZipFile(path) as file:
+            found = {entry.filename.removesuffix(".npy"): _array(file, entry, path) for entry in file.infolist()}
+    except InputError:
         raise
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"{path}: '{name}' holds {array.dtype}: arrays are numbers or booleans")
-    return array
+    except Exception as error:  # numpy and zipfile raise anything for a damaged header
+        why = "it is damaged" if isinstance(error, MemoryError) else " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not a readable .npz file ({why}): write it with numpy.savez") from error
+    lengths = {name: len(array) if array.ndim else None for name, array in found.items()}
+    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+        told = ", ".join(f"{name} {found[name].shape}" for name in list(found)[:5])
+        raise InputError(f"{path} holds {told or 'no array'}: the first axis of every array counts the same samples")
+    return found
+
+
+def _array(file: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> Any:
+    """One array, whose header is read first: what it says is checked before there is memory for it."""
+    name = entry.filename.removesuffix(".npy")
+    with file.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(stream)
+        if dtype.hasobject:
+            raise InputError(f"{path}: '{name}' holds pickled objects, which r2 never loads: save it as numbers")
+        if dtype.kind not in "biuf":
+            raise InputError(f"{path}: '{name}' holds {dtype}: arrays are numbers or booleans")
+        if min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != entry.file_size - stream.tell():
+            raise InputError(f"{path}: '{name}' holds other bytes than {shape} of {dtype}: write it again")
+    with file.open(entry) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)

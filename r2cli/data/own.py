@@ -121,7 +121,10 @@ def parted(batch: Any, name: str) -> tuple[dict[str, Tensor], Any]:
     if not found:
         raise InputError(f"{name} gives a batch without inputs: a batch is (inputs, target)")
     tensors = {str(key): _tensor(value, name) for key, value in found.items()}
-    return tensors, _as_tensors(target)
+    target, first = _as_tensors(target), next(iter(tensors.values()))
+    if isinstance(target, Tensor) and first.ndim and target.shape[:1] != first.shape[:1]:
+        raise InputError(f"{name} gives {len(first)} samples and a target of {tuple(target.shape)}: give one a sample")
+    return tensors, target
 
 
 def _tensor(value: Any, name: str) -> Tensor:

@@ -3,11 +3,13 @@
 import base64
 import io
 import json
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from mutations import NESTED, header_of_png, joined, json_text, split
@@ -150,6 +152,29 @@ def text(old: str, new: str) -> Edit:
 
 
 DAMAGED = "has damaged r2 metadata"
+
+
+def arrays(**changed: Any) -> Edit:
+    """Other arrays in an .npz file."""
+
+    def edit(content: bytes) -> bytes:
+        with np.load(io.BytesIO(content)) as file:
+            held = {name: file[name] for name in file.files} | changed
+        made = io.BytesIO()
+        np.savez(made, **held)
+        return made.getvalue()
+
+    return edit
+
+
+def shape_of_array(content: bytes) -> bytes:
+    """An .npz file with an array whose header says 400 GB."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as file, file.open("x.npy", "w") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (10**11,)})
+    return made.getvalue()
+
+
 CASES = {
     "a network is a list": Case("float", recorded("model", [1]), f"{DAMAGED} ('model' is a list, not a table)"),
     "a name is a number": Case("float", recorded("model/name", 3), "'model.name' is 3, not a text"),
@@ -218,6 +243,9 @@ CASES = {
         in_tokenizer("post_processor/pair/1/Sequence/type_id", 1 << 31),
         "the tokenizer in the file gives numbers above",
     ),
+    "an array of 400 GB": Case("npz", shape_of_array, "'x' holds other bytes than (100000000000,) of float32"),
+    "arrays of other lengths": Case("npz", arrays(target=np.zeros(3)), "counts the same samples"),
+    "pickled objects": Case("npz", arrays(x=np.array([{}] * 12)), "'x' holds pickled objects, which r2 never loads"),
     "a meta tensor": Case("pth", _weight(lambda w: w.to("meta")), "'fc.weight' is not a dense one of real numbers"),
     "a sparse tensor": Case("pth", _weight(lambda w: w.to_sparse()), "is not a dense one of real numbers"),
     "a complex tensor": Case("pth", _weight(lambda w: w.to(torch.complex64)), "is not a dense one of real numbers"),

@@ -8,10 +8,12 @@ import io
 import json
 import random
 import re
+import zipfile
 import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -353,6 +355,40 @@ def header_of_png(wide: int, high: int) -> Callable[[bytes], bytes]:
     return edit
 
 
+# --- arrays ---------------------------------------------------------------------------------------------------------
+
+
+def _npz(content: bytes, draw: random.Random) -> bytes:
+    """One array of another name, type, shape or header, in an archive that is whole."""
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        arrays = {name: file.read(name) for name in file.namelist()}
+    name = draw.choice(list(arrays))
+    kind = draw.randrange(6)
+    if kind == 0:
+        arrays[f"{draw.choice(NAMES)}.npy"] = arrays.pop(name)
+    elif kind == 1:
+        arrays[name] = _bytes(arrays[name], draw)
+    elif kind == 2:
+        arrays.pop(name)
+    elif kind == 3:  # a header of the same length that says something else
+        shape = draw.choice(("(99999999999,)", "(-1, 6)", "(12, 6, 9)", "((((", "(1e9,)", "(2**40,)", "()"))
+        header = arrays[name][10 : 10 + int.from_bytes(arrays[name][8:10], "little")].decode("latin1")
+        said = re.sub(r"\([^)]*\)", lambda _: shape, header, count=1).rstrip()[: len(header) - 1].ljust(len(header) - 1)
+        arrays[name] = arrays[name][:10] + f"{said}\n".encode() + arrays[name][10 + len(header) :]
+    else:
+        values = np.load(io.BytesIO(arrays[name]), allow_pickle=False)
+        other = io.BytesIO()
+        dtype = draw.choice(("O", "U4", "c8", "?", "i1", "f2", "f8", "M8[s]", "V3"))
+        shape = draw.choice((values.shape, (values.size,), (*values.shape, 1), (1, *values.shape)))
+        np.save(other, values.astype(dtype).reshape(shape) if dtype != "V3" else np.zeros(shape, "V3"))
+        arrays[name] = other.getvalue()
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as file:
+        for name, data in arrays.items():
+            file.writestr(name, data)
+    return made.getvalue()
+
+
 def _tsv(content: bytes, draw: random.Random) -> bytes:
     lines = content.decode().splitlines()
     at = draw.randrange(len(lines)) if draw.random() < 0.6 else 0
@@ -371,4 +407,5 @@ STRUCTURED = {
     "png": _image,
     "bmp": _image,
     "tsv": _tsv,
+    "npz": _npz,
 }

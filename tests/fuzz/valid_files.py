@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from onnx import TensorProto, helper, numpy_helper, save_model
 from PIL import Image
@@ -16,6 +17,11 @@ from safetensors.torch import save_file
 CPU = ("--data", "digits:64", "--device", "cpu")
 TRAIN = ("pretrain", "--model", "resnet8", "--size", "8", *CPU, "--epochs", "1", "-o", "made.safetensors")
 FLOAT, CODED, PALETTE, ONNX = "float.safetensors", "coded.safetensors", "palette.safetensors", "coded.onnx"
+VECTOR = ("--model", "vector.py:factory")
+CODE = """from torch import nn
+def factory(num_classes=2):
+    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+"""
 RECIPE = """# A recipe of one step.
 [matrix]
 bits = [8, 4]
@@ -85,8 +91,39 @@ READERS = {
     "state": Reader("made.resume.safetensors", ((*TRAIN, "--resume"),), ("made.",), share=15),
     "record": Reader("coded.run.json", (("ptq", FLOAT, *CPU, "-o", CODED, "--resume"),), share=8),
     "pth": Reader("float.pth", (("evaluate", "--weights", "FILE", "--model", "resnet8", *CPU, "--dry-run"),), share=8),
-    "onnx": Reader(ONNX, (("analyze", "FILE", "--quick"), ("evaluate", "FILE", *CPU)), share=20),
-    "other-onnx": Reader("other.onnx", (("analyze", "FILE"), ("evaluate", "FILE", *CPU)), share=20),
+    "onnx": Reader(
+        ONNX,
+        (
+            ("analyze", "FILE", "--quick"),
+            ("evaluate", "FILE", *CPU),
+            ("verify", "FILE", *CPU[:2], "--runtime", "onnxruntime"),
+            ("verify", "FILE", "--against", CODED, *CPU[:2], "--runtime", "onnxruntime"),
+        ),
+        share=30,
+    ),
+    "other-onnx": Reader(
+        "other.onnx",
+        (("analyze", "FILE"), ("evaluate", "FILE", *CPU), ("verify", "FILE", "--runtime", "onnxruntime")),
+        share=30,
+    ),
+    "npz": Reader(
+        "arrays.npz",
+        (
+            (
+                "ptq",
+                "--weights",
+                "vector.pth",
+                *VECTOR,
+                "--data",
+                "npz:FILE",
+                *CPU[2:],
+                "-o",
+                "v.safetensors",
+                "--dry-run",
+            ),
+        ),
+        share=10,
+    ),
     "recipe": Reader("recipe.toml", (("run", "FILE", "--dry-run"), ("run", "FILE", "--dry-run", "--only", "w4*"))),
     "results": Reader(
         "done/results.json",
@@ -138,6 +175,19 @@ def make(folder: Path) -> None:
     line = ("pretrain", "--model", "resnet8", "--data", "imagefolder:images", "--epochs", "1", "--device", "cpu")
     r2(*line, "--workers", "0", "-o", "seen.safetensors")
     _text(folder, r2)
+    _arrays(folder)
+
+
+def _arrays(folder: Path) -> None:
+    (folder / "vector.py").write_text(CODE)
+    drawn = np.random.default_rng(0)
+    x = drawn.normal(size=(12, 6)).astype(np.float32)
+    np.savez(folder / "arrays.npz", x=x, target=x.argmax(1) % 2)
+    network = {"0.weight": (4, 6), "0.bias": (4,), "2.weight": (2, 4), "2.bias": (2,)}
+    torch.save(
+        {name: torch.from_numpy(drawn.normal(size=shape)).float() for name, shape in network.items()},
+        folder / "vector.pth",
+    )
 
 
 def _weights(folder: Path) -> None:
