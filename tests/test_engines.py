@@ -102,6 +102,36 @@ def test_what_openvino_cannot_load_is_a_failed_check(tmp_path: Path) -> None:
     assert not told.passed and "fails when OpenVINO" in told.detail
 
 
+@needs_openvino
+@pytest.mark.slow
+def test_evaluate_runs_a_file_in_the_runtime_that_is_named(r2: R2, trained_once: dict[str, Path]) -> None:
+    line = ["evaluate", trained_once["w4"], "--data", "digits:64"]
+    usual, other = (r2(*line, *more) for more in ([], ["--runtime", "openvino"]))
+    assert usual.code == other.code == 0 and "(OpenVINO, 1 thread)" in other.out, other.err
+    assert usual.out.split(" % of")[0] == other.out.split(" % of")[0]  # the same top-1
+
+
+@needs_openvino
+def test_a_fixed_batch_is_filled_up(tmp_path: Path) -> None:
+    shape = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 3]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", shape[:1], shape[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    path = tmp_path / "relu.onnx"
+    path.write_bytes(model.SerializeToString())
+    given = torch.randn(6, 3)
+    found = engines.runner(ENGINES["openvino"], path)(given)
+    assert torch.equal(found, given.relu())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("openvin", "did you mean 'openvino'?"), ("openvino", "is for .onnx files")]
+)
+def test_evaluate_refuses_runtimes_that_do_not_fit(name: str, told: str, r2: R2, trained: Path, tmp_path: Path) -> None:
+    source = trained if name == "openvino" else tmp_path / "none.onnx"
+    ran = r2("evaluate", source, "--runtime", name)
+    assert ran.code == 2 and told in ran.err
+
+
 def test_onnx_runtime_is_an_engine_among_others(trained_once: dict[str, Path]) -> None:
     path = trained_once["w8a8"]
     ones = {"input": np.ones((2, 1, 8, 8), np.float32)}
