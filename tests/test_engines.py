@@ -120,7 +120,7 @@ def test_a_fixed_batch_is_filled_up(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     given = torch.randn(6, 3)
     found = engines.runner(ENGINES["openvino"], path)(given)
-    assert torch.equal(found, given.relu())  # type: ignore[arg-type]
+    assert torch.equal(found, given.relu())
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,13 @@ def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
     return of_data(path, datasets.load(data, spec=found.input))
 
 
-def of_data(path: Path, source: Data) -> Given:
-    """The first test samples of `source`, as the file at `path` takes them: by place, in batches of its own size.
+def of_data(path: Path, source: Data, most: int = IMAGES) -> Given:
+    """The first test samples of `source`, `most` at most, as the file at `path` takes them: by place, in batches of its
+    own size.
 
     Raises InputError where the file wants other inputs.
     """
-    samples = next(iter(source.test.batches(min(IMAGES, datasets.batch_that_fits(source.test, IMAGES)), CPU)))[0]
+    samples = next(iter(source.test.batches(datasets.batch_that_fits(source.test, most), CPU)))[0]
     wanted = declared_inputs.declared(runtime.read(path), str(path))
     if [len(each.axes) for each in wanted] != [one.ndim for one in places(samples)]:
         shapes = ", ".join(str(tuple(one.shape)) for one in places(samples))

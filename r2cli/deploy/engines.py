@@ -116,7 +116,7 @@ def named(name: str) -> Engine:
     return engine
 
 
-def runner(engine: Engine, path: Path, threads: int = 0) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+def runner(engine: Engine, path: Path, threads: int = 0) -> Callable[..., Any]:
     """A function from inputs by place, each (n, ...), to the outputs of the file at `path`: one tensor or a tuple.
 
     A file of a fixed batch takes them in batches of that size, the last one filled up.
@@ -126,7 +126,7 @@ def runner(engine: Engine, path: Path, threads: int = 0) -> Callable[..., Tensor
     run, wanted = engine.load(path, threads, False), runtime.opened(path).graph.input
     names, fixed = [each.name for each in wanted], wanted[0].type.tensor_type.shape.dim[0].dim_value
 
-    def outputs(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def outputs(*inputs: Tensor) -> Any:
         given, samples = runtime.fed(names, inputs), len(inputs[0])
         size = fixed or samples
         parts = [
