@@ -28,7 +28,7 @@ class Given:
 
 
 def named(path: Path, data: str | None) -> runtime.Recorded | None:
-    """What the file at `path` records of its data; None for another tool's file, and where only a folder is recorded.
+    """What the file at `path` records of its data; None for another tool's file, and where the name is not enough.
 
     Raises InputError for `data` beside a file that does not say how its inputs are prepared.
     """
@@ -37,7 +37,9 @@ def named(path: Path, data: str | None) -> runtime.Recorded | None:
             raise InputError(f"{path} does not say how its inputs are prepared: leave out --data, and they are drawn")
         return None
     recorded = runtime.recorded(path)
-    return None if data is None and recorded.data == "imagefolder" else recorded
+    kind, _, where = recorded.data.partition(":")
+    is_known = kind in datasets.KINDS and (where or kind not in datasets.WHERE)
+    return recorded if data is not None or is_known else None
 
 
 def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
