@@ -53,7 +53,7 @@ def row(path: Path, float_path: Path, given: Sequence[Arrays]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
