@@ -53,25 +53,50 @@ def test_openvino_agrees_at_every_width(name: str, trained_once: dict[str, Path]
 @needs_openvino
 @pytest.mark.slow
 def test_a_fault_in_one_runtime_only_is_caught(trained_once: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    path = trained_once["w2a8"]
-    off = _changed(lambda found: found[:, ::-1])
-    for vnni in (True, False):
-        monkeypatch.setattr(runtime, "has_vnni", lambda vnni=vnni: vnni)
-        told = second_engine.check(path, replace(ENGINES["openvino"], load=off), _given(path))
-        assert not told.passed and ("by plain kernels" in told.detail) != vnni
-    reference = engines.together(ENGINES["onnxruntime"].load(path, 1, False), _given(path))
-    near = replace(ENGINES["openvino"], load=_changed(lambda found: found * np.float32(1.05)))  # 26 dB
+    two, eight = trained_once["w2a8"], trained_once["w8a8"]
+    given = _given(two)
+    usual = engines.together(ENGINES["onnxruntime"].load(two, 1, False), given)
+
+    def told(path: Path, change: Change, *, plain: bool, **more: float) -> tuple[bool, str]:
+        """The check of a runtime whose kernels are wrong, the plain ones too or not."""
+        reference = usual if path == two else None
+        found = second_engine.check(path, _changed(change, plain), given, reference, **more)
+        return found.passed, found.detail
+
+    monkeypatch.setattr(runtime, "has_vnni", lambda: False)
+    assert not told(two, _reversed, plain=True)[0] and not told(two, _reversed, plain=False)[0]
+    passed, detail = told(eight, _reversed, plain=False)
+    assert passed and "overflow on this processor without VNNI" in detail
+    assert not told(eight, _reversed, plain=True)[0]
     monkeypatch.setattr(runtime, "has_vnni", lambda: True)
-    assert not second_engine.check(path, near, _given(path), reference).passed
-    assert second_engine.check(path, near, _given(path), reference, usual_db=30.0).passed
+    assert not told(eight, _reversed, plain=False)[0]
+    passed, detail = told(two, _nearly, plain=False)
+    assert passed and "add residuals on grids of their own (26 dB" in detail
+    assert not told(two, _nearly, plain=True)[0]
+    assert told(two, _nearly, plain=True, usual_db=30.0)[0]
 
 
-def _changed(change: Callable[[engines.Array], engines.Array]) -> Callable[[Path, int, bool], Run]:
+Change = Callable[[engines.Array], engines.Array]
+
+
+def _reversed(found: engines.Array) -> engines.Array:
+    return found[:, ::-1]
+
+
+def _nearly(found: engines.Array) -> engines.Array:
+    return found * np.float32(1.05)  # 26 dB
+
+
+def _changed(change: Change, plain_too: bool) -> engines.Engine:
+    """OpenVINO with other results."""
+
     def load(path: Path, threads: int, plain: bool) -> Run:
-        run = ENGINES["openvino"].load(path, threads, plain)
+        run = ENGINES["openvino"].load(path, threads, True)
+        if plain and not plain_too:
+            return run
         return lambda given: {name: change(value) for name, value in run(given).items()}
 
-    return load
+    return replace(ENGINES["openvino"], load=load)
 
 
 @needs_openvino
@@ -100,6 +125,36 @@ def test_what_openvino_cannot_load_is_a_failed_check(tmp_path: Path) -> None:
     ones = {"x": torch.ones(1, 16).numpy()}
     told = second_engine.check(path, ENGINES["openvino"], [ones], {"y": np.ones((1, 16), np.float32)})
     assert not told.passed and "fails when OpenVINO" in told.detail
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_evaluate_runs_a_file_in_the_runtime_that_is_named(r2: R2, trained_once: dict[str, Path]) -> None:
+    line = ["evaluate", trained_once["w4"], "--data", "digits:64"]
+    usual, other = (r2(*line, *more) for more in ([], ["--runtime", "openvino"]))
+    assert usual.code == other.code == 0 and "(OpenVINO, 1 thread)" in other.out, other.err
+    assert usual.out.split(" % of")[0] == other.out.split(" % of")[0]  # the same top-1
+
+
+@needs_openvino
+def test_a_fixed_batch_is_filled_up(tmp_path: Path) -> None:
+    shape = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 3]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", shape[:1], shape[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    path = tmp_path / "relu.onnx"
+    path.write_bytes(model.SerializeToString())
+    given = torch.randn(6, 3)
+    found = engines.runner(ENGINES["openvino"], path)(given)
+    assert torch.equal(found, given.relu())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("openvin", "did you mean 'openvino'?"), ("openvino", "is for .onnx files")]
+)
+def test_evaluate_refuses_runtimes_that_do_not_fit(name: str, told: str, r2: R2, trained: Path, tmp_path: Path) -> None:
+    source = trained if name == "openvino" else tmp_path / "none.onnx"
+    ran = r2("evaluate", source, "--runtime", name)
+    assert ran.code == 2 and told in ran.err
 
 
 def test_onnx_runtime_is_an_engine_among_others(trained_once: dict[str, Path]) -> None:

@@ -83,3 +83,18 @@ def test_overflow_is_measured_where_the_processor_has_it(made: Path, monkeypatch
 def test_dry_run_reads_nothing(r2: R2, tmp_path: Path) -> None:
     ran = r2("verify", tmp_path / "none.onnx", "--dry-run")
     assert ran.code == 0 and "would verify" in ran.out
+
+
+@pytest.mark.slow
+def test_a_file_of_data_that_stands_elsewhere_gets_random_inputs(r2: R2, here: Path) -> None:
+    file = onnx.load("net.onnx")
+    entry = next(each for each in file.metadata_props if each.key == "r2.history")
+    assert '"data":"digits"' in entry.value
+    for name in ("imagefolder", "mine.py:pictures"):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(file)
+        own = next(each for each in changed.metadata_props if each.key == "r2.history")
+        own.value = entry.value.replace('"data":"digits"', f'"data":"{name}"')
+        Path("net.onnx").write_bytes(changed.SerializeToString())
+        ran = r2("verify", "net.onnx")
+        assert ran.code == 0 and "on random inputs input 8x1x8x8" in ran.out, ran.err

@@ -28,7 +28,7 @@ class Given:
 
 
 def named(path: Path, data: str | None) -> runtime.Recorded | None:
-    """What the file at `path` records of its data; None for another tool's file, and where only a folder is recorded.
+    """What the file at `path` records of its data; None for another tool's file, and where the name is not enough.
 
     Raises InputError for `data` beside a file that does not say how its inputs are prepared.
     """
@@ -37,7 +37,9 @@ def named(path: Path, data: str | None) -> runtime.Recorded | None:
             raise InputError(f"{path} does not say how its inputs are prepared: leave out --data, and they are drawn")
         return None
     recorded = runtime.recorded(path)
-    return None if data is None and recorded.data == "imagefolder" else recorded
+    kind, _, where = recorded.data.partition(":")
+    is_known = kind in datasets.KINDS and (where or kind not in datasets.WHERE)
+    return recorded if data is not None or is_known else None
 
 
 def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
@@ -55,12 +57,13 @@ def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
     return of_data(path, datasets.load(data, spec=found.input))
 
 
-def of_data(path: Path, source: Data) -> Given:
-    """The first test samples of `source`, as the file at `path` takes them: by place, in batches of its own size.
+def of_data(path: Path, source: Data, most: int = IMAGES) -> Given:
+    """The first test samples of `source`, `most` at most, as the file at `path` takes them: by place, in batches of its
+    own size.
 
     Raises InputError where the file wants other inputs.
     """
-    samples = next(iter(source.test.batches(min(IMAGES, datasets.batch_that_fits(source.test, IMAGES)), CPU)))[0]
+    samples = next(iter(source.test.batches(datasets.batch_that_fits(source.test, most), CPU)))[0]
     wanted = declared_inputs.declared(runtime.read(path), str(path))
     if [len(each.axes) for each in wanted] != [one.ndim for one in places(samples)]:
         shapes = ", ".join(str(tuple(one.shape)) for one in places(samples))

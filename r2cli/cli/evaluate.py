@@ -33,7 +33,12 @@ def evaluate(
     from r2cli.train import evaluation
 
     source = gates.source(given)
-    subject = _of_onnx(given) if source.suffix == ".onnx" else _of_network(given, config.device)
+    if source.suffix == ".onnx":
+        subject = _of_onnx(given, config.runtime or "onnxruntime")
+    elif config.runtime is not None:
+        raise InputError(f"--runtime {config.runtime} is for .onnx files, and {source} is a network of torch's")
+    else:
+        subject = _of_network(given, config.device)
     where, loaded = subject.device, subject.loaded
     loaded = inputs.measured_by(Evaluation(images.eval_images), wanted, loaded)
     metric = loaded.task.metric
@@ -87,23 +92,25 @@ class Subject:
     blank: "Given"
 
 
-def _of_onnx(given: EvaluateSource) -> Subject:
-    """Return an ONNX file, run by ONNX Runtime. Raises InputError for a file that r2 did not write or other classes."""
+def _of_onnx(given: EvaluateSource, name: str) -> Subject:
+    """Return an ONNX file, run by the runtime `name`.
+
+    Raises InputError for a file that r2 did not write, other classes, and a runtime that is unknown or not installed.
+    """
     import torch
 
     from r2cli.api import inputs
-    from r2cli.deploy import runtime
+    from r2cli.deploy import engines, runtime
 
-    source = gates.source(given)
+    source, engine = gates.source(given), engines.named(name)
     if given.model is not None:
         raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
     made = runtime.recorded(source)
     loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
     loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
-    one_thread = runtime.runner(source, threads=1)
-    size = source.stat().st_size
-    more = "ONNX Runtime", size, made.outputs, made.input.blank(1)
-    return Subject(runtime.runner(source), one_thread, torch.device("cpu"), loaded, *more)
+    every, one = (engines.runner(engine, source, threads) for threads in (0, 1))
+    more = engine.shown, source.stat().st_size, made.outputs, made.input.blank(1)
+    return Subject(every, one, torch.device("cpu"), loaded, *more)
 
 
 def _of_network(given: EvaluateSource, device: str) -> Subject:

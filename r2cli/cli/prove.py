@@ -77,7 +77,7 @@ def _read(given: VerifyFiles, images: MeasuredImages) -> "tuple[Checkpoint | Non
         source = inputs.load_data(
             Preparation(data_dir=given.data_dir), given.data, default=found.data, spec=found.input
         )
-        inputs.require_classes(given.file, found.class_names, source)
+        source = inputs.fitting(given.file, found.input, found.class_names, source)
     return made, source if images.eval_images is None else datasets.with_test_images(source, images.eval_images)
 
 

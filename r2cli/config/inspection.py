@@ -99,6 +99,7 @@ class EvaluateConfig(Config):
     """Where a network is measured."""
 
     device: str = groups.device()
+    runtime: str | None = option(None, "What runs an .onnx file: onnxruntime or openvino. (default: onnxruntime)")
 
 
 @dataclass(frozen=True)

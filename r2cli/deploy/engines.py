@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from r2cli.deploy import runtime
 from r2cli.errors import InputError, unknown
@@ -112,6 +114,29 @@ def named(name: str) -> Engine:
     if not engine.installed:
         raise InputError(f"--runtime {name}: {engine.shown} is not installed: get it with `{engine.install}`")
     return engine
+
+
+def runner(engine: Engine, path: Path, threads: int = 0) -> Callable[..., Any]:
+    """A function from inputs by place, each (n, ...), to the outputs of the file at `path`: one tensor or a tuple.
+
+    A file of a fixed batch takes them in batches of that size, the last one filled up.
+    """
+    if engine.name == "onnxruntime":
+        return runtime.runner(path, threads=threads)
+    run, wanted = engine.load(path, threads, False), runtime.opened(path).graph.input
+    names, fixed = [each.name for each in wanted], wanted[0].type.tensor_type.shape.dim[0].dim_value
+
+    def outputs(*inputs: Tensor) -> Any:
+        given, samples = runtime.fed(names, inputs), len(inputs[0])
+        size = fixed or samples
+        parts = [
+            {name: one.take(range(start, start + size), 0, mode="clip") for name, one in given.items()}
+            for start in range(0, samples, size)
+        ]
+        found = tuple(torch.from_numpy(each[:samples]) for each in together(run, parts).values())
+        return found if len(found) > 1 else found[0]
+
+    return outputs
 
 
 def chosen(names: Iterable[str]) -> list[Engine]:

@@ -57,14 +57,14 @@ def of_checkpoint(path: Path, checkpoint: Checkpoint, given: Arrays) -> Speed:
 def of_files(path: Path, float_path: Path, given: Arrays, float_given: Arrays) -> Speed:
     """The file at `path` beside another, each on its inputs: the same batch, by the names that each file has."""
     one, other = (of_session(runtime.session(each, threads=1), str(each)) for each in (path, float_path))
-    own, beside = _in_turns(one, given, other, float_given)
+    own, beside = in_turns(one, given, other, float_given)
     costs = runtime.operator_times(path, dict(given)) if own > beside else {}
     shown = [(operator, share) for operator, share in costs.items() if share >= SHARE][:SHOWN]
     return Speed(1000 * own, 1000 * beside, dict(shown))
 
 
-def _in_turns(one: Run, given: Arrays, other: Run, other_given: Arrays) -> tuple[float, float]:
-    """Median times of both in seconds."""
+def in_turns(one: Run, given: Arrays, other: Run, other_given: Arrays) -> tuple[float, float]:
+    """Median times in seconds of two functions that take turns."""
     times: tuple[list[float], list[float]] = ([], [])
     started = perf_counter()
     while len(times[0]) < LEAST + WARM or (len(times[0]) < MOST and perf_counter() - started < BUDGET_S):
