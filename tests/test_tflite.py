@@ -63,9 +63,11 @@ def _shuffled(x: Tensor) -> Tensor:
 BODIES = {
     "residual": (Residual, 512),
     "joined": (Joined, 512),
+    "vector": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(512, 16), nn.Hardswish()), 16),
     "depthwise": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.ReLU6(), nn.Conv2d(8, 16, 1)), 256),
     "multiplied": (lambda: nn.Conv2d(8, 16, 5, padding=4, dilation=2, groups=8), 1024),
     "max pool": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(3, 2, 1)), 128),
+    "rounded up": (lambda: nn.Sequential(nn.Conv2d(8, 8, 2), nn.MaxPool2d(3, 2, ceil_mode=True)), 72),
     "mean pool": (lambda: nn.AvgPool2d(2), 128),
     "shuffled": (lambda: _shuffled, 512),
     "moved": (lambda: _halves, 512),
