@@ -37,7 +37,7 @@ def load(path: Path, threads: int = 0, plain: bool = False) -> Run:
     return run
 
 
-def runner(path: Path, threads: int = 0) -> Callable[..., Given]:
+def runner(path: Path, threads: int = 0) -> Callable[..., Any]:
     """A function from inputs by place (n, ...) to the outputs, one tensor or a tuple, a batch of the file at a time.
 
     Raises UnrunnableError as `load` does.
