@@ -142,6 +142,8 @@ def test_the_command_writes_and_proves_it_and_vela_tells_of_few_bits(r2: R2, tra
         flash[bits] = report["vela"] and report["vela"]["flash_bytes"]
     if find_spec("ethosu") is not None:
         assert flash[2] < 0.5 * flash[8]
+    again = json.loads(r2("evaluate", tmp_path / "2.tflite", "--json").out)
+    assert again["engine"] == "LiteRT" and abs(again["top1"] - report["top1"]) < 1
     ran = r2("export", tmp_path / "2.safetensors", "--target", "tflite", "-o", tmp_path / "again.tflite")
     assert ran.code == 0, ran.err
     assert (tmp_path / "again.tflite").stat().st_size == (tmp_path / "2.tflite").stat().st_size
@@ -166,3 +168,5 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"TFL3" * 10)
     with pytest.raises(InputError, match=r"model.tflite does not load in LiteRT"):
         tflite_run.runner(path)
+    with pytest.raises(InputError, match=r"model.tflite: it is damaged, or not of TensorFlow Lite"):
+        tflite_run.recorded(path)

@@ -1,11 +1,13 @@
 """`r2 evaluate`: measure a checkpoint or an ONNX file."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
+from r2cli.config import targets
 from r2cli.config.groups import Evaluation, FileGates, MeasuredImages, Told
 from r2cli.config.inspection import EvaluateConfig, EvaluateSource
 from r2cli.errors import InputError
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from r2cli import data as datasets
     from r2cli.storage.input_spec import Given
+
+FILES = (".onnx", ".tflite")  # which hold their own network
 
 
 @command
@@ -33,7 +37,7 @@ def evaluate(
     from r2cli.train import evaluation
 
     source = gates.source(given)
-    subject = _of_onnx(given) if source.suffix == ".onnx" else _of_network(given, config.device)
+    subject = _of_file(given) if source.suffix in FILES else _of_network(given, config.device)
     where, loaded = subject.device, subject.loaded
     loaded = inputs.measured_by(Evaluation(images.eval_images), wanted, loaded)
     metric = loaded.task.metric
@@ -87,23 +91,38 @@ class Subject:
     blank: "Given"
 
 
-def _of_onnx(given: EvaluateSource) -> Subject:
-    """Return an ONNX file, run by ONNX Runtime. Raises InputError for a file that r2 did not write or other classes."""
+def _of_file(given: EvaluateSource) -> Subject:
+    """Return an ONNX file, run by ONNX Runtime, or a .tflite file, run by LiteRT.
+
+    Raises InputError for a file that r2 did not write, for other classes, and where LiteRT is not installed.
+    """
     import torch
 
     from r2cli.api import inputs
-    from r2cli.deploy import runtime
 
     source = gates.source(given)
     if given.model is not None:
-        raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
-    made = runtime.recorded(source)
+        raise InputError(f"{source} needs no --model: such a file holds its own network")
+    engine, runner = _engine(source)
+    made = engine.recorded(source)
     loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
     loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
-    one_thread = runtime.runner(source, threads=1)
+    one_thread = engine.runner(source, threads=1)
     size = source.stat().st_size
-    more = "ONNX Runtime", size, made.outputs, made.input.blank(1)
-    return Subject(runtime.runner(source), one_thread, torch.device("cpu"), loaded, *more)
+    more = runner, size, made.outputs, made.input.blank(1)
+    return Subject(engine.runner(source), one_thread, torch.device("cpu"), loaded, *more)
+
+
+def _engine(source: Path) -> tuple[Any, str]:
+    """The module that runs a file, and the runtime's name."""
+    if source.suffix == ".tflite":
+        targets.require_installed("tflite")
+        from r2cli.deploy import tflite_run
+
+        return tflite_run, "LiteRT"
+    from r2cli.deploy import runtime
+
+    return runtime, "ONNX Runtime"
 
 
 def _of_network(given: EvaluateSource, device: str) -> Subject:
