@@ -94,6 +94,21 @@ def test_litert_gives_what_onnx_runtime_gives(name: str, tmp_path: Path) -> None
     assert float((found - expected).abs().max()) <= 2.01 * step
 
 
+def test_a_batch_of_two_runs_any_number_of_images(tmp_path: Path) -> None:
+    from r2cli.deploy import tflite_run
+
+    torch.manual_seed(0)
+    config = r2cli.PtqConfig(target="tflite", calibration=8)
+    made = r2cli.quantize(Net(Joined(), 512).eval(), data.load("digits"), config)
+    found, images = [], torch.randn(3, 1, 16, 16)
+    for batch in ("1", "2"):
+        r2cli.export(made, tmp_path / "model.tflite", r2cli.ExportForm(batch=batch))
+        found.append(tflite_run.runner(tmp_path / "model.tflite")(images))
+    assert torch.equal(*found) and len(found[0]) == 3
+    with pytest.raises(InputError, match="tflite has a fixed batch"):
+        r2cli.export(made, form=r2cli.ExportForm(batch="dynamic"))
+
+
 @pytest.mark.parametrize("work", [r2cli.quantize, r2cli.finetune, r2cli.palettize])
 def test_what_has_no_form_is_named_before_any_work(work: Callable[..., object]) -> None:
     configs = {"quantize": r2cli.PtqConfig, "finetune": r2cli.QatConfig, "palettize": r2cli.PalettizeConfig}
