@@ -63,9 +63,11 @@ def _shuffled(x: Tensor) -> Tensor:
 BODIES = {
     "residual": (Residual, 512),
     "joined": (Joined, 512),
+    "vector": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(512, 16), nn.Hardswish()), 16),
     "depthwise": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.ReLU6(), nn.Conv2d(8, 16, 1)), 256),
     "multiplied": (lambda: nn.Conv2d(8, 16, 5, padding=4, dilation=2, groups=8), 1024),
     "max pool": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(3, 2, 1)), 128),
+    "rounded up": (lambda: nn.Sequential(nn.Conv2d(8, 8, 2), nn.MaxPool2d(3, 2, ceil_mode=True)), 72),
     "mean pool": (lambda: nn.AvgPool2d(2), 128),
     "shuffled": (lambda: _shuffled, 512),
     "moved": (lambda: _halves, 512),
@@ -90,6 +92,21 @@ def test_litert_gives_what_onnx_runtime_gives(name: str, tmp_path: Path) -> None
     found = tflite_run.runner(tmp_path / "model.tflite")(images)
     step = float(made.checkpoint.activations["head"].scale)  # of the result's codes: LiteRT rounds by a shift
     assert float((found - expected).abs().max()) <= 2.01 * step
+
+
+def test_a_batch_of_two_runs_any_number_of_images(tmp_path: Path) -> None:
+    from r2cli.deploy import tflite_run
+
+    torch.manual_seed(0)
+    config = r2cli.PtqConfig(target="tflite", calibration=8)
+    made = r2cli.quantize(Net(Joined(), 512).eval(), data.load("digits"), config)
+    found, images = [], torch.randn(3, 1, 16, 16)
+    for batch in ("1", "2"):
+        r2cli.export(made, tmp_path / "model.tflite", r2cli.ExportForm(batch=batch))
+        found.append(tflite_run.runner(tmp_path / "model.tflite")(images))
+    assert torch.equal(*found) and len(found[0]) == 3
+    with pytest.raises(InputError, match="tflite has a fixed batch"):
+        r2cli.export(made, form=r2cli.ExportForm(batch="dynamic"))
 
 
 @pytest.mark.parametrize("work", [r2cli.quantize, r2cli.finetune, r2cli.palettize])
@@ -140,6 +157,8 @@ def test_the_command_writes_and_proves_it_and_vela_tells_of_few_bits(r2: R2, tra
         flash[bits] = report["vela"] and report["vela"]["flash_bytes"]
     if find_spec("ethosu") is not None:
         assert flash[2] < 0.5 * flash[8]
+    again = json.loads(r2("evaluate", tmp_path / "2.tflite", "--json").out)
+    assert again["engine"] == "LiteRT" and abs(again["top1"] - report["top1"]) < 1
     ran = r2("export", tmp_path / "2.safetensors", "--target", "tflite", "-o", tmp_path / "again.tflite")
     assert ran.code == 0, ran.err
     assert (tmp_path / "again.tflite").stat().st_size == (tmp_path / "2.tflite").stat().st_size
@@ -164,3 +183,5 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"TFL3" * 10)
     with pytest.raises(InputError, match=r"model.tflite does not load in LiteRT"):
         tflite_run.runner(path)
+    with pytest.raises(InputError, match=r"model.tflite: it is damaged, or not of TensorFlow Lite"):
+        tflite_run.recorded(path)

@@ -132,7 +132,8 @@ def to_file(
     is_lite = targets.get(made.target).container == targets.TFLITE
     console.note(f"{what}: exporting to {'TensorFlow Lite' if is_lite else 'ONNX'}")
     content = onnx_export.to_bytes(made, form)
-    timed = source.measured or source.name == inputs.NOISE  # not with --no-eval, which only makes and proves a file
+    # Not with --no-eval, which only makes and proves a file. The ONNX file of TensorFlow Lite's codes is no fast one.
+    timed = (source.measured or source.name == inputs.NOISE) and not is_lite
     with scratch_folder() as folder:
         if is_lite:
             temporary = folder / "model.onnx"

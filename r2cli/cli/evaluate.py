@@ -1,11 +1,13 @@
 """`r2 evaluate`: measure a checkpoint or an ONNX file."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
+from r2cli.config import targets
 from r2cli.config.groups import Evaluation, FileGates, MeasuredImages, Told
 from r2cli.config.inspection import EvaluateConfig, EvaluateSource
 from r2cli.errors import InputError
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     import torch
 
     from r2cli import data as datasets
+    from r2cli.deploy.runtime import Recorded
     from r2cli.storage.input_spec import Given
+
+FILES = (".onnx", ".tflite")  # which hold their own network
 
 
 @command
@@ -33,8 +38,8 @@ def evaluate(
     from r2cli.train import evaluation
 
     source = gates.source(given)
-    if source.suffix == ".onnx":
-        subject = _of_onnx(given, config.runtime or "onnxruntime")
+    if source.suffix in FILES:
+        subject = _of_file(given, config.runtime)
     elif config.runtime is not None:
         raise InputError(f"--runtime {config.runtime} is for .onnx files, and {source} is a network of torch's")
     else:
@@ -92,25 +97,40 @@ class Subject:
     blank: "Given"
 
 
-def _of_onnx(given: EvaluateSource, name: str) -> Subject:
-    """Return an ONNX file, run by the runtime `name`.
+def _of_file(given: EvaluateSource, name: str | None) -> Subject:
+    """Return an ONNX file, run by the runtime `name`, or a .tflite file, run by LiteRT.
 
     Raises InputError for a file that r2 did not write, other classes, and a runtime that is unknown or not installed.
     """
     import torch
 
     from r2cli.api import inputs
-    from r2cli.deploy import engines, runtime
 
-    source, engine = gates.source(given), engines.named(name)
+    source = gates.source(given)
     if given.model is not None:
-        raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
-    made = runtime.recorded(source)
+        raise InputError(f"{source} needs no --model: such a file holds its own network")
+    every, one, shown, made = _opened(source, name)
     loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
     loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
-    every, one = (engines.runner(engine, source, threads) for threads in (0, 1))
-    more = engine.shown, source.stat().st_size, made.outputs, made.input.blank(1)
+    more = shown, source.stat().st_size, made.outputs, made.input.blank(1)
     return Subject(every, one, torch.device("cpu"), loaded, *more)
+
+
+def _opened(source: Path, name: str | None) -> "tuple[Callable[..., Any], Callable[..., Any], str, Recorded]":
+    """A file in its runtime, with all threads and with one; the runtime's name, and what the file records."""
+    if source.suffix == ".tflite":
+        if name is not None:
+            raise InputError(f"--runtime {name} is for .onnx files: {source} runs in LiteRT")
+        targets.require_installed("tflite")
+        from r2cli.deploy import tflite_run
+
+        return tflite_run.runner(source), tflite_run.runner(source, 1), "LiteRT", tflite_run.recorded(source)
+    from r2cli.deploy import engines, runtime
+
+    made = runtime.recorded(source)  # first: it names another tool's file
+    engine = engines.named(name or "onnxruntime")
+    every, one = (engines.runner(engine, source, threads) for threads in (0, 1))
+    return every, one, engine.shown, made
 
 
 def _of_network(given: EvaluateSource, device: str) -> Subject:

@@ -89,7 +89,7 @@ class EvaluateSource(groups.Inputs):
 
     source: Path | None = option(
         None,
-        "A checkpoint, float or quantized, or an .onnx file that r2 wrote. (default: model.safetensors)",
+        "A checkpoint, float or quantized, or an .onnx or .tflite file that r2 wrote. (default: model.safetensors)",
         is_argument=True,
     )
 

@@ -170,7 +170,11 @@ class Recorded:
 
 def recorded(path: Path) -> Recorded:
     """What the file at `path` records. Raises InputError for another tool's file, and for damaged metadata."""
-    found = {entry.key: entry.value for entry in opened(path).metadata_props}
+    return of_metadata({entry.key: entry.value for entry in opened(path).metadata_props}, path)
+
+
+def of_metadata(found: Mapping[str, str], path: Path) -> Recorded:
+    """What the metadata `found` in the file at `path` says. Raises InputError as `recorded` does."""
     if not {f"r2.{own.name}" for own in fields(OnnxEntry) if own.default is MISSING} <= found.keys():
         raise InputError(f"{path} does not say how its images are preprocessed: only files written by r2 do")
     try:

@@ -20,6 +20,8 @@ SAME, VALID = 0, 1  # the schema's paddings
 
 
 def quantize(lite: LiteSheet, node: NodeProto) -> None:
+    if node.output[0] in lite.values:  # written with the sum before it
+        return
     codes, name = lite.parameters(node), node.input[0]
     if any(each.name == name for each in lite.graph.input):
         if name not in lite.given:
@@ -31,15 +33,7 @@ def quantize(lite: LiteSheet, node: NodeProto) -> None:
 def dequantize(lite: LiteSheet, node: NodeProto) -> None:
     name = node.input[0]
     if name not in lite.constants:
-        held = lite.held(name)
-        codes = lite.parameters(node)
-        if not held.grid.same(codes):  # a hard sigmoid: the codes of a sum stand for a sixth of it
-            again = lite.made(node.output[0], held.shape, codes)
-            lite.writer.operator(
-                "RESHAPE", [held.tensor], [again.tensor], "Reshape", newShape=list(lite_shape(held.shape))
-            )
-            held = again
-        lite.values[node.output[0]] = held
+        lite.values[node.output[0]] = lite.held(name)
         return
     zero = lite.constants[node.input[2]] if len(node.input) > 2 else np.zeros(1, np.int8)
     own = HeldCodes(lite.constants[name], lite.constants[node.input[1]], int(zero.reshape(-1)[0]), name)
@@ -136,11 +130,56 @@ def elementwise(kind: str, options: str) -> Callable[[LiteSheet, NodeProto], Non
         ranks = {len(each.shape) for each in parts if each.shape}
         if len(ranks) > 1 and 4 in ranks:
             raise Unwritable("it broadcasts a value of fewer axes over images")
+        if _scaled_sum(lite, node):
+            return
         found, fused = lite.on_grid(node)
         inputs = [each.tensor for each in parts]
         lite.writer.operator(kind, inputs, [found.tensor], options, fusedActivationFunction=fused)
 
     return write
+
+
+def _scaled_sum(lite: LiteSheet, node: NodeProto) -> bool:
+    """Write a sum with a number whose codes are read on a finer grid, (x + c) * share, as a hard sigmoid is: as a
+    depthwise convolution of one weight for each channel. Says whether it is one."""
+    rounds = next((each for each in lite.readers.get(node.output[0], []) if each.op_type == "QuantizeLinear"), None)
+    reads = None if rounds is None else lite.readers[rounds.output[0]][0]
+    number = lite.decoded.get(node.input[1])
+    if number is None or rounds is None or reads is None or reads.op_type != "DequantizeLinear":
+        return False
+    grid, x = lite.parameters(reads), lite.held(node.input[0])
+    share = float(grid.scale / lite.parameters(rounds).scale)
+    if grid.same(lite.parameters(rounds)):
+        return False
+    if len(x.shape) not in (2, 4) or number.integers.size != 1:
+        raise Unwritable("it is neither an image nor a vector, or its numbers differ")
+    channels, most, shape, name = x.shape[1], 127, x.shape, node.output[0]
+    image = (*shape, 1, 1) if len(shape) == 2 else shape
+    x = _reshaped(lite, x, image, f"{name}.image")
+    weight = LiteGrid(np.full(channels, share / most, np.float32), 0, 3)
+    ones = np.full((1, 1, 1, channels), most, np.int8)
+    kernel = lite.writer.tensor(f"{node.output[0]}.share", ones.shape, weight, ones)
+    added = float((number.integers.reshape(-1)[0] - number.zero) * number.scale)
+    sums = np.full(channels, round(added * most / float(x.grid.scale)), np.int32)
+    unit = LiteGrid(np.asarray(x.grid.scale * weight.scale, np.float32))
+    bias = lite.writer.tensor(f"{node.output[0]}.added", sums.shape, unit, sums)
+    found = lite.made(name, image, grid)
+    options: dict[str, Any] = {"padding": VALID, "strideH": 1, "strideW": 1, "depthMultiplier": 1}
+    options |= {"dilationHFactor": 1, "dilationWFactor": 1}
+    inputs = [x.tensor, kernel, bias]
+    lite.writer.operator("DEPTHWISE_CONV_2D", inputs, [found.tensor], "DepthwiseConv2D", **options)
+    found = _reshaped(lite, found, shape, f"{name}.vector")
+    lite.values |= {name: found, rounds.output[0]: found}
+    return True
+
+
+def _reshaped(lite: LiteSheet, x: HeldValue, shape: Sequence[int], name: str) -> HeldValue:
+    """`x` in another shape in which its values have the same order."""
+    if tuple(shape) == x.shape:
+        return x
+    found, sizes = lite.made(name, shape, x.grid), list(lite_shape(shape))
+    lite.writer.operator("RESHAPE", [x.tensor, lite.writer.ints(sizes)], [found.tensor], "Reshape", newShape=sizes)
+    return found
 
 
 def concatenation(lite: LiteSheet, node: NodeProto) -> None:
@@ -198,14 +237,24 @@ def mean_of_windows(lite: LiteSheet, node: NodeProto) -> None:
 
 def max_pool(lite: LiteSheet, node: NodeProto) -> None:
     x, given = lite.held(node.input[0]), attributes(node)
-    if len(x.shape) != 4 or any(each != 1 for each in given.get("dilations", [])) or given.get("ceil_mode"):
-        raise Unwritable("it has not two axes, or dilations, or rounds its size up")
+    if len(x.shape) != 4 or any(each != 1 for each in given.get("dilations", [])):
+        raise Unwritable("it has not two axes, or has dilations")
+    if given.get("ceil_mode"):  # a border of the least code takes it up to the last window
+        given["pads"] = _up_to_last_window(x, lite.shapes[node.output[0]], given)
     padding, x = _padding(lite, node, x, given, fill=-128)
     found, strides = lite.passed(node, x), given.get("strides", [1, 1])
     kernel = given["kernel_shape"]
     options = {"padding": padding, "strideH": strides[0], "strideW": strides[1]}
     options |= {"filterHeight": kernel[0], "filterWidth": kernel[1]}
     lite.writer.operator("MAX_POOL_2D", [x.tensor], [found.tensor], "Pool2D", **options)
+
+
+def _up_to_last_window(x: HeldValue, out: Sequence[int], given: dict[str, Any]) -> list[int]:
+    pads, strides = list(given.get("pads", [0, 0, 0, 0])), given.get("strides", [1, 1])
+    for axis in (0, 1):
+        reach = (out[2 + axis] - 1) * strides[axis] + given["kernel_shape"][axis]
+        pads[2 + axis] = max(pads[2 + axis], reach - x.shape[2 + axis] - pads[axis])
+    return pads
 
 
 # --- moving --------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ import torch
 from ai_edge_litert.interpreter import Interpreter
 from torch import Tensor
 
-from r2cli.deploy import engines, second_engine
+from r2cli.deploy import engines, second_engine, tflite_writer
 from r2cli.deploy.audit import Check
 from r2cli.deploy.engines import Array, Arrays, Engine, Run
-from r2cli.deploy.runtime import UnrunnableError
+from r2cli.deploy.runtime import Recorded, UnrunnableError, of_metadata
+from r2cli.errors import InputError
 from r2cli.storage.input_spec import Given
 
 
@@ -37,7 +38,7 @@ def load(path: Path, threads: int = 0, plain: bool = False) -> Run:
     return run
 
 
-def runner(path: Path, threads: int = 0) -> Callable[..., Given]:
+def runner(path: Path, threads: int = 0) -> Callable[..., Any]:
     """A function from inputs by place (n, ...) to the outputs, one tensor or a tuple, a batch of the file at a time.
 
     Raises UnrunnableError as `load` does.
@@ -58,6 +59,17 @@ def runner(path: Path, threads: int = 0) -> Callable[..., Given]:
         return tensors if len(tensors) > 1 else tensors[0]
 
     return by_place
+
+
+def recorded(path: Path) -> Recorded:
+    """What the file at `path` records. Raises InputError for another tool's file, and for a damaged one."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: make one with `r2 ptq --target tflite`")
+    try:
+        found = tflite_writer.metadata(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return of_metadata(found, path)
 
 
 LITERT = Engine("tflite", "LiteRT", "ai_edge_litert", "pip install 'r2cli[tflite]'", load)

@@ -11,6 +11,8 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from r2cli.errors import InputError
+
 Array = np.ndarray[Any, Any]
 TYPES = {"int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32}
 # The oldest version of each operator that has INT8.
@@ -23,6 +25,7 @@ VERSIONS = {
     "SPLIT_V": 2,
 }
 USUAL_VERSION = 2
+IDENTIFIER = b"TFL3"  # bytes 4 to 7 of a file
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,20 @@ class LiteGrid:
 
     def same(self, other: "LiteGrid") -> bool:
         return bool(np.array_equal(self.scale, other.scale)) and self.zero == other.zero
+
+
+def metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a file, by name. Raises InputError for a file of another format, or a damaged one."""
+    try:
+        if content[4:8] != IDENTIFIER:
+            raise ValueError("no file of TensorFlow Lite")
+        model = schema.Model.GetRootAs(content, 0)
+        entries = [model.Metadata(place) for place in range(model.MetadataLength())]
+        return {one.Name().decode(): model.Buffers(one.Buffer()).DataAsNumpy().tobytes().decode() for one in entries}
+    except Exception as error:  # flatbuffers reads offsets unchecked: whatever comes of that
+        raise InputError(
+            f"it is damaged, or not of TensorFlow Lite ({type(error).__name__}): write it again"
+        ) from error
 
 
 class TfliteWriter:
@@ -103,7 +120,7 @@ class TfliteWriter:
         model.subgraphs, model.buffers = [graph], self._buffers
         model.operatorCodes = [self._code(kind) for kind in self._codes]
         builder = flatbuffers.Builder(1 << 16)
-        builder.Finish(model.Pack(builder), b"TFL3")
+        builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
 
     def _metadata(self, name: str, text: str) -> Any:

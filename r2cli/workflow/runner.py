@@ -20,6 +20,7 @@ from time import sleep
 from typing import Any, Protocol
 
 from r2cli import __version__
+from r2cli.config import targets
 from r2cli.errors import CheckFailed, InputError, R2Error
 from r2cli.storage import schema
 from r2cli.storage.atomic import write_atomically
@@ -27,7 +28,7 @@ from r2cli.storage.run_files import checksum
 from r2cli.train.resume import resume_state
 from r2cli.workflow.recipe import Step, reads_from, shell
 
-WITH_ONNX = ("ptq", "qat", "palettize")  # these write an ONNX file beside the checkpoint
+WITH_FILE = ("ptq", "qat", "palettize")  # these write the file of a target beside the checkpoint
 PAUSE = 0.1  # seconds between two checks of the running processes
 
 
@@ -284,7 +285,8 @@ class Record:
     def _files(self, step: Step) -> list[Path]:
         output = step.options.get("output")
         files = [] if output is None else [self.folder / output]
-        return files + ([file.with_suffix(".onnx") for file in files] if step.command in WITH_ONNX else [])
+        name = str(step.options.get("target", targets.DEFAULT))
+        return files + ([targets.beside(file, name) for file in files] if step.command in WITH_FILE else [])
 
     def _inputs(self, step: Step) -> dict[str, str | None]:
         """Return the checksums of the files that `step` reads. None stands for a folder or a missing file."""
