@@ -42,7 +42,7 @@ def halves(*tensors: Any, test: int = 200) -> tuple[Any, Any]:
 # --- semantic segmentation: the output is a dict, as torchvision's networks give it ----------------------------------
 
 
-def pasted(count: int, size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+def pasted(count: int, size: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (n, 1, size, size) of a digit on a noisy background; maps of classes, 10 for nothing; corners (n, 2)."""
     pixels, labels = digits()
     pixels, labels = pixels[:count].repeat_interleave(2, 2).repeat_interleave(2, 3), labels[:count]
@@ -57,7 +57,7 @@ def pasted(count: int, size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def segmentation_data() -> tuple[Any, Any]:
-    pictures, maps, _ = pasted(800)
+    pictures, maps, _ = pasted(1000)
     return halves(pictures, maps)
 
 
@@ -105,7 +105,7 @@ def detection_data() -> tuple[Any, Any]:
 
 
 class Detector(nn.Module):
-    """Like SSD with one box a cell: for each of 8 x 8 cells the logits of 10 digits and nothing, and a corner."""
+    """Like SSD with one box a cell: for each of 6 x 6 cells the logits of 10 digits and nothing, and a corner."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,13 +120,13 @@ class Detector(nn.Module):
 def cells(target: Tensor) -> tuple[Tensor, Tensor]:
     """Which cell holds the middle of each digit (n,), and how far its corner is from that cell's, in cells (n, 2)."""
     middle = (target[:, 1:] + 8) // 4
-    return middle[:, 0] * 8 + middle[:, 1], (target[:, 1:] - 4 * middle).float() / 4
+    return middle[:, 0] * 6 + middle[:, 1], (target[:, 1:] - 4 * middle).float() / 4
 
 
 def detection_loss(outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
     classes, corners = (one.flatten(2) for one in outputs.values())
     cell, offset = cells(target)
-    wanted = torch.full((len(target), 64), 10, device=target.device)
+    wanted = torch.full((len(target), 36), 10, device=target.device)
     wanted[torch.arange(len(target)), cell] = target[:, 0]
     found = corners.gather(2, cell[:, None, None].expand(-1, 2, 1)).squeeze(2)
     weights = torch.tensor([1.0] * 10 + [0.1], device=target.device)
@@ -147,8 +147,8 @@ class MeanPrecision:
             self.there[label] += 1
             matched = False
             for place in score.flatten().argsort(descending=True)[:5].tolist():
-                digit, cell = divmod(place, 64)
-                y, x = (4 * (cell // 8 + float(corner[0, cell])), 4 * (cell % 8 + float(corner[1, cell])))
+                digit, cell = divmod(place, 36)
+                y, x = (4 * (cell // 6 + float(corner[0, cell])), 4 * (cell % 6 + float(corner[1, cell])))
                 shared = max(0.0, 16 - abs(y - top)) * max(0.0, 16 - abs(x - left))
                 right = digit == label and not matched and shared / (2 * 256 - shared) > 0.5
                 matched |= right

@@ -263,3 +263,12 @@ def test_damaged_inputs_and_outputs_in_a_file_are_refused(tmp_path: Path) -> Non
 def safe_open_bytes(content: bytes, folder: Path) -> Any:
     (folder / "whole.safetensors").write_bytes(content)
     return safetensors.safe_open(folder / "whole.safetensors", framework="pt")
+
+
+def test_metric_and_loss_of_data_by_name() -> None:
+    x, y = normal(COUNT, 4), normal(COUNT, 3)
+    source = r2cli.load_data([(x, y)], metric="mae")
+    assert source.measured and not source.task.logits and source.task.loss.name == "l1"
+    made = r2cli.quantize(Gives(lambda x: x).eval(), source, r2cli.PtqConfig())
+    assert made.before is not None and made.float_top1 is None and str(made.before).startswith("MAE ")
+    assert r2cli.load_data("digits:10", loss="distill").task.loss.distils

@@ -63,7 +63,11 @@ def of_task(given: Preparation, loaded: datasets.Data) -> datasets.Data:
         if given.metric_lower or given.metric_arg:
             raise InputError("--metric-lower and --metric-arg belong to --metric: give its name")
         return loaded
-    metric = metrics.named(given.metric, given.metric_arg, lower=given.metric_lower)
+    return measured_as(loaded, metrics.named(given.metric, given.metric_arg, lower=given.metric_lower))
+
+
+def measured_as(loaded: datasets.Data, metric: metrics.Metric) -> datasets.Data:
+    """`loaded` with another metric, and the loss that goes with it."""
     task, usual = replace(loaded.task, metric=metric), losses.OF_METRIC.get(metric.name)
     if usual is not None:
         task = replace(task, loss=losses.LOSSES[usual], logits=usual == losses.CROSS_ENTROPY.name)
@@ -275,6 +279,8 @@ def fitting(origin: str, wanted: NetworkInput, class_names: Sequence[str], loade
             raise InputError(f"{loaded.name} holds {found} and {origin} takes {wanted}: give the data that it is for")
     if loaded.class_names:
         require_classes(origin, class_names, loaded)
+    elif class_names:  # pictures without labels, and a network that gives logits
+        loaded = replace(loaded, task=replace(loaded.task, logits=True))
     return loaded
 
 
