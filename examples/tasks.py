@@ -39,11 +39,11 @@ def halves(*tensors: Any, test: int = 200) -> tuple[Any, Any]:
     return TensorDataset(*(one[test:] for one in tensors)), TensorDataset(*(one[:test] for one in tensors))
 
 
-# --- semantic segmentation: the output is a dict, as torchvision's networks give it ------------------------------------
+# --- semantic segmentation: the output is a dict, as torchvision's networks give it ----------------------------------
 
 
-def pasted(count: int, size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (n, 1, size, size) with a digit on a noisy background; maps of classes (10: background); corners (n, 2)."""
+def pasted(count: int, size: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (n, 1, size, size) of a digit on a noisy background; maps of classes, 10 for nothing; corners (n, 2)."""
     pixels, labels = digits()
     pixels, labels = pixels[:count].repeat_interleave(2, 2).repeat_interleave(2, 3), labels[:count]
     pictures = 0.3 * torch.rand(count, 1, size, size, generator=drawn(1))
@@ -66,13 +66,13 @@ class Segmenter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.down = block(1, 24), nn.Sequential(block(24, 48, 2), block(48, 64, 2), block(64, 64))
+        self.first, self.down = block(1, 24, 2), nn.Sequential(block(24, 48, 2), block(48, 64), block(64, 64))
         self.skip, self.head = nn.Conv2d(24, 11, 1), nn.Conv2d(64, 11, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         near = self.first(x)
-        far = self.head(self.down(near))
-        return {"out": F.interpolate(far, scale_factor=4.0, mode="bilinear", align_corners=False) + self.skip(near)}
+        far = F.interpolate(self.head(self.down(near)), scale_factor=2.0, mode="bilinear", align_corners=False)
+        return {"out": F.interpolate(far + self.skip(near), scale_factor=2.0, mode="bilinear", align_corners=False)}
 
 
 def lraspp() -> nn.Module:
@@ -96,20 +96,20 @@ def patches(count: int, size: int, colours: int) -> Tensor:
     return stacked if colours == 3 else stacked.mean(1, keepdim=True)
 
 
-# --- detection: two heads, raw; boxes are read from them by the metric ------------------------------------------------
+# --- detection: two heads, raw; boxes are read from them by the metric -----------------------------------------------
 
 
 def detection_data() -> tuple[Any, Any]:
-    pictures, _, corners = pasted(1200)
-    return halves(pictures, torch.cat([digits()[1][:1200, None], corners], 1))
+    pictures, _, corners = pasted(1000)
+    return halves(pictures, torch.cat([digits()[1][:1000, None], corners], 1))
 
 
 class Detector(nn.Module):
-    """Like SSD with one box a cell: for each of 8 x 8 cells the logits of 10 digits and nothing, and a corner."""
+    """Like SSD with one box a cell: for each of 6 x 6 cells the logits of 10 digits and nothing, and a corner."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(block(1, 24), block(24, 32, 2), block(32, 64, 2), block(64, 64), block(64, 64))
+        self.body = nn.Sequential(block(1, 24, 2), block(24, 48, 2), block(48, 64), block(64, 64), block(64, 64))
         self.classes, self.corner = nn.Conv2d(64, 11, 1), nn.Conv2d(64, 2, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,15 +118,15 @@ class Detector(nn.Module):
 
 
 def cells(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Which cell holds the middle of each digit (n,), and where its corner is in cells from that cell's corner (n, 2)."""
+    """Which cell holds the middle of each digit (n,), and how far its corner is from that cell's, in cells (n, 2)."""
     middle = (target[:, 1:] + 8) // 4
-    return middle[:, 0] * 8 + middle[:, 1], (target[:, 1:] - 4 * middle).float() / 4
+    return middle[:, 0] * 6 + middle[:, 1], (target[:, 1:] - 4 * middle).float() / 4
 
 
 def detection_loss(outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
     classes, corners = (one.flatten(2) for one in outputs.values())
     cell, offset = cells(target)
-    wanted = torch.full((len(target), 64), 10, device=target.device)
+    wanted = torch.full((len(target), 36), 10, device=target.device)
     wanted[torch.arange(len(target)), cell] = target[:, 0]
     found = corners.gather(2, cell[:, None, None].expand(-1, 2, 1)).squeeze(2)
     weights = torch.tensor([1.0] * 10 + [0.1], device=target.device)
@@ -147,8 +147,8 @@ class MeanPrecision:
             self.there[label] += 1
             matched = False
             for place in score.flatten().argsort(descending=True)[:5].tolist():
-                digit, cell = divmod(place, 64)
-                y, x = (4 * (cell // 8 + float(corner[0, cell])), 4 * (cell % 8 + float(corner[1, cell])))
+                digit, cell = divmod(place, 36)
+                y, x = (4 * (cell // 6 + float(corner[0, cell])), 4 * (cell % 6 + float(corner[1, cell])))
                 shared = max(0.0, 16 - abs(y - top)) * max(0.0, 16 - abs(x - left))
                 right = digit == label and not matched and shared / (2 * 256 - shared) > 0.5
                 matched |= right
@@ -163,7 +163,7 @@ class MeanPrecision:
         return 100 * sum(areas) / len(areas)
 
 
-# --- image to image ----------------------------------------------------------------------------------------------------
+# --- image to image --------------------------------------------------------------------------------------------------
 
 
 def super_resolution_data() -> tuple[Any, Any]:
@@ -183,7 +183,7 @@ class Espcn(nn.Module):
         return self.up(self.body(x)) + F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-# --- keyword spotting, from arrays ---------------------------------------------------------------------------------------
+# --- keyword spotting, from arrays -----------------------------------------------------------------------------------
 
 
 def write_keywords(path: Path, count: int = 600) -> None:
@@ -212,7 +212,7 @@ class Spotter(nn.Module):
         return self.head(self.gru(x)[0][:, -1])
 
 
-# --- regression on a table ------------------------------------------------------------------------------------------------
+# --- regression on a table -------------------------------------------------------------------------------------------
 
 
 def diabetes() -> tuple[Any, Any]:
@@ -226,28 +226,28 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1))
 
 
-# --- two inputs ---------------------------------------------------------------------------------------------------------------
+# --- two inputs ------------------------------------------------------------------------------------------------------
 
 
-def sums() -> list[tuple[dict[str, Tensor], Tensor]]:
-    """A digit as an image and another as a vector of ten; the target is their sum modulo ten."""
+def compared() -> list[tuple[dict[str, Tensor], Tensor]]:
+    """A digit as an image and another as a vector of ten; the label says whether the first is larger."""
     pixels, labels = digits()
     other = torch.randint(0, 10, (len(labels),), generator=drawn(8))
-    return [({"image": pixels, "vector": F.one_hot(other, 10).float()}, (labels + other) % 10)]
+    return [({"image": pixels, "vector": F.one_hot(other, 10).float()}, (labels > other).long())]
 
 
-class Adder(nn.Module):
+class Comparer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.image = nn.Sequential(block(1, 32), block(32, 48, 2), nn.Flatten(), nn.Linear(48 * 16, 48), nn.ReLU())
         self.vector = nn.Sequential(nn.Linear(10, 48), nn.ReLU())
-        self.head = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 10))
+        self.head = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 2))
 
     def forward(self, image: Tensor, vector: Tensor) -> Tensor:
         return self.head(torch.cat([self.image(image), self.vector(vector)], 1))
 
 
-# --- embeddings -------------------------------------------------------------------------------------------------------------------
+# --- embeddings ------------------------------------------------------------------------------------------------------
 
 
 def pairs() -> tuple[Any, Any]:
@@ -283,7 +283,7 @@ class NearestNeighbour:
         return 100 * float((labels[near] == labels).double().mean())
 
 
-# --- a decoder of text ----------------------------------------------------------------------------------------------------------------
+# --- a decoder of text -----------------------------------------------------------------------------------------------
 
 
 def text(length: int = 48) -> tuple[Any, Any]:
@@ -306,7 +306,7 @@ class Gpt(nn.Module):
         self.gpt = GPT2LMHeadModel(GPT2Config(**small, bos_token_id=0, eos_token_id=0, use_cache=False))
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.gpt(input_ids=ids).logits
+        logits: Tensor = self.gpt(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits.transpose(1, 2)
 
 
@@ -323,4 +323,9 @@ class Perplexity:
 
 
 if __name__ == "__main__":
-    write_keywords(Path(sys.argv[1]))
+    path = Path(sys.argv[1])
+    if path.suffix == ".npz":
+        write_keywords(path)
+    else:
+        torch.manual_seed(0)
+        torch.save(lraspp().state_dict(), path)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from r2cli import data
+from r2cli.config import values
 from r2cli.data import Data, FolderSplit, KeptSplit, MemorySplit, Split, imagefolder
 from r2cli.errors import InputError
 from r2cli.storage.checkpoint import InputSpec
@@ -474,7 +475,7 @@ def test_fake_images_have_the_shape_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", ["", "3x32x32", "3x32x16:10", "2x32x32:10", "3x2x2:10", "3x32x32:1", "a", "3x32x32:-1"]
+    "shape", ["", "3x32x32", "3x32x2:10", "2x32x32:10", "3x2x2:10", "3x32x32:1", "a", "3x32x32:-1"]
 )
 def test_impossible_fakes_are_refused(shape: str) -> None:
     assert "fake" in refused(f"fake:{shape}")
@@ -639,3 +640,23 @@ def test_a_random_crop_is_a_function_of_its_generator(tmp_path: Path) -> None:
     assert all(a.equal(b) for a, b in zip(one, other, strict=True))
     assert not any(a.equal(b) for a, b in zip(one, crops(1), strict=True))
     assert len({bytes(image.flatten().tolist()) for image in one}) == 5
+
+
+def test_pictures_of_two_sides_are_scaled_to_both(tmp_path: Path) -> None:
+    source = data.load("fake:3x12x40:2")
+    assert source.input.shape == (3, 12, 40) and next(iter(source.train.batches(2, CPU)))[0].shape == (2, 3, 12, 40)
+    assert source.input.described()["width"] == 40 and "width" not in data.load("fake:3x12x12:2").input.described()
+    grown = data.load("digits:10", size=(12, 40))
+    images = next(iter(grown.train.batches(4, CPU, torch.Generator().manual_seed(0), augment=True)))[0]
+    assert images.shape == (4, 1, 12, 40)
+    pixels = torch.arange(2 * 12 * 40, dtype=torch.uint8).reshape(2, 1, 12, 40)
+    still = data.shift_and_flip(pixels, torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    assert still[0].equal(pixels[0]) and still[1].equal(pixels[1].flip(2)), "a border of one pixel, and a mirror"
+    path = tmp_path / "wide.png"
+    Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (20, 1))).save(path)
+    spec = InputSpec(1, 10, 10, (0.0,), (1.0,), width=32)
+    image = data.decode(path, spec)
+    assert isinstance(image, Tensor) and image.shape == (1, 10, 32) and image[0, :, -1].min() > 55, "nothing is cut off"
+    for wrong in ("12x", "x12", "1x2x3", "12.5"):
+        with pytest.raises(InputError, match="is not a number of pixels, or two as 48x320"):
+            values.size(wrong)

@@ -1,12 +1,14 @@
 """Networks of several inputs and outputs, of any shape and kind, from data to the proved file."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -235,3 +237,38 @@ def test_a_network_is_called_by_place_whatever_its_arguments_are() -> None:
     assert signature.by_place(network, ("other",)) is network and sorted(network.state_dict()) == sorted(
         Mixed().state_dict()
     )
+
+
+def test_damaged_inputs_and_outputs_in_a_file_are_refused(tmp_path: Path) -> None:
+    made = r2cli.quantize(Step().eval(), data((normal(4, 4), normal(4, 5))), r2cli.PtqConfig(calibration=4))
+    tensors, metadata = safetensors.torch.load(made.to_bytes()), dict[str, str]()
+    with safe_open_bytes(made.to_bytes(), tmp_path) as file:
+        metadata = file.metadata()
+    entry = json.loads(metadata["r2"])
+    state = entry["input"]["tensors"][1]
+    for change, why in {
+        "one name": (lambda: state.update(name="x"), "two tensors of one name: x, x"),
+        "too large": (lambda: state.update(name="state", shape=[1 << 15, 1 << 15]), "none of ours has"),
+        "another kind": (lambda: state.update(shape=[5], kind="float16"), "'input.tensors.1.kind' is 'float16'"),
+        "no outputs": (lambda: (state.update(kind="float32"), entry.update(outputs=[])), "'outputs' are none"),
+        "one output twice": (lambda: entry.update(outputs=["a", "a"]), "'outputs' are a, a"),
+    }.values():
+        change()
+        path = tmp_path / "damaged.safetensors"
+        path.write_bytes(safetensors.torch.save(tensors, {"r2": json.dumps(entry)}))
+        with pytest.raises(InputError, match=f"has damaged r2 metadata .*{why}"):
+            checkpoint.load(path)
+
+
+def safe_open_bytes(content: bytes, folder: Path) -> Any:
+    (folder / "whole.safetensors").write_bytes(content)
+    return safetensors.safe_open(folder / "whole.safetensors", framework="pt")
+
+
+def test_metric_and_loss_of_data_by_name() -> None:
+    x, y = normal(COUNT, 4), normal(COUNT, 3)
+    source = r2cli.load_data([(x, y)], metric="mae")
+    assert source.measured and not source.task.logits and source.task.loss.name == "l1"
+    made = r2cli.quantize(Gives(lambda x: x).eval(), source, r2cli.PtqConfig())
+    assert made.before is not None and made.float_top1 is None and str(made.before).startswith("MAE ")
+    assert r2cli.load_data("digits:10", loss="distill").task.loss.distils

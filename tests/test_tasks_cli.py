@@ -151,6 +151,9 @@ def test_pictures_without_labels_calibrate_a_classifier(r2: R2, trained: Path, t
     given = ("--calibration-data", f"images:{tmp_path / 'pictures'}", "--overwrite", "--json")
     report = json.loads(r2("ptq", source, "--data", "digits:64", *given).out)
     assert report["top1"] > 60 and report["options"]["calibration"] == 5
+    ran = r2("qat", source, "--data", f"images:{tmp_path / 'pictures'}", "--epochs", 1, "--batch-size", 4, "--json")
+    report = json.loads(ran.out)
+    assert ran.code == 0 and report["options"]["loss"] == "distill" and report["trained_value"] is None, ran.err
 
 
 def test_bad_input_is_one_sentence_with_the_way_out(r2: R2, task: Path) -> None:

@@ -29,7 +29,7 @@ from r2cli.config import targets
 from r2cli.config.groups import ExportForm, Inputs, Preparation
 from r2cli.config.inspection import AnalyzeConfig, VerifyConfig
 from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
-from r2cli.data import Data, own
+from r2cli.data import Data, metrics, own
 from r2cli.deploy import any_file, engines, onnx_export, second_engine, speed
 from r2cli.deploy import verify as proof_of
 from r2cli.deploy.rehearsal import rehearse
@@ -57,13 +57,15 @@ PROOF_BATCH = 256  # images that the proof runs at once, at most
 CPU = torch.device("cpu")
 
 
-def load_data(given: Any, **preparation: Any) -> Data:
+def load_data(given: Any, *, metric: str | None = None, loss: str | None = None, **preparation: Any) -> Data:
     """A data set by its name, as `r2cli.data.load` takes it, or data of your own.
 
-    Your own is train and test, or one of them: datasets, loaders or iterables of batches (`data/own.py`). Raises
-    InputError for anything else.
+    Your own is train and test, or one of them: datasets, loaders or iterables of batches (`data/own.py`). `metric` and
+    `loss` are named as --metric and --loss name them. Raises InputError for anything else.
     """
-    return datasets.load(given, **preparation) if isinstance(given, str) else own.to_data("the data", given)
+    found = datasets.load(given, **preparation) if isinstance(given, str) else own.to_data("the data", given)
+    found = found if metric is None else inputs.measured_as(found, metrics.named(metric))
+    return datasets.learning(found, loss)
 
 
 def pretrain(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from r2cli import data as datasets
 from r2cli import models
+from r2cli.config import values
 from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
 from r2cli.data import losses, metrics
 from r2cli.data import own as own_data
@@ -36,7 +37,7 @@ def load_data(
 
     Raises InputError for preprocessing beside a checkpoint's own, and as `data.load` does.
     """
-    mean, std, size = numbers("--mean", given.mean), numbers("--std", given.std), given.size
+    mean, std, size = numbers("--mean", given.mean), numbers("--std", given.std), values.size(given.size)
     if given.pretrained and model is not None:
         usual = pretrained.published(model)
         mean, std, size = mean or list(usual.mean), std or list(usual.std), size or usual.size
@@ -62,7 +63,11 @@ def of_task(given: Preparation, loaded: datasets.Data) -> datasets.Data:
         if given.metric_lower or given.metric_arg:
             raise InputError("--metric-lower and --metric-arg belong to --metric: give its name")
         return loaded
-    metric = metrics.named(given.metric, given.metric_arg, lower=given.metric_lower)
+    return measured_as(loaded, metrics.named(given.metric, given.metric_arg, lower=given.metric_lower))
+
+
+def measured_as(loaded: datasets.Data, metric: metrics.Metric) -> datasets.Data:
+    """`loaded` with another metric, and the loss that goes with it."""
     task, usual = replace(loaded.task, metric=metric), losses.OF_METRIC.get(metric.name)
     if usual is not None:
         task = replace(task, loss=losses.LOSSES[usual], logits=usual == losses.CROSS_ENTROPY.name)
@@ -128,7 +133,8 @@ def load(
         return made, own_data.noise(made.input, NOISE)
     if not needed and given.data is None and own in ("imagefolder", "images"):
         assert isinstance(made.input, InputSpec)
-        spec = f"fake:{made.input.channels}x{made.input.size}x{made.input.size}:{len(made.class_names)}"
+        height, width = made.input.sides
+        spec = f"fake:{made.input.channels}x{height}x{width}:{len(made.class_names)}"
         return made, replace(datasets.load(spec, spec=made.input), name=NOISE, measured=False)
     loaded = load_data(given, given.data, default=own, spec=made.input)
     loaded = fitting(made.origin, made.input, made.class_names, loaded)
@@ -273,6 +279,8 @@ def fitting(origin: str, wanted: NetworkInput, class_names: Sequence[str], loade
             raise InputError(f"{loaded.name} holds {found} and {origin} takes {wanted}: give the data that it is for")
     if loaded.class_names:
         require_classes(origin, class_names, loaded)
+    elif class_names:  # pictures without labels, and a network that gives logits
+        loaded = replace(loaded, task=replace(loaded.task, logits=True))
     return loaded
 
 

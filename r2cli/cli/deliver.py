@@ -32,14 +32,14 @@ Table = Callable[[Mapping[str, Any]], console.Line]
 class Destination:
     """Where a command that compresses writes, the gates of the file, and how the command answers.
 
-    `files` are the checkpoint and the file of its target, of `form`, and `asked` is what decides them. `data` is the
-    option, for the next command. `started` is a time of `perf_counter`.
+    `files` are the checkpoint and the file of its target, of `form`, and `asked` is what decides them. `again` are
+    options of the next command. `started` is a time of `perf_counter`.
     """
 
     files: RunFiles
     asked: Asked
     form: FileForm
-    data: str | None
+    again: str
     gates: CompressionGates
     json: bool
     started: float
@@ -98,11 +98,11 @@ def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
     before = report.get("float_value")
     measured = not_measured(report)
     if metric is not None:
-        digits = ".2f" if metric["unit"] else ".4g"
+        digits = ".2f" if metric["unit"] else "#.4g"
         measured = f"{metric['shown']} in ONNX Runtime{'' if before is None else f' (float {before:{digits}})'}"
     coded = "" if entropy is None else f" with tables ({entropy:.2f} Huffman-coded)"
     bits = f"{report['bits_per_weight']:.2f} bits a weight{coded}"
-    follow = f"r2 evaluate {to.file}{f' --data {to.data}' if to.data else ''}"
+    follow = f"r2 evaluate {to.file}{to.again}"
     return [f"{to.file}: {measured}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
 
 

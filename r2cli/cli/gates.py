@@ -7,7 +7,7 @@ from typing import Any
 
 from r2cli import console
 from r2cli.cli import interrupt
-from r2cli.config.groups import DEFAULT_SOURCE, Inputs
+from r2cli.config.groups import DEFAULT_SOURCE, Inputs, Preparation
 from r2cli.config.option import Config
 from r2cli.errors import CheckFailed, InputError
 
@@ -115,6 +115,12 @@ def _of_metric(report: Mapping[str, Any], wanted: Config) -> Iterator[str]:
     if most is not None and drop is not None and drop > most:
         unit = "dB" if metric["unit"] == "dB" else "points"
         yield f"the drop of {drop:.{2 if metric['unit'] else 4}f} {unit} is above --max-drop {most:g}"
+
+
+def again(given: Preparation) -> str:
+    """What the next command must be told again: data and metric, as options."""
+    named = {name: getattr(given, name, None) for name in ("data", "metric")}
+    return "".join(f" --{name} {value}" for name, value in named.items() if value)
 
 
 def unreadable(files: Sequence[str]) -> list[str]:

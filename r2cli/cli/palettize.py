@@ -66,7 +66,7 @@ def palettize(
         console.tell(lines, as_json=written.json)
         return {"command": "palettize", "options": run.options}
     asked = rerun.asked("palettize", run.options | form.asked, loaded, given, [source])
-    to = deliver.Destination(files, asked, form, given.data, wanted, written.json, started)
+    to = deliver.Destination(files, asked, form, gates.again(given), wanted, written.json, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:

@@ -10,6 +10,7 @@ from r2cli.cli.command import Report, command
 from r2cli.config.groups import AccuracyGate, NewNetwork
 from r2cli.config.inspection import PretrainOutput
 from r2cli.config.methods import PretrainConfig
+from r2cli.storage import own_code
 from r2cli.storage.formats import TrainedReport
 from r2cli.storage.run_files import RunFiles
 from r2cli.train.resume import resume_state
@@ -85,6 +86,7 @@ def _ending(report: Mapping[str, Any], given: NewNetwork, *, is_text: bool) -> l
     measured = "accuracy not measured" if report["metric"] is None else report["metric"]["shown"]
     summary = f"{output}: {measured}, {worst}, {report['parameters']:,} parameters"
     more = " --act-bits none" if is_text else ""
-    more += "" if given.data == "digits" else f" --data {given.data}"
+    more += "" if given.data == "digits" else gates.again(given)
+    more += f" --model {given.model}" if own_code.is_code(given.model) else ""
     follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")
     return [summary, *gates.unreadable(report["unreadable"]), follow]

@@ -63,7 +63,7 @@ def ptq(
             "options": options | (_mixed(config) if config.target_bits or config.target_bytes else {}),
         }
     asked = rerun.asked("ptq", options | _mixed(config) | _left_open(config) | form.asked, loaded, given, [source])
-    to = deliver.Destination(files, asked, form, given.data, wanted, written.json, started)
+    to = deliver.Destination(files, asked, form, gates.again(given), wanted, written.json, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:

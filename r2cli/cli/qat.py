@@ -54,7 +54,7 @@ def qat(
         console.tell(lines, as_json=written.json)
         return {"command": "qat", "options": run.options}
     asked = rerun.asked("qat", run.options | form.asked, loaded, given, [None if is_new else source])
-    to = deliver.Destination(files, asked, form, given.data, wanted, written.json, started)
+    to = deliver.Destination(files, asked, form, gates.again(given), wanted, written.json, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:

@@ -9,6 +9,7 @@ from r2cli import data as datasets
 from r2cli.config.groups import Preparation
 from r2cli.errors import InputError
 from r2cli.storage import own_code, schema
+from r2cli.storage.input_spec import InputSpec
 from r2cli.storage.run_files import Asked, checksum
 from r2cli.storage.schema import Malformed
 
@@ -22,7 +23,8 @@ def asked(
     that the run reads.
     """
     spec = loaded.input
-    own = {"data": datasets.recorded(loaded.name), "size": spec.size, "mean": spec.mean, "std": spec.std}
+    size = list(spec.sides) if isinstance(spec, InputSpec) and spec.width else spec.size
+    own: dict[str, Any] = {"data": datasets.recorded(loaded.name), "size": size, "mean": spec.mean, "std": spec.std}
     own |= {"pretrained": getattr(given, "model", None)} if given.pretrained else {}
     own |= {name: getattr(given, name) for name in ("metric", "metric_arg", "data_arg") if getattr(given, name)}
     code = [own_code.file_of(getattr(given, name, None)) for name in ("model", "data", "metric", "loss")]

@@ -35,9 +35,12 @@ class Preparation(Config):
     stem: str | None = option(
         None, "First convolution: small (stride 1) or imagenet. (default: small up to 64 pixels)", panel=FOREIGN
     )
-    size: int | None = option(
+    size: int | str | None = option(
         None,
-        "Pixels of an image, or tokens of a text. (default: digits 16, else the size of the images or 224; text 128)",
+        "Pixels of an image, as 224 or 48x320 (height x width), or tokens of a text. (default: digits 16, else the "
+        "size of the images or 224; text 128)",
+        check=values.size,
+        given=str | None,
         panel=FOREIGN,
     )
     mean: str | None = option(

@@ -172,3 +172,11 @@ def input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
             raise InputError(f"--shape {text} is not NAME=SIZES, for example --shape input=1x3x224x224")
         found[name] = tuple(map(int, parts))
     return found
+
+
+def size(given: int | str | None) -> int | tuple[int, int] | None:
+    """Pixels of both sides, or height and width, as 48x320. Raises InputError for anything else."""
+    sides = [] if given is None else str(given).split("x")
+    if not all(part.isdecimal() for part in sides) or len(sides) > 2:
+        raise InputError(f"--size {given} is not a number of pixels, or two as 48x320 (height x width)")
+    return None if not sides else int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

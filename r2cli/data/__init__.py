@@ -104,7 +104,7 @@ NOT_RECORDED = ("imagefolder", "qnli", "images", "npz")  # a checkpoint does not
 def load(
     name: str,
     *,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     spec: NetworkInput | None = None,
@@ -114,8 +114,9 @@ def load(
 ) -> Data:
     """Load the data set `name` with the preprocessing of a checkpoint's `spec`, or with that of the other arguments.
 
-    `size` is in pixels; of a text, in tokens, which the network's `tokenizer` makes. `mean` and `std` are of pixels
-    from 0 to 1, one number or one for each channel. `directory` is the folder for downloads.
+    `size` is in pixels, one number or height and width; of a text, in tokens, which the network's `tokenizer` makes.
+    `mean` and `std` are of pixels from 0 to 1, one number or one for each channel. `directory` is the folder for
+    downloads.
 
     A name FILE.py:FACTORY or package.module:FACTORY is the user's own code, as `load_own` takes it.
 
@@ -150,8 +151,9 @@ def _load(name: str, request: Request) -> Data:
         raise unknown("data set", name, [WHERE.get(known, known) for known in KINDS])
     if kind in WHERE and not where:
         raise InputError(f"{kind} says too little: give --data {WHERE[kind]}")
-    if size is not None and not 4 <= size <= 1024:
-        raise InputError(f"--size {size} is out of range: give 4 to 1024 pixels")
+    for side in size if isinstance(size, tuple) else () if size is None else (size,):
+        if not 4 <= side <= 1024:
+            raise InputError(f"--size {side} is out of range: give 4 to 1024 pixels")
     reads_text = request.tokenizer is not None or (spec is not None and spec.is_text)
     if reads_text and kind not in (*TEXTS, "npz"):
         raise InputError(f"{kind} holds images and the network reads text: give --data qnli:FILE.tsv")

@@ -40,8 +40,8 @@ def decode(path: str | os.PathLike[str], spec: InputSpec, crop: torch.Generator 
         return os.fspath(path)
     image = torch.from_numpy(pixels).view(*pixels.shape[:2], spec.channels).permute(2, 0, 1)
     if crop is not None:
-        return _random_crop(image, spec.size, crop)
-    return image if image.shape[1:] == (spec.size, spec.size) == (spec.resize,) * 2 else _centre(image, spec)
+        return _random_crop(image, spec.sides, crop)
+    return image if image.shape[1:] == spec.sides == (spec.resize,) * 2 else _centre(image, spec)
 
 
 def opened(path: str | os.PathLike[str], take: "Callable[[Image.Image], T | None]") -> T | None:
@@ -68,15 +68,20 @@ def _eight_bits(file: "Image.Image") -> "Image.Image":
 
 
 def _centre(image: Tensor, spec: InputSpec) -> Tensor:
-    """Resize the shorter side to `spec.resize` and cut the centre: (channels, h, w) to (channels, size, size)."""
+    """Resize the shorter side to `spec.resize` and cut the centre: (channels, h, w) to (channels, size, size).
+
+    An image that is not to be square is scaled to both sides instead.
+    """
     from torchvision.transforms.v2 import functional as F
 
+    if spec.width:
+        return F.resize(image, list(spec.sides), antialias=True)  # type: ignore[no-any-return]
     scaled = image if min(image.shape[1:]) == spec.resize else F.resize(image, [spec.resize], antialias=True)
     return F.center_crop(scaled, [spec.size, spec.size])  # type: ignore[no-any-return]
 
 
-def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Cut 8 to 100 % of the area, with sides in a ratio of 3/4 to 4/3, and scale it to (channels, size, size).
+def _random_crop(image: Tensor, sides: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Cut 8 to 100 % of the area, with sides in a ratio of 3/4 to 4/3, and scale it to (channels, *sides).
 
     Half of the crops are mirrored.
     """
@@ -89,5 +94,5 @@ def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor
     stretch = (3 / 4) ** (0.5 - log_ratio)
     h, w = min(height, max(1, round(side / stretch))), min(width, max(1, round(side * stretch)))
     box = (int(top * (height - h + 1)), int(left * (width - w + 1)), h, w)
-    image = F.resized_crop(image, *box, [size, size], antialias=True)
+    image = F.resized_crop(image, *box, list(sides), antialias=True)
     return F.horizontal_flip(image) if mirror < 0.5 else image

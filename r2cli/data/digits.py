@@ -24,8 +24,8 @@ def load(request: Request) -> Data:
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64), values from 0 to 16
     spec = request.input(1, SIZE, mean=MEAN, std=STD)
     scans = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
-    if spec.size != 8:
-        scans = torch.nn.functional.interpolate(scans, (spec.size, spec.size), mode="bilinear")
+    if spec.sides != (8, 8):
+        scans = torch.nn.functional.interpolate(scans, spec.sides, mode="bilinear")
     images = scans.round().to(torch.uint8)
     target = torch.from_numpy(labels).long()
     halves = train_test_split(torch.arange(len(target)), test_size=TEST, stratify=labels, random_state=0)

@@ -17,12 +17,13 @@ def load(request: Request) -> Data:
     if not match:
         raise InputError(f"fake:{request.where} is not fake:CxHxW:CLASSES, for example fake:3x32x32:10")
     channels, height, width, classes = map(int, match.groups())
-    if channels not in (1, 3) or not 4 <= height <= LARGEST or height != width or not 2 <= classes <= 100_000:
+    sides_fit = all(4 <= side <= LARGEST for side in (height, width))
+    if channels not in (1, 3) or not sides_fit or not 2 <= classes <= 100_000:
         raise InputError(
-            f"fake:{request.where} is out of range: give 1 or 3 channels, square images of 4 to {LARGEST} pixels, "
+            f"fake:{request.where} is out of range: give 1 or 3 channels, sides of 4 to {LARGEST} pixels, "
             "and at least 2 classes"
         )
-    spec = request.input(channels, height, mean=(0.5,), std=(0.25,))
+    spec = request.input(channels, (height, width), mean=(0.5,), std=(0.25,))
     generator = torch.Generator().manual_seed(0)
     # Each class has its own brightness. Noise up to 159 and shades up to 95 fit uint8 together.
     shades = torch.randint(0, 96, (classes, channels, 1, 1), generator=generator, dtype=torch.uint8)

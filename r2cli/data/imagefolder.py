@@ -1,5 +1,6 @@
 """Folders of images in ImageNet's layout: DIR/train/CLASS/* and DIR/val/CLASS/* (or DIR/test/CLASS/*)."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,10 +40,11 @@ def prepared(
 ) -> tuple[InputSpec, Callable[[str, Sequence[tuple[str, int]]], Split]]:
     """How `files` are prepared, and what makes a split of some of them by its name: in memory, where all fit."""
     size = request.spec.size if request.spec else request.size or _usual_size(files)
+    size = size[0] if isinstance(size, tuple) else size
     # ImageNet's usual proportion: the shorter side becomes 256 pixels, and the centre crop takes 224 of them.
     resize = size if size < LARGE_IMAGE else round(size * 256 / 224)
     spec = request.input(3, size, mean=MEAN, std=STD, resize=resize)
-    fits = len(files) * spec.channels * spec.size**2 <= MEMORY_LIMIT
+    fits = len(files) * math.prod(spec.shape) <= MEMORY_LIMIT
 
     def split(name: str, files: Sequence[tuple[str, int]]) -> Split:
         if spec.size < LARGE_IMAGE and fits:

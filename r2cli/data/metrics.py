@@ -51,7 +51,7 @@ class Metric:
 
     def shown(self, value: float) -> str:
         """A value as people read it: 'top-1 93.20 %'."""
-        number = f"{value:.2f}" if self.unit else f"{value:.4g}"
+        number = f"{value:.2f}" if self.unit else f"{value:#.4g}"
         return f"{self.label} {number}{f' {self.unit}' if self.unit not in ('', POINTS) else ''}"
 
     def loss(self, before: float, after: float) -> float:

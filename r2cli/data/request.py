@@ -22,7 +22,7 @@ class Request:
 
     kind: str
     where: str = ""
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     spec: NetworkInput | None = None
@@ -32,7 +32,13 @@ class Request:
     fetches: bool = True  # whether a missing set may be downloaded
 
     def input(
-        self, channels: int, size: int, *, mean: Sequence[float], std: Sequence[float], resize: int | None = None
+        self,
+        channels: int,
+        size: int | tuple[int, int],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resize: int | None = None,
     ) -> InputSpec:
         """Return the preprocessing that was asked for. The arguments are the defaults of the data set.
 
@@ -45,11 +51,14 @@ class Request:
         if self.spec:
             return self.spec
         size = self.size or size
+        height, width = size if isinstance(size, tuple) else (size, size)
         mean = self._per_channel("--mean", self.mean or mean, channels)
         std = self._per_channel("--std", self.std or std, channels)
         if min(std) <= 0:
             raise InputError(f"--std {min(std):g} is impossible: give numbers above 0")
-        return InputSpec(channels, size, resize or size, tuple(mean), tuple(std))
+        return InputSpec(
+            channels, height, resize or height, tuple(mean), tuple(std), width=0 if width == height else width
+        )
 
     def _per_channel(self, option: str, values: Sequence[float], channels: int) -> list[float]:
         if len(values) not in (1, channels):
@@ -107,7 +116,7 @@ def in_memory(
 
 
 def scaled(images: Tensor, spec: InputSpec, name: str) -> Tensor:
-    """Scale images uint8 (n, 1 or 3, h, w) to (n, channels, size, size).
+    """Scale images uint8 (n, 1 or 3, h, w) to (n, channels, height, width).
 
     Raises InputError where the images cannot have the channels of `spec`.
     """
@@ -124,8 +133,8 @@ def scaled(images: Tensor, spec: InputSpec, name: str) -> Tensor:
         )
     if given != 1 and spec.channels == 1:
         images = F.rgb_to_grayscale(images)
-    if images.shape[2:] != (spec.size, spec.size):
+    if images.shape[2:] != spec.sides:
         # In parts, so that what torchvision needs in between stays small.
-        parts = [F.resize(part, [spec.size, spec.size], antialias=True) for part in torch.split(images, 4096)]
+        parts = [F.resize(part, list(spec.sides), antialias=True) for part in torch.split(images, 4096)]
         images = torch.cat(parts)
     return images.expand(-1, spec.channels, -1, -1).contiguous()

@@ -89,16 +89,16 @@ def draw_shifts(n: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def shift_and_flip(images: Tensor, draws: Tensor) -> Tensor:
-    """Shift uint8 images (n, c, s, s) over a border of zeros and mirror them, as `draws` (n, 3) says.
+    """Shift uint8 images (n, c, h, w) over a border of zeros and mirror them, as `draws` (n, 3) says.
 
     One gather does it for all images at once, on the device of the images.
     """
-    n, _, size, _ = images.shape
-    pad = _border(size)
+    n, _, height, width = images.shape
+    pad = _border(height)
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
     top, left, mirror = torch.split(draws, 1, 1)
-    steps = torch.arange(size).expand(n, size)
-    rows, cols = top + steps, left + torch.where(mirror > 0, size - 1 - steps, steps)
+    steps = torch.arange(width).expand(n, width)
+    rows, cols = top + torch.arange(height), left + torch.where(mirror > 0, width - 1 - steps, steps)
     rows, cols = rows.to(images.device, non_blocking=True), cols.to(images.device, non_blocking=True)
     image = torch.arange(n, device=images.device)[:, None, None]
     return padded[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)

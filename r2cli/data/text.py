@@ -63,6 +63,8 @@ def _input_spec(request: Request) -> InputSpec:
         if value is not None:
             raise InputError(f"{option} does not apply to text: only images have one")
     size = request.size or LENGTH
+    if isinstance(size, tuple):
+        raise InputError(f"--size {size[0]}x{size[1]} is that of an image: give a number of tokens")
     return InputSpec(ROWS, size, size, (), (), request.tokenizer)
 
 

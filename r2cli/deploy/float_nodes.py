@@ -22,10 +22,18 @@ MOVING = {
     "Pad",
     "Tile",
     "Identity",
+    "DepthToSpace",
+    "SpaceToDepth",
 }
 CLIPPING = {"Relu", "Clip", "Min"}  # with constants: fused into what is before them
 LAYERS = {"Conv", "Gemm", "MatMul"}
 INTEGER = {"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool"}
+
+
+def moves(node: onnx.NodeProto) -> bool:
+    """Whether a node only moves or picks values, so that what is on a grid stays on it."""
+    modes = [each.s for each in node.attribute if each.name == "mode"]
+    return node.op_type in MOVING or (node.op_type == "Resize" and modes in ([], [b"nearest"]))
 
 
 def operators(file: onnx.ModelProto) -> Counter[str]:
@@ -47,9 +55,9 @@ def operators(file: onnx.ModelProto) -> Counter[str]:
             constants.update(outputs)
             if node.op_type == "DequantizeLinear":
                 on_grid.update(outputs)
-        elif node.op_type == "DequantizeLinear" or (node.op_type in MOVING and read[0] in on_grid):
+        elif node.op_type == "DequantizeLinear" or (moves(node) and read[0] in on_grid):
             on_grid.update(outputs)
-        elif known.get(outputs[0]) != onnx.TensorProto.FLOAT or node.op_type in (*MOVING, "Cast"):
+        elif known.get(outputs[0]) != onnx.TensorProto.FLOAT or moves(node) or node.op_type == "Cast":
             continue
         elif _clips(node, constants) and (rounded[outputs[0]] or read[0] in products):
             products.update(outputs)

@@ -78,15 +78,19 @@ def input_spec(entry: InputEntry) -> NetworkInput:
         names = [one.name for one in entry.tensors]
         if len(set(names)) < len(names):
             raise Malformed(f"'input' has two tensors of one name: {', '.join(names)}")
+        largest = max(math.prod(one.shape) for one in entry.tensors)
+        if largest > LARGEST_INPUT:
+            raise Malformed(f"'input' has a tensor of {largest} numbers, which none of ours has")
         return TensorsSpec(tuple(TensorSpec(one.name, one.shape, one.kind, one.most) for one in entry.tensors))
     if entry.channels is None or entry.size is None or entry.resize is None:
         raise Malformed("'input' lacks its channels, size or resize")
-    spec = InputSpec(entry.channels, entry.size, entry.resize, entry.mean, entry.std, entry.tokenizer)
+    spec = InputSpec(entry.channels, entry.size, entry.resize, entry.mean, entry.std, entry.tokenizer, entry.width)
     if {len(spec.mean), len(spec.std)} != {0 if spec.is_text else spec.channels}:
         raise Malformed(f"'input' has {spec.channels} channels, {len(spec.mean)} means, {len(spec.std)} deviations")
     return spec
 
 
+LARGEST_INPUT = 1 << 28  # numbers of one sample: a file cannot make us take memory for more
 LOGITS = ("logits",)  # the outputs of a classifier
 
 
@@ -177,8 +181,11 @@ def load(path: Path) -> Checkpoint:
     with _told_of(path):
         entry = _entry(metadata["r2"], path)
         spec, given = model_spec(entry.model, str(path)), input_spec(entry.input)
-        if spec.classes != len(entry.class_names) or spec.channels != given.channels:
+        names = len(entry.class_names) if isinstance(given, InputSpec) and entry.class_names else spec.classes
+        if spec.classes != names or spec.channels != given.channels:
             raise Malformed(f"'class_names' are {len(entry.class_names)}, the network has {spec.classes} classes")
+        if not entry.outputs or len(set(entry.outputs)) < len(entry.outputs):
+            raise Malformed(f"'outputs' are {', '.join(entry.outputs) or 'none'}, and each has a name of its own")
         coded = {name: _coded(name, own, tensors) for name, own in entry.codecs.items()}
         activations = {node: _activation_grid(own) for node, own in entry.activations.items()}
         if entry.target not in targets.TARGETS:

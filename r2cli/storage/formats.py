@@ -47,6 +47,7 @@ class InputEntry:
     mean: tuple[float, ...] = ()
     std: tuple[Positive, ...] = ()
     tokenizer: str = ""
+    width: Annotated[int, Between(0, 1 << 14)] = 0
     tensors: tuple[InputTensorEntry, ...] = ()
 
 

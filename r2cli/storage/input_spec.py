@@ -141,10 +141,16 @@ class InputSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     tokenizer: str = ""
+    width: int = 0  # pixels, where it is not `size`: such images are scaled to both sides, and not cropped
 
     @property
     def names(self) -> tuple[str, ...]:
         return (INPUT,)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.size, self.width or self.size
 
     @property
     def is_text(self) -> bool:
@@ -152,7 +158,7 @@ class InputSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.channels, self.size) if self.is_text else (self.channels, self.size, self.size)
+        return (self.channels, self.size) if self.is_text else (self.channels, *self.sides)
 
     def blank(self, count: int) -> Tensor:
         """Return `count` empty inputs: float32 images of zeros, or int64 tokens of id 0 with a mask of ones."""
@@ -164,7 +170,7 @@ class InputSpec:
 
     def described(self) -> dict[str, Any]:
         """Return the spec as it is written to JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "tokenizer" or self.is_text}
+        return {name: value for name, value in asdict(self).items() if value or name not in ("tokenizer", "width")}
 
     def __str__(self) -> str:
         return f"images of {'x'.join(map(str, self.shape))}" if not self.is_text else f"texts of {self.size} tokens"

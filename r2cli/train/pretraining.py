@@ -42,7 +42,7 @@ class PretrainRun:
     def plan(self) -> str:
         """One line about the run."""
         given, config = self.source.input, self.config
-        size = f"{given.size} tokens" if given.is_text else f"{given.size}x{given.size}"
+        size = f"{given.size} tokens" if given.is_text else "x".join(map(str, given.shape[-2:]))
         size = str(given) if isinstance(given, TensorsSpec) else size
         stem = "" if self.spec.factory or given.is_text else f" ({self.spec.stem} stem)"
         told = "no regularizer"
