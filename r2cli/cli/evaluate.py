@@ -88,7 +88,7 @@ class Subject:
 
 
 def _of_onnx(given: EvaluateSource) -> Subject:
-    """Return an ONNX file, run by ONNX Runtime. Raises InputError for a file that r2 did not write or other classes."""
+    """Return an ONNX file, run by ONNX Runtime. Raises InputError for one that takes no images or has other classes."""
     import torch
 
     from r2cli.api import inputs
@@ -97,12 +97,17 @@ def _of_onnx(given: EvaluateSource) -> Subject:
     source = gates.source(given)
     if given.model is not None:
         raise InputError(f"{source} needs no --model: an ONNX file holds its own network")
-    made = runtime.recorded(source)
-    loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
-    loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
+    if runtime.is_ours(source):
+        made = runtime.recorded(source)
+        loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
+        loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
+        outputs, blank = made.outputs, made.input.blank(1)
+    else:
+        network, loaded = inputs.load(given, tell=console.note)
+        outputs, blank = network.outputs, network.input.blank(1)
     one_thread = runtime.runner(source, threads=1)
     size = source.stat().st_size
-    more = "ONNX Runtime", size, made.outputs, made.input.blank(1)
+    more = "ONNX Runtime", size, outputs, blank
     return Subject(runtime.runner(source), one_thread, torch.device("cpu"), loaded, *more)
 
 

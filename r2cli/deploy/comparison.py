@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from r2cli.calibration.deployed import FakeQuantize
 from r2cli.deploy import weight_roles
 from r2cli.deploy.audit import Check
-from r2cli.deploy.float_nodes import MOVING
+from r2cli.deploy.float_nodes import moves
 from r2cli.graph.edit import is_grid
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import LOGITS, Checkpoint
@@ -70,7 +70,7 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
         if codes is None or codes.op_type != "QuantizeLinear":
             continue
         (scale, zero), origin = parameters(node), codes.input[0]
-        while origin in producer and producer[origin].op_type in MOVING:
+        while origin in producer and moves(producer[origin]):
             origin = producer[origin].input[0]
         before = found.get(origin)
         repeats = before is not None and (before.scale, before.zero) == (scale, zero) == parameters(codes)

@@ -28,6 +28,13 @@ LAYERS = {"Conv", "Gemm", "MatMul"}
 INTEGER = {"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool"}
 
 
+def moves(node: onnx.NodeProto) -> bool:
+    """Whether a node only moves, copies or picks values: a Resize does so by the nearest neighbour."""
+    if node.op_type == "Resize":
+        return all(each.s == b"nearest" for each in node.attribute if each.name == "mode")
+    return node.op_type in MOVING
+
+
 def operators(file: onnx.ModelProto) -> Counter[str]:
     """How many nodes of each operator compute in float; those that give constants, shapes or codes do not count.
 
@@ -47,9 +54,9 @@ def operators(file: onnx.ModelProto) -> Counter[str]:
             constants.update(outputs)
             if node.op_type == "DequantizeLinear":
                 on_grid.update(outputs)
-        elif node.op_type == "DequantizeLinear" or (node.op_type in MOVING and read[0] in on_grid):
+        elif node.op_type == "DequantizeLinear" or (moves(node) and read[0] in on_grid):
             on_grid.update(outputs)
-        elif known.get(outputs[0]) != onnx.TensorProto.FLOAT or node.op_type in (*MOVING, "Cast"):
+        elif known.get(outputs[0]) != onnx.TensorProto.FLOAT or moves(node) or node.op_type == "Cast":
             continue
         elif _clips(node, constants) and (rounded[outputs[0]] or read[0] in products):
             products.update(outputs)
