@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from r2cli.models.onnx_patterns import Draft
+from r2cli.models.onnx_patterns import DraftNode
 from r2cli.models.onnx_values import Value
 
 NORM = {1: "weight", 2: "bias"}
@@ -31,7 +31,11 @@ class Names:
     """Paths for the steps and tensors of `drafts`; each is another, and none stands below a tensor."""
 
     def __init__(
-        self, inputs: Sequence[str], drafts: Sequence[Draft], constants: Mapping[str, Value], origins: Mapping[str, str]
+        self,
+        inputs: Sequence[str],
+        drafts: Sequence[DraftNode],
+        constants: Mapping[str, Value],
+        origins: Mapping[str, str],
     ) -> None:
         self.constants, self.origins = constants, origins
         self.values = {*inputs, *(name for draft in drafts for name in (*draft.inputs, *draft.outputs))} - set(origins)
@@ -39,7 +43,7 @@ class Names:
         self.tensors = dict[str, str]()  # paths by the name of the constant
         self.above = set[str]()  # paths that hold others
 
-    def step(self, draft: Draft) -> str:
+    def step(self, draft: DraftNode) -> str:
         """The path of a node's module: that of its layer, else where the file says that the node stands."""
         scope, last = _scope(draft.name), legal(draft.outputs[0])
         wanted = [self._layer(draft)] if self._is_layer(draft) else [scope, f"{scope}.{legal(draft.operator)}", last]
@@ -49,7 +53,7 @@ class Names:
         self.steps.add(path)
         return path
 
-    def tensor(self, draft: Draft, place: int) -> str:
+    def tensor(self, draft: DraftNode, place: int) -> str:
         """The path of the tensor that a node reads."""
         name = draft.inputs[place]
         if name not in self.tensors:
@@ -60,7 +64,7 @@ class Names:
             self.tensors[name] = self._free([own], free)
         return self.tensors[name]
 
-    def is_trained(self, draft: Draft, place: int, value: Tensor) -> bool:
+    def is_trained(self, draft: DraftNode, place: int, value: Tensor) -> bool:
         part = PARTS.get(draft.operator, {}).get(place, "")
         return (
             value.is_floating_point()
@@ -68,11 +72,11 @@ class Names:
             and (bool(part) or draft.inputs[place] in self.origins)
         )
 
-    def _is_layer(self, draft: Draft) -> bool:
+    def _is_layer(self, draft: DraftNode) -> bool:
         place = min(PARTS.get(draft.operator, {99: ""}))
         return place < len(draft.inputs) and isinstance(self.constants.get(draft.inputs[place]), Tensor)
 
-    def _layer(self, draft: Draft) -> str:
+    def _layer(self, draft: DraftNode) -> str:
         """The path of a layer, by its weight or, where an exporter has made that name up, by its node."""
         name = draft.inputs[min(PARTS[draft.operator])]
         own = self.origins.get(name, name)

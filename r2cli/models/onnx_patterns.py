@@ -18,7 +18,7 @@ from r2cli.models.onnx_values import Value
 
 
 @dataclass(frozen=True)
-class Draft:
+class DraftNode:
     """A node while a file is read: its name in the file, and its values by their names."""
 
     operator: str
@@ -32,7 +32,7 @@ class Draft:
 class _Graph:
     """The drafts by the values that they give, and how often each value is read."""
 
-    drafts: list[Draft]
+    drafts: list[DraftNode]
     constants: MutableMapping[str, Value]
     origins: MutableMapping[str, str]
     ranks: Mapping[str, int]
@@ -43,7 +43,7 @@ class _Graph:
         self.reads = Counter(name for draft in self.drafts for name in draft.inputs)
         self.reads.update(self.results)
 
-    def before(self, name: str, *operators: str) -> Draft | None:
+    def before(self, name: str, *operators: str) -> DraftNode | None:
         """The node that gives `name`, if it is one of these and nothing else reads it."""
         found = self.made.get(name)
         return found if found is not None and found.operator in operators and self.reads[name] == 1 else None
@@ -57,12 +57,12 @@ class _Graph:
 
 
 def simplified(
-    drafts: list[Draft],
+    drafts: list[DraftNode],
     constants: MutableMapping[str, Value],
     origins: MutableMapping[str, str],
     ranks: Mapping[str, int],
     results: Sequence[str],
-) -> list[Draft]:
+) -> list[DraftNode]:
     """`drafts` with every pattern replaced, without what nothing reads.
 
     `ranks` are the numbers of axes of values. Tensors that are new go into `constants`, their names into `origins`.
@@ -78,9 +78,9 @@ def simplified(
     return drafts
 
 
-def _needed(drafts: list[Draft], results: Sequence[str]) -> list[Draft]:
+def _needed(drafts: list[DraftNode], results: Sequence[str]) -> list[DraftNode]:
     """The drafts whose values go into the results."""
-    needed, found = set(results), list[Draft]()
+    needed, found = set(results), list[DraftNode]()
     for draft in reversed(drafts):
         if needed.intersection(draft.outputs):
             needed.update(draft.inputs)
@@ -88,7 +88,7 @@ def _needed(drafts: list[Draft], results: Sequence[str]) -> list[Draft]:
     return found[::-1]
 
 
-def _as_linear(graph: _Graph, draft: Draft) -> Draft | None:
+def _as_linear(graph: _Graph, draft: DraftNode) -> DraftNode | None:
     """A Gemm, or a MatMul, by a constant matrix."""
     a = draft.attributes
     if draft.operator not in ("Gemm", "MatMul") or a.get("transA") or a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
@@ -111,7 +111,7 @@ def _as_linear(graph: _Graph, draft: Draft) -> Draft | None:
     return replace(draft, operator="Linear", inputs=inputs, attributes={})
 
 
-def _layer_before(graph: _Graph, draft: Draft) -> tuple[Draft, str, int] | None:
+def _layer_before(graph: _Graph, draft: DraftNode) -> tuple[DraftNode, str, int] | None:
     """The layer whose result alone a sum or product reads beside a constant, that constant, and its channels' axis."""
     if len(draft.inputs) != 2:
         return None
@@ -125,13 +125,13 @@ def _layer_before(graph: _Graph, draft: Draft) -> tuple[Draft, str, int] | None:
     return None
 
 
-def _channels(graph: _Graph, layer: Draft) -> int:
+def _channels(graph: _Graph, layer: DraftNode) -> int:
     weight = graph.constants[layer.inputs[1]]
     transposed = layer.operator == "ConvTranspose"
     return int(weight.shape[1] * layer.attributes.get("group", 1) if transposed else weight.shape[0])
 
 
-def _with_factor(graph: _Graph, draft: Draft) -> Draft | None:
+def _with_factor(graph: _Graph, draft: DraftNode) -> DraftNode | None:
     """A product of a layer and one number: the layer's weight, and bias, times that."""
     found = _layer_before(graph, draft) if draft.operator in ("Mul", "Div") else None
     factor = None if found is None else graph.number(found[1])
@@ -151,7 +151,7 @@ def _times(graph: _Graph, name: str, factor: float) -> str:
     return scaled
 
 
-def _with_bias(graph: _Graph, draft: Draft) -> Draft | None:
+def _with_bias(graph: _Graph, draft: DraftNode) -> DraftNode | None:
     """A sum of a layer and a constant, one number or one for each of its channels: the layer's bias."""
     found = _layer_before(graph, draft) if draft.operator == "Add" else None
     if found is None:
@@ -188,7 +188,7 @@ def _flat(graph: _Graph, name: str, channels: int, axis: int) -> str | None:
     return flat
 
 
-def _as_hard_swish(graph: _Graph, draft: Draft) -> Draft | None:
+def _as_hard_swish(graph: _Graph, draft: DraftNode) -> DraftNode | None:
     """x * clip(x + 3, 0, 6) / 6, as Paddle and old exporters write it."""
     if draft.operator != "Div" or len(draft.inputs) != 2 or graph.number(draft.inputs[1]) != 6:
         return None
@@ -205,7 +205,7 @@ def _as_hard_swish(graph: _Graph, draft: Draft) -> Draft | None:
     return None
 
 
-def _bounds(graph: _Graph, clip: Draft) -> tuple[float | None, float | None]:
+def _bounds(graph: _Graph, clip: DraftNode) -> tuple[float | None, float | None]:
     least, most = clip.attributes.get("min"), clip.attributes.get("max")
     if len(clip.inputs) > 1:
         least = graph.number(clip.inputs[1])
@@ -214,7 +214,7 @@ def _bounds(graph: _Graph, clip: Draft) -> tuple[float | None, float | None]:
     return least, most
 
 
-def _as_gelu(graph: _Graph, draft: Draft) -> Draft | None:
+def _as_gelu(graph: _Graph, draft: DraftNode) -> DraftNode | None:
     """x * (1 + erf(x / sqrt(2))) / 2, its factors in any order."""
     if draft.operator != "Mul":
         return None
@@ -237,7 +237,7 @@ def _as_gelu(graph: _Graph, draft: Draft) -> Draft | None:
     return None
 
 
-def _factors(graph: _Graph, draft: Draft) -> list[str]:
+def _factors(graph: _Graph, draft: DraftNode) -> list[str]:
     """What a product is of: the products within it are opened."""
     found = list[str]()
     for name in draft.inputs:
@@ -250,7 +250,7 @@ def _is_near(one: float, other: float) -> bool:
     return abs(one - other) < 1e-4 * abs(other)
 
 
-def _as_layer_norm(graph: _Graph, draft: Draft) -> Draft | None:
+def _as_layer_norm(graph: _Graph, draft: DraftNode) -> DraftNode | None:
     """(x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis."""
     product = next((one for one in (graph.before(name, "Mul") for name in draft.inputs) if one), None)
     quotient = next((one for one in (graph.before(n, "Div") for n in product.inputs) if one), None) if product else None
@@ -279,12 +279,12 @@ def _as_layer_norm(graph: _Graph, draft: Draft) -> Draft | None:
     return replace(draft, operator="LayerNormalization", inputs=inputs, attributes={"axis": -1, "epsilon": epsilon})
 
 
-def _other(draft: Draft, name: str) -> str:
+def _other(draft: DraftNode, name: str) -> str:
     """The other one of two inputs."""
     return draft.inputs[1 - draft.inputs.index(name)]
 
 
-def _is_over_last(graph: _Graph, mean: Draft) -> bool:
+def _is_over_last(graph: _Graph, mean: DraftNode) -> bool:
     """Whether a mean is over the last axis alone, which it keeps."""
     axes = mean.attributes.get("axes") if len(mean.inputs) < 2 else graph.constants.get(mean.inputs[1])
     return axes in ([-1], [graph.ranks.get(mean.inputs[0], 0) - 1]) and bool(mean.attributes.get("keepdims", 1))

@@ -19,7 +19,7 @@ from torch import Tensor
 from r2cli.errors import InputError
 from r2cli.models.onnx_file import HALVES, opened, tensor_of
 from r2cli.models.onnx_names import Names
-from r2cli.models.onnx_patterns import Draft, simplified
+from r2cli.models.onnx_patterns import DraftNode, simplified
 from r2cli.models.onnx_program import OPERATORS, HeldTensor, OnnxNode, OnnxProgram
 from r2cli.models.onnx_values import FEW, KINDS, Uncomputable, Value, is_numbers
 
@@ -112,7 +112,7 @@ class _Reader:
         self.origins: dict[str, str] = {}  # of a constant that is a weight: its name in the file
         self.aliases: dict[str, str] = {}
         self.inner: dict[str, int] = {}  # of an axis that holds the batch and more: how many values stand before it
-        self.drafts: list[Draft] = []
+        self.drafts: list[DraftNode] = []
         self.examples: dict[str, tuple[Value, ...]] = {}
         first, generator = fixed or FREE, torch.Generator().manual_seed(0)
         for name, (shape, kind) in inputs.items():
@@ -161,7 +161,7 @@ class _Reader:
         else:
             # An output that is not wanted has no name.
             outputs = tuple(name or f"{node.output[0]} {place}" for place, name in enumerate(node.output))
-            draft = Draft(operator, node.name, inputs, outputs, self._attributes(node))
+            draft = DraftNode(operator, node.name, inputs, outputs, self._attributes(node))
             self._computed(_of_today(draft, self.opset))
 
     def _constant(self, name: str, attribute: onnx.AttributeProto) -> None:
@@ -205,7 +205,7 @@ class _Reader:
             )
         return found
 
-    def _computed(self, draft: Draft) -> None:
+    def _computed(self, draft: DraftNode) -> None:
         """Compute a node: a constant where its inputs are, else a draft with the examples of its outputs."""
         draft = self._with_numbers(draft)
         if all(name in self.constants for name in draft.inputs) and draft.operator != "RandomNormal":
@@ -226,10 +226,10 @@ class _Reader:
             self.inner.setdefault(name, inner)
         self.drafts.append(replace(draft, outputs=outputs))
 
-    def _values(self, draft: Draft, batch: int) -> list[Value]:
+    def _values(self, draft: DraftNode, batch: int) -> list[Value]:
         return [self.examples[name][batch] if name in self.examples else self.constants[name] for name in draft.inputs]
 
-    def _run(self, draft: Draft, values: list[Value]) -> list[Value]:
+    def _run(self, draft: DraftNode, values: list[Value]) -> list[Value]:
         attributes = {**draft.attributes, "outputs": len(draft.outputs), "device": torch.device("cpu")}
         try:
             found = OPERATORS[draft.operator].compute(attributes, *values)
@@ -246,7 +246,7 @@ class _Reader:
             "first, or export it again"
         )
 
-    def _with_numbers(self, draft: Draft) -> Draft:
+    def _with_numbers(self, draft: DraftNode) -> DraftNode:
         """Make constants numbers where the node wants shapes, or computes with numbers alone."""
         places = set(OPERATORS[draft.operator].numbers)
         values = [self.examples[name][0] if name in self.examples else None for name in draft.inputs]
@@ -273,7 +273,7 @@ class _Reader:
         value = self.constants.get(name)
         return isinstance(value, Tensor) and value.numel() == 1 and value.ndim <= ranks
 
-    def _with_free_batch(self, draft: Draft) -> Draft:
+    def _with_free_batch(self, draft: DraftNode) -> DraftNode:
         """A reshape to a shape that the file has for one batch, for any: the axis that holds the batch is free."""
         name, target = draft.inputs[0], f"{draft.outputs[0]} shape"
         one, two = self.examples[name]
@@ -347,7 +347,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
     return float((two[: len(one)].double() - one.double()).abs().max()) <= 1e-4 * scale
 
 
-def _of_today(draft: Draft, opset: int) -> Draft:
+def _of_today(draft: DraftNode, opset: int) -> DraftNode:
     """A node of an older opset with the attributes and inputs that it has in newer ones."""
     a = dict(draft.attributes)
     if draft.operator in ("Softmax", "LogSoftmax") and opset < 13:
