@@ -36,7 +36,7 @@ NAMES_REPEAT = ("data", "models")
 OWNERS = {
     "rich": {"console"},
     "safetensors": {"storage/checkpoint"},
-    "onnx": {"deploy", "analysis/onnx_weights"},
+    "onnx": {"deploy", "analysis/onnx_weights", "models/onnx_file", "models/onnx_reading"},
     "onnx_ir": {"deploy"},
     "onnxruntime": {"deploy/runtime"},
     "openvino": {"deploy/engines"},

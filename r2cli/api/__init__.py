@@ -255,6 +255,8 @@ def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:
             raise InputError(f"{type(network).__name__} needs the data that it is for: give a name or `load_data(...)`")
         source = datasets.load(data) if isinstance(data, str) else data
         return _of_module(network, source), source
+    if isinstance(network, str | Path) and Path(network).suffix == ".onnx" and isinstance(data, Data):
+        return inputs.of_onnx(Path(network), data), data
     made = _checkpoint_of(network)
     if isinstance(data, Data):
         return made, inputs.fitting(made.origin, made.input, made.class_names, data)

@@ -16,7 +16,7 @@ from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs
 from r2cli.data import losses, metrics
 from r2cli.data import own as own_data
 from r2cli.errors import InputError
-from r2cli.models import pretrained, text, timm
+from r2cli.models import onnx, pretrained, text, timm
 from r2cli.storage import checkpoint, foreign, own_code
 from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec, forms
 from r2cli.storage.keywords import is_own, require_safe
@@ -123,6 +123,8 @@ def load(
         raise InputError(
             f"--model {given.model} needs weights: give --weights FILE, or --pretrained for those that are published"
         )
+    if given.source is not None and given.source.suffix == ".onnx":
+        return _of_onnx(given, given.source)
     made = checkpoint.load(given.source or DEFAULT_SOURCE)
     if given.model is not None:
         made = _with_code(made, given.model, given.model_arg)
@@ -200,6 +202,38 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
     options = {"data": datasets.recorded(given.data or NOISE), "weights": name, "model": spec.described()}
     made = made.then("import", options, {})
     return made, _calibrating(given, made, loaded)
+
+
+def _of_onnx(given: Inputs, path: Path) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+    """The float network of an ONNX file, with the data and the preprocessing that `given` names."""
+    if given.model is not None:
+        raise InputError(f"--model {given.model} does not apply: {path} holds its own network")
+    if given.data is None and not given.input_shape:
+        raise InputError(f"{path} needs the data it is for: give --data, as imagefolder:DIR, or --input-shape")
+    if given.data is None:
+        loaded = own_data.noise(own_data.of_shapes(given.input_shape), NOISE)
+    else:
+        sizes = onnx.given(path)[0].shape
+        square = sizes[2] if len(sizes) == 4 and sizes[2] == sizes[3] else None
+        of_images = not own_code.is_code(given.data) and not given.data.startswith("npz:")
+        loaded = load_data(replace(given, size=given.size or square) if of_images else given, given.data, default="")
+    made = of_onnx(path, loaded)
+    return made, _calibrating(given, made, loaded)
+
+
+def of_onnx(path: Path, loaded: datasets.Data) -> checkpoint.Checkpoint:
+    """The float checkpoint of the network in an ONNX file, for the inputs of `loaded`.
+
+    Raises InputError for a file that cannot be read, naming the node, and where it does not take those inputs.
+    """
+    spec, taken, tensors = onnx.read(path, loaded.input, loaded.classes)
+    network = models.build(spec)
+    checkpoint.into(network, tensors)
+    taken, _ = models.require_fit(network, spec, taken)
+    names = onnx.program(spec).outputs
+    made = checkpoint.Checkpoint(spec, taken, loaded.class_names, tensors, origin=str(path), outputs=names)
+    options = {"data": datasets.recorded(loaded.name), "onnx": path.name}
+    return made.then("import", options, {})
 
 
 def _weights(given: Preparation, network: nn.Module, spec: checkpoint.ModelSpec) -> tuple[dict[str, Tensor], list[str]]:

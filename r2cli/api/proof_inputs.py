@@ -32,7 +32,7 @@ def named(path: Path, data: str | None) -> runtime.Recorded | None:
 
     Raises InputError for `data` beside a file that does not say how its inputs are prepared.
     """
-    if not any(entry.key.startswith("r2.") for entry in runtime.opened(path).metadata_props):
+    if not runtime.is_ours(path):
         if data is not None:
             raise InputError(f"{path} does not say how its inputs are prepared: leave out --data, and they are drawn")
         return None

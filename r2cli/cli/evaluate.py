@@ -100,7 +100,8 @@ class Subject:
 def _of_file(given: EvaluateSource, name: str | None) -> Subject:
     """Return an ONNX file, run by the runtime `name`, or a .tflite file, run by LiteRT.
 
-    Raises InputError for a file that r2 did not write, other classes, and a runtime that is unknown or not installed.
+    Raises InputError for a file that takes no images or has other classes, and for a runtime that is unknown or not
+    installed.
     """
     import torch
 
@@ -110,14 +111,18 @@ def _of_file(given: EvaluateSource, name: str | None) -> Subject:
     if given.model is not None:
         raise InputError(f"{source} needs no --model: such a file holds its own network")
     every, one, shown, made = _opened(source, name)
-    loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
-    loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
-    more = shown, source.stat().st_size, made.outputs, made.input.blank(1)
-    return Subject(every, one, torch.device("cpu"), loaded, *more)
+    if made is None:
+        network, loaded = inputs.load(given, tell=console.note)
+        outputs, blank = network.outputs, network.input.blank(1)
+    else:
+        loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
+        loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
+        outputs, blank = made.outputs, made.input.blank(1)
+    return Subject(every, one, torch.device("cpu"), loaded, shown, source.stat().st_size, outputs, blank)
 
 
-def _opened(source: Path, name: str | None) -> "tuple[Callable[..., Any], Callable[..., Any], str, Recorded]":
-    """A file in its runtime, with all threads and with one; the runtime's name, and what the file records."""
+def _opened(source: Path, name: str | None) -> "tuple[Callable[..., Any], Callable[..., Any], str, Recorded | None]":
+    """A file in its runtime, with all threads and with one; the runtime's name, and what a file of r2's records."""
     if source.suffix == ".tflite":
         if name is not None:
             raise InputError(f"--runtime {name} is for .onnx files: {source} runs in LiteRT")
@@ -127,7 +132,7 @@ def _opened(source: Path, name: str | None) -> "tuple[Callable[..., Any], Callab
         return tflite_run.runner(source), tflite_run.runner(source, 1), "LiteRT", tflite_run.recorded(source)
     from r2cli.deploy import engines, runtime
 
-    made = runtime.recorded(source)  # first: it names another tool's file
+    made = runtime.recorded(source) if runtime.is_ours(source) else None
     engine = engines.named(name or "onnxruntime")
     every, one = (engines.runner(engine, source, threads) for threads in (0, 1))
     return every, one, engine.shown, made

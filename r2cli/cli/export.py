@@ -20,6 +20,7 @@ def export(
     source = gates.source(given)
     container = targets.get(form.target or targets.DEFAULT).container
     ending = ".".join(dict.fromkeys((form.target, container))) if form.target else container
+    ending = f"float.{ending}" if source.suffix == ".onnx" and not form.target else ending
     output = written.output or gates.beside(source, ending)
     gates.require_output(output, f".{container}", source=source)
     targets.require_installed(form.target or targets.DEFAULT)

@@ -136,12 +136,15 @@ def ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Return whether `source` is a checkpoint of r2. A missing file counts as one, so that the error speaks of one."""
+    """Return whether `source` is a checkpoint of r2, or a network in an ONNX file.
+
+    A missing file counts as one, so that the error speaks of one.
+    """
     from r2cli.storage import stream
 
     if not source.is_file():
         return not source.is_dir()
-    return source.suffix != ".json" and "r2" in stream.metadata(source)
+    return source.suffix == ".onnx" or (source.suffix != ".json" and "r2" in stream.metadata(source))
 
 
 def _layers(layers: "Sequence[PalettizedLayer]") -> Any:

@@ -31,9 +31,10 @@ INTEGER = {"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "GlobalAveragePool", 
 
 
 def moves(node: onnx.NodeProto) -> bool:
-    """Whether a node only moves or picks values, so that what is on a grid stays on it."""
-    modes = [each.s for each in node.attribute if each.name == "mode"]
-    return node.op_type in MOVING or (node.op_type == "Resize" and modes in ([], [b"nearest"]))
+    """Whether a node only moves, copies or picks values: a Resize does so by the nearest neighbour."""
+    if node.op_type == "Resize":
+        return all(each.s == b"nearest" for each in node.attribute if each.name == "mode")
+    return node.op_type in MOVING
 
 
 def operators(file: onnx.ModelProto) -> Counter[str]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from onnx import helper
 from torch import Tensor, fx, nn
 
+from r2cli import models
 from r2cli.calibration import deployed
 from r2cli.config import targets
 from r2cli.config.groups import FileForm
@@ -60,7 +61,8 @@ def to_bytes(checkpoint: Checkpoint, form: FileForm | None = None) -> bytes:
     weights = Weights(writer, checkpoint.coded, target)
     weights.float_activations = not checkpoint.activations
     weights.unfused = _giving_floats(graph)
-    export = _Export(graph.eval(), writer, weights, given.names, checkpoint.outputs)
+    names = models.input_names(checkpoint.model, given)
+    export = _Export(graph.eval(), writer, weights, names, checkpoint.outputs)
     export.write(given, batch)
     lost = [name for name in checkpoint.coded if not any(name in node.output for node in writer.nodes)]
     if lost:

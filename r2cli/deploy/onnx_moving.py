@@ -16,7 +16,8 @@ def reshape(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
     """Write any change of shape that keeps the order of values: its result's shape says it all."""
     if x.shape == sheet.shape:
         return x.name
-    if sheet.shape[:1] == (None,) and sheet.shape[1:] == (x.shape and prod(x.shape[1:]),) and x.shape[0] is None:  # type: ignore[arg-type]
+    batch_first = sheet.shape[:1] == x.shape[:1] == (None,) and None not in x.shape[1:]
+    if batch_first and sheet.shape[1:] == (prod(x.shape[1:]),):  # type: ignore[arg-type]
         return sheet.node("Flatten", x, axis=1)
     return sheet.node("Reshape", x, sheet.sizes(sheet.shape))
 

@@ -168,6 +168,11 @@ class Recorded:
     outputs: tuple[str, ...]
 
 
+def is_ours(path: Path) -> bool:
+    """Whether the file at `path` records anything that r2 does. Raises InputError as `opened` does."""
+    return any(entry.key.startswith("r2.") for entry in opened(path).metadata_props)
+
+
 def recorded(path: Path) -> Recorded:
     """What the file at `path` records. Raises InputError for another tool's file, and for damaged metadata."""
     return of_metadata({entry.key: entry.value for entry in opened(path).metadata_props}, path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from r2cli.errors import InputError, unknown
-from r2cli.models import own, signature, text, timm, torchvision
+from r2cli.models import onnx, own, signature, text, timm, torchvision
 from r2cli.models.mobilenet_v1 import mobilenet_v1
 from r2cli.models.resnet_cifar import resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
 from r2cli.storage.checkpoint import LOGITS, ModelSpec
@@ -92,6 +92,8 @@ def build(spec: ModelSpec, most: int | None = None) -> nn.Module:
     """
     if spec.factory is not None:
         return own.build(spec)
+    if onnx.has(spec.name):
+        return onnx.build(spec, most)
     if is_own(spec.name) and not text.has(spec.name):
         raise InputError(
             f"the network is made by {spec.name}, which is your own code and runs only when you name it: "
@@ -128,8 +130,15 @@ def _at_most(most: int | None, name: str) -> Iterator[None]:
         hook.remove()
 
 
+def input_names(spec: ModelSpec, given: NetworkInput) -> tuple[str, ...]:
+    """What the inputs of a network are called in an ONNX file: as in the file that it came from, if it did."""
+    return onnx.program(spec).inputs if onnx.has(spec.name) else given.names
+
+
 def called(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> nn.Module:
     """`model`, in place, called by place: `signature.by_place` for the user's own code, and for the user's own data."""
+    if onnx.has(spec.name):  # it is already
+        return model
     if isinstance(given, TensorsSpec) or (is_own(spec.name) and not text.has(spec.name)):
         return signature.by_place(model, given.names)
     return model
@@ -143,7 +152,8 @@ def require_fit(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> tuple
     network does not take `given`, or is to be a classifier and its first output has not `spec.classes` classes: better
     now than after the data has been read.
     """
-    inputs = signature.named_inputs(model, given, spec.name) if isinstance(given, TensorsSpec) else given
+    own_names = isinstance(given, TensorsSpec) and not onnx.has(spec.name)
+    inputs = signature.named_inputs(model, given, spec.name) if own_names else given  # type: ignore[arg-type]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     needed = signature.needed(model)
     model = called(model.eval(), spec, inputs)
@@ -158,7 +168,7 @@ def require_fit(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> tuple
                 "data that it is for, as --data FILE.py:FACTORY"
             ) from error
         raise InputError(f"{spec.name} cannot take {inputs} ({why}): give another --size or --data") from error
-    if not isinstance(raw, Tensor) and not isinstance(model, signature.ByPlace):
+    if not isinstance(raw, Tensor) and not isinstance(model, signature.ByPlace) and not onnx.has(spec.name):
         raise InputError(f"{spec.name} returns a {type(raw).__name__} and no tensor: name it as FILE.py:FACTORY")
     try:
         outputs = list(signature.named(raw))

@@ -17,6 +17,8 @@ LONGEST_WORD = 64  # characters
 DEEPEST = 6  # levels of lists within lists; more would be an attack on the recursion, not a network
 # A word has no dot, slash, colon or tilde, so it cannot be a path, an address or the name of a file.
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+-]*")
+# The graph of a network that came as an ONNX file: compressed, at most 64 MB.
+GRAPH = re.compile(r"[A-Za-z0-9+/]{1,67108864}={0,2}")
 # A keyword is refused if one of these words is in its name, between underscores: they are about loading.
 LOADS = frozenset(
     ("pretrained", "checkpoint", "checkpoints", "weights", "url", "file", "filename", "cache", "hub", "repo")
@@ -38,6 +40,8 @@ def require_safe(model: str, keywords: Mapping[str, Any], origin: str) -> None:
     `origin` is the file or the option that the keywords come from.
     """
     for name, value in keywords.items():
+        if model == "onnx" and name == "graph" and isinstance(value, str) and GRAPH.fullmatch(value):
+            continue  # it is no name of anything, and `models.onnx_program` checks what it says
         why = _why_not(str(name), value, DEEPEST, tables=model.startswith("text:"))
         if why:
             raise InputError(
