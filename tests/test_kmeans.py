@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r2cli.palettes import kmeans
+from r2cli.palettes import kmeans, tables
 from r2cli.palettes.kmeans import Points
 
 
@@ -106,3 +106,16 @@ def test_lloyds_iterations_only_gain_and_end_where_they_stay() -> None:
     assert kmeans.error(points, found) < 0.5 * kmeans.error(points, start)
     assert (kmeans.refined(points, found) == found).all()
     assert kmeans.error(points, kmeans.scalar(points, 4)) <= kmeans.error(points, found)
+
+
+NEAR = [[[1e30], [1.0000001e30]], [[3.4e38]], [[-3e38], [3e38]], [[0.0], [1e-45]], [[-1e-45]], [[0.0]], [[1.0], [2.0]]]
+
+
+@pytest.mark.parametrize("rows", [4, 256])
+@pytest.mark.parametrize("centroids", [*NEAR, [[1e30, 0.0], [1e30, 1e-45]]])
+def test_a_table_is_filled_with_other_numbers_however_near_its_own_are(centroids: list[list[float]], rows: int) -> None:
+    own = tables.distinct(torch.tensor(centroids))
+    filled = tables.filled(own, rows)
+    assert filled.shape == (rows, own.shape[1]) and bool(filled.isfinite().all())
+    assert len(tables.distinct(filled)) == rows
+    assert bool((filled[:, None] == own).all(2).any(0).all())

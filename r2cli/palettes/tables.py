@@ -74,15 +74,20 @@ def distinct(centroids: Tensor) -> Tensor:
     return found
 
 
+TINY = 1e-30
+
+
 def filled(centroids: Tensor, rows: int) -> Tensor:
     """Return distinct `centroids` (n, dim) with more distinct rows between them: `rows` in all, in ascending order."""
     if len(centroids) == rows:
         return centroids
     # Four times as many candidates as rows, so that enough are left without those that are centroids already.
-    low, high = centroids.aminmax(dim=0)
-    reach = torch.where(high > low, high - low, 1.0)
-    share = (torch.arange(4 * rows, dtype=centroids.dtype, device=centroids.device) + 0.5) / (4 * rows)
-    between = low + share[:, None] * reach
+    low, high = (end.double() for end in centroids.aminmax(dim=0))
+    # Where the centroids are too near each other for numbers between them: from the least one towards 0, or from 0.
+    beside = torch.where(low.abs() < TINY, 1.0, -low / 1024)
+    reach = torch.where(high - low > (low.abs() / 1024).clamp_min(TINY), high - low, beside)
+    share = (torch.arange(4 * rows, dtype=torch.float64, device=centroids.device) + 0.5) / (4 * rows)
+    between = (low + share[:, None] * reach).to(centroids.dtype)
     fresh = between[~(between[:, None] == centroids).all(2).any(1)]
     step = len(fresh) // (rows - len(centroids))
     return distinct(torch.cat([centroids, fresh[::step][: rows - len(centroids)]]))
