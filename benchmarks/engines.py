@@ -1,8 +1,8 @@
-"""How near OpenVINO comes to ONNX Runtime on r2's files, and how fast each runs them beside the float file.
+"""How near OpenVINO comes to ONNX Runtime on r2's files.
 
 Three networks are trained on digits, quantized in every form, and run in both on the 597 test images. "Plain" is
 OpenVINO without its low-precision transformations, which computes in float what the file's integers stand for: it shows
-that the file is read rightly. Times are medians of one image on one thread; both files of a runtime take turns.
+that the file is read rightly.
 
     python benchmarks/engines.py --output benchmarks/engines.md        # some ten minutes, most of them training
 """
@@ -20,7 +20,7 @@ from r2cli import __version__
 from r2cli.api import proof_inputs
 from r2cli.calibration.result import Result
 from r2cli.data import Data
-from r2cli.deploy import any_file, engines, likeness, parity, runtime, speed
+from r2cli.deploy import engines, likeness, parity, runtime
 from r2cli.deploy.engines import ENGINES, Arrays
 from r2cli.storage.checkpoint import Checkpoint
 
@@ -37,18 +37,14 @@ def forms(made: Checkpoint, source: Data) -> dict[str, Result]:
     return found | {PALETTE: r2cli.palettize(made, source, palettes)}
 
 
-def row(path: Path, float_path: Path, given: Sequence[Arrays]) -> list[str]:
-    """dB and argmax of OpenVINO beside ONNX Runtime; and its and ONNX Runtime's time as a share of the float file's."""
+def row(path: Path, given: Sequence[Arrays]) -> list[str]:
+    """dB and percent of equal argmax of OpenVINO beside ONNX Runtime: by its usual kernels, and by its plain ones."""
     usual = engines.together(ENGINES["onnxruntime"].load(path, 0, False), given)
     told = []
     for plain in (False, True):
         own = engines.together(ENGINES["openvino"].load(path, 0, plain), given)
         (like,) = likeness.compared(own, usual, noise_db=parity.SQNR_DB)
         told += [f"{like.sqnr_db:.0f}", f"{like.agreement:.1f}"]
-    one = any_file.first_of(given[0], path)
-    for engine in (ENGINES["onnxruntime"], ENGINES["openvino"]):
-        mine, other = speed.in_turns(engine.load(path, 1, False), one, engine.load(float_path, 1, False), one)
-        told.append(f"{mine / other:.2f}")
     return told
 
 
@@ -66,29 +62,19 @@ def main() -> None:
             float_path, path = Path(folder) / "float.onnx", Path(folder) / "file.onnx"
             r2cli.export(trained, float_path)
             batches = proof_inputs.of_data(float_path, source, most=len(source.test)).batches
-            content.append([name, "float32", *row(float_path, float_path, batches)])
+            content.append([name, "float32", *row(float_path, batches)])
             for form, result in forms(trained.checkpoint, source).items():
                 r2cli.export(result, path)
-                content.append([name, form, *row(path, float_path, batches)])
+                content.append([name, form, *row(path, batches)])
                 print(content[-1], flush=True)
     import openvino
 
-    columns = [
-        "network",
-        "file",
-        "dB",
-        "argmax, %",
-        "dB, plain",
-        "argmax, plain",
-        "time, ONNX Runtime",
-        "time, OpenVINO",
-    ]
+    columns = ["network", "file", "dB", "argmax, %", "dB, plain", "argmax, plain, %"]
     text = "\n\n".join(
         [
             "# OpenVINO beside ONNX Runtime",
             f"{machine()} ({runtime.cpu()}), {len(source.test)} test images of digits; r2cli {__version__}, "
-            f"ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__.partition('-')[0]}. Times are "
-            "shares of the float file's in the same runtime.",
+            f"ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__.partition('-')[0]}.",
             table(columns, content),
         ]
     )

@@ -1,11 +1,11 @@
 """How fast a file is beside its float one, in ONNX Runtime on one thread, and what takes the time where it is slower.
 
-Runs of both take turns, so that what else the machine does falls on both alike; the medians are compared.
+Runs of both take turns, and the least times are compared: what else the machine does falls on both, and only ever adds.
+Medians of few runs were wrong by ten times where other programs had most of the cores.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -22,7 +22,7 @@ SHOWN, SHARE = 4, 1.0  # operators at most, of this percentage of the time or mo
 
 @dataclass(frozen=True)
 class Speed:
-    """Median times of a batch in ms, of a file and of its float one; `costs` is the share of each operator in percent,
+    """Least times of a batch in ms, of a file and of its float one; `costs` is the share of each operator in percent,
     the largest first, where the file is slower."""
 
     latency_ms: float
@@ -64,7 +64,7 @@ def of_files(path: Path, float_path: Path, given: Arrays, float_given: Arrays) -
 
 
 def in_turns(one: Run, given: Arrays, other: Run, other_given: Arrays) -> tuple[float, float]:
-    """Median times in seconds of two functions that take turns."""
+    """Least times in seconds of two functions that take turns."""
     times: tuple[list[float], list[float]] = ([], [])
     started = perf_counter()
     while len(times[0]) < LEAST + WARM or (len(times[0]) < MOST and perf_counter() - started < BUDGET_S):
@@ -72,4 +72,4 @@ def in_turns(one: Run, given: Arrays, other: Run, other_given: Arrays) -> tuple[
             start = perf_counter()
             run(inputs)
             found.append(perf_counter() - start)
-    return median(times[0][WARM:]), median(times[1][WARM:])
+    return min(times[0][WARM:]), min(times[1][WARM:])
