@@ -272,3 +272,23 @@ def test_metric_and_loss_of_data_by_name() -> None:
     made = r2cli.quantize(Gives(lambda x: x).eval(), source, r2cli.PtqConfig())
     assert made.before is not None and made.float_top1 is None and str(made.before).startswith("MAE ")
     assert r2cli.load_data("digits:10", loss="distill").task.loss.distils
+
+
+class Letters(nn.Module):
+    """Logits of each position of a text, with the classes second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 9)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids)).transpose(1, 2)
+
+
+def test_logits_of_many_places_are_measured_and_compared(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    ids = torch.randint(9, (COUNT, 5), generator=torch.Generator().manual_seed(0))
+    source = r2cli.load_data([(ids, ids)], metric="top1")
+    made, proof, _ = proved(Letters().eval(), source, tmp_path, act_bits="none", method="auto")
+    assert proof.passed and proof.measures["agreement"] is None, [one for one in proof.checks if not one.passed]
+    assert proof.measures["top1"] == pytest.approx(made.before.value, abs=5)

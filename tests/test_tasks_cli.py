@@ -13,10 +13,13 @@ from PIL import Image
 from torch import nn
 
 from conftest import R2
+from r2cli.storage import own_code
 
 TASK = '''
 import torch
 from torch import nn
+
+from r2cli.storage import own_code
 from torch.utils.data import TensorDataset
 
 class Net(nn.Module):
@@ -185,6 +188,14 @@ def test_bad_input_is_one_sentence_with_the_way_out(r2: R2, task: Path) -> None:
         ran = r2("ptq", *FULL, *option)
         assert ran.code == 2 and why in ran.err, (option, ran.err)
     assert "--data-arg belongs to data of your own" in r2("pretrain", "--data-arg", "a=1").err
+
+
+def test_which_names_are_code_of_one_s_own() -> None:
+    code = ("task.py:data", "/a/b c/task.py:data", "C:\\x\\task.py:data", "package.module:data")
+    assert all(map(own_code.is_code, code))
+    data = ("digits", "digits:64", "imagefolder:a.b", "npz:a.npz", "images:/a/b.c:d", "images:a.b:c", "fake:3x8x8:2")
+    assert not any(map(own_code.is_code, data))
+    assert [own_code.label(name) for name in code[1::2]] == ["task.py:data", "package.module:data"]
 
 
 def test_a_checkpoint_never_names_code_that_runs(r2: R2, task: Path) -> None:

@@ -324,7 +324,8 @@ def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Da
         pairs = itertools.zip_longest(class_names, loaded.class_names, fillvalue="nothing")
         own, other = next((own, other) for own, other in pairs if own != other)
         raise InputError(
-            f"{loaded.name} has the class '{other}' where {origin} was trained on '{own}': give the data of its classes"
+            f"{loaded.name} has the class '{other}' where {origin} was trained on '{own}': give the data of its "
+            "classes, or calibrate on pictures without labels, images:DIR"
         )
 
 

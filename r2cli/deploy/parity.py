@@ -74,6 +74,7 @@ class EngineRun:
     samples: int = 0
     outputs: dict[str, OutputRun] = field(default_factory=dict)
     decisions: Decisions = field(default_factory=Decisions)
+    decides: bool = False  # whether there were labels for rows of logits
     measured: Measured | None = None  # by the task's metric
 
     def add(self, outputs: Given, reference: Given, names: Sequence[str], labels: Any = None) -> None:
@@ -81,6 +82,7 @@ class EngineRun:
         for name, own, expected in zip(names, places(outputs), places(reference), strict=True):
             self.outputs.setdefault(name, OutputRun()).add(own, expected)
         self.samples += count(reference)
+        self.decides = labels is not None
         if labels is not None:
             self.decisions.add(places(outputs)[0], places(reference)[0], labels)
 
@@ -123,8 +125,8 @@ def compare(
     for given, target in batches:
         first = given if first is None else first
         inputs, target = places(given), own_data.moved(target, torch.device("cpu"))
-        labels = target if task.decides else None
         reference = each(model(*inputs), Tensor.cpu)
+        labels = target if task.decides and places(reference)[0].ndim == 2 else None
         if float_network is not None and runs["float"].samples < OFF_SAMPLES:
             own = float_network(*(one.clone() for one in inputs))  # it may write into its input
             runs["float"].add(reference, each(own, Tensor.cpu), names, labels)

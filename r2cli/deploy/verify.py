@@ -80,15 +80,15 @@ def prove(
         if on_grids:
             checks += _parts(model, each(first, lambda one: one[:FOLLOWED]), file)  # type: ignore[arg-type]
         follows = on_grids and all(check.passed for check in checks[-2:])
-        decide = parity.decisions(compared) if task.decides else None
+        decide = parity.decisions(compared) if compared["default"].decides else None
         told = parity.check(compared, decide, exact=not checkpoint.activations, follows=follows)
         away = compared["float"].sqnr if compared["float"].samples else None
         checks += [_runs(file, path, compared), comparison.with_float(told, away, stated=bool(checkpoint.coded))]
-        seen = _seen(compared, away, decides=task.decides) | {"nodes": runtime.node_counts(path)}
+        seen = _seen(compared, away) | {"nodes": runtime.node_counts(path)}
     except runtime.UnrunnableError as error:
         checks.append(audit.Check("runs", False, str(error)))
         checks += _wrong_parts(model, checkpoint, file) if on_grids else []  # type: ignore[arg-type]
-        seen = dict.fromkeys((*_seen({}, None, decides=False), "nodes"))
+        seen = dict.fromkeys((*_seen({}, None), "nodes"))
     held = audit.held_weights(file, checkpoint.coded)
     payload = sum(coded.payload_bytes() for coded in checkpoint.coded.values())
     weights = sum(coded.decode().numel() for coded in checkpoint.coded.values())
@@ -105,7 +105,7 @@ def prove(
     return Proof(tuple(checks), measures)
 
 
-def _seen(runs: Mapping[str, parity.EngineRun], away: float | None, *, decides: bool) -> dict[str, Any]:
+def _seen(runs: Mapping[str, parity.EngineRun], away: float | None) -> dict[str, Any]:
     """What the runs of `parity.compare` say in numbers; None each where there are none."""
     default, torch_run, overflowing = (
         runs.get(name, parity.EngineRun()) for name in ("default", "torch", "overflowing")
@@ -115,7 +115,7 @@ def _seen(runs: Mapping[str, parity.EngineRun], away: float | None, *, decides: 
         "metric": _metric(default.measured, torch_run.measured),
         "top1": None if default.measured is None else default.measured.top1,
         "torch_top1": None if torch_run.measured is None else torch_run.measured.top1,
-        "agreement": default.agreement if ran and decides else None,
+        "agreement": default.agreement if default.decides else None,
         "sqnr_db": default.sqnr if ran else None,
         "outputs": {
             name: {"sqnr_db": one.sqnr, "float_sqnr_db": away_of[name].sqnr if name in away_of else None}

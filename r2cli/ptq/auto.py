@@ -80,7 +80,10 @@ def choose(
         started = perf_counter()
         made, rows = quantize(checkpoint, own, shown, device)
         outputs = _outputs(made, images, device)
-        lost = sum(map(divergence if decides else noise, outputs, expected)) / len(outputs)
+        if decides:
+            lost = divergence(outputs[0], expected[0])
+        else:
+            lost = sum(map(noise, outputs, expected)) / len(outputs)
         if best is None or lost < min(trial.divergence for trial in trials):
             best = made, rows, own
         assert own.parts is not None

@@ -117,7 +117,7 @@ def quantize(
     trials: list[auto.Trial] = []
     if entry.chooses:
         coded, layers, settings, trials = _best(
-            made, settings, config, images, where, reporter, decides=source is None or source.task.decides
+            made, settings, config, images, where, reporter, decides=source is None or source.task.logits
         )
     else:
         with reporter.bar(config.method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:

@@ -21,7 +21,11 @@ from r2cli.errors import InputError, unknown
 def is_code(name: str) -> bool:
     """Whether a name is one of the user's own code: what stands before its last colon is a file, or a module's path."""
     where, colon, what = name.rpartition(":")
-    return bool(colon) and what.isidentifier() and (where.endswith(".py") or ("." in where and "/" not in where))
+    return (
+        bool(colon)
+        and what.isidentifier()
+        and (where.endswith(".py") or ("." in where and not set(where) & set(":/\\")))
+    )
 
 
 def file_of(name: str | None) -> Path | None:
