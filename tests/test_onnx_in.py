@@ -371,8 +371,14 @@ def checkpoint_of(path: Path, classes: int = 5) -> Checkpoint:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("free", [True, False], ids=["any batch", "batch of 1"])
-@pytest.mark.parametrize("opset", [11, 13, 17])
+@pytest.mark.parametrize(
+    ("opset", "free"),
+    [
+        (11, True),
+        (17, False),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(11, False), (13, True), (17, True)]),
+    ],
+)
 def test_an_exported_network_goes_out_as_it_came_in(small: nn.Module, tmp_path: Path, opset: int, free: bool) -> None:
     path = exported(small, tmp_path / "in.onnx", opset, free=free)
     made = checkpoint_of(path)
@@ -406,6 +412,7 @@ def test_a_network_of_a_file_is_quantized_trained_and_read_from_its_checkpoint(
     assert r2cli.export(kept) == out.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_commands_take_a_file(small: nn.Module, tmp_path: Path, r2: R2) -> None:
     path = exported(small, tmp_path / "net.onnx")
