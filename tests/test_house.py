@@ -176,7 +176,7 @@ def test_changelog_and_package_agree_on_the_version() -> None:
 
 
 def _tree(readme: str) -> dict[str, str]:
-    """The files of README's tree, by their path below r2cli, with what it says of each; rooms too, as 'ptq/'."""
+    """The files of the tree in docs/internals.md, by their path below r2cli, with what it says of each; rooms too, as 'ptq/'."""
     block = readme.split("```\nr2cli/\n")[1].split("\ntests/")[0]
     shown, room = {}, ""
     for line in block.splitlines():
@@ -191,15 +191,15 @@ def _tree(readme: str) -> dict[str, str]:
     return shown
 
 
-def test_the_readme_prints_the_tree_as_it_is() -> None:
-    shown = _tree((ROOT / "README.md").read_text())
+def test_the_document_prints_the_tree_as_it_is() -> None:
+    shown = _tree((ROOT / "docs/internals.md").read_text())
     there = {str(path.relative_to(PACKAGE)) for path in FILES if path.name != "__init__.py" or path.parent == PACKAGE}
     rooms = {f"{path.parent.name}/" for path in FILES if path.parent != PACKAGE}
     assert set(shown) == there | rooms and all(shown.values())
 
 
 def test_a_name_in_another_room_is_no_name_in_this_one() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs/internals.md").read_text()
     line = "    observers.py "
     assert readme.count(line) == 1 and "calibration/observers.py" in _tree(readme)
     moved = readme.replace(line, "    gone.py ").replace("    brecq.py ", f"{line}as brecq.py\n    brecq.py ")
