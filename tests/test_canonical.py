@@ -136,6 +136,7 @@ MADE: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = {
     "shared": (Shared, {"first": (3, 3, 1, 1), "second": (3, 3, 1, 1), "conv2d": (3, 3, 1, 1)}),
     "shapes": (Shapes, {}),
     "pieces": (Pieces, {}),
+    "shuffled": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ChannelShuffle(2)), {"0": (4, 3, 1, 1)}),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.PReLU(4), nn.Conv2d(4, 2, 1)),
         {"0": (4, 3, 3, 3), "2": (2, 4, 1, 1)},

@@ -103,7 +103,7 @@ FUNCTIONS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "repeat_interleave": (torch.repeat_interleave, "self repeats dim"),
     "pixel_shuffle": (F.pixel_shuffle, "self upscale_factor"),
     "pixel_unshuffle": (F.pixel_unshuffle, "self downscale_factor"),
-    "channel_shuffle": (F.channel_shuffle, "input groups"),
+    "channel_shuffle": (F.channel_shuffle, "self groups"),
     # pools
     "max_pool1d": (F.max_pool1d, "self kernel_size stride padding dilation ceil_mode"),
     "max_pool2d": (F.max_pool2d, "self kernel_size stride padding dilation ceil_mode"),
