@@ -176,7 +176,7 @@ def test_changelog_and_package_agree_on_the_version() -> None:
 
 
 def _tree(readme: str) -> dict[str, str]:
-    """The files of the tree in docs/internals.md, by their path below r2cli, with what it says of each; rooms too, as 'ptq/'."""
+    """The files in docs/internals.md, by their path below r2cli, with what it says of each; rooms too, as 'ptq/'."""
     block = readme.split("```\nr2cli/\n")[1].split("\ntests/")[0]
     shown, room = {}, ""
     for line in block.splitlines():
