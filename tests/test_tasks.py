@@ -17,7 +17,7 @@ import r2cli
 from r2cli.calibration import deployed
 from r2cli.data import Data, own
 from r2cli.deploy import runtime
-from r2cli.errors import InputError
+from r2cli.errors import InputError, R2Error
 from r2cli.models import signature
 from r2cli.storage import checkpoint
 from r2cli.storage.input_spec import Given, TensorSpec, TensorsSpec, places
@@ -292,3 +292,18 @@ def test_logits_of_many_places_are_measured_and_compared(tmp_path: Path) -> None
     made, proof, _ = proved(Letters().eval(), source, tmp_path, act_bits="none", method="auto")
     assert proof.passed and proof.measures["agreement"] is None, [one for one in proof.checks if not one.passed]
     assert proof.measures["top1"] == pytest.approx(made.before.value, abs=5)
+
+
+class Gained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:
+        return self.layer(x) * gain + self.gain
+
+
+def test_an_input_with_the_name_of_a_weight_is_named() -> None:
+    made = r2cli.quantize(Gained().eval(), data((normal(4, 4), normal(4, 3))), r2cli.PtqConfig(calibration=4))
+    with pytest.raises(R2Error, match="'gain' is an input or output and a weight too"):
+        r2cli.export(made)

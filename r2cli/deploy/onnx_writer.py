@@ -8,7 +8,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from r2cli.config.targets import MOST_OPSET
-from r2cli.errors import InputError
+from r2cli.errors import InputError, R2Error
 
 Array = np.ndarray[Any, Any]
 # The lowest opset with all that r2 writes, but for the operators that say otherwise: any runtime since 2020 reads it.
@@ -123,7 +123,15 @@ class OnnxWriter:
         outputs: Sequence[onnx.ValueInfoProto],
         metadata: Mapping[str, str],
     ) -> onnx.ModelProto:
-        """Return the finished file, with what goes into its `outputs` alone."""
+        """Return the finished file, with what goes into its `outputs` alone.
+
+        Raises R2Error for an input or output that has the name of a constant.
+        """
+        for each in (*inputs, *outputs):
+            if each.name in self.initializers:
+                raise R2Error(
+                    f"'{each.name}' is an input or output and a weight too: give one another name in its code"
+                )
         needed, nodes = {each.name for each in outputs}, []
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
