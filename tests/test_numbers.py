@@ -80,3 +80,23 @@ def test_a_product_with_a_plain_number_counts_as_float(source: datasets.Data, tm
     file.graph.initializer.append(onnx.helper.make_tensor("plain", onnx.TensorProto.FLOAT, [], [1 / 6]))
     product.input[1] = "plain"
     assert float_nodes.operators(file) == {"Mul": 1}
+
+
+class Head(nn.Module):
+    """A convolution that gives the network's result, as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(self.first(x))).flatten(1)
+        return logits
+
+
+def test_a_convolution_that_gives_the_result_is_said_to_run_in_float(source: datasets.Data, tmp_path: Path) -> None:
+    proof = made(Head(), source, tmp_path / "head.onnx")
+    assert proof.passed, proof.checks
+    assert [each["kind"] for each in proof.measures["float_operations"]] == ["convolution"]
+    assert "the network's result" in proof.measures["float_operations"][0]["reason"]
+    assert proof.measures["nodes"]["QLinearConv"] == 1

@@ -25,6 +25,7 @@ from r2cli.graph.operators import ACTIVATIONS, LAYERS, PASSING, Kind, is_a, modu
 from r2cli.graph.structure import only_user, propagate
 from r2cli.storage.input_spec import Shape
 
+UNROUNDED = "what it gives is the network's result, or has no grid: its codes are decoded for it"
 FOREIGN_BIAS = "its int32 bias is on the scale of the first call's input: runtimes may run this call in float"
 # What can run on integers or is cheap between two grids.
 COMPUTES = (Kind.INTEGER, Kind.POINTWISE, Kind.NORM, Kind.ACTIVATION)
@@ -71,6 +72,9 @@ def float_operations(net: fx.GraphModule, shape: Shape) -> list[FloatOperation]:
         if node in again:
             operations.append(FloatOperation(node.name, "second use of a layer", FOREIGN_BIAS, ("Gemm", "Conv")))
             continue
+        if _is_convolution(net, node) and not _is_rounded(net, node):
+            operations.append(FloatOperation(node.name, "convolution", UNROUNDED, ("Conv",)))
+            continue
         in_float = kind is not Kind.LAYER or _written_as_operators(net, node)
         computes = node.op.startswith("call") and _is_float(node) and in_float
         if not computes or is_grid(node) or node in constants:
@@ -90,9 +94,19 @@ def is_between_grids(net: fx.GraphModule, node: fx.Node) -> bool:
 
     Runtimes fuse a ReLU into the operation before it, so the grid after the ReLU counts.
     """
+    return all(_on_grid(net, value) for value in _inputs(node)) and _is_rounded(net, node)
+
+
+def _is_rounded(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what `node` gives, behind its ReLU perhaps, gets a grid."""
     user = only_user(node)
     last = user if user is not None and is_a(net, user, ACTIVATIONS) else node
-    return all(_on_grid(net, value) for value in _inputs(node)) and any(map(is_grid, last.users))
+    return any(map(is_grid, last.users))
+
+
+def _is_convolution(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` calls a convolution that runtimes run on integers between two grids."""
+    return isinstance(module_of(net, node), nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _with_foreign_bias(net: fx.GraphModule) -> set[fx.Node]:
