@@ -126,7 +126,10 @@ def tensor_of(proto: TensorProto) -> Tensor:
 
     Raises ValueError for data that is shorter than its shape, and for kinds that torch does not have.
     """
-    array = numpy_helper.to_array(proto)
+    try:
+        array = numpy_helper.to_array(proto)
+    except KeyError as error:
+        raise ValueError(f"onnx has no type of tensors with the number {error}") from error
     if proto.data_type in HALVES:
         array = array.astype(np.float32)
     return torch.from_numpy(np.array(array, copy=True))

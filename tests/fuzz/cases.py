@@ -154,6 +154,10 @@ def text(old: str, new: str) -> Edit:
 DAMAGED = "has damaged r2 metadata"
 
 
+def _of_type_99(model: onnx.ModelProto) -> None:
+    next(each for each in model.graph.initializer if each.name == "rest").data_type = 99
+
+
 def arrays(**changed: Any) -> Edit:
     """Other arrays in an .npz file."""
 
@@ -243,6 +247,7 @@ CASES = {
         in_tokenizer("post_processor/pair/1/Sequence/type_id", 1 << 31),
         "the tokenizer in the file gives numbers above",
     ),
+    "a type of tensors that nobody knows": Case("network", in_onnx(_of_type_99), "the tensor 'rest' is damaged", 1),
     "an array of 400 GB": Case("npz", shape_of_array, "'x' holds other bytes than (100000000000,) of float32"),
     "arrays of other lengths": Case("npz", arrays(target=np.zeros(3)), "counts the same samples"),
     "pickled objects": Case("npz", arrays(x=np.array([{}] * 12)), "'x' holds pickled objects, which r2 never loads"),

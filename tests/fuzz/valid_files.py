@@ -106,6 +106,20 @@ READERS = {
         (("analyze", "FILE"), ("evaluate", "FILE", *CPU), ("verify", "FILE", "--runtime", "onnxruntime")),
         share=30,
     ),
+    "network": Reader(
+        "network.onnx",
+        (
+            ("ptq", "FILE", *CPU, "-o", "n.safetensors", "--dry-run"),
+            ("export", "FILE", *CPU[:2], "-o", "n.onnx", "--dry-run"),
+            ("evaluate", "FILE", *CPU),
+        ),
+        share=20,
+    ),
+    "graph": Reader(
+        "graph.safetensors",
+        (("evaluate", "FILE", *CPU, "--dry-run"), ("export", "FILE", *CPU[:2], "-o", "n.onnx", "--dry-run")),
+        share=20,
+    ),
     "npz": Reader(
         "arrays.npz",
         (
@@ -176,6 +190,36 @@ def make(folder: Path) -> None:
     r2(*line, "--workers", "0", "-o", "seen.safetensors")
     _text(folder, r2)
     _arrays(folder)
+    _network(folder / "network.onnx")
+    r2("ptq", "network.onnx", *CPU, "-o", "graph.safetensors")
+
+
+def _network(path: Path) -> None:
+    """A float network that comes as a file, with shapes that are computed and a norm that is kept."""
+    drawn = np.random.default_rng(1)
+
+    def held(name: str, *shape: int, kind: type = np.float32) -> TensorProto:
+        return numpy_helper.from_array(abs(drawn.normal(size=shape)).astype(kind), name)
+
+    parts = [held("conv.weight", 4, 1, 3, 3), held("fc.weight", 10, 4 * 16), held("fc.bias", 10)]
+    parts += [held(f"norm.{name}", 4) for name in ("weight", "bias", "mean", "var")]
+    parts += [numpy_helper.from_array(np.array(values), name) for name, values in (("first", [0]), ("rest", [-1]))]
+    nodes = [
+        helper.make_node(
+            "Conv", ["images", "conv.weight"], ["a"], kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2]
+        ),
+        helper.make_node("BatchNormalization", ["a", *(f"norm.{n}" for n in ("weight", "bias", "mean", "var"))], ["b"]),
+        helper.make_node("Clip", ["b"], ["c"]),
+        helper.make_node("Shape", ["c"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["batch"]),
+        helper.make_node("Concat", ["batch", "rest"], ["flat"], axis=0),
+        helper.make_node("Reshape", ["c", "flat"], ["d"]),
+        helper.make_node("Gemm", ["d", "fc.weight", "fc.bias"], ["logits"], transB=1),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 1, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 10])
+    graph = helper.make_graph(nodes, "network", [images], [logits], parts)
+    save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
 
 
 def _arrays(folder: Path) -> None:
