@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from r2cli.storage import atomic
-
 CODE = 130
+ATOMIC = "r2cli.storage.atomic"
 TOLD = "interrupted; no file is left half written"
 CLEAR = "\r\x1b[2K\x1b[?25h"  # a progress bar's line, and the cursor that it hides
 
@@ -60,7 +59,8 @@ def _end(number: int, frame: FrameType | None) -> None:
         os._exit(CODE)
     if _raising:
         raise KeyboardInterrupt
-    atomic.abandon()
+    if ATOMIC in sys.modules:  # else this process holds nothing yet; importing it takes a fifth of `r2 --help`
+        sys.modules[ATOMIC].abandon()
     said = [*filter(None, (words() for words in _last_words)), f"r2: {TOLD}"]
     # By the system's own write: the stream may be in the middle of one.
     os.write(2, ((CLEAR if os.isatty(2) else "") + "\n".join(said) + "\n").encode())

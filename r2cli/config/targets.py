@@ -8,7 +8,6 @@ the grid of its layer's sums is the same in float and in INT32.
 """
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -116,8 +115,9 @@ def require(
     if zero_points and not row.weight_zero_points:
         raise InputError(f"{flag} takes weights whose zero point is 0: give --symmetric")
     if zero_points and per_channel and act_bits is not None and _onnxruntime() < PER_CHANNEL_ZEROS:
+        found = ".".join(map(str, _onnxruntime()))
         raise InputError(
-            f"--asymmetric gives each channel its own zero point, which ONNX Runtime {version('onnxruntime')} cannot "
+            f"--asymmetric gives each channel its own zero point, which ONNX Runtime {found} cannot "
             "run (1.27 can): give --granularity tensor or unfolded, or --symmetric"
         )
 
@@ -129,6 +129,8 @@ def require_installed(name: str) -> None:
 
 
 def _onnxruntime() -> tuple[int, ...]:
+    from importlib.metadata import version  # which takes a tenth of `r2 --help`
+
     return tuple(map(int, version("onnxruntime").split(".")[:2]))
 
 
