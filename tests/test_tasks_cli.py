@@ -205,3 +205,20 @@ def test_a_checkpoint_never_names_code_that_runs(r2: R2, task: Path) -> None:
         held
         and "task.py:data is your own code and runs only when you name it: give --data" in r2("evaluate", "q.onnx").err
     )
+
+
+def test_one_number_an_image_of_a_folder_is_measured_by_the_metric_that_is_named(r2: R2, task: Path) -> None:
+    (task / "one.py").write_text(
+        "from torch import nn\ndef one():\n    return nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 1))\n"
+    )
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 1)).state_dict(), task / "one.pth")
+    drawn = np.random.default_rng(0)
+    for number in range(24):
+        where = task / "folder" / ("train" if number % 3 else "val") / str(number % 2)
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(where / f"{number}.png")
+    given = ("ptq", "--weights", "one.pth", "--model", "one.py:one", "--data", "imagefolder:folder", "--size", 8)
+    refused = r2(*given)
+    assert refused.code == 2 and "gives one number for an image" in refused.err and "--metric auroc" in refused.err
+    ran = r2(*given, "--metric", "auroc", "--json", "-o", "o.safetensors")
+    assert ran.code == 0 and json.loads(ran.out)["metric"]["label"] == "AUROC", ran.err

@@ -285,7 +285,7 @@ def _spec_of(network: nn.Module, source: Data) -> ModelSpec:
 def _of_module(network: nn.Module, source: Data) -> Checkpoint:
     """The float checkpoint of a module. Raises InputError where it does not take the images of `source`."""
     spec = _spec_of(network, source)
-    given, outputs = require_fit(copy.deepcopy(network), spec, source.input)
+    given, outputs = require_fit(copy.deepcopy(network), spec, source.input, decides=source.task.decides)
     floats = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
     made = Checkpoint(spec, given, source.class_names, floats, origin=spec.name, outputs=outputs)
     return made.then("import", {"data": datasets.recorded(source.name), "model": spec.described()}, {})

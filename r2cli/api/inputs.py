@@ -193,7 +193,7 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
         loaded = load_data(given, given.data, default="", model=given.model)
     spec = model_spec(given, given.model, loaded)
     model = models.build(spec)
-    taken, outputs = models.require_fit(model, spec, loaded.input)
+    taken, outputs = models.require_fit(model, spec, loaded.input, decides=loaded.task.decides)
     state, beside = _weights(given, model, spec)
     if beside:
         tell(told_of_beside(given.weights or PRETRAINED, beside))
@@ -229,7 +229,7 @@ def of_onnx(path: Path, loaded: datasets.Data) -> checkpoint.Checkpoint:
     spec, taken, tensors = onnx.read(path, loaded.input, loaded.classes)
     network = models.build(spec)
     checkpoint.into(network, tensors)
-    taken, _ = models.require_fit(network, spec, taken)
+    taken, _ = models.require_fit(network, spec, taken, decides=loaded.task.decides)
     names = onnx.program(spec).outputs
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, tensors, origin=str(path), outputs=names)
     options = {"data": datasets.recorded(loaded.name), "onnx": path.name}
@@ -254,7 +254,7 @@ def new_network(given: Inputs, seed: int) -> tuple[checkpoint.Checkpoint, datase
     spec = model_spec(given, given.model, loaded)
     loop.seed_everything(seed)
     model = models.build(spec)
-    taken, outputs = models.require_fit(model, spec, loaded.input)
+    taken, outputs = models.require_fit(model, spec, loaded.input, decides=loaded.task.decides)
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, model.state_dict(), origin=spec.name, outputs=outputs)
     options = {"data": datasets.recorded(name), "model": spec.described()}
     return made.then("new", options, {}), loaded

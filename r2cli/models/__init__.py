@@ -145,12 +145,14 @@ def called(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> nn.Module:
 
 
 @torch.inference_mode()
-def require_fit(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> tuple[NetworkInput, tuple[str, ...]]:
+def require_fit(
+    model: nn.Module, spec: ModelSpec, given: NetworkInput, *, decides: bool = True
+) -> tuple[NetworkInput, tuple[str, ...]]:
     """Run one sample of zeros through `model`, which becomes one that is called by place, in place.
 
     Returns the inputs with the network's names for them, and the names of its outputs. Raises InputError where the
-    network does not take `given`, or is to be a classifier and its first output has not `spec.classes` classes: better
-    now than after the data has been read.
+    network does not take `given`, or where a metric `decides` among the classes of images and the first output has not
+    `spec.classes` logits: better now than after the data has been read.
     """
     own_names = isinstance(given, TensorsSpec) and not onnx.has(spec.name)
     inputs = signature.named_inputs(model, given, spec.name) if own_names else given  # type: ignore[arg-type]
@@ -176,7 +178,7 @@ def require_fit(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> tuple
         raise InputError(f"{spec.name} gives {error}") from error
     if not outputs:
         raise InputError(f"{spec.name} gives no tensor: a network must give one at least")
-    is_classifier = spec.classes > 0 and isinstance(inputs, InputSpec)
+    is_classifier = decides and spec.classes > 0 and isinstance(inputs, InputSpec)
     if is_classifier:
         _require_logits(outputs[0][1], spec)
     names = signature.apart([name for name, _ in outputs], inputs.names)
@@ -190,7 +192,7 @@ def _require_logits(logits: Tensor, spec: ModelSpec) -> None:
         pair = ", or write the logits of two classes, torch.cat([-x, x], 1)" if logits.numel() == 1 else ""
         raise InputError(
             f"{spec.name} gives {one} for an image: the data has {spec.classes} classes, so give the data that it is "
-            f"for{pair}"
+            f"for, or what is measured (--metric auroc, mse, or FILE.py:FUNCTION){pair}"
         )
     if tuple(logits.shape) != (1, spec.classes):
         raise InputError(

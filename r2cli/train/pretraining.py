@@ -122,7 +122,7 @@ def network_of(run: PretrainRun) -> nn.Module:
     loop.seed_everything(run.config.seed)
     network = models.build(run.spec)
     own = type(network)
-    models.require_fit(network, run.spec, run.source.input)
+    models.require_fit(network, run.spec, run.source.input, decides=run.source.task.decides)
     network.__class__ = own
     return network
 
@@ -134,7 +134,7 @@ def train(
     epochs, source = run.config.epochs, run.source
     total, metric = epochs * loop.steps_per_epoch(len(source.train), run.config.batch_size), source.task.metric
     own = type(network)
-    given, outputs = models.require_fit(network, run.spec, source.input)
+    given, outputs = models.require_fit(network, run.spec, source.input, decides=source.task.decides)
     with reporter.bar("pretrain", total) as progress:
         history = loop.fit(
             network,
