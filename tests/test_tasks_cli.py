@@ -209,7 +209,7 @@ def test_a_checkpoint_never_names_code_that_runs(r2: R2, task: Path) -> None:
 
 def test_one_number_an_image_of_a_folder_is_measured_by_the_metric_that_is_named(r2: R2, task: Path) -> None:
     (task / "one.py").write_text(
-        "from torch import nn\ndef one():\n    return nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 1))\n"
+        "from torch import nn\ndef one(): return nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 1))\n"
     )
     torch.save(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 1)).state_dict(), task / "one.pth")
     drawn = np.random.default_rng(0)

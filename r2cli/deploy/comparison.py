@@ -22,8 +22,10 @@ from r2cli.deploy.audit import Check
 from r2cli.deploy.float_nodes import moves
 from r2cli.graph.edit import is_grid
 from r2cli.quantized.grid import Grid
+from r2cli.storage import schema
 from r2cli.storage.checkpoint import LOGITS, Checkpoint
 from r2cli.storage.input_spec import Given, places
+from r2cli.storage.schema import Malformed
 
 Array = np.ndarray[Any, Any]
 # Of a value's largest magnitude, for what torch and ONNX Runtime make of the same codes: sums in another order, and
@@ -298,8 +300,8 @@ def same_metadata(file: onnx.ModelProto, checkpoint: Checkpoint) -> Check:
         if key not in found:
             return Check("same metadata", False, f"the file lacks '{key}'")
         try:
-            same = key in expected and json.loads(found[key]) == json.loads(json.dumps(expected[key]))
-        except ValueError:
+            same = key in expected and schema.parsed(found[key]) == json.loads(json.dumps(expected[key]))
+        except Malformed:
             same = False
         if not same:
             return Check("same metadata", False, f"'{key}' is not what the checkpoint says")

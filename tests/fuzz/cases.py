@@ -248,6 +248,9 @@ CASES = {
         "the tokenizer in the file gives numbers above",
     ),
     "a type of tensors that nobody knows": Case("network", in_onnx(_of_type_99), "the tensor 'rest' is damaged", 1),
+    "metadata nested, beside its checkpoint": Case(
+        "onnx", noted("r2.history", "[" * 10**5 + "]" * 10**5), "same metadata", 3, 1
+    ),
     "an array of 400 GB": Case("npz", shape_of_array, "'x' holds other bytes than (100000000000,) of float32"),
     "arrays of other lengths": Case("npz", arrays(target=np.zeros(3)), "counts the same samples"),
     "pickled objects": Case("npz", arrays(x=np.array([{}] * 12)), "'x' holds pickled objects, which r2 never loads"),
