@@ -234,7 +234,7 @@ def test_other_bits_pass_their_proof(method: str, bits: int, acts: int | None, m
 def test_what_either_placement_leaves_in_float_is_announced(place: str, model: Path, tmp_path: Path) -> None:
     _, proof = proved_untrained(*work_on(model, "lsq", 4, 4, activations=place), tmp_path)
     kinds = {each["kind"] for each in proof.measures["float_operations"]}
-    assert kinds == (set() if place == OUTPUTS else {"sum", "ReLU", "mean"})
+    assert kinds == (set() if place == OUTPUTS else {"sum", "ReLU", "mean", "convolution"})
 
 
 # --- the options ---------------------------------------------------------------------------------------------------
