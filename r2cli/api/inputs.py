@@ -185,10 +185,8 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
     option = "--pretrained" if given.weights is None else f"--weights {given.weights}"
     if given.model is None:
         raise InputError(f"{option} needs its network: give --model NAME or --model FILE.py:FACTORY")
-    if given.data is None and not given.input_shape:
-        raise InputError(f"{option} needs the data it is for: give --data, as imagefolder:DIR, or --input-shape")
     if given.data is None:
-        loaded = own_data.noise(own_data.of_shapes(given.input_shape), NOISE)
+        loaded = _noise(given, option)
     else:
         loaded = load_data(given, given.data, default="", model=given.model)
     spec = model_spec(given, given.model, loaded)
@@ -204,14 +202,19 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
     return made, _calibrating(given, made, loaded)
 
 
+def _noise(given: Inputs, what: str) -> datasets.Data:
+    """Noise of the shapes that --input-shape says. Raises InputError, naming `what` needs data, where it says none."""
+    if not given.input_shape:
+        raise InputError(f"{what} needs the data it is for: give --data, as imagefolder:DIR, or --input-shape")
+    return own_data.noise(own_data.of_shapes(given.input_shape), NOISE)
+
+
 def _of_onnx(given: Inputs, path: Path) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """The float network of an ONNX file, with the data and the preprocessing that `given` names."""
     if given.model is not None:
         raise InputError(f"--model {given.model} does not apply: {path} holds its own network")
-    if given.data is None and not given.input_shape:
-        raise InputError(f"{path} needs the data it is for: give --data, as imagefolder:DIR, or --input-shape")
     if given.data is None:
-        loaded = own_data.noise(own_data.of_shapes(given.input_shape), NOISE)
+        loaded = _noise(given, str(path))
     else:
         sizes = onnx.given(path)[0].shape
         square = sizes[2] if len(sizes) == 4 and sizes[2] == sizes[3] else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from r2cli.data.request import Data
-from r2cli.data.splits import ALL_ROWS, Batch, RowShare, Split
+from r2cli.data.splits import ALL_ROWS, Batch, RowShare, Split, rows_of_batches
 from r2cli.data.task import CLASSIFICATION, UNLABELLED
 from r2cli.errors import InputError
 from r2cli.storage.input_spec import KINDS, NAMES, Given, TensorSpec, TensorsSpec, count, each, places
@@ -239,12 +239,9 @@ class TensorSplit:
         augment: bool = False,
         share: RowShare = ALL_ROWS,
     ) -> Iterator[Batch]:
-        order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
-        for wanted in torch.split(order, size):
-            rows = wanted[share.positions(len(wanted))]
-            if len(rows):
-                own = self.of(rows)
-                yield each(own.inputs, lambda one: one.to(device)), moved(own.target, device)
+        for rows in rows_of_batches(len(self), size, shuffle, share):
+            own = self.of(rows)
+            yield each(own.inputs, lambda one: one.to(device)), moved(own.target, device)
 
 
 @dataclass
@@ -284,12 +281,10 @@ class DatasetSplit:
         augment: bool = False,
         share: RowShare = ALL_ROWS,
     ) -> Iterator[Batch]:
-        order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
-        order = order if self.rows is None else self.rows[order]
-        wanted = [part[share.positions(len(part))].tolist() for part in torch.split(order, size)]
+        wanted = rows_of_batches(len(self), size, shuffle, share)
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
-            batch_sampler=[rows for rows in wanted if rows],
+            batch_sampler=[(rows if self.rows is None else self.rows[rows]).tolist() for rows in wanted],
             generator=shuffle,
             num_workers=self.workers,
             collate_fn=self.collate,

@@ -66,6 +66,16 @@ class Split(Protocol):
     ) -> Iterator[Batch]: ...
 
 
+def rows_of_batches(count: int, size: int, shuffle: torch.Generator | None, share: RowShare) -> Iterator[Tensor]:
+    """Yield the rows int64 (n,) of each batch of `size` that this process gets, where it gets any: of `count` rows in
+    their order, or in one that `shuffle` draws first."""
+    order = torch.arange(count) if shuffle is None else torch.randperm(count, generator=shuffle)
+    for wanted in torch.split(order, size):
+        rows = wanted[share.positions(len(wanted))]
+        if len(rows):
+            yield rows
+
+
 def normalise(images: Tensor, spec: InputSpec, device: torch.device) -> Tensor:
     """Turn uint8 images (n, c, h, w) into the network's float32 input on `device`.
 
@@ -223,11 +233,8 @@ class TextSplit:
         augment: bool = False,
         share: RowShare = ALL_ROWS,
     ) -> Iterator[Batch]:
-        order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
-        for wanted in torch.split(order, size):
-            index = wanted[share.positions(len(wanted))]
-            if len(index):
-                yield self.tokens[index].to(device).long(), self.labels[index].to(device)
+        for index in rows_of_batches(len(self), size, shuffle, share):
+            yield self.tokens[index].to(device).long(), self.labels[index].to(device)
 
 
 def usable_cores() -> int:
@@ -256,12 +263,11 @@ class FolderSplit:
         augment: bool = False,
         share: RowShare = ALL_ROWS,
     ) -> Iterator[Batch]:
-        order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
+        batches = [index.tolist() for index in rows_of_batches(len(self), size, shuffle, share)]
         seed = None if shuffle is None or not augment else int(torch.randint(2**31, (), generator=shuffle))
-        batches = [wanted[share.positions(len(wanted))].tolist() for wanted in torch.split(order, size)]
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             _Decoder(self.files, self.spec, seed),
-            batch_sampler=[rows for rows in batches if rows],
+            batch_sampler=batches,
             generator=shuffle,
             num_workers=min(self.workers, usable_cores()),  # torch warns of more
             collate_fn=_stack,

@@ -128,11 +128,7 @@ def runner(engine: Engine, path: Path, threads: int = 0) -> Callable[..., Any]:
 
     def outputs(*inputs: Tensor) -> Any:
         given, samples = runtime.fed(names, inputs), len(inputs[0])
-        size = fixed or samples
-        parts = [
-            {name: one.take(range(start, start + size), 0, mode="clip") for name, one in given.items()}
-            for start in range(0, samples, size)
-        ]
+        parts = list(runtime.filled(given, samples, fixed or samples))
         found = tuple(torch.from_numpy(each[:samples]) for each in together(run, parts).values())
         return found if len(found) > 1 else found[0]
 

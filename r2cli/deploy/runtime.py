@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -193,6 +193,12 @@ def of_metadata(found: Mapping[str, str], path: Path) -> Recorded:
     return Recorded(spec, entry.class_names, data.named_in(entry.history, str(path)), entry.outputs)
 
 
+def filled(given: Mapping[str, Any], samples: int, size: int) -> Iterator[dict[str, Any]]:
+    """Yield arrays (`samples`, ...) in batches of `size`, the last one filled up with the last sample."""
+    for start in range(0, samples, size):
+        yield {name: one.take(range(start, start + size), 0, mode="clip") for name, one in given.items()}
+
+
 def _in_batches(
     own: ort.InferenceSession, outputs: Sequence[str] | None, given: Sequence[Any], inputs: Sequence[Tensor]
 ) -> list[Any]:
@@ -202,10 +208,7 @@ def _in_batches(
     if not isinstance(size, int) or size == samples:
         found: list[Any] = own.run(outputs, fed_all)
         return found
-    runs = [
-        own.run(outputs, {name: one.take(range(k, k + size), 0, mode="clip") for name, one in fed_all.items()})
-        for k in range(0, samples, size)
-    ]
+    runs = [own.run(outputs, part) for part in filled(fed_all, samples, size)]
     return [np.concatenate(parts)[:samples] for parts in zip(*runs, strict=True)]
 
 

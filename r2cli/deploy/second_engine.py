@@ -20,6 +20,7 @@ from r2cli.deploy.engines import Arrays, Engine
 from r2cli.deploy.parity import AGREEMENT, SQNR_DB
 
 SLACK_DB = 6.0  # another runtime's flips are not those of ONNX Runtime: twice the noise
+FEW_BITS = "do not keep codes within bounds"
 KERNELS_DB = 20.0  # of integer kernels, and of plain ones where activations have few bits
 SEVEN_BITS = 64  # codes up to here: two products with codes of 8 bits fit 16
 
@@ -43,9 +44,9 @@ def check(
             reference = engines.together(engines.named("onnxruntime").load(path, 0, False), given)
         like = _like(path, engine, given, reference, bound, plain=False)
         agrees, told = likeness.agrees(like, db=bound, share=AGREEMENT), likeness.told(like)
-        reason = "" if agrees else _reason(path, likeness.least(like))
+        reason = "" if agrees else _reason(runtime.read(path), likeness.least(like))
         if reason:
-            bound = min(bound, KERNELS_DB) if _clips_codes(runtime.read(path)) else bound
+            bound = min(bound, KERNELS_DB) if reason == FEW_BITS else bound
             plain = _like(path, engine, given, reference, bound, plain=True)
             agrees = likeness.agrees(plain, db=bound, share=AGREEMENT)
             told = f"{likeness.told(plain)} by plain kernels; its integer ones {reason} ({told})"
@@ -54,11 +55,10 @@ def check(
     return Check(engine.name, agrees, f"{engine.shown} beside ONNX Runtime: {told}; {bound:.0f} dB are enough")
 
 
-def _reason(path: Path, decibels: float) -> str:
+def _reason(file: onnx.ModelProto, decibels: float) -> str:
     """Why results of a runtime's integer kernels that are `decibels` away are no fault of the file; or nothing."""
-    file = runtime.read(path)
     if _clips_codes(file):
-        return "do not keep codes within bounds"
+        return FEW_BITS
     if not runtime.has_vnni() and _has_eight_bits(file):
         return "overflow on this processor without VNNI, where 7 bits would not"
     return "add residuals on grids of their own" if decibels >= KERNELS_DB else ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from r2cli.deploy import engines, second_engine, tflite_writer
 from r2cli.deploy.audit import Check
 from r2cli.deploy.engines import Array, Arrays, Engine, Run
-from r2cli.deploy.runtime import Recorded, UnrunnableError, of_metadata
+from r2cli.deploy.runtime import Recorded, UnrunnableError, fed, filled, of_metadata
 from r2cli.errors import InputError
 from r2cli.storage.input_spec import Given
 
@@ -48,13 +48,8 @@ def runner(path: Path, threads: int = 0) -> Callable[..., Any]:
     outputs, run = [of["name"] for of in own.get_output_details()], load(path, threads)
 
     def by_place(*inputs: Tensor) -> Given:
-        arrays, count = [one.cpu().numpy() for one in inputs], len(inputs[0])
-        # The last batch is filled up with its last sample.
-        parts = [
-            {name: one.take(range(k, k + size), 0, mode="clip") for name, one in zip(names, arrays, strict=True)}
-            for k in range(0, count, size)
-        ]
-        found = engines.together(run, parts)
+        count = len(inputs[0])
+        found = engines.together(run, list(filled(fed(names, inputs), count, size)))
         tensors = tuple(torch.from_numpy(found[name][:count]) for name in outputs)
         return tensors if len(tensors) > 1 else tensors[0]
 
