@@ -1,8 +1,9 @@
 """What several tests share: hypothesis' profile, `r2` as a function, and one small network that is trained once."""
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,9 +48,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """A process of pytest-xdist ended: keep what its tests reached."""
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A process of pytest-xdist ended: keep what its tests reached and, where it died, tell of what."""
     node.config.stash.setdefault(REACHED, set()).update(getattr(node, "workeroutput", {}).get("reached", ()))
+    if error:
+        with suppress(AttributeError, subprocess.TimeoutExpired):  # it is no process of this machine, or it lives
+            code = node.gateway._io.popen.wait(5)
+            node.config.get_terminal_writer().line(
+                f"\n{node.gateway.id} ended with {code} (-9: it was killed by signal 9)"
+            )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
