@@ -11,6 +11,8 @@ import select
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from time import perf_counter
 from typing import IO, Any
 from unicodedata import category
 
@@ -60,8 +62,13 @@ class Output(Console):
 
 
 # No markup: a file name such as "[a].onnx" must be printed as it is.
-_out = Output(soft_wrap=True, highlight=False, markup=False)
-_err = Output(stderr=True, soft_wrap=True, highlight=False, markup=False)
+_PLAIN: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
+_COLORS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "always": {"color_system": "standard", "no_color": False},
+    "never": {"no_color": True},
+}
+_out, _err = Output(**_PLAIN), Output(stderr=True, **_PLAIN)
 # torchrun sets RANK. Only the first process prints results and progress; the others print nothing but their errors.
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -89,14 +96,53 @@ def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Bar]:
     """Show a progress bar over `total` steps or bytes, with the time left, on standard error."""
     done = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(None), done, TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=RANK > 0 or not _err.is_terminal) as progress:
+    with Progress(
+        *columns, console=_err, transient=True, disable=RANK > 0 or _mood.quiet or not _err.is_terminal
+    ) as progress:
         yield Bar(progress, progress.add_task(what, total=total))
 
 
 def note(text: str) -> None:
     """Print one line for a person who is waiting, on standard error."""
-    if not RANK:
-        _err.print(text, style="dim")
+    if not RANK and not _mood.quiet:
+        _err.print(f"{perf_counter() - _mood.started:7.1f} s  {text}" if _mood.verbose else text, style="dim")
+
+
+@dataclass
+class _Mood:
+    quiet: bool = False
+    verbose: bool = False
+    started: float = 0.0
+
+
+_mood = _Mood()
+
+
+@contextmanager
+def speaking(quiet: bool, verbose: bool, color: str) -> Iterator[None]:
+    """Within the block leave progress out (`quiet`), tell with it the seconds since the start (`verbose`), and write
+    colours as `color` says: auto, always or never. A block within another one changes nothing.
+    """
+    if _mood.started:
+        yield
+        return
+    global _out, _err
+    before = _out, _err
+    _mood.quiet, _mood.verbose, _mood.started = quiet, verbose and not quiet, perf_counter()
+    if color != "auto":
+        _out, _err = Output(**_PLAIN, **_COLORS[color]), Output(stderr=True, **_PLAIN, **_COLORS[color])
+    try:
+        yield
+    finally:
+        _mood.quiet, _mood.verbose, _mood.started = False, False, 0.0
+        _out, _err = before
+
+
+def command_of_github(kind: str, title: str, text: str) -> None:
+    """Print an annotation of GitHub Actions, on standard error: `kind` is error, warning or notice."""
+    data = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    name = title.replace("%", "%25").replace(":", "%3A").replace(",", "%2C").replace("\n", " ")
+    _err.print(f"::{kind} title={name}::{data}")
 
 
 def tell(lines: Sequence[Line], *, as_json: bool) -> None:

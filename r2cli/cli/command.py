@@ -11,13 +11,11 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from r2cli import console
+from r2cli.cli import reports
 from r2cli.config.option import Config, Option, flag_of
 
 Report = Mapping[str, Any]
-
-# What the parser raises for a wrong command line. Versions of Typer define it in different modules, so it is taken from
-# the bases of a class that is public.
-UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def command(function: Callable[..., Report]) -> Callable[..., Report]:
@@ -37,9 +35,14 @@ def command(function: Callable[..., Report]) -> Callable[..., Report]:
     parameters += [parameter for kind in taken.values() for parameter in _parameters(kind)]
 
     def run(**given: Any) -> Report:
+        given["report"] = given["report"] or ()
         made = {name: _made(kind, given) for name, kind in taken.items()}
         own = {name: value for name, value in given.items() if name in hints}
-        return function(**made, **own)
+        mood = console.speaking(given["quiet"], given["verbose"], given["color"])
+        with mood, reports.written(given["report"]) as found:
+            report = function(**made, **own)
+            found.update(report)
+        return report
 
     # Typer reads only these two of a function. functools.wraps would show it the parameters of `function`, the configs.
     run.__signature__ = inspect.Signature(parameters, return_annotation=Report)  # type: ignore[attr-defined]
@@ -93,7 +96,17 @@ def _typer(name: str, told: Option) -> Any:
         return typer.Argument(help=told.help, show_default=False)
     bounds = {"min": told.least, "max": told.most}
     flags = told.flags or (flag_of(name, told),)
-    return typer.Option(*flags, help=told.help, rich_help_panel=told.panel, callback=checked, **bounds)  # type: ignore[arg-type]
+    more: dict[str, Any] = {"rich_help_panel": told.panel, "callback": checked, **bounds}
+    return typer.Option(*flags, help=told.help, envvar=variable(flags[0]), show_envvar=False, **more)
+
+
+def variable(flag: str) -> str | None:
+    """Return the variable of the environment that stands for an option: R2_WEIGHT_BITS for --weight-bits.
+
+    There is none for --json, which belongs to the line of who reads it.
+    """
+    name = flag.split("/")[0].strip("-").replace("-", "_").upper()
+    return None if name == "JSON" else f"R2_{name}"
 
 
 def _made(kind: type[Config], given: Mapping[str, Any]) -> Config:

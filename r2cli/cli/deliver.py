@@ -234,7 +234,7 @@ def _speed(report: Mapping[str, Any]) -> str:
     return f"speed: {report['latency_ratio']:.2f} of float32 ({told}{slower})"
 
 
-def require(report: Mapping[str, Any], wanted: FileGates) -> None:
+def require(report: dict[str, Any], wanted: FileGates) -> None:
     """Raises CheckFailed naming what the file of `report` failed of its proof, or else every gate that is not met.
 
     The drop is that from `float_value` of the report, if it is known.

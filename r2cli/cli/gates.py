@@ -77,44 +77,52 @@ def told_of(state: Path) -> Iterator[None]:
 
 
 def require(
-    report: Mapping[str, Any],
+    report: dict[str, Any],
     wanted: Config,
     *,
     size: int | None = None,
     latency: float | None = None,
 ) -> None:
-    """Raise CheckFailed, with the command's `report`, for the gates of `wanted` that are not met.
+    """Keep every gate of `wanted` that was asked for under "gates" of `report`, and raise CheckFailed, with the report,
+    for those that are not met.
 
-    A gate that was not asked for cannot fail, and neither can one whose value was not measured.
+    A gate whose value was not measured cannot fail.
     """
-    limit, failed = getattr(wanted, "max_bytes", None), [*_of_metric(report, wanted)]
-    floor, away = getattr(wanted, "min_sqnr", None), report.get("float_sqnr_db")
-    if floor is not None and away is not None and away < floor:
-        failed.append(f"outputs at {away:.1f} dB from the float network's are below --min-sqnr {floor:g}")
-    if limit is not None and size is not None and size > limit:
-        failed.append(f"{size} bytes are above --max-bytes {limit}")
-    slowest = getattr(wanted, "max_latency", None)
-    if slowest is not None and latency is not None and latency > slowest:
-        failed.append(f"{latency:.2f} of the float network's time is above --max-latency {slowest:g}")
+    away = report.get("float_sqnr_db")
+    measured = {
+        **_of_metric(report, wanted),
+        "min_sqnr": (away, False, f"outputs at {away or 0:.1f} dB from the float network's are below"),
+        "max_bytes": (size, True, f"{size} bytes are above"),
+        "max_latency": (latency, True, f"{latency or 0:.2f} of the float network's time is above"),
+    }
+    found: list[dict[str, Any]] = []
+    for name, (value, is_most, told) in measured.items():
+        bound = getattr(wanted, name, None)
+        if bound is None or value is None:
+            continue
+        missed = value > bound if is_most else value < bound
+        gate = f"--{name.replace('_', '-')} {bound if name == 'max_bytes' else format(bound, 'g')}"
+        found.append({"name": gate, "passed": not missed, "detail": f"{told} {gate}" if missed else ""})
+    report["gates"] = found
+    failed = [each["detail"] for each in found if not each["passed"]]
     if failed:
         raise CheckFailed("gate failed: " + "; ".join(failed), report)
 
 
-def _of_metric(report: Mapping[str, Any], wanted: Config) -> Iterator[str]:
-    """The gates of a metric that are not met."""
+def _of_metric(report: Mapping[str, Any], wanted: Config) -> dict[str, tuple[float | None, bool, str]]:
+    """The value of each gate of a metric, whether its bound is the most, and what is said before the bound."""
     metric, before = report.get("metric"), report.get("float_value")
     if metric is None:
-        return
+        return {}
     value, higher = metric["value"], metric["higher"]
-    for option in ("min_accuracy", "min_metric"):
-        bound = getattr(wanted, option, None)
-        if bound is not None and (value < bound if higher else value > bound):
-            yield f"{metric['shown']} is {'below' if higher else 'above'} --{option.replace('_', '-')} {bound:g}"
-    most = getattr(wanted, "max_drop", None)
     drop = None if before is None else before - value if higher else value - before
-    if most is not None and drop is not None and drop > most:
-        unit = "dB" if metric["unit"] == "dB" else "points"
-        yield f"the drop of {drop:.{2 if metric['unit'] else 4}f} {unit} is above --max-drop {most:g}"
+    unit, digits = "dB" if metric["unit"] == "dB" else "points", 2 if metric["unit"] else 4
+    own = (value, not higher, f"{metric['shown']} is {'below' if higher else 'above'}")
+    return {
+        "min_accuracy": own,
+        "min_metric": own,
+        "max_drop": (drop, True, f"the drop of {drop or 0:.{digits}f} {unit} is above"),
+    }
 
 
 def again(given: Preparation) -> str:

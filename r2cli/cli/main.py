@@ -15,9 +15,11 @@ import typer
 from r2cli import __version__, console
 from r2cli.cli import (
     analyze,
+    defaults,
     evaluate,
     export,
     interrupt,
+    outcome,
     palettize,
     pretrain,
     prove,
@@ -27,8 +29,7 @@ from r2cli.cli import (
     run,
     target_list,
 )
-from r2cli.cli.command import UsageError
-from r2cli.errors import InputError, R2Error
+from r2cli.errors import InputError
 
 app = typer.Typer(
     name="r2",
@@ -67,8 +68,18 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     context.obj = invoke  # `r2 run` calls it for its steps, which are commands
+    context.default_map = defaults.of_folder(_options(context))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in TRAINING:
         raise InputError(f"r2 {context.invoked_subcommand} runs in one process: start it without torchrun")
+
+
+def _options(context: typer.Context) -> dict[str, dict[str, bool]]:
+    """The options of every command, by its name, and whether they may be repeated. --json is for a line alone."""
+    commands: Mapping[str, Any] = getattr(context.command, "commands", {})
+    return {
+        name: {each.name: each.multiple for each in own.params if hasattr(each, "multiple") and each.name != "json"}
+        for name, own in commands.items()
+    }
 
 
 def invoke(arguments: list[str]) -> Any:
@@ -107,27 +118,9 @@ def main() -> NoReturn:
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("R2_TRACEBACK"):  # for bug reports
             traceback.print_exc()
-        message, code = _told(error, arguments)
+        message, code = outcome.told(error, arguments)
         found = getattr(error, "report", None) or {}
     console.fail(message)
     if as_json:
         console.report({"error": message, "exit_code": code, **found})
     sys.exit(code)
-
-
-def _told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
-    """Return the message for an error, in one sentence, and the exit code."""
-    if isinstance(error, R2Error):
-        message, code = str(error), error.exit_code
-    elif isinstance(error, KeyboardInterrupt | typer.Abort):
-        message, code = interrupt.TOLD, interrupt.CODE
-    elif isinstance(error, UsageError):
-        command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
-        message, code = f"{error.format_message()} Try `{command} --help`.", 2
-    elif isinstance(error, OSError):
-        where = error.filename or "standard output, or a file among the temporary ones (TMPDIR)"
-        message, code = f"{where}: {error.strerror or error}", 3
-    else:
-        told = f"internal error ({type(error).__name__}: {error})"
-        message, code = f"{told}: run it again with R2_TRACEBACK=1 and report what that prints", 3
-    return " ".join(message.split()), code

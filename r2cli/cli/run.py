@@ -11,7 +11,8 @@ import typer
 
 from r2cli import console
 from r2cli.cli import interrupt
-from r2cli.cli.command import Report, UsageError, command
+from r2cli.cli.command import Report, command
+from r2cli.cli.outcome import UsageError
 from r2cli.config.groups import Written
 from r2cli.config.inspection import RecipeConfig
 from r2cli.errors import CheckFailed, InputError

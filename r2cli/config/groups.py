@@ -201,6 +201,21 @@ class Listed(Config):
     """How a command that only tells answers."""
 
     json: bool = option(False, "Print one JSON object on standard output.", panel=OUTPUT)
+    report: Sequence[str] = option(
+        (),
+        "How the command ended, for a pipeline: junit:FILE, markdown:FILE or github; repeatable.",
+        panel=OUTPUT,
+        check=values.reports,
+        given=list[str] | None,
+    )
+    quiet: bool = option(False, "Only the result and errors, no progress.", "--quiet", "-q", panel=OUTPUT)
+    verbose: bool = option(False, "The time before each line of progress.", "--verbose", "-v", panel=OUTPUT)
+    color: str = option(
+        "auto",
+        "auto (a terminal, unless NO_COLOR is set), always or never.",
+        panel=OUTPUT,
+        check=values.one_of("--color", *values.COLORS),
+    )
 
 
 @dataclass(frozen=True)

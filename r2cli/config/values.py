@@ -5,12 +5,15 @@ An option's `check` calls these before anything runs, also for the steps of a re
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from r2cli.errors import InputError, unknown
 
 ACT_RANGES = ("minmax", "moving-average", "percentile", "mse", "entropy")
 WEIGHT_RANGES = ("minmax", "percentile", "mse")
 PRECISIONS = ("auto", "float32", "bfloat16")
+REPORTS = ("junit", "markdown", "github")
+COLORS = ("auto", "always", "never")
 
 
 def one_of(kind: str, *choices: str) -> Callable[[str], None]:
@@ -180,3 +183,24 @@ def size(given: int | str | None) -> int | tuple[int, int] | None:
     if not all(part.isdecimal() for part in sides) or len(sides) > 2:
         raise InputError(f"--size {given} is not a number of pixels, or two as 48x320 (height x width)")
     return None if not sides else int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def report_kind(asked: str) -> tuple[str, Path | None]:
+    """Return the kind and the file of a `--report`, such as 'junit:r2.xml'. 'github' may do without a file.
+
+    Raises InputError for another kind, a file that is not named, and a folder.
+    """
+    kind, _, file = asked.partition(":")
+    if kind not in REPORTS:
+        raise unknown("--report", kind, REPORTS)
+    if not file and kind != "github":
+        raise InputError(f"--report {asked} names no file: give {kind}:FILE")
+    if file and Path(file).is_dir():
+        raise InputError(f"--report {asked} names a folder: give {kind}:FILE")
+    return kind, Path(file) if file else None
+
+
+def reports(asked: Sequence[str]) -> None:
+    """Check every `--report`. Raises InputError as `report_kind` does."""
+    for each in asked:
+        report_kind(each)

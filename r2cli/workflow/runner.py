@@ -64,7 +64,7 @@ class InOwnProcess:
     def __init__(self, arguments: Sequence[str], threads: int, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self.out = log, tempfile.TemporaryFile()
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "R2_STEP": "1"}
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "r2cli", *arguments],
