@@ -180,8 +180,12 @@ def histogram(heights: Sequence[float], marked: Sequence[bool]) -> Text:
     return text
 
 
-def tick(name: str, passed: bool, detail: str) -> Text:
-    return Text.assemble(("✓", "green") if passed else ("✗", "red"), f" {name}: {detail}")
+def tick(name: str, passed: bool | None, detail: str) -> Text:
+    """A line with a tick, a cross or, for None, a dash."""
+    return Text.assemble(TICKS[passed], f" {name}: {detail}")
+
+
+TICKS: Mapping[bool | None, tuple[str, str]] = {True: ("✓", "green"), False: ("✗", "red"), None: ("-", "dim")}
 
 
 def next_step(command: str) -> Text:

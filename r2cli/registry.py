@@ -11,7 +11,7 @@ for that is not here.
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -226,14 +226,26 @@ def load(kind: Mapping[str, Entry], name: str) -> Any:
     return _imported(get(kind, name).where, f"the {_word(kind)} '{name}'")
 
 
-def one_of(kind: Mapping[str, Entry], *others: str) -> Callable[[str], None]:
-    """Return a check that a name is a method's or one of `others`. It raises InputError, which names the nearest."""
+@dataclass(frozen=True)
+class MethodName:
+    """A check that a name is a method's or one of `others`. It raises InputError, which names the nearest."""
 
-    def check(name: str) -> None:
-        if name not in kind and name not in (*others, *names(kind)):
-            raise unknown(_word(kind), name, (*others, *names(kind)))
+    kind: Mapping[str, Entry]
+    others: tuple[str, ...]
 
-    return check
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Every name, also those of other packages."""
+        return (*self.others, *names(self.kind))
+
+    def __call__(self, name: str) -> None:
+        if name not in self.kind and name not in self.choices:
+            raise unknown(_word(self.kind), name, self.choices)
+
+
+def one_of(kind: Mapping[str, Entry], *others: str) -> MethodName:
+    """Return a check that a name is a method's or one of `others`."""
+    return MethodName(kind, others)
 
 
 def described(kind: Mapping[str, Entry]) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from r2cli import console
-from r2cli.cli import reports
+from r2cli.cli import completion, reports
 from r2cli.config.option import Config, Option, flag_of
 
 Report = Mapping[str, Any]
@@ -96,7 +96,8 @@ def _typer(name: str, told: Option) -> Any:
         return typer.Argument(help=told.help, show_default=False)
     bounds = {"min": told.least, "max": told.most}
     flags = told.flags or (flag_of(name, told),)
-    more: dict[str, Any] = {"rich_help_panel": told.panel, "callback": checked, **bounds}
+    offered = completion.of(flags[0], told.check)
+    more: dict[str, Any] = {"rich_help_panel": told.panel, "callback": checked, "autocompletion": offered, **bounds}
     return typer.Option(*flags, help=told.help, envvar=variable(flags[0]), show_envvar=False, **more)
 
 

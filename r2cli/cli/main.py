@@ -16,7 +16,9 @@ from r2cli import __version__, console
 from r2cli.cli import (
     analyze,
     defaults,
+    doctor,
     evaluate,
+    examples,
     export,
     interrupt,
     outcome,
@@ -35,20 +37,24 @@ app = typer.Typer(
     name="r2",
     help="From a PyTorch network to a deployable integer ONNX model, with range regularization.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Start with: r2 pretrain --reg margin",
 )
-app.command()(pretrain.pretrain)
-app.command()(analyze.analyze)
-app.command()(ptq.ptq)
-app.command()(qat.qat)
-app.command()(palettize.palettize)
-app.command()(export.export)
-app.command()(evaluate.evaluate)
-app.command()(prove.verify)
-app.command()(run.run)
-app.command("targets")(target_list.list_targets)
+COMMANDS = {
+    "pretrain": pretrain.pretrain,
+    "analyze": analyze.analyze,
+    "ptq": ptq.ptq,
+    "qat": qat.qat,
+    "palettize": palettize.palettize,
+    "export": export.export,
+    "evaluate": evaluate.evaluate,
+    "verify": prove.verify,
+    "run": run.run,
+    "doctor": doctor.doctor,
+    "targets": target_list.list_targets,
+}
+for name, function in COMMANDS.items():
+    app.command(name, epilog=examples.told(name))(function)
 app.add_typer(recipes.recipe, name="recipe")
 
 SPINS = "10000"  # how often a waiting thread of torch looks for work before it sleeps; the default is 300,000 times

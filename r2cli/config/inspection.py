@@ -210,3 +210,10 @@ class RecipeConfig(Config):
     resume: bool = option(
         False, "Check what was done before: other options, or a file that was changed, are an error.", panel=OUTPUT
     )
+
+
+@dataclass(frozen=True)
+class DoctorConfig(Config):
+    """What `r2 doctor` looks at."""
+
+    self_test: bool = option(True, "Try a small network, which takes some ten seconds.", "--self-test/--no-self-test")

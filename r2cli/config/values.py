@@ -5,6 +5,7 @@ An option's `check` calls these before anything runs, also for the steps of a re
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from r2cli.errors import InputError, unknown
@@ -16,25 +17,40 @@ REPORTS = ("junit", "markdown", "github")
 COLORS = ("auto", "always", "never")
 
 
-def one_of(kind: str, *choices: str) -> Callable[[str], None]:
-    """Return a check that a name is among `choices`. It raises InputError, which names the nearest one."""
+@dataclass(frozen=True)
+class OneOf:
+    """A check that a name is among `choices`. It raises InputError, which names the nearest one."""
 
-    def check(name: str) -> None:
-        if name not in choices:
-            raise unknown(kind, name, choices)
+    kind: str
+    choices: tuple[str, ...]
 
-    return check
+    def __call__(self, name: str) -> None:
+        if name not in self.choices:
+            raise unknown(self.kind, name, self.choices)
 
 
-def number_of(option: str, *choices: int, what: str = "impossible") -> Callable[[int], None]:
-    """Return a check that a number is among `choices`. It raises InputError."""
+def one_of(kind: str, *choices: str) -> OneOf:
+    """Return a check that a name is among `choices`."""
+    return OneOf(kind, choices)
 
-    def check(value: int) -> None:
-        if value not in choices:
-            listed = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
-            raise InputError(f"{option} {value} is {what}: give {listed}")
 
-    return check
+@dataclass(frozen=True)
+class NumberOf:
+    """A check that a number is among `choices`. It raises InputError."""
+
+    option: str
+    choices: tuple[int, ...]
+    what: str
+
+    def __call__(self, value: int) -> None:
+        if value not in self.choices:
+            listed = f"{', '.join(map(str, self.choices[:-1]))} or {self.choices[-1]}"
+            raise InputError(f"{self.option} {value} is {self.what}: give {listed}")
+
+
+def number_of(option: str, *choices: int, what: str = "impossible") -> NumberOf:
+    """Return a check that a number is among `choices`."""
+    return NumberOf(option, choices, what)
 
 
 def bits(option: str) -> Callable[[float], None]:
