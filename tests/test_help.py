@@ -77,3 +77,33 @@ def test_doctor_says_why_the_network_failed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("r2cli.api.quantize", broken)
     found = doctor.tried()
     assert found.fine is False and "no such kernel" in found.detail
+
+
+def test_init_writes_a_recipe_that_runs_as_it_is(r2: R2, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "mine.toml"
+    ran = r2("init", trained, "--data", "digits:64", "-o", output)
+    assert ran.code == 0 and f"next: r2 run {output}" in ran.out, ran.err
+    lines = [line.strip() for line in ran.out.splitlines() if line.startswith("  r2 ptq")]
+    assert len(lines) == 3 and all(f"#   {line}" in output.read_text() for line in lines)
+    assert r2("init", trained, "--data", "digits:64", "-o", output).code == 2  # it is there
+    ran = r2("run", output, "--only", "w8a8*", "--work-dir", tmp_path / "runs", "--json")
+    assert ran.code == 0, ran.err
+    (row,) = json.loads(ran.out)["tables"][0]["rows"]
+    assert row["plan"] == "8 bits, none" and float(row["ONNX top-1 %"]) > 80 and row["proof"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["net.py:factory", "--weights", "none.pth", "--data", "digits"], "net.py"),
+        (["none.onnx"], "none.onnx"),
+        (["resnet8", "--model", "resnet20"], "two networks"),
+        (["none.safetensors", "-o", "a.txt"], "must be a file that ends in .toml"),
+    ],
+)
+def test_init_of_what_is_not_there_is_one_sentence(
+    line: list[str], told: str, r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = r2("init", *line)
+    assert ran.code == 2 and told in ran.err and not list(tmp_path.iterdir()), ran.err

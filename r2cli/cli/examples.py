@@ -28,6 +28,10 @@ EXAMPLES = {
         "r2 verify theirs.onnx --against float.onnx --data images:DIR",
     ),
     "run": ("r2 run quickstart", "r2 run mine.toml --jobs 2 --resume"),
+    "init": (
+        "r2 init net.py:factory --weights net.pth --data imagefolder:DIR",
+        "r2 init model.onnx --data images:DIR -o mine.toml",
+    ),
     "doctor": ("r2 doctor", "r2 doctor --no-self-test --json"),
     "targets": ("r2 targets", "r2 targets --json"),
 }

@@ -20,6 +20,7 @@ from r2cli.cli import (
     evaluate,
     examples,
     export,
+    init,
     interrupt,
     outcome,
     palettize,
@@ -50,6 +51,7 @@ COMMANDS = {
     "evaluate": evaluate.evaluate,
     "verify": prove.verify,
     "run": run.run,
+    "init": init.init,
     "doctor": doctor.doctor,
     "targets": target_list.list_targets,
 }

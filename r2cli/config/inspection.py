@@ -217,3 +217,10 @@ class DoctorConfig(Config):
     """What `r2 doctor` looks at."""
 
     self_test: bool = option(True, "Try a small network, which takes some ten seconds.", "--self-test/--no-self-test")
+
+
+@dataclass(frozen=True)
+class InitOutput(Written):
+    """Where `r2 init` writes, and how it answers."""
+
+    output: Path = groups.output(Path("r2.toml"), "The recipe to write.")

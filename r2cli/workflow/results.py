@@ -73,10 +73,11 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
             continue
         row = tuple(label(result["values"][name]) for name in names)
         for title, metric in table["metrics"].items():
-            if metric not in result["report"]:
+            found = _found(result["report"], metric)
+            if found is None:
                 raise unknown(f"metric of {recipe.path}", metric, result["report"])
             head = title if column is None else f"{label(result['values'][column])} {title}".strip()
-            cells.setdefault(row, {}).setdefault(head, []).append(result["report"][metric])
+            cells.setdefault(row, {}).setdefault(head, []).append(found[0])
             if result.get("failed"):
                 failures[row, head] = result["failed"]
     heads = list(dict.fromkeys(head for columns in cells.values() for head in columns))  # each once, in order
@@ -94,6 +95,14 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
         for head, values in columns.items()
     ]
     return Table(table.get("title", ""), rows, records, tuple(dict.fromkeys(failures.values())))
+
+
+def _found(report: Mapping[str, Any], metric: str) -> tuple[Any] | None:
+    """The value of `metric`, or of 'metric.value' in a report within; None where there is none."""
+    name, _, rest = metric.partition(".")
+    if name not in report:
+        return None
+    return (report[name],) if not rest else _found(report[name] or {}, rest)
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:
