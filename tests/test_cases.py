@@ -327,6 +327,20 @@ def test_equal_logits_are_decided_as_torch_decides_them() -> None:
     assert run.correct == 0 and run.resolved == 4 and run.decided == 4
 
 
+@pytest.mark.slow
+def test_kernels_that_overflow_are_measured_in_batches_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "has_vnni", lambda: False)
+    one, path = made(Plain), tmp_path / "model.onnx"
+    coded = ptq(one)
+    path.write_bytes(onnx_export.to_bytes(coded))
+    for count in (parity.OFF_SAMPLES // 2, parity.OFF_SAMPLES):
+        shown = [(images(5, count), torch.zeros(count, dtype=torch.long))] * 2
+        proof = verify.prove(path, coded, deployed.network(coded), shown, deployed.network(one))
+        assert proof.measures["overflow_db"] is not None and proof.measures["float_sqnr_db"] > 20
+
+
 # --- quantizers of weights that are 0 everywhere ----------------------------------------------------------------------
 
 
