@@ -332,7 +332,8 @@ def test_the_next_run_removes_the_scratch_folders_of_killed_ones_alone(
     code = "from r2cli.storage import atomic\nwith atomic.scratch_folder() as f: print(f, flush=True); input()"
     line = [sys.executable, "-c", code]
     given = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    others = [tmp_path / name for name in ("r2-notes", "r2-1-0123456789ab.txt", "r2-1-0123456789abc")]
+    lives = f"r2-{os.getpid()}-0123456789ab"  # of an older version, which locks nothing
+    others = [tmp_path / name for name in ("r2-notes", "r2-1-0123456789ab.txt", "r2-1-0123456789abc", lives)]
     for other in others:
         other.mkdir()
     (tmp_path / "r2-1-0123456789ab").symlink_to(others[0])

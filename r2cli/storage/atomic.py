@@ -30,7 +30,7 @@ if HAS_LOCKS:
 # end the process there.
 watchers: list[Callable[[str, Path], None]] = []
 
-SCRATCH = re.compile("r2-[0-9]+-[0-9a-f]{12}")  # a name that `_new_folder` gives
+SCRATCH = re.compile("r2-([0-9]{1,7})-[0-9a-f]{12}")  # a name that `_new_folder` gives, with the process
 
 # Temporary files and folders, and locks, that this process holds now.
 _held: set[Path] = set()
@@ -88,11 +88,15 @@ def _new_folder(parent: Path) -> tuple[Path, int]:
 
 
 def _remove_left_over_folders(parent: Path) -> None:
-    """Remove the scratch folders of this user whose processes were killed: those that nobody locks."""
+    """Remove the scratch folders of this user whose processes were killed: those that nobody locks.
+
+    One whose number a living process has stays too: an older version of r2 may use it, which locks nothing.
+    """
     if not HAS_LOCKS:
         return
     for found in parent.glob("r2-*"):
-        if not SCRATCH.fullmatch(found.name):
+        named = SCRATCH.fullmatch(found.name)
+        if named is None or _lives(int(named[1])):
             continue
         with suppress(OSError):  # it lives, is another user's, or another process was faster
             descriptor = os.open(found, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -102,6 +106,16 @@ def _remove_left_over_folders(parent: Path) -> None:
                     shutil.rmtree(found, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def write_atomically(path: Path, content: bytes) -> None:
