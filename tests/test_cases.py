@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+from conftest import R2
 from r2cli import models
 from r2cli.api import inputs
 from r2cli.calibration import deployed
@@ -326,6 +327,20 @@ def test_equal_logits_are_decided_as_torch_decides_them() -> None:
     assert run.correct == 0 and run.resolved == 4 and run.decided == 4
 
 
+@pytest.mark.slow
+def test_kernels_that_overflow_are_measured_in_batches_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "has_vnni", lambda: False)
+    one, path = made(Plain), tmp_path / "model.onnx"
+    coded = ptq(one)
+    path.write_bytes(onnx_export.to_bytes(coded))
+    for count in (parity.OFF_SAMPLES // 2, parity.OFF_SAMPLES):
+        shown = [(images(5, count), torch.zeros(count, dtype=torch.long))] * 2
+        proof = verify.prove(path, coded, deployed.network(coded), shown, deployed.network(one))
+        assert proof.measures["overflow_db"] is not None and proof.measures["float_sqnr_db"] > 20
+
+
 # --- quantizers of weights that are 0 everywhere ----------------------------------------------------------------------
 
 
@@ -564,6 +579,22 @@ def test_a_batch_norm_without_statistics_is_refused_before_any_work(command: str
         InputError, match="BatchNorm 'norm' uses no running statistics, so its result depends on the batch"
     ):
         COMMANDS[command](one)
+
+
+@pytest.mark.slow
+def test_a_batch_norm_without_statistics_is_said_where_networks_are_float(
+    r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    norm = "nn.BatchNorm2d(1, track_running_stats=False)"
+    Path("net.py").write_text(
+        "from torch import nn\n"
+        f"def make(num_classes):\n    return nn.Sequential({norm}, nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    line = ["--model", "net.py:make", "--data", "digits:64", "--size", 8, "--device", "cpu"]
+    trained = r2("pretrain", *line, "--epochs", 1, "-o", "m.safetensors")
+    for ran in (trained, r2("evaluate", "m.safetensors", "--model", "net.py:make")):
+        assert ran.code == 0 and "the BatchNorm '0' uses no running statistics" in " ".join(ran.err.split())
 
 
 def test_values_in_any_layout_are_searched_without_a_warning() -> None:

@@ -170,8 +170,10 @@ def test_a_flatten_between_is_only_of_whole_channels() -> None:
     torch.testing.assert_close(net(images), before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_dead_channel_is_left_as_it_is() -> None:
-    net = stack(linear([[0.0, 0.0], [2.0, 1.0]], [3.0, 1.0]), nn.ReLU(), linear([[1.0, 8.0]], [0.0]))
+@pytest.mark.parametrize("least", [0.0, 1e-9, 5e-4])
+def test_a_dead_channel_is_left_as_it_is(least: float) -> None:
+    """Dead is too what its weights move by less than a step of its bias, which would otherwise grow with them."""
+    net = stack(linear([[least, 0.0], [2.0, 1.0]], [3.0, 1.0]), nn.ReLU(), linear([[1.0, 8.0]], [0.0]))
     equalize.equalize(net, {}, {})
     assert net.get_submodule("2").weight.tolist() == [[1.0, 4.0]]
     assert net.get_submodule("0").bias.tolist() == [3.0, 2.0]

@@ -83,6 +83,7 @@ LOADERS: list[tuple[str, dict[str, Any], str]] = [
     ("text:bert", {**TINY, "backbone": "resnet18", "use_pretrained_backbone": True}, "backbone"),
     ("text:bert", {**TINY, "quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ("text:bert", {**TINY, "hidden_act": "../raw"}, "hidden_act"),
+    ("onnx", {"graph": "../raw"}, "graph"),
 ]
 
 
@@ -106,6 +107,11 @@ def test_a_checkpoint_cannot_choose_what_is_loaded(
     with pytest.raises(InputError):
         models.build(replace(ModelSpec(name, 2), args=args))
     assert not mark.exists()
+
+
+def test_networks_of_r2_s_own_load_nothing_either(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="keyword 'checkpoint'"):
+        checkpoint.load(planted(tmp_path / "evil.safetensors", "resnet8", {"checkpoint": "raw"}))
 
 
 @pytest.mark.parametrize("name", ["timm:hf-hub:a/b", "timm:local-dir:here", "timm:../x", "text:../bert", "../x"])

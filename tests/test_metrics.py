@@ -175,6 +175,7 @@ def test_torchmetrics_by_the_names_of_their_classes(monkeypatch: pytest.MonkeyPa
 WRONG: dict[str, tuple[str, torch.Tensor, Any, str]] = {
     "labels outside": ("top1", drawn(4, 3), torch.tensor([0, 1, 2, 3]), "label 3 is none of the network's 3 classes"),
     "labels below": ("top1", drawn(4, 3), torch.tensor([0, -1, 2, 2]), "label -1 is none of the network's 3 classes"),
+    "one number": ("top1", drawn(4, 1), torch.tensor([0, 1, 0, 1]), "or, for a network of one number, give --loss bce"),
     "no target": ("top1", drawn(4, 3), None, "labels are integers, and the target is missing"),
     "numbers as labels": ("top1", drawn(4, 3), drawn(4), "the target is float32"),
     "a map for labels": (

@@ -325,6 +325,32 @@ def test_left_over_files_of_other_outputs_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([".m.partial", ".n.safetensors.77.partial", *WHOLE])
 
 
+def test_the_next_run_removes_the_scratch_folders_of_killed_ones_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = "from r2cli.storage import atomic\nwith atomic.scratch_folder() as f: print(f, flush=True); input()"
+    line = [sys.executable, "-c", code]
+    given = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    lives = f"r2-{os.getpid()}-0123456789ab"  # of an older version, which locks nothing
+    others = [tmp_path / name for name in ("r2-notes", "r2-1-0123456789ab.txt", "r2-1-0123456789abc", lives)]
+    for other in others:
+        other.mkdir()
+    (tmp_path / "r2-1-0123456789ab").symlink_to(others[0])
+    others.append(tmp_path / "r2-1-0123456789ab")
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=given) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        (folder / "model.onnx").write_bytes(b"large")
+        with atomic.scratch_folder() as own:
+            assert names(tmp_path) == sorted(path.name for path in [*others, folder, own])
+        process.kill()
+    assert folder.exists()
+    with atomic.scratch_folder() as own, atomic.scratch_folder() as second:
+        assert names(tmp_path) == sorted(path.name for path in [*others, own, second])
+    assert names(tmp_path) == sorted(path.name for path in others)
+
+
 def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
     (tmp_path / ".a.onnx.7.partial").write_bytes(b"")
     atomic.write_atomically(tmp_path / "[a].onnx", b"mine")

@@ -142,13 +142,17 @@ def _of_network(given: EvaluateSource, device: str) -> Subject:
     """Return a checkpoint, or a network with weights that r2 did not write, run by torch."""
     import torch
 
+    from r2cli import models
     from r2cli.api import inputs
     from r2cli.calibration import deployed
     from r2cli.train import loop
 
     made, loaded = inputs.load(given, tell=console.note)
     where = loop.device(device)
-    predict = torch.inference_mode()(deployed.network(made).to(where))
+    network = deployed.network(made).to(where)
+    if said := models.told_of_batches(network):
+        console.note(said)
+    predict = torch.inference_mode()(network)
     if given.pretrained:
         size = sum(tensor.nbytes for tensor in made.floats.values())
     else:

@@ -57,6 +57,7 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
 
 def _trained(run: "PretrainRun", given: NewNetwork, files: RunFiles) -> dict[str, Any]:
     """Train, and write the checkpoint to its temporary file; the report."""
+    from r2cli import models
     from r2cli.api import inputs
     from r2cli.storage import checkpoint
     from r2cli.train import pretraining as worker
@@ -65,6 +66,8 @@ def _trained(run: "PretrainRun", given: NewNetwork, files: RunFiles) -> dict[str
     assert state is not None
     console.note(f"training {run.plan} on {run.config.device}")
     network = worker.network_of(run)
+    if said := models.told_of_batches(network):
+        console.note(said)
     inputs.start_from(network, given, run.spec, tell=console.note)
     with gates.told_of(state):
         result = worker.train(run, network, state, resume=files.resume, reporter=console)

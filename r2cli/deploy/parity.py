@@ -127,12 +127,13 @@ def compare(
         inputs, target = places(given), own_data.moved(target, torch.device("cpu"))
         reference = each(model(*inputs), Tensor.cpu)
         labels = target if task.decides and places(reference)[0].ndim == 2 else None
-        if float_network is not None and runs["float"].samples < OFF_SAMPLES:
+        few = runs["off"].samples < OFF_SAMPLES  # before this batch
+        if float_network is not None and few:
             own = float_network(*(one.clone() for one in inputs))  # it may write into its input
             runs["float"].add(reference, each(own, Tensor.cpu), names, labels)
         runs["torch"].add(reference, reference, names, labels)
         for name, engine in engines.items():
-            if name == "default" or runs["off"].samples < OFF_SAMPLES:
+            if name == "default" or few:
                 own = engine(*inputs)
                 runs[name].add(own, reference, names, labels)
                 if metric is not None and name in meters:

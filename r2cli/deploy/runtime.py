@@ -1,6 +1,7 @@
 """An ONNX file in ONNX Runtime: reading it, running it, and what the processor does with 8-bit integers."""
 
 import json
+import math
 import os
 import platform
 from collections import Counter
@@ -33,6 +34,7 @@ from r2cli.storage.input_spec import Given, NetworkInput, places
 from r2cli.storage.schema import Malformed
 
 VERSION: str = ort.__version__
+MOST_BATCH = 2**14  # samples that a file fixes, where fewer are given
 EXACT_PRODUCTS = "session.x64quantprecision"  # ONNX Runtime's session option; "1": no overflow without VNNI
 
 
@@ -59,12 +61,22 @@ def opened(path: Path) -> onnx.ModelProto:
         # The checker lets data pass that is too short for its shape.
         for each in weight_roles.constants(model).values():
             onnx.numpy_helper.to_array(each)
+        _require_room(model, path)
     except InputError:
         raise
     except Exception as error:  # protobuf's and the checker's own classes share no base
         why = _first(error) if isinstance(error, onnx.checker.ValidationError) else type(error).__name__
         raise InputError(f"{path} is not a valid ONNX model ({why.rstrip('.')}): write it again") from error
     return model
+
+
+def _require_room(model: onnx.ModelProto, path: Path) -> None:
+    """Raises InputError for an input that the file fixes at a size that nobody has the memory for."""
+    for each in model.graph.input:
+        sizes = [max(one.dim_value, 1) for one in each.type.tensor_type.shape.dim]
+        if math.prod(sizes) * 8 > memory() // 4:  # bytes; it is copied, and the network makes values of it
+            told = "x".join(map(str, sizes))
+            raise InputError(f"{path} wants '{each.name}' of {told}, more than there is memory for: write it for less")
 
 
 def session(
@@ -113,8 +125,10 @@ def _bound_memory() -> None:
 
 
 def memory() -> int:
-    """Bytes of memory for this process: of the machine, of its control group, or what its address space has left."""
+    """Bytes of memory for this process: free in the machine, of its control group, or left of its address space."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, IndexError):  # no Linux; what others use is not free
+        found.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
     with suppress(OSError, ValueError):  # no Linux, or no limit
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     with suppress(ImportError, OSError):
@@ -127,7 +141,9 @@ def memory() -> int:
 
 
 def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def runner(path: Path, **options: Any) -> Callable[..., Any]:
@@ -194,7 +210,12 @@ def of_metadata(found: Mapping[str, str], path: Path) -> Recorded:
 
 
 def filled(given: Mapping[str, Any], samples: int, size: int) -> Iterator[dict[str, Any]]:
-    """Yield arrays (`samples`, ...) in batches of `size`, the last one filled up with the last sample."""
+    """Yield arrays (`samples`, ...) in batches of `size`, the last one filled up with the last sample.
+
+    Raises UnrunnableError for batches of so many samples that nearly all of them would be that one.
+    """
+    if size > max(samples, MOST_BATCH):
+        raise UnrunnableError(f"it takes batches of {size:,} samples, and {samples:,} are there: write it for fewer")
     for start in range(0, samples, size):
         yield {name: one.take(range(start, start + size), 0, mode="clip") for name, one in given.items()}
 

@@ -144,6 +144,14 @@ def called(model: nn.Module, spec: ModelSpec, given: NetworkInput) -> nn.Module:
     return model
 
 
+def told_of_batches(model: nn.Module) -> str:
+    """What to say of a network whose result depends on the batch, by a BatchNorm without statistics; or ""."""
+    norms = ((name, one) for name, one in model.named_modules() if isinstance(one, nn.modules.batchnorm._BatchNorm))
+    name = next((name for name, norm in norms if norm.running_mean is None), None)
+    depends = f"the BatchNorm '{name}' uses no running statistics, so what the network gives depends on the batch"
+    return "" if name is None else f"{depends}: it cannot be quantized"
+
+
 @torch.inference_mode()
 def require_fit(
     model: nn.Module, spec: ModelSpec, given: NetworkInput, *, decides: bool = True

@@ -10,7 +10,7 @@ second multiplied by it:
 
 Both ranges are sqrt(r1_i r2_i) then. A depthwise layer between two others has the same channels as both: all ranges of
 such a run become their geometric mean at once. The runs are repeated until nothing changes. A channel that a layer does
-not use (its range is 0) keeps s = 1.
+not use keeps s = 1: its range is 0, or next to nothing beside its bias, whose values would grow with it.
 
 Absorption: if x before the ReLU is N(beta, gamma^2) and c = max(0, beta - 3|gamma|), then ReLU(x) = c + ReLU(x - c),
 except for one value in 740. So c can move from the first bias, through the weights, to the second bias.
@@ -35,6 +35,7 @@ from r2cli.quantized.channels import per_channel
 
 CONVERGED = 1e-3  # stop after a pass whose largest |ln s| is below this: a change of 0.1 %
 PASSES = 200  # stop after this many passes in any case
+NOTHING = 2.0**-12  # of its bias: weights up to this change a channel by less than a step of 8 bits
 ABSORBED = 3.0  # standard deviations between the mean and what is absorbed, as in the paper
 
 RELU6: tuple[Any, ...] = (F.relu6,)
@@ -201,6 +202,9 @@ def reaches(net: fx.GraphModule, found: Sequence[Sequence[Link]], factors: Mappi
         own = by_channel(module, channels).abs().amax(3).double()
         if name in factors:
             own = own * factors[name].to(own.device).reshape(own.shape[0], -1, 1)
+        if module.bias is not None:
+            bias = module.bias.abs().double().reshape(own.shape[0], -1, 1)
+            own = own.where(own.amax(2, keepdim=True) > NOTHING * bias, 0.0)
         reach[name] = own
     return reach
 

@@ -7,6 +7,7 @@ process that is killed loses its locks, so the next write of NAME can tell what 
 
 import glob
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -28,6 +29,8 @@ if HAS_LOCKS:
 # `path`, 'write' to it, 'sync' it to the disk, 'place' it at `path`; and 'remove' `path`, 'lock' it, 'unlock' it. Tests
 # end the process there.
 watchers: list[Callable[[str, Path], None]] = []
+
+SCRATCH = re.compile("r2-([0-9]{1,7})-[0-9a-f]{12}")  # a name that `_new_folder` gives, with the process
 
 # Temporary files and folders, and locks, that this process holds now.
 _held: set[Path] = set()
@@ -53,15 +56,66 @@ def _unlink_unless_locked(path: Path) -> None:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A new empty folder among the system's temporary ones, which is removed with all that is in it."""
-    place = Path(tempfile.gettempdir()) / f"r2-{os.getpid()}-{secrets.token_hex(6)}"
-    _held.add(place)
+    """A new empty folder among the system's temporary ones, which is removed with all that is in it.
+
+    It is locked (flock) while this process lives. Those that killed processes left are removed first.
+    """
+    _remove_left_over_folders(Path(tempfile.gettempdir()))
+    place, descriptor = _new_folder(Path(tempfile.gettempdir()))
     try:
-        place.mkdir(mode=0o700)
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        if descriptor >= 0:
+            os.close(descriptor)
         _held.discard(place)
+
+
+def _new_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder, locked, and its descriptor, which is -1 where folders cannot be locked."""
+    while True:
+        place = parent / f"r2-{os.getpid()}-{secrets.token_hex(6)}"
+        _held.add(place)  # before it is there: an interrupt may come between
+        place.mkdir(mode=0o700)
+        if not HAS_LOCKS:
+            return place, -1
+        with suppress(FileNotFoundError):  # another process took it for left over in the moment before
+            descriptor = os.open(place, os.O_RDONLY)
+            if _is_ours(descriptor, place):
+                return place, descriptor
+            os.close(descriptor)
+        _held.discard(place)
+
+
+def _remove_left_over_folders(parent: Path) -> None:
+    """Remove the scratch folders of this user whose processes were killed: those that nobody locks.
+
+    One whose number a living process has stays too: an older version of r2 may use it, which locks nothing.
+    """
+    if not HAS_LOCKS:
+        return
+    for found in parent.glob("r2-*"):
+        named = SCRATCH.fullmatch(found.name)
+        if named is None or _lives(int(named[1])):
+            continue
+        with suppress(OSError):  # it lives, is another user's, or another process was faster
+            descriptor = os.open(found, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    shutil.rmtree(found, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def write_atomically(path: Path, content: bytes) -> None:

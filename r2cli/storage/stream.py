@@ -188,7 +188,7 @@ def _header(path: Path) -> tuple[dict[str, TensorEntry], Mapping[str, str], int]
     if path.is_dir():
         raise InputError(f"{path} is a directory: name the .safetensors file in it")
     if not path.exists():
-        raise InputError(f"{path} does not exist: name a .safetensors or .onnx file")
+        raise InputError(f"{path} does not exist: name a .safetensors, .pth or .onnx file")
     try:
         pth.require_known(path)
         with open(path, "rb") as file:

@@ -154,6 +154,13 @@ def text(old: str, new: str) -> Edit:
 DAMAGED = "has damaged r2 metadata"
 
 
+def _batch(count: int) -> Callable[[onnx.ModelProto], None]:
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = count
+
+    return edit
+
+
 def _of_type_99(model: onnx.ModelProto) -> None:
     next(each for each in model.graph.initializer if each.name == "rest").data_type = 99
 
@@ -251,6 +258,9 @@ CASES = {
     "metadata nested, beside its checkpoint": Case(
         "onnx", noted("r2.history", "[" * 10**5 + "]" * 10**5), "same metadata", 3, 1
     ),
+    "batches of a thousand million": Case("onnx", in_onnx(_batch(10**9)), "more than there is memory for", 3),
+    "batches of a million": Case("onnx", in_onnx(_batch(10**6)), "it takes batches of 1,000,000 samples", 3, 1),
+    "batches of a million, measured": Case("other-onnx", in_onnx(_batch(10**6)), "it takes batches of 1,000,000", 1),
     "an array of 400 GB": Case("npz", shape_of_array, "'x' holds other bytes than (100000000000,) of float32"),
     "arrays of other lengths": Case("npz", arrays(target=np.zeros(3)), "counts the same samples"),
     "pickled objects": Case("npz", arrays(x=np.array([{}] * 12)), "'x' holds pickled objects, which r2 never loads"),
