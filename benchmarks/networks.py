@@ -8,8 +8,8 @@ rounding); for the first networks of each list also two steps of training (`r2cl
 
     python benchmarks/networks.py --work-dir networks --output benchmarks/networks.md
 
-One JSON file a network in the work directory: a run that was stopped goes on where it was. Nothing is hidden: a network
-that is refused, or fails its proof, is a row that says so.
+One JSON file a network in the work directory: a run that was stopped goes on where it was, and `--forms W8A8` does that
+form of every network first. Nothing is hidden: a network that is refused, or fails its proof, is a row that says so.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import json
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -64,6 +64,16 @@ HEAD = [
     *("BatchNorms left", "float operations", "integer nodes", "dB to torch", "dB to float", "s W8A8", "s all"),
 ]
 INTEGER = ("QLinear", "QGemm", "MatMulInteger")
+KEPT = ("nodes", "float_operations", "float_weights", "integer_share", "sqnr_db", "float_sqnr_db", "bytes")
+QAT = r2cli.QatConfig(weight_bits=4, act_bits=8, epochs=1, batch_size=BATCH, device="cpu")
+PALETTES = r2cli.PalettizeConfig(method="kmeans", bits=4, act_bits="8", device="cpu")
+ROADS: dict[str, Callable[..., Any]] = {
+    "W8A8": lambda made, source: r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=8, device="cpu")),
+    "W4A8": lambda made, source: r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=4, device="cpu")),
+    "qat": lambda made, source: r2cli.finetune(made, source, QAT),
+    "palettes": lambda made, source: r2cli.palettize(made, source, PALETTES),
+}
+FORMS = tuple(ROADS)
 
 
 def noise(batches: int, seed: int, size: int) -> list[Tensor]:
@@ -122,7 +132,7 @@ def proved(result: Any, source: Any) -> Proof:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         r2cli.export(result, path)
-        return r2cli.verify(path, result, source)
+        return r2cli.verify(path, result, source, timed=False)
 
 
 def tried(work: Callable[[], Proof]) -> tuple[str, dict[str, Any]]:
@@ -138,8 +148,8 @@ def tried(work: Callable[[], Proof]) -> tuple[str, dict[str, Any]]:
     return f"FAILED {'; '.join(failed)}" if failed else "passed", dict(proof.measures)
 
 
-def row(name: str, size: int) -> dict[str, Any]:
-    """One network in all its forms."""
+def row(name: str, size: int, forms: Sequence[str]) -> dict[str, Any]:
+    """One network in these of its forms, `FORMS`."""
     started = perf_counter()
     try:
         made = network(name, size)
@@ -150,36 +160,37 @@ def row(name: str, size: int) -> dict[str, Any]:
         test = [(images, float_model(images).argmax(1)) for images in noise(2, 3, made.input.size)]
     assert isinstance(made.input, InputSpec), "a network of images"
     source = data_of(made.input, made.class_names, noise(2, 2, made.input.size), test)
-
-    def quantized(bits: int) -> Proof:
-        return proved(r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=bits, device="cpu")), source)
-
-    def trained() -> Proof:
-        config = r2cli.QatConfig(weight_bits=4, act_bits=8, epochs=1, batch_size=BATCH, device="cpu")
-        return proved(r2cli.finetune(made, source, config), source)
-
-    def palettes() -> Proof:
-        config = r2cli.PalettizeConfig(method="kmeans", bits=4, act_bits="8", device="cpu")
-        return proved(r2cli.palettize(made, source, config), source)
-
-    begun = perf_counter()
-    forms = {}
-    forms["W8A8"], measures = tried(lambda: quantized(8))
-    first = perf_counter()
-    forms["W4A8"], _ = tried(lambda: quantized(4))
-    if name in EACH_ROAD:
-        forms["qat"], _ = tried(trained)
-        forms["palettes"], _ = tried(palettes)
-    kept = ("nodes", "float_operations", "float_weights", "integer_share", "sqnr_db", "float_sqnr_db", "bytes")
-    return {
+    found = {
         "network": name,
         "size": made.input.size,
-        "forms": forms,
+        "forms": {},
         "layers": sum(isinstance(m, nn.Linear | nn.modules.conv._ConvNd) for m in float_model.modules()),
-        **{key: measures.get(key) for key in kept},
-        "seconds_w8a8": round(first - begun, 1),
-        "seconds": round(perf_counter() - started, 1),
     }
+    for form in forms:
+        begun = perf_counter()
+        found["forms"][form], measures = tried(lambda form=form: proved(ROADS[form](made, source), source))
+        if form == "W8A8":
+            found |= {key: measures.get(key) for key in KEPT} | {"seconds_w8a8": round(perf_counter() - begun, 1)}
+    return found | {"seconds": round(perf_counter() - started, 1)}
+
+
+def forms_of(name: str) -> tuple[str, ...]:
+    """The forms that a network is tried in."""
+    return FORMS if name in EACH_ROAD else FORMS[:2]
+
+
+def went_on(file: Path, name: str, size: int, forms: Sequence[str]) -> dict[str, Any]:
+    """The network's row with `forms`: those that its `file` lacks are done, and written there."""
+    known = json.loads(file.read_text()) if file.exists() else {"forms": {}, "seconds": 0}
+    wanted = [form for form in forms_of(name) if form in forms and form not in known["forms"]]
+    if not wanted or known["forms"].get("W8A8", "").startswith("cannot be built"):
+        return known
+    found = row(name, size, wanted)
+    both = {"forms": known["forms"] | found["forms"], "seconds": round(known["seconds"] + found["seconds"], 1)}
+    found = known | found | both
+    file.write_text(json.dumps(found))
+    print(" | ".join(cells(found)), flush=True)
+    return found
 
 
 def cells(one: dict[str, Any]) -> list[str]:
@@ -190,7 +201,7 @@ def cells(one: dict[str, Any]) -> list[str]:
     return [
         one["network"],
         str(one["size"]),
-        *(one["forms"].get(form, "") for form in ("W8A8", "W4A8", "qat", "palettes")),
+        *(one["forms"].get(form, "") for form in FORMS),
         str(one.get("layers", "")),
         "" if share is None else f"{share:.1f} %",
         str(nodes.get("BatchNormalization", 0)) if nodes else "",
@@ -207,7 +218,7 @@ def summary(done: list[dict[str, Any]]) -> str:
     """What the goal asks for, counted."""
     read = [one for one in done if one.get("nodes") or one["forms"]["W8A8"].startswith("FAILED")]
     whole = [one for one in read if (one.get("integer_share") or 0) > 99.9]
-    forms = {form: [one["forms"][form] for one in done if form in one["forms"]] for form in HEAD[2:6]}
+    forms = {form: [one["forms"][form] for one in done if form in one["forms"]] for form in FORMS}
     counted = ", ".join(f"{form} {found.count('passed')} of {len(found)}" for form, found in forms.items() if found)
     return (
         f"{len(read)} of {len(done)} networks are read; in {len(whole)} more than 99.9 % of the weights' bytes are on "
@@ -219,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A hundred networks, quantized, written and proved.")
     parser.add_argument("networks", nargs="*", default=NETWORKS)
     parser.add_argument("--size", type=int, default=64, help="pixels of the images, where a network takes any")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="only these, of those that are left")
     parser.add_argument("--work-dir", type=Path, default=Path("networks"), help="a JSON file for every network")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
@@ -226,11 +238,7 @@ def main() -> None:
     done = []
     for name in arguments.networks:
         file = arguments.work_dir / f"{name.replace(':', '_')}.json"
-        if not file.exists():
-            found = row(name, arguments.size)
-            file.write_text(json.dumps(found))
-            print(" | ".join(cells(found)), flush=True)
-        done.append(json.loads(file.read_text()))
+        done.append(went_on(file, name, arguments.size, arguments.forms))
     text = "\n\n".join(
         [
             f"# {len(done)} networks from float to a proved integer file",

@@ -12,7 +12,7 @@ from torchvision.models.convnext import CNBlockConfig
 
 from r2cli import models
 from r2cli.calibration import deployed
-from r2cli.deploy import float_nodes, onnx_export, runtime, verify
+from r2cli.deploy import engines, float_nodes, onnx_export, runtime, second_engine, verify
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, placement, structure
 from r2cli.graph.read import trace
@@ -291,6 +291,35 @@ def test_a_network_that_reads_sizes_gets_grids_too(tmp_path: Path) -> None:
         path, coded, deployed.network(coded), [(_images(5, 16, 16), torch.zeros(16, dtype=torch.int64))]
     )
     assert proof.passed, proof.checks
+
+
+class Tokens(nn.Module):
+    """A token of its own before those of the image, and places that layers compute from numbers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.zeros(1, 1, 8))
+        self.places = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 8))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 10)
+        nn.init.uniform_(self.patches.bias, -1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        return self.head(self.norm(x + self.places(torch.linspace(-1, 1, x.shape[1]).unsqueeze(1))).mean(1))
+
+
+def test_tokens_before_an_image_and_layers_on_numbers_alone(tmp_path: Path) -> None:
+    coded = _quantized(_made(Tokens, 16))
+    assert set(coded.coded) == {"patches.weight", "head.weight"}  # dropout stands in nobody's way
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_export.to_bytes(coded))
+    assert "Shape" not in {node.op_type for node in runtime.read(path).graph.node}  # OpenVINO moves it to a wrong place
+    batches = [(_images(seed, 16, 16), torch.zeros(16, dtype=torch.int64)) for seed in (5, 6)]
+    assert verify.prove(path, coded, deployed.network(coded), batches).passed
+    assert all(
+        second_engine.check(path, each, [{"input": batches[0][0].numpy()}]).passed for each in engines.chosen([])
+    )
 
 
 def test_a_network_that_nobody_can_read_is_refused() -> None:

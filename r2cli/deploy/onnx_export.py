@@ -22,7 +22,7 @@ from r2cli import models
 from r2cli.calibration import deployed
 from r2cli.config import targets
 from r2cli.config.groups import FileForm
-from r2cli.deploy import onnx_layers
+from r2cli.deploy import onnx_layers, onnx_moving
 from r2cli.deploy.onnx_layers import Weights
 from r2cli.deploy.onnx_operators import OPERATORS
 from r2cli.deploy.onnx_sheet import Shape, Sheet, Unwritable, Value
@@ -160,10 +160,10 @@ class _Export:
     def _node(self, node: fx.Node, first: _Shapes, second: _Shapes) -> Any:
         seen = _merged(first.found[node], second.found[node])
         constant = self.constants.get(node)
-        if constant is not None and not self._from_codes(node) and not isinstance(self.modules[node], RecurrentWeight):
+        if constant is not None and self._is_value(node):
             if node.op == "get_attr":
                 return Value(self.weights.tensor(str(node.target), constant), *_typed(constant))
-            if all(user in self.constants for user in node.users):
+            if all(user in self.constants and self._is_value(user) for user in node.users):
                 return Value("", *_typed(constant))  # what reads it is a constant too, and written instead
             return Value(self.weights.tensor(f"{node.name}.constant", constant), *_typed(constant))
         if not _has_tensor(seen):
@@ -175,6 +175,10 @@ class _Export:
         except Unwritable as why:
             raise R2Error(self._refusal(node, str(why))) from why
         return _valued(names, seen)
+
+    def _is_value(self, node: fx.Node) -> bool:
+        """Whether a constant is written as its value, and not computed in the file."""
+        return not self._from_codes(node) and not isinstance(self.modules[node], RecurrentWeight)
 
     def _from_codes(self, node: fx.Node) -> bool:
         """Whether a constant is made from a quantized weight: then it is computed in the file, from the codes."""
@@ -277,10 +281,8 @@ class _Export:
         return given
 
     def _batch(self) -> str:
-        """Write the size of the batch as the network runs, once: (1,) INT64."""
-        if not self.batch:
-            shape = self.writer.node("Shape", [self.inputs[0]])
-            self.batch = self.writer.node("Slice", [shape, self.writer.ints([0]), self.writer.ints([1])])
+        """Write the size of the batch, once: (1,) INT64."""
+        self.batch = self.batch or onnx_moving.batch(self.writer, self.given[0])
         return self.batch
 
     def _refusal(self, node: fx.Node, why: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple
+from r2cli.deploy.onnx_writer import OnnxWriter
 
 
 def reshape(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
@@ -31,6 +32,17 @@ def transpose(sheet: Sheet, x: Value, dim0: int, dim1: int) -> str:
     order = list(range(len(x.shape)))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return sheet.node("Transpose", x, perm=order)
+
+
+def batch(writer: OnnxWriter, given: Value) -> str:
+    """Write the size of the batch as the network runs, (1,) INT64: that of its input `given` over a sample's.
+
+    OpenVINO 2026.4 moves a Shape of the input behind the first convolution, and then adds the bias of that one's first
+    channel to all of them.
+    """
+    sample = prod(length or 1 for length in given.shape[1:])
+    count = writer.node("Div", [writer.node("Size", [given.name]), writer.constant(sample, np.int64)])
+    return writer.node("Reshape", [count, writer.ints([1])])
 
 
 def expand(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:

@@ -145,10 +145,12 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
 def _computable(node: fx.Node) -> bool:
     """Whether the operator of `node` gives the same for the same arguments, and a size that is known."""
     if isinstance(node.target, OpOverload):
-        if torch.Tag.nondeterministic_seeded in node.target.tags or operator_name(node.target).startswith("_assert"):
+        name = operator_name(node.target)
+        draws = torch.Tag.nondeterministic_seeded in node.target.tags and (name != "dropout" or node.args[2])
+        if draws or name.startswith("_assert"):
             return False
         # A table is a layer with a weight of its own, also where its rows are the same for every input.
-        if operator_name(node.target) == "embedding" and node.args[0].op == "get_attr":  # type: ignore[union-attr]
+        if name == "embedding" and node.args[0].op == "get_attr":  # type: ignore[union-attr]
             return False
     values = node.meta.get("val")
     each = values if isinstance(values, tuple | list) else [values]
