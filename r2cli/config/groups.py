@@ -52,6 +52,12 @@ class Preparation(Config):
         None, "Standard deviation of pixels, given as --mean is. (default: that of the data)", panel=FOREIGN
     )
     workers: int = option(2, "Number of processes that decode large images.", least=0)
+    classes: Path | None = option(
+        None,
+        "A text file with the names of the network's classes, one a line in the order of its logits: folders are "
+        "numbered so, and some may be missing.",
+        panel=FOREIGN,
+    )
     data_arg: Sequence[str] = option(
         (), "NAME=VALUE: a keyword of --data FILE.py:FACTORY; repeatable.", panel=FOREIGN, given=list[str] | None
     )

@@ -122,6 +122,17 @@ class Checkpoint:
         entry = {"command": command, "options": dict(options), "versions": versions, "metrics": dict(metrics)}
         return replace(self, history=(*self.history, entry))
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all weights, those that stay float too, with scales and tables, for each weight.
+
+        Biases and other tensors of one axis are no weights.
+        """
+        floats = [one for one in self.floats.values() if one.ndim > 1 and one.is_floating_point()]
+        sizes = [one.payload_bytes() for one in self.coded.values()] + [one.numel() * 4 for one in floats]
+        count = sum(one.decode().numel() for one in self.coded.values()) + sum(one.numel() for one in floats)
+        return 8 * sum(sizes) / count if count else 32.0
+
 
 def require_float(checkpoint: Checkpoint) -> None:
     """Raise InputError for a checkpoint whose weights are codes already."""
