@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2cli import registry
 from r2cli.config import targets, values
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
+from r2cli.errors import InputError
 
 DEFAULT_SOURCE = Path("model.safetensors")
 DATA = (
@@ -278,6 +280,27 @@ def embeddings() -> Any:
         "Give embeddings codes too, like layers, or leave them float. Codes need --act-bits none.",
         "--embeddings/--no-embeddings",
     )
+
+
+def group_size() -> Any:
+    return option(
+        None,
+        "Inputs of a linear layer that share a scale: 32, 64 or 128. It needs --act-bits none. (default: all)",
+        check=values.number_of("--group-size", 32, 64, 128),
+    )
+
+
+def require_groups(given: Any) -> None:
+    """Raises InputError for the groups of a `PtqConfig` beside what has no place for them."""
+    flag = f"--group-size {given.group_size}"
+    if given.group_size is None:
+        return
+    if values.act_bits(given.act_bits) is not None:
+        raise InputError(f"{flag} is for weights alone: give --act-bits none, or leave it out")
+    if given.method != registry.PTQ_NEAREST:
+        raise InputError(f"{flag} rounds to the nearest level: leave out --method {given.method}")
+    if given.granularity not in (None, "channel"):
+        raise InputError(f"{flag} and --granularity {given.granularity} exclude each other: give one of them")
 
 
 def act_range() -> Any:

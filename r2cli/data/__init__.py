@@ -16,7 +16,7 @@ is an `InputSpec`: the checkpoint records it, and every later command applies it
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,9 +104,10 @@ NOT_RECORDED = ("imagefolder", "qnli", "images", "npz")  # a checkpoint does not
 def load(name: str, **asked: Any) -> Data:
     """Load the data set `name` with the preprocessing of a checkpoint's `spec`, or with that of the other arguments.
 
-    They are fields of a `Request`, by name: size, mean, std, spec, directory, workers, tokenizer, classes. `size` is in pixels, one number or height and width; of a text, in tokens, which the network's `tokenizer` makes.
-    `mean` and `std` are of pixels from 0 to 1, one number or one for each channel. `directory` is the folder for
-    downloads. `classes` are the network's, in the order of its logits: labels of folders and texts are numbered so.
+    They are fields of a `Request`: size, mean, std, spec, directory, workers, tokenizer, classes. `size` is in pixels,
+    one number or height and width; of a text, in tokens, which the network's `tokenizer` makes. `mean` and `std` are of
+    pixels from 0 to 1, one number or one for each channel. `directory` is the folder for downloads. `classes` are the
+    network's, in the order of its logits: labels of folders and texts are numbered so.
 
     A name FILE.py:FACTORY or package.module:FACTORY is the user's own code, as `load_own` takes it.
 

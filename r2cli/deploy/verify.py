@@ -168,6 +168,8 @@ def _same_codes(file: onnx.ModelProto, checkpoint: Checkpoint, model: nn.Module)
     for name, module in model.named_modules():
         if isinstance(module, TransposedConv) and f"{name}.weight" in coded:
             expected[f"{name}.weight"] = exchanged(expected[f"{name}.weight"], module.groups)
+    blocks = {node.output[0] for node in file.graph.node if any(one.name == "block_size" for one in node.attribute)}
+    expected = {name: one.T if name in blocks else one for name, one in expected.items()}
     shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
     try:
         decoded_weights = runtime.run_constants(file, shapes)
