@@ -398,3 +398,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         atomic.write_atomically(path, b"new")
     assert path.read_bytes() == b"what was there"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bits_a_weight_count_those_that_stay_float() -> None:
+    codes = Coded(grid(8, 0.1), torch.zeros(4, 5, dtype=torch.int8))
+    floats = {"gru.weight_ih_l0": torch.zeros(6, 10), "gru.bias_ih_l0": torch.zeros(6)}
+    made = Checkpoint(SPEC, INPUT, NAMES, floats, coded={"head.weight": codes})
+    assert made.bits_per_weight == (8 * (20 + 4) + 32 * 60) / 80  # one scale beside the codes
+    assert Checkpoint(SPEC, INPUT, NAMES, floats).bits_per_weight == 32

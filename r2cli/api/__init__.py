@@ -261,7 +261,7 @@ def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:
     if isinstance(data, Data):
         return made, inputs.fitting(made.origin, made.input, made.class_names, data)
     named = data or datasets.named_in(made.history, made.origin)
-    return made, datasets.load(named, spec=made.input)
+    return made, datasets.load(named, spec=made.input, classes=made.class_names)
 
 
 def _checkpoint_of(network: Network) -> Checkpoint:

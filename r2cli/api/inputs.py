@@ -13,6 +13,7 @@ from r2cli import data as datasets
 from r2cli import models
 from r2cli.config import values
 from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
+from r2cli.data import classes as class_lists
 from r2cli.data import losses, metrics
 from r2cli.data import own as own_data
 from r2cli.errors import InputError
@@ -31,19 +32,36 @@ def load_data(
     default: str,
     spec: NetworkInput | None = None,
     model: str | None = None,
+    known: tuple[str, ...] = (),
 ) -> datasets.Data:
     """The data set `name`, by default `default`, with the preprocessing of `spec` or of `given`; text by the tokenizer
-    of `model`.
+    of `model`. `known` are the classes of a checkpoint's network, where --classes names no others.
 
-    Raises InputError for preprocessing beside a checkpoint's own, and as `data.load` does.
+    Raises InputError for preprocessing beside a checkpoint's own, for a class that --classes does not list, and as
+    `data.load` does.
     """
+    classes = known if given.classes is None else class_lists.read(given.classes)
+    loaded = _by_name(given, name, default, spec, model, classes)
+    if given.classes is not None:
+        loaded = class_lists.numbered(loaded, classes, given.classes)
+    return of_task(given, loaded)
+
+
+def _by_name(
+    given: Preparation,
+    name: str | None,
+    default: str,
+    spec: NetworkInput | None,
+    model: str | None,
+    classes: tuple[str, ...],
+) -> datasets.Data:
     mean, std, size = numbers("--mean", given.mean), numbers("--std", given.std), values.size(given.size)
     if given.pretrained and model is not None:
         usual = pretrained.published(model)
         mean, std, size = mean or list(usual.mean), std or list(usual.std), size or usual.size
-    more: dict[str, Any] = {"directory": given.data_dir, "workers": given.workers}
+    more: dict[str, Any] = {"directory": given.data_dir, "workers": given.workers, "classes": classes}
     if name is not None and own_code.is_code(name):
-        return of_task(given, datasets.load_own(name, keywords(given.data_arg, "--data-arg")))
+        return datasets.load_own(name, keywords(given.data_arg, "--data-arg"))
     if given.data_arg:
         raise InputError("--data-arg belongs to data of your own: give --data FILE.py:FACTORY")
     if spec is not None:
@@ -51,10 +69,10 @@ def load_data(
             if value is not None:
                 raise InputError(f"{option} does not apply: the checkpoint says how its input is prepared")
         if name is None:
-            return of_task(given, datasets.load_named_in_file(default, spec=spec, **more))
-        return of_task(given, datasets.load(name, spec=spec, **more))
+            return datasets.load_named_in_file(default, spec=spec, **more)
+        return datasets.load(name, spec=spec, **more)
     tokenizer = datasets.pack_tokenizer(text.tokenizer(model)) if model and text.has(model) else None
-    return of_task(given, datasets.load(name or default, size=size, mean=mean, std=std, tokenizer=tokenizer, **more))
+    return datasets.load(name or default, size=size, mean=mean, std=std, tokenizer=tokenizer, **more)
 
 
 def of_task(given: Preparation, loaded: datasets.Data) -> datasets.Data:
@@ -84,14 +102,14 @@ def model_spec(
     if given.pretrained and given.weights is not None:
         raise InputError(f"--weights {given.weights} and --pretrained are two networks: give one of them")
     known = pretrained.published(name).classes if given.pretrained else None
-    if known is not None and known != len(source.class_names):
+    if known is not None and source.classes and known != source.classes:
         raise InputError(
-            f"the pre-trained {name} tells {known} classes apart and {source.name} has {len(source.class_names)}: "
-            "give --data with its classes"
+            f"the pre-trained {name} tells {known} classes apart and {source.name} has {source.classes}: give "
+            "--data with its classes, or the names of all with --classes FILE"
         )
     return models.spec(
         name,
-        classes=source.classes,
+        classes=source.classes or known or 0,
         channels=source.input.channels,
         size=source.input.size,
         width=width,
@@ -138,7 +156,9 @@ def load(
         height, width = made.input.sides
         spec = f"fake:{made.input.channels}x{height}x{width}:{len(made.class_names)}"
         return made, replace(datasets.load(spec, spec=made.input), name=NOISE, measured=False)
-    loaded = load_data(given, given.data, default=own, spec=made.input)
+    loaded = load_data(given, given.data, default=own, spec=made.input, known=made.class_names)
+    if given.classes is not None and not made.class_names:
+        made = replace(made, class_names=loaded.class_names)
     loaded = fitting(made.origin, made.input, made.class_names, loaded)
     _require_vocabulary(made, loaded)
     return made, _calibrating(given, made, loaded)
@@ -149,7 +169,7 @@ def _calibrating(given: Inputs, made: checkpoint.Checkpoint, loaded: datasets.Da
     if given.calibration_data is None:
         return loaded
     plain = replace(given, size=None, mean=None, std=None, pretrained=False, metric=None, metric_lower=False)
-    other = load_data(replace(plain, metric_arg=()), given.calibration_data, default="", spec=made.input)
+    other = load_data(replace(plain, metric_arg=(), classes=None), given.calibration_data, default="", spec=made.input)
     other = fitting(made.origin, made.input, (), replace(other, class_names=()))
     return replace(loaded, calibration=other.train)
 
@@ -323,6 +343,8 @@ def fitting(origin: str, wanted: NetworkInput, class_names: Sequence[str], loade
 
 def require_classes(origin: str, class_names: Sequence[str], loaded: datasets.Data) -> None:
     """Raises InputError where a data set's classes are not those, in that order, that the network tells apart."""
+    if not class_names:
+        raise InputError(f"{origin} records no names of its classes: give those of its logits with --classes FILE")
     if tuple(class_names) != loaded.class_names:
         pairs = itertools.zip_longest(class_names, loaded.class_names, fillvalue="nothing")
         own, other = next((own, other) for own, other in pairs if own != other)

@@ -53,8 +53,8 @@ def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
     if found is None:
         return _drawn(path, config)
     if data is None:
-        return of_data(path, datasets.load_named_in_file(found.data, spec=found.input))
-    return of_data(path, datasets.load(data, spec=found.input))
+        return of_data(path, datasets.load_named_in_file(found.data, spec=found.input, classes=found.class_names))
+    return of_data(path, datasets.load(data, spec=found.input, classes=found.class_names))
 
 
 def of_data(path: Path, source: Data, most: int = IMAGES) -> Given:

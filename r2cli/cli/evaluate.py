@@ -115,7 +115,7 @@ def _of_file(given: EvaluateSource, name: str | None) -> Subject:
         network, loaded = inputs.load(given, tell=console.note)
         outputs, blank = network.outputs, network.input.blank(1)
     else:
-        loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input)
+        loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input, known=made.class_names)
         loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
         outputs, blank = made.outputs, made.input.blank(1)
     return Subject(every, one, torch.device("cpu"), loaded, shown, source.stat().st_size, outputs, blank)

@@ -75,7 +75,11 @@ def _read(given: VerifyFiles, images: MeasuredImages) -> "tuple[Checkpoint | Non
         if found is None:
             return None, None
         source = inputs.load_data(
-            Preparation(data_dir=given.data_dir), given.data, default=found.data, spec=found.input
+            Preparation(data_dir=given.data_dir),
+            given.data,
+            default=found.data,
+            spec=found.input,
+            known=found.class_names,
         )
         source = inputs.fitting(given.file, found.input, found.class_names, source)
     return made, source if images.eval_images is None else datasets.with_test_images(source, images.eval_images)

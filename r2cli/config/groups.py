@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r2cli import registry
 from r2cli.config import targets, values
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
+from r2cli.errors import InputError
 
 DEFAULT_SOURCE = Path("model.safetensors")
 DATA = (
@@ -52,6 +54,12 @@ class Preparation(Config):
         None, "Standard deviation of pixels, given as --mean is. (default: that of the data)", panel=FOREIGN
     )
     workers: int = option(2, "Number of processes that decode large images.", least=0)
+    classes: Path | None = option(
+        None,
+        "A text file with the names of the network's classes, one a line in the order of its logits: folders are "
+        "numbered so, and some may be missing.",
+        panel=FOREIGN,
+    )
     data_arg: Sequence[str] = option(
         (), "NAME=VALUE: a keyword of --data FILE.py:FACTORY; repeatable.", panel=FOREIGN, given=list[str] | None
     )
@@ -287,6 +295,27 @@ def embeddings() -> Any:
         "Give embeddings codes too, like layers, or leave them float. Codes need --act-bits none.",
         "--embeddings/--no-embeddings",
     )
+
+
+def group_size() -> Any:
+    return option(
+        None,
+        "Inputs of a linear layer that share a scale: 32, 64 or 128. It needs --act-bits none. (default: all)",
+        check=values.number_of("--group-size", 32, 64, 128),
+    )
+
+
+def require_groups(given: Any) -> None:
+    """Raises InputError for the groups of a `PtqConfig` beside what has no place for them."""
+    flag = f"--group-size {given.group_size}"
+    if given.group_size is None:
+        return
+    if values.act_bits(given.act_bits) is not None:
+        raise InputError(f"{flag} is for weights alone: give --act-bits none, or leave it out")
+    if given.method != registry.PTQ_NEAREST:
+        raise InputError(f"{flag} rounds to the nearest level: leave out --method {given.method}")
+    if given.granularity not in (None, "channel"):
+        raise InputError(f"{flag} and --granularity {given.granularity} exclude each other: give one of them")
 
 
 def act_range() -> Any:

@@ -106,6 +106,7 @@ class PtqConfig(Config):
         "the weight as trained, with BatchNorm in per-channel scales. (default: channel; auto tries unfolded too)",
         check=values.one_of("--granularity", "channel", "tensor", "unfolded"),
     )
+    group_size: int | None = groups.group_size()
     weight_range: str | None = option(
         None,
         "Rule for ranges of weights: minmax, percentile[:99.99] or mse. "
@@ -155,6 +156,7 @@ class PtqConfig(Config):
             raise InputError(
                 f"--act-range {self.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
             )
+        groups.require_groups(self)
         targets.require(
             self.target,
             act_bits=values.act_bits(self.act_bits),
@@ -165,13 +167,11 @@ class PtqConfig(Config):
     @property
     def suffix(self) -> str:
         """The part of the output's name that says what was done, for example 'w4a8-none-unfolded'."""
-        wanted = f"{self.weight_bits or 8}"
-        if self.target_bits:
-            wanted = f"{self.target_bits:g}"
-        elif self.target_bytes:
-            wanted = f"{self.target_bytes}B"
+        mean = f"{self.target_bits:g}" if self.target_bits else f"{self.weight_bits or 8}"
+        wanted = f"{self.target_bytes}B" if self.target_bytes else mean
         acts = values.act_bits(self.act_bits)
         grid = "" if self.granularity in (None, "channel") else f"-{self.granularity}"
+        grid += f"-g{self.group_size}" if self.group_size else ""
         return f"w{wanted}{f'a{acts}' if acts else ''}-{self.method}{grid}{groups.for_target(self.target)}"
 
 

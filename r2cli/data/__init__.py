@@ -16,7 +16,7 @@ is an `InputSpec`: the checkpoint records it, and every later command applies it
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,22 +101,13 @@ TEXTS = ("qnli",)
 NOT_RECORDED = ("imagefolder", "qnli", "images", "npz")  # a checkpoint does not record the paths of these kinds
 
 
-def load(
-    name: str,
-    *,
-    size: int | tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    spec: NetworkInput | None = None,
-    directory: Path | None = None,
-    workers: int = 2,
-    tokenizer: str | None = None,
-) -> Data:
+def load(name: str, **asked: Any) -> Data:
     """Load the data set `name` with the preprocessing of a checkpoint's `spec`, or with that of the other arguments.
 
-    `size` is in pixels, one number or height and width; of a text, in tokens, which the network's `tokenizer` makes.
-    `mean` and `std` are of pixels from 0 to 1, one number or one for each channel. `directory` is the folder for
-    downloads.
+    They are fields of a `Request`: size, mean, std, spec, directory, workers, tokenizer, classes. `size` is in pixels,
+    one number or height and width; of a text, in tokens, which the network's `tokenizer` makes. `mean` and `std` are of
+    pixels from 0 to 1, one number or one for each channel. `directory` is the folder for downloads. `classes` are the
+    network's, in the order of its logits: labels of folders and texts are numbered so.
 
     A name FILE.py:FACTORY or package.module:FACTORY is the user's own code, as `load_own` takes it.
 
@@ -125,7 +116,7 @@ def load(
     """
     if own_code.is_code(name):
         return load_own(name, {})
-    return _load(name, Request("", "", size, mean, std, spec, directory, workers, tokenizer))
+    return _load(name, Request("", "", **asked))
 
 
 def load_own(name: str, keywords: Mapping[str, Any]) -> Data:
@@ -134,12 +125,20 @@ def load_own(name: str, keywords: Mapping[str, Any]) -> Data:
     return own.to_data(own_code.label(name), given)
 
 
-def load_named_in_file(name: str, *, spec: NetworkInput, directory: Path | None = None, workers: int = 2) -> Data:
+def load_named_in_file(
+    name: str,
+    *,
+    spec: NetworkInput,
+    directory: Path | None = None,
+    workers: int = 2,
+    classes: tuple[str, ...] = (),
+) -> Data:
     """Load a data set that a file names, with the preprocessing in that file. Nothing is downloaded.
 
     Raises InputError as `load` does, and for a set that is not on this machine.
     """
-    return _load(name, Request("", "", spec=spec, directory=directory, workers=workers, fetches=False))
+    own = Request("", "", spec=spec, directory=directory, workers=workers, fetches=False, classes=classes)
+    return _load(name, own)
 
 
 def _load(name: str, request: Request) -> Data:

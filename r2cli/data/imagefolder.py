@@ -16,21 +16,28 @@ MEMORY_LIMIT = 2 * 2**30  # bytes; a set of small images that is larger than thi
 
 
 def load(request: Request) -> Data:
-    """Load a folder. Raises InputError where it lacks a part of the layout, or its two halves differ in classes."""
+    """Load a folder. Raises InputError where it lacks a part of the layout, or its two halves differ in classes.
+
+    Where the network's classes are known and all folders are among them, labels are numbered as the network does, and
+    classes may be missing.
+    """
     root = Path(request.where)
     if not root.is_dir():
         raise InputError(f"{root} is not a directory: imagefolder:DIR wants DIR/train/CLASS/* and DIR/val/CLASS/*")
     held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or held_out is None:
         raise InputError(f"{root} has no train/ with a val/ or test/ beside it: imagefolder:DIR wants both")
-    classes, train = scan(root / "train")
-    test_classes, test = scan(held_out)
-    if classes != test_classes:
-        extra = sorted(set(classes) ^ set(test_classes))[0]
+    least = 1 if request.classes else 2
+    halves = [scan(root / "train", least), scan(held_out, least)]
+    found = [set(names) for names, _ in halves]
+    classes = request.classes_of(set.union(*found))
+    if not request.classes and found[0] != found[1]:
         raise InputError(
-            f"{root}: class folder '{extra}' is in only one of train/ and {held_out.name}/: add it to the other, or "
-            "remove it"
+            f"{root}: class folder '{min(found[0] ^ found[1])}' is in only one of train/ and {held_out.name}/: add it "
+            "to the other, remove it, or give the names of all classes with --classes FILE"
         )
+    places = {name: place for place, name in enumerate(classes)}
+    train, test = ([(file, places[names[label]]) for file, label in files] for names, files in halves)
     spec, split = prepared(request, [file for file, _ in (*train, *test)])
     return Data(f"imagefolder:{root}", spec, classes, split("train", train), split(held_out.name, test))
 
@@ -68,10 +75,10 @@ def _shorter_side(path: str) -> int | None:
     return opened(path, lambda file: min(file.size))  # Pillow reads only the header for this
 
 
-def scan(split: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+def scan(split: Path, least: int = 2) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """Return the class names in order, and (file, label) of each image of one split.
 
-    Raises InputError for a folder that cannot be read, has fewer than two classes, or has a class without images.
+    Raises InputError for a folder that cannot be read, has fewer than `least` classes, or has a class without images.
     """
     try:
         with os.scandir(split) as entries:
@@ -82,7 +89,7 @@ def scan(split: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     names = tuple(os.path.basename(folder) for folder in folders)
     if not files:
         raise InputError(f"{split} holds no images: it wants CLASS/*.jpg (or png, bmp, webp, tiff)")
-    if len(folders) < 2:
+    if len(folders) < least:
         raise InputError(f"{split} has one class folder, '{names[0]}': a classifier needs at least two")
     empty = next((folders[label] for label in sorted(set(range(len(folders))) - {label for _, label in files})), None)
     if empty is not None:

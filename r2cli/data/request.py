@@ -1,6 +1,6 @@
 """What a caller asks of a data set (`Request`), and what the data set returns (`Data`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,12 @@ class Request:
     workers: int = 2
     tokenizer: str | None = None  # of a network that reads text, compressed by `text.pack_tokenizer`
     fetches: bool = True  # whether a missing set may be downloaded
+    classes: tuple[str, ...] = ()  # of the network, in the order of its logits, where they are known
+
+    def classes_of(self, found: Iterable[str]) -> tuple[str, ...]:
+        """The network's classes where all that were `found` are among them, and else those, in alphabetical order."""
+        own = sorted(set(found))
+        return self.classes if set(own) <= set(self.classes) else tuple(own)
 
     def input(
         self,

@@ -45,14 +45,14 @@ def load(request: Request) -> Data:
         halves = [[rows[i] for i in sorted(part)] for part in (order[held_out:], order[:held_out])]
     if not halves[1]:
         raise InputError(f"{where} has {len(halves[0])} rows, too few to hold some out: give more")
-    names = sorted({label for half in halves for _, label in half})
+    names = request.classes_of(label for half in halves for _, label in half)
     if len(names) < 2:
         raise InputError(f"{where} has one label, '{names[0]}': a classifier needs at least two")
     splits = []
     for name, half in zip(("train", "dev"), halves, strict=True):
         labels = torch.tensor([names.index(label) for _, label in half])
         splits.append(TextSplit(name, encoded([texts for texts, _ in half], spec), labels))
-    return Data(f"{request.kind}:{where}", spec, tuple(names), splits[0], splits[1])
+    return Data(f"{request.kind}:{where}", spec, names, splits[0], splits[1])
 
 
 def _input_spec(request: Request) -> InputSpec:

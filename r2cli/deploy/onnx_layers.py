@@ -95,6 +95,16 @@ class Weights:
             zero = [self.writer.initializer(f"{name}.{count}.zero_point", content)]
         return self.writer.node("DequantizeLinear", [own, scale, *zero], axis=axis)
 
+    def blocks(self, name: str) -> str | None:
+        """Write a weight with groups of inputs in blocks, (inputs, outputs), where opset 21 is asked for; else None."""
+        one = self.coded.get(name)
+        if one is None or (name, None) in self._written or not weight_nodes.is_blocks(one, self.writer.asked):
+            return None
+        if (name, "turned") not in self._written:
+            assert isinstance(one.codec, Grid)
+            self._written[name, "turned"] = weight_nodes.emit_blocks(self.writer, name, one, one.codec, self.target)
+        return name
+
     def turned(self, name: str, content: Tensor) -> str:
         """The same, with its two axes exchanged."""
         if (name, "turned") not in self._written:
@@ -187,13 +197,15 @@ def _padding(module: Any, x: Value) -> list[int]:
 
 
 def linear(sheet: Sheet, weights: Weights, name: str, module: nn.Linear, x: Value) -> str:
-    """Write a Gemm on (n, features); on tensors of more axes a product and a sum, which runtimes add in float."""
-    if len(x.shape) == 2:
+    """Write a Gemm on (n, features); on tensors of more axes, or of a weight in blocks, a product and a sum, which
+    runtimes add in float."""
+    blocks = weights.blocks(f"{name}.weight")
+    if len(x.shape) == 2 and blocks is None:
         weight = weights.tensor(f"{name}.weight", module.weight)
         bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
         sheet.writer.enter(name)
         return sheet.writer.node("Gemm", _present(x.name, weight, bias), transB=1)
-    weight = weights.turned(f"{name}.weight", module.weight)
+    weight = blocks or weights.turned(f"{name}.weight", module.weight)
     bias = None if module.bias is None else weights.tensor(f"{name}.bias", module.bias)
     sheet.writer.enter(name)
     product = sheet.writer.node("MatMul", [x.name, weight])

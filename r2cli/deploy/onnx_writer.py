@@ -77,6 +77,11 @@ class OnnxWriter:
         self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(content).reshape(content.shape), name)
         return name
 
+    def add(self, tensor: TensorProto) -> str:
+        """Add a constant of a type that NumPy lacks, and return its name."""
+        self.initializers[tensor.name] = tensor
+        return tensor.name
+
     def constant(self, content: Array | Sequence[float] | float, dtype: Any = None, kind: str = "constant") -> str:
         """Return the name of a constant that all share who need the same one.
 

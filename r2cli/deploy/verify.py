@@ -90,12 +90,10 @@ def prove(
         checks += _wrong_parts(model, checkpoint, file) if on_grids else []  # type: ignore[arg-type]
         seen = dict.fromkeys((*_seen({}, None), "nodes"))
     held = audit.held_weights(file, checkpoint.coded)
-    payload = sum(coded.payload_bytes() for coded in checkpoint.coded.values())
-    weights = sum(coded.decode().numel() for coded in checkpoint.coded.values())
     measures = {
         **seen,
         "bytes": path.stat().st_size,
-        "bits_per_weight": 8 * payload / weights if weights else 32.0,
+        "bits_per_weight": checkpoint.bits_per_weight,
         "integer_share": held.share,
         "float_weights": [each.__dict__ for each in held.floats],
         "float_operations": [each.__dict__ for each in left or ()],
@@ -170,6 +168,8 @@ def _same_codes(file: onnx.ModelProto, checkpoint: Checkpoint, model: nn.Module)
     for name, module in model.named_modules():
         if isinstance(module, TransposedConv) and f"{name}.weight" in coded:
             expected[f"{name}.weight"] = exchanged(expected[f"{name}.weight"], module.groups)
+    blocks = {node.output[0] for node in file.graph.node if any(one.name == "block_size" for one in node.attribute)}
+    expected = {name: one.T if name in blocks else one for name, one in expected.items()}
     shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
     try:
         decoded_weights = runtime.run_constants(file, shapes)

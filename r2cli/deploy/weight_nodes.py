@@ -3,6 +3,8 @@
     8 to 5 bits          INT8 -> DequantizeLinear
     4, 2 and 1 bits      packed UINT8 -> Gather in a shared table of 256 bytes' codes -> Reshape -> DequantizeLinear
     3 bits               the same for a plane of 1 bit and one of 2 bits, which are added as INT32
+    groups of inputs     the same, and a product with expanded scales in the place of DequantizeLinear; if opset 21 is
+                         asked for, one DequantizeLinear of blocks on INT4 or INT8
     palette              UINT8, up to 4 bits packed -> Div and Mod, its digits -> Gather in the layer's own table of
                          centroids -> channels of vectors apart -> DequantizeLinear for an int8 table, Mul by the scale
                          for a float one
@@ -27,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from r2cli.config.targets import DEFAULT, TARGETS, Target
@@ -35,7 +37,7 @@ from r2cli.deploy.onnx_writer import OnnxWriter
 from r2cli.errors import R2Error
 from r2cli.quantized.coded import Codec, Coded
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.packing import Plane, packed_bytes, split_planes, twos_complement, unpack_plane
+from r2cli.quantized.packing import Plane, pack, packed_bytes, split_planes, twos_complement, unpack_plane
 from r2cli.quantized.palette import Palette
 
 Array = np.ndarray[Any, Any]
@@ -78,6 +80,37 @@ def emit(
     if exchanges is not None:
         value = _exchange(graph, value, shape, exchanges)
     return graph.rename(value, name)
+
+
+BLOCKS = 21  # the opset with blocks in DequantizeLinear
+
+
+def emit_blocks(graph: OnnxWriter, name: str, coded: Coded, grid: Grid, target: Target) -> str:
+    """Write a matrix with groups of inputs as one DequantizeLinear of blocks, and return its name: (inputs, outputs).
+
+    It is the form that ONNX Runtime runs as MatMulNBits, on the codes themselves.
+    """
+    graph.enter(name)
+    codes, kind = coded.codes.T.contiguous(), TensorProto.INT8
+    content = codes.numpy().tobytes()
+    if grid.bits == 4 and is_packed(grid, target):
+        kind, content = TensorProto.INT4, pack(codes, 4).numpy().tobytes()
+    parts = [
+        graph.add(helper.make_tensor(f"{name}.codes", kind, codes.shape, content, raw=True)),
+        graph.initializer(f"{name}.scale", grid.scale.T.numpy()),
+    ]
+    if bool(grid.zero_point.any()) or kind == TensorProto.INT8:  # which ONNX Runtime makes UINT8 on some processors
+        zero = grid.zero_point.T.contiguous().to(torch.int8)
+        held = pack(zero, 4).numpy() if kind == TensorProto.INT4 else zero.numpy()
+        parts.append(graph.add(helper.make_tensor(f"{name}.zero_point", kind, zero.shape, held.tobytes(), raw=True)))
+    value = graph.node("DequantizeLinear", parts, axis=0, block_size=grid.group)
+    return graph.rename(value, name)
+
+
+def is_blocks(coded: Coded, opset: int | None) -> bool:
+    """Whether a weight is written by `emit_blocks` in a file for which that opset is asked."""
+    codec = coded.codec
+    return (opset or 0) >= BLOCKS and isinstance(codec, Grid) and bool(codec.group) and codec.bits in (4, 8)
 
 
 def is_packed(codec: Codec, target: Target) -> bool:
@@ -188,14 +221,28 @@ def _multiply(graph: OnnxWriter, name: str, integers: str, codec: Grid | Palette
     value = graph.node("Cast", [integers], to=TensorProto.FLOAT)
     zero = _zero_point(codec)
     if bool(zero.any()):
-        column = graph.initializer(f"{name}.zero_point", codec.along(zero, ndim).numpy())
+        column = _column(graph, f"{name}.zero_point", zero, codec, ndim)
         value = graph.node("Sub", [value, graph.node("Cast", [column], to=TensorProto.FLOAT)])
     return _scaled(graph, name, value, codec, ndim)
 
 
 def _scaled(graph: OnnxWriter, name: str, value: str, codec: Grid | Palette, ndim: int) -> str:
-    column = codec.along(codec.scale / codec.integer_factor, ndim)
-    return graph.node("Mul", [value, graph.initializer(f"{name}.scale", column.numpy())])
+    column = _column(graph, f"{name}.scale", codec.scale / codec.integer_factor, codec, ndim)
+    return graph.node("Mul", [value, column])
+
+
+def _column(graph: OnnxWriter, name: str, numbers: Tensor, codec: Grid | Palette, ndim: int) -> str:
+    """Write the scale or zero point `name` in a shape that broadcasts against the weight; of groups, once an input."""
+    group = codec.group if isinstance(codec, Grid) else 0
+    if not group:
+        return graph.initializer(name, codec.along(numbers, ndim).numpy())
+    apart = graph.initializer(name, numbers.unsqueeze(2).numpy())
+    wide = graph.node("Expand", [apart, graph.ints((1, 1, group))])
+    value = graph.node("Reshape", [wide, graph.ints((0, -1))])
+    inputs = codec.inputs  # type: ignore[union-attr]
+    if inputs % group == 0:
+        return value
+    return graph.node("Slice", [value, graph.ints((0,)), graph.ints((inputs,)), graph.ints((1,))])
 
 
 def _zero_point(codec: Grid | Palette) -> Tensor:

@@ -113,6 +113,15 @@ def by_pattern(names: Iterable[str], usual: T, exceptions: Mapping[str, T]) -> d
     return found
 
 
+def require_groups(name: str, module: nn.Module, size: int) -> None:
+    """Raise InputError for groups of `size` inputs in what is neither a linear layer nor an embedding; 0: no groups."""
+    if size and not isinstance(module, nn.Linear | nn.Embedding):
+        raise InputError(
+            f"--group-size {size} is for networks of linear layers, and '{name}' is a {type(module).__name__}: leave "
+            "it out"
+        )
+
+
 def bound(net: fx.GraphModule, node: fx.Node) -> float | None:
     """Return the upper bound of the ReLU that reads `node`: infinity, or 6 for ReLU6.
 

@@ -170,7 +170,7 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
             control = PaletteRunControl(state, resume, progress.advance, told)
             coded, layers = soft_training.by_training(task, run.plan, source, control)
     distributed.end_others()
-    details = {**sizes(layers), "epochs": epochs}
+    details = {**sizes(layers), "bits_per_weight": coded.bits_per_weight, "epochs": epochs}
     coded = coded.then("palettize", run.options, recorded(before))
     return PaletteResult(coded, layers, before, run.options, details, original=task.checkpoint, epochs=epochs)
 

@@ -9,6 +9,7 @@ A method is an entry of `registry.PTQ_METHODS`, which says how it rounds and whi
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -69,6 +70,7 @@ class PtqSettings:
     symmetric: bool = True
     embeddings: bool = False  # whether embeddings get codes too, which needs activations in float
     target: str = targets.DEFAULT
+    group_size: int = 0  # inputs of a linear layer that share a scale, which needs activations in float; 0: all
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def quantize(
     for layer, module in structure.named_layers(net):
         one, weight = coded[layer.weight], module.weight
         note = "; ".join(each[layer.name] for each in notes if layer.name in each)
-        rows.append(_quantized_layer(layer.name, one, weight.cpu(), settings.granularity, note))
+        rows.append(_quantized_layer(layer.name, one, weight.cpu(), settings, note))
         weight.copy_(one.decode())  # so that activations get the ranges of the quantized network
     activations, raised = _activations(net, coded, settings, checkpoint.input, normals if images is None else images)
     net.cpu()
@@ -295,6 +297,7 @@ def _nearest(net: fx.GraphModule, settings: PtqSettings, factors: Mapping[str, T
         raise InputError("one bit has two levels, -s and +s, which no zero point moves: give --symmetric, or 2 bits")
     coded = {}
     for layer, module in structure.named_layers(net):
+        structure.require_groups(layer.name, module, settings.group_size)
         weight = module.weight
         coded[layer.weight], folded = _on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
         weight.copy_(folded)
@@ -315,9 +318,10 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
     bits = structure.by_pattern(modules, settings.weight_bits, settings.keep)
     coded, rows = {}, []
     for name, module in modules.items():
+        structure.require_groups(name, module, settings.group_size)
         one, weight = _on_grid(structure.weight_of(module), bits[name], settings, None)
         coded[f"{name}.weight"] = one
-        rows.append(_quantized_layer(name, one, weight, settings.granularity, note))
+        rows.append(_quantized_layer(name, one, weight, settings, note))
     floats = {name: tensor for name, tensor in checkpoint.floats.items() if name not in coded}
     return replace(checkpoint, floats=floats, coded=coded, target=settings.target), rows
 
@@ -366,12 +370,8 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
 
     `factor` (channels,) is that of the BatchNorm after the layer. The float weight is the one with the factor in it.
     """
-
-    def nearest(w: Tensor, *, per_channel: bool) -> Coded:
-        rule, symmetric = settings.weight_range, settings.symmetric
-        grid = weight_grids.weight_grid(w, bits, per_channel=per_channel, rule=rule, symmetric=symmetric)
-        return Coded(grid, grid.encode(w))
-
+    form = {"rule": settings.weight_range, "symmetric": settings.symmetric, "group": settings.group_size}
+    nearest = partial(weight_grids.nearest, bits=bits, **form)
     folded = batchnorm.folded(weight, factor)
     if settings.granularity != UNFOLDED:
         # A scale of its own holds a filter of one weight exactly.
@@ -392,5 +392,6 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
     return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
 
 
-def _quantized_layer(name: str, coded: Coded, weight: Tensor, granularity: str, note: str) -> QuantizedLayer:
-    return QuantizedLayer(name, tuple(weight.shape), coded.codec.bits, granularity, sqnr(coded.decode(), weight), note)
+def _quantized_layer(name: str, coded: Coded, weight: Tensor, settings: PtqSettings, note: str) -> QuantizedLayer:
+    grid = f"{settings.group_size} inputs" if settings.group_size else settings.granularity
+    return QuantizedLayer(name, tuple(weight.shape), coded.codec.bits, grid, sqnr(coded.decode(), weight), note)

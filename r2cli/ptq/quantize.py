@@ -68,6 +68,7 @@ def settings_of(config: PtqConfig) -> PtqSettings:
         config.symmetric,
         config.embeddings,
         config.target,
+        config.group_size or 0,
     )
 
 

@@ -10,6 +10,7 @@ least-squares pair (Rastegari et al., "XNOR-Net", 2016), whatever the rule.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from r2cli.calibration.observers import PERCENTILE
 from r2cli.config import values
 from r2cli.quantized import grid_search
+from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.value_counts import min_max_scale, usable
 
@@ -59,6 +61,25 @@ def weight_range(rule: str) -> Callable[[Tensor, int, bool], Range]:
     """Return the function of `rule`, such as 'mse' or 'percentile:99.9'. Raises InputError if it is unknown."""
     name, percent = values.range_rule("--weight-range", *RANGES)(rule)
     return RANGES[name] if percent is None else _percentile(percent)
+
+
+def nearest(w: Tensor, bits: int, *, per_channel: bool, rule: str, symmetric: bool, group: int = 0) -> Coded:
+    """The codes of the nearest levels of a weight's grid, or of one for each `group` of inputs."""
+    if group:
+        grid = grouped_grid(w, bits, group, rule=rule, symmetric=symmetric)
+    else:
+        grid = weight_grid(w, bits, per_channel=per_channel, rule=rule, symmetric=symmetric)
+    return Coded(grid, grid.encode(w))
+
+
+def grouped_grid(w: Tensor, bits: int, group: int, *, rule: str = "minmax", symmetric: bool = True) -> Grid:
+    """Make the grids of a weight (outputs, inputs): one for each `group` neighbouring inputs of each output."""
+    outputs, inputs = w.shape
+    places = torch.arange(-(-inputs // group) * group).clamp_max(inputs - 1)  # the last one fills up the last group
+    rows = w[:, places].reshape(-1, group)
+    found = weight_grid(rows, bits, per_channel=True, rule=rule, symmetric=symmetric)
+    scale, zero = (each.reshape(outputs, -1) for each in (found.scale, found.zero_point))
+    return replace(found, scale=scale, zero_point=zero, group=group, inputs=inputs)
 
 
 def weight_grid(w: Tensor, bits: int, *, per_channel: bool, rule: str = "minmax", symmetric: bool = True) -> Grid:

@@ -23,17 +23,19 @@ LARGEST_INTEGER = 64  # of a weight, when `Grid.integer_factor` makes integers l
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform grid of 2**bits levels, or one for each channel.
+    """A uniform grid of 2**bits levels, or one for each channel, or for each group of inputs of each channel.
 
     Codes run from `lowest` to `highest`: from -2**(bits-1) on if the grid is signed and plain, else from 0 on.
     """
 
-    scale: Tensor  # float32, () for one grid, or (channels,) along `axis`; > 0
+    scale: Tensor  # float32, () for one grid, or (channels,) along `axis`, or (outputs, groups); > 0
     zero_point: Tensor  # int32, the shape of `scale`: the code of the value 0; all zero for a midrise grid
     bits: int
     signed: bool
     axis: int | None = None  # of the values that are encoded; None for one grid
     midrise: bool = False
+    group: int = 0  # of a weight (outputs, inputs): how many inputs share a scale, (outputs, groups); 0: all of them
+    inputs: int = 0  # of such a weight: the last group may be shorter
 
     @property
     def lowest(self) -> int:
@@ -101,4 +103,6 @@ class Grid:
 
     def along(self, parameter: Tensor, ndim: int) -> Tensor:
         """Return `parameter`, which has the shape of the scale, so that it broadcasts against values of `ndim` axes."""
+        if self.group and self.axis is not None:
+            return parameter.repeat_interleave(self.group, 1)[:, : self.inputs]
         return per_channel(parameter, ndim, self.axis)

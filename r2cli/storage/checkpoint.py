@@ -122,6 +122,17 @@ class Checkpoint:
         entry = {"command": command, "options": dict(options), "versions": versions, "metrics": dict(metrics)}
         return replace(self, history=(*self.history, entry))
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all weights, those that stay float too, with scales and tables, for each weight.
+
+        Biases and other tensors of one axis are no weights.
+        """
+        floats = [one for one in self.floats.values() if one.ndim > 1 and one.is_floating_point()]
+        sizes = [one.payload_bytes() for one in self.coded.values()] + [one.numel() * 4 for one in floats]
+        count = sum(one.decode().numel() for one in self.coded.values()) + sum(one.numel() for one in floats)
+        return 8 * sum(sizes) / count if count else 32.0
+
 
 def require_float(checkpoint: Checkpoint) -> None:
     """Raise InputError for a checkpoint whose weights are codes already."""
@@ -303,6 +314,7 @@ def _describe(codec: Codec) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return parts | {"lut": codec.lut}, entry | {"kind": "palette", "weight_shape": list(codec.shape)}
     if bool(codec.zero_point.any()):  # symmetric grids have zeros only, which `_coded` puts back
         parts["zero_point"] = codec.zero_point
+    entry |= {"group": codec.group} if codec.group else {}
     return parts, entry | {"kind": "grid", "signed": codec.signed, "odd": codec.midrise}  # the format's word
 
 
@@ -314,6 +326,10 @@ def _coded(name: str, entry: CodecEntry, tensors: dict[str, Tensor]) -> Coded:
     if entry.axis is not None and entry.axis >= len(weight):
         raise Malformed(f"'codecs.{name}.axis' is {entry.axis}, the weight has {len(weight)} axes")
     along = () if entry.axis is None else (weight[entry.axis],)
+    if entry.group:
+        if is_palette or entry.axis != 0 or len(weight) != 2:
+            raise Malformed(f"'codecs.{name}.group' is {entry.group}, and only grids of a matrix have groups")
+        along = weight[0], -(-weight[1] // entry.group)
     scale = _part(tensors, name, "scale", torch.float32, along)
     codec: Codec
     if is_palette:
@@ -321,7 +337,9 @@ def _coded(name: str, entry: CodecEntry, tensors: dict[str, Tensor]) -> Coded:
     else:
         zero = torch.zeros_like(scale, dtype=torch.int32)
         zero = _part(tensors, name, "zero_point", torch.int32, along) if f"{name}.zero_point" in tensors else zero
-        codec = Grid(scale, zero, entry.bits, entry.signed, entry.axis, entry.odd)
+        codec = Grid(
+            scale, zero, entry.bits, entry.signed, entry.axis, entry.odd, entry.group, weight[-1] * bool(entry.group)
+        )
         signed = codec.lowest < 0
     codes = unpack(packed, entry.bits, count, signed).reshape(entry.shape)
     if entry.bits in (5, 6, 7) and bool((packed >> entry.bits).any()):  # these codes have a byte each

@@ -61,6 +61,7 @@ class CodecEntry:
     axis: Annotated[int, Between(0, 7)] | None
     signed: bool = False
     odd: bool = False
+    group: Annotated[int, Between(0, 1 << 20)] = 0
     weight_shape: tuple[Annotated[int, Between(1, 1 << 40)], ...] = ()
 
 
