@@ -160,15 +160,17 @@ def row(name: str, size: int, forms: Sequence[str]) -> dict[str, Any]:
         test = [(images, float_model(images).argmax(1)) for images in noise(2, 3, made.input.size)]
     assert isinstance(made.input, InputSpec), "a network of images"
     source = data_of(made.input, made.class_names, noise(2, 2, made.input.size), test)
-    found = {
+    verdicts: dict[str, str] = {}
+    found: dict[str, Any] = {
         "network": name,
         "size": made.input.size,
-        "forms": {},
+        "forms": verdicts,
         "layers": sum(isinstance(m, nn.Linear | nn.modules.conv._ConvNd) for m in float_model.modules()),
     }
     for form in forms:
         begun = perf_counter()
-        found["forms"][form], measures = tried(lambda form=form: proved(ROADS[form](made, source), source))
+        road = ROADS[form]
+        verdicts[form], measures = tried(lambda road=road: proved(road(made, source), source))  # type: ignore[misc]
         if form == "W8A8":
             found |= {key: measures.get(key) for key in KEPT} | {"seconds_w8a8": round(perf_counter() - begun, 1)}
     return found | {"seconds": round(perf_counter() - started, 1)}
@@ -181,7 +183,7 @@ def forms_of(name: str) -> tuple[str, ...]:
 
 def went_on(file: Path, name: str, size: int, forms: Sequence[str]) -> dict[str, Any]:
     """The network's row with `forms`: those that its `file` lacks are done, and written there."""
-    known = json.loads(file.read_text()) if file.exists() else {"forms": {}, "seconds": 0}
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"forms": {}, "seconds": 0}
     wanted = [form for form in forms_of(name) if form in forms and form not in known["forms"]]
     if not wanted or known["forms"].get("W8A8", "").startswith("cannot be built"):
         return known

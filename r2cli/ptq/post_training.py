@@ -370,8 +370,13 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
 
     `factor` (channels,) is that of the BatchNorm after the layer. The float weight is the one with the factor in it.
     """
-    form = {"rule": settings.weight_range, "symmetric": settings.symmetric, "group": settings.group_size}
-    nearest = partial(weight_grids.nearest, bits=bits, **form)
+    nearest = partial(
+        weight_grids.nearest,
+        bits=bits,
+        rule=settings.weight_range,
+        symmetric=settings.symmetric,
+        group=settings.group_size,
+    )
     folded = batchnorm.folded(weight, factor)
     if settings.granularity != UNFOLDED:
         # A scale of its own holds a filter of one weight exactly.

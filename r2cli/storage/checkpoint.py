@@ -325,7 +325,7 @@ def _coded(name: str, entry: CodecEntry, tensors: dict[str, Tensor]) -> Coded:
     weight = entry.weight_shape if is_palette else entry.shape
     if entry.axis is not None and entry.axis >= len(weight):
         raise Malformed(f"'codecs.{name}.axis' is {entry.axis}, the weight has {len(weight)} axes")
-    along = () if entry.axis is None else (weight[entry.axis],)
+    along: tuple[int, ...] = () if entry.axis is None else (weight[entry.axis],)
     if entry.group:
         if is_palette or entry.axis != 0 or len(weight) != 2:
             raise Malformed(f"'codecs.{name}.group' is {entry.group}, and only grids of a matrix have groups")
