@@ -57,27 +57,35 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
     producer = {name: node for node in file.graph.node for name in node.output}
     found: dict[str, Rounding] = {}
 
-    def parameters(node: onnx.NodeProto) -> tuple[float, int]:
-        scale, zero = (onnx.numpy_helper.to_array(held[name]) for name in node.input[1:3])
+    def parameters(node: onnx.NodeProto) -> tuple[float, int] | None:
+        """The one scale and the one zero point that the file holds for a node; None where it holds others."""
+        parts = [held[name] for name in node.input[1:] if name in held]
+        if len(parts) < 2 or len(node.input) != 3 or parts[1].data_type not in weight_roles.INTEGERS:
+            return None
+        scale, zero = map(onnx.numpy_helper.to_array, parts)
+        if scale.size != 1 or zero.size != 1:
+            return None
         # Grids of the checkpoint have unsigned codes.
-        return float(scale), int(zero) + (128 if zero.dtype == np.int8 else 0)
+        return float(scale.item()), int(zero.item()) + (128 if zero.dtype == np.int8 else 0)
 
     for node in file.graph.node:
-        if node.op_type != "DequantizeLinear" or not all(n in held for n in node.input[1:]) or len(node.input) < 3:
+        given = parameters(node) if node.op_type == "DequantizeLinear" else None
+        if given is None:
             continue
         codes, bounded = producer.get(node.input[0]), False
         while codes is not None and codes.op_type in ("Clip", "Min"):
             bounded |= codes.op_type == "Min"
             codes = producer.get(codes.input[0])
-        if codes is None or codes.op_type != "QuantizeLinear":
+        taken = parameters(codes) if codes is not None and codes.op_type == "QuantizeLinear" else None
+        if codes is None or taken is None:
             continue
-        (scale, zero), origin = parameters(node), codes.input[0]
+        (scale, zero), origin = given, codes.input[0]
         while origin in producer and moves(producer[origin]):
             origin = producer[origin].input[0]
         before = found.get(origin)
-        repeats = before is not None and (before.scale, before.zero) == (scale, zero) == parameters(codes)
+        repeats = before is not None and (before.scale, before.zero) == given == taken
         signed = held[node.input[2]].data_type == onnx.TensorProto.INT8
-        own = Rounding(codes.input[0], node.output[0], scale, zero, *parameters(codes), bounded, repeats, signed)
+        own = Rounding(codes.input[0], node.output[0], scale, zero, *taken, bounded, repeats, signed)
         found[node.output[0]] = own
     return list(found.values())
 

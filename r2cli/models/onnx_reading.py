@@ -24,6 +24,7 @@ from r2cli.models.onnx_program import OPERATORS, HeldTensor, OnnxNode, OnnxProgr
 from r2cli.models.onnx_values import FEW, KINDS, Uncomputable, Value, is_numbers
 
 FREE = 2  # inputs in the example of a file whose batch is free
+MOST = 2**26  # elements that a file fixes of an input: 256 MB of floats, and each node makes some of them
 KIND_OF = {
     **dict.fromkeys(HALVES, "float32"),
     **{getattr(TensorProto, {"float32": "FLOAT", "float64": "DOUBLE"}.get(n, n.upper())): n for n in KINDS},
@@ -52,6 +53,11 @@ def given(path: Path, model: onnx.ModelProto) -> list[OnnxInput]:
         if not kind.HasField("shape") or kind.elem_type not in KIND_OF or not kind.shape.dim:
             raise InputError(f"{path}: the input '{each.name}' has no shape or an odd type: export it again")
         sizes = tuple(size.dim_value if size.dim_value > 0 else None for size in kind.shape.dim)
+        if math.prod(size or 1 for size in sizes) > MOST:
+            told = "x".join("?" if size is None else str(size) for size in sizes)
+            raise InputError(
+                f"{path}: the input '{each.name}' of {told} is too large: export it again with a free batch"
+            )
         found.append(OnnxInput(each.name, KIND_OF[kind.elem_type], sizes))
     return found
 

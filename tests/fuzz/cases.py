@@ -161,6 +161,18 @@ def _batch(count: int) -> Callable[[onnx.ModelProto], None]:
     return edit
 
 
+def _grid_of_two(model: onnx.ModelProto) -> None:
+    node = next(each for each in model.graph.node if each.op_type == "QuantizeLinear")
+    held = next(each for each in model.graph.initializer if each.name == node.input[1])
+    held.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(held).repeat(2), held.name))
+
+
+def _grid_without_scale(model: onnx.ModelProto) -> None:
+    last = [each for each in model.graph.node if each.op_type == "QuantizeLinear"][-1]
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", [last.input[1]], ["made"]))
+    last.input[1] = "made"
+
+
 def _of_type_99(model: onnx.ModelProto) -> None:
     next(each for each in model.graph.initializer if each.name == "rest").data_type = 99
 
@@ -258,6 +270,11 @@ CASES = {
     "metadata nested, beside its checkpoint": Case(
         "onnx", noted("r2.history", "[" * 10**5 + "]" * 10**5), "same metadata", 3, 1
     ),
+    "a network for a thousand million": Case(
+        "network", in_onnx(_batch(10**9)), "'images' of 1000000000x1x8x8 is too", 1
+    ),
+    "a grid of two scales": Case("onnx", in_onnx(_grid_of_two), "failed its proof: runs", 3, 1),
+    "a grid of a scale that is computed": Case("onnx", in_onnx(_grid_without_scale), "", 3, 0),
     "batches of a thousand million": Case("onnx", in_onnx(_batch(10**9)), "more than there is memory for", 3),
     "batches of a million": Case("onnx", in_onnx(_batch(10**6)), "it takes batches of 1,000,000 samples", 3, 1),
     "batches of a million, measured": Case("other-onnx", in_onnx(_batch(10**6)), "it takes batches of 1,000,000", 1),
