@@ -55,9 +55,7 @@ def given(path: Path, model: onnx.ModelProto) -> list[OnnxInput]:
         sizes = tuple(size.dim_value if size.dim_value > 0 else None for size in kind.shape.dim)
         if math.prod(size or 1 for size in sizes) > MOST:
             told = "x".join("?" if size is None else str(size) for size in sizes)
-            raise InputError(
-                f"{path}: the input '{each.name}' of {told} is too large: export it again with a free batch"
-            )
+            raise InputError(f"{path}: the input '{each.name}' of {told} is too large: export it for a free batch")
         found.append(OnnxInput(each.name, KIND_OF[kind.elem_type], sizes))
     return found
 

@@ -270,9 +270,7 @@ CASES = {
     "metadata nested, beside its checkpoint": Case(
         "onnx", noted("r2.history", "[" * 10**5 + "]" * 10**5), "same metadata", 3, 1
     ),
-    "a network for a thousand million": Case(
-        "network", in_onnx(_batch(10**9)), "'images' of 1000000000x1x8x8 is too", 1
-    ),
+    "a network for batches of 10^9": Case("network", in_onnx(_batch(10**9)), "'images' of 1000000000x1x8x8 is too", 1),
     "a grid of two scales": Case("onnx", in_onnx(_grid_of_two), "failed its proof: runs", 3, 1),
     "a grid of a scale that is computed": Case("onnx", in_onnx(_grid_without_scale), "", 3, 0),
     "batches of a thousand million": Case("onnx", in_onnx(_batch(10**9)), "more than there is memory for", 3),
