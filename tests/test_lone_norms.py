@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import r2cli
 from r2cli import data as datasets
+from r2cli.deploy import speed
 
 
 class Dense(nn.Module):
@@ -77,6 +79,8 @@ def test_a_norm_in_front_of_a_convolution_is_on_integers(
             assert torch.allclose(own.flatten().abs(), expected, rtol=1e-5)
     if road == "W8A8":
         assert proof.measures["float_sqnr_db"] > 30
+        given = {"input": np.zeros((1, 1, 8, 8), np.float32)}
+        assert speed.of_checkpoint(path, result.checkpoint, given).float_latency_ms > 0
 
 
 def test_what_follows_a_layer_gets_none(source: datasets.Data) -> None:

@@ -114,9 +114,9 @@ class _Architecture:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "_Architecture":
         given = replace(checkpoint, floats={}, coded={}, activations={})
-        return cls(
-            _described(checkpoint), checkpoint.model.factory, bool(checkpoint.activations), given, _room(checkpoint)
-        )
+        # The layers stay where the grids are left out, as for the float file of the same network.
+        on_grids = bool(checkpoint.activations) or lone_norms.are_in([*checkpoint.floats, *checkpoint.coded])
+        return cls(_described(checkpoint), checkpoint.model.factory, on_grids, given, _room(checkpoint))
 
 
 def _room(checkpoint: Checkpoint) -> int:

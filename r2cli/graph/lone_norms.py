@@ -5,6 +5,8 @@ BatchNorm cannot go through the ReLU. Behind filters of ones nothing changes; fo
 a scale of its own holds exactly at any number of bits, and runtimes compute it on integers.
 """
 
+from collections.abc import Iterable
+
 from torch import fx, nn
 
 from r2cli.graph import structure
@@ -12,6 +14,11 @@ from r2cli.graph.operators import module_of
 
 ENDING = "_alone"  # of the convolution's name, after that of the BatchNorm
 NOTE = "a BatchNorm alone"
+
+
+def are_in(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are of a graph whose BatchNorms got layers."""
+    return any(name.endswith(f"{ENDING}.weight") for name in names)
 
 
 def give_layers(net: fx.GraphModule) -> list[str]:
