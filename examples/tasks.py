@@ -310,12 +310,57 @@ class Gpt(nn.Module):
         return logits.transpose(1, 2)
 
 
+PAST = 32
+
+
+class GptStep(Gpt):
+    """The same network as it writes: 16 letters behind 32 whose keys and values are given.
+
+        `past` is (n, layers, 2, heads, 32, 16).
+    It gives those of all 48 beside the logits.
+    """
+
+    def forward(self, ids: Tensor, past: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for place, (keys, values) in enumerate(layer.unbind(1) for layer in past.unbind(1)):
+            cache.update(keys, values, place)
+        known = torch.ones_like(ids[:, :1]).expand(-1, PAST + ids.shape[1])
+        places = torch.arange(PAST, PAST + ids.shape[1], device=ids.device)[None]
+        out = self.gpt(input_ids=ids, attention_mask=known, position_ids=places, cache=cache, use_cache=True)
+        present = [torch.stack([layer.keys, layer.values], 1) for layer in cache.layers]
+        return {"logits": out.logits.transpose(1, 2), "present": torch.stack(present, 1)}
+
+
+def text_with_past(weights: str = "gpt.safetensors") -> tuple[Any, Any]:
+    """The last 16 letters of each piece; what the float network keeps of those before them is in `past`."""
+    from r2cli.storage.checkpoint import load_tensors
+
+    network = GptStep().eval()
+    network.load_state_dict(load_tensors(Path(weights))[0])
+    return tuple(_stepped(network, *half.tensors) for half in text())  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _stepped(network: GptStep, ids: Tensor, following: Tensor) -> Any:
+    from transformers import DynamicCache
+
+    kept = DynamicCache()
+    network.gpt(input_ids=ids[:, :PAST], cache=kept, use_cache=True)
+    past = torch.stack([torch.stack([layer.keys, layer.values], 1) for layer in kept.layers], 1)
+    return [({"ids": ids[:, PAST:], "past": past}, following[:, PAST:])]
+
+
 class Perplexity:
+    """Of the logits, the first of what a network gives."""
+
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
 
-    def update(self, outputs: Tensor, target: Tensor) -> None:
-        self.total += float(F.cross_entropy(outputs, target, reduction="sum"))
+    def update(self, outputs: Tensor | Mapping[str, Tensor], target: Tensor) -> None:
+        logits = outputs if isinstance(outputs, Tensor) else next(iter(outputs.values()))
+        self.total += float(F.cross_entropy(logits, target, reduction="sum"))
         self.count += target.numel()
 
     def compute(self) -> float:

@@ -144,6 +144,7 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], tuple[str, ...]]] = {
     "the same twice": (lambda x: (x, x), ("output_0", "output_1")),
     "nested": (lambda x: {"a": [x, (x, 2 * x)]}, ("a_0", "a_1_0", "a_1_1")),
     "classes": (lambda x: x.argmax(1), ("output",)),
+    "joined to nothing": (lambda x: torch.cat([x.new_zeros(0), x], 1), ("output",)),  # as transformers' caches begin
 }
 
 

@@ -123,8 +123,7 @@ def require_labels(logits: Tensor, labels: Any) -> Tensor:
             f"the network gives {tuple(logits.shape)} for labels of {tuple(labels.shape)}: logits are (n, classes), so "
             "give another --metric or --loss"
         )
-    found: Tensor = labels.to(logits.device).long()
-    classes = logits.shape[1]
+    found, classes = labels.to(logits.device).long(), logits.shape[1]
     for one in (int(found.max()), int(found.min())) if found.numel() else ():
         if not 0 <= one < classes:
             way_out = "number them from 0"
@@ -182,8 +181,7 @@ class Confusion:
         self.counts = own if not self.counts.numel() else self.counts + own
 
     def compute(self) -> float:
-        there = self.counts.sum(0) + self.counts.sum(1) > 0
-        return 100 * float(self.of(self.counts)[there].mean())
+        return 100 * float(self.of(self.counts)[self.counts.sum(0) + self.counts.sum(1) > 0].mean())
 
 
 def _of_classes(logits: Tensor) -> Tensor:

@@ -109,7 +109,9 @@ def unbind(sheet: Sheet, x: Value, dim: int = 0) -> list[str]:
 
 
 def cat(sheet: Sheet, tensors: Sequence[Value], dim: int = 0) -> str:
-    return sheet.node("Concat", *tensors, axis=dim)
+    """Write a Concat of all but what torch passes over: tensors (0,), with which transformers' caches begin."""
+    held = [each for each in tensors if each.shape != (0,) or len(sheet.shape) == 1]
+    return held[0].name if len(held) == 1 else sheet.node("Concat", *held, axis=dim)
 
 
 def stack(sheet: Sheet, tensors: Sequence[Value], dim: int = 0) -> str:

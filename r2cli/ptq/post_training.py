@@ -370,13 +370,8 @@ def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | 
 
     `factor` (channels,) is that of the BatchNorm after the layer. The float weight is the one with the factor in it.
     """
-    nearest = partial(
-        weight_grids.nearest,
-        bits=bits,
-        rule=settings.weight_range,
-        symmetric=settings.symmetric,
-        group=settings.group_size,
-    )
+    rule, symmetric, group = settings.weight_range, settings.symmetric, settings.group_size
+    nearest = partial(weight_grids.nearest, bits=bits, rule=rule, symmetric=symmetric, group=group)
     folded = batchnorm.folded(weight, factor)
     if settings.granularity != UNFOLDED:
         # A scale of its own holds a filter of one weight exactly.
