@@ -2,8 +2,11 @@
 
 import re
 import shutil
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ import r2cli
 from conftest import R2
 from r2cli import data as datasets
 from r2cli.config.option import Config
+from r2cli.deploy import parity
 from r2cli.errors import InputError
 from r2cli.train import evaluation
+from r2cli.train.reporter import ProgressBar
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
 CONFIGS = (r2cli.PretrainConfig, r2cli.PtqConfig, r2cli.QatConfig, r2cli.PalettizeConfig, r2cli.AnalyzeConfig)
@@ -53,6 +58,40 @@ def test_palettes_are_those_of_the_command(r2: R2, trained: Path, tmp_path: Path
     assert r2("palettize", path, "--method", "kmeans", "--bits", "2", "--json").code == 0
     result = r2cli.palettize(path, None, r2cli.PalettizeConfig(method="kmeans", bits=2))
     assert result.to_bytes() == (tmp_path / "model.b2d1-kmeans.safetensors").read_bytes()
+
+
+class Bars:
+    """A reporter that keeps how far each bar came: its name, its total, its steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int]] = []
+
+    def note(self, text: str, /) -> None:
+        pass
+
+    @contextmanager
+    def bar(self, what: str, total: int, /) -> Iterator[ProgressBar]:
+        steps = Mock()
+        yield steps
+        self.seen.append((what, total, sum(call.args[0] if call.args else 1 for call in steps.advance.mock_calls)))
+
+
+def test_a_bar_tells_which_part_runs_and_torch_proves_a_file_on_some_images(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars, path, source = Bars(), tmp_path / "model.onnx", r2cli.load_data("digits", size=8)
+    result = r2cli.quantize(trained, source, r2cli.PtqConfig(), reporter=bars)
+    r2cli.export(result, path)
+    whole = r2cli.verify(path, result, source, timed=False, reporter=bars).measures
+    images = len(source.test)
+    assert [what for what, *_ in bars.seen] == ["evaluate float", "none", "prove"]
+    assert bars.seen[0][1:] == bars.seen[2][1:] == (images, images)
+    monkeypatch.setattr(parity, "COMPARED", 1)
+    some = r2cli.verify(path, result, source, timed=False).measures
+    assert whole["samples"] == images > some["samples"] >= parity.OFF_SAMPLES
+    assert some["top1"] == whole["top1"] and some["torch_top1"] is None is not whole["torch_top1"]
+    unmeasured = r2cli.verify(path, result, replace(source, task=replace(source.task, metric=None)), timed=False)
+    assert unmeasured.passed and unmeasured.measures["samples"] == some["samples"]
 
 
 def test_nothing_is_printed(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:

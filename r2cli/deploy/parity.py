@@ -22,6 +22,8 @@ AGREEMENT = 0.99  # share of equal decisions: a value on the edge of two codes m
 SQNR_DB = 30.0
 TOP1_POINTS = 0.5
 OFF_SAMPLES = 64  # images for the slow session without optimisation, and for the float network
+COMPARED = 2**10  # images, or as many as have this many pixels, that torch runs on beside the file: 83 at 224 pixels
+COMPARED_PIXELS = 2**22
 
 
 @dataclass
@@ -114,38 +116,46 @@ def compare(
     task: Task,
 ) -> tuple[dict[str, EngineRun], Given]:
     """Every engine on the samples, and the first of them; 'overflowing' is ONNX Runtime without `EXACT_PRODUCTS`, where
-    that matters, and 'float' the checkpoint's network beside the user's float one."""
+    that matters, and 'float' the checkpoint's network beside the user's float one. What is measured is measured of the
+    file on all samples, and of torch where they are so few that it ran on all of them."""
     engines = {"default": runtime.runner(path), "off": runtime.runner(path, optimise=False)}
     if not runtime.has_vnni():
         engines["overflowing"] = runtime.runner(path, exact=False)
     runs = {name: EngineRun() for name in ("torch", "default", "off", "overflowing", "float")}
-    metric, first = task.metric, None
+    metric, first, everywhere = task.metric, None, True
     meters = {} if metric is None else {name: metric.start() for name in ("torch", "default")}
     model.eval()
     for given, target in batches:
         first = given if first is None else first
+        everywhere = runs["torch"].samples < _compared(first)
+        if not everywhere and metric is None:
+            break
         inputs, target = places(given), own_data.moved(target, torch.device("cpu"))
-        reference = each(model(*inputs), Tensor.cpu)
-        labels = target if task.decides and places(reference)[0].ndim == 2 else None
-        few = runs["off"].samples < OFF_SAMPLES  # before this batch
-        if float_network is not None and few:
-            own = float_network(*(one.clone() for one in inputs))  # it may write into its input
-            runs["float"].add(reference, each(own, Tensor.cpu), names, labels)
-        runs["torch"].add(reference, reference, names, labels)
-        for name, engine in engines.items():
-            if name == "default" or few:
-                own = engine(*inputs)
+        found = {"default": engines["default"](*inputs)}
+        if everywhere:
+            found["torch"] = reference = each(model(*inputs), Tensor.cpu)
+            labels = target if task.decides and places(reference)[0].ndim == 2 else None
+            few = list(engines)[1:] if runs["off"].samples < OFF_SAMPLES else []
+            for name, own in (found | {name: engines[name](*inputs) for name in few}).items():
                 runs[name].add(own, reference, names, labels)
-                if metric is not None and name in meters:
-                    metrics.updated(metric, meters[name], metrics.by_name(own, names), target)
+            if float_network is not None and runs["float"].samples < OFF_SAMPLES:
+                own = float_network(*(one.clone() for one in inputs))  # it may write into its input
+                runs["float"].add(reference, each(own, Tensor.cpu), names, labels)
         if metric is not None:
-            metrics.updated(metric, meters["torch"], metrics.by_name(reference, names), target)
+            for name, own in found.items():
+                metrics.updated(metric, meters[name], metrics.by_name(own, names), target)
     if first is None:
         raise InputError("there is no sample to compare the file on: the test split is empty")
     if metric is not None:
-        for name, meter in meters.items():
-            runs[name].measured = metrics.value_of(metric, meter)
+        for name in meters if everywhere else ("default",):
+            runs[name].measured = metrics.value_of(metric, meters[name])
     return runs, each(first, Tensor.cpu)
+
+
+def _compared(first: Given) -> int:
+    """On how many samples torch runs, whose first batch this is."""
+    pixels = max(one[0, 0].numel() if one.ndim > 1 else 1 for one in places(first))
+    return max(OFF_SAMPLES, min(COMPARED, COMPARED_PIXELS // max(1, pixels)))
 
 
 def check(runs: Mapping[str, EngineRun], decide: tuple[bool, str] | None, *, exact: bool, follows: bool) -> audit.Check:

@@ -83,8 +83,9 @@ def prove(
         decide = parity.decisions(compared) if compared["default"].decides else None
         told = parity.check(compared, decide, exact=not checkpoint.activations, follows=follows)
         away = compared["float"].sqnr if compared["float"].samples else None
-        checks += [_runs(file, path, compared), comparison.with_float(told, away, stated=bool(checkpoint.coded))]
-        seen = _seen(compared, away) | {"nodes": runtime.node_counts(path)}
+        counts = runtime.node_counts(path)
+        checks += [_runs(file, counts, compared), comparison.with_float(told, away, stated=bool(checkpoint.coded))]
+        seen = _seen(compared, away) | {"nodes": counts}
     except runtime.UnrunnableError as error:
         checks.append(audit.Check("runs", False, str(error)))
         checks += _wrong_parts(model, checkpoint, file) if on_grids else []  # type: ignore[arg-type]
@@ -126,10 +127,11 @@ def _seen(runs: Mapping[str, parity.EngineRun], away: float | None) -> dict[str,
 
 
 def _metric(found: Measured | None, torch_s: Measured | None) -> dict[str, Any] | None:
-    """What the report says of the task's metric: of the file, and of torch."""
-    if found is None or torch_s is None:
+    """What the report says of the task's metric: of the file, and of torch where that ran on every sample."""
+    if found is None:
         return None
-    return report_of(found.metric, found.value, torch=torch_s.value, others=dict(found.others))
+    beside = None if torch_s is None else torch_s.value
+    return report_of(found.metric, found.value, torch=beside, others=dict(found.others))
 
 
 def _parts(model: fx.GraphModule, images: Given, file: onnx.ModelProto) -> list[audit.Check]:
@@ -195,12 +197,11 @@ def _same_indices(file: onnx.ModelProto, name: str, coded: Coded) -> bool:
     return b"".join(each.raw_data for each in held) == indices.numpy().tobytes()
 
 
-def _runs(file: onnx.ModelProto, path: Path, runs: Mapping[str, parity.EngineRun]) -> audit.Check:
+def _runs(file: onnx.ModelProto, counts: Mapping[str, int], runs: Mapping[str, parity.EngineRun]) -> audit.Check:
     foreign = next((node for node in file.graph.node if node.domain not in ("", "ai.onnx")), None)
     if foreign is not None:
         return audit.Check("runs", False, f"{foreign.op_type} is not a standard operator, but of {foreign.domain}")
     finite = all(np.isfinite(runs[name].worst) for name in ("default", "off"))
-    counts = runtime.node_counts(path)
     integer = sum(n for op, n in counts.items() if op.startswith(("QLinear", "QGemm", "MatMulInteger")))
     left = sum(counts.get(op, 0) for op in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"))
     detail = (

@@ -153,7 +153,7 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
     """
     task, source = run.task, run.source
     loop.seed_everything(task.seed)
-    before = evaluation.of_float(task.checkpoint, source, task.device)
+    before = evaluation.of_float(task.checkpoint, source, task.device, reporter)
     shown = f"float {before}" if before is not None else "it is not measured"
     reporter.note(f"palettizing {task.checkpoint.origin}: {shown}")
     epochs: list[dict[str, float]] = []

@@ -111,7 +111,7 @@ def quantize(
             made, plain, target, batches, where, config.seed, source.task if source else CLASSIFICATION
         )
         settings = replace(plain, method=config.method)
-    before = None if source is None else evaluation.of_float(made, source, where)
+    before = None if source is None else evaluation.of_float(made, source, where, reporter)
     shown = f"float {before}" if before is not None else "it is not measured"
     reporter.note(f"quantizing {made.origin} to {config.suffix}: {shown}")
     images = data.Repeatable(lambda: (batch for batch, _ in batches)) if calibration else None

@@ -125,7 +125,7 @@ def train(
     """
     task, source = run.task, run.source
     loop.seed_everything(run.plan.loop.seed)
-    before = None if is_new else evaluation.of_float(task.checkpoint, source, task.device)
+    before = None if is_new else evaluation.of_float(task.checkpoint, source, task.device, reporter)
     told = "" if before is None else f": float {before}"
     reporter.note(f"training {task.checkpoint.model.name} on {task.device}{told}")
     epochs = run.plan.loop.epochs

@@ -14,6 +14,7 @@ from r2cli.data.splits import ALL_ROWS
 from r2cli.storage.checkpoint import LOGITS, Checkpoint
 from r2cli.storage.input_spec import Given, count, each, places
 from r2cli.train import distributed
+from r2cli.train.reporter import SILENT, Reporter
 
 EVALUATION_BATCH = 256
 
@@ -23,18 +24,28 @@ def evaluate(model: nn.Module, split: data.Split, device: torch.device) -> float
     return measure(model.eval(), split, device, TOP1).value
 
 
-def of_task(model: nn.Module, source: data.Data, device: torch.device) -> Measured | None:
+def of_task(
+    model: nn.Module,
+    source: data.Data,
+    device: torch.device,
+    *,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Measured | None:
     """What the task's metric says of `model`; None where it is not measured."""
     if not source.measured or source.task.metric is None:
         return None
-    return measure(model.eval(), source.test, device, source.task.metric, source.task.outputs)
+    return measure(model.eval(), source.test, device, source.task.metric, source.task.outputs, advance=advance)
 
 
-def of_float(checkpoint: Checkpoint, source: data.Data, device: torch.device) -> Measured | None:
-    """What the task's metric says of a checkpoint's network; None where it is not measured."""
+def of_float(
+    checkpoint: Checkpoint, source: data.Data, device: torch.device, reporter: Reporter = SILENT
+) -> Measured | None:
+    """What the task's metric says of a checkpoint's network, with a progress bar; None where it is not measured."""
     if not source.measured or source.task.metric is None:
         return None
-    return of_task(deployed.network(checkpoint).to(device), source.giving(checkpoint.outputs), device)
+    with reporter.bar("evaluate float", len(source.test)) as progress:
+        model, named = deployed.network(checkpoint).to(device), source.giving(checkpoint.outputs)
+        return of_task(model, named, device, advance=progress.advance)
 
 
 @torch.inference_mode()
