@@ -56,6 +56,7 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
     held = weight_roles.constants(file)
     producer = {name: node for node in file.graph.node for name in node.output}
     found: dict[str, Rounding] = {}
+    seen: set[tuple[str, ...]] = set()
 
     def parameters(node: onnx.NodeProto) -> tuple[float, int]:
         scale, zero = (onnx.numpy_helper.to_array(held[name]) for name in node.input[1:3])
@@ -76,6 +77,8 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
             origin = producer[origin].input[0]
         before = found.get(origin)
         repeats = before is not None and (before.scale, before.zero) == (scale, zero) == parameters(codes)
+        repeats |= tuple(node.input) in seen  # another reader's
+        seen.add(tuple(node.input))
         signed = held[node.input[2]].data_type == onnx.TensorProto.INT8
         own = Rounding(codes.input[0], node.output[0], scale, zero, *parameters(codes), bounded, repeats, signed)
         found[node.output[0]] = own
