@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,14 +13,23 @@ from pathlib import Path
 
 def python_of(folder: Path, packages: Sequence[str]) -> Path | None:
     """The Python of an environment with `packages`; None, and why on standard error, where it cannot be made."""
+    if reason := missing(folder, packages):
+        print(f"{packages[0]} cannot be installed: {reason}", file=sys.stderr)
+        return None
+    return folder / "bin" / "python"
+
+
+def missing(folder: Path, packages: Sequence[str]) -> str:
+    """Make an environment with `packages` where there is none; why it cannot be made, or nothing."""
     python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
-        if done.returncode:
-            print(f"{packages[0]} cannot be installed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            return None
-    return python
+    if python.exists():
+        return ""
+    venv.create(folder, with_pip=True)
+    done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
+    if done.returncode == 0:
+        return ""
+    shutil.rmtree(folder)  # the next run tries again
+    return done.stderr.strip().splitlines()[-1]
 
 
 def one(python: Path | str, script: str, *arguments: object, exact: bool = False) -> dict[str, float] | None:

@@ -56,6 +56,7 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
     held = weight_roles.constants(file)
     producer = {name: node for node in file.graph.node for name in node.output}
     found: dict[str, Rounding] = {}
+    seen: set[tuple[str, ...]] = set()
 
     def parameters(node: onnx.NodeProto) -> tuple[float, int] | None:
         """The one scale and the one zero point that the file holds for a node; None where it holds others."""
@@ -84,6 +85,8 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
             origin = producer[origin].input[0]
         before = found.get(origin)
         repeats = before is not None and (before.scale, before.zero) == given == taken
+        repeats |= tuple(node.input) in seen  # another reader's
+        seen.add(tuple(node.input))
         signed = held[node.input[2]].data_type == onnx.TensorProto.INT8
         own = Rounding(codes.input[0], node.output[0], scale, zero, *taken, bounded, repeats, signed)
         found[node.output[0]] = own

@@ -1,5 +1,6 @@
 """Write an ONNX graph: nodes in the order in which they run, each constant once, and the lowest opset that will do."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ OPSET = 13
 IR_VERSIONS = {13: 8, 14: 8, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
 SINCE = {"LayerNormalization": 17}  # operators that no lower opset has
 AXES_AS_INPUT = 18  # from this opset on, means and extremes read their axes
+OF_CODES = ("QuantizeLinear", "Clip", "Min")  # what codes of activations come from
 REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin")
 
 
@@ -148,7 +150,7 @@ class OnnxWriter:
                 self._give_axes(node)
             needed = {name for node in nodes for name in node.input}
         held = [tensor for name, tensor in self.initializers.items() if name in needed]
-        graph = helper.make_graph(nodes[::-1], "r2", inputs, outputs, held)
+        graph = helper.make_graph(_read_once(nodes[::-1]), "r2", inputs, outputs, held)
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", opset)],
@@ -157,3 +159,29 @@ class OnnxWriter:
         )
         helper.set_model_props(model, dict(metadata))
         return model
+
+
+def _read_once(nodes: Sequence[NodeProto]) -> list[NodeProto]:
+    """The nodes, with a DequantizeLinear of its own for each that reads a value on a grid.
+
+    OpenCV 5 drops a DequantizeLinear with the first of its readers that it turns to integers, and then fails at the
+    next one. ONNX Runtime makes these copies itself.
+    """
+    made: dict[str, NodeProto] = {}
+    readers: Counter[str] = Counter()
+    found, codes = [], set[str]()
+    for node in nodes:
+        for name in dict.fromkeys(each for each in node.input if each in made):
+            readers[name] += 1
+            if readers[name] > 1:
+                own = NodeProto()
+                own.CopyFrom(made[name])
+                own.output[0] = own.name = f"{name}.copy{readers[name]}"
+                found.append(own)
+                node.input[:] = [own.output[0] if each == name else each for each in node.input]
+        if node.op_type in OF_CODES:
+            codes.update(node.output)
+        if node.op_type == "DequantizeLinear" and node.input[0] in codes:
+            made[node.output[0]] = node
+        found.append(node)
+    return found
