@@ -126,10 +126,8 @@ def require_labels(logits: Tensor, labels: Any) -> Tensor:
     found, classes = labels.to(logits.device).long(), logits.shape[1]
     for one in (int(found.max()), int(found.min())) if found.numel() else ():
         if not 0 <= one < classes:
-            way_out = "number them from 0"
-            if classes == 1:
-                way_out += ", or, for a network of one number, give --loss bce or mse and --metric auroc or mse"
-            raise InputError(f"the label {one} is none of the network's {classes} classes: {way_out}")
+            way = "" if classes > 1 else ", or, for a network of one number, give --loss bce and --metric auroc"
+            raise InputError(f"the label {one} is none of the network's {classes} classes: number them from 0{way}")
     return found
 
 
