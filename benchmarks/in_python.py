@@ -127,7 +127,8 @@ def mnn(path: str, shape: tuple[int, ...]) -> Run:
 
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "model.mnn"
-        convert = [sys.executable, "-c", "from MNN.tools.mnnconvert import main; main()"]
+        # Without MNN's own script around the converter, which installs a package to report what was converted.
+        convert = [sys.executable, "-c", "import MNN, sys, _tools; _tools.mnnconvert(sys.argv)"]
         _converted([*convert, "-f", "ONNX", "--modelFile", path, "--MNNModel", str(made), "--bizCode", "r2"], folder)
         network = MNN.nn.load_module_from_file(str(made), [], [])
 

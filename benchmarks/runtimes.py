@@ -355,7 +355,7 @@ def lite() -> tuple[Checkpoint, Data]:
         labels = network.eval()(test).argmax(1)
     source = data_of(spec, [str(n) for n in range(1000)], [photographs(64, 0)], [(test, labels)])
     model = ModelSpec("efficientnet-lite1", source.classes, factory=lambda: copy.deepcopy(network))
-    return Checkpoint(model, spec, source.classes, network.state_dict()), source
+    return Checkpoint(model, spec, source.class_names, network.state_dict()), source
 
 
 NETWORKS = (

@@ -283,8 +283,9 @@ def _swapped_biases(file: ModelProto) -> None:
 
 def _without_grid(file: ModelProto) -> None:
     quantize, dequantize = _rounding(file, 1)
+    copies = {node.output[0] for node in file.graph.node if node.input[:1] == dequantize.input[:1]}  # one a reader
     for node in file.graph.node:
-        node.input[:] = [quantize.input[0] if name == dequantize.output[0] else name for name in node.input]
+        node.input[:] = [quantize.input[0] if name in copies else name for name in node.input]
 
 
 def _float_weights(file: ModelProto) -> None:
