@@ -299,7 +299,7 @@ PLANTED: dict[str, tuple[Fault, str]] = {
     "code flipped": (_code, "same codes"),
     "scale by 1 %": (_grid(1.01, 0), "runs|same grids"),
     "biases swapped": (_swapped_biases, "same biases"),
-    "quantizer dropped": (_without_grid, "runs|same grids"),
+    "quantizer dropped": (_without_grid, "runs|same grids|same graph"),
     "weights in float": (_float_weights, "integer weights"),
     "zero point by one": (_grid(1.0, 1), "runs|same grids"),
 }
