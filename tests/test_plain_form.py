@@ -3,9 +3,10 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 
 import r2cli
 from r2cli.ptq.quantize import PtqResult
@@ -31,15 +32,18 @@ def test_every_reader_has_its_own_dequantizelinear(residual: tuple[PtqResult, Pa
 
 
 @pytest.mark.slow
-def test_int8_weights_have_a_zero_point(residual: tuple[PtqResult, Path]) -> None:
+@pytest.mark.parametrize("palette", [False, True])
+def test_large_integers_have_a_zero_point(palette: bool, residual: tuple[PtqResult, Path], trained: Path) -> None:
     """ONNX Runtime 1.17 to 1.23 aborts where they have none and `session.x64quantprecision` is set."""
-    graph = onnx.load(residual[1]).graph
+    config = r2cli.PalettizeConfig(method="kmeans", bits=4, calibration=64)
+    content = r2cli.export(r2cli.palettize(trained, "digits:64", config)) if palette else residual[1].read_bytes()
+    graph = onnx.load_from_string(content).graph
     held = {each.name: each for each in graph.initializer}
-    weights = [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0].endswith(".weight.codes")]
-    assert len(weights) == 10 and all(held[node.input[0]].data_type == TensorProto.INT8 for node in weights)
+    weights = [n for n in graph.node if n.op_type == "DequantizeLinear" and n.output[0].endswith(".weight")]
+    assert len(weights) == 10
     for node in weights:
         zero, scale = (numpy_helper.to_array(held[node.input[place]]) for place in (2, 1))
-        assert zero.shape == scale.shape and not zero.any()
+        assert zero.dtype == np.int8 and zero.shape == scale.shape and not zero.any()
 
 
 @pytest.mark.slow

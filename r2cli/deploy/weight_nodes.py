@@ -73,9 +73,9 @@ def emit(
         value, exchanges = _exchange(graph, value, shape, 1), None
         codec = codec if codec.axis is None else replace(codec, axis=1)
     if is_integer:
-        # ONNX Runtime's QGemm needs a zero point, even if it is zero. Up to 1.23 it aborts the process where INT8
-        # weights have none and `runtime.EXACT_PRODUCTS` is asked for.
-        with_zero = with_zero or ndim == 2 or value in graph.initializers
+        # ONNX Runtime's QGemm needs a zero point, even if it is zero. Up to 1.23 it aborts the process where weights
+        # beyond 64 have none and `runtime.EXACT_PRODUCTS` is asked for.
+        with_zero = with_zero or ndim == 2 or codec.bits > 4 or isinstance(codec, Palette) or not target.packed
         decode = _multiply if read_as_float else _dequantize
         value = decode(graph, name, value, codec, ndim, with_zero)
     if exchanges is not None:
