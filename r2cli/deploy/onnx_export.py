@@ -181,10 +181,10 @@ class _Export:
         return not self._from_codes(node) and not isinstance(self.modules[node], RecurrentWeight)
 
     def _from_codes(self, node: fx.Node) -> bool:
-        """Whether a constant is made from a quantized weight: then it is computed in the file, from the codes."""
+        """Whether a constant is made from a quantized weight or is on a grid: then the file computes it from codes."""
         if node.op == "get_attr":
             return str(node.target) in self.weights.coded
-        if node.op == "call_module" and f"{node.target}.weight" in self.weights.coded:
+        if isinstance(self.modules[node], deployed.FakeQuantize) or f"{node.target}.weight" in self.weights.coded:
             return True
         return any(self._from_codes(each) for each in node.all_input_nodes if each.op != "placeholder")
 

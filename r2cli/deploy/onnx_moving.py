@@ -120,17 +120,10 @@ def stack(sheet: Sheet, tensors: Sequence[Value], dim: int = 0) -> str:
 
 
 def roll(sheet: Sheet, x: Value, shifts: Any, dims: Any = 0) -> str:
-    name = x.name
-    pairs = zip(as_tuple(shifts), as_tuple(dims), strict=True)
-    for by, axis in [(by, axis) for by, axis in pairs if by]:
-        length = x.shape[axis]
-        if length is None:
-            raise Unwritable("it rolls the batch")
-        ends = sheet.writer.ints([-(by % length)]), sheet.writer.ints([np.iinfo(np.int64).max])
-        last = sheet.node("Slice", name, *ends, sheet.writer.ints([axis]))
-        first = sheet.node("Slice", name, sheet.writer.ints([0]), ends[0], sheet.writer.ints([axis]))
-        name = sheet.node("Concat", last, first, axis=axis)
-    return name
+    before = [0] * len(x.shape)
+    for by, axis in zip(as_tuple(shifts), as_tuple(dims), strict=True):
+        before[axis] += by
+    return _wrap(sheet, x, before, [-by for by in before])
 
 
 def pad(sheet: Sheet, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> str:
@@ -146,14 +139,18 @@ def pad(sheet: Sheet, x: Value, pad: Sequence[int], mode: str = "constant", valu
     return sheet.node("Pad", x, sheet.writer.ints([*before, *after]), filled, mode=kinds[mode])
 
 
+def pad_with(sheet: Sheet, x: Value, pads: Sequence[int], value: float) -> str:
+    return pad(sheet, x, pads, value=value)
+
+
 def _wrap(sheet: Sheet, x: Value, before: Sequence[int], after: Sequence[int]) -> str:
-    """Write a circular pad by picking places: `wrap` came only with opset 19, and a join of slices runs in float."""
+    """Write a circular pad, or a roll, by picking places: `wrap` needs opset 19, and a join of slices runs in float."""
     name = x.name
     for axis, length in enumerate(x.shape):
         if not before[axis] and not after[axis]:
             continue
         if length is None:
-            raise Unwritable("it pads an axis whose length depends on the batch")
+            raise Unwritable("it wraps an axis whose length depends on the batch")
         places = [place % length for place in range(-before[axis], length + after[axis])]
         name = sheet.node("Gather", name, sheet.writer.ints(places), axis=axis)
     return name

@@ -47,7 +47,7 @@ FUNCTIONS: Mapping[str, tuple[Callable[..., Any], str]] = {
         name: (getattr(torch, name), "self")
         for name in (
             *("neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "erf", "sin"),
-            *("cos", "floor", "ceil", "round", "sign", "logical_not", "isnan"),
+            *("cos", "floor", "ceil", "round", "sign", "logical_not", "bitwise_not", "isnan"),
         )
     },
     # of two values, or of a value and a number

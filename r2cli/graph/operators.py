@@ -108,10 +108,9 @@ TABLE: tuple[Row, ...] = (
             *(operator.getitem, torch.split, torch.chunk, torch.unbind, torch.select, SLICE, Tensor.expand),
             *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.flip, torch.index_select),
             *(F.max_pool1d, F.max_pool2d, F.adaptive_max_pool2d, F.pad, When(F.interpolate, _nearest), Tensor.repeat),
-            torch.repeat_interleave,
+            *(torch.repeat_interleave, torch.roll),
         ),
     ),
-    Row(Kind.PASSING, "roll", (torch.roll,), "it joins floats", ("Concat",)),
     Row(
         Kind.INTEGER,
         "sum",
@@ -271,7 +270,14 @@ TABLE: tuple[Row, ...] = (
         "comparison",
         (
             *(torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge, torch.logical_and, torch.logical_or),
-            *(torch.logical_xor, torch.logical_not, torch.bitwise_and, torch.bitwise_or, torch.isnan),
+            *(
+                torch.logical_xor,
+                torch.logical_not,
+                torch.bitwise_not,
+                torch.bitwise_and,
+                torch.bitwise_or,
+                torch.isnan,
+            ),
         ),
         "it gives no numbers",
         ("Equal", "Not", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor"),

@@ -169,7 +169,8 @@ def _can_be_integer(net: fx.GraphModule, node: fx.Node, known: dict[fx.Node, boo
     """Say whether `node` can be computed from integers. `known` keeps the answers, since branches share nodes.
 
     A layer's output can be, and so can the output of an operation whose inputs all can be. A linear layer over tokens
-    (three dimensions or more) gives floats: runtimes add its bias in float, after the product.
+    (three dimensions or more) gives floats: runtimes add its bias in float, after the product. A parameter is a float:
+    OpenVINO loads no file in which one is rounded, and then added or multiplied.
     """
     if node not in known:
         if isinstance(module_of(net, node), LAYERS):
@@ -179,7 +180,7 @@ def _can_be_integer(net: fx.GraphModule, node: fx.Node, known: dict[fx.Node, boo
         elif is_a(net, node, PASSING):
             known[node] = _can_be_integer(net, node.all_input_nodes[0], known)
         else:
-            known[node] = node.op in ("placeholder", "get_attr")
+            known[node] = node.op == "placeholder"
     return known[node]
 
 

@@ -47,7 +47,10 @@ def plain(writer: Writer, node: fx.Node, a: Arguments) -> Any:
         given.pop()  # over all dimensions
     defaults = {each.name: each.default_value for each in node.target._schema.arguments}  # type: ignore[union-attr]
     extra = {key: a[key] for key in named.split() if key in a and a[key] != defaults[key]}
-    return writer.call(function, *writer.value(given), **writer.value(extra))
+    values = list(writer.value(given))
+    if a.get("dtype") is not None:  # the type that a sum is computed in
+        values[0] = writer.call(Tensor.to, values[0], a["dtype"])
+    return writer.call(function, *values, **writer.value(extra))
 
 
 def _own_name(writer: Writer, name: str) -> str:
@@ -144,15 +147,16 @@ def glu(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def added_product(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    """addmm and baddbmm: beta * input + alpha * (one @ other)."""
-    one, other = (a["mat1"], a["mat2"]) if "mat1" in a else (a["batch1"], a["batch2"])
-    found = writer.call(torch.matmul, writer.value(one), writer.value(other))
-    if a["alpha"] != 1:
-        found = writer.call(torch.mul, found, a["alpha"])
-    if a["beta"] == 0:
+    """addmm, baddbmm: beta * input + alpha * (one @ other); addcmul and addcdiv with one * other, and one / other."""
+    function = {"addcmul": torch.mul, "addcdiv": torch.div}.get(operator_name(node.target), torch.matmul)
+    base, one, other, *_ = writer.value(list(a.values()))
+    factor, share = a.get("alpha", a.get("value")), a.get("beta", 1)
+    found = writer.call(function, one, other)
+    if factor != 1:
+        found = writer.call(torch.mul, found, factor)
+    if share == 0:
         return found
-    base = writer.value(a["self"])
-    return writer.call(torch.add, base if a["beta"] == 1 else writer.call(torch.mul, base, a["beta"]), found)
+    return writer.call(torch.add, base if share == 1 else writer.call(torch.mul, base, share), found)
 
 
 def softmax(writer: Writer, node: fx.Node, a: Arguments) -> Any:
@@ -254,14 +258,10 @@ def piece(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 def split(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     given = writer.value(a["self"])
     dim = _from_zero(node, a["dim"])
-    sizes = [_shape_of(part)[dim] for part in node.meta["val"]]
+    sizes = [part.shape[dim] for part in node.meta["val"]]
     if all(isinstance(size, int) for size in sizes):
         return writer.call(torch.split, given, sizes, dim)
     return writer.call(torch.chunk, given, len(sizes), dim)
-
-
-def _shape_of(value: Tensor) -> tuple[Any, ...]:
-    return tuple(value.shape)
 
 
 def padded(writer: Writer, node: fx.Node, a: Arguments) -> Any:
@@ -377,7 +377,7 @@ RULES: Mapping[str, Rule] = {
     "silu": silu,
     "hardswish": hardswish,
     "glu": glu,
-    **dict.fromkeys(("addmm", "baddbmm"), added_product),
+    **dict.fromkeys(("addmm", "baddbmm", "addcmul", "addcdiv"), added_product),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), softmax),
     "scaled_dot_product_attention": attention,
     "mean": mean,
