@@ -161,7 +161,8 @@ def test_the_command_writes_and_proves_it_and_vela_tells_of_few_bits(r2: R2, tra
     assert again["engine"] == "LiteRT" and abs(again["top1"] - report["top1"]) < 1
     ran = r2("export", tmp_path / "2.safetensors", "--target", "tflite", "-o", tmp_path / "again.tflite")
     assert ran.code == 0, ran.err
-    assert (tmp_path / "again.tflite").stat().st_size == (tmp_path / "2.tflite").stat().st_size
+    sizes = [(tmp_path / f"{name}.tflite").stat().st_size for name in ("again", "2")]
+    assert abs(sizes[0] - sizes[1]) <= 16  # the name of the target in it, and what fills it up
     refused = r2("export", tmp_path / "2.safetensors", "-o", tmp_path / "again.onnx")
     assert refused.code == 2 and "give --target ethos-u, or --target onnxruntime" in refused.err
 
