@@ -52,7 +52,7 @@ def openvino(path: str, shape: tuple[int, ...], plain: bool = False) -> Run:
 def reference(path: str, shape: tuple[int, ...]) -> Run:
     from onnx.reference import ReferenceEvaluator
 
-    network = ReferenceEvaluator(path)
+    network: Any = ReferenceEvaluator(path)
     return lambda images: network.run(None, {network.input_names[0]: images})[0]
 
 

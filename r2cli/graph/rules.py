@@ -148,7 +148,8 @@ def glu(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 def added_product(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     """addmm, baddbmm: beta * input + alpha * (one @ other); addcmul and addcdiv with one * other, and one / other."""
-    function = {"addcmul": torch.mul, "addcdiv": torch.div}.get(operator_name(node.target), torch.matmul)
+    others: dict[str, Callable[..., Any]] = {"addcmul": torch.mul, "addcdiv": torch.div}
+    function = others.get(operator_name(node.target), torch.matmul)
     base, one, other, *_ = writer.value(list(a.values()))
     factor, share = a.get("alpha", a.get("value")), a.get("beta", 1)
     found = writer.call(function, one, other)
