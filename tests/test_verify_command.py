@@ -49,7 +49,7 @@ def test_a_file_of_r2_s_is_proved_alone_and_against_its_checkpoint(r2: R2, here:
     [
         ("code flipped", ["same codes", "conv.weight"]),
         ("biases swapped", ["same biases", "conv.bias"]),
-        ("zero point by one", ["same grids", "grid '"]),
+        ("zero point by one", ["same grids", "grid that the checkpoint has not"]),
         ("weights in float", ["integer weights", "weights, which Conv reads"]),
     ],
 )
