@@ -130,7 +130,8 @@ def mnn(path: str, shape: tuple[int, ...]) -> Run:
         # Without MNN's own script around the converter, which installs a package to report what was converted.
         convert = [sys.executable, "-c", "import MNN, sys, _tools; _tools.mnnconvert(sys.argv)"]
         _converted([*convert, "-f", "ONNX", "--modelFile", path, "--MNNModel", str(made), "--bizCode", "r2"], folder)
-        network = MNN.nn.load_module_from_file(str(made), [], [])
+        one_thread = MNN.nn.create_runtime_manager(({"backend": "CPU", "numThread": 1},))
+        network = MNN.nn.load_module_from_file(str(made), [], [], runtime_manager=one_thread)
 
     def run(images: Array) -> Array:
         found = network.forward([MNN.expr.const(images, list(images.shape), MNN.expr.NCHW)])

@@ -5,6 +5,10 @@ are trained on digits; EfficientNet-Lite1 has the weights that its package ships
 are given one at a time, on one thread. What a file gives is compared with the newest ONNX Runtime without optimisation;
 its time with the float file's in the same process, least of runs that take turns.
 
+Small networks of one image say little about speed: a run of MobileNet-V1 takes 0.1 ms, and a page's clock has steps of
+0.1 ms. Times of OpenVINO and of WebAssembly swing with other work on the machine. The reference's own fault: below
+opset 14 it computes BatchNormalization otherwise, which the float file has.
+
     python benchmarks/runtimes.py --work-dir runtimes --output benchmarks/runtimes.md
 
 The work directory gets an environment for each runtime, the networks, the files, and one JSON file for each file in

@@ -54,7 +54,14 @@ DEFAULT = "onnxruntime"
 ETHOS_U = "ethos-u"
 HERE = "ONNX Runtime 1.17 to 1.32"
 ROWS = (
-    Target(DEFAULT, "any processor", HERE, least_act_bits=1, packed=True, weight_zero_points=True),
+    Target(
+        DEFAULT,
+        "any processor",
+        f"{HERE}, tract 0.23, TVM 0.27, OpenCV 5",
+        least_act_bits=1,
+        packed=True,
+        weight_zero_points=True,
+    ),
     Target("openvino", "Intel processors", "OpenVINO 2026.4", packed=True, weight_zero_points=True),
     Target("tensorrt", "NVIDIA GPUs", signed=True, symmetric=True, integer_biases=False, weights_alone=False),
     Target("qnn", "Qualcomm NPUs", packed=True, batch=1),
