@@ -455,33 +455,39 @@ def matrix(network: Network, results: Results, of: Callable[[Mapping[str, Any], 
     return table(["file", *columns], rows)
 
 
-def misses(network: Network, results: Results) -> Iterator[str]:
-    """Where a default file does not reach the goal."""
-    for (form, name), found in results.items():
-        one = next(each for each in RUNTIMES if each.name == name)
-        if form not in WIDTHS or not one.goal:
-            continue
-        where, times = f"{network.name}, {form}, {name}", ratio(found)
-        if "failed" in found:
-            yield f"{where}: does not run"
-        elif found["same"] < ENOUGH:
-            yield f"{where}: {found['same']:.1f} % equal classes"
-        if one.integers and times is not None and times > 1:
-            yield f"{where}: {times:.2f} of the float file's time"
+MISSES = ("does not run in", f"less than {ENOUGH} % in", "slower than float in")
+
+
+def misses(network: Network, results: Results) -> Iterator[list[str]]:
+    """A row for each default file that does not reach the goal in a runtime."""
+    for form in WIDTHS:
+        cells: list[list[str]] = [[], [], []]
+        for one in RUNTIMES:
+            found = results.get((form, one.name))
+            if found is None or not one.goal:
+                continue
+            times = ratio(found)
+            if "failed" in found:
+                cells[0].append(one.name)
+            elif found["same"] < ENOUGH:
+                cells[1].append(f"{one.name} ({found['same']:.1f} %)")
+            if one.integers and times is not None and times > 1:
+                cells[2].append(f"{one.name} ({times:.2f})")
+        if any(cells):
+            yield [network.name, form, *(", ".join(each) for each in cells)]
 
 
 def told(all_results: Mapping[str, Results], work: Path) -> str:
     about = (__doc__ or "").partition("\n\n")[2].partition("The work directory")[0].strip()
     versions = ", ".join(f"{one.name} {version(one, work) or 'not installed'}" for one in RUNTIMES)
-    vnni = "with" if runtime.has_vnni() else "without"
     notes: Notes = {}
     parts = [
         "# In which runtimes the files run",
         about,
-        f"{machine()} ({runtime.cpu()}, {vnni} VNNI), one thread, other work beside; r2cli {__version__}. {versions}.",
+        f"{machine()} ({runtime.cpu()}), one thread, other work beside; r2cli {__version__}. {versions}.",
     ]
-    reached = [line for each in NETWORKS for line in misses(each, all_results.get(each.name, Results()))]
-    parts += ["## Default files that miss the goal", "\n".join(f"- {line}" for line in reached) or "None."]
+    reached = [row for each in NETWORKS for row in misses(each, all_results.get(each.name, Results()))]
+    parts += ["## Default files that miss the goal", table(["network", "file", *MISSES], reached)]
     for network in NETWORKS:
         if results := all_results.get(network.name):
             parts += [f"## {network.name}", "Percent of equal classes (= is equal bits) · time against the float file."]
