@@ -87,3 +87,20 @@ def test_what_follows_a_layer_gets_none(source: datasets.Data) -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     result = r2cli.quantize(net, source, r2cli.PtqConfig(device="cpu"))
     assert set(result.checkpoint.coded) == {"0.weight", "4.weight"}
+
+
+@pytest.mark.parametrize("road", ["W8A8", pytest.param("qat", marks=pytest.mark.slow)])
+def test_a_norm_of_vectors_goes_into_the_linear_layer_behind_it(
+    road: str, source: datasets.Data, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    norm, before = nn.BatchNorm1d(6), (nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nn.init.uniform_(norm.running_var, 0.01, 4)  # type: ignore[arg-type]
+    nn.init.normal_(norm.bias)
+    net = nn.Sequential(*before, norm, nn.Linear(6, 10, bias=False))
+    result, path = ROADS[road](net.eval(), source), tmp_path / "model.onnx"
+    r2cli.export(result, path)
+    proof = r2cli.verify(path, result, source)
+    assert proof.passed and (road == "qat" or proof.measures["float_sqnr_db"] > 30), proof.checks
+    assert "BatchNormalization" not in proof.measures["nodes"] and not proof.measures["float_operations"]
+    assert "5.bias" in result.checkpoint.floats and "4.weight" not in result.checkpoint.floats
