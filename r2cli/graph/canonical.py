@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -133,8 +134,8 @@ def _join_rows_before_norms(graph: fx.Graph) -> None:
     LeViT does so. The norm then follows the layer, and is folded into it.
     """
     for node in list(graph.nodes):
-        rows = node.args[0] if operator_name(node.target) == "batch_norm" else None
-        if not (_reshapes(rows) or operator_name(getattr(rows, "target", "")) == "flatten"):
+        rows: Any = node.args[0] if operator_name(node.target) == "batch_norm" else None
+        if not _reshapes(rows) and operator_name(getattr(rows, "target", "")) != "flatten":
             continue
         linear, flat = rows.args[0], rows.meta["val"]
         shape = linear.meta["val"].shape

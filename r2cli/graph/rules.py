@@ -30,7 +30,7 @@ def bind(node: fx.Node) -> dict[str, Any]:
     known = node.target._schema.arguments
     found = {each.name: each.default_value for each in known}
     found |= {each.name: given for each, given in zip(known, node.args, strict=False)} | node.kwargs
-    return found | {"correction": int(found["unbiased"])} if "unbiased" in found else found
+    return found | {"correction": int(bool(found["unbiased"]))} if "unbiased" in found else found
 
 
 def plain(writer: Writer, node: fx.Node, a: Arguments) -> Any:
