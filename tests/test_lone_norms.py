@@ -87,3 +87,55 @@ def test_what_follows_a_layer_gets_none(source: datasets.Data) -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     result = r2cli.quantize(net, source, r2cli.PtqConfig(device="cpu"))
     assert set(result.checkpoint.coded) == {"0.weight", "4.weight"}
+
+
+@pytest.mark.parametrize("road", ["W8A8", pytest.param("qat", marks=pytest.mark.slow)])
+def test_a_norm_of_vectors_goes_into_the_linear_layer_behind_it(
+    road: str, source: datasets.Data, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    norm, before = nn.BatchNorm1d(6), (nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nn.init.uniform_(norm.running_var, 0.01, 4)  # type: ignore[arg-type]
+    nn.init.normal_(norm.bias)
+    net = nn.Sequential(*before, norm, nn.Linear(6, 10, bias=False))
+    result, path = ROADS[road](net.eval(), source), tmp_path / "model.onnx"
+    r2cli.export(result, path)
+    proof = r2cli.verify(path, result, source)
+    assert proof.passed and (road == "qat" or proof.measures["float_sqnr_db"] > 30), proof.checks
+    assert "BatchNormalization" not in proof.measures["nodes"] and not proof.measures["float_operations"]
+    assert "5.bias" in result.checkpoint.floats and "4.weight" not in result.checkpoint.floats
+
+
+class Tokens(nn.Module):
+    """A BatchNorm of the features of tokens behind a linear layer, as LeViT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix, self.norm, self.head = (
+            nn.Conv2d(1, 6, 3),
+            nn.Linear(6, 8),
+            nn.BatchNorm1d(8),
+            nn.Linear(8, 10),
+        )
+        nn.init.normal_(self.norm.weight)
+        nn.init.uniform_(self.norm.running_var, 0.01, 4)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(self.stem(x).flatten(2).transpose(1, 2))
+        logits: Tensor = self.head(nn.functional.hardswish(self.norm(x.flatten(0, 1)).reshape_as(x)).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("road", ["W8A8", *(pytest.param(road, marks=pytest.mark.slow) for road in ("brecq", "qat"))])
+def test_a_norm_of_tokens_goes_into_the_linear_layer_before_it(
+    road: str, source: datasets.Data, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net, path = Tokens().eval(), tmp_path / "model.onnx"
+    brecq = r2cli.PtqConfig(weight_bits=4, method="brecq", calibration=32, device="cpu")
+    result = r2cli.quantize(net, source, brecq) if road == "brecq" else ROADS[road](net, source)
+    r2cli.export(result, path)
+    proof = r2cli.verify(path, result, source, timed=False)
+    assert proof.passed and (road != "W8A8" or proof.measures["float_sqnr_db"] > 25), proof.checks
+    assert "BatchNormalization" not in proof.measures["nodes"]
+    assert set(result.checkpoint.coded) == {"stem.weight", "mix.weight", "head.weight"}

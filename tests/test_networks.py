@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -68,11 +69,11 @@ def _images(seed: int, count: int, size: int) -> Tensor:
     return pixels * contrast + torch.randn(count, 3, 1, 1, generator=generator)
 
 
-def _made(factory: Callable[[], nn.Module] | str, size: int) -> Checkpoint:
+def _made(factory: Callable[[], nn.Module] | str, size: int, args: dict[str, Any] | None = None) -> Checkpoint:
     """Random weights, BatchNorms that have seen images, and no parameter that is zero all over."""
     torch.manual_seed(0)
     named = isinstance(factory, str)
-    spec = ModelSpec(factory, 10) if named else ModelSpec("networks.py:factory", 10, factory=factory)  # type: ignore[arg-type]
+    spec = ModelSpec(factory, 10, args=args or {}) if named else ModelSpec("networks.py:factory", 10, factory=factory)  # type: ignore[arg-type]
     model = models.build(spec)
     with torch.no_grad():
         for module in model.modules():
@@ -225,6 +226,30 @@ def test_the_file_runs_and_holds_no_float_that_was_not_announced(
     if factory is not vit:
         assert not {"Mul", "Add", "MatMul"} & set(nodes)
         assert not float_nodes.operators(runtime.read(path))
+
+
+# Of each family the smallest; with those above and below they are twenty. benchmarks/networks.py has a hundred.
+FAMILIES = (
+    *("test_byobnet", "test_convnext", "test_convnext2", "test_convnext3", "test_efficientnet_gn", "test_nfnet"),
+    *("test_efficientnet_ln", "test_efficientnet_evos", "test_mambaout", "test_resnet", "test_vit", "test_vit2"),
+    *("tinynet_e", "mobilenetv3_small_050"),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["timm:test_efficientnet", *(pytest.param(f"timm:{name}", marks=pytest.mark.slow) for name in FAMILIES)],
+)
+def test_a_network_of_timm_is_read_quantized_and_proved(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    made = _made(name, 32, {"img_size": 32} if "vit" in name else {})
+    coded, path = _quantized(made), tmp_path / "model.onnx"
+    path.write_bytes(onnx_export.to_bytes(coded))
+    batch = _images(5, 8, 32), torch.zeros(8, dtype=torch.int64)
+    proof = verify.prove(path, coded, deployed.network(coded), [batch])
+    assert proof.passed, proof.checks
+    assert proof.measures["integer_share"] == 100
+    assert "BatchNormalization" not in proof.measures["nodes"]
 
 
 @pytest.mark.slow

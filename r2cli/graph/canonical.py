@@ -2,7 +2,9 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.fx.node import map_arg
@@ -28,6 +30,7 @@ def rewrite(program: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     in_place.remove_operators(program.graph)
     _pad_in_convolutions(program.graph)
     _keep_rows_apart(program.graph)
+    _join_rows_before_norms(program.graph)
     writer = Writer(program.graph, model)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -123,6 +126,31 @@ def _keep_rows_apart(graph: fx.Graph) -> None:
             node.meta["val"] = after.meta["val"]
             after.replace_all_uses_with(node)
             graph.erase_node(after)
+
+
+def _join_rows_before_norms(graph: fx.Graph) -> None:
+    """Let a linear layer read (n * tokens, features) where a BatchNorm reads its outputs so; in place.
+
+    LeViT does so. The norm then follows the layer, and is folded into it.
+    """
+    for node in list(graph.nodes):
+        rows: Any = node.args[0] if operator_name(node.target) == "batch_norm" else None
+        if not _reshapes(rows) and operator_name(getattr(rows, "target", "")) != "flatten":
+            continue
+        linear, flat = rows.args[0], rows.meta["val"]
+        shape = linear.meta["val"].shape
+        if operator_name(linear.target) != "linear" or len(shape) == 2 or flat.ndim != 2 or flat.shape[1] != shape[-1]:
+            continue
+        if any(user is not rows and operator_name(user.target) != "reshape_as" for user in linear.users):
+            continue
+        given = linear.args[0]
+        before = given.meta["val"]
+        with graph.inserting_before(linear):
+            joined = graph.call_function(torch.ops.aten.flatten.using_ints, (given, 0, before.ndim - 2))
+        joined.meta = rows.meta | {"val": before.new_empty((flat.shape[0], before.shape[-1]))}
+        linear.args, linear.meta["val"] = (joined, *linear.args[1:]), flat
+        rows.replace_all_uses_with(linear)
+        graph.erase_node(rows)
 
 
 def _reshapes(node: object) -> bool:

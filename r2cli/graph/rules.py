@@ -29,8 +29,8 @@ def bind(node: fx.Node) -> dict[str, Any]:
     assert isinstance(node.target, OpOverload)
     known = node.target._schema.arguments
     found = {each.name: each.default_value for each in known}
-    found |= {each.name: given for each, given in zip(known, node.args, strict=False)}
-    return found | node.kwargs
+    found |= {each.name: given for each, given in zip(known, node.args, strict=False)} | node.kwargs
+    return found | {"correction": int(bool(found["unbiased"]))} if "unbiased" in found else found
 
 
 def plain(writer: Writer, node: fx.Node, a: Arguments) -> Any:
@@ -46,7 +46,7 @@ def plain(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     while name in ("sum", "argmax", "argmin", "max", "min", "softmax") and len(given) > 1 and given[-1] is None:
         given.pop()  # over all dimensions
     defaults = {each.name: each.default_value for each in node.target._schema.arguments}  # type: ignore[union-attr]
-    extra = {key: a[key] for key in named.split() if key in a and a[key] != defaults[key]}
+    extra = {key: a[key] for key in named.split() if key in a and a[key] != defaults.get(key)}
     values = list(writer.value(given))
     if a.get("dtype") is not None:  # the type that a sum is computed in
         values[0] = writer.call(Tensor.to, values[0], a["dtype"])
