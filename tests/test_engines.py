@@ -188,3 +188,31 @@ def test_layers_before_a_relu6_run_on_integers_at_four_bits() -> None:
         proof = r2cli.verify(folder / "few.onnx", result, data)
     assert proof.passed, proof.checks
     assert counts["QLinearConv"] == 2 and not {"Conv", "FusedConv"} & counts.keys()
+
+
+@pytest.mark.parametrize(
+    ("coded", "wanted", "passed"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_a_runtime_that_nobody_asked_for_may_refuse_recurrent_layers_of_codes(
+    coded: bool, wanted: bool, passed: bool, tmp_path: Path
+) -> None:
+    """OpenVINO's processor plugin loads no LSTM whose weights are computed. Any other failure to load is a fault."""
+    codes = np.ones((1, 16, 4), np.int8)
+    held = {
+        "r": np.ones((1, 16, 4), np.float32),
+        **({"c": codes, "s": np.float32(0.5)} if coded else {"w": codes.astype(np.float32)}),
+    }
+    nodes = [helper.make_node("DequantizeLinear", ["c", "s"], ["w"])] if coded else []
+    nodes.append(helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=4))
+    sizes = {"x": (5, 1, 4), "y": (5, 1, 1, 4)}
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in sizes.items()]
+    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in held.items()]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)), tmp_path / "m.onnx")
+
+    def refuses(path: Path, threads: int, plain: bool) -> Run:
+        raise runtime.UnrunnableError("m.onnx fails when it is loaded")
+
+    engine = replace(ENGINES["openvino"], load=refuses)
+    found = second_engine.check(tmp_path / "m.onnx", engine, [{}], {"y": np.zeros(1)}, is_wanted=wanted)
+    assert found.passed is passed
+    assert ("not compared: OpenVINO cannot load" if passed else "fails when it is loaded") in found.detail

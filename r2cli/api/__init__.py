@@ -223,7 +223,8 @@ def verify(
     if not _ran(proof) or not (others or timed):
         return proof.extended((), speed.UNMEASURED)
     shown = proof_inputs.of_data(path, source).batches
-    checks = [second_engine.check(path, each, shown, usual_db=proof.measures["sqnr_db"]) for each in others]
+    wanted, usual = {*config.runtime, made.target}, proof.measures["sqnr_db"]
+    checks = [second_engine.check(path, each, shown, usual_db=usual, is_wanted=each.name in wanted) for each in others]
     times = speed.of_checkpoint(path, made, any_file.first_of(shown[0], path)).measures() if timed else {}
     return proof.extended(checks, {**speed.UNMEASURED, **times})
 
