@@ -6,8 +6,8 @@ are given one at a time, on one thread. What a file gives is compared with the n
 its time with the float file's in the same process, least of runs that take turns.
 
 Small networks of one image say little about speed: a run of MobileNet-V1 takes 0.1 ms, and a page's clock has steps of
-0.1 ms. Times of OpenVINO and of WebAssembly swing with other work on the machine. The reference's own fault: below
-opset 14 it computes BatchNormalization otherwise, which the float file has.
+0.1 ms. Times of OpenVINO and of WebAssembly swing with other work on the machine. The onnx reference: below
+opset 14 it gives other results for the float file (5 to 13 dB); BatchNormalization may be why: not tested.
 
     python benchmarks/runtimes.py --work-dir runtimes --output benchmarks/runtimes.md
 
