@@ -64,7 +64,6 @@ class Output(Console):
 # No markup: a file name such as "[a].onnx" must be printed as it is.
 _PLAIN: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
 _COLORS: dict[str, dict[str, Any]] = {
-    "auto": {},
     "always": {"color_system": "standard", "no_color": False},
     "never": {"no_color": True},
 }
@@ -96,9 +95,8 @@ def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Bar]:
     """Show a progress bar over `total` steps or bytes, with the time left, on standard error."""
     done = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(None), done, TimeRemainingColumn())
-    with Progress(
-        *columns, console=_err, transient=True, disable=RANK > 0 or _mood.quiet or not _err.is_terminal
-    ) as progress:
+    hidden = RANK > 0 or _mood.quiet or not _err.is_terminal
+    with Progress(*columns, console=_err, transient=True, disable=hidden) as progress:
         yield Bar(progress, progress.add_task(what, total=total))
 
 
@@ -129,7 +127,7 @@ def speaking(quiet: bool, verbose: bool, color: str) -> Iterator[None]:
     global _out, _err
     before = _out, _err
     _mood.quiet, _mood.verbose, _mood.started = quiet, verbose and not quiet, perf_counter()
-    if color != "auto":
+    if color in _COLORS:
         _out, _err = Output(**_PLAIN, **_COLORS[color]), Output(stderr=True, **_PLAIN, **_COLORS[color])
     try:
         yield

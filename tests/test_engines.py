@@ -210,7 +210,7 @@ def test_a_runtime_that_nobody_asked_for_may_refuse_recurrent_layers_of_codes(
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)), tmp_path / "m.onnx")
 
     def refuses(path: Path, threads: int, plain: bool) -> Run:
-        raise runtime.UnrunnableError("m.onnx fails when it is loaded")
+        raise runtime.UnloadableError("m.onnx fails when it is loaded")
 
     engine = replace(ENGINES["openvino"], load=refuses)
     found = second_engine.check(tmp_path / "m.onnx", engine, [{}], {"y": np.zeros(1)}, is_wanted=wanted)

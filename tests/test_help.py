@@ -45,7 +45,8 @@ def test_a_shell_is_offered_the_layers_of_the_checkpoint_on_the_line(trained: Pa
     found = offered("ptq", "--keep", "", source=trained)
     assert found and all(name.endswith("=") for name in found) and not any("bn" in name for name in found)
     assert offered("ptq", "--keep", found[0][:-2], source=trained)[0] == found[0]
-    for content in (b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b'\x09\0\0\0\0\0\0\0{"a.weight'):
+    headers = (b"[]", b'{"a.weight', b'{"a.weight": {}}', b'{"a.weight": 1}', b"[" * 100_000)
+    for content in (b"", b"\xff" * 8, *(len(one).to_bytes(8, "little") + one for one in headers)):
         (tmp_path / "bad.safetensors").write_bytes(content)
         assert offered("ptq", "--keep", "", source=tmp_path / "bad.safetensors") == []
     assert completion.layers(SimpleNamespace(params={"source": tmp_path / "none"}), "") == []  # type: ignore[arg-type]

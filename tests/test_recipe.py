@@ -669,6 +669,19 @@ def test_a_bar_in_a_name_is_no_column() -> None:
 # --- spread, CSV ---------------------------------------------------------------------------------------------------
 
 
+def test_a_metric_may_stand_within_a_part_of_the_report() -> None:
+    rows = results([({"reg": "none"}, {"metric": {"value": 1.5}, "bytes": 5, "other": None})])
+
+    def made(metric: str) -> tabled.Table:
+        layout = {"run": "ptq", "rows": ["reg"], "metrics": {"shown": metric}}
+        return tabled.tables(Recipe(Path("recipe.toml"), {}, [], [layout]), rows)[0]
+
+    assert made("metric.value").rows == [{"reg": "none", "shown": "1.50"}]
+    for missing in ("metric.other", "bytes.value", "other.value", "proof.command.value"):
+        with pytest.raises(InputError, match=f"unknown metric of recipe.toml '{missing}'"):
+            made(missing)
+
+
 def test_a_table_as_numbers() -> None:
     rows = [({"reg": "none", "seed": n}, {"top1": value, "proof": "ok"}) for n, value in enumerate((10.0, 20.0, 60.0))]
     layout = {"run": "ptq", "rows": ["reg"], "metrics": {"top-1": "top1", "proof": "proof"}}

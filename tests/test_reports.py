@@ -73,6 +73,14 @@ def test_a_gate_that_fails_is_a_case_of_the_report(r2: R2, trained: Path, tmp_pa
     assert cases.pop("--min-accuracy 101") == 1 and list(cases.values()) == [0]
 
 
+def test_options_that_exclude_each_other_are_reported_too(r2: R2, trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r2.xml"
+    line = ["ptq", trained, "--group-size", "32", "--granularity", "tensor", "--report", f"junit:{file}"]
+    assert r2(*line).code == 2
+    (error,) = ElementTree.parse(file).getroot().iter("error")
+    assert "--group-size 32" in str(error.get("message"))
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [("junti:a.xml", "did you mean 'junit'"), ("junit", "junit:FILE"), ("markdown:.", "names a folder")],
@@ -126,6 +134,7 @@ def test_options_come_from_the_line_then_the_environment_then_the_folder(
         ("[tool.r2.ptq]\nweight-bit = 1", "did you mean 'weight-bits'"),
         ("[tool", "cannot be read"),
         ("[tool]\nr2 = 1", "must be a table"),
+        ("tool = 1", "must be a table"),
     ],
 )
 def test_a_wrong_pyproject_is_one_sentence(

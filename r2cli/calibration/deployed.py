@@ -139,9 +139,7 @@ def _graph(of: _Architecture) -> fx.GraphModule:
     made = of.checkpoint
     model = models.called(models.build(made.model, of.room), made.model, made.input)
     net = trace(model, made.input.blank(2), architecture(made))
-    lone_norms.into_linears(net)
-    if of.on_grids:
-        lone_norms.give_layers(net)
+    lone_norms.into_layers(net, on_grids=of.on_grids)
     batchnorm.remove_norms(net)
     return net.to("meta")
 

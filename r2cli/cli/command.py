@@ -35,11 +35,10 @@ def command(function: Callable[..., Report]) -> Callable[..., Report]:
     parameters += [parameter for kind in taken.values() for parameter in _parameters(kind)]
 
     def run(**given: Any) -> Report:
-        given["report"] = given["report"] or ()
-        made = {name: _made(kind, given) for name, kind in taken.items()}
-        own = {name: value for name, value in given.items() if name in hints}
         mood = console.speaking(given["quiet"], given["verbose"], given["color"])
-        with mood, reports.written(given["report"]) as found:
+        with mood, reports.written(given["report"] or ()) as found:
+            made = {name: _made(kind, given) for name, kind in taken.items()}
+            own = {name: value for name, value in given.items() if name in hints}
             report = function(**made, **own)
             found.update(report)
         return report

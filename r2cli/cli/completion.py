@@ -42,7 +42,8 @@ def _beginning(names: Callable[[], Iterable[str]]) -> Offer:
 def layers(context: typer.Context, incomplete: str) -> list[str]:
     """The layers of the checkpoint on the line, as --keep names them: LAYER= , whose bits come next."""
     found: dict[str, None] = {}
-    with suppress(OSError, ValueError, AttributeError, TypeError):  # no such file, or none of ours: nothing is offered
+    # No such file, or none of ours: nothing is offered.
+    with suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
         with Path(context.params.get("source") or DEFAULT_SOURCE).open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if size <= MOST_HEADER else {}

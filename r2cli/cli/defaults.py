@@ -26,9 +26,10 @@ def of_folder(commands: Mapping[str, Mapping[str, bool]]) -> dict[str, dict[str,
     import tomllib
 
     try:
-        own = tomllib.loads(FILE.read_text(encoding="utf-8")).get("tool", {}).get("r2", {})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tools = tomllib.loads(FILE.read_text(encoding="utf-8")).get("tool", {})
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{FILE} cannot be read: {error}; mend it, or run r2 in another folder") from error
+    own = tools.get("r2", {}) if isinstance(tools, dict) else tools
     if not isinstance(own, dict):
         raise InputError(f"{FILE}: tool.r2 must be a table of options")
     known = {name: {option.replace("_", "-"): option for option in options} for name, options in commands.items()}

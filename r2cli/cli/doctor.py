@@ -12,6 +12,7 @@ from r2cli import __version__, console
 from r2cli.cli.command import Report, command
 from r2cli.config.groups import Listed
 from r2cli.config.inspection import DoctorConfig
+from r2cli.config.machine import usable_cores
 from r2cli.errors import CheckFailed
 
 EXTRAS = {  # what each one adds
@@ -104,9 +105,9 @@ def _processors() -> Iterator[Finding]:
 
     from r2cli.deploy import runtime
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    kind = f"{runtime.cpu()}, {usable} cores that this process may use, {torch.get_num_threads()} threads of torch"
-    overflow = "8-bit sums may overflow here: r2 runs files exactly, see docs/deploy.md" if "without" in kind else ""
+    threads = torch.get_num_threads()
+    kind = f"{runtime.cpu()}, {usable_cores()} cores that this process may use, {threads} threads of torch"
+    overflow = "" if runtime.has_vnni() else "8-bit sums may overflow here: r2 runs files exactly, see docs/deploy.md"
     yield Finding("processor", True, kind, overflow)
     if torch.cuda.is_available():
         yield Finding("GPU", True, torch.cuda.get_device_name())
@@ -129,6 +130,8 @@ def tried() -> Finding:
             api.export(made, folder / "model.onnx")
             proof = api.verify(folder / "model.onnx", made, source, timed=False)
     except Exception as error:  # whatever it is, it is what the user wants to know
+        if os.environ.get("R2_TRACEBACK"):
+            raise
         return Finding("self-test", False, f"{type(error).__name__}: {error}", "R2_TRACEBACK=1 r2 doctor says where")
     wrong = [f"{each.name} ({each.detail})" for each in proof.checks if not each.passed]
     took = f"a small network was quantized to 4 bits and proved in {perf_counter() - started:.1f} s"

@@ -1,7 +1,6 @@
 """`r2 init`: a commented recipe for a network of one's own, with the commands that it stands for."""
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -39,21 +38,23 @@ def init(given: Inputs, written: InitOutput) -> Report:
 
     from r2cli.api import inputs
     from r2cli.storage.atomic import write_atomically
+    from r2cli.workflow import recipe as recipes
 
     if given.source is not None and given.source.suffix not in FILES:
         if given.model is not None:
             raise InputError(f"{given.source} and --model {given.model} are two networks: give one of them")
         given = replace(given, source=None, model=str(given.source))
     made, loaded = inputs.load(given, tell=console.note)
-    options = _options(given)
-    lines = [shlex.join(_line(options, bits, method)) for bits, method, _ in PLAN]
-    text = "\n".join(_recipe(output, _about(made, loaded), options, lines, loaded.task.metric))
-    report = {"command": "init", "output": output, "about": _about(made, loaded), "lines": lines}
+    about, options = _about(made, loaded), _options(given)
+    steps = [recipes.Step("ptq", {**options, "weight-bits": bits, "method": method}, {}) for bits, method, _ in PLAN]
+    lines = [recipes.shell(step, Path()) for step in steps]
+    text = "\n".join(_recipe(output, about, options, lines, loaded.task.metric))
+    report = {"command": "init", "output": output, "about": about, "lines": lines}
     if written.dry_run:
         console.tell([text], as_json=written.json)
         return report
     write_atomically(output, text.encode())
-    told = [f"{output}: {report['about']}", *(f"  {line}" for line in lines)]
+    told = [f"{output}: {about}", *(f"  {line}" for line in lines)]
     console.tell([*told, console.next_step(f"r2 run {output}")], as_json=written.json)
     return report
 
@@ -78,16 +79,6 @@ def _options(given: Inputs) -> dict[str, Any]:
             shown = str(value.resolve()) if isinstance(value, Path) else value
             found[name] = [str(each) for each in shown] if isinstance(shown, list | tuple) else shown
     return found
-
-
-def _line(options: Mapping[str, Any], bits: int, method: str) -> Iterator[str]:
-    """The words of the command that a step stands for."""
-    yield from ("r2", "ptq", *([options["source"]] if "source" in options else []))
-    for name, value in options.items():
-        if name != "source":
-            for one in value if isinstance(value, list) else [value]:
-                yield from ([f"--{name}"] if one is True else [f"--{name}", str(one)])
-    yield from ("--weight-bits", str(bits), "--method", method)
 
 
 def _recipe(

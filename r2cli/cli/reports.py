@@ -13,9 +13,7 @@ from xml.etree import ElementTree
 from r2cli import console
 from r2cli.cli import outcome
 from r2cli.cli.outcome import Outcome
-from r2cli.config.values import REPORTS, report_kind
-
-STEP = "R2_STEP"  # set for the steps that `r2 run` starts in processes of their own, which it reports itself
+from r2cli.config.values import REPORTS, STEP, report_kind
 
 _within: ContextVar[bool] = ContextVar("_within", default=False)
 
@@ -49,19 +47,21 @@ def written(asked: Sequence[str]) -> Iterator[dict[str, Any]]:
 def cases(ended: Outcome) -> list[tuple[str, str]]:
     """What was checked (checks of the proof, gates, steps of a recipe), each with what is wrong with it, or ''."""
     report = ended.report
-    found = [(each["name"], "" if each["passed"] else each["detail"]) for each in report.get("checks", ())]
-    found += [(each["name"], "" if each["passed"] else each["detail"]) for each in report.get("gates", ())]
+    checked = (*report.get("checks", ()), *report.get("gates", ()))
+    found = [(each["name"], "" if each["passed"] else each["detail"]) for each in checked]
     steps = enumerate(report.get("results", ()), 1)
     return found + [(f"step {number}: r2 {each['command']}", each["failed"] or "") for number, each in steps]
+
+
+def unsaid(ended: Outcome) -> str:
+    """The error of the command, where none of its cases says it, or ''."""
+    return "" if ended.code == 1 and any(wrong for _, wrong in cases(ended)) else ended.message
 
 
 def junit(ended: Outcome, path: Path | None) -> None:
     """A file of JUnit's XML: a test case for the command, and one for each check, gate and step."""
     assert path is not None
-    own = ended.message if ended.code > 1 else ""
-    tests = [(f"r2 {ended.line}", own), *cases(ended)]
-    if ended.code == 1 and not any(wrong for _, wrong in tests):
-        tests[0] = (tests[0][0], ended.message)
+    tests = [(f"r2 {ended.line}", unsaid(ended)), *cases(ended)]
     counted = {"tests": str(len(tests)), "time": f"{ended.seconds:.3f}"}
     counted |= {"failures": str(sum(bool(wrong) for _, wrong in tests[1:])), "errors": str(int(bool(tests[0][1])))}
     root = ElementTree.Element("testsuites", counted)
@@ -89,8 +89,8 @@ def github(ended: Outcome, path: Path | None) -> None:
     for name, wrong in cases(ended):
         if wrong:
             console.command_of_github("error", f"r2: {name}", wrong)
-    if ended.code > 1 or (ended.code == 1 and not any(wrong for _, wrong in cases(ended))):
-        console.command_of_github("error", "r2", ended.message)
+    if message := unsaid(ended):
+        console.command_of_github("error", "r2", message)
 
 
 def as_markdown(ended: Outcome) -> str:

@@ -15,6 +15,7 @@ WEIGHT_RANGES = ("minmax", "percentile", "mse")
 PRECISIONS = ("auto", "float32", "bfloat16")
 REPORTS = ("junit", "markdown", "github")
 COLORS = ("auto", "always", "never")
+STEP = "R2_STEP"  # a variable of the steps that `r2 run` starts in processes of their own, which it reports itself
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from r2cli.config.machine import usable_cores
 from r2cli.data.decoding import decode
 from r2cli.errors import InputError, R2Error
 from r2cli.storage.input_spec import InputSpec
@@ -235,11 +236,6 @@ class TextSplit:
     ) -> Iterator[Batch]:
         for index in rows_of_batches(len(self), size, shuffle, share):
             yield self.tokens[index].to(device).long(), self.labels[index].to(device)
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass

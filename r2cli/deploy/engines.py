@@ -52,7 +52,7 @@ def of_session(session: Any, what: str) -> Run:
         try:
             found = session.run(names, dict(given))
         except Exception as error:  # its exceptions have no common base but this
-            raise _unrunnable(what, f"ONNX Runtime {runtime.VERSION}", error, "runs") from error
+            raise runtime.UnrunnableError(_failure(what, f"ONNX Runtime {runtime.VERSION}", error, "runs")) from error
         if strange := [name for name, each in zip(names, found, strict=True) if not isinstance(each, np.ndarray)]:
             raise InputError(f"{what} gives '{strange[0]}', which is no tensor: take that output out of the file")
         return dict(zip(names, found, strict=True))
@@ -76,22 +76,23 @@ def _openvino(path: Path, threads: int = 0, plain: bool = False) -> Run:
     try:
         compiled = openvino.Core().compile_model(path, "CPU", options)
     except Exception as error:  # as above
-        raise _unrunnable(str(path), shown, error, "loads") from error
+        raise runtime.UnloadableError(_failure(str(path), shown, error, "loads")) from error
     names = [each.get_any_name() for each in compiled.outputs]
 
     def run(given: Arrays) -> dict[str, Array]:
         try:
             found = compiled(dict(given))
         except Exception as error:  # as above
-            raise _unrunnable(str(path), shown, error, "runs") from error
+            raise runtime.UnrunnableError(_failure(str(path), shown, error, "runs")) from error
         return {name: np.array(found[place]) for place, name in enumerate(names)}
 
     return run
 
 
-def _unrunnable(what: str, shown: str, error: Exception, verb: str) -> runtime.UnrunnableError:
+def _failure(what: str, shown: str, error: Exception, verb: str) -> str:
+    """The error of a runtime that loads or runs a file, in one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
-    return runtime.UnrunnableError(f"{what} fails when {shown} {verb} it: {(lines or [type(error).__name__])[0]}")
+    return f"{what} fails when {shown} {verb} it: {(lines or [type(error).__name__])[0]}"
 
 
 ENGINES: Mapping[str, Engine] = {

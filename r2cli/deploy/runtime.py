@@ -42,6 +42,10 @@ class UnrunnableError(InputError):
     """ONNX Runtime does not load a file, or fails as it runs it."""
 
 
+class UnloadableError(UnrunnableError):
+    """Another runtime does not load a file."""
+
+
 def read(path: Path) -> onnx.ModelProto:
     """The ONNX model at `path`, with its functions inlined. Raises InputError for a missing or corrupt one."""
     return inlined(opened(path))

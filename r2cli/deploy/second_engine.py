@@ -53,7 +53,8 @@ def check(
             agrees = likeness.agrees(plain, db=bound, share=AGREEMENT)
             told = f"{likeness.told(plain)} by plain kernels; its integer ones {reason} ({told})"
     except runtime.UnrunnableError as error:
-        if is_wanted or not _has_coded_recurrence(runtime.read(path)):
+        refused = isinstance(error, runtime.UnloadableError) and not is_wanted
+        if not refused or not _has_coded_recurrence(runtime.read(path)):
             return Check(engine.name, False, str(error))
         what = "recurrent layers whose weights are codes"
         return Check(engine.name, True, f"not compared: {engine.shown} cannot load {what}")

@@ -7,6 +7,7 @@ a scale of its own holds exactly at any number of bits, and runtimes compute it 
 One of vectors that a linear layer alone reads, as in the heads of transformers, goes into that layer.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -26,17 +27,26 @@ def are_in(names: Iterable[str]) -> bool:
     return any(name.endswith(f"{ENDING}.weight") for name in names)
 
 
+def into_layers(net: fx.GraphModule, *, on_grids: bool) -> list[str]:
+    """Fold the BatchNorms that `into_linears` does and, for activations `on_grids`, give the others layers; in place.
+
+    Returns the names of those layers.
+    """
+    into_linears(net)
+    return give_layers(net) if on_grids else []
+
+
 @torch.no_grad()
 def into_linears(net: fx.GraphModule) -> None:
     """Fold every BatchNorm of vectors that a linear layer alone reads into that layer; in place."""
     followed = {layer.norm for layer in structure.layers(net)}
-    calls = [str(node.target) for node in net.graph.nodes if node.op == "call_module"]
+    calls = Counter(str(node.target) for node in net.graph.nodes if node.op == "call_module")
     for node in list(net.graph.nodes):
         norm, name, reader = module_of(net, node), str(node.target), structure.only_user(node)
         layer = None if reader is None else module_of(net, reader)
         if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None or not isinstance(layer, nn.Linear):
             continue
-        if name in followed or calls.count(name) > 1 or calls.count(str(reader.target)) > 1:  # type: ignore[union-attr]
+        if name in followed or calls[name] > 1 or calls[str(reader.target)] > 1:  # type: ignore[union-attr]
             continue
         factor, shift = affine(norm)
         exact = layer.weight.double()
@@ -53,13 +63,13 @@ def give_layers(net: fx.GraphModule) -> list[str]:
     A BatchNorm without running statistics, or one that runs twice, stays as it is.
     """
     followed = {layer.norm for layer in structure.layers(net)}
-    calls = [str(node.target) for node in net.graph.nodes if node.op == "call_module"]
+    calls = Counter(str(node.target) for node in net.graph.nodes if node.op == "call_module")
     found = []
     for node in list(net.graph.nodes):
         norm, name = module_of(net, node), str(node.target)
         if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d) or norm.running_var is None:
             continue
-        if name in followed or calls.count(name) > 1:
+        if name in followed or calls[name] > 1:
             continue
         kind = nn.Conv2d if isinstance(norm, nn.BatchNorm2d) else nn.Conv3d
         count = norm.num_features

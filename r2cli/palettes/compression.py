@@ -161,9 +161,7 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
         net = None
     if net is None:
         return ReadNetwork(model, None, structure.weighted(model, embeddings=settings.embeddings))
-    lone_norms.into_linears(net)
-    if on_grids:
-        lone_norms.give_layers(net)
+    lone_norms.into_layers(net, on_grids=on_grids)
     # The scale behind a table takes BatchNorm's factor, and a scale has no sign.
     batchnorm.make_factors_positive(net)
     if not structure.layers(net):

@@ -238,8 +238,7 @@ def _prepare(
     """
     require_float(checkpoint)
     net = equivalence.read(deployed.network(checkpoint), checkpoint.input, deployed.architecture(checkpoint))
-    lone_norms.into_linears(net)
-    alone = lone_norms.give_layers(net) if settings.act_bits is not None else []
+    alone = lone_norms.into_layers(net, on_grids=settings.act_bits is not None)
     # First, because everything after it looks at ranges, and a dead channel could have the largest.
     constant = batchnorm.make_dead_channels_constant(net)
     notes = [

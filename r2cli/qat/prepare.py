@@ -104,9 +104,7 @@ def prepare(work: QatTask) -> Prepared:
     # The graph is what is trained and exported. It must compute what the user's module computes.
     graph = quantizer_placement.read(model, made.input.blank(2), deployed.architecture(made))
     net = equivalence.require_same(graph, model, made.input)
-    lone_norms.into_linears(net)
-    if settings.act_bits:
-        lone_norms.give_layers(net)
+    lone_norms.into_layers(net, on_grids=bool(settings.act_bits))
     names = [layer.name for layer in structure.layers(net)]
     if not names:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")

@@ -1,6 +1,7 @@
 """A tensor as integer codes, with the codec that says what they stand for: a grid or a palette."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Coded:
     def decode(self) -> Tensor:
         """Return the values: float32, the shape of the weight."""
         return self.codec.decode(self.codes)
+
+    @property
+    def count(self) -> int:
+        """The number of values: a code of a palette of vectors stands for several."""
+        return prod(self.codec.shape) if isinstance(self.codec, Palette) else self.codes.numel()
 
     @property
     def is_integer(self) -> bool:

@@ -130,7 +130,7 @@ class Checkpoint:
         """
         floats = [one for one in self.floats.values() if one.ndim > 1 and one.is_floating_point()]
         sizes = [one.payload_bytes() for one in self.coded.values()] + [one.numel() * 4 for one in floats]
-        count = sum(one.decode().numel() for one in self.coded.values()) + sum(one.numel() for one in floats)
+        count = sum(one.count for one in self.coded.values()) + sum(one.numel() for one in floats)
         return 8 * sum(sizes) / count if count else 32.0
 
 

@@ -97,12 +97,12 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
     return Table(table.get("title", ""), rows, records, tuple(dict.fromkeys(failures.values())))
 
 
-def _found(report: Mapping[str, Any], metric: str) -> tuple[Any] | None:
+def _found(report: Any, metric: str) -> tuple[Any] | None:
     """The value of `metric`, or of 'metric.value' in a report within; None where there is none."""
     name, _, rest = metric.partition(".")
-    if name not in report:
+    if not isinstance(report, Mapping) or name not in report:
         return None
-    return (report[name],) if not rest else _found(report[name] or {}, rest)
+    return (report[name],) if not rest else _found(report[name], rest)
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:

@@ -20,7 +20,8 @@ from time import sleep
 from typing import Any, Protocol
 
 from r2cli import __version__
-from r2cli.config import targets
+from r2cli.config import targets, values
+from r2cli.config.machine import usable_cores
 from r2cli.errors import CheckFailed, InputError, R2Error
 from r2cli.storage import schema
 from r2cli.storage.atomic import write_atomically
@@ -64,7 +65,7 @@ class InOwnProcess:
     def __init__(self, arguments: Sequence[str], threads: int, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self.out = log, tempfile.TemporaryFile()
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "R2_STEP": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), values.STEP: "1"}
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "r2cli", *arguments],
@@ -107,7 +108,7 @@ class InOwnProcess:
 
 def threads_each(jobs: int) -> int:
     """Return the number of threads for each of `jobs` processes: together they use what this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     given = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, (min(int(given), usable) if given.isdecimal() else usable) // jobs)
 
