@@ -97,7 +97,7 @@ def test_init_writes_a_recipe_that_runs_as_it_is(r2: R2, trained: Path, tmp_path
     ("line", "told"),
     [
         (["net.py:factory", "--weights", "none.pth", "--data", "digits"], "net.py"),
-        (["none.onnx"], "none.onnx"),
+        (["none.onnx"], "none.onnx does not exist"),
         (["resnet8", "--model", "resnet20"], "two networks"),
         (["none.safetensors", "-o", "a.txt"], "must be a file that ends in .toml"),
     ],
@@ -108,3 +108,9 @@ def test_init_of_what_is_not_there_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     ran = r2("init", *line)
     assert ran.code == 2 and told in ran.err and not list(tmp_path.iterdir()), ran.err
+
+
+def test_a_misspelt_command_is_sent_to_the_list_of_commands(r2: R2) -> None:
+    ran = r2("docter")
+    assert ran.code == 2 and "Did you mean 'doctor'? Try `r2 --help`." in ran.err
+    assert r2("doctor", "--self-tst").err.endswith("Try `r2 doctor --help`.\n")

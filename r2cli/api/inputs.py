@@ -233,6 +233,7 @@ def _of_onnx(given: Inputs, path: Path) -> tuple[checkpoint.Checkpoint, datasets
     """The float network of an ONNX file, with the data and the preprocessing that `given` names."""
     if given.model is not None:
         raise InputError(f"--model {given.model} does not apply: {path} holds its own network")
+    onnx.require_there(path)
     if given.data is None:
         loaded = _noise(given, str(path))
     else:

@@ -44,7 +44,9 @@ def told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
         message, code = interrupt.TOLD, interrupt.CODE
     elif isinstance(error, UsageError):
-        command = " ".join(["r2", *[a for a in arguments[:1] if not a.startswith("-")]])
+        # The parser's context has a parent where it had read the command: a misspelt one has no help.
+        known = arguments[:1] if error.ctx is not None and error.ctx.parent is not None else []
+        command = " ".join(["r2", *known])
         message, code = f"{error.format_message()} Try `{command} --help`.", 2
     elif isinstance(error, OSError):
         where = error.filename or "standard output, or a file among the temporary ones (TMPDIR)"

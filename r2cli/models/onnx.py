@@ -26,6 +26,11 @@ def has(name: str) -> bool:
     return name == FAMILY
 
 
+def require_there(path: Path) -> None:
+    """Raises InputError for a file that is missing, before anything else is asked of it."""
+    onnx_file.require_there(path)
+
+
 def given(path: Path) -> list[OnnxInput]:
     """The inputs of the file at `path`. Raises InputError as `read` does."""
     return onnx_reading.given(path, onnx_file.opened(path))

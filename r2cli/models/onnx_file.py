@@ -20,14 +20,19 @@ REWRITTEN = ("Constant", "Identity", "Dropout", "If", "Upsample")  # operators t
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
+def require_there(path: Path) -> None:
+    """Raises InputError for a file that is missing."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: name an .onnx file")
+
+
 def opened(path: Path) -> onnx.ModelProto:
     """The model at `path` with its data, and with its functions inlined.
 
     Raises InputError for a file that is missing, damaged, of an opset that r2 does not know, quantized already, or has
     operators or data of which r2 has nothing.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: name an .onnx file")
+    require_there(path)
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own classes share no base
