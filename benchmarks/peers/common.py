@@ -36,6 +36,7 @@ class Job:
     granularity: str  # channel or tensor
     method: str
     steps: int | None
+    code: str = ""  # FILE.py:FACTORY, where the checkpoint's network is made by that
 
     def batches(self) -> list[Any]:
         """The calibration images, float32 (BATCH, 3, s, s)."""

@@ -1,12 +1,14 @@
 """r2cli as the peers run: the same images, one process a cell, from the checkpoint to the ONNX file."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from common import Clock, Job, Made, main
 
 import r2cli
+from r2cli.models import own
 from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import InputSpec
 
@@ -16,6 +18,8 @@ from given_images import data_of  # noqa: E402
 
 def quantize(job: Job, clock: Clock) -> Made:
     made = checkpoint.load(Path(job.checkpoint))
+    if job.code:
+        made = replace(made, model=replace(made.model, factory=own.factory(job.code)))
     images = [torch.from_numpy(batch) for batch in job.batches()]
     # The file's accuracy is measured elsewhere, as the peers' is: one batch stands for the test images.
     test = [(images[0], torch.zeros(len(images[0]), dtype=torch.int64))]
@@ -29,9 +33,10 @@ def quantize(job: Job, clock: Clock) -> Made:
     )
     assert isinstance(made.input, InputSpec), "a network of images"
     result = r2cli.quantize(made, data_of(made.input, made.class_names, images, test), config)
-    own, chosen = result.settings, ""
+    settings, chosen = result.settings, ""
     if job.method == "auto":
-        chosen = f"{own.method}, {own.granularity}, {own.weight_range}, {' '.join(own.parts or ()) or 'no part of dfq'}"
+        parts = " ".join(settings.parts or ()) or "no part of dfq"
+        chosen = f"{settings.method}, {settings.granularity}, {settings.weight_range}, {parts}"
     clock.lap("quantize")
     r2cli.export(result, job.output)
     clock.lap("export")

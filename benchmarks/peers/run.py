@@ -125,6 +125,7 @@ class Network:
     onnx: Path
     images: Images
     float_top1: float
+    code: str = ""
 
 
 def network(path: Path, arguments: argparse.Namespace) -> Network:
@@ -173,6 +174,7 @@ def run(peer: str, own: Network, cell: Cell, arguments: argparse.Namespace) -> d
         images=str(own.images.images.resolve()),
         labels=str(own.images.labels.resolve()),
         output=str(output),
+        code=own.code,
         **vars(cell),
     )
     order = output.with_suffix(".json")
