@@ -229,16 +229,20 @@ def test_the_file_runs_and_holds_no_float_that_was_not_announced(
 
 
 # Of each family the smallest; with those above and below they are twenty. benchmarks/networks.py has a hundred.
+QUICK = ("test_efficientnet", "test_resnet", "test_vit")
 FAMILIES = (
     *("test_byobnet", "test_convnext", "test_convnext2", "test_convnext3", "test_efficientnet_gn", "test_nfnet"),
-    *("test_efficientnet_ln", "test_efficientnet_evos", "test_mambaout", "test_resnet", "test_vit", "test_vit2"),
+    *("test_efficientnet_ln", "test_efficientnet_evos", "test_mambaout", "test_vit2"),
     *("tinynet_e", "mobilenetv3_small_050"),
 )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["timm:test_efficientnet", *(pytest.param(f"timm:{name}", marks=pytest.mark.slow) for name in FAMILIES)],
+    [
+        *(f"timm:{name}" for name in QUICK),
+        *(pytest.param(f"timm:{name}", marks=pytest.mark.slow) for name in FAMILIES),
+    ],
 )
 def test_a_network_of_timm_is_read_quantized_and_proved(name: str, tmp_path: Path) -> None:
     pytest.importorskip("timm")
