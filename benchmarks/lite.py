@@ -44,8 +44,10 @@ CELLS = [
     *((R2, Cell(8, CHANNEL, "none")), ("ort", Cell(8, CHANNEL, "nearest"))),
     *((R2, Cell(8, TENSOR, "none")), (R2, Cell(8, TENSOR, "dfq")), ("ort", Cell(8, TENSOR, "nearest"))),
     *(("aimet", Cell(8, TENSOR, "cle")), ("ort", Cell(4, CHANNEL, "nearest"))),
-    *((R2, Cell(bits, CHANNEL, method)) for bits in (4, 3, 2) for method in ("brecq", "auto")),
-    *(("aimet", Cell(bits, CHANNEL, "adaround", 1000)) for bits in (4, 3, 2)),
+    *((R2, Cell(bits, CHANNEL, "brecq")) for bits in (4, 3, 2)),
+    (R2, Cell(4, CHANNEL, "auto")),
+    *(("aimet", Cell(bits, CHANNEL, method)) for bits in (4, 3, 2) for method in ("cle", "seqmse")),
+    ("aimet", Cell(4, CHANNEL, "adaround", 50)),
 ]
 HEAD = ["network", "weights", "grid", "tool", "method", "top-1 %", "to float, points", "of float's time", "bytes"]
 HEAD += ["s", "CPU s", "MB"]

@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from r2cli.api import analyze as analyze
+    from r2cli.api import compare as compare
     from r2cli.api import export as export
     from r2cli.api import finetune as finetune
     from r2cli.api import load_data as load_data
@@ -17,16 +18,23 @@ if TYPE_CHECKING:
     from r2cli.api import verify as verify
     from r2cli.config.groups import ExportForm as ExportForm
     from r2cli.config.inspection import AnalyzeConfig as AnalyzeConfig
+    from r2cli.config.inspection import CompareConfig as CompareConfig
     from r2cli.config.inspection import VerifyConfig as VerifyConfig
     from r2cli.config.methods import PalettizeConfig as PalettizeConfig
     from r2cli.config.methods import PretrainConfig as PretrainConfig
     from r2cli.config.methods import PtqConfig as PtqConfig
     from r2cli.config.methods import QatConfig as QatConfig
 
-CONFIGS = {"AnalyzeConfig": "inspection", "VerifyConfig": "inspection", "ExportForm": "groups"}
+CONFIGS = {
+    "AnalyzeConfig": "inspection",
+    "CompareConfig": "inspection",
+    "VerifyConfig": "inspection",
+    "ExportForm": "groups",
+}
 CONFIGS |= dict.fromkeys(("PalettizeConfig", "PretrainConfig", "PtqConfig", "QatConfig"), "methods")
 FUNCTIONS = (
     "analyze",
+    "compare",
     "export",
     "finetune",
     "load_data",

@@ -178,6 +178,11 @@ def histogram(heights: Sequence[float], marked: Sequence[bool]) -> Text:
     return text
 
 
+def bar_of(length: int) -> Text:
+    """A bar of that many characters."""
+    return Text("█" * length)
+
+
 def tick(name: str, passed: bool | None, detail: str) -> Text:
     """A line with a tick, a cross or, for None, a dash."""
     return Text.assemble(TICKS[passed], f" {name}: {detail}")

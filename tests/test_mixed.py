@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from conftest import R2
 from r2cli import data
 from r2cli.errors import InputError
-from r2cli.ptq import mixed_precision, post_training
+from r2cli.ptq import bit_budget, mixed_precision, post_training
 from r2cli.quantized.packing import packed_bytes
 from r2cli.storage import checkpoint
 
@@ -101,11 +101,11 @@ def made(trained: Path) -> checkpoint.Checkpoint:
 
 
 def _choose(
-    made: checkpoint.Checkpoint, target: post_training.BitTarget, **how: object
+    made: checkpoint.Checkpoint, target: bit_budget.BitTarget, **how: object
 ) -> tuple[post_training.PtqSettings, dict[str, int]]:
     settings = replace(post_training.PtqSettings("none", 8, None, "channel", {}, weight_range="mse"), **how)  # type: ignore[arg-type]
     batches = list(data.calibration(data.load("digits", spec=made.input), 64, CPU, 0))
-    chosen, rows = post_training.choose_bits(made, settings, target, batches, CPU, 0)
+    chosen, rows = bit_budget.choose_bits(made, settings, target, batches, CPU, 0)
     return chosen, {row.layer: row.bits for row in rows}
 
 
@@ -115,8 +115,8 @@ def _choose(
 def test_the_average_is_met_and_the_same_seed_chooses_the_same(
     made: checkpoint.Checkpoint, sensitivity: str, target: float
 ) -> None:
-    chosen, bits = _choose(made, post_training.BitTarget(target, None, sensitivity))
-    assert (chosen, bits) == _choose(made, post_training.BitTarget(target, None, sensitivity))
+    chosen, bits = _choose(made, bit_budget.BitTarget(target, None, sensitivity))
+    assert (chosen, bits) == _choose(made, bit_budget.BitTarget(target, None, sensitivity))
     coded, rows = post_training.quantize(made, chosen, [], CPU)
     assert {row.layer: row.bits for row in rows} == bits and len(set(bits.values())) > 1
     size = {name: one.codes.numel() for name, one in coded.coded.items()}
@@ -126,7 +126,7 @@ def test_the_average_is_met_and_the_same_seed_chooses_the_same(
 
 @pytest.mark.slow
 def test_bytes_are_those_of_codes_and_scales_and_named_layers_keep_their_bits(made: checkpoint.Checkpoint) -> None:
-    chosen, bits = _choose(made, post_training.BitTarget(None, 12_000, "sqnr"), keep={"classifier": 8, "conv": 6})
+    chosen, bits = _choose(made, bit_budget.BitTarget(None, 12_000, "sqnr"), keep={"classifier": 8, "conv": 6})
     assert bits["classifier"] == 8 and bits["conv"] == 6
     coded, _ = post_training.quantize(made, chosen, [], CPU)
     assert 10_000 < sum(one.payload_bytes() for one in coded.coded.values()) <= 12_000

@@ -20,14 +20,15 @@ from torch import nn
 
 from r2cli import data as datasets
 from r2cli import registry
-from r2cli.analysis import layer_table, views
+from r2cli.analysis import depth, layer_table, views
+from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs, proof_inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.config import targets
 from r2cli.config.groups import ExportForm, Inputs, Preparation
-from r2cli.config.inspection import AnalyzeConfig, VerifyConfig
+from r2cli.config.inspection import AnalyzeConfig, CompareConfig, VerifyConfig
 from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
 from r2cli.data import Data, metrics, own
 from r2cli.deploy import any_file, engines, onnx_export, second_engine, speed
@@ -46,7 +47,7 @@ from r2cli.qat.quantization_aware import QatResult, Trainable
 from r2cli.storage import checkpoint
 from r2cli.storage.atomic import scratch_folder, write_atomically
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
-from r2cli.storage.input_spec import count
+from r2cli.storage.input_spec import Given, count
 from r2cli.train import pretraining
 from r2cli.train.pretraining import Pretrained
 from r2cli.train.regularizers import Regularizer, RegularizerSpec
@@ -54,6 +55,7 @@ from r2cli.train.reporter import SILENT, Reporter
 
 Network = nn.Module | Checkpoint | Result | Pretrained | str | Path
 PROOF_BATCH = 256  # images that the proof runs at once, at most
+COMPARED_AT_ONCE = 32  # both networks keep what they compute
 CPU = torch.device("cpu")
 
 
@@ -244,6 +246,42 @@ def analyze(path: str | Path, config: AnalyzeConfig | None = None, *, reporter: 
     layers = layer_table.matching([view.layers for view in found], config.only)
     with reporter.bar("analyze", sum(map(layer_table.total, layers))) as progress:
         return views.measured(found, layers, config, progress.advance)
+
+
+def compare(
+    reference: Network,
+    candidate: Network,
+    data: Data | str | None = None,
+    config: CompareConfig | None = None,
+    *,
+    reporter: Reporter = SILENT,
+) -> Comparison:
+    """Where a quantized network loses what its float network had, value by value, on test samples of `data`.
+
+    `candidate` is a checkpoint, or a result, of `quantize`, `finetune` or `palettize`. Raises InputError where it is
+    not of the network of `reference`.
+    """
+    config = config or CompareConfig()
+    made, source = _read(reference, data)
+    after, source = _checkpoint_of(candidate), datasets.with_test_images(source, config.samples)
+    metric = source.task.metric if source.measured else None
+    meters = [] if metric is None else [metric.start(), metric.start()]
+    targets_of: list[Any] = []
+    with reporter.bar("compare", len(source.test)) as progress:
+
+        def inputs_of() -> Iterator[Given]:
+            for given, target in source.test.batches(datasets.batch_that_fits(source.test, COMPARED_AT_ONCE), CPU):
+                targets_of[:] = [target]
+                yield given
+                progress.advance(count(given))
+
+        def seen(*outputs: Given) -> None:
+            for meter, own in zip(meters, outputs, strict=False):
+                metrics.updated(metric, meter, metrics.by_name(own, made.outputs), targets_of[0])  # type: ignore[arg-type]
+
+        found = depth.compare(made, after, inputs_of(), seen)
+    told = [metrics.value_of(metric, meter) for meter in meters] if metric is not None else [None, None]
+    return Comparison(found, len(source.test), *told)
 
 
 def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:

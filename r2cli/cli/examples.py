@@ -23,6 +23,10 @@ EXAMPLES = {
         "r2 evaluate model.w4a8-none.onnx --min-accuracy 90",
         "r2 evaluate model.onnx --data imagefolder:DIR --runtime openvino",
     ),
+    "compare": (
+        "r2 compare model.safetensors model.w4a8-none.safetensors",
+        "r2 compare model.onnx model.w4a8-none.safetensors --data images:DIR --sort depth --limit 0",
+    ),
     "verify": (
         "r2 verify model.w4a8-none.onnx --against model.w4a8-none.safetensors",
         "r2 verify theirs.onnx --against float.onnx --data images:DIR",

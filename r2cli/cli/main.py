@@ -15,6 +15,7 @@ import typer
 from r2cli import __version__, console
 from r2cli.cli import (
     analyze,
+    compare,
     defaults,
     doctor,
     evaluate,
@@ -49,6 +50,7 @@ COMMANDS = {
     "palettize": palettize.palettize,
     "export": export.export,
     "evaluate": evaluate.evaluate,
+    "compare": compare.compare,
     "verify": prove.verify,
     "run": run.run,
     "init": init.init,

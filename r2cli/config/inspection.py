@@ -103,6 +103,29 @@ class EvaluateConfig(Config):
 
 
 @dataclass(frozen=True)
+class CompareFiles(groups.Inputs):
+    """The float network, and what was made of it."""
+
+    source: Path | None = option(None, "The float network: a checkpoint, or an .onnx file.", is_argument=True)
+    candidate: Path | None = option(
+        None, "The checkpoint that ptq, qat or palettize made of it, beside its .onnx file.", is_argument=True
+    )
+
+
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """On how much two networks are compared, and what is shown first."""
+
+    samples: int = option(64, "Number of test samples that both networks run on.", least=1)
+    sort: str = option(
+        "cost",
+        "Order of layers: cost, own, arriving (the worst first), or depth (as they run).",
+        check=values.one_of("--sort", "cost", "own", "arriving", "depth"),
+    )
+    limit: int = option(12, "Number of layers in the table; 0: all.", least=0)
+
+
+@dataclass(frozen=True)
 class VerifyFiles(Config):
     """The file to prove, and what it was made from."""
 

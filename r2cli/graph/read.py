@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from r2cli.errors import InputError
-from r2cli.graph import canonical, in_place
+from r2cli.graph import canonical, in_place, narrow_convolutions
 from r2cli.graph.writer import Unknown
 from r2cli.storage.input_spec import Given, places
 
@@ -60,7 +60,7 @@ def trace(model: nn.Module, example: Given, architecture: Hashable | None = None
         while len(_programs) > KEPT:
             _programs.popitem(last=False)
     try:
-        return canonical.rewrite(copy.deepcopy(program), model)
+        return narrow_convolutions.keep_plain(canonical.rewrite(copy.deepcopy(program), model))
     except in_place.AliasLost as shared:
         raise Unreadable(str(shared), "write it out of place in the network's code") from shared
     except Unknown as unknown:

@@ -18,8 +18,6 @@ from r2cli import registry
 from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
 from r2cli.config import targets
-from r2cli.data import Batch
-from r2cli.data.task import CLASSIFICATION, Task
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, equivalence, lone_norms, operators, structure
 from r2cli.graph.read import Unreadable
@@ -28,7 +26,6 @@ from r2cli.ptq import (
     bias_correction,
     equalize,
     layer_sweep,
-    mixed_precision,
     ptq_method,
     weight_grids,
 )
@@ -38,7 +35,6 @@ from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.packing import packed_bytes
 from r2cli.storage.checkpoint import Checkpoint, require_float
 from r2cli.storage.input_spec import Given, NetworkInput
 
@@ -110,7 +106,7 @@ def quantize(
         other = registry.PTQ_DATALESS
         raise InputError(f"--method {settings.method} needs data: give --data, or --method {other}, which needs none")
     try:
-        net, factors, normals, notes = _prepare(checkpoint, settings)
+        net, factors, normals, notes = prepare(checkpoint, settings)
     except (Unreadable, equivalence.Misread):
         if _needs_graph(settings):
             raise
@@ -143,71 +139,18 @@ def quantize(
     return replace(made, target=settings.target), rows
 
 
-@dataclass(frozen=True)
-class ChosenBits:
-    """One layer of a choice of mixed precision: its bits, and its sensitivity at every width that was tried."""
-
-    layer: str
-    bits: int
-    sensitivity: Mapping[int, float]
-
-
-@dataclass(frozen=True)
-class BitTarget:
-    """A budget, and the `sensitivity` that it is spent by, one of `mixed_precision.SENSITIVITIES`.
-
-    The budget is the mean number of `bits` per weight, or else the `size` of codes, scales and zero points in bytes.
-    """
-
-    bits: float | None
-    size: int | None
-    sensitivity: str
-
-
 @torch.no_grad()
-def choose_bits(
-    checkpoint: Checkpoint,
-    settings: PtqSettings,
-    target: BitTarget,
-    batches: Iterable[Batch],
-    device: torch.device,
-    seed: int,
-    task: Task = CLASSIFICATION,
-) -> tuple[PtqSettings, list[ChosenBits]]:
-    """Return `settings` with the bits that keep the loss lowest within `target`, and the choice for every layer.
+def float_network(checkpoint: Checkpoint, settings: PtqSettings) -> fx.GraphModule:
+    """The float network that `quantize` rounds: without BatchNorms, and equalized where the method does that.
 
-    The most common bits become `weight_bits`, and the others `keep`. Layers that `settings.keep` names have the bits
-    that it says, and their size counts. `batches` of labelled images are read for the sensitivity 'hessian' only.
-    Raises InputError as `quantize` does, and for a target that is out of reach.
+    Raises InputError for a coded checkpoint, and for a network that cannot be read or has no layer.
     """
-    net, factors, *_ = _prepare(checkpoint, settings)
-    fixed = structure.by_pattern([layer.name for layer in structure.layers(net)], 0, settings.keep)
-    usual = [bits for bits in mixed_precision.WIDTHS if settings.symmetric or bits > 1]  # one bit has no zero point
-    weights, tried = {}, {}
+    net, factors, normals, _ = prepare(checkpoint, settings)
     for layer, module in structure.named_layers(net):
-        weight, own = structure.float_weight(module), {}
-        for bits in [fixed[layer.name]] if fixed[layer.name] else usual:
-            # The grid that the layer will have, so that its real error counts.
-            coded, folded = _on_grid(weight, bits, settings, factors.get(layer.name))
-            size = coded.payload_bytes() if target.size else packed_bytes(weight.numel(), bits)
-            own[bits] = size, mixed_precision.noise(coded.decode(), folded)
-        weight.copy_(folded)
-        weights[layer.name], tried[layer.name] = weight, own
-    factor = dict.fromkeys(weights, 1.0)
-    if target.sensitivity == "hessian":
-        net.to(device)
-        learned = mixed_precision.learned_by(net, task, checkpoint.outputs)
-        factor = mixed_precision.curvature(net, weights, batches, seed, learned)
-    count = sum(w.numel() for w in weights.values())
-    chosen = mixed_precision.allot(tried, factor, target.size or int((target.bits or 0) * count / 8))
-    # The most common bits become the default, which makes the `--keep` options for the same result as few as possible.
-    common = max(mixed_precision.WIDTHS, key=lambda width: sum(own == width for own in chosen.values()))
-    keep = {name: own for name, own in chosen.items() if own != common}
-    rows = [
-        ChosenBits(name, own, {bits: factor[name] * noise for bits, (_, noise) in tried[name].items()})
-        for name, own in chosen.items()
-    ]
-    return replace(settings, weight_bits=common, keep=keep), rows
+        module.weight.copy_(batchnorm.folded(module.weight, factors.get(layer.name)))
+    if ABSORB in _parts(settings):
+        equalize.absorb(net, normals)
+    return net
 
 
 def _parts(settings: PtqSettings) -> tuple[str, ...]:
@@ -228,7 +171,7 @@ def _needs_graph(settings: PtqSettings) -> bool:
 Notes = list[dict[str, str]]
 
 
-def _prepare(
+def prepare(
     checkpoint: Checkpoint, settings: PtqSettings
 ) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, batchnorm_statistics.Normal], Notes]:
     """Return the float network without BatchNorms, equalized if that is asked for, and what was found on the way.
@@ -299,7 +242,7 @@ def _nearest(net: fx.GraphModule, settings: PtqSettings, factors: Mapping[str, T
     for layer, module in structure.named_layers(net):
         structure.require_groups(layer.name, module, settings.group_size)
         weight = module.weight
-        coded[layer.weight], folded = _on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
+        coded[layer.weight], folded = on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
         weight.copy_(folded)
     return coded
 
@@ -319,7 +262,7 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
     coded, rows = {}, []
     for name, module in modules.items():
         structure.require_groups(name, module, settings.group_size)
-        one, weight = _on_grid(structure.weight_of(module), bits[name], settings, None)
+        one, weight = on_grid(structure.weight_of(module), bits[name], settings, None)
         coded[f"{name}.weight"] = one
         rows.append(_quantized_layer(name, one, weight, settings, note))
     floats = {name: tensor for name, tensor in checkpoint.floats.items() if name not in coded}
@@ -365,7 +308,7 @@ def _set_biases(net: fx.GraphModule, biases: Mapping[str, Tensor | None]) -> dic
     return {n: "not corrected: it has no bias" if b is None else "bias corrected" for n, b in biases.items()}
 
 
-def _on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | None) -> tuple[Coded, Tensor]:
+def on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | None) -> tuple[Coded, Tensor]:
     """Return a weight (channels, ...) on the nearest levels of its grid, as it is deployed, and the float weight.
 
     `factor` (channels,) is that of the BatchNorm after the layer. The float weight is the one with the factor in it.

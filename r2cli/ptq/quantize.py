@@ -16,8 +16,9 @@ from r2cli.data.metrics import recorded
 from r2cli.data.task import CLASSIFICATION
 from r2cli.errors import InputError
 from r2cli.graph.read import trace
-from r2cli.ptq import auto, equalize, mixed_precision, post_training
-from r2cli.ptq.post_training import BitTarget, ChosenBits, PtqSettings
+from r2cli.ptq import auto, bit_budget, equalize, mixed_precision, post_training
+from r2cli.ptq.bit_budget import BitTarget, ChosenBits
+from r2cli.ptq.post_training import PtqSettings
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.storage.input_spec import Given
 from r2cli.train import evaluation, loop
@@ -107,7 +108,7 @@ def quantize(
         target = BitTarget(config.target_bits, config.target_bytes, config.sensitivity)
         # `auto` has no rounding of its own yet when bits are chosen.
         plain = replace(settings, method=auto.NEAREST) if entry.chooses else settings
-        plain, chosen_bits = post_training.choose_bits(
+        plain, chosen_bits = bit_budget.choose_bits(
             made, plain, target, batches, where, config.seed, source.task if source else CLASSIFICATION
         )
         settings = replace(plain, method=config.method)

@@ -24,6 +24,7 @@ from r2cli import data
 from r2cli.data import losses
 from r2cli.data.losses import Learned
 from r2cli.errors import InputError, R2Error, unknown
+from r2cli.graph import narrow_convolutions
 from r2cli.storage.input_spec import Given, count, places
 from r2cli.train import distributed, evaluation, regularizers
 from r2cli.train import state as states
@@ -64,7 +65,8 @@ def seed_everything(seed: int) -> None:
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Move `model` to `device`, in place, in the layout of images (data/splits.py), which is faster; return it."""
     plain = any(tensor.ndim == 5 for tensor in model.state_dict().values())  # of five axes torch has another layout
-    return model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    model.to(device, memory_format=torch.preserve_format if plain else torch.channels_last)  # type: ignore[call-overload]
+    return narrow_convolutions.keep_plain(model)
 
 
 def device(name: str) -> torch.device:

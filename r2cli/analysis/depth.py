@@ -1,0 +1,337 @@
+"""Where a quantized network loses: what arrives at each of its values, what each layer adds, and what that costs.
+
+Both networks run side by side on the same inputs, node by node of one graph. The reference is the float network as the
+candidate's method began with it: without BatchNorms, and equalized where the method does that, so that values of one
+name mean the same.
+
+What a layer adds of its own is found by giving the candidate's layer what the reference's layer reads. What that costs
+is its part in the noise of the outputs, to first order: noise e at a value changes the outputs by J e. For a random v
+of mean 0 and variance 1 the mean of (v J e)^2 is |J e|^2, and one backward pass gives v J for every value at once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli import registry
+from r2cli.calibration import deployed
+from r2cli.calibration.deployed import FakeQuantize
+from r2cli.data.metrics import Measured
+from r2cli.errors import InputError
+from r2cli.graph import edit, equivalence
+from r2cli.graph.operators import ACTIVATIONS, LAYERS, is_a, module_of
+from r2cli.ptq import post_training
+from r2cli.ptq.post_training import PtqSettings
+from r2cli.quantized.decibels import decibels
+from r2cli.storage.checkpoint import Checkpoint
+from r2cli.storage.input_spec import Given, places
+
+PARTS = ("weights", "bias", "clipping", "rounding")
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """One value of the graph, all in dB, infinite where nothing is lost.
+
+    `name` is the path of the layer that computes it, or the name of the value. `arriving` is the candidate's value
+    beside the reference's. `own` is what the layer adds by itself, and `parts` are the shares of that: `weights` and
+    `bias` at the layer's result, `clipping` and `rounding` at the grid behind it. `cost` is the outputs' signal to
+    noise if this were all that is lost.
+    """
+
+    name: str
+    arriving: float
+    own: float
+    cost: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The values of a network in the order in which they are computed, and what arrives at each output, in dB."""
+
+    values: tuple[ValueLoss, ...]
+    outputs: tuple[float, ...]
+
+    @property
+    def begins(self) -> str | None:
+        """The first value at which no more arrives than at the worst output."""
+        return next((value.name for value in self.values if value.arriving <= min(self.outputs)), None)
+
+    def worst(self, share: float = 0.5) -> list[ValueLoss]:
+        """The fewest values whose costs are that share of all costs."""
+        noise = [10 ** (-value.cost / 10) for value in self.values]
+        found, left = list[ValueLoss](), share * sum(noise)
+        for own, value in sorted(zip(noise, self.values, strict=True), key=lambda pair: -pair[0]):
+            if left > 0:
+                found.append(value)
+            left -= own
+        return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks on the same samples: value by value, and by the task's metric, where there is one."""
+
+    depth: Depth
+    samples: int
+    before: Measured | None = None
+    after: Measured | None = None
+
+
+@dataclass
+class Ratio:
+    """Signal and noise, summed over batches."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: Tensor, difference: Tensor) -> None:
+        self.signal += float(torch.linalg.vector_norm(reference)) ** 2
+        self.noise += float(torch.linalg.vector_norm(difference)) ** 2
+
+    @property
+    def in_db(self) -> float:
+        return decibels(self.signal, self.noise)
+
+
+@dataclass
+class _Sums:
+    """What is summed for one value."""
+
+    arriving: Ratio = field(default_factory=Ratio)
+    own: Ratio = field(default_factory=Ratio)
+    parts: dict[str, Ratio] = field(default_factory=lambda: {part: Ratio() for part in PARTS})
+    cost: float = 0.0
+
+    def told(self, name: str, samples: int) -> ValueLoss:
+        parts = {part: ratio.in_db for part, ratio in self.parts.items()}
+        return ValueLoss(name, self.arriving.in_db, self.own.in_db, decibels(samples, self.cost), parts)
+
+
+def compare(
+    reference: Checkpoint, candidate: Checkpoint, batches: Iterable[Given], seen: Callable[[Given, Given], None]
+) -> Depth:
+    """Run a float network and what was made of it on `batches`; `seen` gets the outputs of both, batch by batch.
+
+    Raises InputError where the candidate is no quantized network, or of another graph than the reference, and where
+    there is no batch.
+    """
+    walk = _Walk(*_graphs(reference, candidate))
+    generator = torch.Generator().manual_seed(0)
+    for inputs in batches:
+        seen(*walk.add(inputs, generator))
+    if not walk.samples:
+        raise InputError("there is no sample to compare the networks on: the test split is empty")
+    values = tuple(sums.told(name, walk.samples) for name, sums in walk.sums.items())
+    return Depth(values, tuple(ratio.in_db for ratio in walk.outputs))
+
+
+def _graphs(reference: Checkpoint, candidate: Checkpoint) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The graphs of both, node for node the same but for the grids of the candidate."""
+    if not candidate.coded:
+        raise InputError(f"{candidate.origin} is a float network: give what `r2 ptq`, `qat` or `palettize` made of it")
+    if reference.coded:
+        raise InputError(f"{reference.origin} is quantized already: give the float network first")
+    if candidate.folded or candidate.activations:
+        plain = post_training.float_network(reference, _settings(candidate))
+        made = deployed.network(candidate)
+        assert isinstance(made, fx.GraphModule)
+    else:
+        plain, made = (
+            equivalence.read(deployed.network(one), one.input, deployed.architecture(one))
+            for one in (reference, candidate)
+        )
+    own = [node for node in made.graph.nodes if not edit.is_grid(node)]
+    for first, second in zip(plain.graph.nodes, own, strict=False):
+        if (first.name, str(first.target)) != (second.name, str(second.target)):
+            raise InputError(
+                f"{candidate.origin} is not of the network {reference.origin}: the first value that differs is "
+                f"'{first.name}', there '{second.name}'"
+            )
+    if len(plain.graph.nodes) != len(own):
+        raise InputError(f"{candidate.origin} is not of the network {reference.origin}: one has more values")
+    return plain.eval().requires_grad_(False), made.eval().requires_grad_(False)
+
+
+def _settings(candidate: Checkpoint) -> PtqSettings:
+    """How the candidate was prepared for its codes: as its record says, if `ptq` made it."""
+    act_bits = 8 if candidate.activations else None
+    usual = PtqSettings(registry.PTQ_NEAREST, 8, act_bits, post_training.CHANNEL, {})
+    last = candidate.history[-1] if candidate.history else {"command": ""}
+    if last["command"] != "ptq":
+        return usual
+    asked = last["options"]
+    own: dict[str, Any] = {part.name: asked[part.name] for part in fields(PtqSettings) if part.name in asked}
+    own["parts"] = None if own.get("parts") is None else tuple(own["parts"])
+    return PtqSettings(**own)
+
+
+class _Walk:
+    """Both graphs, run side by side."""
+
+    def __init__(self, plain: fx.GraphModule, made: fx.GraphModule) -> None:
+        self.plain, self.made = fx.Interpreter(plain), fx.Interpreter(made)
+        self.twins = {node.name: node for node in plain.graph.nodes}
+        self.rows = dict(_rows(made))
+        self.ends = [
+            node for node in self.rows if not any(self.rows.get(user) == self.rows[node] for user in node.users)
+        ]
+        self.last = _last_readers(made)
+        self.sums = {name: _Sums() for name in self.rows.values()}
+        self.outputs: list[Ratio] = []
+        self.samples = 0
+
+    def add(self, inputs: Given, generator: torch.Generator) -> tuple[Any, Any]:
+        """Run a batch, and add what is lost in it. Returns the outputs of both."""
+        floats, codes, alone = dict[fx.Node, Any](), dict[fx.Node, Any](), dict[fx.Node, Any]()
+        given = iter(places(inputs))
+        for node in self.made.module.graph.nodes:  # type: ignore[union-attr]
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                codes[node] = next(given)
+                floats[node] = _followed(codes[node].clone())
+            else:
+                self._run(node, floats, codes, alone)
+            self._measure(node, floats, codes, alone)
+            for done in self.last[node]:
+                for values in (floats, codes, alone):
+                    values.pop(done, None)
+        outputs = fx.node.map_arg(node.args[0], floats.__getitem__), fx.node.map_arg(node.args[0], codes.__getitem__)
+        self._backward([list(_tensors(one)) for one in outputs], generator)
+        self.samples += len(places(inputs)[0])
+        return fx.node.map_aggregate(outputs[0], _detached), outputs[1]
+
+    def _run(
+        self, node: fx.Node, floats: dict[fx.Node, Any], codes: dict[fx.Node, Any], alone: dict[fx.Node, Any]
+    ) -> None:
+        """Compute the value of `node` in both networks, and what its row gives alone."""
+        with torch.no_grad():
+            codes[node] = _value(self.made, node, codes)
+        if edit.is_grid(node):
+            before = node.all_input_nodes[0]
+            floats[node] = floats[before]
+            with torch.no_grad():
+                alone[node] = _value(self.made, node, {before: alone.get(before, floats[before])})
+            return
+        with torch.enable_grad():
+            floats[node] = _followed(_value(self.plain, node, floats))
+        if node in self.rows:
+            with torch.no_grad():
+                alone[node] = _value(self.made, node, floats if _is_layer(self.made, node) else floats | alone)
+
+    def _measure(
+        self, node: fx.Node, floats: Mapping[fx.Node, Any], codes: Mapping[fx.Node, Any], alone: Mapping[fx.Node, Any]
+    ) -> None:
+        if node not in self.rows:
+            return
+        sums, reference = self.sums[self.rows[node]], floats[node]
+        with torch.no_grad():
+            for part, expected, difference in self._parts(node, floats, alone):
+                sums.parts[part].add(expected, difference)
+        if node not in self.ends:
+            return
+        noise = alone[node] - reference.detach()
+        sums.own.add(reference.detach(), noise)
+        sums.arriving.add(reference.detach(), codes[node] - reference.detach())
+        if noise.any() and reference.requires_grad:
+
+            def add(gradient: Tensor) -> None:
+                sums.cost += float((gradient * noise).flatten(1).sum(1).double().square().sum())
+
+            reference.register_hook(add)
+
+    def _parts(
+        self, node: fx.Node, floats: Mapping[fx.Node, Any], alone: Mapping[fx.Node, Any]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The shares of what is lost at a node: of a layer by its weights and bias, of a grid by both its sides."""
+        module, reference = module_of(self.made.module, node), floats[node]  # type: ignore[arg-type]
+        if isinstance(module, FakeQuantize):
+            ends = (torch.tensor([module.grid.lowest, module.grid.highest]) - module.zero_point) * module.scale
+            inside = reference.clamp(float(ends[0]), float(ends[1]))
+            yield "clipping", reference, inside - reference
+            yield "rounding", reference, module(reference) - inside
+        elif module is not None and _is_layer(self.made, node):
+            twin = self.plain.module.get_submodule(str(self.twins[node.name].target))
+            difference = alone[node] - reference
+            bias, own = getattr(twin, "bias", None), getattr(module, "bias", None)
+            if isinstance(bias, Tensor) and isinstance(own, Tensor):
+                moved = own - bias
+                spread = moved if isinstance(module, nn.Linear) else moved.view(-1, *[1] * (reference.ndim - 2))
+                yield "bias", reference, spread.expand_as(reference)
+                difference = difference - spread
+            yield "weights", reference, difference
+
+    def _backward(self, outputs: list[list[Tensor]], generator: torch.Generator) -> None:
+        """Add what arrives at the outputs, and send random directions back through the float network."""
+        if not self.outputs:
+            self.outputs = [Ratio() for _ in outputs[0]]
+        directions, followed = [], []
+        for ratio, expected, found in zip(self.outputs, *outputs, strict=True):
+            ratio.add(expected.detach(), found - expected.detach())
+            energy = float(expected.detach().double().square().sum()) / len(expected) or 1.0
+            if expected.requires_grad:
+                direction = torch.randn(expected.shape, generator=generator) / energy**0.5
+                directions.append(direction.to(expected.device))
+                followed.append(expected)
+        if followed:
+            torch.autograd.backward(followed, directions)
+
+
+def _rows(net: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+    """The nodes at which something is lost, and the name of what they belong to: layers with the activation and the
+    grid behind them, and grids on other values."""
+    found: dict[fx.Node, str] = {}
+    for node in net.graph.nodes:
+        before = node.all_input_nodes[0] if node.all_input_nodes else None
+        if isinstance(module_of(net, node), LAYERS):
+            found[node] = str(node.target)
+        elif edit.is_grid(node) and before is not None:
+            found[node] = found.get(before, before.name)
+        elif is_a(net, node, ACTIVATIONS) and before in found and len(before.users) == 1 and not edit.is_grid(before):
+            found[node] = found[before]
+    yield from found.items()
+
+
+def _is_layer(interpreter: fx.Interpreter, node: fx.Node) -> bool:
+    return isinstance(module_of(interpreter.module, node), LAYERS)  # type: ignore[arg-type]
+
+
+def _last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """For every node the values that nothing reads after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in net.graph.nodes:
+        last[node] = node
+        last |= dict.fromkeys(node.all_input_nodes, node)
+    found: dict[fx.Node, list[fx.Node]] = {node: [] for node in net.graph.nodes}
+    for node, reader in last.items():
+        found[reader].append(node)
+    return found
+
+
+def _value(interpreter: fx.Interpreter, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    return getattr(interpreter, node.op)(node.target, args, kwargs)
+
+
+def _followed(value: Any) -> Any:
+    """`value`, with its gradient followed where it is a tensor of floats that has none yet."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.detach().requires_grad_()
+    return value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, dict | list | tuple):
+        for one in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _tensors(one)

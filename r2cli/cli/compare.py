@@ -1,0 +1,114 @@
+"""`r2 compare`: where a quantized network loses what its float network had."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r2cli import console
+from r2cli.cli.command import Report, command
+from r2cli.config.groups import Told
+from r2cli.config.inspection import CompareConfig, CompareFiles
+from r2cli.errors import InputError
+
+if TYPE_CHECKING:
+    from r2cli.analysis.depth import Comparison, Depth, ValueLoss
+    from r2cli.storage.checkpoint import Checkpoint
+
+NAME, BAR = 26, 12  # characters
+NAMED = 6  # layers in a sentence
+SHARES = (("weights", "weights"), ("bias", "bias"), ("clipping", "clip"), ("rounding", "round"))
+
+
+@command
+def compare(given: CompareFiles, config: CompareConfig, answer: Told) -> Report:
+    """Show where a quantized network loses: what arrives at each layer, what each adds, and what that costs."""
+    if given.source is None or given.candidate is None:
+        raise InputError("two networks are compared: give the float one, and the checkpoint that was made of it")
+    if answer.dry_run:
+        console.tell([f"would compare {given.candidate} with {given.source}"], as_json=answer.json)
+        return {"command": "compare"}
+
+    from r2cli import api
+    from r2cli.api import inputs
+
+    made, source = inputs.load(given, tell=console.note)
+    after = _candidate(given, made)
+    console.note(f"comparing {given.candidate} with {given.source} on {min(config.samples, len(source.test))} samples")
+    found = api.compare(made, after, source, config, reporter=console)
+    report = {"command": "compare", "reference": given.source, "candidate": given.candidate, **_reported(found)}
+    console.tell([*_told(found, config), console.next_step(_next(given, found, after))], as_json=answer.json)
+    return report
+
+
+def _candidate(given: CompareFiles, made: "Checkpoint") -> "Checkpoint":
+    """The quantized checkpoint, whose network is made as the reference's is, where that is the user's own code."""
+    from r2cli.storage import checkpoint
+
+    path = given.candidate or Path()
+    if path.suffix in (".onnx", ".tflite"):
+        raise InputError(
+            f"{path} is a file for a runtime: give the checkpoint beside it, {path.with_suffix('.safetensors')}"
+        )
+    after = checkpoint.load(path)
+    if made.model.factory is not None and after.model == made.model:
+        after = replace(after, model=made.model)
+    return after
+
+
+def _reported(found: "Comparison") -> dict[str, Any]:
+    from r2cli.data.metrics import report_of
+
+    measured = {
+        name: one and report_of(one.metric, one.value, others=dict(one.others))
+        for name, one in (("metric_before", found.before), ("metric", found.after))
+    }
+    values = [value.__dict__ for value in found.depth.values]
+    worst = [value.name for value in found.depth.worst()]
+    told = {"samples": found.samples, "outputs_db": list(found.depth.outputs), "begins": found.depth.begins}
+    return {**told, "half_of_the_cost": worst, **measured, "layers": values}
+
+
+def ordered(depth: "Depth", by: str) -> "list[ValueLoss]":
+    """The values by one of their numbers, the worst first, or as they run."""
+    return list(depth.values) if by == "depth" else sorted(depth.values, key=lambda value: float(getattr(value, by)))
+
+
+def _told(found: "Comparison", config: CompareConfig) -> list[console.Line]:
+    depth = found.depth
+    rows = ordered(depth, config.sort)
+    shown = rows[: config.limit] if config.limit else rows
+    most = max(*(value.cost for value in shown if value.cost < float("inf")), min(depth.outputs) + 1)
+    head = ("layer", "costs dB", "own", "arrives", *(short for _, short in SHARES), "")
+    lines: list[console.Line] = [console.table(head, [_cells(value, min(depth.outputs), most) for value in shown])]
+    if len(rows) > len(shown):
+        lines.append(f"{len(rows) - len(shown)} more: --limit 0 shows all")
+    worst = [value.name for value in depth.worst()]
+    named = ", ".join(worst[:NAMED]) + (" …" if len(worst) > NAMED else "")
+    lines.append(f"half of the outputs' noise comes from {len(worst)} of {len(rows)}: {named}")
+    if depth.begins is not None:
+        lines.append(f"{depth.begins} is the first at which no more arrives than at the outputs")
+    outputs = ", ".join(_decibel(value) for value in depth.outputs)
+    measured = "" if found.before is None else f"; {found.before} -> {found.after}"
+    lines.append(f"outputs: {outputs} dB to float on {found.samples} samples{measured}")
+    return lines
+
+
+def _cells(value: "ValueLoss", outputs: float, most: float) -> tuple[object, ...]:
+    name = value.name if len(value.name) <= NAME else f"…{value.name[-(NAME - 1) :]}"
+    numbers = (value.cost, value.own, value.arriving, *(value.parts[part] for part, _ in SHARES))
+    length = max(0.0, min(1.0, (most - value.cost) / (most - outputs)))
+    return (name, *map(_decibel, numbers), console.bar_of(round(length * BAR)))
+
+
+def _decibel(value: float) -> str:
+    return "-" if value == float("inf") else f"{value:.1f}"
+
+
+def _next(given: CompareFiles, found: "Comparison", after: "Checkpoint") -> str:
+    """Give the layer that costs most more bits, if it is its weights that lose; else learn how to round."""
+    worst = found.depth.worst()[0] if found.depth.worst() else None
+    coded = None if worst is None else after.coded.get(f"{worst.name}.weight")
+    if worst is None or coded is None or coded.codec.bits >= 8:
+        return f"r2 ptq {given.source} --method brecq"
+    usual = max(one.codec.bits for one in after.coded.values())
+    return f"r2 ptq {given.source} --weight-bits {usual} --keep '{worst.name}={min(8, 2 * coded.codec.bits)}'"

@@ -1,0 +1,182 @@
+"""`r2 compare`: what arrives at each value, what each layer adds, and what that costs at the outputs."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import r2cli
+from conftest import R2
+from r2cli.analysis import depth
+from r2cli.analysis.depth import Depth, ValueLoss
+from r2cli.errors import InputError
+from r2cli.models import build
+from r2cli.storage import checkpoint
+from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
+
+
+class Residual(nn.Module):
+    """Convolutions with norms, a sum of two ways, a product, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.wide, self.narrow = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+        self.gate, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.narrow(torch.relu(self.wide(x)))
+        x = x * torch.sigmoid(self.gate(x))
+        return self.head(x.mean((2, 3)))
+
+
+def _made(kind: type[nn.Module] = Residual) -> Checkpoint:
+    torch.manual_seed(0)
+    spec = ModelSpec("compare.py:factory", 4, factory=kind)
+    model = build(spec)
+    with torch.no_grad():
+        for _ in range(2):
+            model.train()(torch.randn(16, 3, 8, 8))
+    state = {name: tensor.clone() for name, tensor in model.eval().state_dict().items()}
+    return Checkpoint(spec, InputSpec(3, 8, 8, (0.0,) * 3, (1.0,) * 3), tuple("0123"), state)
+
+
+MADE = _made()
+IMAGES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+DATA = r2cli.load_data([(images, torch.zeros(16, dtype=torch.int64)) for images in IMAGES])
+
+
+def _quantized(**options: object) -> Checkpoint:
+    return r2cli.quantize(MADE, DATA, r2cli.PtqConfig(**options)).checkpoint  # type: ignore[arg-type]
+
+
+def _compared(candidate: Checkpoint, made: Checkpoint = MADE) -> Depth:
+    return depth.compare(made, candidate, IMAGES, lambda before, after: None)
+
+
+def _worst(found: Depth, by: str = "cost") -> ValueLoss:
+    return min(found.values, key=lambda value: float(getattr(value, by)))
+
+
+def test_every_layer_and_every_other_grid_has_a_line_in_the_order_of_the_network() -> None:
+    names = [value.name for value in _compared(_quantized()).values]
+    assert names == ["x", "stem", "wide", "narrow", "add", "gate", "sigmoid", "mul", "adaptive_avg_pool2d", "head"]
+
+
+def test_the_costs_add_up_to_what_arrives_at_the_outputs() -> None:
+    for bits in (8, 4):
+        found = _compared(_quantized(weight_bits=bits))
+        total = -10 * math.log10(sum(10 ** (-value.cost / 10) for value in found.values))
+        assert total == pytest.approx(found.outputs[0], abs=3)
+        assert all(value.arriving <= value.own + 3 for value in found.values)
+
+
+def _scaled(made: Checkpoint, name: str) -> Checkpoint:
+    own = made.coded[name]
+    return replace(
+        made, coded={**made.coded, name: replace(own, codec=replace(own.codec, scale=own.codec.scale * 1.5))}
+    )
+
+
+def _flipped(made: Checkpoint, name: str) -> Checkpoint:
+    own = made.coded[name]
+    return replace(made, coded={**made.coded, name: replace(own, codes=-own.codes)})
+
+
+def _narrow(made: Checkpoint, name: str) -> Checkpoint:
+    own = made.activations[name]
+    return replace(made, activations={**made.activations, name: replace(own, scale=own.scale / 16)})
+
+
+def _coarse(made: Checkpoint, name: str) -> Checkpoint:
+    own = made.activations[name]
+    return replace(made, activations={**made.activations, name: replace(own, scale=own.scale * 32)})
+
+
+def _moved(made: Checkpoint, name: str) -> Checkpoint:
+    own = made.floats[name]
+    return replace(made, floats={**made.floats, name: own + 3 * own.abs().max()})
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "row", "part"),
+    [
+        *(
+            (fault, f"{name}.weight", name, "weights")
+            for fault in (_scaled, _flipped)
+            for name in ("stem", "wide", "head")
+        ),
+        *((_narrow, node, row, "clipping") for node, row in (("relu", "stem"), ("add", "add"), ("mul", "mul"))),
+        *((_coarse, node, row, "rounding") for node, row in (("x", "x"), ("relu_1", "wide"))),
+        *((_moved, f"{name}.bias", name, "bias") for name in ("stem", "narrow", "head")),
+    ],
+)
+def test_a_fault_is_named_first_with_its_part(
+    fault: Callable[[Checkpoint, str], Checkpoint], where: str, row: str, part: str
+) -> None:
+    found = _compared(fault(_quantized(), where))
+    for by in ("cost", "own"):
+        assert _worst(found, by).name == row
+    assert min(_worst(found).parts, key=_worst(found).parts.__getitem__) == part
+    assert found.worst()[0].name == row and len(found.worst()) == 1
+
+
+def test_an_equalized_network_is_compared_with_the_equalized_float_network() -> None:
+    found = _compared(_quantized(method="dfq"))
+    assert all(value.arriving > 20 for value in found.values) and found.outputs[0] > 25
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: r2cli.quantize(MADE, DATA, r2cli.PtqConfig(weight_bits=4, act_bits="none")).checkpoint,
+        lambda: r2cli.palettize(MADE, DATA, r2cli.PalettizeConfig(method="kmeans", bits=2)).checkpoint,
+        lambda: r2cli.finetune(MADE, DATA, r2cli.QatConfig(epochs=1, batch_size=16)).checkpoint,
+    ],
+    ids=["weights alone", "palettes", "qat"],
+)
+def test_whatever_was_made_of_a_network_is_compared(make: Callable[[], Checkpoint]) -> None:
+    found = _compared(make())
+    assert {"stem", "wide", "narrow", "gate", "head"} <= {value.name for value in found.values}
+    assert all(math.isfinite(value.cost) for value in found.values if value.name in ("stem", "head"))
+    assert 0 < found.outputs[0] < 60
+
+
+class Other(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    made = _quantized()
+    with pytest.raises(InputError, match="is a float network: give what"):
+        _compared(MADE)
+    with pytest.raises(InputError, match="quantized already: give the float network first"):
+        _compared(made, made)
+    with pytest.raises(InputError, match="the first value that differs is 'add_1', there 'output'|one has more values"):
+        _compared(made, _made(Other))
+    with pytest.raises(InputError, match="there is no sample"):
+        depth.compare(MADE, made, [], lambda before, after: None)
+
+
+def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> None:
+    plain = r2cli.pretrain("mobilenet_v1", "digits:64", r2cli.PretrainConfig(epochs=1)).checkpoint
+    reference, candidate = tmp_path / "model.safetensors", tmp_path / "model.w4.safetensors"
+    checkpoint.save(plain, reference)
+    made = r2cli.quantize(plain, "digits:64", r2cli.PtqConfig(weight_bits=4, calibration=16)).checkpoint
+    checkpoint.save(made, candidate)
+    line = ["compare", reference, candidate, "--samples", 8]
+    told = json.loads(r2(*line, "--json").out)
+    assert told["samples"] == 8 and told["metric"]["name"] == "top1"
+    assert {layer["name"] for layer in told["layers"]} >= {"stem", "classifier"}
+    shown = r2(*line, "--limit", 3, "--sort", "depth").out
+    assert shown.splitlines()[1].startswith("x ") and "more: --limit 0 shows all" in shown and "next: r2 ptq" in shown
+    refused = r2("compare", reference, candidate.with_suffix(".onnx"))
+    assert refused.code == 2 and "give the checkpoint beside it" in refused.err
+    assert r2("compare", reference).code == 2
