@@ -161,7 +161,7 @@ def _settings(candidate: Checkpoint) -> PtqSettings:
     """How the candidate was prepared for its codes: as its record says, if `ptq` made it."""
     act_bits = 8 if candidate.activations else None
     usual = PtqSettings(registry.PTQ_NEAREST, 8, act_bits, post_training.CHANNEL, {})
-    last = candidate.history[-1] if candidate.history else {"command": ""}
+    last: Mapping[str, Any] = candidate.history[-1] if candidate.history else {"command": ""}
     if last["command"] != "ptq":
         return usual
     asked = last["options"]

@@ -15,7 +15,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 # Where a sentence about an option sends the reader, by the option: the document that says more.
 DOCUMENTS = {
-    "--data": "docs/tasks.md",
+    "--data": "docs/own-data.md",
     "--metric": "docs/tasks.md",
     "--loss": "docs/tasks.md",
     "--target": "docs/deploy.md",

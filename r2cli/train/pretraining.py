@@ -13,6 +13,7 @@ from r2cli.config.methods import PretrainConfig
 from r2cli.data import Data
 from r2cli.data.metrics import Metric, report_of
 from r2cli.errors import InputError
+from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
 from r2cli.storage.input_spec import TensorsSpec
 from r2cli.train import distributed, loop
@@ -74,6 +75,10 @@ class Pretrained:
             "epochs": [epoch.__dict__ for epoch in self.epochs],
             "options": dict(self.options),
         }
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of the checkpoint's file, which are the same for the same work."""
+        return checkpoint.to_bytes(self.checkpoint)
 
 
 def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Mapping[str, Any]) -> PretrainRun:
