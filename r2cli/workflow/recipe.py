@@ -39,7 +39,7 @@ from r2cli.storage.schema import Malformed
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
 COMMANDS = ("pretrain", "analyze", "ptq", "qat", "palettize", "export", "evaluate")
-FILES = ("source", "output")
+FILES = ("source", "output", "card")
 MOST_STEPS = 10_000  # that one [[step]] may stand for
 HEAD = ""  # the key under which `lines` has the line of [[step]] itself
 
