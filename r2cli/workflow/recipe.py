@@ -16,8 +16,8 @@
     metrics = { "top-1" = "top1" }
 
 The keys of a step are the options of its command; `source`, `output` and `card` are files in the folder of the run. A
-value of the matrix may be a TOML table: then `{pre.reg}` is its key `reg`, and its `name` is shown in tables. A table averages
-over the variables that it does not list, for example over seeds.
+value of the matrix may be a TOML table: then `{pre.reg}` is its key `reg`, and its `name` is shown in tables. A table
+averages over the variables that it does not list, for example over seeds.
 """
 
 import itertools
