@@ -111,9 +111,14 @@ def test_verify_has_a_check_of_the_manifest(here: Path, r2: R2) -> None:
             False,
             f"nothing of {FILE}",
         ),
+        (
+            lambda: Path(RECORD).write_text(Path(RECORD).read_text().replace(FILE, "../b.onnx")),
+            False,
+            "is not beside it",
+        ),
         (lambda: Path(RECORD).rename("model.w4a8-none.run.json"), True, "2 of 2 files are as"),
     ],
-    ids=["file", "checkpoint", "no input", "input", "cut", "foreign", "version", "others", "former name"],
+    ids=["file", "checkpoint", "no input", "input", "cut", "foreign", "version", "others", "elsewhere", "former name"],
 )
 def test_what_is_wrong_beside_a_file_is_told(change: Callable[[], object], passed: bool, told: str, here: Path) -> None:
     change()

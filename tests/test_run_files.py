@@ -265,6 +265,12 @@ def test_the_record_says_how_the_files_were_made(made: Path) -> None:
     assert set(record.written) == {CODED, ONNX} and record.asked.read == {"f.safetensors": "a1"}
 
 
+def test_the_same_work_elsewhere_gives_the_same_manifest(made: Path) -> None:
+    (made / "other").mkdir()
+    assert run(made / "other") == "made"
+    assert (made / "other/m.manifest.json").read_bytes() == (made / "m.manifest.json").read_bytes()
+
+
 def test_a_record_of_an_earlier_version_is_read_and_replaced(made: Path) -> None:
     (made / "m.manifest.json").rename(made / "m.run.json")
     assert run(made, resume=True) == "finished" and names(made) == ["m.onnx", "m.run.json", "m.safetensors"]

@@ -107,7 +107,10 @@ class Manifest:
                 raise InputError(f"{path} is no manifest of r2's: name the NAME.{ENDING} beside a model")
             if stored["format"] != FORMAT:
                 raise InputError(f"{path} is a manifest of another version of r2: make the model again")
-            return schema.read(cls, stored)
+            found = schema.read(cls, stored)
+            if strange := [name for name in found.written if Path(name).name != name]:
+                raise Malformed(f"'written' names {strange[0]}, which is not beside it")
+            return found
         except Malformed as error:
             raise InputError(f"{path} is damaged ({error}): make the model again") from error
         except OSError as error:
