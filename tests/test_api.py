@@ -47,7 +47,7 @@ def test_a_function_gives_the_bytes_of_its_command(r2: R2, trained: Path, tmp_pa
     written = tmp_path / "model.w3a8-none.safetensors"
     assert result.to_bytes() == written.read_bytes()
     assert r2cli.export(result) == written.with_suffix(".onnx").read_bytes()
-    names = [path.name, *(written.with_suffix(end).name for end in (".onnx", ".run.json", ".safetensors"))]
+    names = [path.name, *(written.with_suffix(end).name for end in (".manifest.json", ".onnx", ".safetensors"))]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 

@@ -271,16 +271,19 @@ def _checks(*failed: str) -> list[dict[str, Any]]:
 
 def test_what_fails_of_a_proof_is_named_before_any_gate() -> None:
     metric = metrics.report_of(metrics.TOP1, 95.0)
-    report = {"output": "m.onnx", "metric": metric, "float_value": 97.0, "bytes": 2000, "checks": _checks()}
+    report: dict[str, Any] = {"output": "m.onnx", "metric": metric, "float_value": 97.0, "bytes": 2000}
+    report["checks"] = _checks()
     wrong, strict = {**report, "checks": _checks("parity")}, CompressionGates(max_bytes=10)
+    deliver.judge(wrong, strict, None)
     with pytest.raises(CheckFailed, match=r"^m.onnx failed its proof: parity \(about parity\)$") as caught:
-        deliver.require(wrong, strict)
-    assert caught.value.report == wrong
-    with pytest.raises(CheckFailed, match="--max-bytes 10"):
-        deliver.require(report, strict)
-    with pytest.raises(CheckFailed, match="--max-drop 1"):
-        deliver.require(report, CompressionGates(max_drop=1))
-    deliver.require(report, CompressionGates(max_drop=3, max_bytes=2000, min_accuracy=95))
+        deliver.require(wrong)
+    assert caught.value.report == wrong and not wrong["gates"][0]["passed"]
+    for bounds, told in ((strict, "--max-bytes 10"), (CompressionGates(max_drop=1), "--max-drop 1")):
+        deliver.judge(report, bounds, None)
+        with pytest.raises(CheckFailed, match=told):
+            deliver.require(report)
+    deliver.judge(report, CompressionGates(max_drop=3, max_bytes=2000, min_accuracy=95), None)
+    deliver.require(report)
 
 
 def test_a_proof_is_told_in_ticks_with_what_the_processor_adds() -> None:

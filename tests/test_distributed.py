@@ -159,7 +159,7 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one object: the other process printed nothing
     assert report["top1"] > 50
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.run.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.manifest.json", "model.safetensors"]
     # A run of two processes that was stopped after its first epoch goes on in one.
     stop = "import sys; from r2cli.train import state\nreal = state.save\n"
     stop += "def once(*given):\n    real(*given)\n    sys.exit(9)\nstate.save = once\n"
@@ -171,7 +171,7 @@ def test_one_process_prints_and_writes_and_a_stopped_run_goes_on_with_another_nu
     assert [path.name for path in broken.iterdir()] == ["model.resume.safetensors"]
     alone = subprocess.run([sys.executable, *command(broken, "--resume", "--json")], capture_output=True, text=True)
     assert alone.returncode == 0 and len(json.loads(alone.stdout)["epochs"]) == 2
-    assert sorted(path.name for path in broken.iterdir()) == ["model.run.json", "model.safetensors"]
+    assert sorted(path.name for path in broken.iterdir()) == ["model.manifest.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("method", ["lsq", "ewgs"])
@@ -185,7 +185,7 @@ def test_quantizers_are_trained_by_two_processes(trained: Path, tmp_path: Path, 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["passed"] and report["top1"] > 85 and abs(alone - report["top1"]) < 6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.onnx", "2.run.json", "2.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.manifest.json", "2.onnx", "2.safetensors"]
 
 
 def test_a_command_for_one_process_says_so(tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_a_finished_run_is_said_to_be_finished_and_nothing_is_done(r2: R2, here:
     if same != ["--json"]:
         assert "made.safetensors was finished before" in ran.out and "next: r2" in ran.out
     assert contents() == before
-    assert set(before) - {"model.safetensors", "weights.safetensors"} == {"made.run.json", *map(str, outputs(here))}
+    own = {"made.manifest.json", *map(str, outputs(here))}
+    assert set(before) - {"model.safetensors", "weights.safetensors"} == own
 
 
 @pytest.mark.parametrize("here", ALL, indirect=True)
@@ -176,7 +177,7 @@ main()
 )
 def test_a_killed_run_does_not_stand_in_the_way_of_the_same_command(r2: R2, here: str, step: str, name: str) -> None:
     whole = contents()
-    for path in (*outputs(here), Path("made.run.json")):
+    for path in (*outputs(here), Path("made.manifest.json")):
         path.unlink()
     line = [*map(str, COMMANDS[here][0]), *(["--resume"] if here != "ptq" else [])]
     done = subprocess.run([sys.executable, "-c", KILL, step, name, *line], capture_output=True, text=True)

@@ -15,10 +15,11 @@ import pytest
 
 from r2cli.errors import InputError, R2Error
 from r2cli.storage import atomic
-from r2cli.storage.run_files import Asked, RunFiles, RunRecord
+from r2cli.storage.manifest import Asked, Manifest
+from r2cli.storage.run_files import RunFiles
 
 CODED, ONNX, STATE = "m.safetensors", "m.onnx", "m.resume.safetensors"
-WHOLE = ["m.onnx", "m.run.json", "m.safetensors"]
+WHOLE = ["m.manifest.json", "m.onnx", "m.safetensors"]
 ASKED = Asked("qat", {"lr": 0.1, "reg": {"name": "linf", "strength": 0.01}, "keep": ()}, {"f.safetensors": "a1"})
 
 
@@ -110,7 +111,7 @@ def killed_everywhere(folder: Path, before: dict[str, str], **options: bool) -> 
 
 
 def is_finished(left: dict[str, str]) -> bool:
-    return "m.run.json" in left and json.loads(left["m.run.json"])["finished"]
+    return "m.manifest.json" in left and json.loads(left["m.manifest.json"])["finished"]
 
 
 @pytest.mark.slow
@@ -151,7 +152,7 @@ def test_what_others_put_beside_half_placed_files_is_not_replaced(tmp_path: Path
     finally:
         atomic.watchers.remove(stop)
     (tmp_path / STATE).unlink()
-    assert names(tmp_path) == ["m.onnx", "m.run.json"]
+    assert names(tmp_path) == ["m.manifest.json", "m.onnx"]
     (tmp_path / ONNX).write_bytes(b"mine")
     with pytest.raises(InputError, match="m.onnx is there already: give --overwrite"):
         run(tmp_path)
@@ -238,7 +239,7 @@ def test_where_all_files_are_gone_the_run_starts_again(made: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"format": 2}', '{"format": 1, "asked": {}}'])
 def test_files_without_a_readable_record_are_the_users(content: str | None, made: Path) -> None:
-    record = made / "m.run.json"
+    record = made / "m.manifest.json"
     record.unlink()
     if content is not None:
         record.write_text(content)
@@ -259,9 +260,21 @@ def test_a_file_that_comes_while_a_run_works_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_record_says_how_the_files_were_made(made: Path) -> None:
-    record = RunRecord.read(made / "m.run.json")
+    record = Manifest.read(made / "m.manifest.json")
     assert record is not None and record.finished and record.report == {"top1": 97.5}
     assert set(record.written) == {CODED, ONNX} and record.asked.read == {"f.safetensors": "a1"}
+
+
+def test_the_same_work_elsewhere_gives_the_same_manifest(made: Path) -> None:
+    (made / "other").mkdir()
+    assert run(made / "other") == "made"
+    assert (made / "other/m.manifest.json").read_bytes() == (made / "m.manifest.json").read_bytes()
+
+
+def test_a_record_of_an_earlier_version_is_read_and_replaced(made: Path) -> None:
+    (made / "m.manifest.json").rename(made / "m.run.json")
+    assert run(made, resume=True) == "finished" and names(made) == ["m.onnx", "m.run.json", "m.safetensors"]
+    assert run(made, overwrite=True) == "made" and names(made) == WHOLE
 
 
 # --- two at once ---------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_without_vela_there_is_no_report(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert vela.report(tmp_path / "model.tflite") is None
 
 
-ENDINGS = ("safetensors", "tflite", "run.json")
+ENDINGS = ("safetensors", "tflite", "manifest.json")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -341,4 +341,4 @@ def test_a_broken_run_resumes_to_the_same_bytes(
     assert refused.code == 2 and "--resume" in refused.err
     assert r2(*command(broken, "--resume")).code == 0
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert sorted(path.name for path in broken.iterdir()) == ["model.run.json", "model.safetensors"]
+    assert sorted(path.name for path in broken.iterdir()) == ["model.manifest.json", "model.safetensors"]

@@ -5,17 +5,24 @@ def ptq(config: PtqConfig, inputs: Inputs, gates: CompressionGates, output: PtqO
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import MISSING, fields
+from itertools import chain
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from r2cli import console
 from r2cli.cli import completion, reports
+from r2cli.config.groups import ModelWritten
 from r2cli.config.option import Config, Option, flag_of
 
 Report = Mapping[str, Any]
+
+_line: ContextVar[str] = ContextVar("_line", default="")
+UNTOLD = {*(own.name for own in fields(ModelWritten)), "resume"}  # these say how a command answers, not what it makes
 
 
 def command(function: Callable[..., Report]) -> Callable[..., Report]:
@@ -38,6 +45,9 @@ def command(function: Callable[..., Report]) -> Callable[..., Report]:
         mood = console.speaking(given["quiet"], given["verbose"], given["color"])
         with mood, reports.written(given["report"] or ()) as found:
             made = {name: _made(kind, given) for name, kind in taken.items()}
+            words = [each for kind in taken.values() for each in _words(kind, given)]
+            first = sorted(words, key=lambda each: each[0].startswith("--"))  # what is given by its place
+            _line.set(shlex.join(["r2", function.__name__, *chain(*first)]))
             own = {name: value for name, value in given.items() if name in hints}
             report = function(**made, **own)
             found.update(report)
@@ -48,6 +58,27 @@ def command(function: Callable[..., Report]) -> Callable[..., Report]:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     return run
+
+
+def line() -> str:
+    """The command that runs, as one line that gives the same files without variables and without pyproject.toml."""
+    return _line.get()
+
+
+def _words(kind: type[Config], given: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The values of a config that are no defaults, as they are given on a line."""
+    for own in fields(kind):
+        told: Option = own.metadata["option"]
+        value = given[own.name]
+        if own.name in UNTOLD or value is None or value in (own.default, _default(own.default, told)):
+            continue
+        flag, _, opposite = (told.flags[0] if told.flags else flag_of(own.name, told)).partition("/")
+        if told.is_argument:
+            yield list(map(str, value if isinstance(value, list | tuple) else [value]))
+        elif isinstance(value, bool):
+            yield [flag if value else opposite]
+        else:
+            yield from ([flag, str(each)] for each in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _parameters(kind: type[Config]) -> tuple[inspect.Parameter, ...]:

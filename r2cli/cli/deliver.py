@@ -14,16 +14,18 @@ from r2cli import data as datasets
 from r2cli.api import inputs
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
-from r2cli.cli import gates, rerun
+from r2cli.cli import gates, model_card, rerun
+from r2cli.cli.baseline import Baseline, measured_on
 from r2cli.config import targets
-from r2cli.config.groups import CompressionGates, FileForm, FileGates
+from r2cli.config.groups import CompressionGates, FileForm, FileGates, Inputs, ModelWritten
 from r2cli.deploy import onnx_export, parity, runtime
 from r2cli.deploy.audit import Check
 from r2cli.errors import CheckFailed, InputError
 from r2cli.storage import checkpoint, input_spec
 from r2cli.storage.atomic import scratch_folder
 from r2cli.storage.formats import CompressedReport
-from r2cli.storage.run_files import Asked, RunFiles
+from r2cli.storage.manifest import Asked
+from r2cli.storage.run_files import RunFiles
 
 Table = Callable[[Mapping[str, Any]], console.Line]
 
@@ -32,16 +34,17 @@ Table = Callable[[Mapping[str, Any]], console.Line]
 class Destination:
     """Where a command that compresses writes, the gates of the file, and how the command answers.
 
-    `files` are the checkpoint and the file of its target, of `form`, and `asked` is what decides them. `again` are
-    options of the next command. `started` is a time of `perf_counter`.
+    `files` are the checkpoint and the file of its target, of `form`, and `asked` is what decides them. `before` is what
+    --baseline names. `started` is a time of `perf_counter`.
     """
 
     files: RunFiles
     asked: Asked
-    form: FileForm
-    again: str
+    given: Inputs
     gates: CompressionGates
-    json: bool
+    before: Baseline | None
+    form: FileForm
+    written: ModelWritten
     started: float
 
     @property
@@ -62,8 +65,10 @@ def finished(to: Destination) -> dict[str, Any] | None:
     if known is None:
         return None
     report = rerun.again(known, CompressedReport, to.output) | {"checkpoint": to.output, "output": to.file}
-    console.tell([rerun.told(to.output), *_ending(to, report)], as_json=to.json)
-    require(report, to.gates)
+    judge(report, to.gates, to.before)
+    model_card.write(to.written, to.file, report, to.asked.line)
+    console.tell([rerun.told(to.output), *_ending(to, report)], as_json=to.written.json)
+    require(report)
     return report
 
 
@@ -83,12 +88,15 @@ def compressed(
         "command": to.files.command,
         "checkpoint": to.output,
         **proved,
+        "measured_on": measured_on(to.given, source),
         **result.report,
         "seconds": round(perf_counter() - to.started, 1),
     }
+    judge(report, to.gates, to.before)
     to.files.commit(to.asked, report)
-    console.tell([table(report), *told(report), *notes, *_ending(to, report)], as_json=to.json)
-    require(report, to.gates)
+    model_card.write(to.written, to.file, report, to.asked.line)
+    console.tell([table(report), *told(report), *notes, *_ending(to, report)], as_json=to.written.json)
+    require(report)
     return report
 
 
@@ -102,7 +110,7 @@ def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
         measured = f"{metric['shown']} in ONNX Runtime{'' if before is None else f' (float {before:{digits}})'}"
     coded = "" if entropy is None else f" with tables ({entropy:.2f} Huffman-coded)"
     bits = f"{report['bits_per_weight']:.2f} bits a weight{coded}"
-    follow = f"r2 evaluate {to.file}{to.again}"
+    follow = f"r2 evaluate {to.file}{gates.again(to.given)}"
     return [f"{to.file}: {measured}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
 
 
@@ -234,12 +242,14 @@ def _speed(report: Mapping[str, Any]) -> str:
     return f"speed: {report['latency_ratio']:.2f} of float32 ({told}{slower})"
 
 
-def require(report: dict[str, Any], wanted: FileGates) -> None:
-    """Raises CheckFailed naming what the file of `report` failed of its proof, or else every gate that is not met.
+def judge(report: dict[str, Any], wanted: FileGates, before: Baseline | None) -> None:
+    """`gates.judge` of a file: the drop is that from `float_value` of the report, if it is known."""
+    gates.judge(report, wanted, size=report["bytes"], latency=report.get("latency_ratio"), baseline=before)
 
-    The drop is that from `float_value` of the report, if it is known.
-    """
+
+def require(report: Mapping[str, Any]) -> None:
+    """Raises CheckFailed naming what the file of `report` failed of its proof, or else every gate that is not met."""
     failed = [f"{each['name']} ({each['detail']})" for each in report["checks"] if not each["passed"]]
     if failed:
         raise CheckFailed(f"{report['output']} failed its proof: {'; '.join(failed)}", report)
-    gates.require(report, wanted, size=report["bytes"], latency=report.get("latency_ratio"))
+    gates.require(report)

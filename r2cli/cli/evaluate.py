@@ -32,6 +32,7 @@ def evaluate(
     import torch
 
     from r2cli.api import inputs
+    from r2cli.cli import baseline
     from r2cli.data.metrics import report_of
     from r2cli.deploy import runtime
     from r2cli.storage.input_spec import each
@@ -46,7 +47,7 @@ def evaluate(
         subject = _of_network(given, config.device)
     where, loaded = subject.device, subject.loaded
     loaded = inputs.measured_by(Evaluation(images.eval_images), wanted, loaded)
-    metric = loaded.task.metric
+    metric, before = loaded.task.metric, baseline.read(wanted, given, loaded)
     if answer.dry_run:
         console.tell([f"would evaluate {source} on {loaded.name}"], as_json=answer.json)
         return {"command": "evaluate"}
@@ -66,6 +67,7 @@ def evaluate(
         "source": source,
         "top1": None if found is None else found.top1,
         "metric": found and report_of(found.metric, found.value, others=dict(found.others)),
+        "measured_on": baseline.measured_on(given, loaded),
         "images": len(loaded.test),
         "latency_ms": latency,
         "bytes": subject.size,
@@ -76,7 +78,8 @@ def evaluate(
     measured = "accuracy not measured" if found is None else f"{found} of {len(loaded.test)} images"
     summary = f"{source}: {measured}, {speed}, {subject.size:,} bytes"
     console.tell([summary, *gates.unreadable(loaded.test.unreadable)], as_json=answer.json)
-    gates.require(report, wanted, size=subject.size)
+    gates.judge(report, wanted, size=subject.size, baseline=before)
+    gates.require(report)
     return report
 
 

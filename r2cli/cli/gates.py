@@ -7,6 +7,7 @@ from typing import Any
 
 from r2cli import console
 from r2cli.cli import interrupt
+from r2cli.cli.baseline import Baseline
 from r2cli.config.groups import DEFAULT_SOURCE, Inputs, Preparation
 from r2cli.config.option import Config
 from r2cli.errors import CheckFailed, InputError
@@ -76,21 +77,21 @@ def told_of(state: Path) -> Iterator[None]:
         raise
 
 
-def require(
+def judge(
     report: dict[str, Any],
     wanted: Config,
     *,
     size: int | None = None,
     latency: float | None = None,
+    baseline: Baseline | None = None,
 ) -> None:
-    """Keep every gate of `wanted` that was asked for under "gates" of `report`, and raise CheckFailed, with the report,
-    for those that are not met.
+    """Keep every gate of `wanted` that was asked for under "gates" of `report`: its name, and whether it is met.
 
     A gate whose value was not measured cannot fail.
     """
     away = report.get("float_sqnr_db")
     measured = {
-        **_of_metric(report, wanted),
+        **_of_metric(report, baseline),
         "min_sqnr": (away, False, f"outputs at {away or 0:.1f} dB from the float network's are below"),
         "max_bytes": (size, True, f"{size} bytes are above"),
         "max_latency": (latency, True, f"{latency or 0:.2f} of the float network's time is above"),
@@ -98,30 +99,44 @@ def require(
     found: list[dict[str, Any]] = []
     for name, (value, is_most, told) in measured.items():
         bound = getattr(wanted, name, None)
+        bound = 0.0 if bound is None and name == "max_regression" else bound
         if bound is None or value is None:
             continue
         missed = value > bound if is_most else value < bound
         gate = f"--{name.replace('_', '-')} {bound if name == 'max_bytes' else format(bound, 'g')}"
         found.append({"name": gate, "passed": not missed, "detail": f"{told} {gate}" if missed else ""})
     report["gates"] = found
-    failed = [each["detail"] for each in found if not each["passed"]]
+
+
+def require(report: Mapping[str, Any]) -> None:
+    """Raise CheckFailed, with the report, for the gates that `judge` kept in it and that are not met."""
+    failed = [each["detail"] for each in report["gates"] if not each["passed"]]
     if failed:
         raise CheckFailed("gate failed: " + "; ".join(failed), report)
 
 
-def _of_metric(report: Mapping[str, Any], wanted: Config) -> dict[str, tuple[float | None, bool, str]]:
+def _of_metric(report: Mapping[str, Any], baseline: Baseline | None) -> dict[str, tuple[float | None, bool, str]]:
     """The value of each gate of a metric, whether its bound is the most, and what is said before the bound."""
     metric, before = report.get("metric"), report.get("float_value")
     if metric is None:
         return {}
-    value, higher = metric["value"], metric["higher"]
-    drop = None if before is None else before - value if higher else value - before
+    value, higher = float(metric["value"]), metric["higher"]
     unit, digits = "dB" if metric["unit"] == "dB" else "points", 2 if metric["unit"] else 4
+
+    def loss(other: float | None) -> float | None:
+        if other is None:
+            return None
+        lost = other - value if higher else value - other
+        return round(lost, 9) if metric["unit"] else lost  # 97.8 - 97.5 would be above 0.3
+
+    drop, behind = loss(before), loss(baseline.value if baseline else None)
+    then = f"the {baseline.value:.{digits}f} of {baseline.file}" if baseline else ""
     own = (value, not higher, f"{metric['shown']} is {'below' if higher else 'above'}")
     return {
         "min_accuracy": own,
         "min_metric": own,
         "max_drop": (drop, True, f"the drop of {drop or 0:.{digits}f} {unit} is above"),
+        "max_regression": (behind, True, f"{metric['shown']} is {behind or 0:.{digits}f} {unit} behind {then}, above"),
     }
 
 

@@ -12,8 +12,9 @@ from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
+from r2cli.errors import InputError
 from r2cli.storage.formats import PalettesReport
-from r2cli.storage.run_files import Asked, RunFiles, checksum
+from r2cli.storage.run_files import RunFiles
 from r2cli.train.resume import resume_state
 
 if TYPE_CHECKING:
@@ -48,16 +49,18 @@ def palettize(
     files.require_free()
 
     from r2cli.api import inputs
-    from r2cli.cli import deliver, rerun
+    from r2cli.cli import baseline, deliver, model_card, rerun
     from r2cli.deploy.rehearsal import rehearse
     from r2cli.palettes import palettization as worker
 
+    model_card.require(written, file if is_network else None)
     worker.require_consistent(config, method, is_network=is_network)
     if not is_network:
         return _file(source, files, config, wanted, written)
     made, loaded = inputs.load(given, tell=console.note)
     trains = registry.get(registry.PALETTE_METHODS, method).trains
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=trains)
+    before = baseline.read(wanted, given, loaded)
     rehearse(made, config.target)
     run = worker.ready(made, loaded, config)
     gates.warn_of_speed(config.act_bits)
@@ -66,7 +69,7 @@ def palettize(
         console.tell(lines, as_json=written.json)
         return {"command": "palettize", "options": run.options}
     asked = rerun.asked("palettize", run.options | form.asked, loaded, given, [source])
-    to = deliver.Destination(files, asked, form, gates.again(given), wanted, written.json, started)
+    to = deliver.Destination(files, asked, given, wanted, before, form, written, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:
@@ -84,6 +87,8 @@ def _file(
     from r2cli.cli import rerun
     from r2cli.palettes import palettization, weight_files
 
+    if wanted.baseline is not None or wanted.max_regression is not None:
+        raise InputError(f"--baseline compares a metric, and {source} has no network to measure: leave it out")
     output = files.files[0]
     settings = palettization.settings_of(config, registry.PALETTE_METHOD_OF_FILES)
     size = weight_files.total(source)
@@ -92,18 +97,20 @@ def _file(
         lines = [f"would palettize {source}, {size:,} bytes of tensors -> {output}"]
         console.tell(lines, as_json=written.json)
         return {"command": "palettize", "options": options}
-    asked = Asked("palettize", options, {path.name: checksum(path) for path in weight_files.parts(source)})
+    asked = rerun.of_files("palettize", options, weight_files.parts(source))
     shown: list[console.Line]
     with files.claimed():
         known = files.finished(asked)
         if known is None:
             report, shown = _palettized(source, files, settings, config.seed)
+            gates.judge(report, wanted, size=report["bytes"])
             files.commit(asked, report | {"options": options})
         else:
             report, shown = rerun.again(known, PalettesReport, output) | {"checkpoint": output}, [rerun.told(output)]
+            gates.judge(report, wanted, size=report["bytes"])
     sizes = f"{report['bytes']:,} bytes of {size:,}, {report['bits_per_weight']:.2f} bits a weight with tables"
     console.tell([*shown, f"{output}: {sizes}", console.next_step(f"r2 analyze {output}")], as_json=written.json)
-    gates.require(report, wanted, size=report["bytes"])
+    gates.require(report)
     return report | {"options": options}
 
 

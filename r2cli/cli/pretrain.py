@@ -30,7 +30,7 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
 
     from r2cli import data as datasets
     from r2cli.api import inputs
-    from r2cli.cli import rerun
+    from r2cli.cli import baseline, rerun
     from r2cli.train import pretraining as worker
 
     source = inputs.load_data(given, given.data, default=given.data, model=given.model)
@@ -38,6 +38,7 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
     recorded = {"data": datasets.recorded(given.data)}
     recorded |= {} if given.weights is None else {"weights": given.weights.name}
     run = worker.ready(spec, source, config, recorded=recorded)
+    before = baseline.read(wanted, given, source)
     if written.dry_run:
         console.tell([f"would train {run.plan} -> {output}"], as_json=written.json)
         return {"command": "pretrain", "options": run.options}
@@ -45,13 +46,15 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
     with files.claimed():
         known = files.finished(asked)
         if known is None:
-            report = _trained(run, given, files)
+            report = _trained(run, given, files) | {"measured_on": baseline.measured_on(given, source)}
+            gates.judge(report, wanted, baseline=before)
             files.commit(asked, report)
         else:
             report = rerun.again(known, TrainedReport, output) | {"output": output}
-    before = [] if known is None else [rerun.told(output)]
-    console.tell([*before, *_ending(report, given, is_text=source.input.is_text)], as_json=written.json)
-    gates.require(report, wanted)
+            gates.judge(report, wanted, baseline=before)
+    again = [] if known is None else [rerun.told(output)]
+    console.tell([*again, *_ending(report, given, is_text=source.input.is_text)], as_json=written.json)
+    gates.require(report)
     return report
 
 

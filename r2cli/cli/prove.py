@@ -30,13 +30,14 @@ def verify(
         return {"command": "verify"}
 
     from r2cli import api
-    from r2cli.cli import deliver
+    from r2cli.cli import deliver, provenance
     from r2cli.deploy import engines
 
     engines.chosen(config.runtime)  # before any work
     original, source = _read(given, images)
     console.note(f"verifying {file}")
     proof = api.verify(file, original or against, source, config, reporter=console)
+    proof = proof.extended(provenance.checks(file), {})
     report = {
         "command": "verify",
         "output": file,
@@ -52,7 +53,8 @@ def verify(
     if not proof.passed:
         failed = [f"{each.name} ({each.detail})" for each in proof.checks if not each.passed]
         raise CheckFailed(f"{file} failed its proof: {'; '.join(failed)}", report)
-    gates.require(report, wanted, size=report["bytes"], latency=report.get("latency_ratio"))
+    gates.judge(report, wanted, size=report["bytes"], latency=report.get("latency_ratio"))
+    gates.require(report)
     return report
 
 

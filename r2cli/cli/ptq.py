@@ -40,10 +40,11 @@ def ptq(
 
     from r2cli import data as datasets
     from r2cli.api import inputs
-    from r2cli.cli import deliver, rerun
+    from r2cli.cli import baseline, deliver, model_card, rerun
     from r2cli.deploy.rehearsal import rehearse
     from r2cli.ptq import quantize as worker
 
+    model_card.require(written, file)
     looks = worker.looks_at_images(config, has_data=given.data is not None)
     if not looks and config.act_range is not None:
         raise InputError(
@@ -51,6 +52,7 @@ def ptq(
         )
     made, loaded = inputs.load(given, needed=looks, tell=console.note)
     has_images, loaded = loaded.name != inputs.NOISE, inputs.measured_by(evaluation, wanted, loaded)
+    before = baseline.read(wanted, given, loaded)
     rehearse(made, config.target)
     calibration = datasets.calibration_count(config.calibration, loaded) if looks else 0
     options = worker.options_of(config, worker.settings_of(config), calibration)
@@ -63,7 +65,7 @@ def ptq(
             "options": options | (_mixed(config) if config.target_bits or config.target_bytes else {}),
         }
     asked = rerun.asked("ptq", options | _mixed(config) | _left_open(config) | form.asked, loaded, given, [source])
-    to = deliver.Destination(files, asked, form, gates.again(given), wanted, written.json, started)
+    to = deliver.Destination(files, asked, given, wanted, before, form, written, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:

@@ -39,13 +39,15 @@ def qat(
     files.require_free()
 
     from r2cli.api import inputs
-    from r2cli.cli import deliver, rerun
+    from r2cli.cli import baseline, deliver, model_card, rerun
     from r2cli.deploy.rehearsal import rehearse
     from r2cli.qat import quantization_aware as worker
 
     worker.require_bits(config)
+    model_card.require(written, file)
     made, loaded = inputs.new_network(given, config.seed) if is_new else inputs.load(given, tell=console.note)
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=True)
+    before = baseline.read(wanted, given, loaded)
     rehearse(made, config.target)
     run = worker.ready(made, loaded, config)
     gates.warn_of_speed(config.act_bits)
@@ -54,7 +56,7 @@ def qat(
         console.tell(lines, as_json=written.json)
         return {"command": "qat", "options": run.options}
     asked = rerun.asked("qat", run.options | form.asked, loaded, given, [None if is_new else source])
-    to = deliver.Destination(files, asked, form, gates.again(given), wanted, written.json, started)
+    to = deliver.Destination(files, asked, given, wanted, before, form, written, started)
     with files.claimed():
         known = deliver.finished(to)
         if known is not None:

@@ -96,15 +96,15 @@ def github(ended: Outcome, path: Path | None) -> None:
 def as_markdown(ended: Outcome) -> str:
     """The page: a heading that says whether it passed, the numbers, a table of what was checked, the error."""
     verdict = {0: "passed", 1: "failed"}.get(ended.code, "stopped")
-    lines = [f"### r2 {_cell(ended.report.get('command', ended.line))}: {verdict}", "", f"`r2 {_cell(ended.line)}`", ""]
+    lines = [f"### r2 {cell(ended.report.get('command', ended.line))}: {verdict}", "", f"`r2 {cell(ended.line)}`", ""]
     facts = _facts(ended.report)
     if facts:
-        lines += ["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in facts), ""]
+        lines += ["| | |", "| --- | --- |", *(f"| {name} | {cell(value)} |" for name, value in facts), ""]
     if found := cases(ended):
         lines += ["| check | |", "| --- | --- |"]
-        lines += [f"| {_cell(name)} | {f'❌ {_cell(wrong)}' if wrong else '✅'} |" for name, wrong in found]
+        lines += [f"| {cell(name)} | {f'❌ {cell(wrong)}' if wrong else '✅'} |" for name, wrong in found]
         lines.append("")
-    return "\n".join([*lines, *([_cell(ended.message), ""] if ended.message else [])])
+    return "\n".join([*lines, *([cell(ended.message), ""] if ended.message else [])])
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -123,7 +123,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _cell(text: object) -> str:
+def cell(text: object) -> str:
     """A text that stays in its cell of a table, and does nothing to a terminal."""
     return console.escaped(" ".join(str(text).split())).replace("|", "\\|").replace("`", "'")
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from r2cli import data as datasets
+from r2cli.cli.command import line
 from r2cli.config.groups import Preparation
 from r2cli.errors import InputError
-from r2cli.storage import own_code, schema
+from r2cli.storage import manifest, own_code, schema
 from r2cli.storage.input_spec import InputSpec
-from r2cli.storage.run_files import Asked, checksum
+from r2cli.storage.manifest import Asked, checksum
 from r2cli.storage.schema import Malformed
 
 
@@ -33,7 +34,16 @@ def asked(
     images = f"{len(loaded.train)} to train and {len(loaded.test)} to test"
     known = hashlib.sha256(repr((loaded.class_names, spec.tokenizer)).encode()).hexdigest()
     sums = {f"{loaded.name}": f"{images}, classes and tokenizer {known}"}
-    return Asked(command, {**own, **options}, sums | {path.name: checksum(path) for path in files})
+    return of_files(command, {**own, **options}, files, sums)
+
+
+def of_files(
+    command: str, options: Mapping[str, Any], files: Sequence[Path], sums: Mapping[str, str | None] | None = None
+) -> Asked:
+    """The same without data: `options` and `files`, beside `sums` of what else was read."""
+    own = {path.name: checksum(path) for path in files}
+    places = {path.name: str(path) for path in files if own[path.name] is not None}
+    return Asked(command, options, {**(sums or {}), **own}, line(), places)
 
 
 def again(report: Mapping[str, Any], kind: type, output: Path) -> dict[str, Any]:
@@ -44,8 +54,7 @@ def again(report: Mapping[str, Any], kind: type, output: Path) -> dict[str, Any]
     try:
         schema.read(kind, report)
     except Malformed as error:
-        record = output.with_suffix(".run.json")
-        raise InputError(f"{record} is damaged ({error}): start again with --overwrite") from error
+        raise InputError(f"{manifest.beside(output)} is damaged ({error}): start again with --overwrite") from error
     return {**report, "finished_before": True}
 
 

@@ -131,6 +131,15 @@ class AccuracyGate(Config):
     min_metric: float | None = option(
         None, "The least value of --metric; the greatest, where less is better.", panel=GATES
     )
+    baseline: Path | None = option(
+        None, "The manifest of a model that was made before, NAME.manifest.json, to compare with.", panel=GATES
+    )
+    max_regression: float | None = option(
+        None,
+        "The greatest loss against --baseline by --metric, in its points or unit. (default: 0)",
+        panel=GATES,
+        least=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -238,6 +247,15 @@ class Written(Told):
     """How a command answers, and whether it replaces files."""
 
     overwrite: bool = option(False, "Replace files that exist already.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class ModelWritten(Written):
+    """How a command that writes an .onnx file answers."""
+
+    card: Path | None = option(
+        None, "A page about the .onnx file, with Hugging Face's front matter, as README.md.", panel=OUTPUT
+    )
 
 
 def output(default: Path | None, help: str) -> Any:

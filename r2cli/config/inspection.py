@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r2cli.config import groups, values
-from r2cli.config.groups import Written
+from r2cli.config.groups import ModelWritten, Written
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
 
 SORTS = ("sqnr", "range", "outliers", "kurtosis", "size", "name")
@@ -187,25 +187,25 @@ class PretrainOutput(Written):
 
 
 @dataclass(frozen=True)
-class PtqOutput(Written):
+class PtqOutput(ModelWritten):
     output: Path | None = groups.output(None, "The checkpoint; .onnx goes beside it. (default: SOURCE.w4a8-none...)")
     resume: bool = groups.resume()
 
 
 @dataclass(frozen=True)
-class QatOutput(Written):
+class QatOutput(ModelWritten):
     output: Path | None = groups.output(None, "The checkpoint; .onnx goes beside it. (default: SOURCE.w4a8-lsq...)")
     resume: bool = groups.resume()
 
 
 @dataclass(frozen=True)
-class PalettizeOutput(Written):
+class PalettizeOutput(ModelWritten):
     output: Path | None = groups.output(None, "The checkpoint; .onnx goes beside it. (default: SOURCE.b4d1-dkm...)")
     resume: bool = groups.resume()
 
 
 @dataclass(frozen=True)
-class ExportOutput(Written):
+class ExportOutput(ModelWritten):
     output: Path | None = groups.output(None, "The ONNX file to write. (default: SOURCE with .onnx)")
 
 

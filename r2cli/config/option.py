@@ -4,6 +4,7 @@
 checked when the config is made, so both refuse the same values in the same words.
 """
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -53,6 +54,8 @@ class Config:
             if value is None or value == () or value == []:
                 continue
             flag = flag_of(own.name, told)
+            if isinstance(value, float) and math.isnan(value):  # no bound: nothing is below it
+                raise InputError(f"{flag} nan is impossible: give a number")
             if told.least is not None and value < told.least:
                 raise InputError(f"{flag} {value:g} is impossible: give {told.least:g} or more")
             if told.most is not None and value > told.most:

@@ -23,6 +23,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from r2cli import data
+from r2cli.config import machine
 from r2cli.config.targets import TARGETS
 from r2cli.deploy import external_data, weight_roles
 from r2cli.errors import InputError
@@ -280,11 +281,7 @@ def operator_times(path: Path, given: Mapping[str, Any], runs: int = 5) -> dict[
 
 def _vnni() -> list[str]:
     """The processor's instructions that add products of 8-bit integers in 32 bits."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
-    except (OSError, IndexError):
-        flags = set()
-    return sorted(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    return sorted(machine.processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def has_vnni() -> bool:

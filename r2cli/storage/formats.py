@@ -115,6 +115,23 @@ class MetricEntry:
 
 
 @dataclass(frozen=True)
+class MeasuredOn:
+    """The samples that a metric was measured on, and its keywords."""
+
+    data: str
+    samples: int
+    metric_arg: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeasuredReport:
+    """What is read of any report that has a metric."""
+
+    metric: MetricEntry | None = None
+    measured_on: MeasuredOn | None = None
+
+
+@dataclass(frozen=True)
 class TrainedReport:
     top1: float | None
     range_mean: float
@@ -145,11 +162,13 @@ class EmbeddingsEntry:
 
 @dataclass(frozen=True)
 class CompressedReport(PalettesReport):
-    top1: float | None
-    float_top1: float | None
+    """Of every command that writes a file of the network; without training before it has no float value."""
+
     checks: tuple[CheckEntry, ...]
     overflow_db: Annotated[float, UNBOUNDED] | None
     embeddings: EmbeddingsEntry | None
+    top1: float | None = None
+    float_top1: float | None = None
     entropy_coded_bits: float | None = None
     metric: MetricEntry | None = None
     float_value: float | None = None

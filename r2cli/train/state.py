@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from r2cli.errors import InputError
 from r2cli.storage import checkpoint, schema
-from r2cli.storage.run_files import OPTIONS
+from r2cli.storage.manifest import OPTIONS
 from r2cli.storage.schema import Malformed
 from r2cli.train.hooks import Epoch
 

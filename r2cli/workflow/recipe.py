@@ -15,9 +15,9 @@
     rows = ["reg", "bits"]
     metrics = { "top-1" = "top1" }
 
-The keys of a step are the options of its command; `source` and `output` are files in the folder of the run. A value of
-the matrix may be a TOML table: then `{pre.reg}` is its key `reg`, and its `name` is shown in tables. A table averages
-over the variables that it does not list, for example over seeds.
+The keys of a step are the options of its command; `source`, `output` and `card` are files in the folder of the run. A
+value of the matrix may be a TOML table: then `{pre.reg}` is its key `reg`, and its `name` is shown in tables. A table
+averages over the variables that it does not list, for example over seeds.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from r2cli.storage.schema import Malformed
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
 COMMANDS = ("pretrain", "analyze", "ptq", "qat", "palettize", "export", "evaluate")
-FILES = ("source", "output")
+FILES = ("source", "output", "card")
 MOST_STEPS = 10_000  # that one [[step]] may stand for
 HEAD = ""  # the key under which `lines` has the line of [[step]] itself
 

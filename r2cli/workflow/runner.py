@@ -25,7 +25,7 @@ from r2cli.config.machine import usable_cores
 from r2cli.errors import CheckFailed, InputError, R2Error
 from r2cli.storage import schema
 from r2cli.storage.atomic import write_atomically
-from r2cli.storage.run_files import checksum
+from r2cli.storage.manifest import checksum
 from r2cli.train.resume import resume_state
 from r2cli.workflow.recipe import Step, reads_from, shell
 

@@ -251,7 +251,7 @@ CASES = {
     "options are a list": Case("state", recorded("identity", [1], "r2_resume"), "'identity' is a list, not a table"),
     "a state without its generator": Case("state", renamed("rng", "other"), "the tensor 'rng' is missing"),
     "a state's metadata is nested": Case("state", recorded("history", NESTED, "r2_resume"), "nested too deeply"),
-    "a report of text": Case("record", in_json("report/top1", []), "coded.run.json is damaged ('top1' is a list"),
+    "a report of text": Case("record", in_json("report/top1", []), "coded.manifest.json is damaged ('top1' is a list"),
     "a shard without a name": Case("shards", in_json("weight_map/b.bias", ""), "is missing"),
     "a shard of a very long name": Case("shards", in_json("weight_map/b.bias", "a" * 5000), "is missing"),
     "a shard of a name with escapes": Case("shards", in_json("weight_map/b.bias", "\x1b[31m"), "\\x1b[31m is missing"),

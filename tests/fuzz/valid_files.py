@@ -84,12 +84,12 @@ READERS = {
     "weights": Reader(
         "weights.safetensors",
         (("palettize", "FILE", "-o", "out.safetensors", "--overwrite"), ("analyze", "FILE", "--all")),
-        ("out.safetensors", "out.run.json"),
+        ("out.safetensors", "out.manifest.json"),
         share=20,
     ),
     "shards": Reader("shards/model.safetensors.index.json", (("analyze", "FILE", "--quick"), ("analyze", "shards"))),
     "state": Reader("made.resume.safetensors", ((*TRAIN, "--resume"),), ("made.",), share=15),
-    "record": Reader("coded.run.json", (("ptq", FLOAT, *CPU, "-o", CODED, "--resume"),), share=8),
+    "record": Reader("coded.manifest.json", (("ptq", FLOAT, *CPU, "-o", CODED, "--resume"),), share=8),
     "pth": Reader("float.pth", (("evaluate", "--weights", "FILE", "--model", "resnet8", *CPU, "--dry-run"),), share=8),
     "onnx": Reader(
         ONNX,
