@@ -34,6 +34,8 @@ def dequantize(lite: LiteSheet, node: NodeProto) -> None:
     name = node.input[0]
     if name not in lite.constants:
         lite.values[node.output[0]] = lite.held(name)
+        if not lite.held(name).grid.same(lite.parameters(node)):
+            raise Unwritable("it reads codes on another grid than they were rounded to")
         return
     zero = lite.constants[node.input[2]] if len(node.input) > 2 else np.zeros(1, np.int8)
     own = HeldCodes(lite.constants[name], lite.constants[node.input[1]], int(zero.reshape(-1)[0]), name)
@@ -148,7 +150,6 @@ def _scaled_sum(lite: LiteSheet, node: NodeProto) -> bool:
     if number is None or rounds is None or reads is None or reads.op_type != "DequantizeLinear":
         return False
     grid, x = lite.parameters(reads), lite.held(node.input[0])
-    share = float(grid.scale / lite.parameters(rounds).scale)
     if grid.same(lite.parameters(rounds)):
         return False
     if len(x.shape) not in (2, 4) or number.integers.size != 1:
@@ -156,11 +157,12 @@ def _scaled_sum(lite: LiteSheet, node: NodeProto) -> bool:
     channels, most, shape, name = x.shape[1], 127, x.shape, node.output[0]
     image = (*shape, 1, 1) if len(shape) == 2 else shape
     x = _reshaped(lite, x, image, f"{name}.image")
-    weight = LiteGrid(np.full(channels, share / most, np.float32), 0, 3)
+    added = float((number.integers.reshape(-1)[0] - number.zero) * number.scale)
+    own, factor = _exact_line(x.grid, lite.parameters(rounds), added, most)
+    weight = LiteGrid(np.full(channels, factor * grid.scale / x.grid.scale, np.float32), 0, 3)
     ones = np.full((1, 1, 1, channels), most, np.int8)
     kernel = lite.writer.tensor(f"{node.output[0]}.share", ones.shape, weight, ones)
-    added = float((number.integers.reshape(-1)[0] - number.zero) * number.scale)
-    sums = np.full(channels, round(added * most / float(x.grid.scale)), np.int32)
+    sums = np.full(channels, own, np.int32)
     unit = LiteGrid(np.asarray(x.grid.scale * weight.scale, np.float32))
     bias = lite.writer.tensor(f"{node.output[0]}.added", sums.shape, unit, sums)
     found = lite.made(name, image, grid)
@@ -171,6 +173,28 @@ def _scaled_sum(lite: LiteSheet, node: NodeProto) -> bool:
     found = _reshaped(lite, found, shape, f"{name}.vector")
     lite.values |= {name: found, rounds.output[0]: found}
     return True
+
+
+def _exact_line(x: LiteGrid, rounded: LiteGrid, added: float, most: int) -> tuple[int, float]:
+    """The sum that stands for `added` beside products of codes with `most`, and the factor of both, with which each code
+    becomes the one that ONNX Runtime gives. The plain ones miss some: what lies halfway between two codes, as a hard
+    sigmoid of 0, is rounded to even there and up here."""
+    codes = np.arange(-128, 128)
+    floats = (codes - x.zero).astype(np.float32) * x.scale + np.float32(added)
+    wanted = np.clip(np.rint(floats / rounded.scale) + rounded.zero, -128, 127)
+    low = np.where(wanted == -128, -np.inf, wanted - rounded.zero - 0.5)
+    high = np.where(wanted == 127, np.inf, wanted - rounded.zero + 0.5)
+    usual, factor = round(added * most / float(x.scale)), float(x.scale) / (most * float(rounded.scale))
+    best = (-np.inf, usual, factor)
+    for sums in range(usual - 8, usual + 9):
+        total = (most * (codes - x.zero) + sums).astype(np.float64)
+        own = total != 0
+        ends = np.sort(np.stack([low[own] / total[own], high[own] / total[own]]), axis=0)
+        least, greatest = ends[0].max(), ends[1].min()  # of the factors that give all of `wanted`
+        middle = (least + greatest) / 2
+        if greatest - least > best[0] and np.all((low < 0) & (0 < high) | own) and np.isfinite(middle):
+            best = (greatest - least, sums, middle)
+    return (best[1], best[2]) if best[0] > 0 else (usual, factor)
 
 
 def _reshaped(lite: LiteSheet, x: HeldValue, shape: Sequence[int], name: str) -> HeldValue:
