@@ -60,7 +60,51 @@ def _shuffled(x: Tensor) -> Tensor:
     return x.reshape(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8).permute(0, 2, 1, 3)
 
 
+class Attention(nn.Module):
+    """Tokens of an image: a norm, attention, a sum, and a GELU between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).reshape(-1, 64, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 64, 8))
+        return x + self.narrow(F.gelu(self.wide(x)))
+
+
+class _Deep(nn.Module):
+    """A convolution of three axes, which TensorFlow Lite has in float alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.unsqueeze(2))
+
+
+class Line(nn.Module):
+    """A row of 64 values in eight channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.pool = nn.Conv1d(8, 8, 3, padding=1, groups=2), nn.MaxPool1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(F.relu(self.one(x.flatten(2))))
+
+
 BODIES = {
+    "attention": (Attention, 512),
+    "line": (Line, 256),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(8, 4, 3, 2, 1, output_padding=1), nn.ReLU()), 1024),
+    "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.PixelShuffle(2)), 512),
+    "softmax": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Softmax(1), nn.GroupNorm(2, 8)), 512),
+    "bounds": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Hardtanh(-0.2, 0.3), nn.LeakyReLU(0.1)), 512),
+    "sizes": (lambda: nn.Sequential(nn.Upsample(12), nn.AdaptiveAvgPool2d(5), nn.Upsample(6, mode="bilinear")), 288),
     "residual": (Residual, 512),
     "joined": (Joined, 512),
     "vector": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(512, 16), nn.Hardswish()), 16),
@@ -113,8 +157,8 @@ def test_a_batch_of_two_runs_any_number_of_images(tmp_path: Path) -> None:
 def test_what_has_no_form_is_named_before_any_work(work: Callable[..., object]) -> None:
     configs = {"quantize": r2cli.PtqConfig, "finetune": r2cli.QatConfig, "palettize": r2cli.PalettizeConfig}
     config = configs[work.__name__](target="tflite")
-    with pytest.raises(InputError, match=r"'body.1' \(Div\) cannot be written as TensorFlow Lite: .*another --target"):
-        work(Net(nn.GELU(), 512).eval(), data.load("digits"), config)
+    with pytest.raises(InputError, match=r"'body_layer' \(Conv\) cannot be written as TensorFlow Lite: it reads 3 axes.*--target"):
+        work(Net(_Deep(), 512).eval(), data.load("digits"), config)
 
 
 def test_another_target_s_checkpoint_has_no_codes_of_its_result() -> None:

@@ -21,6 +21,9 @@ def to_bytes(content: bytes) -> bytes:
     with its scale and zero point. Raises InputError for an operator without a form, or one in float, by its node.
     """
     model = onnx.load_from_string(content)
+    loose = next((each.name for each in model.graph.input if not all(_lengths(each))), None)
+    if loose is not None:
+        raise InputError(f"the size of '{loose}' is not fixed, which a file of TensorFlow Lite wants: give --batch 1")
     lite = LiteSheet(onnx.shape_inference.infer_shapes(model, data_prop=True))
     tables = tflite_tables.find(lite)
     for node in lite.graph.node:
@@ -41,3 +44,7 @@ def to_bytes(content: bytes) -> bytes:
     ends = {name: lite.values[name] for name in outputs}
     results = {name: lite.laid(x, END_ORDERS.get(len(x.shape), plain(len(x.shape)))).tensor for name, x in ends.items()}
     return lite.writer.to_bytes([lite.given[name].tensor for name in inputs], results, metadata)
+
+
+def _lengths(value: onnx.ValueInfoProto) -> list[int]:
+    return [length.dim_value for length in value.type.tensor_type.shape.dim]

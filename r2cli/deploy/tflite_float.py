@@ -153,7 +153,8 @@ def batch_norm(lite: LiteSheet, node: NodeProto) -> None:
 def instance_norm(lite: LiteSheet, node: NodeProto) -> None:
     x, name = lite.floats(node.input[0]), node.output[0]
     y = _normed(lite, x, range(2, len(x.shape)), attributes(node).get("epsilon", 1e-5))
-    lite.values[name] = _by_channel(lite, y, *(lite.constants[each] for each in node.input[1:3]), name)
+    scale, shift = (lite.constants[each] for each in node.input[1:3])
+    lite.values[name] = _by_channel(lite, y, scale, shift, name)
 
 
 def global_pool(kind: str) -> Handler:

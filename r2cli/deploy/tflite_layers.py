@@ -59,7 +59,7 @@ def _tall(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LayerResult:
     """What a layer gives: a tensor for it, an image, on the grid that reads it, and the activation that is fused."""
 
     value: HeldValue
@@ -73,10 +73,10 @@ class Outcome:
         lite.values |= dict.fromkeys(self.names, lite.reshaped(self.value, self.shape, order, name))
 
 
-def outcome(lite: LiteSheet, node: NodeProto) -> Outcome:
+def layer_result(lite: LiteSheet, node: NodeProto) -> LayerResult:
     to, name = lite.rounding(node), node.output[0]
     shape = lite.shapes[name]
-    return Outcome(lite.made(name, _tall(shape), to.grid, NHWC), to.fused, to.names, shape)
+    return LayerResult(lite.made(name, _tall(shape), to.grid, NHWC), to.fused, to.names, shape)
 
 
 # --- weights and biases --------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def convolution(lite: LiteSheet, node: NodeProto) -> None:
     content = weight.integers.reshape(outputs, inputs, *where.kernel)
     content = content.transpose((1, 2, 3, 0) if is_depthwise else (0, 2, 3, 1))
     codes = LiteGrid(weight.scale, 0, 3 if is_depthwise else 0)
-    kernel, to = lite.writer.tensor(weight.name, content.shape, codes, content), outcome(lite, node)
+    kernel, to = lite.writer.tensor(weight.name, content.shape, codes, content), layer_result(lite, node)
     options = {"padding": padding, "fusedActivationFunction": to.fused, **where.options, **where.dilated}
     if is_depthwise:
         options["depthMultiplier"] = outputs // group
@@ -158,7 +158,7 @@ def transposed_convolution(lite: LiteSheet, node: NodeProto) -> None:
         raise Unwritable("it has groups or dilations")
     inputs, outputs = weight.integers.shape[:2]
     whole = [(x.shape[2 + k] - 1) * where.strides[k] + where.kernel[k] for k in (0, 1)]
-    to = outcome(lite, node)
+    to = layer_result(lite, node)
     if any(where.pads[k] + to.value.shape[2 + k] > whole[k] for k in (0, 1)):
         raise Unwritable("its output reaches beyond its windows")
     content = weight.integers.reshape(inputs, outputs, *where.kernel).transpose(1, 2, 3, 0)
@@ -242,7 +242,7 @@ def depthwise(
 ) -> None:
     """Write what `node` computes as a depthwise convolution of one weight for each channel, `sums` its biases."""
     where, name = where or windows(node, 2), node.output[0]
-    to = outcome(lite, node)
+    to = layer_result(lite, node)
     kernel = lite.writer.tensor(f"{name}.weight", content.shape, codes, content)
     unit = LiteGrid(np.asarray(x.codes.scale * codes.scale, np.float32))
     bias = lite.writer.tensor(f"{name}.bias", sums.shape, unit, sums)

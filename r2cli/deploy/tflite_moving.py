@@ -5,11 +5,13 @@ A value keeps the order of axes of what it is picked from, so that nothing is tu
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto
 
 from r2cli.deploy.onnx_sheet import Unwritable
+from r2cli.deploy.tflite_lines import requantized
 from r2cli.deploy.tflite_sheet import NHWC, HeldValue, LiteSheet, attributes, is_same_order, plain
 
 Bounds = tuple[int, int, int]  # start, end and step
@@ -21,6 +23,9 @@ def same(lite: LiteSheet, node: NodeProto) -> None:
 
 def reshape(lite: LiteSheet, node: NodeProto) -> None:
     """Also Flatten, Squeeze and Unsqueeze."""
+    if node.input[0] in lite.constants:
+        lite.constants[node.output[0]] = lite.constants[node.input[0]].reshape(lite.shapes[node.output[0]])
+        return
     x, name = lite.held(node.input[0]), node.output[0]
     order = plain(len(x.shape))
     x = x if is_same_order(x, order) else lite.laid(x, order)
@@ -35,6 +40,9 @@ def transpose(lite: LiteSheet, node: NodeProto) -> None:
         own, order = lite.decoded[source], attributes(node)["perm"]
         axis = order.index(own.axis) if own.scale.size > 1 else 0
         lite.decoded[name] = replace(own, integers=own.integers.transpose(order), axis=axis)
+        return
+    if source in lite.constants:
+        lite.constants[name] = lite.constants[source].transpose(attributes(node).get("perm"))
         return
     x = lite.held(source)
     order = attributes(node).get("perm", list(reversed(range(len(x.shape)))))
@@ -98,7 +106,7 @@ def concatenation(lite: LiteSheet, node: NodeProto) -> None:
     if all(map(lite.has_codes, node.input)) and lite.is_rounded(node):
         parts = lite.aligned(map(lite.codes, node.input))
         found, fused = lite.result(node, parts[0].order)
-        parts = [lite.requantized(part, found.codes, f"{name}.{k}") for k, part in enumerate(parts)]
+        parts = [requantized(lite, part, found.codes, f"{name}.{k}") for k, part in enumerate(parts)]
     else:
         parts, fused = lite.aligned(map(lite.floats, node.input)), 0
         found = lite.passed(name, parts[0], parts[0].order)
@@ -116,7 +124,7 @@ def gather(lite: LiteSheet, node: NodeProto) -> None:
     picked(lite, x, axis, indices % x.shape[axis], lite.passed(name, x, order))
 
 
-def picked(lite: LiteSheet, x: HeldValue, axis: int, places: Sequence[int], found: HeldValue) -> None:
+def picked(lite: LiteSheet, x: HeldValue, axis: int, places: Any, found: HeldValue) -> None:
     inputs = [x.tensor, lite.writer.ints(places)]
     lite.writer.operator("GATHER", inputs, [found.tensor], "Gather", axis=x.order.index(axis))
 

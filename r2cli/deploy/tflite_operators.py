@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 from onnx import NodeProto
 
-from r2cli.deploy import tflite_layers, tflite_moving, tflite_tables
+from r2cli.deploy import tflite_layers, tflite_lines, tflite_moving, tflite_tables
 from r2cli.deploy.onnx_sheet import Unwritable
 from r2cli.deploy.tflite_float import FLOATS
+from r2cli.deploy.tflite_lines import requantized
 from r2cli.deploy.tflite_sheet import NHWC, HeldCodes, LiteSheet, attributes
 from r2cli.deploy.tflite_tables import Tables
 from r2cli.deploy.tflite_writer import LiteGrid
@@ -52,7 +53,7 @@ def quantize(lite: LiteSheet, node: NodeProto) -> None:
             shape = lite.shapes[name]
             lite.given[name] = lite.made(name, shape, codes, END_ORDERS.get(len(shape)))
         lite.values[name] = lite.given[name]
-    lite.values[node.output[0]] = lite.requantized(lite.held(name), codes, node.output[0])
+    lite.values[node.output[0]] = requantized(lite, lite.held(name), codes, node.output[0])
 
 
 def dequantize(lite: LiteSheet, node: NodeProto) -> None:
@@ -75,7 +76,7 @@ def activation(lite: LiteSheet, node: NodeProto) -> None:
     """A ReLU of codes that is not fused into what is before it, and bounds: the codes themselves are clipped, because
     rounding keeps the order of values. They are rounded before it where their grid is another."""
     x, to = lite.codes(node.input[0]), lite.rounding(node)
-    x = lite.requantized(x, to.grid, f"{node.output[0]}.rounded")
+    x = requantized(lite, x, to.grid, f"{node.output[0]}.rounded")
     bounds = ["0"] if node.op_type == "Relu" else node.input[1:]
     for kind, bound in zip(("MAXIMUM", "MINIMUM"), bounds, strict=False):
         if bound:
@@ -90,8 +91,8 @@ def activation(lite: LiteSheet, node: NodeProto) -> None:
 
 def elementwise(kind: str, options: str) -> Handler:
     def integers(lite: LiteSheet, node: NodeProto) -> None:
-        if _is_scaled_sum(lite, node):
-            _scaled_sum(lite, node)
+        if tflite_lines.is_scaled_sum(lite, node):
+            tflite_lines.scaled_sum(lite, node)
             return
         parts = lite.aligned(map(lite.codes, node.input))
         found, fused = lite.result(node, parts[0].order)
@@ -101,64 +102,6 @@ def elementwise(kind: str, options: str) -> Handler:
     return integers
 
 
-def _is_scaled_sum(lite: LiteSheet, node: NodeProto) -> bool:
-    """Whether the codes of a sum with a number are read on a finer grid, (x + c) * share, as a hard sigmoid's are."""
-    to = [each for each in lite.readers.get(node.output[0], []) if each.op_type == "QuantizeLinear"]
-    reads = lite.readers.get(to[0].output[0], []) if to else []
-    is_read = bool(reads) and reads[0].op_type == "DequantizeLinear" and node.input[1] in lite.decoded
-    return is_read and not lite.parameters(reads[0]).same(lite.parameters(to[0]))
-
-
-def _scaled_sum(lite: LiteSheet, node: NodeProto) -> None:
-    """Write it as a depthwise convolution of one weight for each channel."""
-    rounds, number = lite.readers[node.output[0]][0], lite.decoded[node.input[1]]
-    reads, shape, name = lite.readers[rounds.output[0]][0], lite.shapes[node.output[0]], node.output[0]
-    grid, x = lite.parameters(reads), lite.codes(node.input[0])
-    if number.integers.size != 1 or len(shape) < 2:
-        raise Unwritable("its numbers differ, or it has no channels")
-    # The tensor's last axis is the channels', and what is before it is an image.
-    flat = (1, x.shape[x.order[-1]], int(np.prod(shape)) // x.shape[x.order[-1]], 1)
-    own = lite.reshaped(x, flat, NHWC, f"{name}.image")
-    added = float((number.integers.reshape(-1)[0] - number.zero) * number.scale)
-    most, channels = 127, flat[1]
-    sums, factor = _exact_line(x.codes, lite.parameters(rounds), added, most)
-    weight = LiteGrid(np.full(channels, factor * grid.scale / x.codes.scale, np.float32), 0, 3)
-    kernel = lite.writer.tensor(
-        f"{name}.share", (1, 1, 1, channels), weight, np.full((1, 1, 1, channels), most, np.int8)
-    )
-    unit = LiteGrid(np.asarray(x.codes.scale * weight.scale, np.float32))
-    bias = lite.writer.tensor(f"{name}.added", (channels,), unit, np.full(channels, sums, np.int32))
-    found = lite.made(name, flat, grid, NHWC)
-    options = {"padding": tflite_layers.VALID, "strideH": 1, "strideW": 1, "depthMultiplier": 1}
-    options |= {"dilationHFactor": 1, "dilationWFactor": 1}
-    inputs = [own.tensor, kernel, bias]
-    lite.writer.operator("DEPTHWISE_CONV_2D", inputs, [found.tensor], "DepthwiseConv2D", **options)
-    found = lite.reshaped(found, shape, x.order, f"{name}.flat")
-    lite.values |= {name: found, rounds.output[0]: found}
-
-
-def _exact_line(x: LiteGrid, rounded: LiteGrid, added: float, most: int) -> tuple[int, float]:
-    """The sum that stands for `added` beside products of codes with `most`, and the factor of both, with which each code
-    becomes the one that ONNX Runtime gives. The plain ones miss some: what lies halfway between two codes, as a hard
-    sigmoid of 0, is rounded to even there and up here."""
-    codes = np.arange(-128, 128)
-    floats = (codes - x.zero).astype(np.float32) * x.scale + np.float32(added)
-    wanted = np.clip(np.rint(floats / rounded.scale) + rounded.zero, -128, 127)
-    low = np.where(wanted == -128, -np.inf, wanted - rounded.zero - 0.5)
-    high = np.where(wanted == 127, np.inf, wanted - rounded.zero + 0.5)
-    usual, factor = round(added * most / float(x.scale)), float(x.scale) / (most * float(rounded.scale))
-    best = (-np.inf, usual, factor)
-    for sums in range(usual - 8, usual + 9):
-        total = (most * (codes - x.zero) + sums).astype(np.float64)
-        own = total != 0
-        ends = np.sort(np.stack([low[own] / total[own], high[own] / total[own]]), axis=0)
-        least, greatest = ends[0].max(), ends[1].min()  # of the factors that give all of `wanted`
-        middle = (least + greatest) / 2
-        if greatest - least > best[0] and np.all((low < 0) & (0 < high) | own) and np.isfinite(middle):
-            best = (greatest - least, sums, middle)
-    return (best[1], best[2]) if best[0] > 0 else (usual, factor)
-
-
 def sigmoid(lite: LiteSheet, node: NodeProto) -> None:
     """TensorFlow Lite gives a sigmoid on the grid of 256 steps from 0 to 1, and no other."""
     x = lite.codes(node.input[0])
@@ -166,7 +109,7 @@ def sigmoid(lite: LiteSheet, node: NodeProto) -> None:
     usual = LiteGrid(np.asarray(1 / 256, np.float32), -128)
     exact = found if found.codes.same(usual) else lite.made(f"{node.output[0]}.unit", x.shape, usual, x.order)
     lite.writer.operator("LOGISTIC", [x.tensor], [exact.tensor])
-    if exact is not found:
+    if exact is not found:  # codes that were calibrated for another target
         lite.writer.operator("QUANTIZE", [exact.tensor], [found.tensor], "Quantize")
 
 

@@ -55,7 +55,7 @@ class HeldCodes:
 
 @dataclass(frozen=True)
 class Rounding:
-    """The grid that reads what a node gives, the activation in between, and the names of both values and all between."""
+    """The grid that reads what a node gives, the activation in between, and the names of the values up to there."""
 
     grid: LiteGrid
     fused: int
@@ -182,14 +182,6 @@ class LiteSheet:
         self.values[name] = found = self.made(name, self.shapes[name], of.grid, order)
         return found
 
-    def requantized(self, x: HeldValue, codes: LiteGrid, name: str) -> HeldValue:
-        """`x` on another grid, or floats on a grid."""
-        if x.grid is not None and x.grid.same(codes):
-            return x
-        found = self.made(name, x.shape, codes, x.order)
-        self.writer.operator("QUANTIZE", [x.tensor], [found.tensor], "Quantize")
-        return found
-
     # --- orders and shapes -----------------------------------------------------------------------------------------
 
     def laid(self, x: HeldValue, order: Sequence[int]) -> HeldValue:
@@ -236,9 +228,8 @@ class LiteSheet:
         """Values that are broadcast together, with as many axes each, all in the order of the first that has most."""
         parts = list(values)
         rank = max(len(each.shape) for each in parts)
-        order = next(
-            each.order for each in sorted(parts, key=lambda x: x.content is not None) if len(each.shape) == rank
-        )
+        first = sorted(parts, key=lambda x: x.content is not None)
+        order = next(each.order for each in first if len(each.shape) == rank)
         spread = []
         for each in parts:
             more = rank - len(each.shape)

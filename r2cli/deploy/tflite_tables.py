@@ -32,15 +32,11 @@ class Tables:
 
 @dataclass(frozen=True)
 class Chain:
-    """The nodes between the DequantizeLinear `begin`, whose codes are `source`, and the QuantizeLinear `end`."""
+    """The nodes between the codes `source` and the QuantizeLinear `end`."""
 
-    begin: NodeProto
+    source: str
     end: NodeProto
     nodes: tuple[NodeProto, ...]
-
-    @property
-    def source(self) -> str:
-        return str(self.begin.input[0])
 
 
 def find(lite: LiteSheet) -> Tables:
@@ -49,7 +45,8 @@ def find(lite: LiteSheet) -> Tables:
         own = _chain(lite, node) if node.op_type == "QuantizeLinear" else None
         if own is not None:
             chains[node.output[0]] = own
-    inside = {node.output[0] for chain in chains.values() for node in chain.nodes}
+    nodes = [node for chain in chains.values() for node in chain.nodes if node.op_type != "DequantizeLinear"]
+    inside = {node.output[0] for node in nodes}
     covered: set[str] = set()
     for node in reversed(lite.graph.node):
         readers = lite.readers.get(node.output[0], [])
@@ -61,11 +58,11 @@ def find(lite: LiteSheet) -> Tables:
 def _chain(lite: LiteSheet, end: NodeProto) -> Chain | None:
     """What computes the values that `end` rounds from one value on a grid, where no integer kernel does."""
     found: dict[str, NodeProto] = {}
-    begins: dict[str, NodeProto] = {}
+    sources = set()
     todo = [end.input[0]]
     while todo:
         name = todo.pop()
-        if name in found or name in begins:
+        if name in found:
             continue
         if name in lite.constants:
             if lite.constants[name].size != 1:
@@ -74,18 +71,18 @@ def _chain(lite: LiteSheet, end: NodeProto) -> Chain | None:
         node = lite.makers.get(name)
         if node is None:
             return None
-        if node.op_type == "DequantizeLinear" and node.input[0] not in lite.constants:
-            begins[name] = node
-            continue
         if node.op_type not in POINTWISE and node.op_type != "DequantizeLinear":
             return None
         found[name] = node
-        todo += [each for each in node.input if each]
+        if node.op_type == "DequantizeLinear" and node.input[0] not in lite.constants:
+            sources.add(node.input[0])
+        else:
+            todo += [each for each in node.input if each]
     computing = [node for node in found.values() if node.op_type != "DequantizeLinear"]
-    if len(begins) != 1 or not computing or _is_native(lite, computing):
+    if len(sources) != 1 or not computing or _is_native(lite, computing):
         return None
     order = [node for node in lite.graph.node if node.output[0] in found]
-    return Chain(next(iter(begins.values())), end, tuple(order))
+    return Chain(sources.pop(), end, tuple(order))
 
 
 def _is_native(lite: LiteSheet, computing: list[NodeProto]) -> bool:
@@ -111,7 +108,7 @@ def write(lite: LiteSheet, chain: Chain) -> None:
 
 def _content(lite: LiteSheet, chain: Chain) -> Array:
     """The code that ONNX Runtime gives for each code of the source."""
-    nodes = [chain.begin, *chain.nodes, chain.end]
+    nodes = [*chain.nodes, chain.end]
     read = {name for node in nodes for name in node.input}
     held = [each for each in lite.graph.initializer if each.name in read]
     given = helper.make_tensor_value_info(chain.source, TensorProto.INT8, [CODES])
