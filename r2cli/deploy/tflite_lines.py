@@ -21,7 +21,7 @@ def requantized(lite: LiteSheet, x: HeldValue, codes: LiteGrid, name: str) -> He
         found = lite.made(name, x.shape, codes, x.order)
         lite.writer.operator("QUANTIZE", [x.tensor], [found.tensor], "Quantize")
         return found
-    return x if x.grid.same(codes) else _line(lite, x, codes, codes, 0.0, name)
+    return x if x.grid.same(codes) else line(lite, x, codes, codes, 0.0, name)
 
 
 def is_scaled_sum(lite: LiteSheet, node: NodeProto) -> bool:
@@ -38,11 +38,11 @@ def scaled_sum(lite: LiteSheet, node: NodeProto) -> None:
         raise Unwritable("its numbers differ")
     added = float((number.integers.reshape(-1)[0] - number.zero) * number.scale)
     grid = lite.parameters(lite.readers[rounds.output[0]][0])
-    found = _line(lite, lite.codes(node.input[0]), lite.parameters(rounds), grid, added, name)
+    found = line(lite, lite.codes(node.input[0]), lite.parameters(rounds), grid, added, name)
     lite.values |= {name: found, rounds.output[0]: found}
 
 
-def _line(lite: LiteSheet, x: HeldValue, rounded: LiteGrid, read: LiteGrid, added: float, name: str) -> HeldValue:
+def line(lite: LiteSheet, x: HeldValue, rounded: LiteGrid, read: LiteGrid, added: float, name: str) -> HeldValue:
     """The codes of x + `added` on the grid `rounded`, which stand for what they do on the grid `read`."""
     channels = x.shape[x.order[-1]] if x.order else 1
     # The tensor's last axis is the channels', and what is before it is an image.

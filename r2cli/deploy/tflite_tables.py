@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from r2cli.deploy import runtime
+from r2cli.deploy import runtime, tflite_lines
 from r2cli.deploy.tflite_sheet import Array, HeldValue, LiteSheet
 
 # Operators of one value, or of one and numbers.
@@ -94,6 +94,11 @@ def _is_native(lite: LiteSheet, computing: list[NodeProto]) -> bool:
 def write(lite: LiteSheet, chain: Chain) -> None:
     """Look the codes of the source up: TensorFlow Lite counts places from 0, so 128 is added to them."""
     x, name = lite.codes(chain.source), chain.end.output[0]
+    added = _added(lite, chain)
+    if added is not None:  # a sum with a number is a line, which accelerators have
+        grid = lite.parameters(chain.end)
+        lite.values[name] = tflite_lines.line(lite, x, grid, grid, added, name)
+        return
     content = _content(lite, chain)
     grid = lite.parameters(chain.end)
     table = lite.writer.tensor(f"{name}.table", content.shape, grid, content)
@@ -104,6 +109,14 @@ def write(lite: LiteSheet, chain: Chain) -> None:
     found = lite.made(name, x.shape, grid, x.order)
     lite.writer.operator("GATHER", [table, places], [found.tensor], "Gather", axis=0)
     lite.values[name] = HeldValue(found.tensor, x.shape, grid, x.order)
+
+
+def _added(lite: LiteSheet, chain: Chain) -> float | None:
+    """The number that is added, where the function is no more than that."""
+    computing = [node for node in chain.nodes if node.op_type != "DequantizeLinear"]
+    numbers = [name for node in computing for name in node.input if name in lite.constants]
+    is_sum = [node.op_type for node in computing] == ["Add"] and len(numbers) == 1
+    return float(lite.constants[numbers[0]].reshape(())) if is_sum else None
 
 
 def _content(lite: LiteSheet, chain: Chain) -> Array:
