@@ -54,7 +54,7 @@ class HeldCodes:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RoundedBy:
     """The grid that reads what a node gives, the activation in between, and the names of the values up to there."""
 
     grid: LiteGrid
@@ -143,7 +143,7 @@ class LiteSheet:
         self.values |= dict.fromkeys(to.names, found)
         return found, to.fused
 
-    def rounding(self, node: NodeProto) -> Rounding:
+    def rounding(self, node: NodeProto) -> RoundedBy:
         name, fused, names = node.output[0], NONE, []
         while True:
             names.append(name)
@@ -158,7 +158,7 @@ class LiteSheet:
         grids = [self.parameters(each) for each in last if each.op_type == "QuantizeLinear"]
         if not grids or len(grids) < len(last) or not all(grids[0].same(each) for each in grids):
             raise Unwritable("it gives floats")
-        return Rounding(grids[0], fused, tuple(names))
+        return RoundedBy(grids[0], fused, tuple(names))
 
     def _activation(self, node: NodeProto) -> int:
         """What TensorFlow Lite fuses into the operator before it."""
