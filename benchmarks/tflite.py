@@ -1,12 +1,16 @@
 """Files of TensorFlow Lite: what LiteRT makes of them beside ONNX Runtime, and what they take on an Ethos-U.
 
-Trained networks on digits at 8, 4, 3 and 2 bits; networks of torchvision and timm with random weights (networks.py) at
-8 and 4. "ONNX Runtime itself" is how near that is to itself without optimisation: single codes at the edge of two.
+Trained networks on digits at 8, 4, 3 and 2 bits; one network of each family of torchvision's, and four of timm's, with
+random weights (networks.py) at 8. "ONNX Runtime itself" is how near that is to itself without optimisation: single
+codes at the edge of two. On the NPU: operators of all; floats, as in attention, run beside it. Large ones are not compiled.
 
-    python benchmarks/tflite.py --output benchmarks/tflite.md
+    python benchmarks/tflite.py --work-dir lite --output benchmarks/tflite.md
+
+The work directory keeps the ONNX file and the row of each network: a run that was stopped goes on where it was.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import network, noise
+from networks import TORCHVISION, network, noise
 from onnx_speed import table
 from torch import Tensor
 
@@ -25,13 +29,11 @@ from r2cli.deploy import onnx_export, runtime, tflite_export, tflite_run, vela
 from r2cli.errors import R2Error
 from r2cli.ptq import post_training
 from r2cli.quantized.decibels import sqnr
-from r2cli.storage.checkpoint import Checkpoint
 
 DIGITS = ("mobilenet_v1", "resnet8")
 RANDOM = (
-    "resnet18 mobilenet_v2 mobilenet_v3_small efficientnet_b0 mnasnet0_5 shufflenet_v2_x0_5 squeezenet1_1 "
-    "regnet_y_400mf regnet_x_400mf densenet121 googlenet timm:mobilenetv4_conv_small timm:mobilenetv3_small_050 "
-    "timm:efficientnet_lite0"
+    *TORCHVISION.split(),
+    *("timm:mobilenetv4_conv_small", "timm:mobilenetv3_small_050", "timm:efficientnet_lite0", "timm:mobileone_s0"),
 )
 COLUMNS = [
     *("network", "bits", "images", "same class", "dB", "ONNX Runtime itself, dB", "bytes"),
@@ -40,19 +42,26 @@ COLUMNS = [
 PIXELS = 64
 
 
-def row(name: str, bits: int, made: Checkpoint, images: Tensor) -> list[str]:
-    """A checkpoint for `tflite` in both runtimes on `images` (n, c, h, w), and in Vela."""
+def row(name: str, bits: int, content: bytes, images: Tensor) -> list[str]:
+    """A file of ONNX for `tflite`, and the same as TensorFlow Lite, on `images` (n, c, h, w), and in Vela."""
     with tempfile.TemporaryDirectory() as folder:
         onnx, lite = Path(folder) / "model.onnx", Path(folder) / "model.tflite"
-        onnx.write_bytes(onnx_export.to_bytes(made))
-        lite.write_bytes(tflite_export.to_bytes(onnx.read_bytes()))
+        onnx.write_bytes(content)
+        lite.write_bytes(tflite_export.to_bytes(content))
         expected, found = runtime.runner(onnx)(images), tflite_run.runner(lite, 1)(images)
         again = runtime.runner(onnx, optimise=False)(images)
-        size, device = lite.stat().st_size, vela.report(lite)
+        size, device = lite.stat().st_size, compiled(lite)
     same = 100 * float((expected.argmax(1) == found.argmax(1)).double().mean())
     near = ["equal" if torch.equal(one, expected) else f"{sqnr(one, expected):.1f}" for one in (found, again)]
-    cells = [name, str(bits), str(len(images)), f"{same:.1f} %", *near, f"{size:,}"]
-    return cells + (["", "", "", ""] if device is None else on_device(device))
+    return [name, str(bits), str(len(images)), f"{same:.1f} %", *near, f"{size:,}", *device]
+
+
+def compiled(lite: Path) -> list[str]:
+    try:
+        told = vela.report(lite)
+    except R2Error as error:
+        return [str(error).rpartition(": ")[2][:80], "", "", ""]
+    return ["", "", "", ""] if told is None else on_device(told)
 
 
 def on_device(told: dict[str, Any]) -> list[str]:
@@ -66,24 +75,30 @@ def digits(name: str, source: Data) -> list[list[str]]:
     images = torch.cat([batch for batch, _ in source.test.batches(256, torch.device("cpu"))])
     rows = []
     for bits in (8, 4, 3, 2):
-        config = r2cli.PtqConfig(weight_bits=bits, target="tflite", calibration=64)
-        rows.append(row(f"{name}, digits", bits, r2cli.quantize(trained, source, config).checkpoint, images))
+        made = r2cli.quantize(trained, source, r2cli.PtqConfig(weight_bits=bits, target="tflite", calibration=64))
+        rows.append(row(f"{name}, digits", bits, onnx_export.to_bytes(made.checkpoint), images))
     return rows
 
 
-def random(name: str) -> list[list[str]]:
-    rows = []
-    for bits in (8, 4):
-        try:
+def random(name: str, folder: Path) -> list[str]:
+    """The row of a network, made or read."""
+    file = folder / f"{name.replace(':', '_')}.onnx"
+    known = file.with_suffix(".json")
+    if known.exists():
+        return list(json.loads(known.read_text()))
+    try:
+        if not file.exists():
             made = network(name, PIXELS)
-            size = made.input.size
-            settings = post_training.PtqSettings("none", bits, 8, "channel", {}, target="tflite")
-            quantized, _ = post_training.quantize(made, settings, noise(3, 1, size), torch.device("cpu"))
-            rows.append(row(name, bits, quantized, torch.cat(noise(4, 2, size))))
-        except R2Error as error:  # what has no form is a row that says so
-            rows.append([name, str(bits), str(error), *[""] * (len(COLUMNS) - 3)])
-        print(rows[-1], flush=True)
-    return rows
+            settings = post_training.PtqSettings("none", 8, 8, "channel", {}, target="tflite")
+            quantized, _ = post_training.quantize(made, settings, noise(1, 1, made.input.size), torch.device("cpu"))
+            file.write_bytes(onnx_export.to_bytes(quantized))
+        size = runtime.opened(file).graph.input[0].type.tensor_type.shape.dim[2].dim_value
+        found = row(name, 8, file.read_bytes(), torch.cat(noise(4, 2, size)))
+    except R2Error as error:  # what has no form is a row that says so
+        found = [name, "8", str(error), *[""] * (len(COLUMNS) - 3)]
+    known.write_text(json.dumps(found))
+    print(found, flush=True)
+    return found
 
 
 def written(rows: Sequence[list[str]]) -> str:
@@ -95,11 +110,13 @@ def written(rows: Sequence[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
-    parser.add_argument("--networks", default=RANDOM, help="networks with random weights")
+    parser.add_argument("--networks", nargs="+", default=RANDOM, help="networks with random weights")
+    parser.add_argument("--work-dir", type=Path, default=Path("lite"), help="a file and a row for every network")
     arguments = parser.parse_args()
     source = data.load("digits")
-    rows = [one for name in DIGITS for one in digits(name, source)]
-    rows += [one for name in arguments.networks.split() for one in random(name)]
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    rows = [random(name, arguments.work_dir) for name in arguments.networks]
+    rows = [one for name in DIGITS for one in digits(name, source)] + rows
     print(written(rows))
     if arguments.output:
         arguments.output.write_text(written(rows))

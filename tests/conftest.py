@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # What only a process of its own runs, and what needs a library of an extra that is not installed.
 APART = {"r2cli.__main__"}
 if find_spec("ai_edge_litert") is None:
-    APART |= {f"r2cli.deploy.tflite_{part}" for part in ("export", "operators", "run", "sheet", "writer")}
+    APART |= {f"r2cli.deploy.{path.stem}" for path in (ROOT / "r2cli/deploy").glob("tflite_*.py")}
     APART |= {"r2cli.deploy.vela"}
 
 

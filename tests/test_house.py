@@ -40,7 +40,7 @@ OWNERS = {
     "onnx_ir": {"deploy"},
     "onnxruntime": {"deploy/runtime"},
     "openvino": {"deploy/engines"},
-    "ai_edge_litert": {"deploy/tflite_writer", "deploy/tflite_run"},
+    "ai_edge_litert": {"deploy/tflite_writer", "deploy/tflite_load"},
     "flatbuffers": {"deploy/tflite_writer"},
     "typer": {"cli"},
     "matplotlib": {"analysis/figure"},

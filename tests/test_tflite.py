@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ import r2cli
 from conftest import R2
 from r2cli import data
 from r2cli.calibration.result import Result
-from r2cli.deploy import onnx_export, runtime
+from r2cli.deploy import engines, onnx_export, runtime, second_engine
 from r2cli.errors import InputError
 
 pytestmark = pytest.mark.skipif(find_spec("ai_edge_litert") is None, reason="pip install '.[tflite]'")
@@ -60,7 +61,56 @@ def _shuffled(x: Tensor) -> Tensor:
     return x.reshape(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8).permute(0, 2, 1, 3)
 
 
+class Attention(nn.Module):
+    """Tokens of an image: a norm, attention, a sum, and a GELU between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).reshape(-1, 64, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 64, 8))
+        return x + self.narrow(F.gelu(self.wide(x)))
+
+
+class _Deep(nn.Module):
+    """A convolution of three axes, which TensorFlow Lite has in float alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.unsqueeze(2))
+
+
+class Line(nn.Module):
+    """A row of 64 values in eight channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.pool = nn.Conv1d(8, 8, 3, padding=1, groups=2), nn.MaxPool1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(F.relu(self.one(x.flatten(2))))
+
+
+def _scaled(x: Tensor) -> Tensor:
+    return torch.sigmoid(x + 0.0) * x
+
+
 BODIES = {
+    "number": (lambda: _scaled, 512),
+    "attention": (Attention, 512),
+    "line": (Line, 256),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(8, 4, 3, 2, 1, output_padding=1), nn.ReLU()), 1024),
+    "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.PixelShuffle(2)), 512),
+    "softmax": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Softmax(1), nn.GroupNorm(2, 8)), 512),
+    "bounds": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Hardtanh(-0.2, 0.3), nn.LeakyReLU(0.1)), 512),
+    "sizes": (lambda: nn.Sequential(nn.Upsample(12), nn.AdaptiveAvgPool2d(5), nn.Upsample(6, mode="bilinear")), 288),
     "residual": (Residual, 512),
     "joined": (Joined, 512),
     "vector": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(512, 16), nn.Hardswish()), 16),
@@ -113,8 +163,26 @@ def test_a_batch_of_two_runs_any_number_of_images(tmp_path: Path) -> None:
 def test_what_has_no_form_is_named_before_any_work(work: Callable[..., object]) -> None:
     configs = {"quantize": r2cli.PtqConfig, "finetune": r2cli.QatConfig, "palettize": r2cli.PalettizeConfig}
     config = configs[work.__name__](target="tflite")
-    with pytest.raises(InputError, match=r"'body.1' \(Div\) cannot be written as TensorFlow Lite: .*another --target"):
-        work(Net(nn.GELU(), 512).eval(), data.load("digits"), config)
+    with pytest.raises(
+        InputError, match=r"'body_layer' \(Conv\) cannot be written .*it reads 3 axes.*another --target"
+    ):
+        work(Net(_Deep(), 512).eval(), data.load("digits"), config)
+
+
+def test_litert_is_an_engine_of_its_own_targets_onnx_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = r2cli.quantize(
+        Net(nn.MaxPool2d(2), 128).eval(), data.load("digits"), r2cli.PtqConfig(target="tflite", calibration=8)
+    )
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_export.to_bytes(made.checkpoint))
+    given = [{"input": image.numpy()[None]} for image in torch.randn(8, 1, 16, 16)]
+    assert second_engine.check(path, engines.named("tflite"), given).passed
+    file = onnx.load(path)
+    file.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(file, path)
+    refused = second_engine.check(path, engines.named("tflite"), given)
+    assert not refused.passed and "the size of 'input' is not fixed" in refused.detail
 
 
 def test_another_target_s_checkpoint_has_no_codes_of_its_result() -> None:

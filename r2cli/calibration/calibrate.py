@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from r2cli.calibration import deployed, observers
 from r2cli.config.targets import DEFAULT, TARGETS, Target
 from r2cli.errors import R2Error
-from r2cli.graph import edit, placement, structure
+from r2cli.graph import edit, operators, placement, structure
 from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
@@ -90,10 +90,11 @@ def calibrate(
                 f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged, so train "
                 "it again with a lower --lr"
             )
-    return {
-        name: activation_grid(*observer.range(bits), bits, symmetric=target.symmetric)
-        for name, observer in observed.items()
-    }
+    ranges = {name: observer.range(bits) for name, observer in observed.items()}
+    if target.codes_of_result:  # TensorFlow Lite's sigmoid gives this grid alone
+        of_sigmoids = {node.name for node in net.graph.nodes if operators.is_a(net, node, (torch.sigmoid,))}
+        ranges |= dict.fromkeys(ranges.keys() & of_sigmoids, (0.0, 1 - 2.0**-bits))
+    return {name: activation_grid(*ends, bits, symmetric=target.symmetric) for name, ends in ranges.items()}
 
 
 def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> dict[str, Coded]:

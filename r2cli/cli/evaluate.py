@@ -127,7 +127,7 @@ def _of_file(given: EvaluateSource, name: str | None) -> Subject:
 def _opened(source: Path, name: str | None) -> "tuple[Callable[..., Any], Callable[..., Any], str, Recorded | None]":
     """A file in its runtime, with all threads and with one; the runtime's name, and what a file of r2's records."""
     if source.suffix == ".tflite":
-        if name is not None:
+        if name not in (None, "tflite"):
             raise InputError(f"--runtime {name} is for .onnx files: {source} runs in LiteRT")
         targets.require_installed("tflite")
         from r2cli.deploy import tflite_run

@@ -99,7 +99,9 @@ class EvaluateConfig(Config):
     """Where a network is measured."""
 
     device: str = groups.device()
-    runtime: str | None = option(None, "What runs an .onnx file: onnxruntime or openvino. (default: onnxruntime)")
+    runtime: str | None = option(
+        None, "What runs an .onnx file: onnxruntime, openvino or tflite. (default: onnxruntime)"
+    )
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class VerifyConfig(Config):
 
     runtime: Sequence[str] = option(
         (),
-        "Where it must run beside ONNX Runtime's plain kernels: onnxruntime, openvino; repeatable. (default: all that "
-        "are installed)",
+        "Where it must run beside ONNX Runtime's plain kernels: onnxruntime, openvino, tflite; repeatable. (default: "
+        "the first two, where they are installed)",
         given=list[str] | None,
     )
     shape: Sequence[str] = option(

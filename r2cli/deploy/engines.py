@@ -89,6 +89,12 @@ def _openvino(path: Path, threads: int = 0, plain: bool = False) -> Run:
     return run
 
 
+def _litert(path: Path, threads: int = 0, plain: bool = False) -> Run:
+    from r2cli.deploy import tflite_load
+
+    return tflite_load.load(path, threads, plain)
+
+
 def _failure(what: str, shown: str, error: Exception, verb: str) -> str:
     """The error of a runtime that loads or runs a file, in one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
@@ -100,11 +106,13 @@ ENGINES: Mapping[str, Engine] = {
     for each in (
         Engine("onnxruntime", "ONNX Runtime", "onnxruntime", "pip install onnxruntime", _onnxruntime),
         Engine("openvino", "OpenVINO", "openvino", "pip install '.[openvino]'", _openvino),
+        Engine("tflite", "LiteRT", "ai_edge_litert", "pip install 'r2cli[tflite]'", _litert),
     )
 }
 
 
-USUAL = ENGINES  # those that a proof takes by itself, where they are installed
+# Those that a proof takes by itself, where they are installed. LiteRT runs files of its own targets alone.
+USUAL = {name: each for name, each in ENGINES.items() if name != "tflite"}
 
 
 def named(name: str) -> Engine:

@@ -3,7 +3,7 @@
 The schema is the one that `ai-edge-litert` ships, and `flatbuffers` packs it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,18 @@ from ai_edge_litert import schema_py_generated as schema
 from r2cli.errors import InputError
 
 Array = np.ndarray[Any, Any]
-TYPES = {"int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32}
-# The oldest version of each operator that has INT8.
+TYPES = {"int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32, "float32": schema.TensorType.FLOAT32}
+# The oldest version of each operator that has INT8; of one that runs in float alone, the first.
 VERSIONS = {
     "CONV_2D": 3,
     "DEPTHWISE_CONV_2D": 3,
     "FULLY_CONNECTED": 4,
-    "RESHAPE": 1,
     "RESIZE_NEAREST_NEIGHBOR": 3,
-    "SPLIT_V": 2,
+    "TRANSPOSE_CONV": 3,
+    **dict.fromkeys(("RESHAPE", "CAST", "BATCH_MATMUL", "PRELU", "SELECT_V2", "TILE", "RESIZE_BILINEAR"), 1),
+    **dict.fromkeys(
+        ("SUB", "DIV", "POW", "SQRT", "RSQRT", "EXP", "LOG", "ABS", "NEG", "FLOOR", "COS", "SIN", "ELU"), 1
+    ),
 }
 USUAL_VERSION = 2
 IDENTIFIER = b"TFL3"  # bytes 4 to 7 of a file
@@ -67,10 +70,21 @@ class TfliteWriter:
     def tensor(
         self, name: str, shape: Sequence[int], codes: LiteGrid | None = None, content: Array | None = None
     ) -> int:
-        """Add a tensor of INT8, or of the type of its `content`."""
+        """Add a tensor of its `content`'s type; of one that is computed, INT8 with `codes` and float32 without."""
+        return self.typed(name, shape, "float32" if codes is None else "int8", codes, content)
+
+    def typed(
+        self,
+        name: str,
+        shape: Sequence[int],
+        kind: str,
+        codes: LiteGrid | None = None,
+        content: Array | None = None,
+    ) -> int:
+        """The same, of a type that is told."""
         own = schema.TensorT()
         own.name, own.shape, own.hasRank = name.encode(), list(map(int, shape)), True
-        own.type = TYPES["int8" if content is None else str(content.dtype)]
+        own.type = TYPES[kind if content is None else str(content.dtype)]
         if content is not None:
             buffer = schema.BufferT()
             buffer.data = np.frombuffer(np.ascontiguousarray(content).tobytes(), np.uint8)
@@ -83,6 +97,10 @@ class TfliteWriter:
             own.quantization.quantizedDimension = codes.axis
         self.tensors.append(own)
         return len(self.tensors) - 1
+
+    def name(self, tensor: int) -> str:
+        found: str = self.tensors[tensor].name.decode()
+        return found
 
     def ints(self, values: Any) -> int:
         """The number of a constant of INT32 that all share who need the same one: a shape, axes or bounds."""
@@ -111,9 +129,10 @@ class TfliteWriter:
         """The file, with the tensors `given` as inputs, and `results` by name. Equal graphs give equal bytes."""
         for name, tensor in results.items():
             self.tensors[tensor].name = name.encode()
+        given, outputs = self._keep_what_is_read(given, results.values())
         graph = schema.SubGraphT()
         graph.name, graph.tensors, graph.operators = b"r2", self.tensors, self.operators
-        graph.inputs, graph.outputs = list(given), list(results.values())
+        graph.inputs, graph.outputs = given, outputs
         model = schema.ModelT()
         model.version, model.description = 3, b"r2cli"
         model.metadata = [self._metadata(*entry) for entry in metadata.items()]
@@ -122,6 +141,23 @@ class TfliteWriter:
         builder = flatbuffers.Builder(1 << 16)
         builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
+
+    def _keep_what_is_read(self, given: Sequence[int], results: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Drop the tensors that no operator reads or gives, with their buffers. Returns the new numbers of both."""
+        ends = {*given, *results}.union(
+            *(own.inputs for own in self.operators), *(own.outputs for own in self.operators)
+        )
+        kept = sorted(ends - {-1})  # an input that an operator does without
+        number = {-1: -1} | {old: new for new, old in enumerate(kept)}
+        tensors, buffers = [self.tensors[old] for old in kept], self._buffers[:1]
+        for own in tensors:
+            if own.buffer:
+                buffers.append(self._buffers[own.buffer])
+                own.buffer = len(buffers) - 1
+        for own in self.operators:
+            own.inputs, own.outputs = ([number[old] for old in each] for each in (own.inputs, own.outputs))
+        self.tensors, self._buffers = tensors, buffers
+        return [number[old] for old in given], [number[old] for old in results]
 
     def _metadata(self, name: str, text: str) -> Any:
         own, buffer = schema.MetadataT(), schema.BufferT()

@@ -44,12 +44,13 @@ class FloatOperation:
 def values(net: fx.GraphModule, shape: Shape, *, result: bool = False) -> list[str]:
     """Return the nodes whose values get a grid, in order, for inputs of `shape` (without the batch).
 
-    The network's `result` stays float unless it is wanted as codes: rounding it only blurs it.
+    The network's `result` stays float unless it is wanted as codes: rounding it only blurs it. A runtime that wants
+    those has no layer that gives floats at all, so what linear layers give gets grids too.
     """
     propagate(net, shape)
     known: dict[fx.Node, bool] = {}
     with_grid: set[fx.Node] = set()
-    todo = [value for node in net.graph.nodes for value in _around_layer(net, node)]
+    todo = [value for node in net.graph.nodes for value in _around_layer(net, node, linear=result)]
     if result:
         todo += net.graph.output_node().all_input_nodes
     while todo:  # from the layers back towards the input
@@ -154,13 +155,14 @@ def _constants(net: fx.GraphModule) -> set[fx.Node]:
     return constants
 
 
-def _around_layer(net: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the input of a layer, and for a convolution also its output, after the activation that follows it."""
+def _around_layer(net: fx.GraphModule, node: fx.Node, *, linear: bool) -> Iterator[fx.Node]:
+    """Yield the input of a layer, and for a convolution also its output, after the activation that follows it; for a
+    `linear` layer too if that is asked for."""
     # The module of a recurrent layer's weight has no input.
     if not isinstance(module_of(net, node), LAYERS) or not node.all_input_nodes:
         return
     yield node.all_input_nodes[0]
-    if not isinstance(module_of(net, node), nn.Linear):
+    if linear or not isinstance(module_of(net, node), nn.Linear):
         user = only_user(node)
         yield user if user is not None and is_a(net, user, ACTIVATIONS) else node
 
