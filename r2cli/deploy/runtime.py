@@ -20,6 +20,7 @@ import onnx.inliner
 import onnxruntime as ort
 import torch
 from onnx import TensorProto
+from packaging.version import Version
 from torch import Tensor
 
 from r2cli import data
@@ -101,7 +102,7 @@ def session(
     _bound_memory()
     options = ort.SessionOptions()
     options.add_session_config_entry("session.use_env_allocators", "1")
-    if exact:
+    if exact and not _aborts(path):
         options.add_session_config_entry(EXACT_PRODUCTS, "1")
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -122,6 +123,18 @@ def session(
         raise UnrunnableError(f"{what} does not load in ONNX Runtime {ort.__version__}: {_first(error)}") from error
 
 
+def _aborts(path: Path | bytes) -> bool:
+    """Whether an exact session would end the process: before ONNX Runtime 1.30, where 8-bit codes have no zero point.
+    Files of ours have one.
+    """
+    if Version(VERSION) >= Version("1.30"):
+        return False
+    model = onnx.load_from_string(path) if isinstance(path, bytes) else onnx.load(path, load_external_data=False)
+    wide = {each.name for each in model.graph.initializer if each.data_type == TensorProto.INT32}
+    decodes = (node.input for node in model.graph.node if node.op_type == "DequantizeLinear")
+    return any(len(given) < 3 and given[0] not in wide for given in decodes)
+
+
 @cache
 def _bound_memory() -> None:
     """Let sessions of this process take three quarters of its memory at most, and refuse what a file asks beyond."""
@@ -131,18 +144,28 @@ def _bound_memory() -> None:
 
 def memory() -> int:
     """Bytes of memory for this process: free in the machine, of its control group, or left of its address space."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    found = []
+    with suppress(AttributeError, ValueError):  # Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with suppress(OSError, IndexError):  # no Linux; what others use is not free
-        found.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+        found.append(1024 * int(_told_by("/proc/meminfo").split("MemAvailable:")[1].split()[0]))
     with suppress(OSError, ValueError):  # no Linux, or no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        found.append(int(_told_by("/sys/fs/cgroup/memory.max")))
     with suppress(ImportError, OSError):
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        used = int(_told_by("/proc/self/statm").split()[0]) * resource.getpagesize()
         found += [max(0, limit - used)] if limit != resource.RLIM_INFINITY else []
-    return min(found)
+    return min(found, default=UNBOUNDED)
+
+
+UNBOUNDED = 1 << 40  # bytes, where the system does not say
+
+
+def _told_by(file: str) -> str:
+    """What Linux writes in one of its own files."""
+    return Path(file).read_text(encoding="utf-8")
 
 
 def _first(error: Exception) -> str:
@@ -270,7 +293,7 @@ def operator_times(path: Path, given: Mapping[str, Any], runs: int = 5) -> dict[
         own = session(path, threads=1, profile_to=folder / "times")
         for _ in range(runs):
             own.run(None, dict(given))
-        events = json.loads(Path(own.end_profiling()).read_text())
+        events = json.loads(Path(own.end_profiling()).read_text(encoding="utf-8"))
     taken: Counter[str] = Counter()
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
