@@ -2,7 +2,7 @@
 
 Trained networks on digits at 8, 4, 3 and 2 bits; one network of each family of torchvision's, and four of timm's, with
 random weights (networks.py) at 8. "ONNX Runtime itself" is how near that is to itself without optimisation: single
-codes at the edge of two. On the NPU: operators of all; floats, as in attention, run beside it. Large ones are not
+codes at the edge of two. On the NPU: operators of all; floats, as in attention, run beside it. Large networks are not
 compiled.
 
     python benchmarks/tflite.py --work-dir lite --output benchmarks/tflite.md
