@@ -24,7 +24,7 @@ from r2cli.analysis import depth, layer_table, views
 from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs, proof_inputs
-from r2cli.calibration import deployed
+from r2cli.calibration import deployed, earlier
 from r2cli.calibration.result import Result
 from r2cli.config import targets
 from r2cli.config.groups import ExportForm, Inputs, Preparation
@@ -310,7 +310,7 @@ def _checkpoint_of(network: Network) -> Checkpoint:
         return network.checkpoint
     if isinstance(network, nn.Module):
         raise InputError("a module alone does not say how it is fed: give what `quantize` or `pretrain` returned")
-    return checkpoint.load(Path(network))
+    return earlier.by_todays_names(checkpoint.load(Path(network)))
 
 
 def _spec_of(network: nn.Module, source: Data) -> ModelSpec:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from r2cli import data as datasets
 from r2cli import models
+from r2cli.calibration import earlier
 from r2cli.config import values
 from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
 from r2cli.data import classes as class_lists
@@ -146,6 +147,7 @@ def load(
     made = checkpoint.load(given.source or DEFAULT_SOURCE)
     if given.model is not None:
         made = _with_code(made, given.model, given.model_arg)
+    made = earlier.by_todays_names(made)
     if given.input_shape:
         raise InputError(f"--input-shape does not apply: {made.origin} says what its inputs are")
     own = datasets.named_in(made.history, made.origin)

@@ -88,7 +88,7 @@ def network(checkpoint: Checkpoint) -> nn.Module:
     # Grids and bounds belong to nodes of the graph, so the model must become that graph before the weights are loaded.
     model: nn.Module
     if checkpoint.folded or checkpoint.activations:
-        model = copy.deepcopy(_graph(_Architecture.of(checkpoint))).to_empty(device="cpu")
+        model = copy.deepcopy(graph(checkpoint)).to_empty(device="cpu")
         assert isinstance(model, fx.GraphModule)
         channel_clip.put(model, channel_clip.stored(checkpoint.floats))
     else:
@@ -99,6 +99,11 @@ def network(checkpoint: Checkpoint) -> nn.Module:
         assert isinstance(model, fx.GraphModule)
         insert_grids(model, checkpoint.activations)
     return model.eval()
+
+
+def graph(checkpoint: Checkpoint) -> fx.GraphModule:
+    """The graph of the network of `checkpoint` without BatchNorms and weights, as its grids and codes are on it."""
+    return _graph(_Architecture.of(checkpoint))
 
 
 @dataclass(frozen=True)

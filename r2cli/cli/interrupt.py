@@ -31,6 +31,8 @@ def ends_at_once() -> None:
     if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _owner = os.getpid()
         signal.signal(signal.SIGINT, _end)
+        if sys.platform == "win32":
+            signal.signal(signal.SIGBREAK, _end)  # by which `r2 run --jobs` stops a step there
 
 
 @contextmanager

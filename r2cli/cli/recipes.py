@@ -34,8 +34,8 @@ def ls(json: Json = False) -> dict[str, Any]:
 def show(name: Name, json: Json = False) -> dict[str, Any]:
     """Print a shipped recipe."""
     path = _shipped(name)
-    report = {"command": "recipe show", "name": name, "path": path, "text": path.read_text()}
-    console.tell([path.read_text().rstrip("\n")], as_json=json)
+    report = {"command": "recipe show", "name": name, "path": path, "text": path.read_text(encoding="utf-8")}
+    console.tell([path.read_text(encoding="utf-8").rstrip("\n")], as_json=json)
     return report
 
 
@@ -74,7 +74,7 @@ def _shipped(name: str) -> Path:
 def _about(path: Path) -> str:
     """Return the first sentence of the comment that a recipe begins with."""
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# ").strip())

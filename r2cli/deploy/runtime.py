@@ -130,18 +130,28 @@ def _bound_memory() -> None:
 
 def memory() -> int:
     """Bytes of memory for this process: free in the machine, of its control group, or left of its address space."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    found = []
+    with suppress(AttributeError, ValueError):  # Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with suppress(OSError, IndexError):  # no Linux; what others use is not free
-        found.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+        found.append(1024 * int(_told_by("/proc/meminfo").split("MemAvailable:")[1].split()[0]))
     with suppress(OSError, ValueError):  # no Linux, or no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        found.append(int(_told_by("/sys/fs/cgroup/memory.max")))
     with suppress(ImportError, OSError):
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        used = int(_told_by("/proc/self/statm").split()[0]) * resource.getpagesize()
         found += [max(0, limit - used)] if limit != resource.RLIM_INFINITY else []
-    return min(found)
+    return min(found, default=UNBOUNDED)
+
+
+UNBOUNDED = 1 << 40  # bytes, where the system does not say
+
+
+def _told_by(file: str) -> str:
+    """What Linux writes in one of its own files."""
+    return Path(file).read_text(encoding="utf-8")
 
 
 def _first(error: Exception) -> str:
@@ -269,7 +279,7 @@ def operator_times(path: Path, given: Mapping[str, Any], runs: int = 5) -> dict[
         own = session(path, threads=1, profile_to=folder / "times")
         for _ in range(runs):
             own.run(None, dict(given))
-        events = json.loads(Path(own.end_profiling()).read_text())
+        events = json.loads(Path(own.end_profiling()).read_text(encoding="utf-8"))
     taken: Counter[str] = Counter()
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -281,7 +291,7 @@ def operator_times(path: Path, given: Mapping[str, Any], runs: int = 5) -> dict[
 def _vnni() -> list[str]:
     """The processor's instructions that add products of 8-bit integers in 32 bits."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+        flags = set(_told_by("/proc/cpuinfo").split("flags", 1)[1].split("\n", 1)[0].split())
     except (OSError, IndexError):
         flags = set()
     return sorted(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})

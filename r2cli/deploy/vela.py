@@ -29,7 +29,7 @@ def report(path: Path) -> dict[str, Any] | None:
         if ran.returncode or not summaries:
             told = (ran.stderr or ran.stdout).strip().splitlines() or ["it gave no report"]
             raise R2Error(f"vela cannot compile {path}: {told[-1]}")
-        with summaries[0].open() as file:
+        with summaries[0].open(encoding="utf-8") as file:
             row = next(csv.DictReader(file))
     on_cpu, on_npu = (int(count) for count in re.findall(r"^[CN]PU operators = (\d+)", ran.stdout, re.MULTILINE))
     return {

@@ -123,7 +123,7 @@ def write_tiny(folder: Path, words: Iterable[str]) -> None:
     with _library("the network of a smoke run") as transformers:
         config = transformers.MobileBertConfig(**narrow, **few, **wide, vocab_size=len(vocabulary))
         transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
 
 
 def tokenizer(name: str) -> str:

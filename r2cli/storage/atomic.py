@@ -170,18 +170,26 @@ class Draft:
         """Rename the file to `path`, in the place of what was there."""
         with _told_as(self.path):
             _step("place", self.path)
+            if not HAS_LOCKS:  # Windows renames no file that is open
+                self._close()
             os.replace(self.temporary, self.path)
 
     def discard(self) -> None:
         """Give up the lock, and remove the file if it was not placed. May be called again."""
-        if self._descriptor < 0:
+        if self.temporary not in _held:
             return
+        if not HAS_LOCKS:  # Windows removes none that is open; elsewhere the lock is kept until it is removed
+            self._close()
         with suppress(OSError):
             self.temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # a disk that is full may say so once more
-            os.close(self._descriptor)
-        self._descriptor = -1
+        self._close()
         _held.discard(self.temporary)
+
+    def _close(self) -> None:
+        with suppress(OSError):  # a disk that is full may say so once more
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def remove_left_over(path: Path) -> None:
@@ -220,9 +228,12 @@ def locked(path: Path, *, way_out: str = "another --output") -> Iterator[None]:
         try:
             _step("unlock", path)
         finally:  # a second Ctrl-C may come in the first
+            if not HAS_LOCKS:
+                os.close(descriptor)
             with suppress(OSError):
                 place.unlink()
-            os.close(descriptor)
+            if HAS_LOCKS:
+                os.close(descriptor)
             _held.discard(place)
 
 

@@ -10,6 +10,7 @@ Loading a checkpoint never runs code: safetensors holds only tensors and text.
 
 import json
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -270,11 +271,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path} does not exist: name a checkpoint, or make one with `r2 pretrain`")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: _unmapped(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}): copy or write it again") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _unmapped(tensor: Tensor) -> Tensor:
+    """`tensor` in memory of its own: Windows replaces no file that is mapped, as what safetensors gives may be."""
+    return tensor.clone() if sys.platform == "win32" else tensor
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ OnnxEntry          what an ONNX file of ours records under `r2.input`, `r2.histo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from r2cli.storage.schema import UNBOUNDED, Between
@@ -26,7 +26,7 @@ class ModelEntry:
     channels: Count
     stem: Literal["small", "imagenet"]
     width: Annotated[float, Between(1e-3, 64)]
-    args: Mapping[str, Any]
+    args: Mapping[str, Any] = field(default_factory=dict)  # files of 0.1 have none
 
 
 @dataclass(frozen=True)

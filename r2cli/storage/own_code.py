@@ -108,7 +108,8 @@ def _module(where: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # so that it can import files beside it
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)  # so that it can import files beside it
     known = sys.modules.get(name)
     sys.modules[name] = module  # dataclasses look up their module there while they are defined
     try:
@@ -116,7 +117,10 @@ def _module(where: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         raise InputError(f"{path} cannot be imported ({type(error).__name__}: {error})") from error
     finally:
-        sys.path.remove(str(path.parent.resolve()))
+        sys.path.remove(folder)
+        # At the end it stays: where workers are no forks (macOS, Windows, Python 3.14), they import the file by its name.
+        if folder not in sys.path:
+            sys.path.append(folder)
         if known is not None:  # a file of the same name as a library must not replace it for others
             sys.modules[name] = known
     return module

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any
 
 import torch
@@ -146,7 +147,7 @@ class _Descriptor:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def __del__(self) -> None:
         if hasattr(self, "number"):  # it is missing where os.open failed
@@ -156,13 +157,26 @@ class _Descriptor:
         """Fill `buffer` with the bytes at `offset`. Raises InputError with the tensor's `name`."""
         while buffer:  # one call may read less than it is asked for
             try:
-                # preadv keeps no position in the file, so threads can share the descriptor.
-                got = os.preadv(self.number, [buffer], offset)
+                got = _read_at(self.number, buffer, offset)
             except OSError as error:
                 raise InputError(f"{self.path}: tensor '{name}' cannot be read ({error.strerror or error})") from error
             if not got:
                 raise InputError(f"{self.path} ends inside the tensor '{name}': copy or write it again")
             offset, buffer = offset + got, buffer[got:]
+
+
+def _read_at(number: int, buffer: memoryview, offset: int) -> int:
+    """Read bytes of an open file from `offset` on into `buffer`, and return how many."""
+    if hasattr(os, "preadv"):  # it keeps no position in the file, so threads can share the descriptor
+        return os.preadv(number, [buffer], offset)
+    with _moving:
+        os.lseek(number, offset, os.SEEK_SET)
+        part = os.read(number, len(buffer))
+    buffer[: len(part)] = part
+    return len(part)
+
+
+_moving = Lock()  # of the position in any file, on Windows
 
 
 def _stored(path: Path, name: str, entry: TensorEntry, start: int, descriptor: _Descriptor) -> Stored:

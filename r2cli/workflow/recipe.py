@@ -127,7 +127,7 @@ def load(path: Path) -> Recipe:
     if not path.is_file():
         raise InputError(f"{path} does not exist: name a recipe, for example quickstart, or see `r2 recipe ls`")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, text that is not UTF-8, a number of 5,000 digits
         raise InputError(f"{path} is not valid TOML: {error}") from error

@@ -30,6 +30,13 @@ from r2cli.train.resume import resume_state
 from r2cli.workflow.recipe import Step, reads_from, shell
 
 WITH_FILE = ("ptq", "qat", "palettize")  # these write the file of a target beside the checkpoint
+# How a command is started, or Ctrl-C would interrupt it twice, from the terminal and from `stop`; and how it is stopped.
+if sys.platform == "win32":
+    APART: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    STOP = signal.CTRL_BREAK_EVENT
+else:
+    APART = {"start_new_session": True}
+    STOP = signal.SIGINT
 PAUSE = 0.1  # seconds between two checks of the running processes
 
 
@@ -73,7 +80,7 @@ class InOwnProcess:
                 stdout=self.out,
                 stderr=errors,
                 env=environment,
-                start_new_session=True,  # or Ctrl-C would interrupt it twice: from the terminal, and from `stop`
+                **APART,
             )
 
     def done(self) -> bool:
@@ -102,7 +109,7 @@ class InOwnProcess:
     def stop(self) -> None:
         """Interrupt the command and wait for its end. It keeps its last complete epoch."""
         if not self.done():
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(STOP)
         self.process.wait()
 
 

@@ -94,5 +94,5 @@ def provide(todo: Sequence[Step], folder: Path) -> None:
         for n, (a, b) in enumerate(pairs)
     ]
     (folder / PAIRS).parent.mkdir(parents=True, exist_ok=True)
-    (folder / PAIRS).write_text("\n".join(["index\tquestion\tsentence\tlabel", *rows]) + "\n")
+    (folder / PAIRS).write_text("\n".join(["index\tquestion\tsentence\tlabel", *rows]) + "\n", encoding="utf-8")
     text.write_tiny(folder / NETWORK, [*topics, *"which is old the was long".split()])
