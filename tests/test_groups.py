@@ -6,13 +6,14 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import r2cli
 from r2cli.calibration import deployed
 from r2cli.config.groups import FileForm
 from r2cli.data.task import UNLABELLED
-from r2cli.deploy import onnx_export, verify
+from r2cli.deploy import onnx_export, runtime, verify
 from r2cli.errors import InputError
 from r2cli.ptq import weight_grids
 from r2cli.quantized.coded import Coded
@@ -69,7 +70,8 @@ def test_a_file_of_groups_is_proved_and_comes_back(bits: int, symmetric: bool, o
     proof = verify.prove(path, read, network, [(torch.randn(4, 80), None)], Mlp(), UNLABELLED)
     assert proof.passed, [check for check in proof.checks if not check.passed]
     assert onnx.load(path).opset_import[0].version == opset
-    assert proof.measures["nodes"].get("MatMulNBits", 0) == (opset == 21)  # the other layer becomes a Gemm
+    if bits == 4 or Version(runtime.VERSION) >= Version("1.30"):  # ONNX Runtime 1.23 has no such kernel for 8 bits
+        assert proof.measures["nodes"].get("MatMulNBits", 0) == (opset == 21)  # the other layer becomes a Gemm
 
 
 @pytest.mark.parametrize(

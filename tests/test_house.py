@@ -43,7 +43,7 @@ OWNERS = {
     "ai_edge_litert": {"deploy/tflite_writer", "deploy/tflite_run"},
     "flatbuffers": {"deploy/tflite_writer"},
     "typer": {"cli"},
-    "matplotlib": {"analysis/figure"},
+    "matplotlib": {"analysis/figure", "analysis/plots", "analysis/style"},
     "transformers": {"models"},
     "tokenizers": {"data"},
     "pickle": set(),

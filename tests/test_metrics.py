@@ -59,9 +59,9 @@ def test_maps_of_classes_leave_out_what_is_not_labelled() -> None:
 
 def test_numbers_as_scikit_learn_has_them() -> None:
     found, wanted = drawn(30, 3), drawn(30, 3, seed=1)
-    assert value("mse", found, wanted) == pytest.approx(peers.mean_squared_error(wanted, found))
-    assert value("mae", found, wanted) == pytest.approx(peers.mean_absolute_error(wanted, found))
-    assert value("r2", found, wanted) == pytest.approx(peers.r2_score(wanted.double(), found.double()))
+    assert value("mse", found, wanted) == pytest.approx(peers.mean_squared_error(wanted.numpy(), found.numpy()))
+    assert value("mae", found, wanted) == pytest.approx(peers.mean_absolute_error(wanted.numpy(), found.numpy()))
+    assert value("r2", found, wanted) == pytest.approx(peers.r2_score(wanted.double().numpy(), found.double().numpy()))
     column = drawn(30, 1)
     assert value("mse", column, wanted[:, 0]) == pytest.approx(float((column[:, 0] - wanted[:, 0]).square().mean()))
     picture = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(2))

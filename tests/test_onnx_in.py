@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from packaging.version import Version
 from torch import Tensor, nn
 
 import r2cli
@@ -302,6 +303,8 @@ def run(path: Path, x: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("one", CASES, ids=str)
 def test_an_operator_computes_what_onnx_runtime_does(one: Case, tmp_path: Path) -> None:
+    if "noop_with_empty_axes" in one.attributes and Version(onnxruntime.__version__) < Version("1.30"):
+        pytest.skip("ONNX Runtime 1.23 refuses the node")
     path, x = in_file(one, tmp_path)
     expected = run(path, x)
     with torch.no_grad():

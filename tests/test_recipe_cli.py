@@ -149,7 +149,7 @@ def test_side_by_side_gives_the_same_files_tables_and_failures(
         for each in (told, again)
     ]
     assert failed[0] == failed[1] and [bool(each) for each in failed[0]].count(True) == 3
-    for name in ("none.w8.onnx", "linf.w8.safetensors", "tables.md", "tables.csv", "tables.json"):
+    for name in ("none.w8.onnx", "linf.w8.safetensors", "tables.md", "tables.csv", "tables.json", "tables.png"):
         assert (Path("one") / name).read_bytes() == (Path("two") / name).read_bytes()
     (table,) = json.loads(Path("one/tables.json").read_text())
     assert [(row["reg"], row["n"]) for row in table["records"]] == [("none", 1), ("linf", 1)]

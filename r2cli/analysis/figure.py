@@ -6,11 +6,11 @@ a min-max grid has to span. The panels of one layer, one for each file or view, 
 
 from collections.abc import Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from r2cli import console
 from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 from r2cli.analysis.rounding_pass import TENSOR
+from r2cli.analysis.style import DATELESS, DPI, SETTINGS, plain
 from r2cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 COLOURS = ("#4c6a8a", "#2a9d8f", "#8a6fae", "#b5833b", "#6b7280", "#3d8ab8")
 OUTLIER, INK, FAINT = "#d62828", "#222222", "#777777"
 PANELS = 6  # panels in a line
-DPI, TALL = 150, 1.5  # pixels per inch; height of a line of panels in inches
+TALL = 1.5  # height of a line of panels in inches
 MOST_LINES = 250  # some 60,000 pixels high: matplotlib refuses pictures of 65,536 pixels or more
-DATELESS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def to_bytes(sheets: Sequence[Analysis], kind: str, *, limit: int, bits: int, sigma: float) -> bytes:
@@ -40,9 +39,7 @@ def to_bytes(sheets: Sequence[Analysis], kind: str, *, limit: int, bits: int, si
     lines = max(1, -(-len(layers) // blocks))
     if lines > MOST_LINES:
         raise InputError(f"{len(layers)} layers are too many for a picture: give a smaller --limit, or a page (.html)")
-    # No dates, and a fixed salt for the ids in an SVG: so the same weights give the same bytes.
-    settings: Any = {"font.size": 7, "svg.hashsalt": "r2", "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(SETTINGS):
         width = blocks * len(sheets)
         figure = Figure(figsize=(1.75 * width, TALL * lines + 0.7), layout="constrained")
         axes = figure.subplots(lines, width, squeeze=False)
@@ -99,13 +96,7 @@ def _panel(panel: "Axes", row: AnalyzedLayer, colour: str, bits: int, sigma: flo
 
 
 def _short(name: str, most: int = 26) -> str:
-    return _plain(name if len(name) <= most else f"…{name[-most + 1 :]}")
-
-
-def _plain(name: str) -> str:
-    """Escape `name` as for a terminal, and for matplotlib: dollars are formulas, labels that start with _ hidden."""
-    shown = console.escaped(name).replace("$", r"\$")
-    return f" {shown}" if name.startswith("_") else shown
+    return plain(name if len(name) <= most else f"…{name[-most + 1 :]}")
 
 
 def _legend(figure: "object", sheets: Sequence[Analysis], *, shown: int, sigma: float) -> None:
@@ -114,9 +105,7 @@ def _legend(figure: "object", sheets: Sequence[Analysis], *, shown: int, sigma: 
     from matplotlib.patches import Patch
 
     assert isinstance(figure, Figure)
-    handles: list[object] = [
-        Patch(color=COLOURS[i % len(COLOURS)], label=_plain(s.title)) for i, s in enumerate(sheets)
-    ]
+    handles: list[object] = [Patch(color=COLOURS[i % len(COLOURS)], label=plain(s.title)) for i, s in enumerate(sheets)]
     handles.append(Line2D([], [], color=OUTLIER, marker=".", linestyle="", label=f"beyond {sigma:g} std"))
     handles.append(Line2D([], [], color=FAINT, linestyle=":", linewidth=0.8, label="range"))
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=7)

@@ -5,7 +5,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from r2cli import console
-from r2cli.cli import gates
+from r2cli.cli import gates, pictures
 from r2cli.cli.command import Report, command
 from r2cli.config.groups import AccuracyGate, NewNetwork
 from r2cli.config.inspection import PretrainOutput
@@ -42,13 +42,15 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
         console.tell([f"would train {run.plan} -> {output}"], as_json=written.json)
         return {"command": "pretrain", "options": run.options}
     asked = rerun.asked("pretrain", run.options, source, given, [given.weights])
-    with files.claimed():
+    replaces = written.overwrite or written.resume
+    with files.claimed(), pictures.beside(output, wanted=written.plot, replaces=replaces) as drawn:
         known = files.finished(asked)
         if known is None:
             report = _trained(run, given, files)
             files.commit(asked, report)
         else:
             report = rerun.again(known, TrainedReport, output) | {"output": output}
+        drawn(report)
     before = [] if known is None else [rerun.told(output)]
     console.tell([*before, *_ending(report, given, is_text=source.input.is_text)], as_json=written.json)
     gates.require(report, wanted)

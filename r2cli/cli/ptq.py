@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from r2cli import console, registry
-from r2cli.cli import gates
+from r2cli.cli import gates, pictures
 from r2cli.cli.command import Report, command
 from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
@@ -64,20 +64,22 @@ def ptq(
         }
     asked = rerun.asked("ptq", options | _mixed(config) | _left_open(config) | form.asked, loaded, given, [source])
     to = deliver.Destination(files, asked, form, gates.again(given), wanted, written.json, started)
-    with files.claimed():
+    replaces = written.overwrite or written.resume
+    with files.claimed(), pictures.beside(output, wanted=written.plot, replaces=replaces) as drawn:
         known = deliver.finished(to)
         if known is not None:
-            return known
+            return drawn(known)
         result = worker.quantize(
             made, loaded if has_images else None, config, calibration=calibration, reporter=console
         )
-        return deliver.compressed(
+        done = deliver.compressed(
             to,
             result,
             loaded,
             table=lambda report: _layers(result.layers, report["float_operations"]),
             notes=_notes(result),
         )
+        return drawn(done)
 
 
 def _mixed(config: PtqConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from r2cli import console
-from r2cli.cli import gates
+from r2cli.cli import gates, pictures
 from r2cli.cli.command import Report, command
 from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
@@ -55,13 +55,14 @@ def qat(
         return {"command": "qat", "options": run.options}
     asked = rerun.asked("qat", run.options | form.asked, loaded, given, [None if is_new else source])
     to = deliver.Destination(files, asked, form, gates.again(given), wanted, written.json, started)
-    with files.claimed():
+    replaces = written.overwrite or written.resume
+    with files.claimed(), pictures.beside(output, wanted=written.plot, replaces=replaces) as drawn:
         known = deliver.finished(to)
         if known is not None:
-            return known
+            return drawn(known)
         with gates.told_of(state):
             result = worker.train(run, state, resume=written.resume, is_new=is_new, reporter=console)
-        return deliver.compressed(to, result, run.source, table=lambda _: _layers(result.layers))
+        return drawn(deliver.compressed(to, result, run.source, table=lambda _: _layers(result.layers)))
 
 
 def _layers(layers: "Sequence[TrainedLayer]") -> Any:

@@ -69,7 +69,7 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
             todo, folder, start, console.note, overwrite=written.overwrite, resume=config.resume, jobs=config.jobs
         )
         tables = results.tables(read, done)
-        first = _write(tables, folder)
+        first = _write(tables, [list(table["metrics"]) for table in read.tables], folder)
     report = {
         "command": "run",
         "recipe": path,
@@ -80,7 +80,7 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
     }
     same = "with the same options, and their files are as they were written" if config.resume else "before"
     before = [] if started else [f"all {len(done)} steps were done {same}"]
-    told = f"{folder} has the files, {first} the tables, with .csv and .json beside it"
+    told = f"{folder} has the files, {first} the tables, with .csv, .json and .png beside it"
     console.tell([*before, *_shown(tables), told], as_json=written.json)
     _require_passed(report)
     return report
@@ -114,8 +114,9 @@ def _folder(path: Path, *, smoke: bool) -> Path:
     return Path("runs") / (f"{name}-smoke" if smoke else name)
 
 
-def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
-    """The tables as tables.md, .csv and .json in `folder`; the first of them."""
+def _write(tables: "Sequence[results.Table]", metrics: Sequence[Sequence[str]], folder: Path) -> Path:
+    """The tables as tables.md, .csv, .json and .png in `folder`; the first of them. `metrics` are those of each table."""
+    from r2cli.analysis import plots
     from r2cli.storage.atomic import write_atomically
     from r2cli.workflow import results
 
@@ -124,6 +125,9 @@ def _write(tables: "Sequence[results.Table]", folder: Path) -> Path:
     write_atomically(written.with_suffix(".csv"), results.as_csv(tables).encode())
     told = [{"title": table.title, "records": table.records} for table in tables]
     write_atomically(written.with_suffix(".json"), dumps(told, indent=1, default=str).encode())
+    drawn = plots.tables([(one.title, own, one.records) for one, own in zip(tables, metrics, strict=True)])
+    if drawn is not None:
+        write_atomically(written.with_suffix(".png"), drawn)
     return written
 
 

@@ -183,18 +183,23 @@ class AnalyzeOutput(Written):
 @dataclass(frozen=True)
 class PretrainOutput(Written):
     output: Path = groups.output(groups.DEFAULT_SOURCE, "The checkpoint to write.")
+    plot: bool = option(
+        False, "Draw the loss, metric and ranges over the epochs, as .png beside the output.", panel=OUTPUT
+    )
     resume: bool = groups.resume()
 
 
 @dataclass(frozen=True)
 class PtqOutput(Written):
     output: Path | None = groups.output(None, "The checkpoint; .onnx goes beside it. (default: SOURCE.w4a8-none...)")
+    plot: bool = option(False, "Draw the dB of each layer, as .png beside the output.", panel=OUTPUT)
     resume: bool = groups.resume()
 
 
 @dataclass(frozen=True)
 class QatOutput(Written):
     output: Path | None = groups.output(None, "The checkpoint; .onnx goes beside it. (default: SOURCE.w4a8-lsq...)")
+    plot: bool = option(False, "Draw the loss and metric over the epochs, as .png beside the output.", panel=OUTPUT)
     resume: bool = groups.resume()
 
 
