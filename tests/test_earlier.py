@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import R2
 from safetensors import safe_open
 
 import r2cli
+from conftest import R2
 from r2cli import models
 from r2cli.calibration import earlier
 from r2cli.errors import InputError

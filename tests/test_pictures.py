@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import R2
 from PIL import Image
 
+from conftest import R2
 from r2cli.analysis import plots, style
 
 BLUE, ORANGE = ([int(each[i : i + 2], 16) for i in (1, 3, 5)] for each in style.COLOURS[:2])

@@ -1,4 +1,4 @@
-"""Pictures of what a command reports: the curves of a training, the dB of layers, and the tables of a recipe as bars."""
+"""Pictures of what a command reports: curves of a training, the dB of layers, and the tables of a recipe as bars."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ BAR, MOST_LAYERS = 0.16, 400  # inches; a picture of more layers would be taller
 
 
 def of_report(report: Mapping[str, Any]) -> bytes | None:
-    """The PNG of a command's report: curves where it has epochs, else the dB of its layers. None where it has neither."""
+    """The PNG of a command's report: curves where it has epochs, else the dB of its layers; None where neither."""
     name = str(report.get("checkpoint") or report.get("output") or "")
     if report.get("epochs"):
         metric = (report.get("metric") or {}).get("name") or "metric"
@@ -124,8 +124,8 @@ def _bars(panel: "Axes", records: Sequence[Record], metric: str) -> None:
         y = rows.index(_row(one)) + (place - (len(heads) - 1) / 2) * thick
         colour = COLOURS[place % len(COLOURS)]
         ends = [[one["mean"] - one["least"]], [one["greatest"] - one["mean"]]]
-        spread = {"xerr": ends, "ecolor": INK, "capsize": 2, "error_kw": {"elinewidth": 0.8}} if one["n"] > 1 else {}
-        panel.barh(y, one["mean"], thick * 0.9, color=colour, alpha=0.85, **spread)
+        spread: Any = {"xerr": ends, "ecolor": INK, "capsize": 2, "error_kw": {"elinewidth": 0.8}}
+        panel.barh(y, one["mean"], thick * 0.9, color=colour, alpha=0.85, **(spread if one["n"] > 1 else {}))
         if one["n"] > 1:
             panel.plot(one["values"], [y] * one["n"], ".", color=INK, markersize=3)
     _named(panel, rows)

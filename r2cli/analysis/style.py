@@ -20,14 +20,14 @@ INK = "#7a7a7a"
 DPI = 150  # pixels per inch
 # No dates, and a fixed salt for the ids in an SVG: so the same numbers give the same bytes.
 DATELESS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "font.size": 7,
     "svg.hashsalt": "r2",
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-PLOTS: dict[str, Any] = {
+PLOTS: Any = {
     **SETTINGS,
     **dict.fromkeys(_INKED, INK),
     "axes.titlesize": 8,

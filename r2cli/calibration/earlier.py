@@ -62,7 +62,7 @@ def by_todays_names(made: Checkpoint) -> Checkpoint:
 
 @torch.no_grad()
 def _normalise(model: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Give every BatchNorm the statistics of `inputs`: random weights would let deep values vanish, and all be alike."""
+    """Give every BatchNorm the statistics of `inputs`: with random weights deep values may vanish, and all be alike."""
     for norm in model.modules():
         if isinstance(norm, NORMS):
             norm.momentum = 1.0

@@ -15,7 +15,8 @@ Report = dict[str, Any]
 @contextmanager
 def beside(output: Path, *, wanted: bool, replaces: bool) -> Iterator[Callable[[Report], Report]]:
     """Where it is `wanted`, draw the report that the block passes through what it is given, or that a gate or proof
-    fails, to `output` with the ending .png. Raises InputError for a picture that is there, unless the run `replaces` it.
+    fails, to `output` with the ending .png. Raises InputError for a picture that is there, unless the run `replaces`
+    it.
     """
     path = output.with_suffix(".png")
     if wanted:

@@ -115,7 +115,7 @@ def _folder(path: Path, *, smoke: bool) -> Path:
 
 
 def _write(tables: "Sequence[results.Table]", metrics: Sequence[Sequence[str]], folder: Path) -> Path:
-    """The tables as tables.md, .csv, .json and .png in `folder`; the first of them. `metrics` are those of each table."""
+    """The tables as tables.md, .csv, .json and .png in `folder`; the first of them. `metrics` are each table's."""
     from r2cli.analysis import plots
     from r2cli.storage.atomic import write_atomically
     from r2cli.workflow import results

@@ -118,7 +118,7 @@ def _module(where: str) -> ModuleType:
         raise InputError(f"{path} cannot be imported ({type(error).__name__}: {error})") from error
     finally:
         sys.path.remove(folder)
-        # At the end it stays: where workers are no forks (macOS, Windows, Python 3.14), they import the file by its name.
+        # At the end it stays: where workers are no forks (macOS, Windows, Python 3.14), they import it by name.
         if folder not in sys.path:
             sys.path.append(folder)
         if known is not None:  # a file of the same name as a library must not replace it for others

@@ -30,9 +30,9 @@ from r2cli.train.resume import resume_state
 from r2cli.workflow.recipe import Step, reads_from, shell
 
 WITH_FILE = ("ptq", "qat", "palettize")  # these write the file of a target beside the checkpoint
-# How a command is started, or Ctrl-C would interrupt it twice, from the terminal and from `stop`; and how it is stopped.
+# How a command is started, or Ctrl-C would come twice, from the terminal and from `stop`; and how it is stopped.
 if sys.platform == "win32":
-    APART: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    APART: Any = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     STOP = signal.CTRL_BREAK_EVENT
 else:
     APART = {"start_new_session": True}
