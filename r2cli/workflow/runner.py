@@ -31,8 +31,9 @@ from r2cli.workflow.recipe import Step, reads_from, shell
 
 WITH_FILE = ("ptq", "qat", "palettize")  # these write the file of a target beside the checkpoint
 # How a command is started, or Ctrl-C would come twice, from the terminal and from `stop`; and how it is stopped.
+APART: Any
 if sys.platform == "win32":
-    APART: Any = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    APART = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     STOP = signal.CTRL_BREAK_EVENT
 else:
     APART = {"start_new_session": True}
