@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import r2cli
@@ -177,6 +178,11 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     assert {layer["name"] for layer in told["layers"]} >= {"stem", "classifier"}
     shown = r2(*line, "--limit", 3, "--sort", "depth").out
     assert shown.splitlines()[1].startswith("x ") and "more: --limit 0 shows all" in shown and "next: r2 ptq" in shown
+    picture = tmp_path / "compare.png"
+    assert r2(*line, "-o", picture).out.count(f"wrote {picture}") == 1
+    with Image.open(picture) as drawn:
+        assert drawn.width > 500
+    assert r2(*line, "-o", picture).code == 2 and r2(*line, "-o", "compare.gif").code == 2
     refused = r2("compare", reference, candidate.with_suffix(".onnx"))
     assert refused.code == 2 and "give the checkpoint beside it" in refused.err
     assert r2("compare", reference).code == 2

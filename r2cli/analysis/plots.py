@@ -1,8 +1,10 @@
-"""Pictures of what a command reports: curves of a training, the dB of layers, and the tables of a recipe as bars."""
+"""Pictures of what a command reports: curves of a training, the dB of layers or along the depth, the tables of a recipe
+as bars."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from r2cli.analysis.depth import Depth
 from r2cli.analysis.style import COLOURS, INK, MARKERS, drawing, plain
 
 if TYPE_CHECKING:
@@ -76,6 +78,22 @@ def layers(measured: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
         more = f", the first {MOST_LAYERS} of {len(measured)} layers" if len(measured) > len(shown) else ""
         panel.set(title=plain(title), xlabel=f"weights: signal to noise, dB{more}")
         panel.grid(axis="y", visible=False)
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return out.getvalue()
+
+
+def depth(found: Depth, *, title: str) -> bytes:
+    """A PNG of what each value of a network loses, in the order in which they run: arriving, own, and its cost."""
+    shown = found.values[:MOST_LAYERS]
+    lines = {"arrives": "arriving", "own": "own", "costs the outputs": "cost"}
+    with drawing(max(5.5, 0.8 + BAR * len(shown)), 3.4) as (figure, out):
+        panel = figure.subplots()
+        for place, (label, part) in enumerate(lines.items()):
+            values = [float(getattr(value, part)) for value in shown]
+            panel.plot(values, color=COLOURS[place], marker=MARKERS[place], label=label)
+        panel.axhline(min(found.outputs), color=INK, linestyle=":", linewidth=0.8, label="at the outputs")
+        panel.set_xticks(range(len(shown)), [plain(value.name) for value in shown], rotation=90)
+        panel.set(title=plain(title), ylabel="signal to noise, dB", xlim=(-0.6, len(shown) - 0.4))
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return out.getvalue()
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r2cli import console
+from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config.groups import Told
-from r2cli.config.inspection import CompareConfig, CompareFiles
+from r2cli.config.inspection import CompareConfig, CompareFiles, CompareOutput
 from r2cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,12 +20,16 @@ SHARES = (("weights", "weights"), ("bias", "bias"), ("clipping", "clip"), ("roun
 
 
 @command
-def compare(given: CompareFiles, config: CompareConfig, answer: Told) -> Report:
+def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) -> Report:
     """Show where a quantized network loses: what arrives at each layer, what each adds, and what that costs."""
     if given.source is None or given.candidate is None:
         raise InputError("two networks are compared: give the float one, and the checkpoint that was made of it")
-    if answer.dry_run:
-        console.tell([f"would compare {given.candidate} with {given.source}"], as_json=answer.json)
+    outputs = [] if written.output is None else [written.output]
+    if written.output is not None and written.output.suffix != ".png":
+        raise InputError(f"--output {written.output} must end in .png")
+    gates.require_free(outputs, overwrite=written.overwrite)
+    if written.dry_run:
+        console.tell([f"would compare {given.candidate} with {given.source}"], as_json=written.json)
         return {"command": "compare"}
 
     from r2cli import api
@@ -35,8 +39,14 @@ def compare(given: CompareFiles, config: CompareConfig, answer: Told) -> Report:
     after = _candidate(given, made)
     console.note(f"comparing {given.candidate} with {given.source} on {min(config.samples, len(source.test))} samples")
     found = api.compare(made, after, source, config, reporter=console)
+    if written.output is not None:
+        from r2cli.analysis import plots
+        from r2cli.storage.atomic import write_atomically
+
+        write_atomically(written.output, plots.depth(found.depth, title=str(given.candidate)))
     report = {"command": "compare", "reference": given.source, "candidate": given.candidate, **_reported(found)}
-    console.tell([*_told(found, config), console.next_step(_next(given, found, after))], as_json=answer.json)
+    drawn = [f"wrote {path}" for path in outputs]
+    console.tell([*_told(found, config), *drawn, console.next_step(_next(given, found, after))], as_json=written.json)
     return report
 
 

@@ -183,6 +183,11 @@ class AnalyzeOutput(Written):
 
 
 @dataclass(frozen=True)
+class CompareOutput(Written):
+    output: Path | None = groups.output(None, "Write a picture (.png): the decibels along the depth of the network.")
+
+
+@dataclass(frozen=True)
 class PretrainOutput(Written):
     output: Path = groups.output(groups.DEFAULT_SOURCE, "The checkpoint to write.")
     plot: bool = option(
