@@ -202,7 +202,7 @@ class _Walk:
                 for values in (floats, codes, alone):
                     values.pop(done, None)
         outputs = fx.node.map_arg(node.args[0], floats.__getitem__), fx.node.map_arg(node.args[0], codes.__getitem__)
-        self._backward([list(_tensors(one)) for one in outputs], generator)
+        self._backward([list(equivalence.tensors(one)) for one in outputs], generator)
         self.samples += len(places(inputs)[0])
         return fx.node.map_aggregate(outputs[0], _detached), outputs[1]
 
@@ -327,11 +327,3 @@ def _followed(value: Any) -> Any:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, dict | list | tuple):
-        for one in outputs.values() if isinstance(outputs, dict) else outputs:
-            yield from _tensors(one)

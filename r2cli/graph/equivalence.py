@@ -82,7 +82,7 @@ def _distance(net: nn.Module, model: nn.Module, inputs: Given) -> float:
 
 
 def _run(model: nn.Module, inputs: Given) -> list[Tensor]:
-    return list(_tensors(model(*places(each(inputs, torch.clone)))))  # it may write into its inputs
+    return list(tensors(model(*places(each(inputs, torch.clone)))))  # it may write into its inputs
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -95,12 +95,13 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
 
 
-def _tensors(outputs: Any) -> Iterator[Tensor]:
+def tensors(outputs: Any) -> Iterator[Tensor]:
+    """The tensors of a network's outputs, in order: one, several, by name, or nested."""
     if isinstance(outputs, Tensor):
         yield outputs
     elif isinstance(outputs, dict | list | tuple):
         for one in outputs.values() if isinstance(outputs, dict) else outputs:
-            yield from _tensors(one)
+            yield from tensors(one)
 
 
 def _double(inputs: Given) -> Given:
@@ -132,7 +133,7 @@ def _module_values(model: nn.Module, inputs: Given) -> dict[str, list[Tensor]]:
         if next(module.children(), None) is None:
 
             def note(_module: nn.Module, _given: Any, result: Any, name: str = name) -> None:
-                values.setdefault(name, []).extend(one.clone() for one in _tensors(result))
+                values.setdefault(name, []).extend(one.clone() for one in tensors(result))
 
             hooks.append(module.register_forward_hook(note))
     _run(model, inputs)
