@@ -1,13 +1,15 @@
 """What several tests share: hypothesis' profile, `r2` as a function, and one small network that is trained once."""
 
+import faulthandler
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from hypothesis import settings
@@ -47,11 +49,27 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED if left else exitstatus
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A process of pytest-xdist that crashes writes where to a file, which `pytest_testnodedown` shows."""
+    given = getattr(session.config, "workerinput", None)
+    if given:
+        session.config.stash[CRASH] = _crash_file(given["testrunuid"], given["workerid"]).open("w")
+        faulthandler.enable(session.config.stash[CRASH])
+
+
+def _crash_file(run: str, worker: str) -> Path:
+    return Path(tempfile.gettempdir(), f"r2-tests-{run}-{worker}.txt")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """A process of pytest-xdist ended: keep what its tests reached and, where it died, tell of what."""
     node.config.stash.setdefault(REACHED, set()).update(getattr(node, "workeroutput", {}).get("reached", ()))
+    crash = _crash_file(getattr(node, "workerinput", {}).get("testrunuid", ""), node.gateway.id)
+    told = crash.read_text() if crash.exists() else ""
+    crash.unlink(missing_ok=True)
     if error:
+        node.config.get_terminal_writer().line(f"\n{told}")
         with suppress(AttributeError, subprocess.TimeoutExpired):  # it is no process of this machine, or it lives
             code = node.gateway._io.popen.wait(5)
             node.config.get_terminal_writer().line(
@@ -64,6 +82,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"no quick test reaches {name}: every module has one that is not marked slow")
 
 
+CRASH = pytest.StashKey[IO[str]]()
 LEFT_OUT = pytest.StashKey[list[str]]()
 REACHED = pytest.StashKey[set[str]]()
 

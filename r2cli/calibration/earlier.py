@@ -37,6 +37,8 @@ def by_todays_names(made: Checkpoint) -> Checkpoint:
 
     Raises InputError where no value has them, or where two different grids would be on one.
     """
+    if not made.activations:
+        return made
     net = None if is_own(made.model.name) and made.model.factory is None else deployed.graph(made)
     names = {node.name for node in net.graph.nodes} if net is not None else set()
     unknown = [name for name in made.activations if name.removesuffix(FOR_LAYERS) not in names]

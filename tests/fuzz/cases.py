@@ -238,7 +238,7 @@ CASES = {
             "activations",
             {"gone": {"scale": 1.0, "zero_point": 0, "bits": 8, "signed": False} | {"odd": False, "axis": None}},
         ),
-        "the network has no value 'gone'",
+        "'gone' has no place in the graph",
     ),
     "a scale of an activation is text": Case(
         "coded", recorded("activations", {"a": {"scale": "x"}}), "'activations.a.scale' is 'x', not a number"
