@@ -178,6 +178,11 @@ def histogram(heights: Sequence[float], marked: Sequence[bool]) -> Text:
     return text
 
 
+def ending(name: str, most: int) -> str:
+    """A name of at most `most` characters: its end, which is what differs."""
+    return name if len(name) <= most else f"…{name[-(most - 1) :]}"
+
+
 def bar_of(length: int) -> Text:
     """A bar of that many characters."""
     return Text("█" * length)

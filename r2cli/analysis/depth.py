@@ -176,7 +176,7 @@ class _Walk:
     def __init__(self, plain: fx.GraphModule, made: fx.GraphModule) -> None:
         self.plain, self.made = fx.Interpreter(plain), fx.Interpreter(made)
         self.twins = {node.name: node for node in plain.graph.nodes}
-        self.rows = dict(_rows(made))
+        self.rows = _rows(made)
         self.ends = [
             node for node in self.rows if not any(self.rows.get(user) == self.rows[node] for user in node.users)
         ]
@@ -282,7 +282,7 @@ class _Walk:
             torch.autograd.backward(followed, directions)
 
 
-def _rows(net: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+def _rows(net: fx.GraphModule) -> dict[fx.Node, str]:
     """The nodes at which something is lost, and the name of what they belong to: layers with the activation and the
     grid behind them, and grids on other values."""
     found: dict[fx.Node, str] = {}
@@ -294,7 +294,7 @@ def _rows(net: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
             found[node] = found.get(before, before.name)
         elif is_a(net, node, ACTIVATIONS) and before in found and len(before.users) == 1 and not edit.is_grid(before):
             found[node] = found[before]
-    yield from found.items()
+    return found
 
 
 def _is_layer(interpreter: fx.Interpreter, node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from r2cli import console
 from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 from r2cli.analysis.rounding_pass import TENSOR
 from r2cli.analysis.style import DATELESS, DPI, SETTINGS, plain
@@ -96,7 +97,7 @@ def _panel(panel: "Axes", row: AnalyzedLayer, colour: str, bits: int, sigma: flo
 
 
 def _short(name: str, most: int = 26) -> str:
-    return plain(name if len(name) <= most else f"…{name[-most + 1 :]}")
+    return plain(console.ending(name, most))
 
 
 def _legend(figure: "object", sheets: Sequence[Analysis], *, shown: int, sigma: float) -> None:

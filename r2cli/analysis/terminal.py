@@ -46,12 +46,18 @@ def comparison(sheets: Sequence[Analysis], bits: int) -> list[console.Line]:
 
 
 def _cells(row: AnalyzedLayer, bits: int, sigma: float) -> tuple[object, ...]:
-    name = row.name if len(row.name) <= NAME else f"…{row.name[-(NAME - 1) :]}"  # the end of a name is what differs
     broken = f"{row.nan + row.inf} bad" if row.nan or row.inf else None
     share = f"{100 * row.outlier_share:.2g} %" if row.outliers else "-"
     ratio = "-" if row.ratio is None else f"{row.ratio:.1f}" if row.ratio < 1e4 else f"{row.ratio:.0e}"
     decibels = (_decibel(row.sqnr(bits, TENSOR)), _decibel(row.sqnr(bits, CHANNEL)))
-    return (name, _size(row.count), broken or ratio, share, *decibels, console.histogram(*cells(row, sigma)))
+    return (
+        console.ending(row.name, NAME),
+        _size(row.count),
+        broken or ratio,
+        share,
+        *decibels,
+        console.histogram(*cells(row, sigma)),
+    )
 
 
 def cells(row: AnalyzedLayer, sigma: float, count: int = CELLS) -> tuple[list[float], list[bool]]:

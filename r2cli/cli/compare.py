@@ -104,10 +104,9 @@ def _told(found: "Comparison", config: CompareConfig) -> list[console.Line]:
 
 
 def _cells(value: "ValueLoss", outputs: float, most: float) -> tuple[object, ...]:
-    name = value.name if len(value.name) <= NAME else f"…{value.name[-(NAME - 1) :]}"
     numbers = (value.cost, value.own, value.arriving, *(value.parts[part] for part, _ in SHARES))
     length = max(0.0, min(1.0, (most - value.cost) / (most - outputs)))
-    return (name, *map(_decibel, numbers), console.bar_of(round(length * BAR)))
+    return (console.ending(value.name, NAME), *map(_decibel, numbers), console.bar_of(round(length * BAR)))
 
 
 def _decibel(value: float) -> str:
