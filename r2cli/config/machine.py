@@ -19,7 +19,7 @@ def usable_cores() -> int:
 def processor_flags() -> frozenset[str]:
     """Return the instructions that the processor says it has, where the system tells: Linux does."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
     return frozenset(next((line.split(":")[1] for line in lines if line.startswith(("flags", "Features"))), "").split())
