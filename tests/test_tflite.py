@@ -192,6 +192,30 @@ def test_another_target_s_checkpoint_has_no_codes_of_its_result() -> None:
         r2cli.export(made, form=r2cli.ExportForm(target="tflite"))
 
 
+def test_a_file_is_proved_against_its_checkpoint_and_a_changed_one_is_caught(tmp_path: Path) -> None:
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    torch.manual_seed(0)
+    images = data.load("digits:64")
+    made = r2cli.quantize(Net(Joined(), 512).eval(), images, r2cli.PtqConfig(target="tflite", calibration=8))
+    path = tmp_path / "model.tflite"
+    r2cli.export(made, path, r2cli.ExportForm(batch="2"))
+    config = r2cli.VerifyConfig(runtime=["tflite"])
+    proof = r2cli.verify(path, made, images, config)
+    assert proof.passed and {"same tensors", "tflite"} <= {check.name for check in proof.checks}
+    with pytest.raises(InputError, match=r"model.tflite is proved against its checkpoint: name that with --against"):
+        r2cli.verify(path)
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    tensor = next(each for each in model.subgraphs[0].tensors if each.name == b"stem.weight.codes")
+    model.buffers[tensor.buffer].data = model.buffers[tensor.buffer].data ^ 1
+    builder = flatbuffers.Builder(1 << 10)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(bytes(builder.Output()))
+    wrong = [check.detail for check in r2cli.verify(path, made, images, config).checks if not check.passed]
+    assert wrong and wrong[0] == "'stem.weight.codes' is not as the checkpoint has it"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "config"),

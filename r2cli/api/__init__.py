@@ -12,6 +12,7 @@ file is written unless a path is given, and errors are those of `r2cli.errors`.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,15 +195,18 @@ def verify(
     timed: bool = True,
     reporter: Reporter = SILENT,
 ) -> Proof:
-    """The proof of the ONNX file at `path`, r2's or anybody's, also in each runtime that `config` names or finds.
+    """The proof of the file at `path`, r2's or anybody's, also in each runtime that `config` names or finds.
 
     `against` is what it was made from: a network, which it is compared with on the test images of `data`; or the path
     of a float `.onnx` file; None for the file alone. The proof also says how far the file is from the float network,
-    which a result brings along, or `original` is; and where it is `timed`, how fast beside it. Raises InputError where
-    a file is no readable ONNX model, where ONNX Runtime cannot run it as it is written, and for a runtime that is not
-    known, or not installed.
+    which a result brings along, or `original` is; and where it is `timed`, how fast beside it. A file of TensorFlow
+    Lite is proved by the ONNX file of the same codes, beside which it runs in LiteRT. Raises InputError where
+    a file is no readable ONNX model, where ONNX Runtime cannot run it as it is written, for a file of TensorFlow Lite
+    without a network, and for a runtime that is not known, or not installed.
     """
     config, path = config or VerifyConfig(), Path(path)
+    if targets.is_tflite(path):
+        return _verify_tflite(path, against, data, config, original, reporter)
     others = [engine for engine in engines.chosen(config.runtime) if engine.name != "onnxruntime"]
     if against is None or (isinstance(against, str | Path) and Path(against).suffix == ".onnx"):
         given = proof_inputs.of_file(path, data, config)
@@ -229,6 +233,37 @@ def verify(
     checks = [second_engine.check(path, each, shown, usual_db=usual, is_wanted=each.name in wanted) for each in others]
     times = speed.of_checkpoint(path, made, any_file.first_of(shown[0], path)).measures() if timed else {}
     return proof.extended(checks, {**speed.UNMEASURED, **times})
+
+
+def _verify_tflite(
+    path: Path,
+    against: Network | None,
+    data: Data | str | None,
+    config: VerifyConfig,
+    original: Checkpoint | None,
+    reporter: Reporter,
+) -> Proof:
+    """`verify` of a file of TensorFlow Lite. It is not timed: the ONNX file of its codes is no fast one."""
+    targets.require_installed("tflite")
+    from r2cli.deploy import tflite_export, tflite_run
+
+    form = tflite_run.form(path)
+    if against is None or (isinstance(against, str | Path) and Path(against).suffix == ".onnx"):
+        raise InputError(f"{path} is proved against its checkpoint: name that with --against")
+    made, source = _read(against, data)
+    content = onnx_export.to_bytes(retarget(made, form.target), form)
+    original = against.original if isinstance(against, Result) else original
+    others = replace(config, runtime=[name for name in config.runtime if name != "tflite"])
+    with scratch_folder() as folder:
+        onnx = folder / path.with_suffix(".onnx").name
+        onnx.write_bytes(content)
+        proof = verify(onnx, made, source, others, original=original, timed=False, reporter=reporter)
+        checks, usual = [tflite_run.same_tensors(path, tflite_export.to_bytes(content))], proof.measures["sqnr_db"]
+        if usual is not None:
+            checks.append(
+                tflite_run.beside_onnx(path, onnx, proof_inputs.of_data(onnx, source).batches, usual_db=usual)
+            )
+    return proof.extended(checks, {"bytes": path.stat().st_size})
 
 
 def _ran(proof: Proof) -> bool:

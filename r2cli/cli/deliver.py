@@ -6,7 +6,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import nn
 
 from r2cli import api, console
@@ -17,12 +16,10 @@ from r2cli.calibration.result import Result
 from r2cli.cli import gates, model_card, rerun
 from r2cli.cli.baseline import Baseline, measured_on
 from r2cli.config import targets
-from r2cli.config.groups import CompressionGates, FileForm, FileGates, Inputs, ModelWritten
-from r2cli.deploy import onnx_export, parity, runtime
-from r2cli.deploy.audit import Check
+from r2cli.config.groups import CompressionGates, ExportForm, FileForm, FileGates, Inputs, ModelWritten
+from r2cli.deploy import parity, runtime, vela
 from r2cli.errors import CheckFailed, InputError
-from r2cli.storage import checkpoint, input_spec
-from r2cli.storage.atomic import scratch_folder
+from r2cli.storage import checkpoint
 from r2cli.storage.formats import CompressedReport
 from r2cli.storage.manifest import Asked
 from r2cli.storage.run_files import RunFiles
@@ -134,65 +131,26 @@ def to_file(
     set's test split, with a bar on standard error. Returns the proof and what it measured.
 
     `form` is what is asked of the file. `original` is the float checkpoint that it was made from, if there is one: the
-    proof compares with it too. `what` is the name of the network in notes on standard error. A file of TensorFlow Lite
-    is proved by the ONNX file of the same codes, and runs beside that.
+    proof compares with it too. `what` is the name of the network in notes on standard error.
     """
     is_lite = targets.get(made.target).container == targets.TFLITE
     console.note(f"{what}: exporting to {'TensorFlow Lite' if is_lite else 'ONNX'}")
-    content = onnx_export.to_bytes(made, form)
-    # Not with --no-eval, which only makes and proves a file. The ONNX file of TensorFlow Lite's codes is no fast one.
-    timed = (source.measured or source.name == inputs.NOISE) and not is_lite
-    with scratch_folder() as folder:
-        if is_lite:
-            temporary = folder / "model.onnx"
-            temporary.write_bytes(content)
-        else:
-            temporary = files.write(path, content)
-        try:
-            proof = api.verify(temporary, made, source, original=original, timed=timed, reporter=console)
-        except InputError as error:  # people know the file by the name that it is to have
-            raise InputError(str(error).replace(str(temporary), str(path))) from error
-        found: Sequence[Check] = proof.checks
-        checks = [replace(check, detail=check.detail.replace(str(temporary), str(path))) for check in found]
-        measures = dict(proof.measures)
-        if is_lite:
-            measures |= _as_lite(made, files, path, temporary, source, checks, measures["sqnr_db"])
+    temporary = files.write(path, api.export(made, form=ExportForm(batch=form.batch, opset=form.opset)))
+    timed = source.measured or source.name == inputs.NOISE  # not with --no-eval, which only makes and proves a file
+    try:
+        proof = api.verify(temporary, made, source, original=original, timed=timed, reporter=console)
+    except InputError as error:  # people know the file by the name that it is to have
+        raise InputError(str(error).replace(str(temporary), str(path))) from error
+    checks = [replace(check, detail=check.detail.replace(str(temporary), str(path))) for check in proof.checks]
     return {
         "output": path,
         "passed": all(check.passed for check in checks),
         "checks": [check.__dict__ for check in checks],
         "embeddings": _embeddings(made, deployed.network(made)),
-        **measures,
+        **proof.measures,
+        **({"vela": vela.report(temporary)} if made.target == targets.ETHOS_U else {}),
         **({} if source.measured else {"top1": None, "torch_top1": None, "metric": None}),
     }
-
-
-def _as_lite(
-    made: checkpoint.Checkpoint,
-    files: RunFiles,
-    path: Path,
-    onnx: Path,
-    source: datasets.Data,
-    checks: list[Check],
-    usual_db: float | None,
-) -> dict[str, Any]:
-    """Write the file at `onnx` as TensorFlow Lite too, and run it on a few images: a further check. Returns what is
-    measured of it."""
-    from r2cli.deploy import tflite_export, tflite_run, vela
-
-    temporary = files.write(path, tflite_export.to_bytes(onnx.read_bytes()))
-    batch, _ = next(iter(source.test.batches(parity.OFF_SAMPLES, torch.device("cpu"))))
-    size = int(runtime.opened(onnx).graph.input[0].type.tensor_type.shape.dim[0].dim_value)
-    parts = [split for split in input_spec.split(batch, size) if input_spec.count(split) == size]
-    given = [
-        {name: one.numpy() for name, one in zip(made.input.names, input_spec.places(part), strict=True)}
-        for part in parts
-    ]
-    if given and usual_db is not None:
-        checks.append(tflite_run.beside_onnx(temporary, onnx, given, usual_db=usual_db))
-    ticks = f"{sum(check.passed for check in checks)}/{len(checks)}"
-    compiled = vela.report(temporary) if made.target == targets.ETHOS_U else None
-    return {"bytes": temporary.stat().st_size, "ticks": ticks, "vela": compiled}
 
 
 def _embeddings(made: checkpoint.Checkpoint, model: nn.Module) -> dict[str, int] | None:

@@ -132,7 +132,8 @@ def _opened(source: Path, name: str | None) -> "tuple[Callable[..., Any], Callab
         targets.require_installed("tflite")
         from r2cli.deploy import tflite_run
 
-        return tflite_run.runner(source), tflite_run.runner(source, 1), "LiteRT", tflite_run.recorded(source)
+        recorded = tflite_run.recorded(source)
+        return tflite_run.runner(source), tflite_run.runner(source, 1), "LiteRT", recorded
     from r2cli.deploy import engines, runtime
 
     made = runtime.recorded(source) if runtime.is_ours(source) else None

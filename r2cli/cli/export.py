@@ -19,12 +19,13 @@ def export(
 ) -> Report:
     """Write a checkpoint, float or quantized, as ONNX, and prove the file."""
     source = gates.source(given)
-    container = targets.get(form.target or targets.DEFAULT).container
+    usual = "tflite" if written.output is not None and written.output.suffix == ".tflite" else targets.DEFAULT
+    container = targets.get(form.target or usual).container
     ending = ".".join(dict.fromkeys((form.target, container))) if form.target else container
     ending = f"float.{ending}" if source.suffix == ".onnx" and not form.target else ending
     output = written.output or gates.beside(source, ending)
     gates.require_output(output, f".{container}", source=source)
-    targets.require_installed(form.target or targets.DEFAULT)
+    targets.require_installed(form.target or usual)
     files = RunFiles("export", [output], overwrite=written.overwrite)
     files.require_free()
 
@@ -37,7 +38,7 @@ def export(
     made, loaded = inputs.load(given, tell=console.note)
     made = retarget(made, form.target)
     if targets.get(made.target).container != container:
-        raise InputError(f"{source} is for {made.target}: give --target {made.target}, or --target {targets.DEFAULT}")
+        raise InputError(f"{source} is for {made.target}: give --target {made.target}, or --target {usual}")
     loaded = inputs.measured_by(evaluation, wanted, loaded)
     before = baseline.read(wanted, given, loaded)
     if written.dry_run:

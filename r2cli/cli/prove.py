@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from r2cli import console
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
+from r2cli.config import targets
 from r2cli.config.groups import Inputs, MeasuredImages, Preparation, Told
 from r2cli.config.inspection import VerifyConfig, VerifyFiles, VerifyGates
 from r2cli.errors import CheckFailed, InputError
@@ -21,8 +22,8 @@ def verify(
 ) -> Report:
     """Prove an ONNX file, r2's or anybody's: integer weights, bytes, the same results in each runtime and as before."""
     file, against = Path(given.file), given.against
-    if file.suffix != ".onnx":
-        raise InputError(f"{file} is no .onnx file: name one, and its checkpoint with --against")
+    if file.suffix not in (".onnx", ".tflite"):
+        raise InputError(f"{file} is no .onnx or .tflite file: name one, and its checkpoint with --against")
     if against is None and wanted.max_latency is not None:
         raise InputError("--max-latency needs --against: the checkpoint, or the float .onnx file")
     if answer.dry_run:
@@ -66,14 +67,14 @@ def _read(given: VerifyFiles, images: MeasuredImages) -> "tuple[Checkpoint | Non
     from r2cli import data as datasets
     from r2cli.api import inputs, proof_inputs
 
-    made = None
+    made, file = None, Path(given.file)
     if given.against is not None and given.against.suffix != ".onnx":
         named = Inputs(source=given.against, **{name: getattr(given, name) for name in SHARED})
         made, source = inputs.load(named, needed=False, tell=console.note)
     elif given.model is not None or given.model_arg:
         raise InputError("--model and --model-arg belong to --against CHECKPOINT: an ONNX file holds its own network")
     else:
-        found = proof_inputs.named(Path(given.file), given.data)
+        found = None if targets.is_tflite(file) else proof_inputs.named(file, given.data)
         if found is None:
             return None, None
         source = inputs.load_data(

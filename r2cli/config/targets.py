@@ -135,6 +135,14 @@ def require_installed(name: str) -> None:
         raise InputError(f"--target {name} needs LiteRT: install it with pip install 'r2cli[tflite]'")
 
 
+def is_tflite(path: Path) -> bool:
+    """Whether the file at `path` is one of TensorFlow Lite, by its fifth to eighth byte. False where there is none."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8)[4:] == b"TFL3"
+
+
 def _onnxruntime() -> tuple[int, ...]:
     from importlib.metadata import version  # which takes a tenth of `r2 --help`
 

@@ -1,5 +1,6 @@
 """A TensorFlow Lite file in LiteRT, beside ONNX Runtime."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r2cli.config import targets
+from r2cli.config.groups import ExportForm
 from r2cli.deploy import engines, second_engine, tflite_load, tflite_writer
 from r2cli.deploy.audit import Check
 from r2cli.deploy.engines import ENGINES, Arrays
@@ -37,11 +40,30 @@ def recorded(path: Path) -> Recorded:
     """What the file at `path` records. Raises InputError for another tool's file, and for a damaged one."""
     if not path.is_file():
         raise InputError(f"{path} does not exist: make one with `r2 ptq --target tflite`")
+    return of_metadata(_metadata(path), path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
     try:
-        found = tflite_writer.metadata(path.read_bytes())
+        return tflite_writer.metadata(path.read_bytes())
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return of_metadata(found, path)
+
+
+def form(path: Path) -> ExportForm:
+    """The target of the file at `path`, and how many samples it takes at once. Raises InputError as `recorded` does."""
+    told = {json.dumps(name): name for name, row in targets.TARGETS.items() if row.container == targets.TFLITE}
+    size = int(tflite_load.opened(path, 1).get_input_details()[0]["shape"][0])
+    return ExportForm(target=told.get(_metadata(path).get("r2.target", ""), "tflite"), batch=str(size))
+
+
+def same_tensors(path: Path, content: bytes) -> Check:
+    """Whether the file at `path` has the tensors of the file `content`: their types, shapes, grids and constants."""
+    found, wanted = (tflite_writer.tensors(each) for each in (path.read_bytes(), content))
+    wrong = next((name for name in (*wanted, *found) if found.get(name) != wanted.get(name)), None)
+    count = sum(bool(each.content) for each in wanted.values())
+    told = f"{len(wanted)} tensors, {count} of them constants, are those of the checkpoint"
+    return Check("same tensors", wrong is None, told if wrong is None else f"'{wrong}' is not as the checkpoint has it")
 
 
 def beside_onnx(path: Path, onnx: Path, given: Sequence[Arrays], *, usual_db: float) -> Check:

@@ -57,6 +57,35 @@ def metadata(content: bytes) -> dict[str, str]:
         ) from error
 
 
+@dataclass(frozen=True)
+class LiteTensor:
+    """A tensor of a file: its type, its shape, its scales and zero points, and the bytes that it holds, if any."""
+
+    type: int
+    shape: tuple[int, ...]
+    grid: tuple[tuple[float, ...], tuple[int, ...]]
+    content: bytes
+
+
+def tensors(content: bytes) -> dict[str, LiteTensor]:
+    """The tensors of a file that LiteRT loads, by name."""
+    model = schema.ModelT.InitFromPackedBuf(content)
+    return {
+        own.name.decode(): LiteTensor(
+            own.type,
+            tuple(own.shape),
+            (_numbers(own.quantization, "scale"), _numbers(own.quantization, "zeroPoint")),
+            bytes(() if model.buffers[own.buffer].data is None else model.buffers[own.buffer].data),
+        )
+        for own in model.subgraphs[0].tensors
+    }
+
+
+def _numbers(quantization: Any, name: str) -> tuple[Any, ...]:
+    found = getattr(quantization, name, None)
+    return () if found is None else tuple(found)
+
+
 class TfliteWriter:
     """A graph that grows operator by operator. Tensors are known by their numbers."""
 
