@@ -55,4 +55,4 @@ def test_large_values_change_no_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     again, others = brecq.round_network(net, shown, nearest, settings=settings)
     for name in nearest:
         assert float((again[name].codes == coded[name].codes).float().mean()) > 0.9
-        torch.testing.assert_close(again[name].codec.scale, coded[name].codec.scale, rtol=1e-2, atol=0)
+        torch.testing.assert_close(again[name].codec.scale, coded[name].codec.scale, rtol=5e-2, atol=0)

@@ -215,7 +215,7 @@ def round_network(
     states = {layer.name: state(nearest[layer.weight].decode(), None) for layer in alone}
     plain: Rows = places(images)  # of the first block; then its first result
     rounded = plain
-    structure.propagate(net, tuple(tuple(one.shape[1:]) for one in plain))
+    structure.propagate(net, tuple(tuple(one.shape[1:]) for one in places(images)))
     for block in blocks(net):
         # A layer of an earlier block that runs here again has its codes.
         fresh = {name: structure.layer_module(net, name) for name in block.layers if name not in states}
