@@ -17,6 +17,7 @@ class GivenSplit:
     name: str
     images: Tensor
     labels: Tensor
+    spec: InputSpec  # which says how many images run at once
     unreadable: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -38,7 +39,7 @@ class GivenSplit:
 def data_of(given: InputSpec, classes: Sequence[str], calibration: Sequence[Tensor], test: Sequence[Batch]) -> Data:
     """Data whose training images, without labels that count, are for calibration alone, and whose test images are
     those of `test`."""
-    images = torch.cat(list(calibration))
-    train = GivenSplit("train", images, torch.zeros(len(images), dtype=torch.int64))
-    shown = GivenSplit("test", torch.cat([images for images, _ in test]), torch.cat([labels for _, labels in test]))
+    images, asked = torch.cat(list(calibration)), torch.cat([images for images, _ in test])
+    train = GivenSplit("train", images, torch.zeros(len(images), dtype=torch.int64), given)
+    shown = GivenSplit("test", asked, torch.cat([labels for _, labels in test]), given)
     return Data("noise", given, tuple(classes), train, shown)

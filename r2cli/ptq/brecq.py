@@ -17,7 +17,7 @@ Where we differ from the paper:
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,14 +26,16 @@ from torch import Tensor, fx
 
 from r2cli.graph import structure
 from r2cli.graph.operators import LayerModule
-from r2cli.ptq import adaround, layer_sweep
+from r2cli.ptq import adaround, kept_rows, layer_sweep
+from r2cli.ptq.kept_rows import Rows
 from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
-from r2cli.storage.input_spec import Given, count, each, joined, places, split
+from r2cli.storage.input_spec import Given, places
 
 LEAST = 2  # a block has at least this many layers
 BATCH = 64  # images at once where nothing is learned
+AT_ONCE = 128 * 2**20  # bytes of all values in a block for the images that run through it at once
 # Steps for a block. A block whose layers all have at least FINE bits needs only FEW: more gain nothing.
 MANY, FEW, FINE = 300, 100, 4
 
@@ -129,9 +131,15 @@ def run(net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, State]
     return found if len(found) > 1 else found[0]
 
 
-def _run_all(net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, State]) -> Given:
+def _run_all(net: fx.GraphModule, block: Block, x: Rows, states: Mapping[str, State]) -> Rows:
     """Run `block` on all images x (n, ...), a few at once."""
-    return joined([run(net, block, part, states) for part in split(x, BATCH)])
+    batches = kept_rows.parts(x, min(BATCH, _at_once(block)))
+    return kept_rows.gathered((run(net, block, part, states) for part in batches), len(x[0]))
+
+
+def _at_once(block: Block) -> int:
+    """Return how many images run through `block` at once."""
+    return max(1, AT_ONCE // max(1, sum(map(layer_sweep.bytes_of, block.nodes))))
 
 
 # --- what is learned -----------------------------------------------------------------------------------------------
@@ -205,7 +213,9 @@ def round_network(
     # A recurrent layer's weights have the nearest codes.
     alone = [layer for layer in own.values() if layer_sweep.reads_nothing(structure.node_of(net, layer))]
     states = {layer.name: state(nearest[layer.weight].decode(), None) for layer in alone}
-    plain = rounded = images  # of the first block; then its first result
+    plain: Rows = places(images)  # of the first block; then its first result
+    rounded = plain
+    structure.propagate(net, tuple(tuple(one.shape[1:]) for one in places(images)))
     for block in blocks(net):
         # A layer of an earlier block that runs here again has its codes.
         fresh = {name: structure.layer_module(net, name) for name in block.layers if name not in states}
@@ -216,8 +226,8 @@ def round_network(
         before = _error(net, block, rounded, targets, states)
         if fresh and before > 0:
             parts = {name: learned(module, found[name]) for name, module in fresh.items()}
-            forward = functools.partial(run, net, block)
-            _learn(forward, rounded, targets, parts, states, before, settings)
+            step = functools.partial(_descend, net, block, rounded, targets, parts, states, before)
+            _learn(step, len(targets[0]), list(parts.values()), settings)
             better = {name: part.hard() for name, part in parts.items()}
             tried = {
                 name: state(better[name].decode(), None if part.bias is None else part.bias.detach())
@@ -230,21 +240,13 @@ def round_network(
             coded[own[name].weight] = one
             biases |= {name: states[name]["bias"]} if "bias" in states[name] else {}
             advance()
-        plain, rounded = places(targets)[0], places(_run_all(net, block, rounded, states))[0]
+        plain = targets[:1]
+        rounded = _run_all(net, block, rounded, states)[:1]
     return coded, biases
 
 
-def _learn(
-    forward: Callable[[Given, Mapping[str, State]], Given],
-    inputs: Given,
-    targets: Given,
-    parts: Mapping[str, Learned],
-    states: Mapping[str, State],
-    before: float,
-    settings: BrecqSettings,
-) -> None:
-    """Train `parts` in place, so that `forward` gives `targets`. `before` is the squared error of nearest rounding."""
-    own, number_of = list(parts.values()), count(inputs)
+def _learn(descend: Callable[[Tensor], None], number_of: int, own: Sequence[Learned], settings: BrecqSettings) -> None:
+    """Train `own` in place. `descend` adds the gradients of the error on the images at an index, of `number_of`."""
     rounding = [part.v for part in own]
     # V moves by whole units, and scales and biases by fractions of themselves, so they have a rate of their own.
     fine = [part.size for part in own] + [part.bias for part in own if part.bias is not None]
@@ -254,16 +256,8 @@ def _learn(
     steps = settings.steps or (FEW if min(part.grid.bits for part in own) >= FINE else MANY)
     warm = int(adaround.WARM_UP * steps)
     for number in range(1, steps + 1):
-        index = torch.randint(number_of, (min(settings.batch, number_of),), generator=draw)
-        index = index.to(places(inputs)[0].device)
-        with torch.enable_grad():
-            soft = {name: part.soft() for name, part in parts.items()}
-            outputs = forward(each(inputs, lambda one: one[index]), {**states, **soft})  # noqa: B023
-            wanted = each(targets, lambda one: one[index])  # noqa: B023
-            # Relative, so that one `weight` of the rounding term fits blocks whose outputs have different sizes.
-            loss = _squared(outputs, wanted) / _numbers(wanted) / before
         adam.zero_grad()
-        torch.autograd.backward(loss)
+        descend(torch.randint(number_of, (min(settings.batch, number_of),), generator=draw))
         if number > warm:
             # The gradient of the rounding term is written out, so autograd need not run through it.
             beta, whole = adaround.beta_at((number - warm) / (steps - warm)), True
@@ -279,25 +273,48 @@ def _learn(
         adam.step()
 
 
-def _error(net: fx.GraphModule, block: Block, x: Given, targets: Given, states: Mapping[str, State]) -> float:
+@torch.enable_grad()
+def _descend(
+    net: fx.GraphModule,
+    block: Block,
+    inputs: Rows,
+    targets: Rows,
+    parts: Mapping[str, Learned],
+    states: Mapping[str, State],
+    before: float,
+    index: Tensor,
+) -> None:
+    """Add the gradients of the squared error of `block` on the images at `index` to those of `parts`.
+
+    `before` is the squared error of nearest rounding: so one `weight` of the rounding term fits blocks whose outputs
+    have different sizes.
+    """
+    numbers = _numbers(targets) // len(targets[0]) * len(index)
+    for few in torch.split(index, _at_once(block)):
+        x, wanted = kept_rows.at(inputs, few), kept_rows.at(targets, few)
+        outputs = run(net, block, x, {**states, **{name: part.soft() for name, part in parts.items()}})
+        torch.autograd.backward(_squared(outputs, wanted) / numbers / before)
+
+
+def _error(net: fx.GraphModule, block: Block, x: Rows, targets: Rows, states: Mapping[str, State]) -> float:
     """Return the mean squared error of the output of `block` over all images."""
-    parts = zip(split(x, BATCH), split(targets, BATCH), strict=True)
+    size = min(BATCH, _at_once(block))
     total = sum(
         float((one - other).double().square().sum())
-        for part, target in parts
-        for one, other in zip(places(run(net, block, part, states)), places(target), strict=True)
+        for part, target in zip(kept_rows.parts(x, size), kept_rows.parts(targets, size), strict=True)
+        for one, other in zip(places(run(net, block, part, states)), target, strict=True)
     )
     return total / _numbers(targets)
 
 
-def _squared(found: Given, wanted: Given) -> Tensor:
+def _squared(found: Given, wanted: Sequence[Tensor]) -> Tensor:
     """The sum of squared differences of all results, ()."""
-    pairs = zip(places(found), places(wanted), strict=True)
+    pairs = zip(places(found), wanted, strict=True)
     return torch.stack([(one - other).square().sum() for one, other in pairs]).sum()
 
 
-def _numbers(given: Given) -> int:
-    return sum(one.numel() for one in places(given))
+def _numbers(given: Rows) -> int:
+    return sum(one.numel() for one in given)
 
 
 def _bias(module: LayerModule) -> Tensor | None:

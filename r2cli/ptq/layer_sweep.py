@@ -92,9 +92,9 @@ def images_that_fit(net: fx.GraphModule, shape: Shape) -> int:
     structure.propagate(net, shape)
     last, live, most = last_readers(net), 0, 1
     for node in net.graph.nodes:
-        live += _bytes(node)
+        live += bytes_of(node)
         most = max(most, live)
-        live -= sum(_bytes(source) for source in last.get(node, ()))
+        live -= sum(bytes_of(source) for source in last.get(node, ()))
     return max(1, MEMORY // (2 * most))
 
 
@@ -113,7 +113,7 @@ def first(batches: Iterable[Given], wanted: int) -> Given:
     return joined(taken)
 
 
-def _bytes(node: fx.Node) -> int:
+def bytes_of(node: fx.Node) -> int:
     """Return the bytes of the node's value for one image."""
     meta = node.meta.get("tensor_meta")
     shape = getattr(meta, "shape", None)  # for a batch of two images
