@@ -682,6 +682,15 @@ def test_a_metric_may_stand_within_a_part_of_the_report() -> None:
             made(missing)
 
 
+def test_a_column_is_named_by_what_was_measured() -> None:
+    measured = {"label": "PSNR", "unit": "dB", "value": 31.5}
+    rows = [({"bits": 8}, {"top1": None, "metric": measured}), ({"bits": 4}, {"top1": None, "metric": None})]
+    columns = {"ONNX {metric}": "metric.value", "top-1": "top1"}
+    assert table(rows[:1], rows=["bits"], metrics=columns) == [{"bits": "8", "ONNX PSNR dB": "31.50", "top-1": "-"}]
+    (unmeasured,) = table(rows[1:], rows=["bits"], metrics=columns)
+    assert unmeasured == {"bits": "4", "ONNX metric": "-", "top-1": "-"}
+
+
 def test_a_table_as_numbers() -> None:
     rows = [({"reg": "none", "seed": n}, {"top1": value, "proof": "ok"}) for n, value in enumerate((10.0, 20.0, 60.0))]
     layout = {"run": "ptq", "rows": ["reg"], "metrics": {"top-1": "top1", "proof": "proof"}}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import r2cli
 from r2cli.calibration import deployed
@@ -207,6 +207,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "other batches": ([normal(4, 3), normal(4, 2)], r"a batch holds input float32 nx2 and the first one .* nx3"),
     "raises": ((1 / 0 for _ in range(1)), r"f \(train\) raised ZeroDivisionError as it was read"),
     "halves": (([normal(4, 3)], [normal(4, 2)]), "its test half holds input float32 nx2 and its train half "),
+    "sizes to test": (
+        ([normal(4, 1, 3)], [normal(4, 1, 3), normal(1, 1, 2)]),
+        "its test half holds .* nx1x3 and .* nx1x2",
+    ),
+    "one with a target": ([(normal(1, 3), normal(1))], "has one sample: give two at least"),
 }
 
 
@@ -217,6 +222,81 @@ def test_what_is_no_data_is_refused_with_what_was_expected(kind: str) -> None:
         own.to_data("f", given)
 
 
+SIZES = ((8, 8), (8, 12), (8, 8), (16, 8), (8, 8), (8, 8), (8, 12))
+
+
+def pictures(sizes: Sequence[tuple[int, int]] = SIZES) -> list[Tensor]:
+    return [normal(1, 1, *size, seed=seed) for seed, size in enumerate(sizes)]
+
+
+class Listed(Dataset[Tensor]):
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        self.given = given
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.given[row][0]
+
+
+@pytest.mark.parametrize("form", ["batches", "dataset", "loader that pads"])
+def test_samples_of_several_sizes_come_in_batches_of_one(form: str) -> None:
+    def padded(samples: Sequence[Tensor]) -> Tensor:
+        width = max(one.shape[2] for one in samples)
+        return torch.stack([torch.nn.functional.pad(one, (0, width - one.shape[2])) for one in samples])
+
+    given = pictures([size for size in SIZES if size[0] == 8] if "pads" in form else SIZES)
+    made = {
+        "batches": given,
+        "dataset": Listed(given),
+        "loader that pads": DataLoader(Listed(given), 4, collate_fn=padded),
+    }
+    source = own.to_data("f", made[form])
+    assert source.input == TensorsSpec((TensorSpec("", (1, 8, 8)),)) and len(source.test) == 1
+    found = [places(inputs)[0] for inputs, _ in source.train.batches(16, torch.device("cpu"))]
+    assert {(3, 1, 8, 8), (2, 1, 8, 12)} <= {tuple(one.shape) for one in found}
+    held_out = next(iter(source.test.batches(1, torch.device("cpu"))))[0]
+    ones = sorted(float(row.sum()) for one in (*found, held_out) for row in one)
+    assert ones == pytest.approx(sorted(float(one.sum()) for one in given), abs=1e-5)
+
+
+def test_one_input_without_a_target_is_enough() -> None:
+    source = own.to_data("f", [normal(1, 4)])
+    assert (len(source.train), len(source.test)) == (1, 1)
+
+
+class Upsampled(nn.Module):
+    """It takes pictures of any size; with `flat`, of one size only."""
+
+    def __init__(self, *, flat: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 2, 1), nn.Linear(128, 2)
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(torch.relu(self.first(x)), scale_factor=2.0)
+        x = self.second(x)
+        return self.head(x.flatten(1)) if self.flat else x
+
+
+def test_inputs_of_other_sizes_calibrate_a_network_that_takes_any(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    large = pictures()
+    large[1] = 50 * large[1]
+    source = own.to_data("f", (large, [normal(4, 1, 8, 8)]))
+    made, proof, path = proved(Upsampled().eval(), source, tmp_path)
+    assert proof.passed and onnx.load(path).graph.input[0].type.tensor_type.shape.dim[3].dim_value == 8
+    (grid,) = (grid for name, grid in made.checkpoint.activations.items() if name == "x" or name == "input")
+    assert float(grid.scale) * 255 == pytest.approx(float(large[1].max() - large[1].min()), rel=1e-2)
+    with pytest.raises(InputError, match="was read for .*nx1x8x8, and is another network for .*nx1x8x12: calibrate on"):
+        r2cli.quantize(Upsampled(flat=True).eval(), source)
+    with pytest.raises(InputError, match="wants all calibration inputs at once, and they are 1x8x8 and 1x"):
+        r2cli.quantize(Upsampled().eval(), source, r2cli.PtqConfig(method="brecq"))
+    with pytest.raises(InputError, match="f has inputs of several sizes, which calibrate: train on one size"):
+        r2cli.finetune(Upsampled().eval(), source, r2cli.QatConfig(epochs=1, batch_size=4))
+
+
 def test_batches_that_do_not_fit_the_network_are_named_on_both_sides() -> None:
     made = r2cli.quantize(Step().eval(), data((normal(4, 4), normal(4, 5))), r2cli.PtqConfig(calibration=4)).checkpoint
     for other in (data((normal(4, 4), normal(4, 6))), data({"x": normal(4, 4), "memory": normal(4, 5)})):
@@ -224,8 +304,16 @@ def test_batches_that_do_not_fit_the_network_are_named_on_both_sides() -> None:
             r2cli.quantize(made, other)
     with pytest.raises(InputError, match="the batches hold a, b and .*Step takes x, state: give each input the name"):
         r2cli.quantize(Step(), data({"a": normal(4, 4), "b": normal(4, 5)}))
-    with pytest.raises(InputError, match=r"Step reads 2 inputs \(x, state\) and the data gives input float32 nx4"):
-        r2cli.quantize(Step(), data(normal(4, 4)))
+    taken_for_a_target = own.to_data("own.py:data", [(normal(4, 4), normal(4, 5))])
+    for other in (data(normal(4, 4)), taken_for_a_target):
+        with pytest.raises(
+            InputError, match=r"Step reads 2 inputs \(x, state\) and the data gives input float32 nx4: a "
+        ):
+            r2cli.quantize(Step(), other)
+    with pytest.raises(
+        InputError, match=r": a batch is \(inputs, target\), so give \(\(x, state\), target\), or the data"
+    ):
+        r2cli.quantize(Step(), taken_for_a_target)
     with pytest.raises(InputError, match=r"Step cannot take x float32 nx4, state float32 nx3 \("):
         r2cli.quantize(Step(), data((normal(4, 4), normal(4, 3))))
 

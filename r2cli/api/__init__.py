@@ -102,7 +102,7 @@ def quantize(
     """
     config = config or PtqConfig()
     made, source = _read(network, data)
-    rehearse(made, config.target)
+    rehearse(made, config.target, source.shown)
     looks = ptq.looks_at_images(config, has_data=data is not None)
     count = datasets.calibration_count(config.calibration, source) if looks else 0
     return ptq.quantize(made, source, config, calibration=count, reporter=reporter)
@@ -122,7 +122,7 @@ def finetune(
     """
     config = config or QatConfig()
     made, source = _read(network, data)
-    rehearse(made, config.target)
+    rehearse(made, config.target, source.shown)
     run = quantization_aware.ready(made, source, config)
     with _kept(state) as path:
         return quantization_aware.train(run, path, reporter=reporter)
@@ -142,7 +142,7 @@ def palettize(
     """
     config = config or PalettizeConfig()
     made, source = _read(network, data)
-    rehearse(made, config.target)
+    rehearse(made, config.target, source.shown)
     run = palettization.ready(made, source, config)
     with _kept(state) as path:
         return palettization.compress(run, path, reporter=reporter)

@@ -17,6 +17,7 @@ from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs
 from r2cli.data import classes as class_lists
 from r2cli.data import losses, metrics
 from r2cli.data import own as own_data
+from r2cli.data.own_splits import of_sizes
 from r2cli.errors import InputError
 from r2cli.models import onnx, pretrained, text, timm
 from r2cli.storage import checkpoint, foreign, own_code
@@ -172,6 +173,8 @@ def _calibrating(given: Inputs, made: checkpoint.Checkpoint, loaded: datasets.Da
         return loaded
     plain = replace(given, size=None, mean=None, std=None, pretrained=False, metric=None, metric_lower=False)
     other = load_data(replace(plain, metric_arg=(), classes=None), given.calibration_data, default="", spec=made.input)
+    if isinstance(other.input, TensorsSpec):
+        other = replace(other, input=of_sizes(other.input, [shape for shape, _ in forms(made.input)]))
     other = fitting(made.origin, made.input, (), replace(other, class_names=()))
     return replace(loaded, calibration=other.train)
 

@@ -61,7 +61,7 @@ def palettize(
     trains = registry.get(registry.PALETTE_METHODS, method).trains
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=trains)
     before = baseline.read(wanted, given, loaded)
-    rehearse(made, config.target)
+    rehearse(made, config.target, loaded.shown)
     run = worker.ready(made, loaded, config)
     gates.warn_of_speed(config.act_bits)
     if written.dry_run:

@@ -53,7 +53,7 @@ def ptq(
     made, loaded = inputs.load(given, needed=looks, tell=console.note)
     has_images, loaded = loaded.name != inputs.NOISE, inputs.measured_by(evaluation, wanted, loaded)
     before = baseline.read(wanted, given, loaded)
-    rehearse(made, config.target)
+    rehearse(made, config.target, loaded.shown)
     calibration = datasets.calibration_count(config.calibration, loaded) if looks else 0
     options = worker.options_of(config, worker.settings_of(config), calibration)
     gates.warn_of_speed(config.act_bits)

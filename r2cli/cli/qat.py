@@ -48,7 +48,7 @@ def qat(
     made, loaded = inputs.new_network(given, config.seed) if is_new else inputs.load(given, tell=console.note)
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=True)
     before = baseline.read(wanted, given, loaded)
-    rehearse(made, config.target)
+    rehearse(made, config.target, loaded.shown)
     run = worker.ready(made, loaded, config)
     gates.warn_of_speed(config.act_bits)
     if written.dry_run:

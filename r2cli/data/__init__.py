@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from r2cli.data import arrays, digits, fake, imagefolder, images, losses, own, text, torchvision
+from r2cli.data import arrays, digits, fake, imagefolder, images, losses, own, own_splits, text, torchvision
 from r2cli.data.decoding import decode
 from r2cli.data.request import Data, Request
 from r2cli.data.splits import (
@@ -258,6 +258,6 @@ def calibration(data: Data, count: int, device: torch.device, seed: int, batch: 
         if given <= count:
             yield given_, target
         else:
-            yield each(given_, lambda one: one[:left]), own.taken(target, torch.arange(left))  # noqa: B023
+            yield each(given_, lambda one: one[:left]), own_splits.taken(target, torch.arange(left))  # noqa: B023
         if given >= count:
             return

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2cli.data import Batch, metrics
-from r2cli.data import own as own_data
+from r2cli.data import Batch, metrics, own_splits
 from r2cli.data.metrics import Measured
 from r2cli.data.task import Task
 from r2cli.deploy import audit, runtime
@@ -130,7 +129,7 @@ def compare(
         everywhere = runs["torch"].samples < _compared(first)
         if not everywhere and metric is None:
             break
-        inputs, target = places(given), own_data.moved(target, torch.device("cpu"))
+        inputs, target = places(given), own_splits.moved(target, torch.device("cpu"))
         found = {"default": engines["default"](*inputs)}
         if everywhere:
             found["torch"] = reference = each(model(*inputs), Tensor.cpu)

@@ -325,18 +325,18 @@ def first_of_two(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 def interpolate(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     name = operator_name(node.target).strip("_")
-    mode = name.removeprefix("upsample_").removesuffix("_aa").rstrip("123d")
-    mode = {"nearest_exact": "nearest-exact", "linear": "linear"}.get(mode, mode)
-    if mode == "linear" and name.endswith("3d"):
-        mode = "trilinear"
+    mode = name.removeprefix("upsample_").removesuffix("_aa").rstrip("123d").replace("_", "-")
     given = a.get("self", a.get("input"))
     before, after = _shape(given)[2:], _shape(node)[2:]
     scales = a.get("scale_factors") or [
         a.get(key) for key in ("scales_d", "scales_h", "scales_w", "scales") if key in a
     ]
+    pairs = list(zip(before, after, strict=True))
     sizes: dict[str, Any] = {"size": after}
-    if scales and None not in scales and any(b * s != n for b, s, n in zip(before, scales, after, strict=True)):
+    if scales and None not in scales and any(b * s != n for (b, n), s in zip(pairs, scales, strict=True)):
         sizes = {"scale_factor": tuple(scales)}
+    elif not any(n % b for b, n in pairs):  # which holds for inputs of other sizes too
+        sizes = {"scale_factor": tuple(float(n // b) for b, n in pairs)}
     corners = {"align_corners": a["align_corners"]} if a.get("align_corners") is not None else {}
     smooth = {"antialias": True} if name.endswith("_aa") else {}
     return writer.call(F.interpolate, writer.value(given), **sizes, mode=mode, **corners, **smooth)

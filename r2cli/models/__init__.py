@@ -173,9 +173,10 @@ def require_fit(
     except Exception as error:
         why = " ".join(str(error).split())[:300]
         if len(needed) != len(blank):
+            both = f": a batch is (inputs, target), so give (({', '.join(needed)}), target)" if len(needed) > 1 else ""
             raise InputError(
-                f"{spec.name} reads {len(needed)} inputs ({', '.join(needed)}) and the data gives {inputs}: give the "
-                "data that it is for, as --data FILE.py:FACTORY"
+                f"{spec.name} reads {len(needed)} inputs ({', '.join(needed)}) and the data gives {inputs}{both}, or "
+                "the data that it is for, as --data FILE.py:FACTORY"
             ) from error
         raise InputError(f"{spec.name} cannot take {inputs} ({why}): give another --size or --data") from error
     if not isinstance(raw, Tensor) and not isinstance(model, signature.ByPlace) and not onnx.has(spec.name):

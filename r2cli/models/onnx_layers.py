@@ -227,8 +227,15 @@ def resize(a: Attributes, x: Tensor, roi: Value = None, scales: Value = None, si
     exact = all(abs(size * factor - one) < 1e-4 for size, factor, one in zip(before, factors, after, strict=True))
     smooth = {"antialias": True} if a.get("antialias") else {}
     if exact or corners:
-        return F.interpolate(x, size=after, mode=kind, align_corners=corners, **smooth)
+        return F.interpolate(x, **_new_size(before, after), mode=kind, align_corners=corners, **smooth)
     return F.interpolate(x, scale_factor=factors, mode=kind, align_corners=corners, **smooth)
+
+
+def _new_size(before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:
+    """The new size for torch: as a factor where that is a whole number, so that it holds for other sizes too."""
+    if any(new % size for size, new in zip(before, after, strict=True)):
+        return {"size": list(after)}
+    return {"scale_factor": [float(new // size) for size, new in zip(before, after, strict=True)]}
 
 
 def _place(at: str, index: int, before: int, after: int, factor: float) -> float:
@@ -262,7 +269,7 @@ def _nearest(
         chosen.append([min(max(row, 0), size - 1) for row in rows])
     usual = [[index * size // new for index in range(new)] for size, new in zip(before, after, strict=True)]
     if chosen == usual:
-        return F.interpolate(x, size=list(after), mode="nearest")
+        return F.interpolate(x, **_new_size(before, after), mode="nearest")
     for axis, rows in enumerate(chosen):
         if rows != list(range(before[axis])):
             x = x.index_select(axis + 2, torch.tensor(rows, device=x.device))

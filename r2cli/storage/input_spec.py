@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from r2cli.errors import InputError
+
 Given = Tensor | tuple[Tensor, ...]  # each (n, ...)
 Shape = tuple[int, ...] | tuple[tuple[int, ...], ...]  # of one input without the batch, or of each of several
 
@@ -42,7 +44,14 @@ def each(given: Given, change: Callable[[Tensor], Tensor]) -> Given:
 
 
 def joined(batches: Sequence[Given]) -> Given:
-    """Batches as one."""
+    """Batches as one. Raises InputError for batches of different sizes."""
+    sizes = dict.fromkeys(tuple(tuple(one.shape[1:]) for one in places(batch)) for batch in batches)
+    if len(sizes) > 1:
+        one, other, *_ = (", ".join("x".join(map(str, shape)) for shape in each) for each in sizes)
+        raise InputError(
+            f"this method wants all calibration inputs at once, and they are {one} and {other}: calibrate on one size, "
+            "or give --method none"
+        )
     if isinstance(batches[0], tuple):
         return tuple(torch.cat(parts) for parts in zip(*map(places, batches), strict=True))
     return torch.cat(batches)  # type: ignore[arg-type]

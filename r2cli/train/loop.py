@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from r2cli import data
 from r2cli.data import losses
 from r2cli.data.losses import Learned
+from r2cli.data.own_splits import MixedSplit
 from r2cli.errors import InputError, R2Error, unknown
 from r2cli.graph import narrow_convolutions
 from r2cli.storage.input_spec import Given, count, places
@@ -159,8 +160,11 @@ def fit(
 
     `setting` is a range regularizer, or the hooks of a method of compression. Under torchrun the processes train
     together, with `settings.batch_size` images per step in all. Raises R2Error if the loss is no longer finite (the
-    state of the last good epoch is kept), and if the network cannot be compiled.
+    state of the last good epoch is kept), and if the network cannot be compiled; InputError for
+    inputs of several sizes.
     """
+    if isinstance(source.train, MixedSplit):
+        raise InputError(f"{source.name} has inputs of several sizes, which calibrate: train on one size")
     to_device(model, device)
     with distributed.together(device):
         run = _run(model, source, settings, device, setting, watch)

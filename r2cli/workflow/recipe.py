@@ -17,7 +17,8 @@
 
 The keys of a step are the options of its command; `source`, `output` and `card` are files in the folder of the run. A
 value of the matrix may be a TOML table: then `{pre.reg}` is its key `reg`, and its `name` is shown in tables. A table
-averages over the variables that it does not list, for example over seeds.
+averages over the variables that it does not list, for example over seeds. Where what is measured is not top-1,
+`"{metric}" = "metric.value"` is a column with the metric's own name and unit.
 """
 
 import itertools

@@ -59,6 +59,7 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 
 DAGGER = "†"
+METRIC = "{metric}"  # in the title of a column: what was measured, and its unit
 NUMBERS = ("n", "mean", "sd", "least", "greatest", "values")
 
 
@@ -76,6 +77,7 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
             found = _found(result["report"], metric)
             if found is None:
                 raise unknown(f"metric of {recipe.path}", metric, result["report"])
+            title = title.replace(METRIC, _metric(result["report"]))
             head = title if column is None else f"{label(result['values'][column])} {title}".strip()
             cells.setdefault(row, {}).setdefault(head, []).append(found[0])
             if result.get("failed"):
@@ -97,12 +99,22 @@ def _table(recipe: Recipe, table: Mapping[str, Any], results: Sequence[Mapping[s
     return Table(table.get("title", ""), rows, records, tuple(dict.fromkeys(failures.values())))
 
 
+def _metric(report: Any) -> str:
+    """What a report measured, with its unit: 'mIoU', 'PSNR dB', 'top-1 %'."""
+    own = report.get("metric") or {}
+    return f"{own.get('label', 'metric')} {own.get('unit', '')}".strip()
+
+
 def _found(report: Any, metric: str) -> tuple[Any] | None:
-    """The value of `metric`, or of 'metric.value' in a report within; None where there is none."""
+    """The value of `metric`, or of 'metric.value' in a report within; None where there is none.
+
+    A metric that was not measured has the value None.
+    """
     name, _, rest = metric.partition(".")
     if not isinstance(report, Mapping) or name not in report:
         return None
-    return (report[name],) if not rest else _found(report[name], rest)
+    unmeasured = name == "metric" and report[name] is None
+    return (report[name],) if not rest or unmeasured else _found(report[name], rest)
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:
@@ -121,7 +133,7 @@ def _numbers(values: Sequence[Any]) -> dict[str, Any]:
 def _cell(values: Sequence[Any]) -> str:
     """Write one value, or the mean of several with their sample standard deviation."""
     if not _are_numbers(values):
-        return ", ".join(dict.fromkeys(map(str, values)))
+        return ", ".join(dict.fromkeys("-" if value is None else str(value) for value in values))
     shape = ".0f" if all(isinstance(value, int) for value in values) else ".2f"
     if len(values) == 1:
         return f"{values[0]:,{shape}}"
