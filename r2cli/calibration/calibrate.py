@@ -20,6 +20,7 @@ from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 from r2cli.storage.input_spec import Given, Shape
 
+NO_BITS: Mapping[str, int] = {}
 MOST_BIAS = 2.0**30  # of a bias in int32 sums: the other half of the range is for the products that are added to it
 
 
@@ -49,13 +50,15 @@ def calibrate_and_round(
     images: Iterable[Given],
     rule: str = "minmax",
     target: Target = TARGETS[DEFAULT],
+    own: Mapping[str, int] = NO_BITS,
 ) -> tuple[dict[str, Grid], dict[str, Coded]]:
     """Find the grids of all values on `images`, and make `net` round its values and biases to their grids, in place.
 
-    `images` are batches of inputs (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Returns the grids
-    by value, and what `round_biases` does. Raises R2Error for a value that is not finite.
+    `own` are the bits that layers want of what they read, by their names, where those are not `bits`. `images` are
+    batches of inputs (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Returns the grids by value,
+    and what `round_biases` does. Raises R2Error for a value that is not finite.
     """
-    grids = calibrate(net, shape, bits, images, rule, target)
+    grids = calibrate(net, shape, bits, images, rule, target, own)
     return grids, round_to_grids(net, coded, grids)
 
 
@@ -76,6 +79,7 @@ def calibrate(
     images: Iterable[Given],
     rule: str = "minmax",
     target: Target = TARGETS[DEFAULT],
+    own: Mapping[str, int] = NO_BITS,
 ) -> dict[str, Grid]:
     """Find the grid of every value that needs one, on all `images` (n, *shape). Returns the grids by node.
 
@@ -90,11 +94,12 @@ def calibrate(
                 f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged, so train "
                 "it again with a lower --lr"
             )
-    ranges = {name: observer.range(bits) for name, observer in observed.items()}
+    widths = placement.bits_of(net, values, bits, own)
+    ranges = {name: observer.range(widths[name]) for name, observer in observed.items()}
     if target.codes_of_result:  # TensorFlow Lite's sigmoid gives this grid alone
         of_sigmoids = {node.name for node in net.graph.nodes if operators.is_a(net, node, (torch.sigmoid,))}
         ranges |= dict.fromkeys(ranges.keys() & of_sigmoids, (0.0, 1 - 2.0**-bits))
-    return {name: activation_grid(*ends, bits, symmetric=target.symmetric) for name, ends in ranges.items()}
+    return {name: activation_grid(*ends, widths[name], symmetric=target.symmetric) for name, ends in ranges.items()}
 
 
 def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> dict[str, Coded]:
@@ -108,7 +113,7 @@ def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: M
     for layer, module in structure.named_layers(net):
         where = edit.source(net, structure.node_of(net, layer))
         bias = module.bias
-        if where is None or bias is None:
+        if where is None or bias is None or layer.weight not in coded:
             continue
         one, given = coded[layer.weight], activations[where].scale
         unit = given * (one.codec.scale / one.codec.integer_factor)

@@ -8,7 +8,9 @@ from typing import Any
 from r2cli import console
 from r2cli.cli import interrupt
 from r2cli.cli.baseline import Baseline
-from r2cli.config.groups import DEFAULT_SOURCE, Inputs, Preparation
+from r2cli.config import layer_form, targets, values
+from r2cli.config.groups import DEFAULT_SOURCE, FileForm, Inputs, Preparation
+from r2cli.config.methods import PtqConfig, QatConfig
 from r2cli.config.option import Config
 from r2cli.errors import CheckFailed, InputError
 
@@ -52,9 +54,18 @@ def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
             raise InputError(f"{path} is there already: give --overwrite to replace it, or another --output")
 
 
+def of_widths(config: PtqConfig | QatConfig, form: FileForm) -> None:
+    """Raise InputError for an --opset that has not the activations which are asked for; and `warn_of_speed`."""
+    forms = layer_form.all_of(values.keep(config.keep))
+    targets.require_opset(form.opset, values.trained_act_bits(config.act_bits), forms)
+    warn_of_speed(config.act_bits)
+
+
 def warn_of_speed(act_bits: int | str | None) -> None:
     """Say before any work that activations of fewer than 8 bits are no faster: each grid clips its codes, which are
-    bytes all the same."""
+    bytes all the same; and that those of 16 bits are read by no integer kernel."""
+    if str(act_bits) == "16":
+        console.note("--act-bits 16 runs slower than float in ONNX Runtime: it has no integer kernels for 16 bits")
     if str(act_bits) in map(str, range(1, 8)):
         console.note(
             f"--act-bits {act_bits} runs slower than 8 in ONNX Runtime: codes stay bytes, and each grid clips them"

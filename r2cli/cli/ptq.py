@@ -1,6 +1,7 @@
 """`r2 ptq`: quantize a trained network without training."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def ptq(
     rehearse(made, config.target, loaded.shown)
     calibration = datasets.calibration_count(config.calibration, loaded) if looks else 0
     options = worker.options_of(config, worker.settings_of(config), calibration)
-    gates.warn_of_speed(config.act_bits)
+    gates.of_widths(config, form)
     if written.dry_run:
         lines = [f"would quantize {source} ({made.model.name}) to {config.suffix} -> {output}, {file}"]
         console.tell(lines, as_json=written.json)
@@ -127,7 +128,7 @@ def _again(result: "PtqResult") -> str:
     """Return a line with the choice of mixed precision, as options that give the same bytes."""
     from r2cli.ptq.quantize import bits_again
 
-    layers = result.layers
+    layers = [layer for layer in result.layers if layer.grid != "float"]
     count = sum(math.prod(layer.shape) for layer in layers)
     mean = sum(layer.bits * math.prod(layer.shape) for layer in layers) / count
     return f"{mean:.2f} bits a weight on average; the same again: {' '.join(bits_again(result.settings))}"
@@ -135,14 +136,24 @@ def _again(result: "PtqResult") -> str:
 
 def _layers(layers: Sequence[Any], float_operations: Sequence[Mapping[str, Any]]) -> Any:
     """Return a table with a row for every layer, and for every kind of operation that stays float, with the reason."""
-    cells = [
-        (layer.layer, "x".join(map(str, layer.shape)), layer.bits, layer.grid, f"{layer.sqnr:.1f}", layer.note)
-        for layer in layers
-    ]
+    from r2cli.graph.operators import ASKED
+
+    usual = Counter(layer.act_bits for layer in layers).most_common(1)[0][0]
+    cells = [(layer.layer, "x".join(map(str, layer.shape)), *_cells(layer, usual)) for layer in layers]
     kinds: dict[tuple[str, str], list[str]] = {}
     for each in float_operations:
-        kinds.setdefault((each["kind"], each["reason"]), []).append(each["node"])
+        if each["reason"] != ASKED:  # a row of its own says so
+            kinds.setdefault((each["kind"], each["reason"]), []).append(each["node"])
     for (kind, reason), nodes in kinds.items():
         more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
         cells.append((f"{nodes[0]}{more}", "", "", "float", "", f"{kind}: {reason}"))
     return console.table(("layer", "shape", "bits", "grid", "dB", "note"), cells)
+
+
+def _cells(layer: Any, usual: int | None) -> tuple[object, ...]:
+    """Bits, grid, dB and note of a layer; the bits of what it reads where they are not the `usual` ones."""
+    if layer.grid == "float":
+        return "", layer.grid, "", layer.note
+    own = "floats" if layer.act_bits is None else f"{layer.act_bits} bits"
+    reads = "" if layer.act_bits == usual else f"reads {own}"
+    return layer.bits, layer.grid, f"{layer.sqnr:.1f}", "; ".join(filter(None, (reads, layer.note)))

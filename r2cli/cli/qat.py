@@ -50,7 +50,7 @@ def qat(
     before = baseline.read(wanted, given, loaded)
     rehearse(made, config.target, loaded.shown)
     run = worker.ready(made, loaded, config)
-    gates.warn_of_speed(config.act_bits)
+    gates.of_widths(config, form)
     if written.dry_run:
         lines = [f"would train {source} ({made.model.name}) as {config.suffix} -> {output}, {file}"]
         console.tell(lines, as_json=written.json)
@@ -73,9 +73,9 @@ def _layers(layers: "Sequence[TrainedLayer]") -> Any:
         (
             layer.layer,
             "x".join(map(str, layer.shape)),
-            layer.bits,
+            layer.bits if layer.levels else "",
             layer.act_bits or "float",
-            layer.levels,
+            layer.levels or "",
             layer.note,
         )
         for layer in layers

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r2cli import registry
-from r2cli.config import targets, values
+from r2cli.config import layer_form, targets, values
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
 from r2cli.errors import InputError
 
@@ -334,6 +334,20 @@ def require_groups(given: Any) -> None:
         raise InputError(f"{flag} rounds to the nearest level: leave out --method {given.method}")
     if given.granularity not in (None, "channel"):
         raise InputError(f"{flag} and --granularity {given.granularity} exclude each other: give one of them")
+
+
+def require_forms(given: Any, *, least: int, grids: bool = True) -> None:
+    """Raises InputError for what the target or other options of a `PtqConfig` or `QatConfig` exclude in --keep. Values
+    have `least` bits at least, and weights a choice of `grids` or none."""
+    forms = layer_form.all_of(values.keep(given.keep))
+    for form in forms:
+        if form.act_bits is not None:
+            values.act_bits(form.act_bits, least)
+        if form.granularity is not None and getattr(given, "group_size", None) is not None:
+            raise InputError(f"--group-size and --keep …={form.word} exclude each other: give one of them")
+        if not grids and (form.granularity is not None or form.symmetric is not None):
+            raise InputError(f"--keep …={form.word} is for r2 ptq: trained weights have one symmetric grid a tensor")
+    targets.require_forms(given.target, forms, act_bits=values.act_bits(given.act_bits, least))
 
 
 def act_range() -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from r2cli import registry
 from r2cli.config import groups, targets, values
+from r2cli.config.mixed import MixedPrecision
 from r2cli.config.option import FOREIGN, Config, meanings, option
 from r2cli.errors import InputError
 
@@ -13,7 +14,7 @@ __all__ = ["FOREIGN", "PalettizeConfig", "PretrainConfig", "PtqConfig", "QatConf
 
 REGULARIZATION, EXTRAS, SCRATCH = "Regularization", "Additions to the training", "From scratch"
 PALETTE_TRAINING = "Training (dkm, shared)"
-Keep = Mapping[str, int] | Sequence[str]
+Keep = Mapping[str, int | str] | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class PretrainConfig(Config):
 
 
 @dataclass(frozen=True)
-class PtqConfig(Config):
+class PtqConfig(MixedPrecision):
     """Quantize a trained network without training."""
 
     weight_bits: int | None = option(
@@ -83,17 +84,8 @@ class PtqConfig(Config):
         "Bits of weights, 8 to 1; 1 bit has two levels and no zero. (default: 8)",
         check=values.bits("--weight-bits"),
     )
-    target_bits: float | None = option(
-        None, "Mixed precision: the average bits per weight, for example 3.2.", check=values.bits("--target-bits")
-    )
-    target_bytes: int | None = option(None, "Mixed precision: the bytes of all codes and scales.", least=1)
-    sensitivity: str = option(
-        "hessian",
-        "How mixed precision measures layers: hessian, or sqnr, which needs no data.",
-        check=values.one_of("--sensitivity", "hessian", "sqnr"),
-    )
     act_bits: int | str = option(
-        "8", "Bits of activations, 8 to 4, or none to leave them float.", check=values.act_bits, given=str
+        "8", "Bits of activations, 8 to 4, 16, or none to leave them float.", check=values.act_bits, given=str
     )
     method: str = option(
         registry.PTQ_NEAREST,
@@ -117,7 +109,11 @@ class PtqConfig(Config):
         True, "Weight grids with the zero point 0, or each with its own.", "--symmetric/--asymmetric"
     )
     act_range: str | None = groups.act_range()
-    keep: Keep = groups.keep("PATTERN=BITS: other bits for the weights of some layers; repeatable.", values.keep)
+    keep: Keep = groups.keep(
+        "PATTERN=BITS, or words between commas, for some layers: 4, W4A8 (weights and what they read), W8A16, float, "
+        "channel, tensor, unfolded, asymmetric; repeatable.",
+        values.keep,
+    )
     embeddings: bool = groups.embeddings()
     parts: str | Sequence[str] | None = option(
         None,
@@ -163,6 +159,7 @@ class PtqConfig(Config):
             zero_points=not self.symmetric,
             per_channel=self.granularity in (None, "channel"),
         )
+        groups.require_forms(self, least=4)
 
     @property
     def suffix(self) -> str:
@@ -183,7 +180,7 @@ class QatConfig(Config):
         4, "Bits of weights: 8 to 2 with lsq, 7 to 1 with the others.", check=values.bits("--weight-bits")
     )
     act_bits: int | str = option(
-        "8", "Bits of activations, 8 to 1, or none to leave them float.", check=values.trained_act_bits, given=str
+        "8", "Bits of activations, 8 to 1, 16, or none to leave them float.", check=values.trained_act_bits, given=str
     )
     method: str = option(
         "lsq",
@@ -191,7 +188,8 @@ class QatConfig(Config):
         check=registry.one_of(registry.QAT_METHODS),
     )
     keep: Keep = groups.keep(
-        "PATTERN=BITS: other bits for the weights of some layers, and at least as many for their inputs; repeatable.",
+        "PATTERN=BITS for some layers: 4 (weights, and at least as many for what they read), W4A8, W8A16 or float; "
+        "repeatable.",
         values.keep,
     )
     activations: str = option(
@@ -273,6 +271,7 @@ class QatConfig(Config):
                 f"--reg {self.reg} belongs to --from-scratch: use it in r2 pretrain, and leave it out here"
             )
         targets.require(self.target, act_bits=values.trained_act_bits(self.act_bits))
+        groups.require_forms(self, least=1, grids=False)
 
     @property
     def own_options(self) -> dict[str, Any]:

@@ -7,13 +7,17 @@ the grid of its layer's sums is the same in float and in INT32.
 `require` checks options before any work; `r2cli.deploy.retarget` checks a checkpoint.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from r2cli.config import layer_form
+from r2cli.config.layer_form import LayerForm
 from r2cli.errors import InputError, unknown
 
 LEAST_OPSET, MOST_OPSET = 13, 21
+WIDE_OPSET = 21  # the first that has activations of 16 bits
 ONNX, TFLITE = "onnx", "tflite"
 READ = "documents only"
 PER_CHANNEL_ZEROS = (1, 27)  # the first ONNX Runtime that runs a weight whose channels have different zero points
@@ -24,7 +28,8 @@ class Target:
     """One target. The defaults are those of the plain file that r2 writes for ONNX Runtime.
 
     `runs` says what has run its files, or that r2 knows it from documents only. `batch` None is any number of images.
-    `least_act_bits` is more than 4 where codes of activations cannot be clipped. `weights_alone` says whether integer
+    `least_act_bits` is more than 4 where codes of activations cannot be clipped, and `most_act_bits` 16 where they may
+    have two bytes. `weights_alone` says whether integer
     weights may stand beside float activations.
     """
 
@@ -36,6 +41,7 @@ class Target:
     signed: bool = False  # INT8 codes of activations, or UINT8
     symmetric: bool = False  # their zero point is 0
     least_act_bits: int = 8
+    most_act_bits: int = 8  # or 16
     packed: bool = False  # codes of 4 to 1 bits, or INT8 for all
     integer_biases: bool = True  # INT32 behind a DequantizeLinear, or float32
     weight_zero_points: bool = False
@@ -59,12 +65,20 @@ ROWS = (
         "any processor",
         f"{HERE}, tract 0.23, TVM 0.27, OpenCV 5",
         least_act_bits=1,
+        most_act_bits=layer_form.WIDE_BITS,
         packed=True,
         weight_zero_points=True,
     ),
-    Target("openvino", "Intel processors", "OpenVINO 2026.4", packed=True, weight_zero_points=True),
+    Target(
+        "openvino",
+        "Intel processors",
+        "OpenVINO 2026.4",
+        most_act_bits=layer_form.WIDE_BITS,
+        packed=True,
+        weight_zero_points=True,
+    ),
     Target("tensorrt", "NVIDIA GPUs", signed=True, symmetric=True, integer_biases=False, weights_alone=False),
-    Target("qnn", "Qualcomm NPUs", packed=True, batch=1),
+    Target("qnn", "Qualcomm NPUs", most_act_bits=layer_form.WIDE_BITS, packed=True, batch=1),
     Target("npu", "other NPUs", weights_alone=False, batch=1),
     Target("xnnpack", "phones' processors", signed=True, packed=True),
     Target("rknn", "Rockchip NPUs", most_opset=19, batch=1),
@@ -117,6 +131,8 @@ def require(
         raise InputError(f"{flag} reads integer weights beside integer activations only: give --act-bits 8")
     if act_bits is not None and act_bits < row.least_act_bits:
         raise InputError(f"{flag} has no activations of {act_bits} bits: give --act-bits 8, or another target")
+    if act_bits is not None and act_bits > row.most_act_bits:
+        raise InputError(f"{flag} has no activations of {act_bits} bits: give 8, or --target {DEFAULT}")
     if not integers and not row.packed:
         raise InputError(f"{flag} takes INT8 weights, and a palette of float values is none: give --lut-bits 8")
     if zero_points and not row.weight_zero_points:
@@ -127,6 +143,24 @@ def require(
             f"--asymmetric gives each channel its own zero point, which ONNX Runtime {found} cannot "
             "run (1.27 can): give --granularity tensor or unfolded, or --symmetric"
         )
+
+
+def require_forms(name: str, forms: Sequence[LayerForm], *, act_bits: int | None) -> None:
+    """Raise InputError where the target cannot hold what --keep says of layers, as `require` does."""
+    for form in forms:
+        own = act_bits if form.act_bits is None else form.act_bits
+        if form.act_bits is not None and act_bits is None:
+            raise InputError(f"--keep …={form.word} puts values on grids, and --act-bits none leaves all of them float")
+        if form.is_float and get(name).container == TFLITE:
+            raise InputError(f"--target {name} takes no float layers beside integers: give 8 in place of float")
+        finest = form.granularity in (None, "channel")
+        require(name, act_bits=own, zero_points=form.symmetric is False, per_channel=finest)
+
+
+def require_opset(opset: int | None, act_bits: int | None, forms: Sequence[LayerForm]) -> None:
+    """Raise InputError for an --opset that has no activations of 16 bits, where some are asked for."""
+    if opset is not None and opset < WIDE_OPSET and layer_form.WIDE_BITS in (act_bits, *(f.act_bits for f in forms)):
+        raise InputError(f"activations of 16 bits exist from opset {WIDE_OPSET} on: give --opset {WIDE_OPSET}")
 
 
 def require_installed(name: str) -> None:

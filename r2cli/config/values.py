@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from r2cli.config import layer_form
 from r2cli.errors import InputError, unknown
 
 ACT_RANGES = ("minmax", "moving-average", "percentile", "mse", "entropy")
@@ -93,13 +94,15 @@ def percentile(text: str) -> float:
 def act_bits(given: str | int, least: int = 4) -> int | None:
     """Return `--act-bits` as a number, or None for 'none', with which activations stay float.
 
-    Raises InputError for anything but 'none' and the numbers from 8 down to `least`.
+    Raises InputError for anything but 'none', 16, and the numbers from 8 down to `least`.
     """
     text = str(given)
     if text == "none":
         return None
-    if text not in map(str, range(least, 9)):
-        raise InputError(f"--act-bits {text} is impossible here: give 8 to {least}, or none to leave activations float")
+    if text not in map(str, (*range(least, 9), layer_form.WIDE_BITS)):
+        raise InputError(
+            f"--act-bits {text} is impossible here: give 8 to {least}, 16, or none to leave activations float"
+        )
     return int(text)
 
 
@@ -113,16 +116,20 @@ def _lines(patterns: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
     return [f"{name}={value}" for name, value in patterns.items()] if isinstance(patterns, Mapping) else patterns
 
 
-def keep(patterns: Mapping[str, int] | Sequence[str]) -> dict[str, int]:
-    """Return `PATTERN=BITS` options as a mapping. Raises InputError for anything else."""
-    kept = {}
+def keep(patterns: Mapping[str, int | str] | Sequence[str]) -> dict[str, int | str]:
+    """Return `PATTERN=WORDS` options as a mapping of words, which `layer_form.of` reads; those of one pattern are
+    joined. Raises InputError for anything else."""
+    kept: dict[str, int | str] = {}
     for text in _lines(patterns):
-        pattern, _, bits = text.rpartition("=")
-        if not pattern or not (bits.isascii() and bits.isdigit()):
-            raise InputError(f"--keep {text} is not PATTERN=BITS, for example --keep 'classifier=8'")
-        if not 1 <= int(bits) <= 8:
-            raise InputError(f"--keep {text} is impossible: give 1 to 8 bits")
-        kept[pattern] = int(bits)
+        pattern, _, words = text.rpartition("=")
+        if not pattern:
+            raise InputError(f"--keep {text} is not PATTERN=BITS, nor PATTERN=W4A8, =float, =tensor or =asymmetric")
+        before = layer_form.of(kept[pattern]) if pattern in kept else layer_form.LayerForm()
+        try:
+            kept[pattern] = before.then(layer_form.of(words)).word
+        except InputError as error:
+            told = str(error).replace("--keep …", f"--keep {pattern}")
+            raise InputError(told.replace("--keep PATTERN=", f"--keep {pattern}=")) from error
     return kept
 
 

@@ -64,13 +64,18 @@ def _decodes(part: TensorProto, coded: Mapping[str, Coded]) -> bool:
     return prod(part.dims) in sizes
 
 
-def all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded], floats: Mapping[str, Tensor]) -> Check:
+def all_integer(
+    file: onnx.ModelProto, coded: Mapping[str, Coded], floats: Mapping[str, Tensor], asked: Sequence[str] = ()
+) -> Check:
     """Every coded weight is decoded from integers; a palette's centroids may be float.
 
-    No layer reads a float weight. A float weight of any other operator must be one of `floats`, the checkpoint's.
+    No layer reads a float weight but those of layers that were `asked` to stay float. Those, and a float weight of any
+    other operator, must be one of `floats`, the checkpoint's.
     """
     made_from, held = weight_roles.sources(file), weight_roles.constants(file)
-    problem = _decoded_from(made_from, held, coded) or (_float_weight(file, held, coded, floats) if coded else None)
+    named = [f"{name}.weight" for name in asked]
+    problem = _decoded_from(made_from, held, coded)
+    problem = problem or (_float_weight(file, held, coded, floats, named) if coded else None)
     if problem:
         return Check("integer weights", False, problem)
     kinds = Counter(
@@ -79,7 +84,8 @@ def all_integer(file: onnx.ModelProto, coded: Mapping[str, Coded], floats: Mappi
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "float network"
     if any(has_float_table(one) for one in coded.values()):
         told += " of codes, float tables"
-    return Check("integer weights", True, f"{len(coded)} layers ({told}), {_shares(held_weights(file, coded))}")
+    told = f"{len(coded)} layers ({told}), {_shares(held_weights(file, coded))}"
+    return Check("integer weights", True, told + (f"; {len(asked)} as --keep asks" if asked else ""))
 
 
 def _shares(weights: HeldWeights) -> str:
@@ -111,7 +117,11 @@ def _decoded_from(
 
 
 def _float_weight(
-    file: onnx.ModelProto, held: Mapping[str, TensorProto], coded: Mapping[str, Coded], floats: Mapping[str, Tensor]
+    file: onnx.ModelProto,
+    held: Mapping[str, TensorProto],
+    coded: Mapping[str, Coded],
+    floats: Mapping[str, Tensor],
+    asked: Sequence[str],
 ) -> str | None:
     """Return which float weight the checkpoint does not explain, and why; None where there is none."""
     large = {one.codes.numel() for one in coded.values()}
@@ -122,7 +132,7 @@ def _float_weight(
             tensor = held[part]
             if tensor.data_type not in weight_roles.FLOATS or (integers and _decodes(tensor, coded)):
                 continue
-            if node.op_type in weight_roles.LAYERS:
+            if node.op_type in weight_roles.LAYERS and part not in asked:
                 return f"{part}, which {node.op_type} reads, is {TensorProto.DataType.Name(tensor.data_type).lower()}"
             if part in seen or (adds and prod(tensor.dims) not in large):
                 continue

@@ -28,11 +28,14 @@ from r2cli.storage.input_spec import Given, places
 from r2cli.storage.schema import Malformed
 
 Array = np.ndarray[Any, Any]
+CODES = (*weight_roles.INTEGERS, onnx.TensorProto.UINT16, onnx.TensorProto.INT16)  # of values on grids
 # Of a value's largest magnitude, for what torch and ONNX Runtime make of the same codes: sums in another order, and
 # their own erf, exp and tanh, differ by some 1e-6. A ReLU that is lacking, or a shift by 0.1, is a thousandth and more.
 BETWEEN_GRIDS = 1e-4
 DECIDED = 0.99  # share of equal integers in an output of integers
-EDGE = 1e-2  # of a step: a value this near to the edge between two codes may fall to either, and to no third
+# Of a step: a value this near to the edge between two codes may fall to either, and to no third. It is a share of the
+# range: steps of 16 bits are as small as the noise of sums of floats.
+EDGE = 1e-2
 BIAS = 3e-7  # relative: a bias as int32 codes times a scale is rounded twice to float32
 
 
@@ -61,13 +64,13 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
     def parameters(node: onnx.NodeProto) -> tuple[float, int] | None:
         """The one scale and the one zero point that the file holds for a node; None where it holds others."""
         parts = [held[name] for name in node.input[1:] if name in held]
-        if len(parts) < 2 or len(node.input) != 3 or parts[1].data_type not in weight_roles.INTEGERS:
+        if len(parts) < 2 or len(node.input) != 3 or parts[1].data_type not in CODES:
             return None
         scale, zero = map(onnx.numpy_helper.to_array, parts)
         if scale.size != 1 or zero.size != 1:
             return None
         # Grids of the checkpoint have unsigned codes.
-        return float(scale.item()), int(zero.item()) + (128 if zero.dtype == np.int8 else 0)
+        return float(scale.item()), int(zero.item()) - (np.iinfo(zero.dtype).min if zero.dtype.kind == "i" else 0)
 
     for node in file.graph.node:
         given = parameters(node) if node.op_type == "DequantizeLinear" else None
@@ -122,7 +125,7 @@ class _Forced(fx.Interpreter):
         self.free.remove(best)
         given: Tensor = self.values[best.gives].reshape(x.shape)
         self._compare(name, best, x, module.grid)
-        if self._wrong(given, expected, x / scale, scale):
+        if self._wrong(given, expected, x / scale, module.grid):
             self.differ.append(f"'{name}'")
         return given
 
@@ -134,8 +137,11 @@ class _Forced(fx.Interpreter):
         """Which codes are not those that torch has."""
         return (given.reshape(expected.shape) - expected).abs() > 0.5 * scale
 
-    def _wrong(self, given: Tensor, expected: Tensor, place: Tensor, scale: float) -> bool:
+    def _wrong(self, given: Tensor, expected: Tensor, place: Tensor, grid: Grid) -> bool:
         """Whether a code is another one where the value, at `place` in steps, is not at the edge between the two."""
+        scale = float(grid.scale)
+        if grid.bits > 8:
+            return bool(((given - expected).abs() > (1 + EDGE * 2 ** (grid.bits - 8)) * scale).any())
         inside = (place - place.floor() - 0.5).abs() > EDGE
         far = (given - expected).abs() > 1.5 * scale
         return bool((far | (self._moved(given, expected, scale) & inside)).any())

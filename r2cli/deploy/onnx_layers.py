@@ -13,7 +13,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from r2cli.config.targets import Target
+from r2cli.config.targets import WIDE_OPSET, Target
 from r2cli.deploy import weight_nodes
 from r2cli.deploy.onnx_moving import pad
 from r2cli.deploy.onnx_sheet import Sheet, Value
@@ -147,8 +147,18 @@ class Weights:
         return np.asarray(scale * weight_nodes.scale_of(one))
 
 
+def _let_alone(sheet: Sheet, weights: Weights, name: str, x: Value) -> Value:
+    """Write what keeps a layer that stays float so: ONNX Runtime quantizes weights itself that stand between a
+    DequantizeLinear and a QuantizeLinear. A Clip without bounds changes nothing, and it does not see through it."""
+    if f"{name}.weight" in weights.coded or x.name not in weights.scales:
+        return x
+    sheet.writer.enter(f"{name}.float")
+    return Value(sheet.writer.node("Clip", [x.name]), x.shape, x.dtype)
+
+
 def convolution(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
     """Write a convolution of one, two or three axes, with its padding of any mode."""
+    x = _let_alone(sheet, weights, name, x)
     padding = _padding(module, x)
     if module.padding_mode != "zeros":
         before, after = padding[: len(padding) // 2], padding[len(padding) // 2 :]
@@ -162,6 +172,7 @@ def convolution(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value
 
 
 def transposed(sheet: Sheet, weights: Weights, name: str, module: TransposedConv, x: Value) -> str:
+    x = _let_alone(sheet, weights, name, x)
     weight = weights.tensor(f"{name}.weight", module.weight, module.groups)
     bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
     sheet.writer.enter(name)
@@ -199,7 +210,7 @@ def _padding(module: Any, x: Value) -> list[int]:
 def linear(sheet: Sheet, weights: Weights, name: str, module: nn.Linear, x: Value) -> str:
     """Write a Gemm on (n, features); on tensors of more axes, or of a weight in blocks, a product and a sum, which
     runtimes add in float."""
-    blocks = weights.blocks(f"{name}.weight")
+    x, blocks = _let_alone(sheet, weights, name, x), weights.blocks(f"{name}.weight")
     if len(x.shape) == 2 and blocks is None:
         weight = weights.tensor(f"{name}.weight", module.weight)
         bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
@@ -283,11 +294,15 @@ def prelu(sheet: Sheet, weights: Weights, name: str, module: nn.PReLU, x: Value)
 def quantize(sheet: Sheet, weights: Weights, name: str, grid: Grid, x: str, most: Tensor | None = None) -> str:
     """Write a QuantizeLinear, below 8 bits a Clip of the codes, and a DequantizeLinear, with the grid called `name`.
 
+    16 bits need opset 21.
+
     `most` (channels,) are the bounds of a `Clip` before it. Rounding keeps the order of values, so clipping the codes
     gives the same result as clipping the values, and runtimes stay in integers.
     """
     writer = sheet.writer
-    offset, kind = codes_of(weights.target)
+    offset, kind = codes_of(weights.target, grid.bits)
+    if grid.bits > 8:
+        writer.require(WIDE_OPSET, "QuantizeLinear of 16 bits")
     scale, zero = _parameters(weights, name, grid)
     codes = writer.node("QuantizeLinear", [x, scale, zero])
     if grid.bits < 8:
@@ -328,8 +343,10 @@ def number_on_grid(sheet: Sheet, weights: Weights, number: float) -> str:
     return writer.node("DequantizeLinear", [code, writer.constant(abs(number), np.float32), zero])
 
 
-def codes_of(target: Target) -> tuple[int, Any]:
+def codes_of(target: Target, bits: int = 8) -> tuple[int, Any]:
     """What is taken off the unsigned codes of activations, and the type that they then have."""
+    if bits > 8:
+        return (1 << 15, np.int16) if target.signed else (0, np.uint16)
     return (128, np.int8) if target.signed else (0, np.uint8)
 
 
@@ -337,7 +354,7 @@ def _parameters(weights: Weights, name: str, grid: Grid) -> tuple[str, str]:
     """Write a grid's scale and zero point, once."""
     names = f"{name}.scale", f"{name}.zero_point"
     if names[0] not in weights.writer.initializers:
-        offset, kind = codes_of(weights.target)
+        offset, kind = codes_of(weights.target, grid.bits)
         weights.writer.initializer(names[0], grid.scale.numpy())
         weights.writer.initializer(names[1], (grid.zero_point - offset).numpy().astype(kind))
     return names

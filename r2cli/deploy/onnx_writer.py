@@ -48,9 +48,13 @@ class OnnxWriter:
         read = ["" if name is None else name for name in inputs]
         given = {key: value for key, value in attributes.items() if value is not None}
         self.nodes.append(helper.make_node(operator, read, names, **given))
-        if SINCE.get(operator, OPSET) > self.opset:
-            self.opset, self._asker = SINCE[operator], operator
+        self.require(SINCE.get(operator, OPSET), operator)
         return names
+
+    def require(self, opset: int, asker: str) -> None:
+        """Let the file have `opset` at least, because of `asker`."""
+        if opset > self.opset:
+            self.opset, self._asker = opset, asker
 
     def _next(self) -> str:
         self._count += 1

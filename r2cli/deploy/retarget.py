@@ -44,9 +44,9 @@ def _problems(checkpoint: Checkpoint, row: Target) -> Iterator[str]:
         return
     if row.codes_of_result and not targets.get(checkpoint.target).codes_of_result:
         yield f"was made for {checkpoint.target}, and its result has no codes, which {row.name} wants: {again}"
-    fewest = min((grid.bits for grid in grids.values()), default=8)
-    if fewest < row.least_act_bits:
-        yield f"has activations of {fewest} bits, which {row.name} cannot clip to: {again} and --act-bits 8"
+    for bits in {grid.bits for grid in grids.values() if not row.least_act_bits <= grid.bits <= row.most_act_bits}:
+        cannot = "clip to" if bits < 8 else "hold"
+        yield f"has activations of {bits} bits, which {row.name} cannot {cannot}: {again} and --act-bits 8"
     if not grids and not row.weights_alone:
         yield f"has float activations, beside which {row.name} takes no integer weights: {again} and --act-bits 8"
     name = next((name for name, grid in grids.items() if row.symmetric and not is_symmetric(grid)), None)

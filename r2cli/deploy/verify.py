@@ -20,7 +20,7 @@ from r2cli.data.metrics import Measured, report_of
 from r2cli.data.task import CLASSIFICATION, Task
 from r2cli.deploy import audit, comparison, parity, runtime, weight_nodes, weight_roles
 from r2cli.deploy.retarget import retarget
-from r2cli.graph import placement
+from r2cli.graph import left_float, placement
 from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import Palette
@@ -65,8 +65,9 @@ def prove(
     checkpoint = retarget(checkpoint, runtime.target_of(written))
     file = runtime.inlined(written)
     on_grids = isinstance(model, fx.GraphModule) and bool(checkpoint.activations)
-    left = placement.float_operations(model, checkpoint.input.shape) if on_grids else None  # type: ignore[arg-type]
-    integer = audit.all_integer(file, checkpoint.coded, checkpoint.floats)
+    asked = left_float.asked(checkpoint) if checkpoint.coded else []
+    left = _left(model, checkpoint, asked) if on_grids else None  # type: ignore[arg-type]
+    integer = audit.all_integer(file, checkpoint.coded, checkpoint.floats, asked)
     checks = [
         audit.announced(file, integer, left),
         audit.nothing_beside(written, file),
@@ -102,6 +103,12 @@ def prove(
         "cpu": runtime.cpu(),
     }
     return Proof(tuple(checks), measures)
+
+
+def _left(model: fx.GraphModule, checkpoint: Checkpoint, asked: Sequence[str]) -> list[placement.FloatOperation]:
+    """What the checkpoint's network computes in float, the layers among it that were `asked` to."""
+    with left_float.hidden(model, asked):
+        return placement.float_operations(model, checkpoint.input.shape)
 
 
 def _seen(runs: Mapping[str, parity.EngineRun], away: float | None) -> dict[str, Any]:

@@ -73,12 +73,31 @@ def _nearest(node: fx.Node) -> bool:
     return "nearest" in str(node.kwargs.get("mode"))
 
 
+class LeftFloat(nn.Module):
+    """A `layer` that is none to quantization: it computes what the layer does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.layer(*given)
+
+
+ASKED = "--keep leaves it float"
 NO_KERNEL = "runtimes have no integer kernel for it"
 NO_CODES = "r2 has no codes for such weights"
 BY_NUMBER = "it reads floats, or no layer reads it"
 # The first row that fits counts.
 TABLE: tuple[Row, ...] = (
     Row(Kind.LAYER, "layer", (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, RecurrentWeight)),
+    Row(
+        Kind.FLOAT,
+        "layer",
+        (LeftFloat,),
+        ASKED,
+        ("layer Conv", "layer Gemm", "layer MatMul", "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Clip"),
+    ),
     Row(
         Kind.LAYER,
         "transposed convolution",

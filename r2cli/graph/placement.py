@@ -12,7 +12,7 @@ cost accuracy and save no time.
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,25 @@ def values(net: fx.GraphModule, shape: Shape, *, result: bool = False) -> list[s
         if operators.kind(net, operation) in COMPUTES and _can_be_integer(net, operation, known):
             todo += _inputs(operation)
     return [node.name for node in net.graph.nodes if node in with_grid and (result or not _is_only_result(net, node))]
+
+
+def bits_of(net: fx.GraphModule, names: Iterable[str], usual: int, own: Mapping[str, int]) -> dict[str, int]:
+    """Return the bits of the grid of every named value, where layers want `own` bits of what they read.
+
+    One value has one grid: no reader gets fewer than it wants, and all that is no layer wants the `usual` ones.
+    """
+    nodes = {node.name: node for node in net.graph.nodes}
+    return {name: max(_wanted(net, nodes[name], usual, own), default=usual) for name in names}
+
+
+def _wanted(net: fx.GraphModule, node: fx.Node, usual: int, own: Mapping[str, int]) -> Iterator[int]:
+    for user in node.users:
+        if is_a(net, user, PASSING) or is_grid(user):
+            yield from _wanted(net, user, usual, own)
+        elif isinstance(module_of(net, user), LAYERS):
+            yield own.get(str(user.target), usual)
+        elif operators.kind(net, user) is not Kind.SHAPE and user.op != "output":
+            yield usual
 
 
 def float_operations(net: fx.GraphModule, shape: Shape) -> list[FloatOperation]:

@@ -4,7 +4,7 @@ The graph is one of torch.fx. Weights are changed on the modules, so the names o
 the name of the node that computes it, so that a checkpoint finds its values again.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
 
+from r2cli.config import layer_form
+from r2cli.config.layer_form import LayerForm
 from r2cli.errors import InputError, unknown
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, SHAPES, LayerModule, NormModule, is_a, module_of
 from r2cli.storage.input_spec import Shape
@@ -98,6 +100,18 @@ def weighted(model: nn.Module, *, embeddings: bool) -> dict[str, nn.Module]:
     return found
 
 
+def forms(names: Iterable[str], keep: Mapping[str, int | str]) -> dict[str, LayerForm]:
+    """Return what `keep` says of every layer: all that its patterns say, the last word on a thing from the last one.
+
+    Raises InputError for a pattern that matches no name.
+    """
+    known = list(names)
+    found = dict.fromkeys(known, LayerForm())
+    for pattern, words in keep.items():
+        found |= {name: found[name].then(layer_form.of(words)) for name in _matched(known, pattern)}
+    return found
+
+
 def by_pattern(names: Iterable[str], usual: T, exceptions: Mapping[str, T]) -> dict[str, T]:
     """Return a value for every name: that of the last pattern of `exceptions` that matches it, else `usual`.
 
@@ -106,11 +120,15 @@ def by_pattern(names: Iterable[str], usual: T, exceptions: Mapping[str, T]) -> d
     known = list(names)
     found = dict.fromkeys(known, usual)
     for pattern, own in exceptions.items():
-        matched = [name for name in known if fnmatchcase(name, pattern)]
-        if not matched:
-            raise unknown("layer in --keep", pattern, known)
-        found |= dict.fromkeys(matched, own)
+        found |= dict.fromkeys(_matched(known, pattern), own)
     return found
+
+
+def _matched(known: Sequence[str], pattern: str) -> list[str]:
+    matched = [name for name in known if fnmatchcase(name, pattern)]
+    if not matched:
+        raise unknown("layer in --keep", pattern, known)
+    return matched
 
 
 def require_groups(name: str, module: nn.Module, size: int) -> None:

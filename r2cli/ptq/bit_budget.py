@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from r2cli.config import layer_form
+from r2cli.config.layer_form import LayerForm
 from r2cli.data import Batch
 from r2cli.data.task import CLASSIFICATION, Task
-from r2cli.graph import structure
+from r2cli.graph import batchnorm, structure
 from r2cli.ptq import mixed_precision, post_training
 from r2cli.ptq.post_training import PtqSettings
 from r2cli.quantized.packing import packed_bytes
@@ -52,14 +54,17 @@ def choose_bits(
     Raises InputError as `quantize` does, and for a target that is out of reach.
     """
     net, factors, *_ = post_training.prepare(checkpoint, settings)
-    fixed = structure.by_pattern([layer.name for layer in structure.layers(net)], 0, settings.keep)
-    usual = [bits for bits in mixed_precision.WIDTHS if settings.symmetric or bits > 1]  # one bit has no zero point
+    forms = post_training.forms([layer.name for layer in structure.layers(net)], replace(settings, weight_bits=0))
     weights, tried = {}, {}
     for layer, module in structure.named_layers(net):
-        weight, own = structure.float_weight(module), {}
-        for bits in [fixed[layer.name]] if fixed[layer.name] else usual:
+        weight, own, form = structure.float_weight(module), {}, forms.get(layer.name)
+        if form is None:  # it stays float
+            weight.copy_(batchnorm.folded(weight, factors.get(layer.name)))
+            continue
+        usual = [bits for bits in mixed_precision.WIDTHS if form.symmetric or bits > 1]  # one bit has no zero point
+        for bits in [form.weight_bits] if form.weight_bits else usual:
             # The grid that the layer will have, so that its real error counts.
-            coded, folded = post_training.on_grid(weight, bits, settings, factors.get(layer.name))
+            coded, folded = post_training.on_grid(weight, bits, form, factors.get(layer.name))
             size = coded.payload_bytes() if target.size else packed_bytes(weight.numel(), bits)
             own[bits] = size, mixed_precision.noise(coded.decode(), folded)
         weight.copy_(folded)
@@ -73,7 +78,10 @@ def choose_bits(
     chosen = mixed_precision.allot(tried, factor, target.size or int((target.bits or 0) * count / 8))
     # The most common bits become the default, which makes the `--keep` options for the same result as few as possible.
     common = max(mixed_precision.WIDTHS, key=lambda width: sum(own == width for own in chosen.values()))
-    keep = {name: own for name, own in chosen.items() if own != common}
+    keep = dict(settings.keep)
+    for name, width in chosen.items():
+        if forms[name].weight_bits == 0 and width != common:
+            keep[name] = layer_form.of(keep[name]).then(LayerForm(width)).word if name in keep else width
     rows = [
         ChosenBits(name, own, {bits: factor[name] * noise for bits, (_, noise) in tried[name].items()})
         for name, own in chosen.items()

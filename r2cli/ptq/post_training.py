@@ -19,21 +19,22 @@ from r2cli.calibration import calibrate as grids
 from r2cli.calibration import deployed
 from r2cli.config import targets
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, equivalence, lone_norms, operators, structure
+from r2cli.graph import batchnorm, equivalence, left_float, lone_norms, operators, placement, structure
 from r2cli.graph.read import Unreadable
 from r2cli.ptq import (
     batchnorm_statistics,
     bias_correction,
     equalize,
+    layer_rows,
     layer_sweep,
     ptq_method,
     weight_grids,
 )
+from r2cli.ptq.layer_rows import QuantizedLayer as QuantizedLayer  # here for whoever calls `quantize`
 from r2cli.ptq.layer_sweep import LayerSample
 from r2cli.ptq.ptq_method import PtqMethod
 from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
-from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.storage.checkpoint import Checkpoint, require_float
 from r2cli.storage.input_spec import Given, NetworkInput
@@ -48,17 +49,17 @@ CLIP, RELU = "clip", "relu"
 class PtqSettings:
     """What is asked of post-training quantization.
 
-    `act_bits` None leaves activations in float. `keep` maps patterns of layer names to other bits of weights. `parts`
-    are the parts of DFQ to do; None means those of the method. `relu6` says what equalization makes of a ReLU6: 'clip'
-    keeps the function, and 'relu' changes it. `weight_range` is a rule of `weight_grids.RANGES`, and `act_range` is one
-    of `observers.OBSERVERS`.
+    `act_bits` None leaves activations in float. `keep` maps patterns of layer names to what --keep says of them.
+    `parts` are the parts of DFQ to do; None means those of the method. `relu6` says what equalization makes of a ReLU6:
+    'clip' keeps the function, and 'relu' changes it. `weight_range` is a rule of `weight_grids.RANGES`, and `act_range`
+    is one of `observers.OBSERVERS`.
     """
 
     method: str
     weight_bits: int
     act_bits: int | None
     granularity: str
-    keep: Mapping[str, int]
+    keep: Mapping[str, int | str]
     parts: tuple[str, ...] | None = None
     relu6: str = CLIP
     weight_range: str = "minmax"
@@ -67,18 +68,6 @@ class PtqSettings:
     embeddings: bool = False  # whether embeddings get codes too, which needs activations in float
     target: str = targets.DEFAULT
     group_size: int = 0  # inputs of a linear layer that share a scale, which needs activations in float; 0: all
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """What became of one layer. `sqnr` is in dB, of the deployed weight against the float one."""
-
-    layer: str
-    shape: tuple[int, ...]
-    bits: int
-    grid: str
-    sqnr: float
-    note: str = ""
 
 
 @torch.no_grad()
@@ -111,7 +100,10 @@ def quantize(
         if _needs_graph(settings):
             raise
         return _weights_alone(checkpoint, settings)
-    coded = _nearest(net, settings, factors)
+    order = [layer.name for layer in structure.layers(net)]
+    own = forms(order, settings)
+    rows = _leave_float(net, own, factors)
+    coded = _nearest(net, own, factors)
     # After the weights have their codes, because absorption changes biases only; before the biases are corrected,
     # because the correction needs the means that absorption leaves.
     if ABSORB in parts:
@@ -123,20 +115,22 @@ def quantize(
         shown = layer_sweep.first(images, layer_sweep.images_that_fit(net, checkpoint.input.shape))
         coded, told = _look(method, net, shown, coded, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
-    rows = []
+    notes.append({name: "asymmetric" for name, each in own.items() if settings.symmetric and not each.symmetric})
     for layer, module in structure.named_layers(net):
         one, weight = coded[layer.weight], module.weight
         note = "; ".join(each[layer.name] for each in notes if layer.name in each)
-        rows.append(_quantized_layer(layer.name, one, weight.cpu(), settings, note))
+        rows[layer.name] = layer_rows.of(layer.name, one, weight.cpu(), _grid_of(own[layer.name]), note)
         weight.copy_(one.decode())  # so that activations get the ranges of the quantized network
-    activations, raised = _activations(net, coded, settings, checkpoint.input, normals if images is None else images)
+    reads = {name: each.act_bits for name, each in own.items() if each.act_bits is not None}
+    known = normals if images is None else images
+    activations, raised = _activations(net, coded, settings, reads, checkpoint.input, known)
     net.cpu()
-    told = {name: grids.raised_note(coded[name], one) for name, one in raised.items()}
-    rows = [_with_note(row, told.get(f"{row.layer}.weight", "")) for row in rows]
+    layer_rows.tell_grids(net, rows, coded, raised, activations)
+    left_float.show(net)
     coded |= raised
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in coded}
     made = replace(checkpoint, floats=floats, coded=coded, activations=activations, folded=True)
-    return replace(made, target=settings.target), rows
+    return replace(made, target=settings.target), [rows[name] for name in order]
 
 
 @torch.no_grad()
@@ -208,41 +202,71 @@ def _activations(
     net: fx.GraphModule,
     coded: Mapping[str, Coded],
     settings: PtqSettings,
+    reads: Mapping[str, int],
     spec: NetworkInput,
     known: Iterable[Given] | Mapping[str, batchnorm_statistics.Normal],
 ) -> tuple[dict[str, Grid], dict[str, Coded]]:
     """Put the activations of `net` on grids, and its biases on theirs, in place.
 
     Returns the grids by value, and the weights whose scales were raised for their biases, by name. `known` is what the
-    ranges come from: batches of images, or the statistics of layers by name.
+    ranges come from: batches of images, or the statistics of layers by name. `reads` are the bits of what layers read.
     """
     if settings.act_bits is None:
         return {}, {}
     target = targets.get(settings.target)
     if not isinstance(known, Mapping):
         rule = settings.act_range
-        return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, rule, target)
+        return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, rule, target, reads)
     ends = batchnorm_statistics.ranges(net, known, spec, result=target.codes_of_result)
+    widths = placement.bits_of(net, ends, settings.act_bits, reads)
     activations = {
-        name: grids.activation_grid(*both, settings.act_bits, symmetric=target.symmetric) for name, both in ends.items()
+        name: grids.activation_grid(*both, widths[name], symmetric=target.symmetric) for name, both in ends.items()
     }
     return activations, grids.round_to_grids(net, coded, activations)
 
 
-def _with_note(row: QuantizedLayer, note: str) -> QuantizedLayer:
-    return replace(row, note="; ".join(filter(None, (row.note, note))))
+def forms(names: Iterable[str], settings: PtqSettings) -> dict[str, PtqSettings]:
+    """Return the settings of every layer by its name: `settings`, and what `keep` says of it. Layers that stay float
+    are left out. Raises InputError for a pattern that names no layer, and where no layer is left."""
+    found = {}
+    for name, form in structure.forms(names, settings.keep).items():
+        if not form.is_float:
+            found[name] = own = replace(
+                settings,
+                weight_bits=settings.weight_bits if form.weight_bits is None else form.weight_bits,
+                act_bits=settings.act_bits if form.act_bits is None else form.act_bits,
+                granularity=form.granularity or settings.granularity,
+                symmetric=settings.symmetric if form.symmetric is None else form.symmetric,
+            )
+            if not own.symmetric and own.weight_bits == 1:
+                raise InputError(
+                    "one bit has two levels, -s and +s, which no zero point moves: give --symmetric, or 2 bits"
+                )
+    if not found:
+        raise InputError("--keep leaves every layer float: give bits to some")
+    return found
 
 
-def _nearest(net: fx.GraphModule, settings: PtqSettings, factors: Mapping[str, Tensor]) -> dict[str, Coded]:
+def _leave_float(
+    net: fx.GraphModule, own: Mapping[str, PtqSettings], factors: Mapping[str, Tensor]
+) -> dict[str, QuantizedLayer]:
+    """Fold the layers that are not in `own`, and hide them in `net`, in place. Returns a row for each, by name."""
+    rows = {}
+    for layer, module in structure.named_layers(net):
+        if layer.name not in own:
+            module.weight.copy_(batchnorm.folded(module.weight, factors.get(layer.name)))
+            rows[layer.name] = layer_rows.of_float(layer.name, module.weight)
+    left_float.hide(net, rows)
+    return rows
+
+
+def _nearest(net: fx.GraphModule, own: Mapping[str, PtqSettings], factors: Mapping[str, Tensor]) -> dict[str, Coded]:
     """Return the nearest codes of every weight, by its name. Folds the weights of `net`, in place."""
-    bits = structure.by_pattern([layer.name for layer in structure.layers(net)], settings.weight_bits, settings.keep)
-    if not settings.symmetric and 1 in bits.values():
-        raise InputError("one bit has two levels, -s and +s, which no zero point moves: give --symmetric, or 2 bits")
     coded = {}
     for layer, module in structure.named_layers(net):
+        settings, weight = own[layer.name], module.weight
         structure.require_groups(layer.name, module, settings.group_size)
-        weight = module.weight
-        coded[layer.weight], folded = on_grid(weight, bits[layer.name], settings, factors.get(layer.name))
+        coded[layer.weight], folded = on_grid(weight, settings.weight_bits, settings, factors.get(layer.name))
         weight.copy_(folded)
     return coded
 
@@ -258,13 +282,16 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
     modules = structure.weighted(model, embeddings=settings.embeddings)
     normed = any(isinstance(module, operators.NORMS) for module in model.modules())
     note = "BatchNorm not folded: the graph was not read" if normed else ""
-    bits = structure.by_pattern(modules, settings.weight_bits, settings.keep)
+    own = forms(modules, settings)
     coded, rows = {}, []
     for name, module in modules.items():
+        if name not in own:
+            rows.append(layer_rows.of_float(name, structure.weight_of(module)))
+            continue
         structure.require_groups(name, module, settings.group_size)
-        one, weight = on_grid(structure.weight_of(module), bits[name], settings, None)
+        one, weight = on_grid(structure.weight_of(module), own[name].weight_bits, own[name], None)
         coded[f"{name}.weight"] = one
-        rows.append(_quantized_layer(name, one, weight, settings, note))
+        rows.append(layer_rows.of(name, one, weight, _grid_of(own[name]), note))
     floats = {name: tensor for name, tensor in checkpoint.floats.items() if name not in coded}
     return replace(checkpoint, floats=floats, coded=coded, target=settings.target), rows
 
@@ -335,6 +362,5 @@ def on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | N
     return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
 
 
-def _quantized_layer(name: str, coded: Coded, weight: Tensor, settings: PtqSettings, note: str) -> QuantizedLayer:
-    grid = f"{settings.group_size} inputs" if settings.group_size else settings.granularity
-    return QuantizedLayer(name, tuple(weight.shape), coded.codec.bits, grid, sqnr(coded.decode(), weight), note)
+def _grid_of(settings: PtqSettings) -> str:
+    return f"{settings.group_size} inputs" if settings.group_size else settings.granularity

@@ -9,7 +9,7 @@ import torch
 from r2cli import data, registry
 from r2cli.calibration import deployed, observers
 from r2cli.calibration.result import Result
-from r2cli.config import values
+from r2cli.config import layer_form, values
 from r2cli.config.methods import PtqConfig
 from r2cli.data import Data
 from r2cli.data.metrics import recorded
@@ -54,18 +54,19 @@ def settings_of(config: PtqConfig) -> PtqSettings:
     bits = config.weight_bits or 8
     # With mixed precision some layers may get the fewest bits, so the range rule is the one for those.
     mixed = bool(config.target_bits or config.target_bytes)
-    acts = values.act_bits(config.act_bits)
+    acts, kept = values.act_bits(config.act_bits), values.keep(config.keep)
+    forms = layer_form.all_of(kept)
     return PtqSettings(
         config.method,
         bits,
         acts,
         config.granularity or post_training.CHANNEL,
-        values.keep(config.keep),
+        kept,
         None if config.parts is None else values.parts(config.parts),
         config.relu6,
         config.weight_range
         or registry.usual_weight_range(config.method, min(mixed_precision.WIDTHS) if mixed else bits),
-        config.act_range or observers.usual(acts or 8),
+        config.act_range or observers.usual(min([acts or 8, *(form.act_bits for form in forms if form.act_bits)])),
         config.symmetric,
         config.embeddings,
         config.target,

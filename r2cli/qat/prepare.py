@@ -21,7 +21,7 @@ from r2cli.data import losses
 from r2cli.data.losses import Learned
 from r2cli.data.task import CLASSIFICATION, Task
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, edit, equivalence, lone_norms, structure
+from r2cli.graph import batchnorm, edit, equivalence, lone_norms, operators, structure
 from r2cli.qat import qat_method, quantizer_placement
 from r2cli.qat.qat_method import Batches
 from r2cli.qat.quantizer_placement import Prepared
@@ -39,7 +39,8 @@ PAPER, FITTED = "paper", "fitted"
 class QatSettings:
     """What is asked of quantization-aware training.
 
-    `keep` maps patterns of layer names to other bits: those of the weights, and at least those of what the layers read.
+    `keep` maps patterns of layer names to what --keep says of them: bits of weights, and at least so many of what they
+    read unless it says other ones; or that they stay float.
     `act_bits` None leaves activations in float. `activations` says where they are rounded: OUTPUTS or INPUTS of layers.
     `start` says where steps and ranges begin: as in the PAPER, or FITTED, where the squared error is least.
     """
@@ -47,7 +48,7 @@ class QatSettings:
     method: str
     weight_bits: int
     act_bits: int | None
-    keep: Mapping[str, int]
+    keep: Mapping[str, int | str]
     activations: str = OUTPUTS
     start: str = FITTED
     target: str = targets.DEFAULT
@@ -108,13 +109,17 @@ def prepare(work: QatTask) -> Prepared:
     names = [layer.name for layer in structure.layers(net)]
     if not names:
         raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")
-    bits = structure.by_pattern(names, settings.weight_bits, settings.keep)
+    forms = {name: form for name, form in structure.forms(names, settings.keep).items() if not form.is_float}
+    if not forms:
+        raise InputError("--keep leaves every layer float: give bits to some")
+    bits = {name: form.weight_bits or settings.weight_bits for name, form in forms.items()}
     for name, own in bits.items():
         registry.require_bits(settings.method, own, f"{own}-bit weights ('{name}')")
     target = targets.get(settings.target)
     method, acts = qat_method.method(settings.method), settings.act_bits
     # A layer that --keep spares with more bits would lose them again on an input of fewer.
     reads = {name: max(acts or 0, own) if own != settings.weight_bits else acts or 0 for name, own in bits.items()}
+    reads |= {name: form.act_bits for name, form in forms.items() if form.act_bits is not None}
     prepared = quantizer_placement.prepare(
         net,
         made.input.shape,
@@ -166,6 +171,10 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
     deployed.insert_grids(net, grids)
     folded, rows = {}, []
     for layer, module in structure.named_layers(net):
+        if layer.name not in coded:
+            module.weight.copy_(batchnorm.folded(module.weight, factors.get(layer.name)))
+            rows.append(TrainedLayer(layer.name, tuple(module.weight.shape), 32, None, 0, 1.0, operators.ASKED))
+            continue
         one = fold(coded[layer.name], factors.get(layer.name), negative.get(layer.name))
         folded[layer.weight] = one
         module.weight.copy_(one.decode())

@@ -10,7 +10,7 @@ from torch import nn
 
 from r2cli import data, registry
 from r2cli.calibration.result import Result
-from r2cli.config import values
+from r2cli.config import layer_form, values
 from r2cli.config.methods import QatConfig
 from r2cli.data import Batch, Data
 from r2cli.data.metrics import Metric, recorded
@@ -54,8 +54,10 @@ class QatRun:
 def require_bits(config: QatConfig) -> None:
     """Check the bits of weights. Raises InputError for bits that the method is not defined for."""
     registry.require_bits(config.method, config.weight_bits, f"--weight-bits {config.weight_bits}")
-    for name, bits in values.keep(config.keep).items():
-        registry.require_bits(config.method, bits, f"--keep {name}={bits}")
+    for name, words in values.keep(config.keep).items():
+        bits = layer_form.of(words).weight_bits
+        if bits is not None:
+            registry.require_bits(config.method, bits, f"--keep {name}={words}")
 
 
 def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:

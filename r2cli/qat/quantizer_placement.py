@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from r2cli.errors import InputError
-from r2cli.graph import batchnorm, edit, operators, placement, structure
+from r2cli.graph import batchnorm, edit, left_float, operators, placement, structure
 from r2cli.graph.edit import FOR_LAYERS
 from r2cli.graph.read import Unreadable, trace
 from r2cli.graph.recurrent import RecurrentWeight
@@ -34,7 +34,7 @@ WIDE = 8  # bits
 
 @dataclass(frozen=True)
 class Place:
-    """What stands on one value: a wide grid, a grid of `low` bits, or both.
+    """What stands on one value: a wide grid of `bits`, a grid of `low` bits, or both.
 
     `value` is the name of its node in the graph without BatchNorms. `shared` says that something other than a layer
     reads the value too, so that the low grid is for the layers only.
@@ -44,6 +44,7 @@ class Place:
     wide: bool = False
     low: int | None = None
     shared: bool = False
+    bits: int = WIDE
 
     @property
     def low_key(self) -> str:
@@ -81,23 +82,28 @@ def places(
 ) -> list[Place]:
     """Return what stands on each value of `net`, a graph without BatchNorms, for inputs of `shape`.
 
-    `bits` are the bits of what each layer reads, by the layer's name. With `inputs` only the inputs of layers count.
-    With `result` the network's result gets a grid too.
+    `bits` are the bits of what each layer reads, by the layer's name; more than 8 make the wide grid finer, which is
+    not trained. Layers that stay float are hidden in `net`, and take what there is. With `inputs` only the inputs of
+    layers count. With `result` the network's result gets a grid too.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     found: dict[str, Place] = {}
     for value in placement.values(net, shape, result=result):
         node = nodes[value]
-        readers = list(_readers(net, node, result=result))
+        every = _readers(net, node, result=result)
+        readers = [each for each in every if not isinstance(operators.module_of(net, each[1]), operators.LeftFloat)]
         read_by = [(via, user) for via, user in readers if isinstance(operators.module_of(net, user), operators.LAYERS)]
         others = len(read_by) < len(readers)
         # One value has one low grid. Its layers may want different bits: no layer gets fewer than --keep says.
         low = max((bits[str(user.target)] for _, user in read_by), default=None)
         if node.op == "placeholder" or (others and not inputs):
-            found[value] = Place(value, wide=True)
+            found[value] = Place(value, wide=True, bits=max(WIDE, low or 0))
             if node.op == "placeholder" or low is None or low >= WIDE:
                 continue
         elif low is None:
+            continue
+        elif low > WIDE:
+            found[value] = Place(value, wide=True, bits=low)
             continue
         elif not others:
             found[value] = Place(value, low=low)
@@ -141,19 +147,22 @@ def prepare(
 ) -> Prepared:
     """Put quantizers on the weights and activations of `model`, in place. Returns the network with them.
 
-    `weights` makes the quantizer of a weight from the layer's name and weight; `edges` makes that of an activation from
+    Layers that `bits` does not have stay float. `weights` makes the quantizer of a weight from the layer's name and
+    weight; `edges` makes that of an activation from
     its bits, and None leaves activations in float. The quantizers of weights have started; `start` starts those of
     activations. Raises InputError for a network that cannot be read, or has a layer that cannot be quantized.
     """
     net = edit.over_same_modules(model)
     # BatchNorm goes into scales at the end, and a scale must be positive.
     batchnorm.make_factors_positive(net)
-    layers = tuple(structure.layers(net))
+    every = structure.layers(net)
+    layers = tuple(layer for layer in every if layer.name in bits)
     placed: list[Place] = []
     if edges is not None:
         # Deployed, the BatchNorms are folded away, so it is that graph that says which values exist.
         folded = copy.deepcopy(net)
         batchnorm.remove_norms(folded)
+        left_float.hide(folded, [layer.name for layer in every if layer.name not in bits])
         placed = places(folded, shape, bits, inputs=inputs, result=result)
     made = {}
     for layer in layers:
@@ -179,7 +188,7 @@ def _put_on(
         # As they are before the quantizer becomes one.
         users = [user for user in node.users if result or user.op != "output"]
         layers = [user for user in users if isinstance(operators.module_of(net, user), operators.LAYERS)]
-        wide, low = WideQuantizer() if place.wide else None, make(place.low) if place.low else None
+        wide, low = WideQuantizer(place.bits) if place.wide else None, make(place.low) if place.low else None
         if wide is not None:
             edges[place.value] = wide
         if low is not None:

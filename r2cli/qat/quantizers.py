@@ -123,16 +123,16 @@ class ActivationQuantizer(_OnEdge):
 
 
 class WideQuantizer(_OnEdge):
-    """An 8-bit grid over all values that it saw when it last watched.
+    """A grid of 8 or 16 bits over all values that it saw when it last watched.
 
-    It is for the network's input, for sums, and for every other value that not only layers read. Its gradient passes
-    straight through everywhere: no value that it watched is clipped.
+    It is for the network's input, for sums, and for every other value that not only layers read, or with 16 bits. Its
+    gradient passes straight through everywhere: no value that it watched is clipped.
     """
 
     size: Tensor
 
-    def __init__(self) -> None:
-        super().__init__(8)
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__(bits)
         self.watching, self.low, self.high = False, 0.0, 0.0
         self.register_buffer("size", torch.ones(()))
 

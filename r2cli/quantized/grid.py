@@ -49,7 +49,9 @@ class Grid:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the codes: int8 if some are negative, else uint8."""
+        """The dtype of the codes: int8 if some are negative, else uint8; int32 for those of an activation's 16 bits."""
+        if self.bits > MAX_BITS:
+            return torch.int32
         return torch.int8 if self.lowest < 0 else torch.uint8
 
     @property

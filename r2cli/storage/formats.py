@@ -69,7 +69,7 @@ class CodecEntry:
 class ActivationEntry:
     scale: Positive
     zero_point: Int32
-    bits: Bits
+    bits: Annotated[int, Between(1, 16)]
     signed: bool
     odd: bool
     axis: None = None
