@@ -10,21 +10,20 @@ of mean 0 and variance 1 the mean of (v J e)^2 is |J e|^2, and one backward pass
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from r2cli import registry
-from r2cli.calibration import deployed
+from r2cli.analysis import pairing
 from r2cli.calibration.deployed import FakeQuantize
 from r2cli.data.metrics import Measured
 from r2cli.errors import InputError
 from r2cli.graph import edit, equivalence
-from r2cli.graph.operators import ACTIVATIONS, LAYERS, is_a, module_of
-from r2cli.ptq import post_training
-from r2cli.ptq.post_training import PtqSettings
+from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, is_a, module_of
 from r2cli.quantized.decibels import decibels
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.storage.input_spec import Given, places
@@ -113,61 +112,23 @@ class _Sums:
 
 
 def compare(
-    reference: Checkpoint, candidate: Checkpoint, batches: Iterable[Given], seen: Callable[[Given, Given], None]
+    reference: Checkpoint, candidate: Checkpoint | Path, batches: Iterable[Given], seen: Callable[[Given, Given], None]
 ) -> Depth:
-    """Run a float network and what was made of it on `batches`; `seen` gets the outputs of both, batch by batch.
+    """Run a float network and what was made of it, a checkpoint or an .onnx file, on `batches`; `seen` gets the outputs
+    of both, batch by batch.
 
-    Raises InputError where the candidate is no quantized network, or of another graph than the reference, and where
-    there is no batch.
+    Raises InputError as `pairing.graphs` does, and where there is no batch.
     """
-    walk = _Walk(*_graphs(reference, candidate))
-    generator = torch.Generator().manual_seed(0)
-    for inputs in batches:
-        seen(*walk.add(inputs, generator))
-    if not walk.samples:
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
         raise InputError("there is no sample to compare the networks on: the test split is empty")
+    walk = _Walk(*pairing.graphs(reference, candidate, first))
+    generator = torch.Generator().manual_seed(0)
+    for inputs in chain([first], batches):
+        seen(*walk.add(inputs, generator))
     values = tuple(sums.told(name, walk.samples) for name, sums in walk.sums.items())
     return Depth(values, tuple(ratio.in_db for ratio in walk.outputs))
-
-
-def _graphs(reference: Checkpoint, candidate: Checkpoint) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The graphs of both, node for node the same but for the grids of the candidate."""
-    if not candidate.coded:
-        raise InputError(f"{candidate.origin} is a float network: give what `r2 ptq`, `qat` or `palettize` made of it")
-    if reference.coded:
-        raise InputError(f"{reference.origin} is quantized already: give the float network first")
-    if candidate.folded or candidate.activations:
-        plain = post_training.float_network(reference, _settings(candidate))
-        made = deployed.network(candidate)
-        assert isinstance(made, fx.GraphModule)
-    else:
-        plain, made = (
-            equivalence.read(deployed.network(one), one.input, deployed.architecture(one))
-            for one in (reference, candidate)
-        )
-    own = [node for node in made.graph.nodes if not edit.is_grid(node)]
-    for first, second in zip(plain.graph.nodes, own, strict=False):
-        if (first.name, str(first.target)) != (second.name, str(second.target)):
-            raise InputError(
-                f"{candidate.origin} is not of the network {reference.origin}: the first value that differs is "
-                f"'{first.name}', there '{second.name}'"
-            )
-    if len(plain.graph.nodes) != len(own):
-        raise InputError(f"{candidate.origin} is not of the network {reference.origin}: one has more values")
-    return plain.eval().requires_grad_(False), made.eval().requires_grad_(False)
-
-
-def _settings(candidate: Checkpoint) -> PtqSettings:
-    """How the candidate was prepared for its codes: as its record says, if `ptq` made it."""
-    act_bits = 8 if candidate.activations else None
-    usual = PtqSettings(registry.PTQ_NEAREST, 8, act_bits, post_training.CHANNEL, {})
-    last: Mapping[str, Any] = candidate.history[-1] if candidate.history else {"command": ""}
-    if last["command"] != "ptq":
-        return usual
-    asked = last["options"]
-    own: dict[str, Any] = {part.name: asked[part.name] for part in fields(PtqSettings) if part.name in asked}
-    own["parts"] = None if own.get("parts") is None else tuple(own["parts"])
-    return PtqSettings(**own)
 
 
 class _Walk:
@@ -292,9 +253,14 @@ def _rows(net: fx.GraphModule) -> dict[fx.Node, str]:
             found[node] = str(node.target)
         elif edit.is_grid(node) and before is not None:
             found[node] = found.get(before, before.name)
-        elif is_a(net, node, ACTIVATIONS) and before in found and len(before.users) == 1 and not edit.is_grid(before):
+        elif _follows(net, node) and before in found and len(before.users) == 1 and not edit.is_grid(before):
             found[node] = found[before]
     return found
+
+
+def _follows(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` belongs to a layer right before it: a BatchNorm that is not folded, or the activation."""
+    return is_a(net, node, ACTIVATIONS) or isinstance(module_of(net, node), NORMS)
 
 
 def _is_layer(interpreter: fx.Interpreter, node: fx.Node) -> bool:

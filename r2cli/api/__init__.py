@@ -293,12 +293,14 @@ def compare(
 ) -> Comparison:
     """Where a quantized network loses what its float network had, value by value, on test samples of `data`.
 
-    `candidate` is a checkpoint, or a result, of `quantize`, `finetune` or `palettize`. Raises InputError where it is
-    not of the network of `reference`.
+    `candidate` is a checkpoint, or a result, of `quantize`, `finetune` or `palettize`, or a quantized .onnx file of any
+    tool's. Raises InputError where it is not of the network of `reference`.
     """
     config = config or CompareConfig()
     made, source = _read(reference, data)
-    after, source = _checkpoint_of(candidate), datasets.with_test_images(source, config.samples)
+    is_file = isinstance(candidate, str | Path) and Path(candidate).suffix == ".onnx"
+    after = Path(candidate) if is_file else _checkpoint_of(candidate)  # type: ignore[arg-type]
+    source = datasets.with_test_images(source, config.samples)
     metric = source.task.metric if source.measured else None
     meters = [] if metric is None else [metric.start(), metric.start()]
     targets_of: list[Any] = []

@@ -23,7 +23,7 @@ SHARES = (("weights", "weights"), ("bias", "bias"), ("clipping", "clip"), ("roun
 def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) -> Report:
     """Show where a quantized network loses: what arrives at each layer, what each adds, and what that costs."""
     if given.source is None or given.candidate is None:
-        raise InputError("two networks are compared: give the float one, and the checkpoint that was made of it")
+        raise InputError("two networks are compared: give the float one, and what was made of it")
     outputs = [] if written.output is None else [written.output]
     if written.output is not None and written.output.suffix != ".png":
         raise InputError(f"--output {written.output} must end in .png")
@@ -50,12 +50,14 @@ def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) 
     return report
 
 
-def _candidate(given: CompareFiles, made: "Checkpoint") -> "Checkpoint":
-    """The quantized checkpoint, whose network is made as the reference's is, where that is the user's own code."""
+def _candidate(given: CompareFiles, made: "Checkpoint") -> "Checkpoint | Path":
+    """The quantized file: a checkpoint's network is made as the reference's is, where that is the user's own code."""
     from r2cli.storage import checkpoint
 
     path = given.candidate or Path()
-    if path.suffix in (".onnx", ".tflite"):
+    if path.suffix == ".onnx":
+        return path
+    if path.suffix == ".tflite":
         raise InputError(
             f"{path} is a file for a runtime: give the checkpoint beside it, {path.with_suffix('.safetensors')}"
         )
@@ -113,11 +115,12 @@ def _decibel(value: float) -> str:
     return "-" if value == float("inf") else f"{value:.1f}"
 
 
-def _next(given: CompareFiles, found: "Comparison", after: "Checkpoint") -> str:
+def _next(given: CompareFiles, found: "Comparison", after: "Checkpoint | Path") -> str:
     """Give the layer that costs most more bits, if it is its weights that lose; else learn how to round."""
     worst = found.depth.worst()[0] if found.depth.worst() else None
-    coded = None if worst is None else after.coded.get(f"{worst.name}.weight")
+    codes = {} if isinstance(after, Path) else after.coded
+    coded = None if worst is None else codes.get(f"{worst.name}.weight")
     if worst is None or coded is None or coded.codec.bits >= 8:
         return f"r2 ptq {given.source} --method brecq"
-    usual = max(one.codec.bits for one in after.coded.values())
+    usual = max(one.codec.bits for one in codes.values())
     return f"r2 ptq {given.source} --weight-bits {usual} --keep '{worst.name}={min(8, 2 * coded.codec.bits)}'"

@@ -110,7 +110,9 @@ class CompareFiles(groups.Inputs):
 
     source: Path | None = option(None, "The float network: a checkpoint, or an .onnx file.", is_argument=True)
     candidate: Path | None = option(
-        None, "The checkpoint that ptq, qat or palettize made of it, beside its .onnx file.", is_argument=True
+        None,
+        "What was made of it: a checkpoint of ptq, qat or palettize, or an .onnx file of any tool.",
+        is_argument=True,
     )
 
 

@@ -210,6 +210,7 @@ class Recorded:
     class_names: tuple[str, ...]
     data: str
     outputs: tuple[str, ...]
+    history: tuple[Mapping[str, Any], ...] = ()
 
 
 def is_ours(path: Path) -> bool:
@@ -234,7 +235,8 @@ def of_metadata(found: Mapping[str, str], path: Path) -> Recorded:
         spec = checkpoints.input_spec(entry.input)
     except Malformed as error:
         raise InputError(f"{path} has damaged metadata ({error}): write it again") from error
-    return Recorded(spec, entry.class_names, data.named_in(entry.history, str(path)), entry.outputs)
+    named = data.named_in(entry.history, str(path))
+    return Recorded(spec, entry.class_names, named, entry.outputs, entry.history)
 
 
 def filled(given: Mapping[str, Any], samples: int, size: int) -> Iterator[dict[str, Any]]:
