@@ -219,6 +219,13 @@ class QatConfig(Config):
         "(default: 1)",
         least=0,
     )
+    ema: float | None = option(
+        None,
+        "Keep a running average of weights, steps and ranges with this decay, 0.999 for example. (default: none)",
+        least=0,
+        most=1,
+        panel=EXTRAS,
+    )
     weight_decay: float | None = option(
         None, "L2 on weights. (default: 1e-4; half of it at 3 bits, a quarter below)", least=0
     )
@@ -227,6 +234,16 @@ class QatConfig(Config):
     progressive: bool = option(False, "Train at 8 bits, then at 4, then at the wanted bits.", panel=EXTRAS)
     bin_reg: float = option(
         0.0, "lsq: strength with which the second half draws weights to their levels.", least=0, panel=EXTRAS
+    )
+    dampen: float = option(
+        0.0, "lsq: strength, at the end, with which weights between two levels are dampened.", least=0, panel=EXTRAS
+    )
+    freeze: float = option(
+        0.0,
+        "lsq: hold weights that turn back in more than this share of steps, at the end; 0.01 is the paper's. 0: none.",
+        least=0,
+        most=1,
+        panel=EXTRAS,
     )
     delta: float | str = option(
         "0.001",

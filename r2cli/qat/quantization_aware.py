@@ -85,6 +85,7 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
         label_smoothing=0.0,
         reg_lr=lr,
         seed=config.seed,
+        ema=config.ema,
         clip_grad=entry.clip_grad if config.clip_grad is None else config.clip_grad,
         precision=loop.precision(config.precision, where),
     )
