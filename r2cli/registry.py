@@ -99,6 +99,8 @@ class LsqOptions:
     """The options of LSQ alone."""
 
     bin_reg: float = 0.0  # strength of bin regularization, in the second half of the epochs
+    dampen: float = 0.0  # strength of what dampens oscillations, at the end of the epochs
+    freeze: float = 0.0  # the greatest share of steps in which a weight turns back, at the end of the epochs; 0: any
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from r2cli.calibration.result import Result
 from r2cli.config import targets
 from r2cli.config.groups import ExportForm, Inputs, Preparation
 from r2cli.config.inspection import AnalyzeConfig, CompareConfig, VerifyConfig
-from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
+from r2cli.config.methods import PalettizeConfig, PtqConfig
+from r2cli.config.training import PretrainConfig, QatConfig
 from r2cli.data import Data, metrics, own
 from r2cli.deploy import any_file, engines, onnx_export, second_engine, speed
 from r2cli.deploy import verify as proof_of
