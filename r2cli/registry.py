@@ -52,6 +52,7 @@ class PtqEntry(Entry):
     dataless: bool = False  # it looks at no images unless the command line names some
     parts: tuple[str, ...] = ()  # the parts of DFQ that it does
     mse_to: int = 0  # up to this many bits, the default range of weights is the one with the least squared error
+    equalizes: bool = False  # it works on the equalized network where that is better, if no parts are asked for
     tried: bool = False  # `auto` tries it where rounding to the nearest level is not enough
     chooses: bool = False  # it chooses among the other methods: only `auto`, whose object is a function
 
@@ -149,6 +150,7 @@ PTQ_METHODS: dict[str, PtqEntry] = {
         "so that each block's output changes least, with scales and biases learned too",
         looks=True,
         mse_to=4,
+        equalizes=True,
         tried=True,
     ),
     "auto": PtqEntry("r2cli.ptq.auto:choose", "tries these and keeps the best", looks=True, chooses=True),

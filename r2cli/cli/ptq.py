@@ -111,10 +111,10 @@ def _notes(result: "PtqResult") -> list[str]:
 
 def _chosen(trials: "Sequence[Trial]") -> str:
     """Return a line that says which trial was chosen and why, and which options give the same bytes."""
-    from r2cli.ptq.auto import NEAREST
+    from r2cli.ptq.auto import NEAREST, kept
     from r2cli.ptq.quantize import trial_again
 
-    best = min(trials, key=lambda trial: trial.divergence)
+    best = kept(trials)
     plain = min((trial for trial in trials if trial.method == NEAREST), key=lambda trial: trial.divergence)
     rounded = f", {plain.divergence:.2g} ({plain.sqnr:.1f}) with nearest rounding at its best"
     against = "" if plain is best else rounded

@@ -89,7 +89,7 @@ def bits_again(settings: PtqSettings) -> list[str]:
 
 def trial_again(trials: Sequence[auto.Trial]) -> list[str]:
     """Return the best of the trials, as options that give the same bytes."""
-    best = min(trials, key=lambda trial: trial.divergence)
+    best = auto.kept(trials)
     form = ["--method", best.method, "--granularity", best.granularity, "--weight-range", best.weight_range]
     return [*form, "--parts", ",".join(best.parts) or values.NO_PARTS]
 
@@ -123,6 +123,10 @@ def quantize(
             made, settings, config, images, where, reporter, decides=source is None or source.task.logits
         )
     else:
+        if entry.equalizes and settings.parts is None and images is not None:
+            judged = auto.equalization(made, settings, images, where)
+            reporter.note(str(judged))
+            settings = replace(settings, parts=judged.parts)
         with reporter.bar(config.method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
             coded, layers = post_training.quantize(made, settings, images, where, progress.advance)
     # What was chosen is recorded, and not what was asked for: the same choice gives the same bytes, however it came.
