@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import r2cli
 from conftest import R2
-from r2cli.analysis import depth
+from r2cli.analysis import depth, pairing
 from r2cli.analysis.depth import Depth, ValueLoss
 from r2cli.deploy import runtime
 from r2cli.errors import InputError
@@ -62,7 +62,7 @@ def _quantized(**options: object) -> Checkpoint:
 
 
 def _compared(candidate: Checkpoint | Path, made: Checkpoint = MADE) -> Depth:
-    return depth.compare(made, candidate, IMAGES, lambda before, after: None)
+    return depth.compare(pairing.graphs(made, candidate, IMAGES), IMAGES, lambda before, after: None)
 
 
 def _worst(found: Depth, by: str = "cost") -> ValueLoss:
@@ -153,6 +153,25 @@ def test_whatever_was_made_of_a_network_is_compared(make: Callable[[], Checkpoin
     assert 0 < found.outputs[0] < 60
 
 
+def test_what_mends_a_layer_is_measured_by_changing_one_thing() -> None:
+    few = _quantized(keep={"wide": 2}, granularity="tensor")
+    mends = r2cli.compare(MADE, few, DATA, r2cli.CompareConfig(mend=1)).mends
+    assert {mend.layer for mend in mends} == {"wide"}
+    found = {mend.choice: mend for mend in mends}
+    assert found["8 bits"].options == "--keep 'wide=8'" and found["8 bits"].bytes == 128 * 6 // 8
+    assert found["float"].won >= found["8 bits"].won > found["3 bits"].won > 3
+    mended = _compared(_quantized(keep={"wide": 8}, granularity="tensor")).outputs[0]
+    assert found["8 bits"].outputs == pytest.approx(mended, abs=2)
+    assert mends == tuple(sorted(mends, key=lambda mend: -mend.won / max(mend.bytes, 1)))
+
+
+def test_a_grid_that_clips_is_mended_by_16_bits_for_what_reads_it() -> None:
+    made = _narrow(_quantized(), "relu_1")
+    mends = r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=1)).mends
+    assert mends[0].options == "--keep 'narrow=A16'" and mends[0].won > 10 and mends[0].bytes == 0
+    assert r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=0)).mends == ()
+
+
 def test_a_file_of_ours_is_compared_as_its_checkpoint_is(tmp_path: Path) -> None:
     few, equalized, weights = {"weight_bits": 4, "act_bits": 4}, {"method": "dfq"}, {"act_bits": "none"}
     for place, options in enumerate((few, equalized, weights)):
@@ -233,7 +252,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(InputError, match="the first value that differs is 'add_1', there 'output'|one has more values"):
         _compared(made, _made(Other))
     with pytest.raises(InputError, match="there is no sample"):
-        depth.compare(MADE, made, [], lambda before, after: None)
+        pairing.graphs(MADE, made, [])
 
 
 def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> None:

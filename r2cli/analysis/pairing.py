@@ -1,6 +1,6 @@
 """The float network and what was made of it, as graphs that are the same node for node but for the grids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,17 @@ from r2cli.storage.input_spec import Given, each
 MATCHED_ON = 4  # samples
 
 
-def graphs(reference: Checkpoint, candidate: Checkpoint | Path, inputs: Given) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Both networks. An .onnx file is matched with the reference on the first of `inputs`.
+def graphs(
+    reference: Checkpoint, candidate: Checkpoint | Path, batches: Iterable[Given]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The float network and the candidate, a checkpoint or an .onnx file, which is matched on the first of `batches`.
 
     Raises InputError where the reference has codes, the candidate has none, or is of another graph: the first value
-    that differs is named.
+    that differs is named; and where there is no batch.
     """
+    inputs = next(iter(batches), None)
+    if inputs is None:
+        raise InputError("there is no sample to compare the networks on: the test split is empty")
     if reference.coded:
         raise InputError(f"{reference.origin} is quantized already: give the float network first")
     if isinstance(candidate, Path):

@@ -21,7 +21,7 @@ from torch import nn
 
 from r2cli import data as datasets
 from r2cli import registry
-from r2cli.analysis import depth, layer_table, views
+from r2cli.analysis import depth, layer_table, mending, pairing, views
 from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs, proof_inputs
@@ -307,8 +307,13 @@ def compare(
     targets_of: list[Any] = []
     with reporter.bar("compare", len(source.test)) as progress:
 
+        def batches() -> Iterator[tuple[Given, Any]]:
+            return source.test.batches(datasets.batch_that_fits(source.test, COMPARED_AT_ONCE), CPU)
+
+        pair = pairing.graphs(made, after, (given for given, _ in batches()))
+
         def inputs_of() -> Iterator[Given]:
-            for given, target in source.test.batches(datasets.batch_that_fits(source.test, COMPARED_AT_ONCE), CPU):
+            for given, target in batches():
                 targets_of[:] = [target]
                 yield given
                 progress.advance(count(given))
@@ -317,9 +322,12 @@ def compare(
             for meter, own in zip(meters, outputs, strict=False):
                 metrics.updated(metric, meter, metrics.by_name(own, made.outputs), targets_of[0])  # type: ignore[arg-type]
 
-        found = depth.compare(made, after, inputs_of(), seen)
+        found = depth.compare(pair, inputs_of(), seen)
+        coded = {} if isinstance(after, Path) else after.coded
+        worst = sorted(found.values, key=lambda value: value.cost)[: config.mend]
+        mends = mending.measured(pair, worst, next(batches())[0], coded) if worst else ()
     told = [metrics.value_of(metric, meter) for meter in meters] if metric is not None else [None, None]
-    return Comparison(found, len(source.test), *told)
+    return Comparison(found, len(source.test), *told, tuple(mends))
 
 
 def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:

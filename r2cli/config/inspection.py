@@ -127,6 +127,7 @@ class CompareConfig(Config):
         check=values.one_of("--sort", "cost", "own", "arriving", "depth"),
     )
     limit: int = option(12, "Number of layers in the table; 0: all.", least=0)
+    mend: int = option(3, "For how many of the worst layers other choices are measured.", least=0)
 
 
 @dataclass(frozen=True)

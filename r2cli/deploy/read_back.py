@@ -23,6 +23,7 @@ from r2cli.deploy.comparison import BETWEEN_GRIDS, Rounding
 from r2cli.errors import InputError
 from r2cli.graph import structure
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, is_a, module_of
+from r2cli.graph.transposed import exchanged
 from r2cli.quantized.grid import Grid
 from r2cli.storage.input_spec import Given, places
 
@@ -203,6 +204,8 @@ def _layers(file: onnx.ModelProto) -> list[_Layer]:
         weight = torch.tensor(numbers[name]) * (given["alpha"].f if "alpha" in given else 1)
         if node.op_type == "MatMul" or (node.op_type == "Gemm" and not ("transB" in given and given["transB"].i)):
             weight = weight.mT
+        if node.op_type == "ConvTranspose":
+            weight = exchanged(weight, given["group"].i if "group" in given else 1)
         beta = given["beta"].f if "beta" in given else 1
         moved = None if bias is None else torch.tensor(numbers[bias[0]]) * beta
         layers.append(_Layer(name, node.input[0], node.output[0] if bias is None else bias[1], weight, moved))
