@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -110,24 +111,20 @@ def throughput(run: Run, source: Data) -> dict[str, Sequence[float | None]]:
     """Images a second of each kind of training, by network and precision: bare, `pretrain`, compiled, `qat`."""
     assert isinstance(source.train, KeptSplit)
     images, labels = train.in_memory(source, run.device)
-    found = {}
+    found: dict[str, Sequence[float | None]] = {}
     for name, width in NETWORKS.items():
         case = train.Case(name, width, BATCH, 2 if run.toy else 60)
         for precision in ("float32", "bfloat16"):
+            here = run.device, precision
             kinds: dict[str, Callable[[], list[float]]] = {
-                "bare": lambda case=case, to=precision: train.bare_steps(  # type: ignore[misc]
-                    train.network(case), case, images, labels, run.device, to
-                ),
-                "pretrain": lambda case=case, to=precision: train.our_steps(  # type: ignore[misc]
-                    train.network(case), case, source, run.device, to
-                ),
-                "compiled": lambda case=case, to=precision: train.our_steps(  # type: ignore[misc]
-                    train.network(case), case, source, run.device, to, compile=True
-                ),
-                "qat": lambda case=case, to=precision: qat_steps(case, source, run.device, to),  # type: ignore[misc]
+                "bare": partial(train.bare_steps, train.network(case), case, images, labels, *here),
+                "pretrain": partial(train.our_steps, train.network(case), case, source, *here),
+                "compiled": partial(train.our_steps, train.network(case), case, source, *here, compile=True),
+                "qat": partial(qat_steps, case, source, *here),
             }
-            cells = [run.kept(f"speed.{name}.{precision}.{kind}", _speed(kinds[kind])) for kind in kinds]
-            found[f"{name}, {precision}"] = cells
+            found[f"{name}, {precision}"] = [
+                run.kept(f"speed.{name}.{precision}.{kind}", _speed(steps)) for kind, steps in kinds.items()
+            ]
     return found
 
 
@@ -154,11 +151,11 @@ def effects(run: Run, source: Data, name: str, width: float | None) -> list[dict
     made = []
     for shown, reg in REGULARIZERS.items():
         path = run.folder / f"{name}-{reg}.safetensors"
-        trained = run.kept(f"{name}-{reg}", lambda reg=reg, path=path: pretrained(run, source, name, width, reg, path))
+        trained = run.kept(f"{name}-{reg}", partial(pretrained, run, source, name, width, reg, path))
         row = {"network": name, "regularizer": shown, **(trained or {})}
         for column, work in WAYS.items() if trained else ():
             cell = f"{name}-{reg}.{column}".replace(" ", "-")
-            row[column] = run.kept(cell, lambda work=work, path=path: work(run, source, path))
+            row[column] = run.kept(cell, partial(work, run, source, path))
         made.append(row)
     return made
 
