@@ -329,7 +329,7 @@ def compare(
         worst = sorted(found.values, key=lambda value: value.cost)[: config.mend]
         mends = mending.measured(pair, worst, next(batches())[0], coded) if worst else ()
     told = [metrics.value_of(metric, meter) for meter in meters] if metric is not None else [None, None]
-    return Comparison(found, len(source.test), *told, tuple(mends), gallery.found)
+    return Comparison(found, len(source.test), told[0], told[1], tuple(mends), gallery.found)
 
 
 def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:
