@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import r2cli
 from conftest import R2
-from r2cli.analysis import depth, pairing
+from r2cli.analysis import depth, depth_page, pairing
 from r2cli.analysis.depth import Depth, ValueLoss
 from r2cli.deploy import runtime
 from r2cli.errors import InputError
@@ -172,6 +172,21 @@ def test_a_grid_that_clips_is_mended_by_16_bits_for_what_reads_it() -> None:
     assert r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=0)).mends == ()
 
 
+def test_the_page_has_what_the_networks_compute(tmp_path: Path) -> None:
+    made = _narrow(_quantized(weight_bits=2), "relu_1")
+    found = r2cli.compare(MADE, made, DATA, pictures=True)
+    assert list(found.pictures) == [value.name for value in found.depth.values]
+    wide, mul = found.pictures["wide"], found.pictures["mul"]
+    grid = made.activations["relu_1"]
+    assert wide["values"]["ends"] == pytest.approx([0, 255 * float(grid.scale)]) and wide["values"]["bits"] == 8
+    assert wide["values"]["high"] > wide["values"]["ends"][1]
+    assert sum(wide["weights"]["floats"]) == sum(wide["weights"]["codes"]) == 128
+    assert sum(count > 0 for count in wide["weights"]["codes"]) <= 64 and mul["weights"] is None
+    assert wide["channels"][0][2] >= wide["channels"][-1][2] and len(wide["channels"]) == 8
+    page = depth_page.to_bytes(found, "</script>m.onnx").decode()
+    assert page.count("</script>") == 2 and "/*STYLE*/" not in page and '"name":"wide"' in page
+
+
 def test_a_file_of_ours_is_compared_as_its_checkpoint_is(tmp_path: Path) -> None:
     few, equalized, weights = {"weight_bits": 4, "act_bits": 4}, {"method": "dfq"}, {"act_bits": "none"}
     for place, options in enumerate((few, equalized, weights)):
@@ -271,6 +286,8 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     assert r2(*line, "-o", picture).out.count(f"wrote {picture}") == 1
     with Image.open(picture) as drawn:
         assert drawn.width > 500
+    drawn_as_page = tmp_path / "compare.html"
+    assert r2(*line, "-o", drawn_as_page).code == 0 and "r2 compare" in drawn_as_page.read_text()
     assert r2(*line, "-o", picture).code == 2 and r2(*line, "-o", "compare.gif").code == 2
     refused = r2("compare", reference, candidate.with_suffix(".tflite"))
     assert refused.code == 2 and "give the checkpoint beside it" in refused.err

@@ -25,6 +25,8 @@ from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, is_a, module_of
 from r2cli.quantized.decibels import decibels
 from r2cli.storage.input_spec import Given, each, places
 
+# Of a row: its name, its last node, and there what the float network has, what the row gives alone, what arrives.
+Watch = Callable[[str, fx.Node, Tensor, Tensor, Tensor], None]
 PARTS = ("weights", "bias", "clipping", "rounding")
 LOOKED_AT, LOOKED_SHARE = 16, 4  # of a batch: the least samples, and the share, that are looked at more closely
 
@@ -79,6 +81,7 @@ class Comparison:
     before: Measured | None = None
     after: Measured | None = None
     mends: tuple["Mend", ...] = ()
+    pictures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what the page draws, by row
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,16 @@ class _Sums:
 
 
 def compare(
-    pair: tuple[fx.GraphModule, fx.GraphModule], batches: Iterable[Given], seen: Callable[[Given, Given], None]
+    pair: tuple[fx.GraphModule, fx.GraphModule],
+    batches: Iterable[Given],
+    seen: Callable[[Given, Given], None],
+    watch: Watch | None = None,
 ) -> Depth:
     """Run a float network and what was made of it, as `pairing.graphs` gives them, on `batches`; `seen` gets the
-    outputs of both, batch by batch. There is one batch at least.
+    outputs of both, batch by batch, and `watch` the values at the end of every row. There is one batch at least.
     """
     walk = _Walk(*pair)
+    walk.watch = watch
     generator = torch.Generator().manual_seed(0)
     for inputs in batches:
         seen(*walk.add(inputs, generator))
@@ -161,6 +168,7 @@ class _Walk:
         self.outputs: list[Ratio] = []
         self.samples = 0  # that are looked at
         self.looks = True
+        self.watch: Watch | None = None
 
     def add(self, inputs: Given, generator: torch.Generator) -> tuple[Any, Any]:
         """Run a batch, and add what is lost in it. Returns the outputs of both."""
@@ -230,6 +238,8 @@ class _Walk:
                 sums.parts[part].add(signal, difference)
         if node not in self.ends:
             return
+        if self.watch is not None:
+            self.watch(self.rows[node], node, plain, alone[node], codes[node])
         noise = alone[node] - plain
         before = sums.own.noise
         sums.own.add(signal, noise)

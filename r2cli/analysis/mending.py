@@ -159,10 +159,10 @@ def _tried(made: fx.GraphModule, choice: _Choice, measure: Any) -> float:
         made.set_submodule(choice.target, module)
         return found
     kept = {name: getattr(module, name, None) for name in ("weight", "bias")}
-    for name in kept:
+    for name, there in kept.items():
         own = getattr(choice, name)
-        if own is not None and kept[name] is not None:
-            setattr(module, name, torch.nn.Parameter(own.reshape(kept[name].shape), requires_grad=False))
+        if own is not None and there is not None:
+            setattr(module, name, torch.nn.Parameter(own.reshape(there.shape), requires_grad=False))
     found = measure()
     for name, own in kept.items():
         if own is not None:

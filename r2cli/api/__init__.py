@@ -21,7 +21,7 @@ from torch import nn
 
 from r2cli import data as datasets
 from r2cli import registry
-from r2cli.analysis import depth, layer_table, mending, pairing, views
+from r2cli.analysis import depth, depth_page, layer_table, mending, pairing, views
 from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs, proof_inputs
@@ -290,6 +290,7 @@ def compare(
     data: Data | str | None = None,
     config: CompareConfig | None = None,
     *,
+    pictures: bool = False,
     reporter: Reporter = SILENT,
 ) -> Comparison:
     """Where a quantized network loses what its float network had, value by value, on test samples of `data`.
@@ -322,12 +323,13 @@ def compare(
             for meter, own in zip(meters, outputs, strict=False):
                 metrics.updated(metric, meter, metrics.by_name(own, made.outputs), targets_of[0])  # type: ignore[arg-type]
 
-        found = depth.compare(pair, inputs_of(), seen)
+        gallery = depth_page.Gallery(*pair)
+        found = depth.compare(pair, inputs_of(), seen, gallery.add if pictures else None)
         coded = {} if isinstance(after, Path) else after.coded
         worst = sorted(found.values, key=lambda value: value.cost)[: config.mend]
         mends = mending.measured(pair, worst, next(batches())[0], coded) if worst else ()
     told = [metrics.value_of(metric, meter) for meter in meters] if metric is not None else [None, None]
-    return Comparison(found, len(source.test), *told, tuple(mends))
+    return Comparison(found, len(source.test), told[0], told[1], tuple(mends), gallery.found)
 
 
 def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from r2cli.storage.checkpoint import Checkpoint
 
 NAME, BAR = 26, 12  # characters
+PAGE = ".html"
 NAMED = 6  # layers in a sentence
 MENDS = 8  # choices in the table
 AGAIN = ("weight_bits", "act_bits", "granularity")  # options of the candidate
@@ -28,8 +29,9 @@ def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) 
     if given.source is None or given.candidate is None:
         raise InputError("two networks are compared: give the float one, and what was made of it")
     outputs = [] if written.output is None else [written.output]
-    if written.output is not None and written.output.suffix != ".png":
-        raise InputError(f"--output {written.output} must end in .png")
+    drawn_as = "" if written.output is None else written.output.suffix
+    if drawn_as not in ("", ".png", PAGE):
+        raise InputError(f"--output {written.output} must end in .png or .html")
     gates.require_free(outputs, overwrite=written.overwrite)
     if written.dry_run:
         console.tell([f"would compare {given.candidate} with {given.source}"], as_json=written.json)
@@ -42,12 +44,14 @@ def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) 
     after = _candidate(given, made)
     console.note(f"comparing {given.candidate} with {given.source} on {min(config.samples, len(source.test))} samples")
     history = _history(after)
-    found = api.compare(made, after, source, config, reporter=console)
+    found = api.compare(made, after, source, config, pictures=drawn_as == PAGE, reporter=console)
     if written.output is not None:
-        from r2cli.analysis import plots
+        from r2cli.analysis import depth_page, plots
         from r2cli.storage.atomic import write_atomically
 
-        write_atomically(written.output, plots.depth(found.depth, title=str(given.candidate)))
+        title = str(given.candidate)
+        drawn_now = depth_page.to_bytes(found, title) if drawn_as == PAGE else plots.depth(found.depth, title=title)
+        write_atomically(written.output, drawn_now)
     report = {"command": "compare", "reference": given.source, "candidate": given.candidate, **_reported(found)}
     drawn = [f"wrote {path}" for path in outputs]
     told = [*_told(found, config), *_mends(found.mends), *drawn, console.next_step(_next(given, found, history))]

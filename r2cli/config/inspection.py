@@ -187,7 +187,9 @@ class AnalyzeOutput(Written):
 
 @dataclass(frozen=True)
 class CompareOutput(Written):
-    output: Path | None = groups.output(None, "Write a picture (.png): the decibels along the depth of the network.")
+    output: Path | None = groups.output(
+        None, "Write a picture (.png) of the dB along the depth, or a page (.html) with every layer."
+    )
 
 
 @dataclass(frozen=True)
