@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from r2cli.analysis.depth import Comparison, Depth, Mend, ValueLoss
     from r2cli.storage.checkpoint import Checkpoint
 
-NAME, BAR = 26, 12  # characters
+NAME, BAR = 26, 8  # characters
 PAGE = ".html"
 NAMED = 6  # layers in a sentence
 MENDS = 8  # choices in the table
