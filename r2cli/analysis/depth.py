@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from r2cli.calibration.deployed import FakeQuantize
 from r2cli.data.metrics import Measured
-from r2cli.graph import edit, equivalence
+from r2cli.graph import edit, equivalence, heard
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, is_a, module_of
 from r2cli.quantized.decibels import decibels
 from r2cli.storage.input_spec import Given, each, places
@@ -227,7 +227,11 @@ class _Walk:
     ) -> None:
         if node not in self.rows:
             return
-        sums, reference, plain = self.sums[self.rows[node]], floats[node], floats[node].detach()
+        sums, reference, ends = self.sums[self.rows[node]], floats[node], heard.ends(self.made.module, node)  # type: ignore[arg-type]
+        if ends != heard.EVERYTHING:  # what a grid leaves out on purpose is no loss
+            kept = ({**one, node: one[node].clamp(*ends)} if node in one else one for one in (floats, codes, alone))
+            floats, codes, alone = kept
+        plain = floats[node].detach()
         signal = energy(plain)
         if node in self.ends:
             sums.arriving.add(signal, codes[node] - plain)
