@@ -206,7 +206,7 @@ def _finetuned(bits: int) -> Callable[[Run, Data, Path], float | None]:
 def _palettized(bits: int) -> Callable[[Run, Data, Path], float | None]:
     def work(run: Run, source: Data, path: Path) -> float | None:
         config = r2cli.PalettizeConfig(
-            bits=bits, method="dkm", epochs=2 if run.toy else 4, batch_size=BATCH, device=str(run.device)
+            bits=bits, method="dkm", epochs=3 if run.toy else 4, batch_size=BATCH, device=str(run.device)
         )
         return top1(run, source, r2cli.palettize(path, source, config).checkpoint)
 

@@ -46,7 +46,7 @@ WORK = {
         name: (r2cli.finetune, r2cli.QatConfig(weight_bits=3, act_bits="4", method=name, epochs=1, device=WHERE))
         for name in ("lsq", "ewgs", "pact", "dorefa")
     },
-    "dkm": (r2cli.palettize, r2cli.PalettizeConfig(bits=2, method="dkm", epochs=2, calibration=64, device=WHERE)),
+    "dkm": (r2cli.palettize, r2cli.PalettizeConfig(bits=2, method="dkm", epochs=3, calibration=64, device=WHERE)),
 }
 
 
