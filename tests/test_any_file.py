@@ -386,7 +386,7 @@ def test_a_truncated_file_and_other_bad_input(r2: R2, here: Path) -> None:
     for arguments, name in (
         (["cut.onnx"], "cut.onnx is not a valid ONNX model"),
         (["missing.onnx"], "missing.onnx does not exist"),
-        (["float.safetensors"], "is no .onnx file"),
+        (["float.safetensors"], "is no .onnx or .tflite file"),
         (["float.onnx", "--data", "digits"], "leave out --data"),
         (["float.onnx", "--runtime", "onxruntime"], "did you mean 'onnxruntime'?"),
         (["float.onnx", "--shape", "x=3"], f"wants nx{WIDE}"),

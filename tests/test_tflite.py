@@ -18,7 +18,7 @@ from r2cli.calibration.result import Result
 from r2cli.deploy import engines, onnx_export, runtime, second_engine
 from r2cli.errors import InputError
 
-pytestmark = pytest.mark.skipif(find_spec("ai_edge_litert") is None, reason="pip install '.[tflite]'")
+pytest.importorskip("ai_edge_litert", reason="pip install '.[tflite]'")
 
 
 class Net(nn.Module):
