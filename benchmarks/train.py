@@ -110,7 +110,9 @@ def network(case: Case) -> nn.Module:
     return models.build(models.spec(case.name, classes=10, channels=3, size=32, width=case.width))
 
 
-def bare_steps(model: nn.Module, case: Case, images: Tensor, labels: Tensor, where: torch.device) -> list[float]:
+def bare_steps(
+    model: nn.Module, case: Case, images: Tensor, labels: Tensor, where: torch.device, precision: str = "float32"
+) -> list[float]:
     model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=4e-5)
     criterion = nn.CrossEntropyLoss()
@@ -119,13 +121,22 @@ def bare_steps(model: nn.Module, case: Case, images: Tensor, labels: Tensor, whe
     clock = Clock(where, case.steps)
     for index in torch.split(order, case.batch)[: WARM_UP + case.steps]:
         optimizer.zero_grad()
-        criterion(model(images[index]), labels[index]).backward()
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = criterion(model(images[index]), labels[index])
+        loss.backward()
         optimizer.step()
         clock.tick()
     return clock.steps
 
 
-def our_steps(model: nn.Module, case: Case, source: Data, where: torch.device) -> list[float]:
+def our_steps(
+    model: nn.Module,
+    case: Case,
+    source: Data,
+    where: torch.device,
+    precision: str = "float32",
+    compile: bool = False,
+) -> list[float]:
     config = r2cli.PretrainConfig(
         epochs=1,
         batch_size=case.batch,
@@ -134,7 +145,8 @@ def our_steps(model: nn.Module, case: Case, source: Data, where: torch.device) -
         weight_decay=4e-5,
         warmup=0.0,
         label_smoothing=0.0,
-        precision="float32",
+        precision=precision,
+        compile=compile,
         device=str(where),
     )
     clock = Clock(where, case.steps)

@@ -75,12 +75,23 @@ class Segmenter(nn.Module):
         return {"out": F.interpolate(far + self.skip(near), scale_factor=2.0, mode="bilinear", align_corners=False)}
 
 
-def lraspp() -> nn.Module:
-    """torchvision's network for phones, for 21 classes, with random weights."""
+def mobile(name: str = "lraspp") -> nn.Module:
+    """torchvision's lraspp_mobilenet_v3_large or deeplabv3_mobilenet_v3_large, for 11 classes, with random weights."""
     from torchvision.models import segmentation
 
-    network: nn.Module = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+    make = getattr(segmentation, f"{name}_mobilenet_v3_large")
+    network: nn.Module = make(weights=None, weights_backbone=None, num_classes=11)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # not 0.01: the training is short
     return network
+
+
+def coloured(count: int = 480, size: int = 48) -> tuple[Any, Any]:
+    """The pasted digits, large and with three channels."""
+    pictures, maps, _ = pasted(count)
+    pictures = F.interpolate(pictures, (size, size), mode="bilinear").expand(-1, 3, -1, -1)
+    return halves(pictures, F.interpolate(maps[:, None].float(), (size, size)).squeeze(1).long(), test=80)
 
 
 def pictures(count: int = 16, size: int = 64) -> list[tuple[Tensor, None]]:
@@ -200,16 +211,16 @@ def write_keywords(path: Path, count: int = 600) -> None:
 
 
 class Spotter(nn.Module):
-    """A convolution over time, a GRU, and a linear layer on its last state."""
+    """A convolution over time, a GRU or an LSTM, and a linear layer on its last state."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "GRU") -> None:
         super().__init__()
         self.conv = nn.Conv1d(10, 24, 3, padding=1)
-        self.gru, self.head = nn.GRU(24, 32, batch_first=True), nn.Linear(32, 6)
+        self.memory, self.head = getattr(nn, kind)(24, 32, batch_first=True), nn.Linear(32, 6)
 
     def forward(self, features: Tensor) -> Tensor:
         x = torch.relu(self.conv(features.transpose(1, 2))).transpose(1, 2)
-        return self.head(self.gru(x)[0][:, -1])
+        return self.head(self.memory(x)[0][:, -1])
 
 
 # --- regression on a table -------------------------------------------------------------------------------------------
@@ -281,6 +292,39 @@ class NearestNeighbour:
         vectors, labels = torch.cat(self.vectors), torch.cat(self.labels)
         near = (vectors @ vectors.T).fill_diagonal_(-1).argmax(1)
         return 100 * float((labels[near] == labels).double().mean())
+
+
+def sentences(length: int = 24) -> tuple[Any, Any]:
+    """Pairs of pieces of scikit-learn's descriptions as bytes (n, 2, length), and how near each other they are to be:
+    1 for two of one description, 0 for others."""
+    pieces, topics = [], []
+    for topic, name in enumerate(("diabetes", "iris", "wine", "breast_cancer")):
+        codes = torch.tensor([ord(letter) % 128 for letter in getattr(datasets, f"load_{name}")().DESCR])
+        pieces.append(codes[: len(codes) // length * length].view(-1, length))
+        topics += [topic] * len(pieces[-1])
+    every, topic_of = torch.cat(pieces), torch.tensor(topics)
+    first, second = torch.randint(len(every), (2, 1200), generator=drawn(10))
+    pairs = torch.stack([every[first], every[second]], 1)
+    return halves(pairs, (topic_of[first] == topic_of[second]).float(), test=300)
+
+
+class SentencePairs(nn.Module):
+    """transformers' BERT, tiny, as MiniLM is used: the mean of the last layer is the vector of a text. It gives the
+    cosine of the vectors of each pair (n, 2, length)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+        self.bert = BertModel(BertConfig(vocab_size=128, max_position_embeddings=32, **small), add_pooling_layer=False)
+
+    def vector(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.bert(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return F.normalize(found.mean(1), dim=1)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        return (self.vector(pairs[:, 0]) * self.vector(pairs[:, 1])).sum(1)
 
 
 # --- a decoder of text -----------------------------------------------------------------------------------------------
@@ -368,9 +412,4 @@ class Perplexity:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    if path.suffix == ".npz":
-        write_keywords(path)
-    else:
-        torch.manual_seed(0)
-        torch.save(lraspp().state_dict(), path)
+    write_keywords(Path(sys.argv[1]))

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from r2cli.config.inspection import CompareConfig as CompareConfig
     from r2cli.config.inspection import VerifyConfig as VerifyConfig
     from r2cli.config.methods import PalettizeConfig as PalettizeConfig
-    from r2cli.config.methods import PretrainConfig as PretrainConfig
     from r2cli.config.methods import PtqConfig as PtqConfig
-    from r2cli.config.methods import QatConfig as QatConfig
+    from r2cli.config.training import PretrainConfig as PretrainConfig
+    from r2cli.config.training import QatConfig as QatConfig
 
 CONFIGS = {
     "AnalyzeConfig": "inspection",
@@ -31,7 +31,7 @@ CONFIGS = {
     "VerifyConfig": "inspection",
     "ExportForm": "groups",
 }
-CONFIGS |= dict.fromkeys(("PalettizeConfig", "PretrainConfig", "PtqConfig", "QatConfig"), "methods")
+CONFIGS |= {"PalettizeConfig": "methods", "PtqConfig": "methods", "PretrainConfig": "training", "QatConfig": "training"}
 FUNCTIONS = (
     "analyze",
     "compare",

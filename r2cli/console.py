@@ -74,6 +74,7 @@ RANK = int(os.environ.get("RANK", "0"))
 Line = str | Text | Table
 
 BARS = "▁▂▃▄▅▆▇█"
+NAMED = 20  # characters of a name in the first column of a table, which are on one line in a narrow terminal too
 
 
 class Bar:
@@ -155,11 +156,16 @@ def tell(lines: Sequence[Line], *, as_json: bool) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """Make a plain table. Columns of numbers are aligned to the right, all others and the first to the left."""
+    """Make a plain table. Columns of numbers are aligned to the right, all others and the first to the left.
+
+    Where the terminal is narrow, the names in the first column are broken last.
+    """
     out = Table(box=None, pad_edge=False, header_style="bold")
+    named = min(NAMED, max((len(str(row[0])) for row in rows), default=0))
     for index, column in enumerate(columns):
         numeric = index > 0 and all(_is_numeric(row[index]) for row in rows)
-        out.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        side, least = ("right" if numeric else "left"), (named if index == 0 else None)
+        out.add_column(column, justify=side, overflow="fold", min_width=least)  # type: ignore[arg-type]
     for row in rows:
         out.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return out

@@ -52,6 +52,7 @@ class PtqEntry(Entry):
     dataless: bool = False  # it looks at no images unless the command line names some
     parts: tuple[str, ...] = ()  # the parts of DFQ that it does
     mse_to: int = 0  # up to this many bits, the default range of weights is the one with the least squared error
+    equalizes: bool = False  # it works on the equalized network where that is better, if no parts are asked for
     tried: bool = False  # `auto` tries it where rounding to the nearest level is not enough
     chooses: bool = False  # it chooses among the other methods: only `auto`, whose object is a function
 
@@ -99,6 +100,8 @@ class LsqOptions:
     """The options of LSQ alone."""
 
     bin_reg: float = 0.0  # strength of bin regularization, in the second half of the epochs
+    dampen: float = 0.0  # strength of what dampens oscillations, at the end of the epochs
+    freeze: float = 0.0  # the greatest share of steps in which a weight turns back, at the end of the epochs; 0: any
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ PTQ_METHODS: dict[str, PtqEntry] = {
         "so that each block's output changes least, with scales and biases learned too",
         looks=True,
         mse_to=4,
+        equalizes=True,
         tried=True,
     ),
     "auto": PtqEntry("r2cli.ptq.auto:choose", "tries these and keeps the best", looks=True, chooses=True),

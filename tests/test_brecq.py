@@ -80,7 +80,9 @@ def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int) -> None:
     assert torch.equal(x, net(images(3)))
     counted: list[None] = []
     quick = brecq.BrecqSettings(steps=3, batch=2, least=least)
-    coded, biases = brecq.round_network(net, images(3), nearest(net, 3), lambda: counted.append(None), quick)
+    coded, biases, _ = brecq.round_network(
+        net, images(3), nearest(net, 3), lambda: counted.append(None), settings=quick
+    )
     assert set(coded) == {"first.weight", "shared.weight", "last.weight"} and set(biases) == {"first", "shared", "last"}
     assert len(counted) == 3
 
@@ -126,8 +128,8 @@ def test_blocks_come_nearer_to_the_float_network(net: fx.GraphModule, bits: int)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     plain, shown = nearest(net, bits), images(64)
     quick = brecq.BrecqSettings(steps=60)
-    coded, biases = brecq.round_network(net, shown, plain, settings=quick)
-    again, _ = brecq.round_network(net, shown, plain, settings=quick)
+    coded, biases, _ = brecq.round_network(net, shown, plain, settings=quick)
+    again, *_ = brecq.round_network(net, shown, plain, settings=quick)
     assert all(coded[name].codes.equal(again[name].codes) for name in coded), "the same seed, the same codes"
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items()), "the float network stays"
     assert list(biases) == [layer.name for layer in structure.layers(net)]
@@ -147,7 +149,7 @@ def test_blocks_come_nearer_to_the_float_network(net: fx.GraphModule, bits: int)
 def test_where_nothing_is_gained_the_nearest_codes_stay(net: fx.GraphModule) -> None:
     plain = nearest(net, 4)
     hopeless = brecq.BrecqSettings(steps=2, lr=100.0, fine_lr=10.0)
-    coded, biases = brecq.round_network(net, images(8), plain, settings=hopeless)
+    coded, biases, _ = brecq.round_network(net, images(8), plain, settings=hopeless)
     assert all(coded[name] is plain[name] for name in plain)
     assert all(biases[name].equal(net.get_submodule(name).bias.detach()) for name in biases)  # type: ignore[operator]
 

@@ -216,6 +216,24 @@ def test_adaptive_pools_are_average_pools_where_they_can_be() -> None:
     assert kinds == [operators.Kind.FLOAT]
 
 
+class SharedNorms(nn.Module):
+    """One tensor is the bias of a norm and the weight of another, as exporters make one of equal tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.second.weight = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_weight_with_the_name_of_another_module_s_bias_has_a_module_of_its_own() -> None:
+    model, x = SharedNorms().eval(), torch.randn(3, 4)
+    nn.init.normal_(model.first.bias)
+    assert torch.allclose(trace(model, x)(x), model(x))
+
+
 def test_every_function_has_a_row() -> None:
     known = {
         member.function if isinstance(member, operators.When) else member

@@ -4,17 +4,21 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from PIL import Image
 from torch import Tensor, nn
 
 import r2cli
 from conftest import R2
-from r2cli.analysis import depth
+from r2cli.analysis import depth, depth_page, pairing
 from r2cli.analysis.depth import Depth, ValueLoss
+from r2cli.deploy import runtime
 from r2cli.errors import InputError
 from r2cli.models import build
 from r2cli.storage import checkpoint
@@ -57,8 +61,8 @@ def _quantized(**options: object) -> Checkpoint:
     return r2cli.quantize(MADE, DATA, r2cli.PtqConfig(**options)).checkpoint  # type: ignore[arg-type]
 
 
-def _compared(candidate: Checkpoint, made: Checkpoint = MADE) -> Depth:
-    return depth.compare(made, candidate, IMAGES, lambda before, after: None)
+def _compared(candidate: Checkpoint | Path, made: Checkpoint = MADE) -> Depth:
+    return depth.compare(pairing.graphs(made, candidate, IMAGES), IMAGES, lambda before, after: None)
 
 
 def _worst(found: Depth, by: str = "cost") -> ValueLoss:
@@ -149,6 +153,106 @@ def test_whatever_was_made_of_a_network_is_compared(make: Callable[[], Checkpoin
     assert 0 < found.outputs[0] < 60
 
 
+def test_what_mends_a_layer_is_measured_by_changing_one_thing() -> None:
+    few = _quantized(keep={"wide": 2}, granularity="tensor")
+    mends = r2cli.compare(MADE, few, DATA, r2cli.CompareConfig(mend=1)).mends
+    assert {mend.layer for mend in mends} == {"wide"}
+    found = {mend.choice: mend for mend in mends}
+    assert found["8 bits"].options == "--keep 'wide=8'" and found["8 bits"].bytes == 128 * 6 // 8
+    assert found["float"].won >= found["8 bits"].won > found["3 bits"].won > 3
+    mended = _compared(_quantized(keep={"wide": 8}, granularity="tensor")).outputs[0]
+    assert found["8 bits"].outputs == pytest.approx(mended, abs=2)
+    assert mends == tuple(sorted(mends, key=lambda mend: -mend.won / max(mend.bytes, 1)))
+
+
+def test_a_grid_that_clips_is_mended_by_16_bits_for_what_reads_it() -> None:
+    made = _narrow(_quantized(), "relu_1")
+    mends = r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=1)).mends
+    assert mends[0].options == "--keep 'narrow=A16'" and mends[0].won > 10 and mends[0].bytes == 0
+    assert r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=0)).mends == ()
+
+
+def test_the_page_has_what_the_networks_compute(tmp_path: Path) -> None:
+    made = _narrow(_quantized(weight_bits=2), "relu_1")
+    found = r2cli.compare(MADE, made, DATA, pictures=True)
+    assert list(found.pictures) == [value.name for value in found.depth.values]
+    wide, mul = found.pictures["wide"], found.pictures["mul"]
+    grid = made.activations["relu_1"]
+    assert wide["values"]["ends"] == pytest.approx([0, 255 * float(grid.scale)]) and wide["values"]["bits"] == 8
+    assert wide["values"]["high"] > wide["values"]["ends"][1]
+    assert sum(wide["weights"]["floats"]) == sum(wide["weights"]["codes"]) == 128
+    assert sum(count > 0 for count in wide["weights"]["codes"]) <= 64 and mul["weights"] is None
+    assert wide["channels"][0][2] >= wide["channels"][-1][2] and len(wide["channels"]) == 8
+    page = depth_page.to_bytes(found, "</script>m.onnx").decode()
+    assert page.count("</script>") == 2 and "/*STYLE*/" not in page and '"name":"wide"' in page
+
+
+def test_a_file_of_ours_is_compared_as_its_checkpoint_is(tmp_path: Path) -> None:
+    few, equalized, weights = {"weight_bits": 4, "act_bits": 4}, {"method": "dfq"}, {"act_bits": "none"}
+    for place, options in enumerate((few, equalized, weights)):
+        made, file = _quantized(**options), tmp_path / f"{place}.onnx"
+        r2cli.export(made, file)
+        expected, found = _compared(made), _compared(file)
+        assert [value.name for value in found.values] == [value.name for value in expected.values]
+        for by in ("cost", "own", "arriving"):
+            own, other = ([getattr(value, by) for value in each.values] for each in (found, expected))
+            assert own == pytest.approx(other, abs=0.5)
+
+
+class Images(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.batches = iter([{"input": images.numpy()} for images in IMAGES])
+
+    def get_next(self) -> dict[str, object] | None:
+        return next(self.batches, None)
+
+
+def _other_tools(folder: Path, form: QuantFormat, *, change: Callable[[onnx.ModelProto], None] | None = None) -> Path:
+    """The network's float file, quantized by onnxruntime."""
+    plain, made = folder / f"{form}.float.onnx", folder / f"{form}.onnx"
+    r2cli.export(MADE, plain)
+    quantize_static(plain, made, Images(), quant_format=form, per_channel=form == QuantFormat.QDQ)
+    if change is not None:
+        file = onnx.load(made)
+        change(file)
+        onnx.save(file, made)
+    return made
+
+
+@pytest.mark.parametrize("form", [QuantFormat.QDQ, QuantFormat.QOperator], ids=str)
+def test_a_file_of_another_tool_is_matched_value_by_value(tmp_path: Path, form: QuantFormat) -> None:
+    made = _other_tools(tmp_path, form)
+    found = _compared(made)
+    names = [value.name for value in found.values if value.name != "relu"]  # behind the grid of a BatchNorm
+    assert names[:5] == ["x", "stem", "wide", "narrow", "add"] and {"gate", "sigmoid", "mul", "head"} <= {*names}
+    own = runtime.runner(made, optimise=False, exact=False)(torch.cat(IMAGES))
+    outputs = runtime.runner(tmp_path / f"{form}.float.onnx")(torch.cat(IMAGES))
+    noise = float((own - outputs).square().sum() / outputs.square().sum())
+    assert found.outputs[0] == pytest.approx(-10 * math.log10(noise), abs=0.5)
+    assert all(math.isfinite(value.cost) for value in found.values if value.name in ("stem", "wide", "head"))
+
+
+def _halved(name: str, file: onnx.ModelProto) -> None:
+    held = next(each for each in file.graph.initializer if each.name == name)
+    held.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(held) / 2, name))
+
+
+@pytest.mark.parametrize("name", ["wide", "gate", "head"])
+def test_a_fault_in_another_tools_file_is_named_first(tmp_path: Path, name: str) -> None:
+    made = _other_tools(tmp_path, QuantFormat.QDQ, change=partial(_halved, f"{name}.weight_scale"))
+    assert _worst(r2cli.compare(MADE, made, DATA).depth).name == name
+
+
+def test_a_file_of_another_network_is_refused_by_its_first_value(tmp_path: Path) -> None:
+    file, plain = tmp_path / "made.onnx", tmp_path / "float.onnx"
+    r2cli.export(_quantized(), file)
+    with pytest.raises(InputError, match="made.onnx is not of this network: the first value that differs is"):
+        r2cli.compare(_made(Other), file, DATA)
+    r2cli.export(MADE, plain)
+    with pytest.raises(InputError, match="is a float network"):
+        r2cli.compare(MADE, plain, DATA)
+
+
 class Other(Residual):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1
@@ -163,7 +267,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(InputError, match="the first value that differs is 'add_1', there 'output'|one has more values"):
         _compared(made, _made(Other))
     with pytest.raises(InputError, match="there is no sample"):
-        depth.compare(MADE, made, [], lambda before, after: None)
+        pairing.graphs(MADE, made, [])
 
 
 def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> None:
@@ -182,7 +286,9 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     assert r2(*line, "-o", picture).out.count(f"wrote {picture}") == 1
     with Image.open(picture) as drawn:
         assert drawn.width > 500
+    drawn_as_page = tmp_path / "compare.html"
+    assert r2(*line, "-o", drawn_as_page).code == 0 and "r2 compare" in drawn_as_page.read_text()
     assert r2(*line, "-o", picture).code == 2 and r2(*line, "-o", "compare.gif").code == 2
-    refused = r2("compare", reference, candidate.with_suffix(".onnx"))
+    refused = r2("compare", reference, candidate.with_suffix(".tflite"))
     assert refused.code == 2 and "give the checkpoint beside it" in refused.err
     assert r2("compare", reference).code == 2

@@ -45,14 +45,14 @@ def test_large_values_change_no_codes(monkeypatch: pytest.MonkeyPatch) -> None:
         grid = weight_grids.weight_grid(weight, 2, per_channel=True)
         nearest[f"{name}.weight"] = Coded(grid, grid.encode(weight))
     settings = brecq.BrecqSettings(steps=20, batch=4)
-    coded, biases = brecq.round_network(net, shown, nearest, settings=settings)
+    coded, biases, _ = brecq.round_network(net, shown, nearest, settings=settings)
     assert any(not coded[name].codes.equal(nearest[name].codes) for name in nearest)
     monkeypatch.setattr(kept_rows, "MOST", 0)
-    again, others = brecq.round_network(net, shown, nearest, settings=settings)
+    again, others, _ = brecq.round_network(net, shown, nearest, settings=settings)
     assert all(again[name].codes.equal(coded[name].codes) for name in nearest)
     assert all(others[name].equal(biases[name]) for name in biases)
     monkeypatch.setattr(brecq, "AT_ONCE", 1)  # bytes: one image at a time, so sums are of another order
-    again, others = brecq.round_network(net, shown, nearest, settings=settings)
+    again, others, _ = brecq.round_network(net, shown, nearest, settings=settings)
     for name in nearest:
         assert float((again[name].codes == coded[name].codes).float().mean()) > 0.9
         torch.testing.assert_close(again[name].codec.scale, coded[name].codec.scale, rtol=5e-2, atol=0)

@@ -531,6 +531,22 @@ def test_a_file_for_a_batch_of_one_that_cannot_be_read_for_more_is_refused(tmp_p
         read(saved(model, tmp_path), {"x": ((3, 8, 8), "float32")})
 
 
+def test_numbers_that_gather_a_flat_value_in_its_order_are_a_reshape(tmp_path: Path) -> None:
+    """As torch's exporter writes as_strided for a batch of one: it is read for any."""
+    nodes = [helper.make_node("Reshape", ["x", "flat"], ["f"]), helper.make_node("Gather", ["f", "order"], ["g"])]
+    model = tiny(*nodes, helper.make_node("Relu", ["g"], ["y"]), shape=(1, 3, 8, 8))
+    order = np.arange(192).reshape(1, 3, 64)
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(np.array([-1]), "flat"), numpy_helper.from_array(order, "order")]
+    )
+    program, _ = read(saved(model, tmp_path), {"x": ((3, 8, 8), "float32")})
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(OnnxNetwork(program)(images), images.relu().flatten(2))
+    model.graph.initializer[-1].CopyFrom(numpy_helper.from_array(order[:, ::-1].copy(), "order"))
+    with pytest.raises(InputError, match="for a batch of 1 alone"):
+        read(saved(model, tmp_path), {"x": ((3, 8, 8), "float32")})
+
+
 # --- checkpoints of someone else's -----------------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from r2cli.analysis import layer_table, page
+from r2cli.analysis import depth_page, layer_table, page
+from r2cli.analysis.depth import PARTS, Comparison, Depth, Mend, ValueLoss
 from r2cli.analysis.layer_table import Analysis, AnalyzedLayer, AnalyzeSettings
 from r2cli.console import escaped
 from r2cli.storage.stream import from_memory
@@ -207,3 +208,26 @@ def test_light_and_dark(browser: Any, written: Path, opened: Any) -> None:
     dark.goto(written.as_uri())
     assert paper(dark) < 60
     dark.close()
+
+
+def test_a_comparison_opens_with_both_histograms_of_a_layer(browser: Any, tmp_path: Path) -> None:
+    counts = {"low": -1.0, "high": 1.0, "floats": [1, 9, 3], "codes": [0, 12, 1], "ends": [-0.5, 0.5], "bits": 8}
+    picture = {"values": counts, "weights": counts, "channels": [[3, 20.0, 75.0]]}
+    rows = [ValueLoss(name, 20, 30, cost, dict.fromkeys(PARTS, 9.0)) for name, cost in (("a", 40), ("b", 10))]
+    mend = Mend("b", "8 bits", 12, 2, 64, "--keep 'b=8'")
+    found = Comparison(Depth(tuple(rows), (9.5,)), 4, mends=(mend,), pictures={"a": picture, "b": picture})
+    path = tmp_path / "compare.html"
+    path.write_bytes(depth_page.to_bytes(found, HOSTILE))
+    tab, wrong = browser.new_page(), list[str]()
+    tab.on("console", lambda message: wrong.append(message.text))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.goto(path.as_uri())
+    assert names(tab) == ["a", "b"] and escaped(HOSTILE) in tab.title()
+    tab.locator("#sort").select_option("cost")
+    assert names(tab) == ["b", "a"] and tab.locator("#mends code").inner_text() == "--keep 'b=8'"
+    tab.locator("#layers tr").first.click()
+    assert tab.locator("#title").inner_text() == "b" and tab.locator("#detail svg").count() == 2
+    assert tab.locator("#detail .edge").count() == 4 and "75.0 %" in tab.locator("#detail").inner_text()
+    tab.locator("#close").click()
+    assert not tab.locator("#detail").is_visible() and wrong == []
+    tab.close()

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from r2cli.deploy import onnx_export, verify
 from r2cli.errors import R2Error
 from r2cli.graph import batchnorm, structure
 from r2cli.graph.read import trace
-from r2cli.qat import ewgs, finetune, lsq, prepare, quantizer_placement
+from r2cli.qat import ewgs, finetune, lsq, oscillation, prepare, quantizer_placement
 from r2cli.qat.prepare import INPUTS, OUTPUTS, QatSettings, QatTask, TrainedLayer
 from r2cli.qat.qat_method import EpochStart
 from r2cli.qat.quantizers import ActivationQuantizer, WideQuantizer
@@ -24,7 +25,7 @@ from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import Checkpoint, ModelSpec
-from r2cli.train import hooks
+from r2cli.train import evaluation, hooks
 from r2cli.train.hooks import Epoch
 from r2cli.train.loop import TrainSettings
 
@@ -261,6 +262,26 @@ def test_bin_regularization_draws_weights_to_their_levels() -> None:
     assert gradient.tolist() == pytest.approx([0, -0.5, 0.2, 0.5, 0.1, -0.1, 0.1])
 
 
+def test_dampening_draws_weights_to_their_levels_but_not_those_outside() -> None:
+    w = torch.tensor([0.5, -1.25, 0.2, 1.0, -0.4], dtype=torch.float64)
+    value, gradient = oscillation.dampening(w, torch.tensor(0.5, dtype=torch.float64), (-2, 1))
+    assert value.item() == pytest.approx(0.05) and gradient.tolist() == pytest.approx([0, 0, 0.4, 0, 0.2])
+    assert [oscillation.share_at(number, 3) for number in (1, 2, 3)] == pytest.approx([0, 0.5, 1])
+    assert [oscillation.threshold(0.01, number, 3) for number in (1, 3)] == pytest.approx([0.04, 0.01])
+
+
+def test_a_weight_that_turns_back_is_held_at_the_code_of_most_steps() -> None:
+    seen = oscillation.Oscillation(torch.tensor([0.0, 0.0, 1.0]))
+    for number in range(12):  # the first swings between 0 and 1, and is at 0 mostly; the second climbs; the third rests
+        seen.observe(torch.tensor([float(number % 3 == 1), float(number), 1.0]), most=0.04)
+    assert seen.held.tolist() == [True, False, False]  # 0.01 for every turn: the fifth is above 0.04
+    w, step = torch.tensor([0.9, 0.7, 0.1], requires_grad=True), torch.tensor(0.5)
+    used = seen.used(w, step)
+    assert used.tolist() == pytest.approx([0.0, 0.7, 0.1])
+    used.sum().backward()
+    assert w.grad is not None and w.grad.tolist() == [0.0, 1.0, 1.0]
+
+
 def test_the_hessians_trace_sets_delta() -> None:
     hessian = torch.tensor([[2, 0.5, 0], [0.5, 1, 0], [0, 0, 3.0]])
     x = torch.tensor([0.2, -0.4, 1.0], requires_grad=True)
@@ -331,12 +352,22 @@ def test_the_same_seed_gives_the_same_bytes_also_after_a_stop(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("method", ["lsq", "pact"])
-def test_a_resumed_run_goes_on_with_its_quantizers(method: str, progressive: bool, model: Path, tmp_path: Path) -> None:
-    loop = replace(LOOP, epochs=3)
-    plan = finetune.QatPlan(loop, 0.02, progressive=progressive)
-    whole, _, _ = trained_to(model, method, 2, 2, tmp_path, plan)
+@pytest.mark.parametrize(
+    ("method", "ema", "more"),
+    [
+        ("lsq", None, {}),
+        ("pact", None, {}),
+        ("lsq", None, {"progressive": True}),
+        ("lsq", 0.9, {"options": {"dampen": 1e-2, "freeze": 0.005}}),
+    ],
+    ids=["lsq", "pact", "progressive", "calm and averaged"],
+)
+def test_a_resumed_run_goes_on_with_its_quantizers(
+    method: str, ema: float | None, more: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    loop = replace(LOOP, epochs=3, ema=ema)
+    plan = finetune.QatPlan(loop, 0.02, **more)
+    whole, top1, _ = trained_to(model, method, 2, 2, tmp_path, plan)
 
     class Stop(Exception):
         pass
@@ -353,6 +384,8 @@ def test_a_resumed_run_goes_on_with_its_quantizers(method: str, progressive: boo
     watch = hooks.Progress(lambda steps: None, lambda epoch: None)
     resumed, _, _ = finetune.by_training(work, plan, source, hooks.RunControl(state, True, watch))
     assert checkpoint.to_bytes(resumed) == checkpoint.to_bytes(whole)
+    found = evaluation.of_task(deployed.network(whole), source, CPU)
+    assert found is not None and found.top1 == pytest.approx(top1, abs=1.0)  # what was evaluated is what is kept
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from conftest import R2, StoppedAt
 from r2cli import data, models
 from r2cli.errors import InputError, R2Error
 from r2cli.storage import checkpoint
-from r2cli.train import evaluation, hooks, loop, regularizers
-from r2cli.train.loop import AveragedModel, TrainSettings
+from r2cli.train import averaging, evaluation, hooks, loop, regularizers
+from r2cli.train.loop import TrainSettings
 
 CPU = torch.device("cpu")
 
@@ -167,7 +167,7 @@ def test_a_running_average_starts_short() -> None:
     # 9 steps of weights 0 after one of 1: with decay 0.9 alone 0.39 of the first is left, with the start nearly none.
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
-    average = AveragedModel(model, multi_avg_fn=loop.running_average(0.9), use_buffers=True)
+    average = averaging.running(model, 0.9, statistics=True)
     average.update_parameters(model)
     assert float(average.module.weight.detach()) == 1
     torch.nn.init.zeros_(model.weight)

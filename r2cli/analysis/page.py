@@ -14,7 +14,7 @@ from r2cli.analysis.layer_table import Analysis, AnalyzedLayer
 from r2cli.analysis.rounding_pass import BITS
 from r2cli.console import escaped
 
-PLACE = "/*DATA*/"
+PLACE, STYLE = "/*DATA*/", "/*STYLE*/"
 DIGITS = 6  # significant digits of every number that is not a count
 
 
@@ -42,11 +42,17 @@ def to_bytes(sheets: Sequence[Analysis], shown_first: Mapping[str, object], *, s
             for name in names
         ],
     }
+    return filled("page.html", data)
+
+
+def filled(name: str, data: Mapping[str, Any]) -> bytes:
+    """The template `name` with the page's style and with `data`, which its script reads."""
     text = json.dumps(_compact(data), separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    template = files("r2cli.analysis").joinpath("page.html").read_text(encoding="utf-8")
-    return template.replace(PLACE, text).encode()
+    template, own = (files("r2cli.analysis").joinpath(one).read_text(encoding="utf-8") for one in (name, "page.html"))
+    style = own.partition("<style>")[2].partition("</style>")[0]
+    return template.replace(STYLE, style).replace(PLACE, text).encode()
 
 
 def _record(row: AnalyzedLayer) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from r2cli import data as datasets
 from r2cli import registry
-from r2cli.analysis import depth, layer_table, views
+from r2cli.analysis import depth, depth_page, layer_table, mending, pairing, views
 from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
 from r2cli.api import inputs, proof_inputs
@@ -30,7 +30,8 @@ from r2cli.calibration.result import Result
 from r2cli.config import targets
 from r2cli.config.groups import ExportForm, Inputs, Preparation
 from r2cli.config.inspection import AnalyzeConfig, CompareConfig, VerifyConfig
-from r2cli.config.methods import PalettizeConfig, PretrainConfig, PtqConfig, QatConfig
+from r2cli.config.methods import PalettizeConfig, PtqConfig
+from r2cli.config.training import PretrainConfig, QatConfig
 from r2cli.data import Data, metrics, own
 from r2cli.deploy import any_file, engines, onnx_export, second_engine, speed
 from r2cli.deploy import verify as proof_of
@@ -42,6 +43,7 @@ from r2cli.models import require_fit
 from r2cli.palettes import palettization
 from r2cli.palettes.palettization import PaletteResult
 from r2cli.ptq import quantize as ptq
+from r2cli.ptq import smallest
 from r2cli.ptq.quantize import PtqResult
 from r2cli.qat import quantization_aware
 from r2cli.qat.quantization_aware import QatResult, Trainable
@@ -94,17 +96,24 @@ def pretrain(
 
 
 def quantize(
-    network: Network, data: Data | str | None = None, config: PtqConfig | None = None, *, reporter: Reporter = SILENT
+    network: Network,
+    data: Data | str | None = None,
+    config: PtqConfig | None = None,
+    *,
+    max_drop: float | None = None,
+    reporter: Reporter = SILENT,
 ) -> PtqResult:
     """Quantize a float network without training. The same work as `r2 ptq`, and the same bytes.
 
-    Raises InputError for what does not fit the network.
+    `max_drop` is what `minimize` may lose of the metric. Raises InputError for what does not fit the network.
     """
     config = config or PtqConfig()
     made, source = _read(network, data)
     rehearse(made, config.target, source.shown)
     looks = ptq.looks_at_images(config, has_data=data is not None)
     count = datasets.calibration_count(config.calibration, source) if looks else 0
+    if config.minimize is not None:
+        return smallest.find(made, source, config, calibration=count, max_drop=max_drop, reporter=reporter)
     return ptq.quantize(made, source, config, calibration=count, reporter=reporter)
 
 
@@ -289,23 +298,31 @@ def compare(
     data: Data | str | None = None,
     config: CompareConfig | None = None,
     *,
+    pictures: bool = False,
     reporter: Reporter = SILENT,
 ) -> Comparison:
     """Where a quantized network loses what its float network had, value by value, on test samples of `data`.
 
-    `candidate` is a checkpoint, or a result, of `quantize`, `finetune` or `palettize`. Raises InputError where it is
-    not of the network of `reference`.
+    `candidate` is a checkpoint, or a result, of `quantize`, `finetune` or `palettize`, or a quantized .onnx file of any
+    tool's. Raises InputError where it is not of the network of `reference`.
     """
     config = config or CompareConfig()
     made, source = _read(reference, data)
-    after, source = _checkpoint_of(candidate), datasets.with_test_images(source, config.samples)
+    is_file = isinstance(candidate, str | Path) and Path(candidate).suffix == ".onnx"
+    after = Path(candidate) if is_file else _checkpoint_of(candidate)  # type: ignore[arg-type]
+    source = datasets.with_test_images(source, config.samples)
     metric = source.task.metric if source.measured else None
     meters = [] if metric is None else [metric.start(), metric.start()]
     targets_of: list[Any] = []
     with reporter.bar("compare", len(source.test)) as progress:
 
+        def batches() -> Iterator[tuple[Given, Any]]:
+            return source.test.batches(datasets.batch_that_fits(source.test, COMPARED_AT_ONCE), CPU)
+
+        pair = pairing.graphs(made, after, (given for given, _ in batches()))
+
         def inputs_of() -> Iterator[Given]:
-            for given, target in source.test.batches(datasets.batch_that_fits(source.test, COMPARED_AT_ONCE), CPU):
+            for given, target in batches():
                 targets_of[:] = [target]
                 yield given
                 progress.advance(count(given))
@@ -314,9 +331,13 @@ def compare(
             for meter, own in zip(meters, outputs, strict=False):
                 metrics.updated(metric, meter, metrics.by_name(own, made.outputs), targets_of[0])  # type: ignore[arg-type]
 
-        found = depth.compare(made, after, inputs_of(), seen)
+        gallery = depth_page.Gallery(*pair)
+        found = depth.compare(pair, inputs_of(), seen, gallery.add if pictures else None)
+        coded = {} if isinstance(after, Path) else after.coded
+        worst = sorted(found.values, key=lambda value: value.cost)[: config.mend]
+        mends = mending.measured(pair, worst, next(batches())[0], coded) if worst else ()
     told = [metrics.value_of(metric, meter) for meter in meters] if metric is not None else [None, None]
-    return Comparison(found, len(source.test), *told)
+    return Comparison(found, len(source.test), told[0], told[1], tuple(mends), gallery.found)
 
 
 def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from r2cli.calibration import deployed, observers
 from r2cli.config.targets import DEFAULT, TARGETS, Target
 from r2cli.errors import R2Error
-from r2cli.graph import edit, operators, placement, structure
+from r2cli.graph import edit, heard, operators, placement, structure
 from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
@@ -87,6 +87,7 @@ def calibrate(
     R2Error for a value that is not finite.
     """
     values = placement.values(net, shape, result=target.codes_of_result)
+    bounds = {node.name: heard.ends(net, node) for node in net.graph.nodes}
     observed = deployed.observe(net, values, images, observers.observer(rule))
     for name, observer in observed.items():
         if not observer.finite:
@@ -95,11 +96,17 @@ def calibrate(
                 "it again with a lower --lr"
             )
     widths = placement.bits_of(net, values, bits, own)
-    ranges = {name: observer.range(widths[name]) for name, observer in observed.items()}
+    ranges = {name: _within(observer.range(widths[name]), bounds[name]) for name, observer in observed.items()}
     if target.codes_of_result:  # TensorFlow Lite's sigmoid gives this grid alone
         of_sigmoids = {node.name for node in net.graph.nodes if operators.is_a(net, node, (torch.sigmoid,))}
         ranges |= dict.fromkeys(ranges.keys() & of_sigmoids, (0.0, 1 - 2.0**-bits))
     return {name: activation_grid(*ends, widths[name], symmetric=target.symmetric) for name, ends in ranges.items()}
+
+
+def _within(found: tuple[float, float], bounds: tuple[float, float]) -> tuple[float, float]:
+    """A range without what nothing hears."""
+    low, high = (min(max(end, bounds[0]), bounds[1]) for end in found)
+    return low, high
 
 
 def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> dict[str, Coded]:

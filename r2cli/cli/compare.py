@@ -1,5 +1,6 @@
 """`r2 compare`: where a quantized network loses what its float network had."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,14 @@ from r2cli.config.inspection import CompareConfig, CompareFiles, CompareOutput
 from r2cli.errors import InputError
 
 if TYPE_CHECKING:
-    from r2cli.analysis.depth import Comparison, Depth, ValueLoss
+    from r2cli.analysis.depth import Comparison, Depth, Mend, ValueLoss
     from r2cli.storage.checkpoint import Checkpoint
 
-NAME, BAR = 26, 12  # characters
+NAME, BAR = 26, 8  # characters
+PAGE = ".html"
 NAMED = 6  # layers in a sentence
+MENDS = 8  # choices in the table
+AGAIN = ("weight_bits", "act_bits", "granularity")  # options of the candidate
 SHARES = (("weights", "weights"), ("bias", "bias"), ("clipping", "clip"), ("rounding", "round"))
 
 
@@ -23,10 +27,11 @@ SHARES = (("weights", "weights"), ("bias", "bias"), ("clipping", "clip"), ("roun
 def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) -> Report:
     """Show where a quantized network loses: what arrives at each layer, what each adds, and what that costs."""
     if given.source is None or given.candidate is None:
-        raise InputError("two networks are compared: give the float one, and the checkpoint that was made of it")
+        raise InputError("two networks are compared: give the float one, and what was made of it")
     outputs = [] if written.output is None else [written.output]
-    if written.output is not None and written.output.suffix != ".png":
-        raise InputError(f"--output {written.output} must end in .png")
+    drawn_as = "" if written.output is None else written.output.suffix
+    if drawn_as not in ("", ".png", PAGE):
+        raise InputError(f"--output {written.output} must end in .png or .html")
     gates.require_free(outputs, overwrite=written.overwrite)
     if written.dry_run:
         console.tell([f"would compare {given.candidate} with {given.source}"], as_json=written.json)
@@ -38,24 +43,30 @@ def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) 
     made, source = inputs.load(given, tell=console.note)
     after = _candidate(given, made)
     console.note(f"comparing {given.candidate} with {given.source} on {min(config.samples, len(source.test))} samples")
-    found = api.compare(made, after, source, config, reporter=console)
+    history = _history(after)
+    found = api.compare(made, after, source, config, pictures=drawn_as == PAGE, reporter=console)
     if written.output is not None:
-        from r2cli.analysis import plots
+        from r2cli.analysis import depth_page, plots
         from r2cli.storage.atomic import write_atomically
 
-        write_atomically(written.output, plots.depth(found.depth, title=str(given.candidate)))
+        title = str(given.candidate)
+        drawn_now = depth_page.to_bytes(found, title) if drawn_as == PAGE else plots.depth(found.depth, title=title)
+        write_atomically(written.output, drawn_now)
     report = {"command": "compare", "reference": given.source, "candidate": given.candidate, **_reported(found)}
     drawn = [f"wrote {path}" for path in outputs]
-    console.tell([*_told(found, config), *drawn, console.next_step(_next(given, found, after))], as_json=written.json)
+    told = [*_told(found, config), *_mends(found.mends), *drawn, console.next_step(_next(given, found, history))]
+    console.tell(told, as_json=written.json)
     return report
 
 
-def _candidate(given: CompareFiles, made: "Checkpoint") -> "Checkpoint":
-    """The quantized checkpoint, whose network is made as the reference's is, where that is the user's own code."""
+def _candidate(given: CompareFiles, made: "Checkpoint") -> "Checkpoint | Path":
+    """The quantized file: a checkpoint's network is made as the reference's is, where that is the user's own code."""
     from r2cli.storage import checkpoint
 
     path = given.candidate or Path()
-    if path.suffix in (".onnx", ".tflite"):
+    if path.suffix == ".onnx":
+        return path
+    if path.suffix == ".tflite":
         raise InputError(
             f"{path} is a file for a runtime: give the checkpoint beside it, {path.with_suffix('.safetensors')}"
         )
@@ -63,6 +74,15 @@ def _candidate(given: CompareFiles, made: "Checkpoint") -> "Checkpoint":
     if made.model.factory is not None and after.model == made.model:
         after = replace(after, model=made.model)
     return after
+
+
+def _history(after: "Checkpoint | Path") -> "Sequence[Mapping[str, Any]]":
+    """What was done for the candidate, if it is of ours."""
+    if not isinstance(after, Path):
+        return after.history
+    from r2cli.deploy import runtime
+
+    return runtime.recorded(after).history if runtime.is_ours(after) else ()
 
 
 def _reported(found: "Comparison") -> dict[str, Any]:
@@ -74,8 +94,9 @@ def _reported(found: "Comparison") -> dict[str, Any]:
     }
     values = [value.__dict__ for value in found.depth.values]
     worst = [value.name for value in found.depth.worst()]
+    mends = [mend.__dict__ for mend in found.mends]
     told = {"samples": found.samples, "outputs_db": list(found.depth.outputs), "begins": found.depth.begins}
-    return {**told, "half_of_the_cost": worst, **measured, "layers": values}
+    return {**told, "half_of_the_cost": worst, **measured, "layers": values, "mends": mends}
 
 
 def ordered(depth: "Depth", by: str) -> "list[ValueLoss]":
@@ -113,11 +134,18 @@ def _decibel(value: float) -> str:
     return "-" if value == float("inf") else f"{value:.1f}"
 
 
-def _next(given: CompareFiles, found: "Comparison", after: "Checkpoint") -> str:
-    """Give the layer that costs most more bits, if it is its weights that lose; else learn how to round."""
-    worst = found.depth.worst()[0] if found.depth.worst() else None
-    coded = None if worst is None else after.coded.get(f"{worst.name}.weight")
-    if worst is None or coded is None or coded.codec.bits >= 8:
-        return f"r2 ptq {given.source} --method brecq"
-    usual = max(one.codec.bits for one in after.coded.values())
-    return f"r2 ptq {given.source} --weight-bits {usual} --keep '{worst.name}={min(8, 2 * coded.codec.bits)}'"
+def _mends(mends: "Sequence[Mend]") -> list[console.Line]:
+    """What other choices bring, the most for a byte first."""
+    cells = [
+        (console.ending(mend.layer, NAME), mend.choice, f"+{mend.won:.1f}", f"{mend.bytes:,}") for mend in mends[:MENDS]
+    ]
+    return [console.table(("mend", "with", "dB", "more bytes"), cells)] if cells else []
+
+
+def _next(given: CompareFiles, found: "Comparison", history: "Sequence[Mapping[str, Any]]") -> str:
+    """The options of the candidate, and for each layer what wins most for a byte; else learn how to round."""
+    asked = history[-1]["options"] if history and history[-1]["command"] == "ptq" else {}
+    own = [f"--{name.replace('_', '-')} {asked[name]}" for name in AGAIN if asked.get(name) is not None]
+    first = {mend.layer: mend.options for mend in reversed(found.mends)}
+    mended = dict.fromkeys(first[mend.layer] for mend in found.mends)
+    return " ".join([f"r2 ptq {given.source}", *own, *(mended or ["--method brecq"])])

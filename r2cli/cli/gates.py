@@ -10,8 +10,9 @@ from r2cli.cli import interrupt
 from r2cli.cli.baseline import Baseline
 from r2cli.config import layer_form, targets, values
 from r2cli.config.groups import DEFAULT_SOURCE, FileForm, Inputs, Preparation
-from r2cli.config.methods import PtqConfig, QatConfig
+from r2cli.config.methods import PtqConfig
 from r2cli.config.option import Config
+from r2cli.config.training import QatConfig
 from r2cli.errors import CheckFailed, InputError
 
 

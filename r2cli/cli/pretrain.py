@@ -9,7 +9,7 @@ from r2cli.cli import gates, pictures
 from r2cli.cli.command import Report, command
 from r2cli.config.groups import AccuracyGate, NewNetwork
 from r2cli.config.inspection import PretrainOutput
-from r2cli.config.methods import PretrainConfig
+from r2cli.config.training import PretrainConfig
 from r2cli.storage import own_code
 from r2cli.storage.formats import TrainedReport
 from r2cli.storage.run_files import RunFiles

@@ -10,7 +10,7 @@ from r2cli.cli.command import Report, command
 from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import QatOutput
-from r2cli.config.methods import QatConfig
+from r2cli.config.training import QatConfig
 from r2cli.storage.run_files import RunFiles
 from r2cli.train.resume import resume_state
 

@@ -1,6 +1,6 @@
 """Options that several commands share: their input, their gates, and their output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from r2cli.config import layer_form, targets, values
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
 from r2cli.errors import InputError
 
+Keep = Mapping[str, int | str] | Sequence[str]  # what --keep says of layers
 DEFAULT_SOURCE = Path("model.safetensors")
 DATA = (
     "digits, mnist, fashion_mnist, cifar10, cifar100, imagefolder:DIR, qnli:FILE.tsv (text), images:DIR (without "

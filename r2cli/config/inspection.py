@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from r2cli.config import groups, values
+from r2cli.config import groups, targets, values
 from r2cli.config.groups import ModelWritten, Written
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
 
@@ -110,7 +110,9 @@ class CompareFiles(groups.Inputs):
 
     source: Path | None = option(None, "The float network: a checkpoint, or an .onnx file.", is_argument=True)
     candidate: Path | None = option(
-        None, "The checkpoint that ptq, qat or palettize made of it, beside its .onnx file.", is_argument=True
+        None,
+        "What was made of it: a checkpoint of ptq, qat or palettize, or an .onnx file of any tool.",
+        is_argument=True,
     )
 
 
@@ -125,6 +127,28 @@ class CompareConfig(Config):
         check=values.one_of("--sort", "cost", "own", "arriving", "depth"),
     )
     limit: int = option(12, "Number of layers in the table; 0: all.", least=0)
+    mend: int = option(3, "For how many of the worst layers other choices are measured.", least=0)
+
+
+@dataclass(frozen=True)
+class CostConfig(Config):
+    """Where layers are measured, and at which widths."""
+
+    target: str = option(
+        targets.DEFAULT,
+        "onnxruntime (microseconds of each layer alone), or ethos-u (cycles, by Vela).",
+        check=values.one_of("--target", targets.DEFAULT, targets.ETHOS_U),
+    )
+    widths: str = option(
+        "W8A8,W4A8,W2A8",
+        "What to measure, between commas, as --keep says it: 8, W4A8, W8A16, float.",
+        check=values.widths,
+    )
+
+
+@dataclass(frozen=True)
+class CostOutput(Written):
+    output: Path = groups.output(Path("cost.csv"), "The table to write.")
 
 
 @dataclass(frozen=True)
@@ -184,7 +208,9 @@ class AnalyzeOutput(Written):
 
 @dataclass(frozen=True)
 class CompareOutput(Written):
-    output: Path | None = groups.output(None, "Write a picture (.png): the decibels along the depth of the network.")
+    output: Path | None = groups.output(
+        None, "Write a picture (.png) of the dB along the depth, or a page (.html) with every layer."
+    )
 
 
 @dataclass(frozen=True)

@@ -164,9 +164,9 @@ def _of_batches(half: str, batches: Any, where: str) -> OwnSplit:
     spec = spec_of(found[0][0])
     whole = [given(inputs, spec, where, sizes_differ=True) for inputs, _ in found]
     if len({shapes_of(spec_of(inputs)) for inputs, _ in found}) > 1:
-        names = list(found[0][0])
+        given_names = list(found[0][0])
         singles = [
-            (dict(zip(names, places(one), strict=True)), taken(target, torch.tensor([row])))
+            (dict(zip(given_names, places(one), strict=True)), taken(target, torch.tensor([row])))
             for inputs, (_, target) in zip(whole, found, strict=True)
             for row, one in enumerate(apart(inputs, 1))
         ]

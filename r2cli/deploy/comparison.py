@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnx import TensorProto
 from torch import Tensor, fx
 
 from r2cli.calibration.deployed import FakeQuantize
@@ -52,6 +53,7 @@ class Rounding:
     bounded: bool  # codes clipped in each channel, in the place of the value
     repeats: bool  # it reads a value that is on this grid already
     signed: bool  # INT8: no ReLU stands before it, where its codes are clipped as the ReLU would
+    highest: int = 255  # its greatest code
 
 
 def roundings(file: onnx.ModelProto) -> list[Rounding]:
@@ -76,9 +78,12 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
         given = parameters(node) if node.op_type == "DequantizeLinear" else None
         if given is None:
             continue
-        codes, bounded = producer.get(node.input[0]), False
+        codes, bounded, signed = producer.get(node.input[0]), False, held[node.input[2]].data_type == TensorProto.INT8
+        highest = 255
         while codes is not None and codes.op_type in ("Clip", "Min"):
             bounded |= codes.op_type == "Min"
+            if codes.op_type == "Clip" and codes.input[2] in held:
+                highest = int(onnx.numpy_helper.to_array(held[codes.input[2]]).item()) + (128 if signed else 0)
             codes = producer.get(codes.input[0])
         taken = parameters(codes) if codes is not None and codes.op_type == "QuantizeLinear" else None
         if codes is None or taken is None:
@@ -90,8 +95,7 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
         repeats = before is not None and (before.scale, before.zero) == given == taken
         repeats |= tuple(node.input) in seen  # another reader's
         seen.add(tuple(node.input))
-        signed = held[node.input[2]].data_type == onnx.TensorProto.INT8
-        own = Rounding(codes.input[0], node.output[0], scale, zero, *taken, bounded, repeats, signed)
+        own = Rounding(codes.input[0], node.output[0], scale, zero, *taken, bounded, repeats, signed, highest)
         found[node.output[0]] = own
     return list(found.values())
 

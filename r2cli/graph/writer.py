@@ -161,7 +161,9 @@ class Writer:
         wanted = [name for name in wanted if name]
         wanted += [f"{wanted[-1]}_{count}" for count in range(1, len(self.modules) + len(self._taken) + 2)]
         taken = set() if of is not None and of.own else self._taken
-        return next(name for name in wanted if name not in self.modules and f"{name}.weight" not in taken)
+        return next(
+            name for name in wanted if name not in {*self.modules, *self._taken} and f"{name}.weight" not in taken
+        )
 
     def module(self) -> fx.GraphModule:
         """The graph as a module, with its modules and tensors."""

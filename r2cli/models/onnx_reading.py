@@ -219,6 +219,7 @@ class _Reader:
             if draft.operator in TRANSPARENT and draft.inputs[0] in self.origins:
                 self.origins[draft.outputs[0]] = self.origins[draft.inputs[0]]
             return
+        draft = self._without_strides(draft)
         if self.fixed and draft.operator == "Reshape" and draft.inputs[0] in self.examples:
             draft = self._with_free_batch(draft)
         results = [self._run(draft, self._values(draft, batch)) for batch in range(2 if self.fixed else 1)]
@@ -276,6 +277,18 @@ class _Reader:
     def _is_one(self, name: str, ranks: int) -> bool:
         value = self.constants.get(name)
         return isinstance(value, Tensor) and value.numel() == 1 and value.ndim <= ranks
+
+    def _without_strides(self, draft: DraftNode) -> DraftNode:
+        """A reshape for all of a flat value in its order, as torch's exporter gathers it by numbers (as_strided)."""
+        flat = self.examples.get(draft.inputs[0], (None,))[0]
+        index = self.constants.get(draft.inputs[-1])
+        if draft.operator != "Gather" or not isinstance(flat, Tensor) or not isinstance(index, Tensor):
+            return draft
+        if flat.ndim != 1 or not torch.equal(index.flatten(), torch.arange(len(flat))):
+            return draft
+        target = f"{draft.outputs[0]} shape"
+        self.constants[target] = list(index.shape)
+        return replace(draft, operator="Reshape", inputs=(draft.inputs[0], target), attributes={})
 
     def _with_free_batch(self, draft: DraftNode) -> DraftNode:
         """A reshape to a shape that the file has for one batch, for any: the axis that holds the batch is free."""

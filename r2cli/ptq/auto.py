@@ -3,8 +3,15 @@
 First come the trials that cost only a pass over some images: every grid with min-max and least-squares ranges, rounded
 to the nearest level, without and with the bias correction of DFQ, and with all of DFQ. If the outputs of the best are
 still below `ENOUGH` dB, BRECQ, and every other method that the registry marks as `tried`, learns the rounding on each
-grid, for the network as it is and for the equalized one. The trial whose class probabilities are nearest to the float
-network's is kept. Equalization is tried, not assumed: it does not help every network.
+grid, for the network as it is and for the equalized one. Equalization is tried, not assumed: it does not help every
+network. The trial whose class probabilities are nearest to the float network's is kept.
+
+But what is learned on images fits these images, so the least of many trials is partly luck. The first learned trial is
+what `--method brecq` gives by itself. Another takes its place only if it is nearer by `SURE` standard errors of the
+difference over the images.
+
+`equalization` decides for a method alone, before anything is learned: nearest rounding at `FINE` bits, where noise is
+small and follows the ranges, must bring the outputs nearer in the equalized network.
 """
 
 import itertools
@@ -25,7 +32,10 @@ from r2cli.storage.input_spec import Given, each, joined, places, split
 
 ENOUGH = 30.0  # dB of the outputs; an error of a thousandth of the signal's power hardly changes a class
 FEW = 4  # bits; with more, least-squares ranges gain nothing
+FINE = 6  # bits with which equalization is judged, or more: with few, one network's noise is as bad as the other's
+SURE = 2.0  # standard errors
 SOME = 128  # images for the trials that learn nothing
+JUDGED = 64  # images for `equalization`
 BATCH = 64
 GRIDS = (CHANNEL, UNFOLDED)
 RANGES = ("minmax", "mse")
@@ -38,7 +48,8 @@ class Trial:
     """Settings that were tried, and what they do to the outputs on calibration images.
 
     `sqnr` is in dB. `divergence` of the class probabilities from the float network's is in nats; of other outputs it is
-    the share of noise. `seconds` is the time.
+    the share of noise. `lead` is by how many standard errors it is nearer than the first learned trial. `seconds` is
+    the time. One trial is `kept`.
     """
 
     method: str
@@ -48,6 +59,8 @@ class Trial:
     sqnr: float
     divergence: float
     seconds: float
+    lead: float = 0.0
+    kept: bool = False
 
     def __str__(self) -> str:
         parts = f", {' and '.join(self.parts)}" if self.parts else ""
@@ -72,37 +85,106 @@ def choose(
     """
     few = split(layer_sweep.first(images, SOME), BATCH)
     expected = _outputs(checkpoint, images, device)
-    trials: list[Trial] = []
-    best: tuple[Checkpoint, list[QuantizedLayer], PtqSettings] | None = None
+    tried: list[_Tried] = []
 
-    def attempt(own: PtqSettings, shown: Iterable[Given]) -> None:
-        nonlocal best
+    def attempt(own: PtqSettings, shown: Iterable[Given], first: _Tried | None = None) -> _Tried:
         started = perf_counter()
         made, rows = quantize(checkpoint, own, shown, device)
         outputs = _outputs(made, images, device)
-        if decides:
-            lost = divergence(outputs[0], expected[0])
-        else:
-            lost = sum(map(noise, outputs, expected)) / len(outputs)
-        if best is None or lost < min(trial.divergence for trial in trials):
-            best = made, rows, own
+        lost = divergences(outputs[0], expected[0]) if decides else noises(outputs, expected)
         assert own.parts is not None
-        form = own.method, own.granularity, own.weight_range, own.parts
-        trials.append(Trial(*form, min(map(sqnr, outputs, expected)), lost, round(perf_counter() - started, 1)))
-        told(trials[-1])
+        form, taken = (own.method, own.granularity, own.weight_range, own.parts), round(perf_counter() - started, 1)
+        ahead = 0.0 if first is None else lead(lost, first.lost)
+        trial = Trial(*form, min(map(sqnr, outputs, expected)), float(lost.mean()), taken, ahead)
+        told(trial)
+        tried.append(_Tried(trial, lost, made, rows, own))
+        return tried[-1]
 
     # With many levels, the range with the least squared error is nearly that of min-max.
     usual = RANGES if settings.weight_bits <= FEW else RANGES[:1]
     for own in _plain(settings, grids, rules or usual):
         attempt(own, few)
-    if max(trial.sqnr for trial in trials) < ENOUGH:
-        for own in learned_trials(settings, grids, rules, trials):
-            attempt(own, images)
-    assert best is not None
-    made, rows, own = best
+        _forget(tried, tried[0])
+    best = min(tried, key=_distance)
+    if max(one.trial.sqnr for one in tried) < ENOUGH:
+        parts = equalization(checkpoint, replace(settings, granularity=grids[0]), images, device).parts
+        usually, *others = learned_trials(settings, grids, rules, [one.trial for one in tried], parts)
+        first = attempt(usually, images)
+        for own in others:
+            attempt(own, images, first)
+            _forget(tried, first)
+        best = min(tried, key=_distance)
+        best = best if best is first or lead(best.lost, first.lost) > SURE else first
+    made, rows, own = best.made, best.rows, best.own
+    assert made is not None
     if not registry.get(registry.PTQ_METHODS, own.method).looks:  # its ranges are those of only some images so far
         made, rows = quantize(checkpoint, own, images, device)
-    return made, rows, own, trials
+    return made, rows, own, [replace(one.trial, kept=one is best) for one in tried]
+
+
+@dataclass
+class _Tried:
+    """A trial with its result, and what it `lost` on each image, (n,). Only results that may be kept are held."""
+
+    trial: Trial
+    lost: Tensor
+    made: Checkpoint | None
+    rows: list[QuantizedLayer]
+    own: PtqSettings
+
+
+def kept(trials: Sequence[Trial]) -> Trial:
+    """Return the trial that was kept."""
+    return next(trial for trial in trials if trial.kept)
+
+
+def _distance(one: _Tried) -> float:
+    return one.trial.divergence
+
+
+def _forget(tried: Sequence[_Tried], first: _Tried) -> None:
+    """Drop the results that are neither the best so far nor `first`: each is a network."""
+    best = min(tried, key=_distance)
+    for one in tried:
+        if one is not best and one is not first:
+            one.made, one.rows = None, []
+
+
+def lead(lost: Tensor, against: Tensor) -> float:
+    """Return by how many standard errors of their difference `lost` is less than `against` on average, each (n,)."""
+    less = against - lost
+    error = less.std(correction=0) / len(less) ** 0.5
+    return float(less.mean() / error.clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """Whether a network is equalized, and the outputs in dB of rounding it to nearest as it is and equalized."""
+
+    plain: float
+    equalized: float
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (EQUALIZE,) if self.equalized > self.plain else ()
+
+    def __str__(self) -> str:
+        done = "equalized" if self.parts else "not equalized"
+        return f"{done}: rounded to nearest, the outputs are at {self.equalized:.1f} dB if it is, else {self.plain:.1f}"
+
+
+def equalization(
+    checkpoint: Checkpoint, settings: PtqSettings, images: Iterable[Given], device: torch.device
+) -> Equalization:
+    """Judge whether a method does better on the equalized network. Raises InputError as `quantize` does."""
+    few = split(layer_sweep.first(images, JUDGED), BATCH)
+    expected = _outputs(checkpoint, few, device)
+    own = replace(settings, method=NEAREST, weight_bits=max(settings.weight_bits, FINE))
+    found = []
+    for parts in ((), (EQUALIZE,)):
+        made, _ = quantize(checkpoint, replace(own, parts=parts), few, device)
+        found.append(min(map(sqnr, _outputs(made, few, device), expected)))
+    return Equalization(*found)
 
 
 def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) -> Iterator[PtqSettings]:
@@ -114,18 +196,24 @@ def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) ->
 
 
 def learned_trials(
-    settings: PtqSettings, grids: Sequence[str], rules: Sequence[str], trials: Sequence[Trial]
+    settings: PtqSettings,
+    grids: Sequence[str],
+    rules: Sequence[str],
+    trials: Sequence[Trial],
+    parts: tuple[str, ...] = (),
 ) -> list[PtqSettings]:
     """Return the settings of the trials that learn: every method on every grid, without and with equalization.
 
-    Both are tried whatever helped rounding to the nearest level, because that may hurt learned rounding.
+    Both are tried whatever helped rounding to the nearest level, because that may hurt learned rounding. `parts` of DFQ
+    come first.
     """
     found = []
     methods = [name for name in registry.names(registry.PTQ_METHODS) if registry.PTQ_METHODS[name].tried]
     for name, granularity in itertools.product(methods, grids):
+        both = sorted({(), (EQUALIZE,)} if _equalizes(granularity, trials) else {()}, key=lambda one: one != parts)
         for rule in rules or [registry.usual_weight_range(name, settings.weight_bits)]:
-            own = replace(settings, method=name, granularity=granularity, weight_range=rule, parts=())
-            found += [own, replace(own, parts=(EQUALIZE,))] if _equalizes(granularity, trials) else [own]
+            own = replace(settings, method=name, granularity=granularity, weight_range=rule)
+            found += [replace(own, parts=one) for one in both]
     return found
 
 
@@ -135,20 +223,23 @@ def _equalizes(granularity: str, trials: Sequence[Trial]) -> bool:
     return len({trial.sqnr for trial in own if CORRECT in trial.parts}) > len({trial.weight_range for trial in own})
 
 
-def divergence(outputs: Tensor, expected: Tensor) -> float:
-    """Return the Kullback-Leibler divergence of the class probabilities in nats, averaged over rows of (n, classes).
+def divergences(outputs: Tensor, expected: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence of the class probabilities in nats, (n,), for rows of (n, classes).
 
     The SQNR of the logits would not do: noise that moves all classes alike costs nothing, and 0.1 dB can be a point of
     top-1.
     """
     found, wanted = outputs.double().log_softmax(1), expected.double().log_softmax(1)
-    return float((wanted.exp() * (wanted - found)).sum(1).mean())
+    return (wanted.exp() * (wanted - found)).sum(1).reshape(len(found), -1).mean(1)
 
 
-def noise(outputs: Tensor, expected: Tensor) -> float:
-    """Return the noise of outputs that are no logits, as a share of their signal."""
-    difference = (outputs - expected).double().square().sum()
-    return float(difference / expected.double().square().sum().clamp_min(1e-30))
+def noises(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    """Return the noise of outputs that are no logits, (n,): of each row, as a share of a row's signal on average."""
+    shares = []
+    for one, other in zip(outputs, expected, strict=True):
+        difference, signal = (rows.double().square().reshape(len(other), -1).sum(1) for rows in (one - other, other))
+        shares.append(difference / signal.mean().clamp_min(1e-30))
+    return torch.stack(shares).mean(0)
 
 
 @torch.inference_mode()

@@ -13,10 +13,10 @@ Where we differ from the paper:
   residual block, or a depthwise layer with a pointwise one.
 - The error is not weighted by the Fisher information, which needs labels.
 - The scale of each grid and each bias are learned with the rounding. At 2 bits that gains as much as the blocks do.
+- Activations of fewer than 8 bits are rounded by chance while a block learns (`qdrop.py`).
 - The loss is relative to the error of nearest rounding. If nearest rounding is better in the end, its codes are kept.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,9 +26,10 @@ from torch import Tensor, fx
 
 from r2cli.graph import structure
 from r2cli.graph.operators import LayerModule
-from r2cli.ptq import adaround, kept_rows, layer_sweep
+from r2cli.ptq import adaround, kept_rows, layer_sweep, qdrop
 from r2cli.ptq.kept_rows import Rows
-from r2cli.ptq.ptq_method import PtqMethod
+from r2cli.ptq.ptq_method import PtqMethod, Rounded
+from r2cli.ptq.qdrop import Change, LearnedStep
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage.input_spec import Given, places
@@ -110,11 +111,17 @@ def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
     return found
 
 
-def run(net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, State]) -> Given:
-    """Run `block` on `x` (n, ...). A layer in `states` uses the weight and bias there instead of its own."""
+def run(
+    net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, State], change: Change = qdrop.unchanged
+) -> Given:
+    """Run `block` on `x` (n, ...). A layer in `states` uses the weight and bias there instead of its own.
+
+    `change` is applied to every value that the block computes, and to the inputs of the network.
+    """
     values: dict[fx.Node, Any] = dict(zip(block.entries, places(x), strict=True))
     for node in block.nodes:
         if node in values:
+            values[node] = change(node, values[node])
             continue
         # Parameters that no layer holds, such as a position table, are nodes of their own, and in no block.
         for source in node.all_input_nodes:
@@ -124,17 +131,20 @@ def run(net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, State]
         name = str(node.target)
         if node.op == "call_module" and name in states:
             module = net.get_submodule(name)
-            values[node] = torch.func.functional_call(module, states[name], (values[node.all_input_nodes[0]],))
+            found = torch.func.functional_call(module, states[name], (values[node.all_input_nodes[0]],))
         else:
-            values[node] = layer_sweep.run(net, node, values)
-    found = tuple(values[node] for node in block.results)
-    return found if len(found) > 1 else found[0]
+            found = layer_sweep.run(net, node, values)
+        values[node] = change(node, found)
+    results = tuple(values[node] for node in block.results)
+    return results if len(results) > 1 else results[0]
 
 
-def _run_all(net: fx.GraphModule, block: Block, x: Rows, states: Mapping[str, State]) -> Rows:
+def _run_all(
+    net: fx.GraphModule, block: Block, x: Rows, states: Mapping[str, State], change: Change = qdrop.unchanged
+) -> Rows:
     """Run `block` on all images x (n, ...), a few at once."""
     batches = kept_rows.parts(x, min(BATCH, _at_once(block)))
-    return kept_rows.gathered((run(net, block, part, states) for part in batches), len(x[0]))
+    return kept_rows.gathered((run(net, block, part, states, change) for part in batches), len(x[0]))
 
 
 def _at_once(block: Block) -> int:
@@ -200,16 +210,18 @@ def round_network(
     images: Given,
     nearest: Mapping[str, Coded],
     advance: Callable[[], None] = lambda: None,
+    grids: Mapping[str, Grid] = {},
     settings: BrecqSettings = BrecqSettings(),
-) -> tuple[dict[str, Coded], dict[str, Tensor]]:
-    """Round the weights of `net`. Returns the codes by the weight's name, and the biases by the layer's name.
+) -> Rounded:
+    """Round the weights of `net`. Returns codes by the weight's name, biases by the layer's, and grids by node.
 
-    The grids are those of `nearest`, with learned scales.
+    The grids of weights are those of `nearest`, with learned scales. `grids` are those of activations; if there are
+    any, QDrop is done, and they are returned with learned steps.
     The float `net` is not changed. `images` are inputs, each (n, ...), on its device. `advance` is called for each
     layer.
     """
     own = {layer.name: layer for layer in structure.layers(net)}
-    coded, biases = dict(nearest), dict[str, Tensor]()
+    coded, biases, grids = dict(nearest), dict[str, Tensor](), dict(grids)
     # A recurrent layer's weights have the nearest codes.
     alone = [layer for layer in own.values() if layer_sweep.reads_nothing(structure.node_of(net, layer))]
     states = {layer.name: state(nearest[layer.weight].decode(), None) for layer in alone}
@@ -222,38 +234,66 @@ def round_network(
         found = {name: nearest[own[name].weight] for name in fresh}
         states |= {name: state(found[name].decode(), _bias(module)) for name, module in fresh.items()}
         # The target is the float network's, from the float input. So a block makes up for errors of those before it.
-        targets = _run_all(net, block, plain, {})
-        before = _error(net, block, rounded, targets, states)
+        seen = _Seen(net, block, plain, rounded, _run_all(net, block, plain, {}), states)
+        before = _error(seen, states, grids)
         if fresh and before > 0:
             parts = {name: learned(module, found[name]) for name, module in fresh.items()}
-            step = functools.partial(_descend, net, block, rounded, targets, parts, states, before)
-            _learn(step, len(targets[0]), list(parts.values()), settings)
+            steps = qdrop.start({node.name: grids[node.name] for node in block.nodes if node.name in grids})
+            _learn(_descent(seen, parts, steps, before, settings), seen.count, parts, steps, settings)
             better = {name: part.hard() for name, part in parts.items()}
             tried = {
                 name: state(better[name].decode(), None if part.bias is None else part.bias.detach())
                 for name, part in parts.items()
             }
+            moved = {**grids, **{name: one.hard() for name, one in steps.items()}}
             # Over all images, with hard codes: the minibatches saw soft ones.
-            if _error(net, block, rounded, targets, {**states, **tried}) <= before:
-                found, states = better, {**states, **tried}
+            if _error(seen, {**states, **tried}, moved) <= before:
+                found, states, grids = better, {**states, **tried}, moved
         for name, one in found.items():
             coded[own[name].weight] = one
             biases |= {name: states[name]["bias"]} if "bias" in states[name] else {}
             advance()
-        plain = targets[:1]
-        rounded = _run_all(net, block, rounded, states)[:1]
-    return coded, biases
+        plain = seen.targets[:1]
+        rounded = _run_all(net, block, rounded, states, qdrop.on_grids(grids))[:1]
+    return coded, biases, grids
 
 
-def _learn(descend: Callable[[Tensor], None], number_of: int, own: Sequence[Learned], settings: BrecqSettings) -> None:
-    """Train `own` in place. `descend` adds the gradients of the error on the images at an index, of `number_of`."""
+@dataclass(frozen=True)
+class _Seen:
+    """A block, its inputs in the float and in the quantized network, and its outputs in the float one, each (n, ...).
+
+    `states` are of layers that are not learned here.
+    """
+
+    net: fx.GraphModule
+    block: Block
+    plain: Rows
+    rounded: Rows
+    targets: Rows
+    states: Mapping[str, State]
+
+    @property
+    def count(self) -> int:
+        return len(self.targets[0])
+
+
+def _learn(
+    descend: Callable[[Tensor], None],
+    number_of: int,
+    parts: Mapping[str, Learned],
+    acts: Mapping[str, LearnedStep],
+    settings: BrecqSettings,
+) -> None:
+    """Train `parts` and `acts` in place. `descend` sets the gradients of the error on images, by their numbers."""
+    own = list(parts.values())
     rounding = [part.v for part in own]
     # V moves by whole units, and scales and biases by fractions of themselves, so they have a rate of their own.
     fine = [part.size for part in own] + [part.bias for part in own if part.bias is not None]
+    fine += [one.size for one in acts.values()]
     adam = torch.optim.Adam([{"params": rounding, "lr": settings.lr}, {"params": fine, "lr": settings.fine_lr}])
     weight = settings.weight / sum(v.numel() for v in rounding)
     draw = torch.Generator().manual_seed(settings.seed)
-    steps = settings.steps or (FEW if min(part.grid.bits for part in own) >= FINE else MANY)
+    steps = settings.steps or (FEW if min(part.grid.bits for part in own) >= FINE and not acts else MANY)
     warm = int(adaround.WARM_UP * steps)
     for number in range(1, steps + 1):
         adam.zero_grad()
@@ -273,38 +313,48 @@ def _learn(descend: Callable[[Tensor], None], number_of: int, own: Sequence[Lear
         adam.step()
 
 
-@torch.enable_grad()
-def _descend(
-    net: fx.GraphModule,
-    block: Block,
-    inputs: Rows,
-    targets: Rows,
+def _descent(
+    seen: _Seen,
     parts: Mapping[str, Learned],
-    states: Mapping[str, State],
+    acts: Mapping[str, LearnedStep],
     before: float,
-    index: Tensor,
-) -> None:
-    """Add the gradients of the squared error of `block` on the images at `index` to those of `parts`.
+    settings: BrecqSettings,
+) -> Callable[[Tensor], None]:
+    """Return a function that adds the gradients of the block's squared error on the images at an index.
 
     `before` is the squared error of nearest rounding: so one `weight` of the rounding term fits blocks whose outputs
     have different sizes.
     """
-    numbers = _numbers(targets) // len(targets[0]) * len(index)
-    for few in torch.split(index, _at_once(block)):
-        x, wanted = kept_rows.at(inputs, few), kept_rows.at(targets, few)
-        outputs = run(net, block, x, {**states, **{name: part.soft() for name, part in parts.items()}})
-        torch.autograd.backward(_squared(outputs, wanted) / numbers / before)
+    device = next(iter(parts.values())).v.device
+    draw = torch.Generator(device).manual_seed(settings.seed)
+    change = qdrop.by_chance(acts, draw)
+
+    @torch.enable_grad()
+    def descend(index: Tensor) -> None:
+        numbers = _numbers(seen.targets) // seen.count * len(index)
+        for few in torch.split(index, _at_once(seen.block)):
+            x, wanted = kept_rows.at(seen.rounded, few), kept_rows.at(seen.targets, few)
+            if acts:
+                x = tuple(
+                    qdrop.mixed(one, own, draw) for one, own in zip(x, kept_rows.at(seen.plain, few), strict=True)
+                )
+            soft = {name: part.soft() for name, part in parts.items()}
+            outputs = run(seen.net, seen.block, x, {**seen.states, **soft}, change)
+            torch.autograd.backward(_squared(outputs, wanted) / numbers / before)
+
+    return descend
 
 
-def _error(net: fx.GraphModule, block: Block, x: Rows, targets: Rows, states: Mapping[str, State]) -> float:
-    """Return the mean squared error of the output of `block` over all images."""
-    size = min(BATCH, _at_once(block))
+def _error(seen: _Seen, states: Mapping[str, State], grids: Mapping[str, Grid]) -> float:
+    """Return the mean squared error of the block's output over all images."""
+    size = min(BATCH, _at_once(seen.block))
+    change = qdrop.on_grids(grids)
     total = sum(
         float((one - other).double().square().sum())
-        for part, target in zip(kept_rows.parts(x, size), kept_rows.parts(targets, size), strict=True)
-        for one, other in zip(places(run(net, block, part, states)), target, strict=True)
+        for part, target in zip(kept_rows.parts(seen.rounded, size), kept_rows.parts(seen.targets, size), strict=True)
+        for one, other in zip(places(run(seen.net, seen.block, part, states, change)), target, strict=True)
     )
-    return total / _numbers(targets)
+    return total / _numbers(seen.targets)
 
 
 def _squared(found: Given, wanted: Sequence[Tensor]) -> Tensor:

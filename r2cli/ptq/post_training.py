@@ -7,6 +7,7 @@ grid.
 A method is an entry of `registry.PTQ_METHODS`, which says how it rounds and which parts of DFQ it has.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,7 @@ from r2cli.ptq import (
     layer_rows,
     layer_sweep,
     ptq_method,
+    qdrop,
     weight_grids,
 )
 from r2cli.ptq.layer_rows import QuantizedLayer as QuantizedLayer  # here for whoever calls `quantize`
@@ -111,9 +113,12 @@ def quantize(
     if CORRECT in parts and images is None:
         notes.append(bias_correction.analytic(net, coded, batchnorm_statistics.values(net, normals, checkpoint.input)))
     net.to(device)
+    reads = {name: each.act_bits for name, each in own.items() if each.act_bits is not None}
+    acts: Mapping[str, Grid] = {}
     if images is not None and (looks or CORRECT in parts):
         shown = layer_sweep.first(images, layer_sweep.images_that_fit(net, checkpoint.input.shape))
-        coded, told = _look(method, net, shown, coded, corrects=CORRECT in parts, advance=advance)
+        few = _few_bits(net, images, settings, reads, checkpoint.input) if method.whole is not None else {}
+        coded, told, acts = _look(method, net, shown, coded, few, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
     notes.append({name: "asymmetric" for name, each in own.items() if settings.symmetric and not each.symmetric})
     for layer, module in structure.named_layers(net):
@@ -121,9 +126,11 @@ def quantize(
         note = "; ".join(each[layer.name] for each in notes if layer.name in each)
         rows[layer.name] = layer_rows.of(layer.name, one, weight.cpu(), _grid_of(own[layer.name]), note)
         weight.copy_(one.decode())  # so that activations get the ranges of the quantized network
-    reads = {name: each.act_bits for name, each in own.items() if each.act_bits is not None}
-    known = normals if images is None else images
-    activations, raised = _activations(net, coded, settings, reads, checkpoint.input, known)
+    if acts:  # learned with the weights
+        activations, raised = dict(acts), grids.round_to_grids(net, coded, acts)
+    else:
+        known = normals if images is None else images
+        activations, raised = _activations(net, coded, settings, reads, checkpoint.input, known)
     net.cpu()
     layer_rows.tell_grids(net, rows, coded, raised, activations)
     left_float.show(net)
@@ -225,6 +232,19 @@ def _activations(
     return activations, grids.round_to_grids(net, coded, activations)
 
 
+def _few_bits(
+    net: fx.GraphModule, images: Iterable[Given], settings: PtqSettings, reads: Mapping[str, int], spec: NetworkInput
+) -> dict[str, Grid]:
+    """Return the grids of the activations of the float `net`, by node, where some have so few bits that QDrop is done.
+
+    `net` is not changed.
+    """
+    if settings.act_bits is None or min(settings.act_bits, *reads.values()) >= qdrop.BELOW:
+        return {}
+    rule, target = settings.act_range, targets.get(settings.target)
+    return grids.calibrate(copy.deepcopy(net), spec.shape, settings.act_bits, images, rule, target, reads)
+
+
 def forms(names: Iterable[str], settings: PtqSettings) -> dict[str, PtqSettings]:
     """Return the settings of every layer by its name: `settings`, and what `keep` says of it. Layers that stay float
     are left out. Raises InputError for a pattern that names no layer, and where no layer is left."""
@@ -301,19 +321,21 @@ def _look(
     net: fx.GraphModule,
     images: Given,
     nearest: Mapping[str, Coded],
+    acts: Mapping[str, Grid],
     *,
     corrects: bool,
     advance: Callable[[], None],
-) -> tuple[dict[str, Coded], dict[str, str]]:
-    """Let a method round the layers on `images` (n, ...). Returns codes by the weight's name, and notes by layer.
+) -> tuple[dict[str, Coded], dict[str, str], Mapping[str, Grid]]:
+    """Let a method round the layers on `images` (n, ...). Returns codes by the weight's name, notes by layer, and the
+    grids of activations that were learned, by node: where `acts` has any.
 
     Biases are changed in place. With `corrects`, they are corrected after each layer is rounded, so that the next layer
     sees corrected inputs.
     """
     if method.whole is not None:
-        coded, learned = method.whole(net, images, nearest, advance)
+        coded, learned, found = method.whole(net, images, nearest, advance, acts)
         _set_biases(net, learned)
-        return coded, dict.fromkeys(learned, "bias learned")
+        return coded, dict.fromkeys(learned, "bias learned"), found
 
     def visit(seen: LayerSample) -> tuple[Coded, Tensor | None]:
         chosen = nearest[seen.layer.weight]
@@ -323,7 +345,7 @@ def _look(
         return chosen, bias_correction.empirical(seen, chosen) if corrects else structure.bias_of(seen.module)
 
     coded, biases = layer_sweep.sweep(net, images, visit, nearest)
-    return coded, _set_biases(net, biases) if corrects else {}
+    return coded, _set_biases(net, biases) if corrects else {}, {}
 
 
 def _set_biases(net: fx.GraphModule, biases: Mapping[str, Tensor | None]) -> dict[str, str]:

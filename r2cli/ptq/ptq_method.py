@@ -9,9 +9,14 @@ from r2cli import registry
 from r2cli.errors import InputError
 from r2cli.ptq.layer_sweep import LayerSample
 from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
 from r2cli.storage.input_spec import Given
 
-Rounded = tuple[dict[str, Coded], dict[str, Tensor]]  # codes by the weight's name, biases by the layer's
+# Codes by the weight's name, biases by the layer's, and grids of activations by the node.
+Rounded = tuple[dict[str, Coded], dict[str, Tensor], dict[str, Grid]]
+
+
+Whole = Callable[[fx.GraphModule, Given, Mapping[str, Coded], Callable[[], None], Mapping[str, Grid]], Rounded]
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,12 @@ class PtqMethod:
     """How a method rounds. One that has neither function keeps the nearest codes.
 
     `rounds` rounds one layer, given the layer with its inputs, and its nearest codes. `whole` rounds the network, given
-    the graph, inputs (n, ...), the nearest codes by the weight's name, and a function to call after each layer.
+    the graph, inputs (n, ...), the nearest codes by the weight's name, a function to call after each layer, and the
+    grids of activations where they have fewer bits than 8; it returns them, changed or not.
     """
 
     rounds: Callable[[LayerSample, Coded], Coded] | None = None
-    whole: Callable[[fx.GraphModule, Given, Mapping[str, Coded], Callable[[], None]], Rounded] | None = None
+    whole: Whole | None = None
 
 
 NEAREST = PtqMethod()

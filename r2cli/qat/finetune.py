@@ -91,6 +91,7 @@ def hooks_of(work: QatTask, plan: QatPlan, prepared: Prepared) -> hooks.TrainHoo
     """Return what the training loop does for the quantizers of `prepared`, beside training the weights."""
     kind = qat_method.method(work.settings.method)
     options = registry.own_options(registry.get(registry.QAT_METHODS, work.settings.method), plan.options)
+    kind.ready(prepared, options)
     own = [*prepared.weights.values(), *prepared.activations]
     parameters = [parameter for learner in own for parameter in learner.parameters()]
     # Decay would pull a step or a range to 0, whatever the loss says of it. PACT's paper alone decays its bound.

@@ -17,13 +17,14 @@ The step starts at 2 * mean|x| / sqrt(Qp), as in the paper; with `fitted`, which
 import torch
 from torch import Tensor, nn
 
-from r2cli.qat import quantizers
+from r2cli.qat import oscillation, quantizers
 from r2cli.qat.qat_method import EpochStart, QatMethod
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.quantized import fake_quant
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.fake_quant import Bound, Codes, Rule
 from r2cli.quantized.grid import Grid
+from r2cli.registry import LsqOptions
 
 # The share of the epochs after which bin regularization begins. The paper too trains without it first: until the steps
 # have settled, the levels that it draws weights to still move.
@@ -83,6 +84,7 @@ class LsqWeight(quantizers.WeightQuantizer):
         super().__init__(w, bits, fitted)
         self.step = nn.Parameter(torch.empty((), dtype=w.dtype, device=w.device))
         self.register_buffer("least", torch.zeros_like(self.step))
+        self.oscillation: oscillation.Oscillation | None = None  # with `freeze`, which holds weights that swing
         # Weights are known when the quantizer is made; an activation starts on the first images (`starting`).
         self.start(w)
 
@@ -94,6 +96,16 @@ class LsqWeight(quantizers.WeightQuantizer):
         else:
             self.step.copy_(first_step(w, self.codes[1]))
         self.least.copy_(self.step * SMALLEST)
+        if self.oscillation is not None:
+            self.oscillation.start(self.encode(w))
+
+    def encode(self, w: Tensor) -> Tensor:
+        """Return the codes of the weights (any shape), as floats."""
+        return (w.detach() / self.used_step()).round_().clamp_(*self.codes)
+
+    def used(self, w: Tensor) -> Tensor:
+        """Return the weights (any shape) that are rounded: `w`, but for those that are held."""
+        return w if self.oscillation is None else self.oscillation.used(w, self.used_step())
 
     @property
     def codes(self) -> Codes:
@@ -102,7 +114,7 @@ class LsqWeight(quantizers.WeightQuantizer):
     def freeze(self, w: Tensor) -> Coded:
         step = self.used_step()
         grid = Grid(step, torch.zeros_like(step, dtype=torch.int32), self.bits, signed=True)
-        return Coded(grid, grid.encode(w.detach()))
+        return Coded(grid, grid.encode(self.used(w.detach())))
 
     def used_step(self) -> Tensor:
         """Return the step () that weights are rounded to: the trained one, and at least `SMALLEST` of the first."""
@@ -110,7 +122,7 @@ class LsqWeight(quantizers.WeightQuantizer):
 
     def forward(self, w: Tensor) -> Tensor:
         step = self.used_step()
-        return fake_quant.quantize(w, self.step, step, self.codes, rule(w.numel(), self.codes[1], step))
+        return fake_quant.quantize(self.used(w), self.step, step, self.codes, rule(w.numel(), self.codes[1], step))
 
 
 class LsqActivation(quantizers.ActivationQuantizer):
@@ -172,6 +184,31 @@ def draw_to_levels(prepared: Prepared, epoch: EpochStart) -> None:
         weight.grad.add_(gradient, alpha=strength)
 
 
+# --- oscillations ----------------------------------------------------------------------------------------------------
+
+
+def ready(prepared: Prepared, options: LsqOptions) -> None:
+    """Watch every weight for oscillations, where `freeze` asks for it."""
+    for _, learner, weight in prepared.each():
+        assert isinstance(learner, LsqWeight)
+        learner.oscillation = oscillation.Oscillation(learner.encode(weight)) if options.freeze else None
+
+
+@torch.no_grad()
+def calm(prepared: Prepared, epoch: EpochStart) -> None:
+    """Dampen the weights that swing between two levels, by their gradients, and hold those that swing too often."""
+    options: LsqOptions = epoch.options
+    strength = options.dampen * oscillation.share_at(epoch.number, epoch.epochs)
+    for layer, learner, weight in prepared.each():
+        assert isinstance(learner, LsqWeight) and weight.grad is not None, layer.name
+        if strength:
+            _, gradient = oscillation.dampening(weight, learner.used_step(), learner.codes)
+            weight.grad.add_(gradient, alpha=strength)
+        if learner.oscillation is not None:
+            most = oscillation.threshold(options.freeze, epoch.number, epoch.epochs)
+            learner.oscillation.observe(learner.encode(learner.used(weight)), most)
+
+
 # --- steps that do not run away ------------------------------------------------------------------------------------
 
 
@@ -203,6 +240,7 @@ def collapsed(prepared: Prepared) -> list[str]:
 def add_gradients(prepared: Prepared, epoch: EpochStart) -> None:
     bound_steps(prepared)
     draw_to_levels(prepared, epoch)
+    calm(prepared, epoch)
 
 
-METHOD = QatMethod(LsqWeight, LsqActivation, add_gradients=add_gradients, collapsed=collapsed)
+METHOD = QatMethod(LsqWeight, LsqActivation, ready=ready, add_gradients=add_gradients, collapsed=collapsed)

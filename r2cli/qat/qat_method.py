@@ -37,14 +37,17 @@ def nothing(prepared: Prepared, epoch: EpochStart) -> None:
 class QatMethod:
     """The quantizers of a method, how their own parameters are trained, and hooks.
 
-    `before_epoch` is called before every epoch. `add_gradients` is called after every backward pass, and may change the
-    parameters' `.grad`. `collapsed` names the quantizers whose parameters are as small as they may become.
+    `ready` is called with the method's options before training, and before a state is restored: what it adds to the
+    quantizers is part of that. `before_epoch` is called before every epoch. `add_gradients` is called after every
+    backward pass, and may change the parameters' `.grad`. `collapsed` names the quantizers whose parameters are as
+    small as they may become.
     """
 
     weight: type[WeightQuantizer]
     activation: type[ActivationQuantizer]
     adam: bool = False  # Adam trains the quantizers' parameters, not the optimizer of the weights
     decays: bool = False  # the quantizers' parameters have the weight decay of the weights
+    ready: Callable[[Prepared, Any], None] = lambda prepared, options: None
     before_epoch: Hook = nothing
     add_gradients: Hook = nothing
     collapsed: Callable[[Prepared], Sequence[str]] = lambda prepared: ()

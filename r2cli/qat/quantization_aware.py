@@ -11,7 +11,7 @@ from torch import nn
 from r2cli import data, registry
 from r2cli.calibration.result import Result
 from r2cli.config import layer_form, values
-from r2cli.config.methods import QatConfig
+from r2cli.config.training import QatConfig
 from r2cli.data import Batch, Data
 from r2cli.data.metrics import Metric, recorded
 from r2cli.qat import finetune, prepare
@@ -87,6 +87,7 @@ def ready(made: Checkpoint, source: Data, config: QatConfig) -> QatRun:
         label_smoothing=0.0,
         reg_lr=lr,
         seed=config.seed,
+        ema=config.ema,
         clip_grad=entry.clip_grad if config.clip_grad is None else config.clip_grad,
         precision=loop.precision(config.precision, where),
     )

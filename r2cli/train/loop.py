@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from r2cli import data
 from r2cli.data import losses
@@ -27,7 +27,7 @@ from r2cli.data.own_splits import MixedSplit
 from r2cli.errors import InputError, R2Error, unknown
 from r2cli.graph import narrow_convolutions
 from r2cli.storage.input_spec import Given, count, places
-from r2cli.train import distributed, evaluation, regularizers
+from r2cli.train import averaging, distributed, evaluation, regularizers
 from r2cli.train import state as states
 from r2cli.train.hooks import Epoch, Progress, TrainHooks
 
@@ -137,8 +137,8 @@ class _Run:
 
     @property
     def result(self) -> nn.Module:
-        """The network that is evaluated and kept."""
-        return self.model if self.average is None else self.average.module
+        """The network that is evaluated and kept: with a method the model itself, whose quantizers its hooks know."""
+        return self.model if self.average is None or self.method is not None else self.average.module
 
     @property
     def steps_per_epoch(self) -> int:
@@ -170,7 +170,11 @@ def fit(
         run = _run(model, source, settings, device, setting, watch)
         history = _epochs(run, _state(run, state), resume=resume)
     if run.average is not None:
-        model.load_state_dict(run.average.module.state_dict())
+        # What a method keeps in buffers was set for the averaged weights before the last evaluation.
+        if run.method is not None:
+            averaging.copy_parameters(run.average.module, model)
+        else:
+            model.load_state_dict(run.average.module.state_dict())
     return history
 
 
@@ -184,9 +188,9 @@ def _run(
 ) -> _Run:
     """Return everything that the training of `model`, which is on `device`, needs."""
     average = None
-    if settings.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=running_average(settings.ema), use_buffers=True)
     method = setting if isinstance(setting, TrainHooks) else None
+    if settings.ema is not None:
+        average = averaging.running(model, settings.ema, statistics=method is None)
     penalty = method.regularizer if method else setting
     regularizer = (
         regularizers.Regularizer(penalty, model) if isinstance(penalty, regularizers.RegularizerSpec) else None
@@ -213,10 +217,11 @@ def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
             kept = f"; {state.path} holds the end of epoch {number - 1}" if number > 1 else ""
             raise R2Error(f"training diverged in epoch {number} (loss {loss}): use a lower --lr or --reg-weight{kept}")
         distributed.spread_buffers(run.model, run.average)
-        if run.method is not None:
-            run.method.before_evaluation(number)
-        ratios = list(range_ratios(run.result).values()) or [0.0]
-        found = evaluation.of_task(run.result, run.source, run.device)
+        with averaging.parameters(run.model, run.average if run.method else None):
+            if run.method is not None:
+                run.method.before_evaluation(number)
+            ratios = list(range_ratios(run.result).values()) or [0.0]
+            found = evaluation.of_task(run.result, run.source, run.device)
         top1, value = (None, None) if found is None else (found.top1, found.value)
         mean = sum(ratios) / len(ratios)
         history.append(Epoch(number, loss, penalty, top1, max(ratios), mean, speed, value))
@@ -293,17 +298,6 @@ def _weighed(loss: Tensor, own: int, index: int, run: _Run) -> Tensor:
     """
     world, size = distributed.share().world, run.settings.batch_size
     return loss if world == 1 else loss * (own * world / min(size, len(run.source.train) - index * size))
-
-
-def running_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Return an exponential average that is short at first, to forget the initial weights, as TensorFlow's is."""
-
-    def update(averaged: Any, current: Any, count: Tensor) -> None:
-        steps = int(count)
-        own = min(decay, (1 + steps) / (10 + steps))
-        get_ema_multi_avg_fn(own)(averaged, current, count)  # type: ignore[no-untyped-call]
-
-    return update
 
 
 def _loss(run: _Run, images: Given, labels: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from r2cli import data, models, registry
 from r2cli.config import groups
-from r2cli.config.methods import PretrainConfig
+from r2cli.config.training import PretrainConfig
 from r2cli.data import Data
 from r2cli.data.metrics import Metric, report_of
 from r2cli.errors import InputError
