@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from conftest import R2
 from r2cli import data
 from r2cli.errors import InputError
-from r2cli.ptq import bit_budget, mixed_precision, post_training
+from r2cli.ptq import bit_budget, knapsack, mixed_precision, post_training
 from r2cli.quantized.packing import packed_bytes
 from r2cli.storage import checkpoint
 
@@ -22,45 +22,42 @@ CPU = torch.device("cpu")
 COSTS = st.lists(st.floats(0, 100), min_size=5, max_size=5)
 
 
-def _total(fronts: dict[str, mixed_precision.Front], bits: dict[str, int]) -> tuple[int, float]:
-    own = [next((size, cost) for b, size, cost in fronts[name] if b == chosen) for name, chosen in bits.items()]
-    return sum(size for size, _ in own), sum(cost for _, cost in own)
-
-
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(8, 400), COSTS), min_size=1, max_size=4), st.floats(0, 1))
-def test_the_budget_is_met_and_little_better_could_be_had(layers: list[tuple[int, list[float]]], share: float) -> None:
-    fronts = {
-        f"layer{i}": mixed_precision.front(
-            {b: (packed_bytes(8 * n, b), cost) for b, cost in zip(mixed_precision.WIDTHS, costs, strict=True)}
-        )
+def test_the_choice_within_a_budget_is_the_best_of_all(layers: list[tuple[int, list[float]]], share: float) -> None:
+    options = {
+        f"layer{i}": {b: (packed_bytes(8 * n, b), cost) for b, cost in zip(mixed_precision.WIDTHS, costs, strict=True)}
         for i, (n, costs) in enumerate(layers)
     }
-    least = sum(own[-1][1] for own in fronts.values())
-    most = sum(own[0][1] for own in fronts.values())
+    least, most = (sum(end(size for size, _ in own.values()) for own in options.values()) for end in (min, max))
     budget = least + int(share * (most - least))
-    chosen = mixed_precision.choose(fronts, budget)
-    size, cost = _total(fronts, chosen)
-    assert size <= budget
-    every = itertools.product(*([b for b, _, _ in own] for own in fronts.values()))
-    best = min(
-        (_total(fronts, dict(zip(fronts, bits, strict=True))) for bits in every),
-        key=lambda found: found[1] if found[0] <= budget else float("inf"),
+    front = knapsack.front(options)
+    place = front.within(budget)
+    spent = [options[name][bits] for name, bits in front.choice(place).items()]
+    assert (sum(size for size, _ in spent), sum(cost for _, cost in spent)) == pytest.approx(
+        (front.costs[place], front.losses[place])
     )
-    # Greedy on convex fronts is off by no more than its last step.
-    steps = [narrow[2] - wide[2] for own in fronts.values() for wide, narrow in itertools.pairwise(own)]
-    assert cost <= best[1] + max(steps, default=0.0) + 1e-9
+    every = [
+        [own[bits] for own, bits in zip(options.values(), widths, strict=True)]
+        for widths in itertools.product(*options.values())
+    ]
+    fitting = [sum(cost for _, cost in one) for one in every if sum(size for size, _ in one) <= budget]
+    assert front.costs[place] <= budget and front.losses[place] == pytest.approx(min(fitting))
 
 
-def test_a_front_leaves_out_what_another_width_beats() -> None:
-    # Two bits lose more than one: min-max ranges do. Three bits lie above the line from four to one.
-    widths = {8: (80, 0.0), 4: (40, 1.0), 3: (30, 50.0), 2: (20, 90.0), 1: (10, 60.0)}
-    assert [bits for bits, _, _ in mixed_precision.front(widths)] == [8, 4, 1]
+def test_a_front_that_is_thinned_stays_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {f"l{i}": {b: (b * (i + 1.37) ** 0.5, 1.9**-b * (i % 3 + 1)) for b in (8, 6, 4, 2)} for i in range(12)}
+    exact = knapsack.front(options)
+    monkeypatch.setattr(knapsack, "MOST", 100)
+    rough = knapsack.front(options)
+    assert len(rough.costs) <= 100 < len(exact.costs)
+    for budget in (120.0, 200.0):
+        assert rough.losses[rough.within(budget)] <= 1.3 * exact.losses[exact.within(budget)]
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed() -> None:
     with pytest.raises(InputError, match="9 bytes is out of reach.*10 bytes at least"):
-        mixed_precision.choose({"only": mixed_precision.front({8: (80, 0.0), 1: (10, 1.0)})}, 9)
+        knapsack.front({"only": {8: (80, 0.0), 1: (10, 1.0)}}).within(9, " bytes")
 
 
 @pytest.mark.slow
@@ -90,9 +87,6 @@ def test_a_width_that_is_mostly_noise_waits_until_nothing_else_fits() -> None:
     for budget, expected in ((70, {8, 3}), (55, {8, 3, 2, 1}), (30, {8, 3, 2, 1})):
         found = mixed_precision.fine(tried, budget)
         assert set(found["a"]) == set(found["b"]) == expected and set(found["rough"]) == {1}
-    assert mixed_precision.allot(tried, dict.fromkeys(tried, 1.0), 70) == {"a": 3, "b": 3, "rough": 1}
-    with pytest.raises(InputError, match="29 bytes is out of reach.*30 bytes at least"):
-        mixed_precision.allot(tried, dict.fromkeys(tried, 1.0), 29)
 
 
 @pytest.fixture(scope="module")

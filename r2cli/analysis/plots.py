@@ -82,6 +82,22 @@ def layers(measured: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
     return out.getvalue()
 
 
+def front(report: Mapping[str, Any]) -> bytes:
+    """A PNG of what is lost at the outputs over what is spent, of all choices of bits that no other beats."""
+    points = report["front"]
+    with drawing(5.5, 3.4) as (figure, out):
+        panel = figure.subplots()
+        panel.plot([each["cost"] for each in points], [each["loss"] for each in points], color=COLOURS[0], marker=".")
+        own = [each for each in points if each["chosen"]]
+        panel.plot(
+            [each["cost"] for each in own], [each["loss"] for each in own], "o", color=COLOURS[1], label="chosen"
+        )
+        panel.set(title=plain(str(report["output"])), xlabel="spent", ylabel="lost, sum over layers")
+        panel.set_yscale("log" if all(each["loss"] > 0 for each in points) else "linear")
+        panel.legend()
+    return out.getvalue()
+
+
 def depth(found: Depth, *, title: str) -> bytes:
     """A PNG of what each value of a network loses, in the order in which they run: arriving, own, and its cost."""
     shown = found.values[:MOST_LAYERS]

@@ -43,6 +43,7 @@ from r2cli.models import require_fit
 from r2cli.palettes import palettization
 from r2cli.palettes.palettization import PaletteResult
 from r2cli.ptq import quantize as ptq
+from r2cli.ptq import smallest
 from r2cli.ptq.quantize import PtqResult
 from r2cli.qat import quantization_aware
 from r2cli.qat.quantization_aware import QatResult, Trainable
@@ -95,17 +96,24 @@ def pretrain(
 
 
 def quantize(
-    network: Network, data: Data | str | None = None, config: PtqConfig | None = None, *, reporter: Reporter = SILENT
+    network: Network,
+    data: Data | str | None = None,
+    config: PtqConfig | None = None,
+    *,
+    max_drop: float | None = None,
+    reporter: Reporter = SILENT,
 ) -> PtqResult:
     """Quantize a float network without training. The same work as `r2 ptq`, and the same bytes.
 
-    Raises InputError for what does not fit the network.
+    `max_drop` is what `minimize` may lose of the metric. Raises InputError for what does not fit the network.
     """
     config = config or PtqConfig()
     made, source = _read(network, data)
     rehearse(made, config.target, source.shown)
     looks = ptq.looks_at_images(config, has_data=data is not None)
     count = datasets.calibration_count(config.calibration, source) if looks else 0
+    if config.minimize is not None:
+        return smallest.find(made, source, config, calibration=count, max_drop=max_drop, reporter=reporter)
     return ptq.quantize(made, source, config, calibration=count, reporter=reporter)
 
 

@@ -27,6 +27,10 @@ EXAMPLES = {
         "r2 compare model.safetensors model.w4a8-none.safetensors",
         "r2 compare model.onnx model.w4a8-none.safetensors --data images:DIR --sort depth --limit 0",
     ),
+    "cost": (
+        "r2 cost model.safetensors --widths W8A8,W8A16,float",
+        "r2 cost model.safetensors --target ethos-u --widths 8,4,2 -o cycles.csv",
+    ),
     "verify": (
         "r2 verify model.w4a8-none.onnx --against model.w4a8-none.safetensors",
         "r2 verify theirs.onnx --against float.onnx --data images:DIR",

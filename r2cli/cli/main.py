@@ -16,6 +16,7 @@ from r2cli import __version__, console
 from r2cli.cli import (
     analyze,
     compare,
+    cost,
     defaults,
     doctor,
     evaluate,
@@ -51,6 +52,7 @@ COMMANDS = {
     "export": export.export,
     "evaluate": evaluate.evaluate,
     "compare": compare.compare,
+    "cost": cost.cost,
     "verify": prove.verify,
     "run": run.run,
     "init": init.init,

@@ -17,8 +17,14 @@ from r2cli.errors import InputError
 from r2cli.storage.run_files import RunFiles
 
 if TYPE_CHECKING:
+    from r2cli.data import Data
     from r2cli.ptq.auto import Trial
     from r2cli.ptq.quantize import PtqResult
+    from r2cli.storage.checkpoint import Checkpoint
+
+
+USUAL = ("target_bits", "target_bytes", "sensitivity")  # recorded of every run
+SHOWN = 8  # points of a front
 
 
 @command
@@ -63,18 +69,18 @@ def ptq(
         console.tell(lines, as_json=written.json)
         return {
             "command": "ptq",
-            "options": options | (_mixed(config) if config.target_bits or config.target_bytes else {}),
+            "options": options | (_mixed(config) if config.is_mixed else {}),
         }
-    asked = rerun.asked("ptq", options | _mixed(config) | _left_open(config) | form.asked, loaded, given, [source])
+    asked = rerun.asked(
+        "ptq", options | _mixed(config) | _left_open(config) | form.asked, loaded, given, [source, config.cost]
+    )
     to = deliver.Destination(files, asked, given, wanted, before, form, written, started)
     replaces = written.overwrite or written.resume
-    with files.claimed(), pictures.beside(output, wanted=written.plot, replaces=replaces) as drawn:
+    with files.claimed(), pictures.beside(output, config.pareto, wanted=written.plot, replaces=replaces) as drawn:
         known = deliver.finished(to)
         if known is not None:
             return drawn(known)
-        result = worker.quantize(
-            made, loaded if has_images else None, config, calibration=calibration, reporter=console
-        )
+        result = _made(made, loaded if has_images else None, config, calibration, wanted.max_drop)
         done = deliver.compressed(
             to,
             result,
@@ -85,9 +91,21 @@ def ptq(
         return drawn(done)
 
 
+def _made(
+    made: "Checkpoint", source: "Data | None", config: PtqConfig, calibration: int, max_drop: float | None
+) -> "PtqResult":
+    from r2cli.ptq import quantize as worker
+    from r2cli.ptq import smallest
+
+    if config.minimize is not None:
+        return smallest.find(made, source, config, calibration=calibration, max_drop=max_drop, reporter=console)
+    return worker.quantize(made, source, config, calibration=calibration, reporter=console)
+
+
 def _mixed(config: PtqConfig) -> dict[str, Any]:
     """What mixed precision is asked for."""
-    return {name: getattr(config, name) for name in ("target_bits", "target_bytes", "sensitivity")}
+    names = ("target_bits", "target_bytes", "sensitivity", "budget", "act_widths", "target_act_bits", "minimize")
+    return {name: getattr(config, name) for name in names if name in USUAL or getattr(config, name) is not None}
 
 
 def _left_open(config: PtqConfig) -> dict[str, Any]:
@@ -97,9 +115,11 @@ def _left_open(config: PtqConfig) -> dict[str, Any]:
     return {"granularity": config.granularity, "weight_range": config.weight_range}
 
 
-def _notes(result: "PtqResult") -> list[str]:
+def _notes(result: "PtqResult") -> list[console.Line]:
     """Return lines that say what was chosen, and what ranges and corrections come from."""
-    notes = [*([_again(result)] if result.bits else []), *([_chosen(result.trials)] if result.trials else [])]
+    notes = [*([_front(result)] if result.bits else []), *([_again(result)] if result.bits else [])]
+    notes += [_chosen(result.trials)] if result.trials else []
+    notes += [_tried(result.details["smallest"])] if "smallest" in result.details else []
     if registry.get(registry.PTQ_METHODS, result.settings.method).dataless or not result.calibration:
         images = result.calibration
         shown = f"{images} images" if images else "the BatchNorms' statistics, without an image"
@@ -122,6 +142,30 @@ def _chosen(trials: "Sequence[Trial]") -> str:
         f"chosen of {len(trials)} trials, for probabilities {best.divergence:.2g} nats (outputs {best.sqnr:.1f} dB) "
         f"from the float network's{against}; the same again: {' '.join(trial_again(trials))}"
     )
+
+
+def _front(result: "PtqResult") -> Any:
+    """Return a table of what is lost over what is spent, the choice marked, of `SHOWN` points of the front."""
+    points = result.details["front"]
+    step = max(1, len(points) // SHOWN)
+    shown = [each for place, each in enumerate(points) if each["chosen"] or place % step == 0]
+    rows = [(f"{each['cost']:,.6g}", f"{each['loss']:.3g}", "chosen" if each["chosen"] else "") for each in shown]
+    return console.table(("spent", "lost", ""), rows)
+
+
+def _tried(trials: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a table of the trials on the way to the smallest file."""
+    rows = [
+        (
+            f"{each['spent']:,.6g}",
+            f"{each['value']:.2f}",
+            f"{each['drop']:+.2f}",
+            "enough" if each["enough"] else "",
+            f"{each['seconds']:.0f}",
+        )
+        for each in sorted(trials, key=lambda each: -float(each["spent"]))
+    ]
+    return console.table(("spent", "metric", "lost", "", "s"), rows)
 
 
 def _again(result: "PtqResult") -> str:

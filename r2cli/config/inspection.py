@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from r2cli.config import groups, values
+from r2cli.config import groups, targets, values
 from r2cli.config.groups import ModelWritten, Written
 from r2cli.config.option import FOREIGN, GATES, OUTPUT, Config, option
 
@@ -128,6 +128,27 @@ class CompareConfig(Config):
     )
     limit: int = option(12, "Number of layers in the table; 0: all.", least=0)
     mend: int = option(3, "For how many of the worst layers other choices are measured.", least=0)
+
+
+@dataclass(frozen=True)
+class CostConfig(Config):
+    """Where layers are measured, and at which widths."""
+
+    target: str = option(
+        targets.DEFAULT,
+        "onnxruntime (microseconds of each layer alone), or ethos-u (cycles, by Vela).",
+        check=values.one_of("--target", targets.DEFAULT, targets.ETHOS_U),
+    )
+    widths: str = option(
+        "W8A8,W4A8,W2A8",
+        "What to measure, between commas, as --keep says it: 8, W4A8, W8A16, float.",
+        check=values.widths,
+    )
+
+
+@dataclass(frozen=True)
+class CostOutput(Written):
+    output: Path = groups.output(Path("cost.csv"), "The table to write.")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r2cli import registry
-from r2cli.config import groups, targets, values
+from r2cli.config import groups, mixed, targets, values
 from r2cli.config.mixed import MixedPrecision
 from r2cli.config.option import Config, meanings, option
 from r2cli.errors import InputError
@@ -76,14 +76,7 @@ class PtqConfig(MixedPrecision):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        asked = {
-            "--weight-bits": self.weight_bits,
-            "--target-bits": self.target_bits,
-            "--target-bytes": self.target_bytes,
-        }
-        given = [f"{flag} {value}" for flag, value in asked.items() if value is not None]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} exclude each other: give one of them")
+        mixed.require_mixed(self)
         if self.parts is not None and registry.get(registry.PTQ_METHODS, self.method).chooses:
             raise InputError(f"--method {self.method} chooses the --parts itself: leave one of the two out")
         if self.calibration == 0 and self.act_range is not None:
@@ -104,6 +97,7 @@ class PtqConfig(MixedPrecision):
         """The part of the output's name that says what was done, for example 'w4a8-none-unfolded'."""
         mean = f"{self.target_bits:g}" if self.target_bits else f"{self.weight_bits or 8}"
         wanted = f"{self.target_bytes}B" if self.target_bytes else mean
+        wanted = f"-least-{self.minimize}-" if self.minimize else f"-cost{self.budget:g}-" if self.cost else wanted
         acts = values.act_bits(self.act_bits)
         grid = "" if self.granularity in (None, "channel") else f"-{self.granularity}"
         grid += f"-g{self.group_size}" if self.group_size else ""

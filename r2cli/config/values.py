@@ -106,6 +106,20 @@ def act_bits(given: str | int, least: int = 4) -> int | None:
     return int(text)
 
 
+def act_widths(given: str) -> tuple[int, ...]:
+    """Return `--act-widths`, bits between commas, as numbers. Raises InputError for bits that cannot be."""
+    found = [act_bits(text.strip()) for text in given.split(",")]
+    return tuple(sorted({bits for bits in found if bits is not None}, reverse=True))
+
+
+def widths(given: str) -> tuple[str, ...]:
+    """Return what is between commas, each bits or 'float' as --keep says them. Raises InputError for anything else."""
+    found = tuple(text.strip() for text in given.split(","))
+    for text in found:
+        layer_form.of(text)
+    return found
+
+
 def trained_act_bits(given: str | int) -> int | None:
     """Return `act_bits` for training, which goes down to 1."""
     return act_bits(given, 1)

@@ -291,17 +291,28 @@ def node_counts(path: Path, *, exact: bool = True) -> dict[str, int]:
 
 def operator_times(path: Path, given: Mapping[str, Any], runs: int = 5) -> dict[str, float]:
     """Percent of the time that ONNX Runtime's nodes of each operator take on one thread, the most first."""
+    taken: Counter[str] = Counter()
+    for run in node_times(path, given, runs):
+        for operator, time in run:
+            taken[operator] += round(time)
+    total = sum(taken.values()) or 1
+    return {operator: 100 * time / total for operator, time in taken.most_common()}
+
+
+def node_times(path: Path, given: Mapping[str, Any], runs: int) -> list[list[tuple[str, float]]]:
+    """The operator and the microseconds of every node of ONNX Runtime's, on one thread, for every run."""
     with scratch_folder() as folder:
         own = session(path, threads=1, profile_to=folder / "times")
         for _ in range(runs):
             own.run(None, dict(given))
         events = json.loads(Path(own.end_profiling()).read_text(encoding="utf-8"))
-    taken: Counter[str] = Counter()
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            taken[event["args"]["op_name"]] += event["dur"]
-    total = sum(taken.values()) or 1
-    return {operator: 100 * time / total for operator, time in taken.most_common()}
+    taken = [
+        (event["args"]["op_name"], float(event["dur"]))
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
+    size = len(taken) // runs
+    return [taken[place : place + size] for place in range(0, size * runs, size or 1)]
 
 
 def _vnni() -> list[str]:

@@ -1,43 +1,81 @@
-"""Which bits each layer gets within a budget, for the grids that post-training quantization will give it."""
+"""Which bits each layer gets within a budget, for the grids that post-training quantization will give it.
+
+What each layer loses at each width is measured once (`measure`); the knapsack over all layers then has an answer for
+every budget (`front`, `settings_at`).
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
+from torch import fx
 
 from r2cli.config import layer_form
 from r2cli.config.layer_form import LayerForm
 from r2cli.data import Batch
 from r2cli.data.task import CLASSIFICATION, Task
+from r2cli.errors import InputError
 from r2cli.graph import batchnorm, structure
-from r2cli.ptq import mixed_precision, post_training
+from r2cli.ptq import cost_table, knapsack, mixed_precision, output_change, post_training
+from r2cli.ptq.cost_table import CostTable
+from r2cli.ptq.knapsack import Front
 from r2cli.ptq.post_training import PtqSettings
 from r2cli.quantized.packing import packed_bytes
 from r2cli.storage.checkpoint import Checkpoint
 
+POINTS = 100  # of a front, in a report
+
 
 @dataclass(frozen=True)
 class ChosenBits:
-    """One layer of a choice of mixed precision: its bits, and its sensitivity at every width that was tried."""
+    """One layer of a choice of mixed precision: its bits, and its sensitivity at every width that was tried.
+
+    `act_bits` are those of what it reads, where they were chosen too.
+    """
 
     layer: str
     bits: int
     sensitivity: Mapping[int, float]
+    act_bits: int | None = None
 
 
 @dataclass(frozen=True)
 class BitTarget:
     """A budget, and the `sensitivity` that it is spent by, one of `mixed_precision.SENSITIVITIES`.
 
-    The budget is the mean number of `bits` per weight, or else the `size` of codes, scales and zero points in bytes.
+    The budget is the mean number of `bits` per weight, or the `size` of codes, scales and zero points in bytes, or the
+    sum of what `costs` says of the layers. `act_bits` is the mean of what layers read, each of `act_widths`, or None.
     """
 
     bits: float | None
     size: int | None
     sensitivity: str
+    costs: CostTable | None = None
+    budget: float | None = None
+    act_widths: tuple[int, ...] = ()
+    act_bits: float | None = None
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class LayerLosses:
+    """What was measured of the layers that get codes, each by its name.
+
+    `noise` is the share of a weight that rounding adds, and `weights` the sensitivity, by bits; `reads` is that of what
+    the layer reads, by bits too. `sizes` are bytes by bits, `numbers` those of a weight and of what the layer reads.
+    """
+
+    settings: PtqSettings
+    forms: Mapping[str, PtqSettings]  # with 0 bits where they are to be chosen
+    kinds: Mapping[str, str]
+    sizes: Mapping[str, Mapping[int, int]]
+    noise: Mapping[str, Mapping[int, float]]
+    weights: Mapping[str, Mapping[int, float]]
+    reads: Mapping[str, Mapping[int, float]]
+    numbers: Mapping[str, tuple[int, int]]
+
+
 def choose_bits(
     checkpoint: Checkpoint,
     settings: PtqSettings,
@@ -50,40 +88,182 @@ def choose_bits(
     """Return `settings` with the bits that keep the loss lowest within `target`, and the choice for every layer.
 
     The most common bits become `weight_bits`, and the others `keep`. Layers that `settings.keep` names have the bits
-    that it says, and their size counts. `batches` of labelled images are read for the sensitivity 'hessian' only.
-    Raises InputError as `quantize` does, and for a target that is out of reach.
+    that it says, and their size counts. `batches` are read for all sensitivities but 'sqnr', and their labels for
+    'hessian'. Raises InputError as `quantize` does, and for a target that is out of reach.
     """
+    return chosen(measure(checkpoint, settings, target, batches, device, seed, task), target)[:2]
+
+
+@torch.no_grad()
+def measure(
+    checkpoint: Checkpoint,
+    settings: PtqSettings,
+    target: BitTarget,
+    batches: Iterable[Batch],
+    device: torch.device,
+    seed: int,
+    task: Task = CLASSIFICATION,
+) -> LayerLosses:
+    """Measure what each layer loses at each width by itself. The parameters are those of `choose_bits`."""
     net, factors, *_ = post_training.prepare(checkpoint, settings)
     forms = post_training.forms([layer.name for layer in structure.layers(net)], replace(settings, weight_bits=0))
-    weights, tried = {}, {}
+    widths = _weight_widths(target)
+    sizes, noise, tried, weights, kinds = {}, {}, {}, {}, {}
     for layer, module in structure.named_layers(net):
-        weight, own, form = structure.float_weight(module), {}, forms.get(layer.name)
-        if form is None:  # it stays float
-            weight.copy_(batchnorm.folded(weight, factors.get(layer.name)))
-            continue
-        usual = [bits for bits in mixed_precision.WIDTHS if form.symmetric or bits > 1]  # one bit has no zero point
-        for bits in [form.weight_bits] if form.weight_bits else usual:
+        weight, name, form = structure.float_weight(module), layer.name, forms.get(layer.name)
+        folded = batchnorm.folded(weight, factors.get(name))
+        if form is not None:
+            own = [form.weight_bits] if form.weight_bits else [n for n in widths if form.symmetric or n > 1]
             # The grid that the layer will have, so that its real error counts.
-            coded, folded = post_training.on_grid(weight, bits, form, factors.get(layer.name))
-            size = coded.payload_bytes() if target.size else packed_bytes(weight.numel(), bits)
-            own[bits] = size, mixed_precision.noise(coded.decode(), folded)
+            coded = {bits: post_training.on_grid(weight, bits, form, factors.get(name))[0] for bits in own}
+            if target.sensitivity == "outputs":
+                tried[name] = {bits: output_change.Rounded(one.decode().to(device)) for bits, one in coded.items()}
+            sizes[name] = {
+                bits: one.payload_bytes() if target.bits is None else packed_bytes(weight.numel(), bits)
+                for bits, one in coded.items()
+            }
+            noise[name] = {bits: mixed_precision.noise(one.decode(), folded) for bits, one in coded.items()}
+            weights[name], kinds[name] = weight, cost_table.kind(module)
         weight.copy_(folded)
-        weights[layer.name], tried[layer.name] = weight, own
-    factor = dict.fromkeys(weights, 1.0)
-    if target.sensitivity == "hessian":
-        net.to(device)
+    structure.propagate(net, checkpoint.input.shape)
+    numbers = {name: (weight.numel(), _reads(net, name)) for name, weight in weights.items()}
+    net.to(device)
+    images = [given for given, _ in batches] if target.sensitivity == "outputs" or _act_widths(target) else []
+    shape = checkpoint.input.shape
+    if target.sensitivity == "outputs":
+        lost = output_change.measure(net, tried, images, shape)
+    elif target.sensitivity == "hessian":
         learned = mixed_precision.learned_by(net, task, checkpoint.outputs)
         factor = mixed_precision.curvature(net, weights, batches, seed, learned)
-    count = sum(w.numel() for w in weights.values())
-    chosen = mixed_precision.allot(tried, factor, target.size or int((target.bits or 0) * count / 8))
-    # The most common bits become the default, which makes the `--keep` options for the same result as few as possible.
-    common = max(mixed_precision.WIDTHS, key=lambda width: sum(own == width for own in chosen.values()))
-    keep = dict(settings.keep)
-    for name, width in chosen.items():
-        if forms[name].weight_bits == 0 and width != common:
-            keep[name] = layer_form.of(keep[name]).then(LayerForm(width)).word if name in keep else width
-    rows = [
-        ChosenBits(name, own, {bits: factor[name] * noise for bits, (_, noise) in tried[name].items()})
-        for name, own in chosen.items()
+        lost = {name: {bits: factor[name] * each for bits, each in own.items()} for name, own in noise.items()}
+    else:
+        lost = noise
+    grids = output_change.input_grids(net, weights, images, _act_widths(target)) if _act_widths(target) else {}
+    rounded = {n: {bits: output_change.Rounded(reads=each) for bits, each in own.items()} for n, own in grids.items()}
+    reads = output_change.measure(net, rounded, images, shape) if rounded else {}
+    return LayerLosses(settings, forms, kinds, sizes, noise, lost, reads, numbers)
+
+
+def _weight_widths(target: BitTarget) -> list[int]:
+    if target.costs is None:
+        return list(mixed_precision.WIDTHS)
+    own = {layer_form.of(width).weight_bits for width in target.costs.widths}
+    return sorted((bits for bits in own if bits is not None), reverse=True)
+
+
+def _act_widths(target: BitTarget) -> list[int]:
+    """The bits of what layers read that are to be measured."""
+    if target.costs is None:
+        return sorted(target.act_widths, reverse=True)
+    own = {layer_form.of(width).act_bits for width in target.costs.widths}
+    return sorted((bits for bits in own if bits is not None), reverse=True) if len(own) > 1 else []
+
+
+def _reads(net: fx.GraphModule, name: str) -> int:
+    """How many numbers of one image a layer reads."""
+    node = next(node for node in net.graph.nodes if node.op == "call_module" and str(node.target) == name)
+    before = node.all_input_nodes
+    return int(prod(before[0].meta["tensor_meta"].shape[1:])) if before else 0
+
+
+# --- from losses to a choice ---------------------------------------------------------------------------------------
+
+
+def chosen(losses: LayerLosses, target: BitTarget) -> tuple[PtqSettings, list[ChosenBits], list[dict[str, float]]]:
+    """The settings that lose least within `target`, a row for every layer, and points of the front, for a report."""
+    found = front(losses, target)
+    place = found.within(limit(losses, target), unit(target))
+    return *settings_at(losses, target, found, place), points(found, place)
+
+
+def points(found: Front, place: int) -> list[dict[str, float]]:
+    """Points of a front for a report, the one at `place` among them."""
+    return [
+        {"cost": float(found.costs[each]), "loss": float(found.losses[each]), "chosen": each == place}
+        for each in sorted({*found.thinned(POINTS), place})
     ]
-    return replace(settings, weight_bits=common, keep=keep), rows
+
+
+def front(losses: LayerLosses, target: BitTarget) -> Front:
+    """All choices that no other beats, by what the budget is of. Raises InputError for a table with holes."""
+    if target.costs is not None:
+        return knapsack.front(_by_cost(losses, target.costs))
+    tried = {n: {bits: (size, losses.noise[n][bits]) for bits, size in own.items()} for n, own in losses.sizes.items()}
+    if target.sensitivity != "outputs":  # which says itself what a width costs that is mostly noise
+        tried = {name: dict(own) for name, own in mixed_precision.fine(tried, int(limit(losses, target))).items()}
+    return knapsack.front(
+        {
+            name: {bits: (size, losses.weights[name][bits]) for bits, (size, _) in own.items()}
+            for name, own in tried.items()
+        }
+    )
+
+
+def _by_cost(losses: LayerLosses, table: CostTable) -> dict[str, knapsack.Options]:
+    found: dict[str, knapsack.Options] = {}
+    for name, own in cost_table.of_layers(table, losses.kinds).items():
+        options: dict[Any, tuple[float, float]] = {}
+        for width, cost in own.items():
+            form, fixed = layer_form.of(width), losses.forms[name].weight_bits
+            bits = form.weight_bits or fixed or losses.settings.weight_bits
+            if form.is_float and not fixed:
+                options[width] = cost, 0.0
+            elif not form.is_float and bits in losses.weights[name]:
+                reads = losses.reads.get(name, {}).get(form.act_bits or -1, 0.0)
+                options[width] = cost, losses.weights[name][bits] + reads
+        if not options:
+            raise InputError(f"{table.origin} has no cost of '{name}' at {losses.forms[name].weight_bits} bits")
+        found[name] = options
+    return found
+
+
+def limit(losses: LayerLosses, target: BitTarget) -> float:
+    """The budget, in the units of the front's costs."""
+    if target.budget is not None:
+        return target.budget
+    count = sum(weight for weight, _ in losses.numbers.values())
+    return target.size or int((target.bits or 0) * count / 8)
+
+
+def unit(target: BitTarget) -> str:
+    return "" if target.costs is not None else " bytes"
+
+
+def settings_at(
+    losses: LayerLosses, target: BitTarget, found: Front, place: int
+) -> tuple[PtqSettings, list[ChosenBits]]:
+    """The settings of the choice of `found` at `place`, and a row for every layer."""
+    own_of = {name: layer_form.of(width) for name, width in found.choice(place).items()}
+    if target.act_bits is not None:
+        reads = _act_choice(losses, target)
+        own_of = {name: form.then(LayerForm(act_bits=reads[name])) for name, form in own_of.items()}
+    usual = {name: form.weight_bits or losses.settings.weight_bits for name, form in losses.forms.items()}
+    bits = {name: form.weight_bits or usual[name] for name, form in own_of.items()}
+    coded = [bits[name] for name, form in own_of.items() if not form.is_float]
+    # The most common bits become the default, which makes the `--keep` options for the same result as few as possible.
+    common = max(sorted(set(coded), reverse=True), key=coded.count) if coded else losses.settings.weight_bits
+    keep, acts = dict(losses.settings.keep), losses.settings.act_bits
+    for name, form in own_of.items():
+        own = LayerForm(
+            None if losses.forms[name].weight_bits or bits[name] == common or form.is_float else bits[name],
+            None if form.act_bits in (None, acts) else form.act_bits,
+            is_float=form.is_float,
+        )
+        if own != LayerForm():
+            keep[name] = (layer_form.of(keep[name]).then(own) if name in keep else own).word
+    rows = [
+        ChosenBits(name, 32 if form.is_float else bits[name], losses.weights[name], form.act_bits)
+        for name, form in own_of.items()
+    ]
+    return replace(losses.settings, weight_bits=common, keep=keep), rows
+
+
+def _act_choice(losses: LayerLosses, target: BitTarget) -> dict[str, int]:
+    """The bits of what each layer reads, so that their mean over all numbers is at most `target.act_bits`."""
+    options = {
+        name: {bits: (bits * losses.numbers[name][1], each) for bits, each in own.items()}
+        for name, own in losses.reads.items()
+    }
+    found = knapsack.front(options)
+    total = sum(losses.numbers[name][1] for name in options)
+    return found.choice(found.within((target.act_bits or 0) * total, " bits"))

@@ -11,8 +11,7 @@ Where we differ from the paper:
 
 - Q_b is the grid that the layer will really have. Sizes are those of packed codes, so only widths that save bytes are
   tried.
-- Every layer starts at the most bits of its Pareto front (the lower hull of sensitivity over bytes). The step down that
-  costs least per byte is taken until the budget is met. Bytes that are left are then spent again.
+- Sensitivities and bytes add up, so the choice is an exact one (`knapsack.py`).
 - The Hessian describes small changes only. So a width whose noise is a large share of the weights is left out, if the
   budget can be met without it.
 """
@@ -30,7 +29,7 @@ from r2cli.errors import InputError
 from r2cli.storage.input_spec import count, places
 
 WIDTHS = (8, 4, 3, 2, 1)  # codes of 7 to 5 bits take a byte, as those of 8 bits do
-SENSITIVITIES = ("hessian", "sqnr")
+SENSITIVITIES = ("hessian", "sqnr", "outputs")
 IMAGES = 256  # the trace is averaged over at most this many images
 DRAWS = 2  # random sign vectors for each batch
 LIMITS = (0.2, 0.5)  # limits of the noise as a share of |w|^2; the first with which the budget can be met is used
@@ -38,7 +37,6 @@ LIMITS = (0.2, 0.5)  # limits of the noise as a share of |w|^2; the first with w
 CROSS_ENTROPY = losses.of_target(losses.CROSS_ENTROPY, ())
 
 Widths = Mapping[int, tuple[int, float]]  # bits: (bytes, noise or sensitivity)
-Front = list[tuple[int, int, float]]  # (bits, bytes, sensitivity) from the widest to the narrowest
 
 
 def curvature(
@@ -93,31 +91,6 @@ def _power(w: Tensor) -> float:
     return float(w.detach().double().square().sum())
 
 
-def allot(tried: Mapping[str, Widths], factor: Mapping[str, float], budget: int) -> dict[str, int]:
-    """Choose bits for every layer with the least sum of `factor` * noise in `budget` bytes. Raises as `choose` does."""
-    costs = {
-        name: {bits: (size, factor[name] * noise) for bits, (size, noise) in own.items()}
-        for name, own in fine(tried, budget).items()
-    }
-    return choose({name: front(own) for name, own in costs.items()}, budget)
-
-
-def front(widths: Widths) -> Front:
-    """Return the lower hull of `widths`, bits to (bytes, sensitivity), from the widest to the narrowest.
-
-    Each step down costs more per byte than the one before it. Without that, a cheap step could be hidden behind a dear
-    one, and taking the cheapest step each time would miss it.
-    """
-    hull: Front = []
-    for bits, (size, cost) in sorted(widths.items(), key=lambda item: (item[1][0], item[1][1])):
-        if hull and cost >= hull[-1][2]:
-            continue  # more bytes without less noise
-        while len(hull) > 1 and _price(hull[-1], hull[-2]) <= _price((bits, size, cost), hull[-1]):
-            hull.pop()
-        hull.append((bits, size, cost))
-    return hull[::-1]
-
-
 def fine(tried: Mapping[str, Widths], budget: int) -> dict[str, Widths]:
     """Return, for every layer, the widths with a noise below the first of `LIMITS` with which `budget` can be met.
 
@@ -131,36 +104,3 @@ def fine(tried: Mapping[str, Widths], budget: int) -> dict[str, Widths]:
         if sum(min(size for size, _ in own.values()) for own in found.values()) <= budget:
             return found
     return dict(tried)
-
-
-def choose(fronts: Mapping[str, Front], budget: int) -> dict[str, int]:
-    """Choose bits for every layer, so that their sizes add up to at most `budget` bytes.
-
-    Raises InputError for a budget that is too small even for the fewest bits.
-    """
-    least = sum(own[-1][1] for own in fronts.values())
-    if least > budget:
-        raise InputError(f"the target of {budget:,} bytes is out of reach: the layers take {least:,} bytes at least")
-    place = dict.fromkeys(fronts, 0)
-    left = budget - sum(own[0][1] for own in fronts.values())
-    while left < 0:  # over the budget: take the step down that costs least per byte
-        down = [name for name, own in fronts.items() if place[name] + 1 < len(own)]
-        name = min(down, key=lambda n: _price(fronts[n][place[n]], fronts[n][place[n] + 1]))
-        left += _saved(fronts[name], place[name])
-        place[name] += 1
-    # The last step down may have saved more than was needed. What is left buys the steps up that gain most per byte.
-    while up := [n for n, own in fronts.items() if place[n] and _saved(own, place[n] - 1) <= left]:
-        name = max(up, key=lambda n: _price(fronts[n][place[n] - 1], fronts[n][place[n]]))
-        place[name] -= 1
-        left -= _saved(fronts[name], place[name])
-    return {name: own[place[name]][0] for name, own in fronts.items()}
-
-
-def _saved(own: Front, place: int) -> int:
-    """Return the bytes that the step down from `place` saves."""
-    return own[place][1] - own[place + 1][1]
-
-
-def _price(wide: tuple[int, int, float], narrow: tuple[int, int, float]) -> float:
-    """Return the cost per byte of the step down."""
-    return (narrow[2] - wide[2]) / (wide[1] - narrow[1])

@@ -121,11 +121,7 @@ def quantize(
         coded, told, acts = _look(method, net, shown, coded, few, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
     notes.append({name: "asymmetric" for name, each in own.items() if settings.symmetric and not each.symmetric})
-    for layer, module in structure.named_layers(net):
-        one, weight = coded[layer.weight], module.weight
-        note = "; ".join(each[layer.name] for each in notes if layer.name in each)
-        rows[layer.name] = layer_rows.of(layer.name, one, weight.cpu(), _grid_of(own[layer.name]), note)
-        weight.copy_(one.decode())  # so that activations get the ranges of the quantized network
+    rows |= _decode(net, own, coded, notes)
     if acts:  # learned with the weights
         activations, raised = dict(acts), grids.round_to_grids(net, coded, acts)
     else:
@@ -265,6 +261,20 @@ def forms(names: Iterable[str], settings: PtqSettings) -> dict[str, PtqSettings]
     if not found:
         raise InputError("--keep leaves every layer float: give bits to some")
     return found
+
+
+def _decode(
+    net: fx.GraphModule, own: Mapping[str, PtqSettings], coded: Mapping[str, Coded], notes: Notes
+) -> dict[str, QuantizedLayer]:
+    """Give every layer the weight that its codes stand for, in place, so that activations get ranges with it. Returns
+    the rows of the layers, by name."""
+    rows = {}
+    for layer, module in structure.named_layers(net):
+        one, weight = coded[layer.weight], module.weight
+        note = "; ".join(each[layer.name] for each in notes if layer.name in each)
+        rows[layer.name] = layer_rows.of(layer.name, one, weight.cpu(), _grid_of(own[layer.name]), note)
+        weight.copy_(one.decode())
+    return rows
 
 
 def _leave_float(

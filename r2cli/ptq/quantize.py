@@ -11,12 +11,12 @@ from r2cli.calibration import deployed, observers
 from r2cli.calibration.result import Result
 from r2cli.config import layer_form, values
 from r2cli.config.methods import PtqConfig
-from r2cli.data import Data
-from r2cli.data.metrics import recorded
+from r2cli.data import Batch, Data
+from r2cli.data.metrics import Measured, recorded
 from r2cli.data.task import CLASSIFICATION
 from r2cli.errors import InputError
 from r2cli.graph.read import trace
-from r2cli.ptq import auto, bit_budget, equalize, mixed_precision, post_training
+from r2cli.ptq import auto, bit_budget, cost_table, equalize, mixed_precision, post_training
 from r2cli.ptq.bit_budget import BitTarget, ChosenBits
 from r2cli.ptq.post_training import PtqSettings
 from r2cli.storage.checkpoint import Checkpoint
@@ -53,7 +53,6 @@ def settings_of(config: PtqConfig) -> PtqSettings:
     """Return the settings that `config` asks for, with the defaults of its method."""
     bits = config.weight_bits or 8
     # With mixed precision some layers may get the fewest bits, so the range rule is the one for those.
-    mixed = bool(config.target_bits or config.target_bytes)
     acts, kept = values.act_bits(config.act_bits), values.keep(config.keep)
     forms = layer_form.all_of(kept)
     return PtqSettings(
@@ -65,13 +64,21 @@ def settings_of(config: PtqConfig) -> PtqSettings:
         None if config.parts is None else values.parts(config.parts),
         config.relu6,
         config.weight_range
-        or registry.usual_weight_range(config.method, min(mixed_precision.WIDTHS) if mixed else bits),
+        or registry.usual_weight_range(config.method, min(mixed_precision.WIDTHS) if config.is_mixed else bits),
         config.act_range or observers.usual(min([acts or 8, *(form.act_bits for form in forms if form.act_bits)])),
         config.symmetric,
         config.embeddings,
         config.target,
         config.group_size or 0,
     )
+
+
+def target_of(config: PtqConfig) -> BitTarget:
+    """The budget that `config` asks for. Raises InputError for a --cost that is no table."""
+    widths = () if config.act_widths is None else values.act_widths(config.act_widths)
+    costs = None if config.cost is None else cost_table.read(config.cost)
+    size = 0 if config.minimize == "bytes" else config.target_bytes
+    return BitTarget(config.target_bits, size, config.sensitivity, costs, config.budget, widths, config.target_act_bits)
 
 
 def options_of(config: PtqConfig, settings: PtqSettings, calibration: int) -> dict[str, Any]:
@@ -95,25 +102,24 @@ def trial_again(trials: Sequence[auto.Trial]) -> list[str]:
 
 
 def quantize(
-    made: Checkpoint, source: Data | None, config: PtqConfig, *, calibration: int, reporter: Reporter = SILENT
+    made: Checkpoint,
+    source: Data | None,
+    config: PtqConfig,
+    *,
+    calibration: int,
+    reporter: Reporter = SILENT,
+    before: Measured | None = None,
 ) -> PtqResult:
     """Quantize the float network `made` as `config` asks, with `calibration` images of `source`.
 
-    Without `source` the accuracy is not measured, and nothing may look at images. Raises InputError for what does not
-    fit the network, or needs images that are not there.
+    `before` is what the float network gave, where that is known. Without `source` the accuracy is not measured, and
+    nothing may look at images. Raises InputError for what does not fit the network, or needs images that are not there.
     """
     where, entry = loop.device(config.device), registry.get(registry.PTQ_METHODS, config.method)
-    settings, chosen_bits = settings_of(config), list[ChosenBits]()
     batches = data.Repeatable(lambda: data.calibration(source, calibration, where, config.seed) if source else iter(()))
-    if config.target_bits or config.target_bytes:
-        target = BitTarget(config.target_bits, config.target_bytes, config.sensitivity)
-        # `auto` has no rounding of its own yet when bits are chosen.
-        plain = replace(settings, method=auto.NEAREST) if entry.chooses else settings
-        plain, chosen_bits = bit_budget.choose_bits(
-            made, plain, target, batches, where, config.seed, source.task if source else CLASSIFICATION
-        )
-        settings = replace(plain, method=config.method)
-    before = None if source is None else evaluation.of_float(made, source, where, reporter)
+    settings, chosen_bits, front = _within_budget(made, source, config, batches, where)
+    if before is None and source is not None:
+        before = evaluation.of_float(made, source, where, reporter)
     shown = f"float {before}" if before is not None else "it is not measured"
     reporter.note(f"quantizing {made.origin} to {config.suffix}: {shown}")
     images = data.Repeatable(lambda: (batch for batch, _ in batches)) if calibration else None
@@ -133,6 +139,7 @@ def quantize(
     options = options_of(config, settings, calibration)
     relu = _top1_with_relu(made, source, where) if entry.parts and config.relu6 == post_training.RELU else None
     details: dict[str, Any] = {
+        "front": front,
         "ranges": "calibration" if calibration else "batchnorm",
         "mixed": [each.__dict__ for each in chosen_bits],
         "trials": [trial.__dict__ for trial in trials],
@@ -153,6 +160,21 @@ def quantize(
         trials=trials,
         relu_top1=relu,
     )
+
+
+def _within_budget(
+    made: Checkpoint, source: Data | None, config: PtqConfig, batches: Iterable[Batch], where: torch.device
+) -> tuple[PtqSettings, list[ChosenBits], list[dict[str, float]]]:
+    """The settings that `config` asks for; with mixed precision, those of the choice, its rows, and its front."""
+    settings, task = settings_of(config), source.task if source else CLASSIFICATION
+    if not config.is_mixed:
+        return settings, [], []
+    # `auto` has no rounding of its own yet when bits are chosen.
+    chooses = registry.get(registry.PTQ_METHODS, config.method).chooses
+    plain, target = replace(settings, method=auto.NEAREST) if chooses else settings, target_of(config)
+    losses = bit_budget.measure(made, plain, target, batches, where, config.seed, task)
+    plain, chosen_bits, front = bit_budget.chosen(losses, target)
+    return replace(plain, method=config.method), chosen_bits, front
 
 
 def _best(
