@@ -121,11 +121,7 @@ def quantize(
         coded, told, acts = _look(method, net, shown, coded, few, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
     notes.append({name: "asymmetric" for name, each in own.items() if settings.symmetric and not each.symmetric})
-    for layer, module in structure.named_layers(net):
-        one, weight = coded[layer.weight], module.weight
-        note = "; ".join(each[layer.name] for each in notes if layer.name in each)
-        rows[layer.name] = layer_rows.of(layer.name, one, weight.cpu(), _grid_of(own[layer.name]), note)
-        weight.copy_(one.decode())  # so that activations get the ranges of the quantized network
+    rows |= _with_codes(net, coded, own, notes)
     if acts:  # learned with the weights
         activations, raised = dict(acts), grids.round_to_grids(net, coded, acts)
     else:
@@ -230,6 +226,20 @@ def _activations(
         name: grids.activation_grid(*both, widths[name], symmetric=target.symmetric) for name, both in ends.items()
     }
     return activations, grids.round_to_grids(net, coded, activations)
+
+
+def _with_codes(
+    net: fx.GraphModule, coded: Mapping[str, Coded], own: Mapping[str, PtqSettings], notes: Notes
+) -> dict[str, QuantizedLayer]:
+    """Give the layers of `net` the values of their codes, in place: so activations get the ranges of the quantized
+    network. Returns a row for each, by name."""
+    rows = {}
+    for layer, module in structure.named_layers(net):
+        one, weight = coded[layer.weight], module.weight
+        note = "; ".join(each[layer.name] for each in notes if layer.name in each)
+        rows[layer.name] = layer_rows.of(layer.name, one, weight.cpu(), _grid_of(own[layer.name]), note)
+        weight.copy_(one.decode())
+    return rows
 
 
 def _few_bits(
