@@ -169,6 +169,7 @@ def test_a_grid_that_clips_is_mended_by_16_bits_for_what_reads_it() -> None:
     made = _narrow(_quantized(), "relu_1")
     mends = r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=1)).mends
     assert mends[0].options == "--keep 'narrow=A16'" and mends[0].won > 10 and mends[0].bytes == 0
+    assert r2cli.PtqConfig(keep=["narrow=A16"]).keep  # which is what ptq takes
     assert r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=0)).mends == ()
 
 
@@ -189,7 +190,8 @@ def test_the_page_has_what_the_networks_compute(tmp_path: Path) -> None:
 
 def test_a_file_of_ours_is_compared_as_its_checkpoint_is(tmp_path: Path) -> None:
     few, equalized, weights = {"weight_bits": 4, "act_bits": 4}, {"method": "dfq"}, {"act_bits": "none"}
-    for place, options in enumerate((few, equalized, weights)):
+    own = {"keep": {"wide": "W8A16", "head": "float"}}
+    for place, options in enumerate((few, equalized, weights, own)):
         made, file = _quantized(**options), tmp_path / f"{place}.onnx"
         r2cli.export(made, file)
         expected, found = _compared(made), _compared(file)

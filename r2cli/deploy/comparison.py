@@ -72,18 +72,19 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
         if scale.size != 1 or zero.size != 1:
             return None
         # Grids of the checkpoint have unsigned codes.
-        return float(scale.item()), int(zero.item()) - (np.iinfo(zero.dtype).min if zero.dtype.kind == "i" else 0)
+        return float(scale.item()), int(zero.item()) - _ends(parts[1])[0]
 
     for node in file.graph.node:
         given = parameters(node) if node.op_type == "DequantizeLinear" else None
         if given is None:
             continue
-        codes, bounded, signed = producer.get(node.input[0]), False, held[node.input[2]].data_type == TensorProto.INT8
-        highest = 255
+        codes, bounded = producer.get(node.input[0]), False
+        signed, ends = held[node.input[2]].data_type == TensorProto.INT8, _ends(held[node.input[2]])
+        highest = ends[1] - ends[0]
         while codes is not None and codes.op_type in ("Clip", "Min"):
             bounded |= codes.op_type == "Min"
             if codes.op_type == "Clip" and codes.input[2] in held:
-                highest = int(onnx.numpy_helper.to_array(held[codes.input[2]]).item()) + (128 if signed else 0)
+                highest = int(onnx.numpy_helper.to_array(held[codes.input[2]]).item()) - ends[0]
             codes = producer.get(codes.input[0])
         taken = parameters(codes) if codes is not None and codes.op_type == "QuantizeLinear" else None
         if codes is None or taken is None:
@@ -98,6 +99,12 @@ def roundings(file: onnx.ModelProto) -> list[Rounding]:
         own = Rounding(codes.input[0], node.output[0], scale, zero, *taken, bounded, repeats, signed, highest)
         found[node.output[0]] = own
     return list(found.values())
+
+
+def _ends(zero_point: TensorProto) -> tuple[int, int]:
+    """The least and the greatest code of a zero point's type."""
+    kind = onnx.numpy_helper.to_array(zero_point).dtype
+    return int(np.iinfo(kind).min), int(np.iinfo(kind).max)
 
 
 class _Forced(fx.Interpreter):

@@ -28,7 +28,7 @@ from r2cli.quantized.grid import Grid
 from r2cli.storage.input_spec import Given, places
 
 KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-OTHERWISE = 0.01  # share of codes that may be others at a grid whose codes are clipped by channel
+OTHERWISE = 0.01  # share of codes that may be others than torch's
 
 
 def opened(path: Path) -> onnx.ModelProto:
@@ -138,8 +138,11 @@ class _Walk(fx.Interpreter):
         if own is None:
             return value
         self.rounded.remove(own)
-        self.found[node.name] = _grid(own)
-        return self.values[own.gives].reshape(value.shape)
+        self.found[node.name] = grid = _grid(own)
+        given = self.values[own.gives].reshape(value.shape)
+        if not _same_codes(grid, value, given):
+            raise _differs(self.path, f"'{own.gives}', which is not on the grid of scale {own.scale:.6g} that it names")
+        return given
 
     def _fits(self, rounding: Rounding, node: fx.Node, value: Tensor) -> bool:
         """Whether the file puts this value on that grid. A ReLU that the grid's lower end replaces is not in the file:
@@ -150,10 +153,8 @@ class _Walk(fx.Interpreter):
         given, before = self.values[rounding.gives], self.values[rounding.reads]
         if given.numel() != value.numel():
             return False
-        grid = FakeQuantize(_grid(rounding))
         if rounding.bounded:
-            other = (grid(value) - given.reshape(value.shape)).abs() > rounding.scale / 2
-            return float(other.float().mean()) <= OTHERWISE
+            return _same_codes(_grid(rounding), value, given.reshape(value.shape))
         if _same(before, value):
             return True
         low, high = ((code - rounding.zero) * rounding.scale for code in (0, rounding.highest))
@@ -172,6 +173,13 @@ def _same(found: Tensor, expected: Tensor) -> bool:
         return False
     most = float((found.reshape(-1) - expected.reshape(-1)).abs().max())
     return most <= BETWEEN_GRIDS * max(float(expected.abs().max()), 1e-30)
+
+
+def _same_codes(grid: Grid, value: Tensor, given: Tensor) -> bool:
+    """Whether `given` is `value` on the grid, but for some codes at the edges of two."""
+    found = FakeQuantize(grid)(value)
+    more = max(float(grid.scale), BETWEEN_GRIDS * float(value.abs().max()))
+    return float(((found - given).abs() > more / 2).float().mean()) <= OTHERWISE
 
 
 def _likeness(one: Tensor, other: Any) -> float:
