@@ -154,16 +154,14 @@ class Writer:
     def _free(self, of: Constant | None, what: str) -> str:
         """A path for a module that no other has."""
         wanted = [self.within, f"{self.within}.{what}".lstrip(".")]
-        if of is not None and of.own:
+        if of is not None and of.own and not of.name.endswith("bias"):  # which is another module's, and equal
             wanted = [_layer_path(of.name), *wanted]
         elif of is not None and of.name.endswith("weight"):  # of one weight: a part of it, masked, or transposed
             wanted = [_layer_path(of.name)]
         wanted = [name for name in wanted if name]
         wanted += [f"{wanted[-1]}_{count}" for count in range(1, len(self.modules) + len(self._taken) + 2)]
         taken = set() if of is not None and of.own else self._taken
-        return next(
-            name for name in wanted if name not in {*self.modules, *self._taken} and f"{name}.weight" not in taken
-        )
+        return next(name for name in wanted if name not in self.modules and f"{name}.weight" not in taken)
 
     def module(self) -> fx.GraphModule:
         """The graph as a module, with its modules and tensors."""
