@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,7 +54,8 @@ def test_a_grid_before_a_hard_swish_begins_at_minus_three(tmp_path: Path) -> Non
     data, network = own.to_data("f", ([x], [x])), Loud().eval()
     made = r2cli.quantize(network, data)
     grid = made.checkpoint.activations["first"]
-    assert float((grid.lowest - grid.zero_point) * grid.scale) == pytest.approx(-3, abs=0.05)
+    least = float((grid.lowest - grid.zero_point) * grid.scale)
+    assert -3 - 2 * float(grid.scale) < least <= -3, "all below gives 0 as it did"
     r2cli.export(made, tmp_path / "model.onnx")
     proof = r2cli.verify(tmp_path / "model.onnx", made, data)
     assert proof.passed and proof.measures["float_sqnr_db"] > 30

@@ -280,6 +280,23 @@ class Upsampled(nn.Module):
         return self.head(x.flatten(1)) if self.flat else x
 
 
+class Twice(nn.Module):
+    """One layer over tokens that runs for two texts: several nodes each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x[:, 0]) * self.layer(x[:, 1])).sum(2)
+
+
+def test_a_layer_that_runs_twice_names_its_nodes_apart(tmp_path: Path) -> None:
+    _, proof, path = proved(Twice().eval(), data(normal(COUNT, 2, 5, 4)), tmp_path)
+    outputs = [name for node in onnx.load(path).graph.node for name in node.output]
+    assert proof.passed and len(set(outputs)) == len(outputs)
+
+
 def test_inputs_of_other_sizes_calibrate_a_network_that_takes_any(tmp_path: Path) -> None:
     torch.manual_seed(6)
     large = pictures()

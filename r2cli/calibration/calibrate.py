@@ -96,17 +96,23 @@ def calibrate(
                 "it again with a lower --lr"
             )
     widths = placement.bits_of(net, values, bits, own)
-    ranges = {name: _within(observer.range(widths[name]), bounds[name]) for name, observer in observed.items()}
+    ranges = {
+        name: _within(observer.range(widths[name]), bounds[name], widths[name]) for name, observer in observed.items()
+    }
     if target.codes_of_result:  # TensorFlow Lite's sigmoid gives this grid alone
         of_sigmoids = {node.name for node in net.graph.nodes if operators.is_a(net, node, (torch.sigmoid,))}
         ranges |= dict.fromkeys(ranges.keys() & of_sigmoids, (0.0, 1 - 2.0**-bits))
     return {name: activation_grid(*ends, widths[name], symmetric=target.symmetric) for name, ends in ranges.items()}
 
 
-def _within(found: tuple[float, float], bounds: tuple[float, float]) -> tuple[float, float]:
-    """A range without what nothing hears."""
+def _within(found: tuple[float, float], bounds: tuple[float, float], bits: int) -> tuple[float, float]:
+    """A range without what nothing hears.
+
+    Where an end is cut, a level stands at the bound or beyond it, so that it gives what was cut off gives.
+    """
     low, high = (min(max(end, bounds[0]), bounds[1]) for end in found)
-    return low, high
+    step = (high - low) / max(1, 2**bits - 3)
+    return low - step * (low > found[0]), high + step * (high < found[1])
 
 
 def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> dict[str, Coded]:

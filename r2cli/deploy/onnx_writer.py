@@ -31,12 +31,12 @@ class OnnxWriter:
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.opset, self._asker = OPSET, ""
-        self._scope, self._count = "", 0
+        self._scope, self._counts = "", Counter[str]()
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def enter(self, scope: str) -> None:
-        """Name what follows after `scope`: the first value `scope`.1, and so on."""
-        self._scope, self._count = scope, 0
+        """Name what follows after `scope`: the first value `scope`.1, and so on, also where it comes again."""
+        self._scope = scope
 
     def node(self, operator: str, inputs: Sequence[str | None], *, outputs: int = 1, **attributes: Any) -> str:
         """Add a node and return the name of its first value."""
@@ -57,8 +57,8 @@ class OnnxWriter:
             self.opset, self._asker = opset, asker
 
     def _next(self) -> str:
-        self._count += 1
-        return f"{self._scope}.{self._count}"
+        self._counts[self._scope] += 1
+        return f"{self._scope}.{self._counts[self._scope]}"
 
     def made(self, name: str) -> onnx.NodeProto:
         """Return the node that gives the value `name`. Raises KeyError where none does."""
