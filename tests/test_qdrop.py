@@ -32,7 +32,7 @@ def test_a_learned_step_starts_at_its_grid() -> None:
     grid = activation_grid(-1.0, 3.0, 4)
     one = qdrop.start({"a": grid})["a"]
     assert one.hard().scale.equal(grid.scale) and one.hard().zero_point.equal(grid.zero_point)
-    one.size.data.fill_(0.1)
+    one.size.data.fill_(0.1 / qdrop.SLOWNESS)
     assert float(one.hard().scale) == pytest.approx(float(grid.scale) * 1.1051709)
 
 

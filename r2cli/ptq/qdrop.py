@@ -10,8 +10,7 @@ Learning with all of them rounded fits the noise of the calibration images, and 
 The gradient of the step s is LSQ's (Esser et al., 2020): the code that was rounded minus the one that was not, inside
 the range, and the code at the end of the range, beyond it.
 
-Where we differ from the paper: the logarithm of the step is learned, with the rate of the weights' scales, so that one
-rate fits steps of all sizes.
+Where we differ from the paper: the logarithm of the step is learned, so that one rate fits steps of all sizes.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor, fx
 from r2cli.quantized.grid import Grid
 
 PROBABILITY = 0.5  # of an element to be rounded
+SLOWNESS = 0.1  # of steps beside the scales of weights: as fast as those, they fit the calibration images
 BELOW = 8  # bits of activations: with 8 their noise is next to nothing beside the weights'
 
 Change = Callable[[fx.Node, Tensor], Tensor]  # what becomes of the value (n, ...) of a node
@@ -30,13 +30,13 @@ Change = Callable[[fx.Node, Tensor], Tensor]  # what becomes of the value (n, ..
 
 @dataclass(frozen=True)
 class LearnedStep:
-    """The grid of an activation, with the step times exp(`size`), ()."""
+    """The grid of an activation, with the step times exp(SLOWNESS * `size`), ()."""
 
     grid: Grid
     size: Tensor
 
     def step(self) -> Tensor:
-        return self.grid.scale * self.size.exp()
+        return self.grid.scale * (SLOWNESS * self.size).exp()
 
     def hard(self) -> Grid:
         return replace(self.grid, scale=self.step().detach())
