@@ -427,7 +427,9 @@ def main() -> None:
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    published, few_bits, trained = [], [], []
+    published: list[Any] = []
+    few_bits: list[Any] = []
+    trained: list[Any] = []
     for one in PUBLISHED if arguments.packages else ():
         for held, suffix, make in ((published, "", published_row), (few_bits, ".w4", few_bits_row)):
             file = arguments.work_dir / f"{Path(one.file).stem}{suffix}.json"
