@@ -53,6 +53,7 @@ class PtqEntry(Entry):
     parts: tuple[str, ...] = ()  # the parts of DFQ that it does
     mse_to: int = 0  # up to this many bits, the default range of weights is the one with the least squared error
     equalizes: bool = False  # it works on the equalized network where that is better, if no parts are asked for
+    drops: bool = False  # it can round activations by chance while it learns (QDrop)
     tried: bool = False  # `auto` tries it where rounding to the nearest level is not enough
     chooses: bool = False  # it chooses among the other methods: only `auto`, whose object is a function
 
@@ -151,6 +152,7 @@ PTQ_METHODS: dict[str, PtqEntry] = {
         looks=True,
         mse_to=4,
         equalizes=True,
+        drops=True,
         tried=True,
     ),
     "auto": PtqEntry("r2cli.ptq.auto:choose", "tries these and keeps the best", looks=True, chooses=True),

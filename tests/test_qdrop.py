@@ -1,11 +1,16 @@
 """QDrop: steps of activations have LSQ's gradient, and chance 1 and 0 are the rounded and the float network."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import r2cli
 from r2cli.calibration.calibrate import activation_grid
 from r2cli.calibration.deployed import FakeQuantize
+from r2cli.errors import InputError
 from r2cli.graph.read import trace
 from r2cli.ptq import brecq, qdrop, weight_grids
 from r2cli.quantized.coded import Coded
@@ -51,6 +56,28 @@ def test_chance_decides_for_each_element(
     share = float((found == whole).float().mean())
     assert bool((found.eq(whole) | found.eq(x)).all())
     assert share == 1 if all_rounded else found.equal(x) if all_rounded is False else abs(share - 0.5) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "adaround", "act_bits": "4"}, "--qdrop belongs to --method brecq, and adaround learns no blocks"),
+        ({"method": "brecq"}, "--qdrop is for activations of fewer than 8 bits: give --act-bits 4"),
+    ],
+)
+def test_where_it_cannot_be_done_it_is_refused(options: dict[str, str], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        r2cli.PtqConfig(qdrop=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_steps_are_learned_where_it_is_asked_for(trained: Path) -> None:
+    given = r2cli.PtqConfig(weight_bits=4, act_bits="4", method="brecq", calibration=32, parts="none")
+    plain, learned = (r2cli.quantize(trained, "digits:64", replace(given, qdrop=one)) for one in (False, True))
+    grids = plain.checkpoint.activations, learned.checkpoint.activations
+    assert grids[0].keys() == grids[1].keys() and learned.settings.qdrop
+    assert any(not grids[1][name].scale.equal(grid.scale) for name, grid in grids[0].items())
+    assert {grid.bits for grid in grids[1].values()} == {4}
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r2cli import registry
-from r2cli.config import groups, mixed, targets, values
+from r2cli.config import groups, layer_form, mixed, targets, values
 from r2cli.config.mixed import MixedPrecision
 from r2cli.config.option import Config, meanings, option
 from r2cli.errors import InputError
@@ -64,6 +64,11 @@ class PtqConfig(MixedPrecision):
         "What equalization makes of ReLU6. clip: the same function, with a bound per channel; relu: a ReLU instead.",
         check=values.one_of("--relu6", "clip", "relu"),
     )
+    qdrop: bool = option(
+        False,
+        "brecq: round activations of fewer than 8 bits by chance while a block learns, and learn their steps too "
+        "(QDrop); it takes twice the time.",
+    )
     calibration: int | None = option(
         None,
         "Number of training images that set the ranges of activations; 0: BatchNorm's statistics set them. "
@@ -83,6 +88,7 @@ class PtqConfig(MixedPrecision):
             raise InputError(
                 f"--act-range {self.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
             )
+        self._require_qdrop()
         groups.require_groups(self)
         targets.require(
             self.target,
@@ -91,6 +97,14 @@ class PtqConfig(MixedPrecision):
             per_channel=self.granularity in (None, "channel"),
         )
         groups.require_forms(self, least=4)
+
+    def _require_qdrop(self) -> None:
+        entry = registry.get(registry.PTQ_METHODS, self.method)
+        if self.qdrop and not (entry.drops or entry.chooses):
+            raise InputError(f"--qdrop belongs to --method brecq, and {self.method} learns no blocks: leave it out")
+        acts = [values.act_bits(self.act_bits), *(one.act_bits for one in layer_form.all_of(values.keep(self.keep)))]
+        if self.qdrop and not any(bits is not None and bits < layer_form.MOST_BITS for bits in acts):
+            raise InputError("--qdrop is for activations of fewer than 8 bits: give --act-bits 4, or leave it out")
 
     @property
     def suffix(self) -> str:

@@ -13,7 +13,7 @@ Where we differ from the paper:
   residual block, or a depthwise layer with a pointwise one.
 - The error is not weighted by the Fisher information, which needs labels.
 - The scale of each grid and each bias are learned with the rounding. At 2 bits that gains as much as the blocks do.
-- Activations of fewer than 8 bits are rounded by chance while a block learns (`qdrop.py`).
+- Where it is asked for, activations of fewer than 8 bits are rounded by chance while a block learns (`qdrop.py`).
 - The loss is relative to the error of nearest rounding. If nearest rounding is better in the end, its codes are kept.
 """
 

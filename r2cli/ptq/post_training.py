@@ -70,6 +70,7 @@ class PtqSettings:
     embeddings: bool = False  # whether embeddings get codes too, which needs activations in float
     target: str = targets.DEFAULT
     group_size: int = 0  # inputs of a linear layer that share a scale, which needs activations in float; 0: all
+    qdrop: bool = False  # whether BRECQ rounds activations of few bits by chance, and learns their steps
 
 
 @torch.no_grad()
@@ -117,7 +118,7 @@ def quantize(
     acts: Mapping[str, Grid] = {}
     if images is not None and (looks or CORRECT in parts):
         shown = layer_sweep.first(images, layer_sweep.images_that_fit(net, checkpoint.input.shape))
-        few = _few_bits(net, images, settings, reads, checkpoint.input) if method.whole is not None else {}
+        few = _few_bits(net, images, settings, reads, checkpoint.input) if settings.qdrop else {}
         coded, told, acts = _look(method, net, shown, coded, few, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
     notes.append({name: "asymmetric" for name, each in own.items() if settings.symmetric and not each.symmetric})

@@ -70,6 +70,7 @@ def settings_of(config: PtqConfig) -> PtqSettings:
         config.embeddings,
         config.target,
         config.group_size or 0,
+        config.qdrop,
     )
 
 
