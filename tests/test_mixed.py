@@ -99,7 +99,7 @@ def _choose(
 ) -> tuple[post_training.PtqSettings, dict[str, int]]:
     settings = replace(post_training.PtqSettings("none", 8, None, "channel", {}, weight_range="mse"), **how)  # type: ignore[arg-type]
     batches = list(data.calibration(data.load("digits", spec=made.input), 64, CPU, 0))
-    chosen, rows = bit_budget.choose_bits(made, settings, target, batches, CPU, 0)
+    chosen, rows, _ = bit_budget.chosen(bit_budget.measure(made, settings, target, batches, CPU, 0), target)
     return chosen, {row.layer: row.bits for row in rows}
 
 

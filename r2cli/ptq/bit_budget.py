@@ -76,24 +76,6 @@ class LayerLosses:
     numbers: Mapping[str, tuple[int, int]]
 
 
-def choose_bits(
-    checkpoint: Checkpoint,
-    settings: PtqSettings,
-    target: BitTarget,
-    batches: Iterable[Batch],
-    device: torch.device,
-    seed: int,
-    task: Task = CLASSIFICATION,
-) -> tuple[PtqSettings, list[ChosenBits]]:
-    """Return `settings` with the bits that keep the loss lowest within `target`, and the choice for every layer.
-
-    The most common bits become `weight_bits`, and the others `keep`. Layers that `settings.keep` names have the bits
-    that it says, and their size counts. `batches` are read for all sensitivities but 'sqnr', and their labels for
-    'hessian'. Raises InputError as `quantize` does, and for a target that is out of reach.
-    """
-    return chosen(measure(checkpoint, settings, target, batches, device, seed, task), target)[:2]
-
-
 @torch.no_grad()
 def measure(
     checkpoint: Checkpoint,
@@ -104,7 +86,12 @@ def measure(
     seed: int,
     task: Task = CLASSIFICATION,
 ) -> LayerLosses:
-    """Measure what each layer loses at each width by itself. The parameters are those of `choose_bits`."""
+    """Measure what each layer loses at each width by itself. Layers that `settings.keep` names have the bits that it
+    says, and their size counts.
+
+    `batches` are read for all sensitivities but 'sqnr', and their labels for 'hessian'. Raises InputError as `quantize`
+    does.
+    """
     net, factors, *_ = post_training.prepare(checkpoint, settings)
     forms = post_training.forms([layer.name for layer in structure.layers(net)], replace(settings, weight_bits=0))
     widths = _weight_widths(target)
@@ -170,7 +157,10 @@ def _reads(net: fx.GraphModule, name: str) -> int:
 
 
 def chosen(losses: LayerLosses, target: BitTarget) -> tuple[PtqSettings, list[ChosenBits], list[dict[str, float]]]:
-    """The settings that lose least within `target`, a row for every layer, and points of the front, for a report."""
+    """The settings that lose least within `target`, a row for every layer, and points of the front, for a report.
+
+    The most common bits become `weight_bits`, and the others `keep`. Raises InputError for a target out of reach.
+    """
     found = front(losses, target)
     place = found.within(limit(losses, target), unit(target))
     return *settings_at(losses, target, found, place), points(found, place)
