@@ -198,6 +198,8 @@ def ready(prepared: Prepared, options: LsqOptions) -> None:
 def calm(prepared: Prepared, epoch: EpochStart) -> None:
     """Dampen the weights that swing between two levels, by their gradients, and hold those that swing too often."""
     options: LsqOptions = epoch.options
+    if not (options.dampen or options.freeze):
+        return
     strength = options.dampen * oscillation.share_at(epoch.number, epoch.epochs)
     for layer, learner, weight in prepared.each():
         assert isinstance(learner, LsqWeight) and weight.grad is not None, layer.name
