@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from r2cli.graph import operators
@@ -29,6 +30,7 @@ UNROUNDED = "what it gives is the network's result, or has no grid: its codes ar
 FOREIGN_BIAS = "its int32 bias is on the scale of the first call's input: runtimes may run this call in float"
 # What can run on integers or is cheap between two grids.
 COMPUTES = (Kind.INTEGER, Kind.POINTWISE, Kind.NORM, Kind.ACTIVATION)
+MEANS = (F.avg_pool2d, F.adaptive_avg_pool2d)  # of many numbers: they give more levels than they read
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def values(net: fx.GraphModule, shape: Shape, *, result: bool = False) -> list[s
 def bits_of(net: fx.GraphModule, names: Iterable[str], usual: int, own: Mapping[str, int]) -> dict[str, int]:
     """Return the bits of the grid of every named value, where layers want `own` bits of what they read.
 
-    One value has one grid: no reader gets fewer than it wants, and all that is no layer wants the `usual` ones.
+    One value has one grid: no reader gets fewer than it wants, and all that is no layer wants the `usual` ones. A
+    function of one value (an activation, a gate, a product by a number) wants as many as those that read it do: it
+    cannot give more levels than it is given.
     """
     nodes = {node.name: node for node in net.graph.nodes}
     return {name: max(_wanted(net, nodes[name], usual, own), default=usual) for name in names}
@@ -81,6 +85,18 @@ def _wanted(net: fx.GraphModule, node: fx.Node, usual: int, own: Mapping[str, in
             yield own.get(str(user.target), usual)
         elif operators.kind(net, user) is not Kind.SHAPE and user.op != "output":
             yield usual
+            if _argument(net, user) is not user:
+                yield from _wanted(net, user, usual, own)
+
+
+def _argument(net: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The one value that `node` is a function of, number by number, or `node` itself: of a layer, a sum, a mean."""
+    if is_a(net, node, PASSING) or is_grid(node):
+        return _argument(net, node.all_input_nodes[0])
+    if operators.kind(net, node) not in COMPUTES or is_a(net, node, MEANS):
+        return node
+    read = {_argument(net, value) for value in node.all_input_nodes if value.op != "get_attr"}
+    return read.pop() if len(read) == 1 else node
 
 
 def float_operations(net: fx.GraphModule, shape: Shape) -> list[FloatOperation]:
