@@ -15,6 +15,10 @@ quantized to W8A8, then broken:
 
 A fault that takes less than 3 dB from the outputs breaks nothing: another layer is drawn, 8 times at most. Right is a
 fault whose layer, or the layer or value whose activation it is, has the greatest cost.
+
+These rules were made after misses: with plain statistics of BatchNorm, eight bits alone are the greatest fault of many a
+network with random weights; a fault that hardly reaches the outputs has no cost there. Five networks were changed for
+others on the way, for their time or such statistics.
 """
 
 import argparse
@@ -180,7 +184,12 @@ def written() -> str:
     names = [name for name in NETWORKS if any(name == row["network"] for row in rows)]
     first = sum(row["place"] == 1 for row in rows)
     lines = ["# Is the broken layer named?", "", *(__doc__ or "").splitlines()[4:], ""]
-    lines += [f"Named first: {first} of {len(rows)}. A number is the place of the layer among all values.", ""]
+    broke = [row for row in rows if row["dB"][2] <= row["whole"] - BROKEN]
+    lines += [
+        f"Named first: {first} of {len(rows)}, and {sum(row['place'] == 1 for row in broke)} of the {len(broke)} faults "
+        f"that take {BROKEN:.0f} dB. A number is the place of the layer among all values.",
+        "",
+    ]
     lines += [f"{sum(row['again'] for row in rows)} draws broke nothing.", ""]
     lines += [f"| network | values | outputs dB | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 3) + "|"]
     for name in names:
