@@ -16,8 +16,8 @@ quantized to W8A8, then broken:
 A fault that takes less than 3 dB from the outputs breaks nothing: another layer is drawn, 8 times at most. Right is a
 fault whose layer, or the layer or value whose activation it is, has the greatest cost.
 
-These rules were made after misses: with plain statistics of BatchNorm, eight bits alone are the greatest fault of many a
-network with random weights; a fault that hardly reaches the outputs has no cost there. Five networks were changed for
+These rules were made after misses: with plain statistics of BatchNorm, eight bits alone are the greatest fault of many
+a network with random weights; a fault that hardly reaches the outputs has no cost there. Five networks were changed for
 others on the way, for their time or such statistics.
 """
 
@@ -186,8 +186,8 @@ def written() -> str:
     lines = ["# Is the broken layer named?", "", *(__doc__ or "").splitlines()[4:], ""]
     broke = [row for row in rows if row["dB"][2] <= row["whole"] - BROKEN]
     lines += [
-        f"Named first: {first} of {len(rows)}, and {sum(row['place'] == 1 for row in broke)} of the {len(broke)} faults "
-        f"that take {BROKEN:.0f} dB. A number is the place of the layer among all values.",
+        f"Named first: {first} of {len(rows)}, and {sum(row['place'] == 1 for row in broke)} of the {len(broke)} "
+        f"faults that take {BROKEN:.0f} dB. A number is the place of the layer among all values.",
         "",
     ]
     lines += [f"{sum(row['again'] for row in rows)} draws broke nothing.", ""]
