@@ -160,6 +160,7 @@ class _Walk:
         self.plain, self.made = fx.Interpreter(plain), fx.Interpreter(made)
         self.twins = {node.name: node for node in plain.graph.nodes}
         self.rows = rows_of(made)
+        self.heard = {node: heard.ends(made, node) for node in self.rows}
         self.ends = [
             node for node in self.rows if not any(self.rows.get(user) == self.rows[node] for user in node.users)
         ]
@@ -227,7 +228,7 @@ class _Walk:
     ) -> None:
         if node not in self.rows:
             return
-        sums, reference, ends = self.sums[self.rows[node]], floats[node], heard.ends(self.made.module, node)  # type: ignore[arg-type]
+        sums, reference, ends = self.sums[self.rows[node]], floats[node], self.heard[node]
         if ends != heard.EVERYTHING:  # what a grid leaves out on purpose is no loss
             kept = ({**one, node: one[node].clamp(*ends)} if node in one else one for one in (floats, codes, alone))
             floats, codes, alone = kept

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from r2cli.analysis.depth import Mend, Ratio, ValueLoss, energy, rows_of
 from r2cli.calibration.calibrate import activation_grid
 from r2cli.calibration.deployed import FakeQuantize
+from r2cli.config.layer_form import WIDE_BITS
 from r2cli.graph import edit, equivalence, structure
 from r2cli.graph.operators import LAYERS, module_of
 from r2cli.ptq import weight_grids
@@ -22,7 +23,6 @@ from r2cli.quantized.coded import Coded
 from r2cli.storage.input_spec import Given, each, places
 
 MEASURED_ON = 16  # samples
-WIDE = 16  # bits
 LEAST = 0.05  # dB: less is no mending
 
 
@@ -145,9 +145,9 @@ def _wider(made: fx.GraphModule, node: fx.Node, ranges: Mapping[str, tuple[float
         if edit.source(made, structure.node_of(made, layer)) == value
     ]
     if readers and value in ranges:
-        options = " ".join(f"--keep '{reader}=A{WIDE}'" for reader in readers)
-        grid = FakeQuantize(activation_grid(*ranges[value], WIDE))
-        yield _Choice(f"{WIDE}-bit activations", options, 0, str(node.target), grid=grid)
+        options = " ".join(f"--keep '{reader}=A{WIDE_BITS}'" for reader in readers)
+        grid = FakeQuantize(activation_grid(*ranges[value], WIDE_BITS))
+        yield _Choice(f"{WIDE_BITS}-bit activations", options, 0, str(node.target), grid=grid)
 
 
 def _tried(made: fx.GraphModule, choice: _Choice, measure: Any) -> float:

@@ -87,7 +87,7 @@ def calibrate(
     R2Error for a value that is not finite.
     """
     values = placement.values(net, shape, result=target.codes_of_result)
-    bounds = {node.name: heard.ends(net, node) for node in net.graph.nodes}
+    bounds = {node.name: heard.ends(net, node) for node in net.graph.nodes if node.name in values}
     observed = deployed.observe(net, values, images, observers.observer(rule))
     for name, observer in observed.items():
         if not observer.finite:

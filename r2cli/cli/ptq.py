@@ -117,7 +117,7 @@ def _left_open(config: PtqConfig) -> dict[str, Any]:
 
 def _notes(result: "PtqResult") -> list[console.Line]:
     """Return lines that say what was chosen, and what ranges and corrections come from."""
-    notes = [*([_front(result)] if result.bits else []), *([_again(result)] if result.bits else [])]
+    notes: list[console.Line] = [_front(result), _again(result)] if result.bits else []
     notes += [_chosen(result.trials)] if result.trials else []
     notes += [_tried(result.details["smallest"])] if "smallest" in result.details else []
     if registry.get(registry.PTQ_METHODS, result.settings.method).dataless or not result.calibration:

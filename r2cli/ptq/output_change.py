@@ -43,15 +43,16 @@ def measure(net: fx.GraphModule, tried: Tried, images: Iterable[Given], shape: S
     `images` are batches of inputs of `shape` on the device of `net`. Raises InputError where there is no image.
     """
     found = {name: dict.fromkeys(own, 0.0) for name, own in tried.items()}
+    behind = {name: _behind(net, name) for name in tried}
     size, seen = min(BATCH, layer_sweep.images_that_fit(net, shape)), 0
     for given in images:
         for part in split(given, size):
             values = _values(net, part)
+            expected = _results(net, values)
             for name, own in tried.items():
-                behind = _behind(net, name)
                 for key, rounded in own.items():
-                    outputs = _again(net, name, rounded, values, behind)
-                    found[name][key] += count(part) * _noise(outputs, _results(net, values))
+                    outputs = _again(net, name, rounded, values, behind[name])
+                    found[name][key] += count(part) * _noise(outputs, expected)
             seen += count(part)
         if seen >= IMAGES:
             break
