@@ -171,6 +171,7 @@ QAT_METHODS: dict[str, QatEntry] = {
         why="at 1 bit its highest level is 0",
         options=LsqOptions(),
     ),
+    "seq": QatEntry("r2cli.qat.seq:METHOD", "as lsq, with levels without zero at 2 bits and 1", bits=(1, 8)),
     "ewgs": QatEntry(
         "r2cli.qat.ewgs:METHOD",
         "scales gradients by the distance to the level",

@@ -344,11 +344,12 @@ def test_kernels_that_overflow_are_measured_in_batches_of_any_size(
 # --- quantizers of weights that are 0 everywhere ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lsq", "ewgs", "dorefa", "pact"])
-def test_a_weight_of_zeros_has_finite_gradients(method: str) -> None:
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("method", ["lsq", "seq", "ewgs", "dorefa", "pact"])
+def test_a_weight_of_zeros_has_finite_gradients(method: str, bits: int) -> None:
     kind = qat_method.method(method)
     weight = torch.zeros(4, 3, requires_grad=True)
-    learner = kind.weight(weight.detach(), 4, True)
+    learner = kind.weight(weight.detach(), bits, True)
     learner.keep_scale(weight.detach())
     learner(weight).mul(torch.randn(4, 3)).sum().backward()
     parameters = [weight, *learner.parameters()]

@@ -223,7 +223,8 @@ def proved_untrained(work: QatTask, source: data.Data, tmp_path: Path) -> tuple[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "bits", "acts"), [("lsq", 8, 8), ("pact", 4, 4), ("ewgs", 1, 1), ("dorefa", 3, None)]
+    ("method", "bits", "acts"),
+    [("lsq", 8, 8), ("pact", 4, 4), ("ewgs", 1, 1), ("dorefa", 3, None), ("seq", 2, 2), ("seq", 1, 8)],
 )
 def test_other_bits_pass_their_proof(method: str, bits: int, acts: int | None, model: Path, tmp_path: Path) -> None:
     coded, _ = proved_untrained(*work_on(model, method, bits, acts), tmp_path)

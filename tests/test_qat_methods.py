@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from r2cli import registry
-from r2cli.qat import dorefa, ewgs, lsq, pact
+from r2cli.qat import dorefa, ewgs, lsq, pact, seq
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WideQuantizer
 from r2cli.quantized import fake_quant
 
@@ -112,6 +112,39 @@ def test_dorefas_factor_is_the_least_squares_one() -> None:
     learner.keep_scale(w)
     errors = [float((w - learner(w) * s).square().sum()) for s in (0.99, 1.0, 1.01)]
     assert min(errors) == errors[1]
+
+
+# --- SEQ: the formulas at the top of its file ----------------------------------------------------------------------
+
+
+def test_seq_has_as_many_levels_above_zero_as_below() -> None:
+    w = vector(W).requires_grad_()
+    learner = seq.SeqWeight(w, 2)
+    assert learner.step.item() == pytest.approx(0.625)  # the range of two steps to each side holds max|w|
+    learner.step.data.fill_(0.6)
+    out = learner(w)
+    assert out.tolist() == exactly([0.3, -0.9, 0.3, 0.9])
+    gw, gs = grads(out, w, learner.step)
+    assert gw == exactly([1, 0, 0.5, 3]) and gs == exactly([1.1041666667])  # (4.95 - 3.625) / 0.6 / sqrt(4)
+    assert learner.freeze(w).decode().tolist() == exactly(out.tolist())
+
+
+def test_seq_at_one_bit_is_the_sign_times_a_learned_size() -> None:
+    w = vector(W).requires_grad_()
+    learner = seq.SeqWeight(w, 1)
+    assert learner.step.item() == pytest.approx(1.5)  # 2 * mean|w|
+    assert learner(w).tolist() == exactly([0.75, -0.75, 0.75, 0.75])
+
+
+def test_seq_starts_at_the_step_that_loses_least_where_it_is_fitted() -> None:
+    w = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # The best uniform quantizer of a normal distribution with four levels: Max, "Quantizing for minimum distortion".
+    assert seq.SeqWeight(w, 2, fitted=True).step.item() == pytest.approx(0.9957, abs=0.03)
+
+
+def test_seq_with_more_bits_is_lsq() -> None:
+    w = vector(W)
+    assert seq.SeqWeight(w, 4)(w).tolist() == lsq.LsqWeight(w, 4)(w).tolist()
 
 
 # --- EWGS: equations 1 to 5 ----------------------------------------------------------------------------------------
