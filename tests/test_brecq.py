@@ -87,6 +87,18 @@ def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int) -> None:
     assert len(counted) == 3
 
 
+@pytest.mark.parametrize(("side", "images_a_step"), [(96, 4), (40, 8), (8, 32)], ids=str)
+def test_a_step_uses_fewer_images_where_they_are_large(side: int, images_a_step: int) -> None:
+    # The second convolution, of stride 2, has a quarter of the first one's outputs, and the last block one a picture.
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 1), nn.Flatten()
+    net = trace(nn.Sequential(*layers, nn.Linear(side * side, 2)).eval(), torch.zeros(2, 1, side, side))
+    structure.propagate(net, (1, side, side))
+    first, last = brecq.blocks(net)
+    settings = brecq.BrecqSettings(rows=3200)
+    assert brecq.images_of_a_step(net, first, settings) == images_a_step
+    assert brecq.images_of_a_step(net, last, settings) == settings.batch
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("per_channel", [True, False])
