@@ -20,7 +20,7 @@ from conftest import R2
 from r2cli import models
 from r2cli.api import inputs
 from r2cli.calibration import deployed
-from r2cli.calibration.calibrate import with_raised_scale
+from r2cli.calibration.biases import with_raised_scale
 from r2cli.data import Batch, splits
 from r2cli.deploy import onnx_export, parity, runtime, verify
 from r2cli.errors import InputError, R2Error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conftest import R2
 from r2cli import data, models
-from r2cli.calibration import deployed
+from r2cli.calibration import biases, deployed
 from r2cli.deploy import onnx_export, verify
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, channel_clip, structure
@@ -324,14 +324,12 @@ def test_correction_takes_the_shift_of_the_mean_back(module: nn.Module) -> None:
     state = {"weight": coded.decode(), "bias": corrected}
     with torch.no_grad():
         gap = torch.func.functional_call(module, state, (images + 0.1,)) - module(images)
-        assert float(bias_correction.channel_means(module, gap).abs().max()) < 1e-5
+        assert float(biases.channel_means(module, gap).abs().max()) < 1e-5
         # The analytic shift is that of an input which has this mean everywhere.
         flat = mean.reshape(1, 4, *[1] * (len(shape) - 2)).expand(shape)
         rounded = torch.func.functional_call(module, {"weight": coded.decode()}, (flat,))
         shift = bias_correction.mean_shift(module, coded, mean, shape[1:])
-        torch.testing.assert_close(
-            shift, bias_correction.channel_means(module, rounded - module(flat)), rtol=1e-3, atol=1e-5
-        )
+        torch.testing.assert_close(shift, biases.channel_means(module, rounded - module(flat)), rtol=1e-3, atol=1e-5)
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

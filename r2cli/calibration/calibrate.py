@@ -1,27 +1,23 @@
-"""Quantize activations: find their ranges on calibration images, and round the biases to int32.
+"""Quantize activations: find their ranges on calibration images, and round values and biases to their grids.
 
 All methods that give integer networks use this. The codes of activations are unsigned, with a zero point. It is 0 where
 no value is negative.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from r2cli.calibration import deployed, observers
+from r2cli.calibration import biases, deployed, observers
 from r2cli.config.targets import DEFAULT, TARGETS, Target
 from r2cli.errors import R2Error
-from r2cli.graph import edit, heard, operators, placement, structure
-from r2cli.quantized.channels import per_channel
+from r2cli.graph import heard, operators, placement
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.palette import Palette
 from r2cli.storage.input_spec import Given, Shape
 
 NO_BITS: Mapping[str, int] = {}
-MOST_BIAS = 2.0**30  # of a bias in int32 sums: the other half of the range is for the products that are added to it
 
 
 def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = False) -> Grid:
@@ -56,20 +52,25 @@ def calibrate_and_round(
 
     `own` are the bits that layers want of what they read, by their names, where those are not `bits`. `images` are
     batches of inputs (n, *shape) on the device of `net`; afterwards `net` is on the CPU. Returns the grids by value,
-    and what `round_biases` does. Raises R2Error for a value that is not finite.
+    and what `biases.round_biases` does. Raises R2Error for a value that is not finite.
     """
     grids = calibrate(net, shape, bits, images, rule, target, own)
-    return grids, round_to_grids(net, coded, grids)
+    return grids, round_to_grids(net, coded, grids, images)
 
 
-def round_to_grids(net: fx.GraphModule, coded: Mapping[str, Coded], grids: Mapping[str, Grid]) -> dict[str, Coded]:
+def round_to_grids(
+    net: fx.GraphModule,
+    coded: Mapping[str, Coded],
+    grids: Mapping[str, Grid],
+    images: Iterable[Given] | None = None,
+) -> dict[str, Coded]:
     """Make `net` round its values and its biases to their grids, in place. Moves `net` to the CPU.
 
-    Returns what `round_biases` does.
+    `images` are as for `biases.round_biases`. Returns what that does.
     """
     deployed.insert_grids(net, grids)
     net.cpu()  # the codes and grids are there
-    return round_biases(net, coded, grids)
+    return biases.round_biases(net, coded, grids, images)
 
 
 def calibrate(
@@ -113,53 +114,3 @@ def _within(found: tuple[float, float], bounds: tuple[float, float], bits: int) 
     low, high = (min(max(end, bounds[0]), bounds[1]) for end in found)
     step = (high - low) / max(1, 2**bits - 3)
     return low - step * (low > found[0]), high + step * (high < found[1])
-
-
-def round_biases(net: fx.GraphModule, coded: Mapping[str, Coded], activations: Mapping[str, Grid]) -> dict[str, Coded]:
-    """Round every bias to a multiple of scale_x * scale_w, the unit of the layer's int32 sums; in place.
-
-    Runtimes do so silently. We do it here, so that the accuracy that we print is the one that is deployed. Where a bias
-    does not fit int32, the scale of its channel is raised: the weights are next to nothing beside such a bias. Returns
-    the weights with raised scales, by name.
-    """
-    raised = {}
-    for layer, module in structure.named_layers(net):
-        where = edit.source(net, structure.node_of(net, layer))
-        bias = module.bias
-        if where is None or bias is None or layer.weight not in coded:
-            continue
-        one, given = coded[layer.weight], activations[where].scale
-        unit = given * (one.codec.scale / one.codec.integer_factor)
-        over = (bias.double() / unit.double()).abs() / MOST_BIAS
-        if float(over.max()) > 1:
-            raised[layer.weight] = one = with_raised_scale(one, over if unit.ndim else over.amax())
-            module.weight.copy_(one.decode())
-            unit = given * (one.codec.scale / one.codec.integer_factor)
-        codes = torch.round(bias.double() / unit.double())
-        bias.copy_((codes * unit.double()).float())
-    return raised
-
-
-def with_raised_scale(coded: Coded, by: Tensor) -> Coded:
-    """Return a weight whose scale, () or (channels,), is `by` times as large where that is more than 1.
-
-    The codes of those channels are the nearest ones on the new scale, and all others are as they were.
-    """
-    codec, raises = coded.codec, by > 1
-    codec = replace(codec, scale=torch.where(raises, codec.scale.double() * by, codec.scale.double()).float())
-    codes = codec.encode(coded.decode())
-    if isinstance(codec, Palette):  # a code belongs to `dim` channels at once
-        channels = raises.expand(codec.shape[0])
-        blocks = [bool(part.any()) for part in torch.split(channels, codec.dim)]
-        moved = torch.tensor(blocks).repeat_interleave(codec.positions).reshape(codes.shape)
-    else:
-        moved = per_channel(raises, codes.ndim, codec.axis)
-    return Coded(codec, torch.where(moved, codes, coded.codes))
-
-
-def raised_note(before: Coded, after: Coded | None) -> str:
-    """Return what is said of a layer whose scales `round_biases` raised; an empty text for another."""
-    if after is None:
-        return ""
-    count = int((after.codec.scale != before.codec.scale).sum())
-    return f"scale of {count} channels raised for their bias" if after.codec.scale.ndim else "scale raised for the bias"

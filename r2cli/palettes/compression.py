@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from r2cli import registry
-from r2cli.calibration import calibrate, deployed
+from r2cli.calibration import biases, calibrate, deployed
 from r2cli.config import targets
 from r2cli.data import Batch, losses
 from r2cli.data.losses import Learned
@@ -311,7 +311,7 @@ def finish(
         bits, rule = work.settings.act_bits, work.settings.act_range
         target = targets.get(work.settings.target)
         found, raised = calibrate.calibrate_and_round(net.to(device), folded, shape, bits, images, rule, target)
-        told = {name: calibrate.raised_note(folded[name], one) for name, one in raised.items()}
+        told = {name: biases.raised_note(folded[name], one) for name, one in raised.items()}
         rows = [replace(row, note=together(row.note, told.get(f"{row.layer}.weight"))) for row in rows]
         folded |= raised
     floats = {name: tensor for name, tensor in net.state_dict().items() if name not in folded}

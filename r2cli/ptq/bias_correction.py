@@ -12,8 +12,9 @@ Where we differ: the layer runs over an image that has the value E[x] everywhere
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from r2cli.calibration.biases import channel_means
 from r2cli.graph import structure
 from r2cli.graph.operators import LayerModule
 from r2cli.ptq.batchnorm_statistics import ValueStatistics
@@ -73,13 +74,3 @@ def empirical(seen: LayerSample, coded: Coded) -> Tensor | None:
         difference = torch.func.functional_call(module, state, (rounded,)) - module(plain)
         shift += channel_means(module, difference) * len(plain) / len(seen.inputs)  # the last batch may be smaller
     return module.bias - shift
-
-
-def channel_means(module: LayerModule, outputs: Tensor) -> Tensor:
-    """Return the mean of `outputs` for each channel, (channels,).
-
-    They are (n, channels, ...), or (n, ..., channels) for a linear layer.
-    """
-    return (
-        outputs.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else outputs.transpose(0, 1).flatten(1).mean(1)
-    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
-from r2cli.calibration import calibrate
+from r2cli.calibration import biases
 from r2cli.graph import edit, operators, structure
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
@@ -47,7 +47,7 @@ def tell_grids(
     """Put the bits of what each layer reads into its row, and what became of its scales."""
     for layer in structure.layers(net):
         read = edit.source(net, structure.node_of(net, layer))
-        row = with_note(rows[layer.name], calibrate.raised_note(coded[layer.weight], raised.get(layer.weight)))
+        row = with_note(rows[layer.name], biases.raised_note(coded[layer.weight], raised.get(layer.weight)))
         rows[layer.name] = replace(row, act_bits=None if read is None else activations[read].bits)
 
 

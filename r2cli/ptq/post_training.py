@@ -124,7 +124,7 @@ def quantize(
     notes.append({name: "asymmetric" for name, each in own.items() if settings.symmetric and not each.symmetric})
     rows |= _decode(net, own, coded, notes)
     if acts:  # learned with the weights
-        activations, raised = dict(acts), grids.round_to_grids(net, coded, acts)
+        activations, raised = dict(acts), grids.round_to_grids(net, coded, acts, images)
     else:
         known = normals if images is None else images
         activations, raised = _activations(net, coded, settings, reads, checkpoint.input, known)

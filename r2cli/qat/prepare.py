@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from r2cli import models, registry
-from r2cli.calibration import calibrate, deployed
+from r2cli.calibration import biases, deployed
 from r2cli.config import targets
 from r2cli.data import losses
 from r2cli.data.losses import Learned
@@ -183,8 +183,9 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
         note = f"{turned} channels turned around" if turned else ""
         rows.append(_row(layer.name, coded[layer.name], grids[reads].bits if reads else None, note))
     if grids and round_biases:
-        raised = calibrate.round_biases(net, folded, grids)
-        told = {name: calibrate.raised_note(folded[name], one) for name, one in raised.items()}
+        shown = (images for images, _ in work.batches())
+        raised = biases.round_biases(net, folded, grids, shown)
+        told = {name: biases.raised_note(folded[name], one) for name, one in raised.items()}
         notes = [filter(None, (row.note, told.get(f"{row.layer}.weight"))) for row in rows]
         rows = [replace(row, note="; ".join(note)) for row, note in zip(rows, notes, strict=True)]
         folded |= raised

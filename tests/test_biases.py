@@ -1,0 +1,73 @@
+"""Biases on the int32 grid: what rounding them does, and what is made up for."""
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from r2cli.calibration import biases, calibrate, deployed
+from r2cli.graph import edit, structure
+from r2cli.graph.read import trace
+from r2cli.ptq import weight_grids
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.grid import Grid
+
+SHAPE = (3, 12, 12)
+
+
+class Narrow(nn.Module):
+    """A depthwise layer between two others, as in a MobileNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep, self.point = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.point(torch.relu(self.deep(torch.relu(self.stem(x))))).mean([2, 3])
+
+
+Made = tuple[fx.GraphModule, dict[str, Coded], dict[str, Grid]]
+
+
+@torch.no_grad()
+def made(bits: int, images: Tensor) -> Made:
+    """The network with 4-bit weights and values of `bits` on their grids, before its biases are rounded."""
+    torch.manual_seed(3)
+    net, coded = trace(Narrow().eval(), images[:2]), {}
+    for layer, module in structure.named_layers(net):
+        grid = weight_grids.weight_grid(module.weight, 4, per_channel=True, symmetric=True)
+        coded[layer.weight] = Coded(grid, grid.encode(module.weight))
+        module.weight.copy_(coded[layer.weight].decode())
+    grids = calibrate.calibrate(net, SHAPE, bits, [images])
+    deployed.insert_grids(net, grids)
+    return net, coded, grids
+
+
+@torch.no_grad()
+def moved(bits: int, *, corrected: bool) -> float:
+    """The mean over the outputs of how far the mean of one moves as the biases are rounded."""
+    images = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0))
+    net, coded, grids = made(bits, images)
+    before = net(images)
+    assert not biases.round_biases(net, coded, grids, [images] if corrected else None)
+    return float((net(images) - before).mean(0).abs().mean())
+
+
+def test_a_bias_makes_up_for_the_rounding_of_those_before_it() -> None:
+    assert 0 < moved(4, corrected=True) < 0.5 * moved(4, corrected=False)
+
+
+def test_at_eight_bits_nothing_is_corrected() -> None:
+    assert moved(8, corrected=True) == moved(8, corrected=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("corrected", [True, False])
+def test_every_bias_is_on_its_grid(corrected: bool) -> None:
+    images = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    net, coded, grids = made(4, images)
+    biases.round_biases(net, coded, grids, [images] if corrected else None)
+    for layer, module in structure.named_layers(net):
+        read = edit.source(net, structure.node_of(net, layer))
+        assert read is not None and module.bias is not None
+        units = module.bias.double() / (grids[read].scale * coded[layer.weight].codec.scale).double()
+        assert float((units - units.round()).abs().max()) < 1e-3, layer.name
