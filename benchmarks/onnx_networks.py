@@ -8,10 +8,10 @@ proved.
 
 Then files that others have published, in packages of the registry: a YOLOv8 of `nudenet`, and of
 `rapidocr-onnxruntime` a detector of text, a recogniser and a classifier of direction. They are quantized on pictures of
-text that is drawn here, and on the two photographs of scikit-learn, and compared with ONNX Runtime's `quantize_static`
-(QDQ, per channel, minimum and maximum) on the same pictures.
+text that is drawn here, and on parts of scikit-image's photographs (labelled_pictures.py), and compared with ONNX
+Runtime's `quantize_static` (QDQ, per channel, minimum and maximum) on the same pictures.
 
-    pip download --no-deps -d packages nudenet rapidocr-onnxruntime
+    pip download --no-deps -d packages nudenet rapidocr-onnxruntime scikit-image
     python benchmarks/onnx_networks.py --packages packages --work-dir onnx --output benchmarks/onnx_networks.md
 
 One JSON file a row in the work directory: a run that was stopped goes on where it was.
@@ -29,18 +29,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import drawn_text
+import labelled_pictures
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 from given_images import data_of
-from networks import BATCH, network, noise, proved, tried
+from networks import network, noise, proved, tried
 from onnx import version_converter
 from onnx_speed import machine, table
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quant_pre_process, quantize_static
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import r2cli
@@ -49,6 +47,7 @@ from r2cli.calibration import deployed
 from r2cli.data import own
 from r2cli.deploy import runtime
 from r2cli.models import onnx as onnx_in
+from r2cli.ptq import brecq
 from r2cli.quantized.decibels import decibels
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.storage.input_spec import InputSpec, NetworkInput
@@ -79,7 +78,7 @@ PUBLIC_HEAD = [
 ]
 TRIED_HEAD = ["file", "options", "dB, agreement, right", "MB", "proof"]
 LINE = 320  # pixels of the longest line of text; what takes less is given it narrowed, as the programs around it do
-CALIBRATION, TEST = 32, 64  # pictures of text; of photographs BATCH are measured
+CALIBRATION, TEST, PROVED = 32, 64, 16  # pictures; the last are of TEST
 
 
 # --- exports ---------------------------------------------------------------------------------------------------------
@@ -166,15 +165,6 @@ def cells(row: dict[str, Any]) -> list[str]:
 # --- published files -------------------------------------------------------------------------------------------------
 
 
-def photograph(shape: Sequence[int], generator: np.random.Generator) -> Image.Image:
-    """A part of one of scikit-learn's two photographs."""
-    _, height, width = shape
-    whole = Image.fromarray(load_sample_images().images[int(generator.integers(2))])
-    side = int(generator.integers(160, 427))
-    left, top = (int(generator.integers(size - side + 1)) for size in whole.size)
-    return whole.crop((left, top, left + side, top + side)).resize((width, height))
-
-
 @dataclass(frozen=True)
 class Published:
     package: str
@@ -183,57 +173,59 @@ class Published:
     kind: str  # of pictures: photographs, pages of text, lines, or lines of which half stand on their head
     mean: float
     std: float
-    classes: int = (
-        0  # of each decision, the output's last axis; 0: each number above 0.3 is one, as the detectors have it
-    )
+    classes: int = 0  # of each decision, the output's last axis; 0: each number above `least` is one
+    least: float = 0.3
 
-    def pictures(self, count: int, seed: int) -> tuple[Tensor, list[Any]]:
+    def pictures(self, count: int, seed: int, packages: Path) -> tuple[Tensor, list[Any]]:
         """Normalized images (n, c, h, w), and what is right: texts, boxes, whether they are turned, or nothing."""
         generator = np.random.default_rng(seed)
         drawn, truths = [], list[Any]()
         for number in range(count):
             if self.kind == "photographs":
-                image, truth = drawn_text.pixels(photograph(self.shape, generator)), None
+                whole, truth = labelled_pictures.photograph(self.shape, generator, packages)
+                image = labelled_pictures.pixels(whole)
             elif self.kind == "pages":
-                whole, truth = drawn_text.page(self.shape, generator)
-                image = drawn_text.pixels(whole)
+                whole, truth = labelled_pictures.page(self.shape, generator)
+                image = labelled_pictures.pixels(whole)
             else:
-                line, truth = drawn_text.cut_line((3, self.shape[1], LINE), generator)
+                line, truth = labelled_pictures.cut_line((3, self.shape[1], LINE), generator)
                 if self.kind == "turned":
                     truth = number % 2
                     line = line.rotate(180 * truth).resize((min(line.width, self.shape[2]), self.shape[1]))
-                image = drawn_text.padded(drawn_text.pixels(line), self.shape[2])
+                image = labelled_pictures.padded(labelled_pictures.pixels(line), self.shape[2])
             drawn.append(image)
             truths.append(truth)
         return (torch.stack(drawn) - self.mean) / self.std, truths
-
-    def images(self, count: int, seed: int) -> Tensor:
-        return self.pictures(count, seed)[0]
 
     def agreement(self, found: Tensor, expected: Tensor) -> float:
         """Percent of decisions that are the float file's: of greatest scores, or of what either says yes to."""
         if self.classes:
             pairs = [each.reshape(-1, self.classes).argmax(1) for each in (found, expected)]
             return 100 * float((pairs[0] == pairs[1]).float().mean())
-        yes, wanted = found > 0.3, expected > 0.3
+        if self.kind == "photographs":  # four rows of the boxes, then one of each class
+            found, expected = found[:, 4:], expected[:, 4:]
+        yes, wanted = found > self.least, expected > self.least
         return 100 * float((yes & wanted).sum() / max(1, int((yes | wanted).sum())))
 
-    def right(self, found: Tensor, truths: Sequence[Any], path: Path) -> float | None:
-        """Percent that is right of what was drawn: characters, lines found, directions; None for photographs."""
+    def right(self, found: Tensor, truths: Sequence[Any], path: Path) -> float:
+        """Percent that is right of what is there: characters, lines found, directions, or faces (AP at a half)."""
         if self.kind == "photographs":
-            return None
+            return labelled_pictures.average_precision(found, truths, FACES)
         if self.kind == "turned":
             return 100 * float((found.argmax(1) == torch.tensor(truths)).float().mean())
         if self.kind == "pages":
-            return drawn_text.lines_right(found, truths)
+            return labelled_pictures.lines_right(found, truths)
         named = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-        return drawn_text.characters_right(drawn_text.written(found, [*named["character"].split("\n"), " "]), truths)
+        return labelled_pictures.characters_right(
+            labelled_pictures.written(found, [*named["character"].split("\n"), " "]), truths
+        )
 
 
+FACES = (1, 12)  # of the classes of nudenet: those of a woman and of a man
 OCR = "rapidocr_onnxruntime/models/"
 PUBLISHED = (
     Published("rapidocr_onnxruntime", f"{OCR}ch_ppocr_mobile_v2.0_cls_infer.onnx", (3, 48, 192), "turned", 0.5, 0.5, 2),
-    Published("nudenet", "nudenet/320n.onnx", (3, 320, 320), "photographs", 0.0, 1.0),
+    Published("nudenet", "nudenet/320n.onnx", (3, 320, 320), "photographs", 0.0, 1.0, least=0.25),
     Published("rapidocr_onnxruntime", f"{OCR}ch_PP-OCRv4_det_infer.onnx", (3, 320, 320), "pages", 0.45, 0.225),
     Published("rapidocr_onnxruntime", f"{OCR}ch_PP-OCRv4_rec_infer.onnx", (3, 48, 320), "lines", 0.5, 0.5, 6625),
 )
@@ -297,21 +289,21 @@ def unpacked(one: Published, packages: Path, folder: Path) -> Path:
 class Given:
     """A published file, the pictures that it is calibrated and measured on, and what it says of these itself."""
 
-    def __init__(self, one: Published, packages: Path, folder: Path) -> None:
+    def __init__(self, one: Published, packages: Path, folder: Path, calibration: int = CALIBRATION) -> None:
         self.one, self.path = one, unpacked(one, packages, folder)
-        self.calibration = one.pictures(CALIBRATION, 1)[0]
-        self.images, self.truths = one.pictures(BATCH if one.kind == "photographs" else TEST, 2)
-        self.source = own.to_data(one.package, ([(self.calibration, None)], [(self.images, None)]))
+        self.calibration = one.pictures(calibration, 1, packages)[0]
+        self.images, self.truths = one.pictures(TEST, 2, packages)
+        self.source = own.to_data(one.package, ([(self.calibration, None)], [(self.images[:PROVED], None)]))
         self.made = of_file(self.path, self.source.input)
         self.expected = run(self.path, self.images)
 
-    def likeness(self, file: Path) -> list[float | None]:
+    def likeness(self, file: Path) -> list[float]:
         """dB and agreement in percent of a file's first output with the float file's, and how much it has right."""
         found = run(file, self.images)
         error = decibels(float(self.expected.square().sum()), float((found - self.expected).square().sum()))
         return [error, self.one.agreement(found, self.expected), self.right(found)]
 
-    def right(self, found: Tensor) -> float | None:
+    def right(self, found: Tensor) -> float:
         return self.one.right(found, self.truths, self.path)
 
 
@@ -342,29 +334,20 @@ def published_row(one: Published, packages: Path) -> dict[str, Any]:
 
 
 Options = Mapping[str, Any]
-W4 = {"weight_bits": 4}
-LEARNED: Sequence[Options] = ({"method": "adaround"}, {"method": "brecq"})
-FEW_BITS: Sequence[Options] = (W4, W4 | {"method": "brecq"})
+W4A8: Options = {"weight_bits": 4}
+# Methods that learn do so on FEW pictures, and brecq in STEPS steps a block: what a slow machine can afford.
+LEARNED, FEW, STEPS = ("adaround", "brecq"), 8, 20
+TRAINED: Options = {"weight_bits": 4, "act_bits": "8", "epochs": 4, "batch_size": 8}
+FEW_BITS = (W4A8, {**W4A8, "method": "brecq"})
+MORE = ({"act_bits": "16"}, {"method": "brecq"}, {"act_bits": "16", "method": "brecq"}, {"method": "adaround"})
 # What is tried of each kind of picture beside W8A8 to the nearest level.
 TRIED: Mapping[str, Sequence[Options]] = {
     "turned": FEW_BITS,
     "photographs": FEW_BITS,
-    **dict.fromkeys(
-        ("pages", "lines"),
-        (
-            *LEARNED,
-            {"act_bits": "16"},
-            *({"act_bits": "16"} | each for each in LEARNED),
-            {"act_bits": "none"},
-            *({"act_bits": "none"} | each for each in LEARNED),
-            *FEW_BITS,
-        ),
-    ),
+    "pages": (*MORE, *FEW_BITS),
+    "lines": (*MORE, *FEW_BITS),
 }
-QAT: Mapping[str, Sequence[Options]] = {
-    "turned": ({"weight_bits": 4, "act_bits": "8", "epochs": 6, "batch_size": 8},),
-    "lines": ({"weight_bits": 4, "act_bits": "8", "epochs": 6, "batch_size": 8},),
-}
+QAT: Mapping[str, Sequence[Options]] = {"turned": (TRAINED,), "lines": (TRAINED,)}
 
 
 def shown(command: str, options: Options) -> str:
@@ -373,12 +356,17 @@ def shown(command: str, options: Options) -> str:
     return " ".join([f"`{command}", *words]) + "`"
 
 
+def named(one: Published, command: str, options: Options) -> str:
+    return ".".join([Path(one.file).stem, command, *map(str, options.values()), "json"])
+
+
 def tried_row(one: Published, packages: Path, command: str, options: Options) -> dict[str, Any]:
     """One way to quantize a published file, or to train it at few bits (without labels, so what is learned are the
     float file's outputs)."""
     row: dict[str, Any] = {"file": Path(one.file).name, "options": shown(command, options)}
     with tempfile.TemporaryDirectory() as name:
-        given, out = Given(one, packages, Path(name)), Path(name) / "out.onnx"
+        few, brecq.FEW = options.get("method") in LEARNED, STEPS
+        given, out = Given(one, packages, Path(name), FEW if few else CALIBRATION), Path(name) / "out.onnx"
         started = perf_counter()
         if command == "ptq":
             result: Any = r2cli.quantize(given.made, given.source, r2cli.PtqConfig(device="cpu", **options))
@@ -393,9 +381,9 @@ def tried_row(one: Published, packages: Path, command: str, options: Options) ->
     return row
 
 
-def likeness_cell(found: Sequence[float | None]) -> str:
+def likeness_cell(found: Sequence[float]) -> str:
     error, agreement, right = found
-    return f"{error:.1f}, {agreement:.2f} %" + ("" if right is None else f", {right:.2f} %")
+    return f"{error:.1f}, {agreement:.1f} %, {right:.1f} %"
 
 
 def published_cells(row: dict[str, Any]) -> list[str]:
@@ -407,7 +395,7 @@ def published_cells(row: dict[str, Any]) -> list[str]:
         f"{row['away']:.1e}",
         row["proof"],
         f"{row['share']:.1f} %",
-        "" if row["right"] is None else f"{row['right']:.2f} %",
+        f"{row['right']:.1f} %",
         likeness_cell(row["ours"]),
         f"{likeness_cell(row['theirs'])}{'' if row['prepared'] else ' *'}",
         *(f"{each / first:.2f}" for each in others),
@@ -439,13 +427,15 @@ def main() -> None:
     logging.disable(logging.WARNING)
     published: list[Any] = []
     tried_rows: list[Any] = []
-    for one in PUBLISHED if arguments.packages else ():
-        stem = Path(one.file).stem
-        published.append(kept(arguments.work_dir / f"{stem}.json", published_row, one, arguments.packages))
+    given = PUBLISHED if arguments.packages else ()
+    for one in given:
+        file = arguments.work_dir / f"{Path(one.file).stem}.json"
+        published.append(kept(file, published_row, one, arguments.packages))
         print(published[-1], flush=True)
+    for one in given:
         trials = [("ptq", each) for each in TRIED[one.kind]] + [("qat", each) for each in QAT.get(one.kind, ())]
         for command, options in trials:
-            file = arguments.work_dir / f"{stem}.{command}.{'.'.join(map(str, options.values()))}.json"
+            file = arguments.work_dir / named(one, command, options)
             tried_rows.append(kept(file, tried_row, one, arguments.packages, command, options))
             print(tried_rows[-1], flush=True)
     rows = []
@@ -478,10 +468,11 @@ def main() -> None:
             table(HEAD, [cells(row) for row in rows]),
             "## Published files",
             f"`dB`: of the output against the float file's, in ONNX Runtime, on {TEST} other pictures than the "
-            f"{CALIBRATION} calibrated on (photographs: {BATCH}); `agreement`: decisions that are the float file's; "
-            "`right`: of what was drawn, characters, lines found (harmonic mean of precision and recall, overlap of a "
-            "half), directions. Times of one image on one thread; median of 15, in turn. A * marks files that do not "
-            "load after ONNX Runtime's own preparation (`quant_pre_process`): it was left out.",
+            f"{CALIBRATION} calibrated on; `agreement`: decisions that are the float file's; `right`: of what is in "
+            "the pictures, directions, faces (average precision, overlap of a half), lines (harmonic mean of "
+            "precision and recall, overlap of a half), and characters. Times of one image on one thread; median of 15, "
+            f"in turn. The proof is on {PROVED} of the pictures. A * marks files that do not load after ONNX Runtime's "
+            "own preparation (`quant_pre_process`): it was left out.",
             table(PUBLIC_HEAD, [published_cells(row) for row in published]),
             "Other ways (`r2 ptq FILE.onnx --data …`), learned on the same pictures; `qat` without labels, from the "
             "float file's outputs alone (`--loss distill`):",

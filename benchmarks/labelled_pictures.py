@@ -1,10 +1,13 @@
-"""Pictures of text, drawn with what was written: what a detector, a recogniser and a classifier of direction are given.
+"""Pictures with what is right about them: drawn text, as a detector, a recogniser and a classifier of direction are
+given it, and photographs with faces; and how much of that a network's outputs have right.
 
 Fonts are those that matplotlib and Pillow bring. A line is cut tightly, as a detector cuts it out: the words fill the
-picture's height, and grey stands to the right.
+picture's height, and grey stands to the right. The photographs are scikit-image's.
 """
 
 import functools
+import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,6 +86,37 @@ def page(shape: Sequence[int], generator: np.random.Generator, lines: int = 6) -
     return image, [(left, top, min(right, width), bottom) for left, top, right, bottom in boxes]
 
 
+PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee")
+FACES: dict[str, Box] = {"astronaut": (175, 65, 275, 185), "camera": (190, 110, 270, 200)}
+
+
+@functools.cache
+def photographed(packages: Path, name: str) -> Image.Image:
+    """A photograph of scikit-image's, out of its package."""
+    with zipfile.ZipFile(next(packages.glob("scikit_image-*.whl"))) as content:
+        return Image.open(io.BytesIO(content.read(f"skimage/data/{name}.png"))).convert("RGB")
+
+
+def photograph(shape: Sequence[int], generator: np.random.Generator, packages: Path) -> tuple[Image.Image, list[Box]]:
+    """A square part of a photograph, as it is or mirrored, lighter or darker, and the face in it, if there is one."""
+    height = shape[1]
+    name = str(generator.choice(PHOTOGRAPHS))
+    whole = photographed(packages, name)
+    wide, high = whole.size
+    side = int(generator.integers(170, min(wide, high) + 1))
+    left, top, right, bottom = map(int, FACES.get(name, (wide // 2, high // 2, wide // 2, high // 2)))
+    x = int(generator.integers(max(0, right - side), min(left, wide - side) + 1))
+    y = int(generator.integers(max(0, bottom - side), min(top, high - side) + 1))
+    image = whole.crop((x, y, x + side, y + side)).resize((height, height))
+    face = tuple(height * edge / side for edge in (left - x, top - y, right - x, bottom - y))
+    if generator.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        face = (height - face[2], face[1], height - face[0], face[3])
+    light = generator.uniform(0.7, 1.3)
+    image = image.point([min(255, int(value * light)) for value in range(256)] * 3)
+    return image, [face] if name in FACES else []
+
+
 def pixels(image: Image.Image) -> Tensor:
     """An image as float32 (3, h, w) from 0 to 1."""
     return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)
@@ -152,3 +186,30 @@ def lines_right(maps: Tensor, wanted: Sequence[Sequence[Box]]) -> float:
         said += len(boxes) + len(lines)
         right += sum(any(overlap(line, box) >= 0.5 for box in boxes) for line in lines)
     return 200 * right / said
+
+
+def detections(output: Tensor, classes: Sequence[int]) -> list[tuple[float, Box]]:
+    """Score and box of what a YOLOv8's output (4 + classes, cells) shows of some classes, no two of one thing."""
+    scores = output[[4 + each for each in classes]].amax(0)
+    found: list[tuple[float, Box]] = []
+    for cell in scores.argsort(descending=True)[:200].tolist():
+        x, y, width, height = output[:4, cell].tolist()
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        if all(overlap(box, other) < 0.45 for _, other in found):
+            found.append((float(scores[cell]), box))
+    return found
+
+
+def average_precision(outputs: Tensor, wanted: Sequence[Sequence[Box]], classes: Sequence[int]) -> float:
+    """The mean over all recalls of the best precision at that recall or more, in percent, at an overlap of a half."""
+    ranked: list[tuple[float, bool]] = []
+    for output, boxes in zip(outputs, wanted, strict=True):
+        left = list(boxes)
+        for score, box in detections(output, classes):
+            hit = next((each for each in left if overlap(each, box) >= 0.5), None)
+            left = [each for each in left if each is not hit]
+            ranked.append((score, hit is not None))
+    hits = np.array([hit for _, hit in sorted(ranked, key=lambda each: -each[0])])
+    precisions = hits.cumsum() / np.arange(1, len(hits) + 1)
+    best = np.maximum.accumulate(precisions[::-1])[::-1]
+    return 100 * float(best[hits].sum()) / sum(map(len, wanted))
