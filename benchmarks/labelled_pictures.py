@@ -104,14 +104,15 @@ def photograph(shape: Sequence[int], generator: np.random.Generator, packages: P
     whole = photographed(packages, name)
     wide, high = whole.size
     side = int(generator.integers(170, min(wide, high) + 1))
-    left, top, right, bottom = map(int, FACES.get(name, (wide // 2, high // 2, wide // 2, high // 2)))
-    x = int(generator.integers(max(0, right - side), min(left, wide - side) + 1))
-    y = int(generator.integers(max(0, bottom - side), min(top, high - side) + 1))
+    left, top, right, bottom = map(float, FACES.get(name, (wide // 2, high // 2, wide // 2, high // 2)))
+    x = int(generator.integers(max(0, int(right) - side), min(int(left), wide - side) + 1))
+    y = int(generator.integers(max(0, int(bottom) - side), min(int(top), high - side) + 1))
     image = whole.crop((x, y, x + side, y + side)).resize((height, height))
-    face = tuple(height * edge / side for edge in (left - x, top - y, right - x, bottom - y))
+    left, top, right, bottom = (height * edge / side for edge in (left - x, top - y, right - x, bottom - y))
+    face: Box = (left, top, right, bottom)
     if generator.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        face = (height - face[2], face[1], height - face[0], face[3])
+        face = (height - right, top, height - left, bottom)
     light = generator.uniform(0.7, 1.3)
     image = image.point([min(255, int(value * light)) for value in range(256)] * 3)
     return image, [face] if name in FACES else []

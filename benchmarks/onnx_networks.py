@@ -181,6 +181,7 @@ class Published:
         generator = np.random.default_rng(seed)
         drawn, truths = [], list[Any]()
         for number in range(count):
+            truth: Any
             if self.kind == "photographs":
                 whole, truth = labelled_pictures.photograph(self.shape, generator, packages)
                 image = labelled_pictures.pixels(whole)
@@ -191,7 +192,7 @@ class Published:
                 line, truth = labelled_pictures.cut_line((3, self.shape[1], LINE), generator)
                 if self.kind == "turned":
                     truth = number % 2
-                    line = line.rotate(180 * truth).resize((min(line.width, self.shape[2]), self.shape[1]))
+                    line = line.rotate(180 * (number % 2)).resize((min(line.width, self.shape[2]), self.shape[1]))
                 image = labelled_pictures.padded(labelled_pictures.pixels(line), self.shape[2])
             drawn.append(image)
             truths.append(truth)
@@ -421,6 +422,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="the folder of the packages that hold published files")
     parser.add_argument("--work-dir", type=Path, default=Path("onnx"), help="a JSON file for every row")
     parser.add_argument("--output", type=Path, help="also write the tables to this file")
+    parser.add_argument("--no-new-rows", action="store_true", help="tables of the rows that are there already")
     arguments = parser.parse_args()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
@@ -436,6 +438,8 @@ def main() -> None:
         trials = [("ptq", each) for each in TRIED[one.kind]] + [("qat", each) for each in QAT.get(one.kind, ())]
         for command, options in trials:
             file = arguments.work_dir / named(one, command, options)
+            if arguments.no_new_rows and not file.exists():
+                continue
             tried_rows.append(kept(file, tried_row, one, arguments.packages, command, options))
             print(tried_rows[-1], flush=True)
     rows = []
@@ -473,6 +477,7 @@ def main() -> None:
             "precision and recall, overlap of a half), and characters. Times of one image on one thread; median of 15, "
             f"in turn. The proof is on {PROVED} of the pictures. A * marks files that do not load after ONNX Runtime's "
             "own preparation (`quant_pre_process`): it was left out.",
+            f"{machine()} ({runtime.cpu()}).",
             table(PUBLIC_HEAD, [published_cells(row) for row in published]),
             "Other ways (`r2 ptq FILE.onnx --data …`), learned on the same pictures; `qat` without labels, from the "
             "float file's outputs alone (`--loss distill`):",
