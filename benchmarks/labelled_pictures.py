@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
+from scipy import ndimage  # type: ignore[import-untyped]
 from torch import Tensor
 
 WORDS = (
@@ -31,17 +31,18 @@ FONTS = (
 ).split()
 GREY = 0.5  # to the right of a line: 0 once it is normalized, as the programs around these networks pad
 
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 @functools.cache
-def _font(name: str, size: int) -> ImageFont.ImageFont:
+def _font(name: str, size: int) -> Font:
     if not name:
         return ImageFont.load_default(size)
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
 
 
-def some_font(generator: np.random.Generator, size: int) -> ImageFont.ImageFont:
+def some_font(generator: np.random.Generator, size: int) -> Font:
     return _font(str(generator.choice([*FONTS, ""])), size)
 
 
