@@ -8,10 +8,10 @@ proved.
 
 Then files that others have published, in packages of the registry: a YOLOv8 of `nudenet`, and of
 `rapidocr-onnxruntime` a detector of text, a recogniser and a classifier of direction. They are quantized on pictures of
-text that is drawn here, and on the two photographs of scikit-learn, and compared with ONNX Runtime's `quantize_static`
-(QDQ, per channel, minimum and maximum) on the same pictures.
+text that is drawn here, and on parts of scikit-image's photographs (labelled_pictures.py), and compared with ONNX
+Runtime's `quantize_static` (QDQ, per channel, minimum and maximum) on the same pictures.
 
-    pip download --no-deps -d packages nudenet rapidocr-onnxruntime
+    pip download --no-deps -d packages nudenet rapidocr-onnxruntime scikit-image
     python benchmarks/onnx_networks.py --packages packages --work-dir onnx --output benchmarks/onnx_networks.md
 
 One JSON file a row in the work directory: a run that was stopped goes on where it was.
@@ -23,23 +23,22 @@ import logging
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import labelled_pictures
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 from given_images import data_of
-from networks import BATCH, network, noise, proved, tried
+from networks import network, noise, proved, tried
 from onnx import version_converter
 from onnx_speed import machine, table
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quant_pre_process, quantize_static
-from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import r2cli
@@ -71,24 +70,15 @@ HEAD = [
     "W8A8",
     "layers on integers",
     "dB to float",
-    "s",
 ]
 PUBLIC_HEAD = [
-    *(
-        "file",
-        "input",
-        "nodes",
-        "round trip",
-        "proof",
-        "on integers",
-        "dB, agreement",
-        "the same of quantize_static",
-        "ms float",
-    ),
-    *("ms", "ms quantize_static", "MB float", "MB", "MB quantize_static"),
+    *("file", "input", "nodes", "round trip", "proof", "on integers", "float: right", "W8A8: dB, agreement, right"),
+    *("the same of quantize_static", "time, float = 1", "time of quantize_static", "MB float", "MB"),
+    "MB quantize_static",
 ]
-FEW_BITS_HEAD = ["file", "nearest: dB, agreement", "BRECQ: dB, agreement", "s nearest", "s BRECQ", "MB", "proof"]
-TRAINED_HEAD = ["file", "steps", "loss, epoch by epoch", "dB, agreement", "s", "proof"]
+TRIED_HEAD = ["file", "options", "dB, agreement, right", "MB", "proof"]
+LINE = 320  # pixels of the longest line of text; what takes less is given it narrowed, as the programs around it do
+CALIBRATION, TEST, PROVED = 32, 64, 16  # pictures; the last are of TEST
 
 
 # --- exports ---------------------------------------------------------------------------------------------------------
@@ -169,36 +159,10 @@ def cells(row: dict[str, Any]) -> list[str]:
         row.get("W8A8", ""),
         "" if share is None else f"{share:.1f} %",
         "" if sqnr is None else f"{sqnr:.1f}",
-        str(row["seconds"]),
     ]
 
 
 # --- published files -------------------------------------------------------------------------------------------------
-
-WORDS = "integer weights run on every phone and a palette of sixteen values is enough for most of them".split()
-
-
-def line_of_text(shape: Sequence[int], generator: np.random.Generator, lines: int = 1) -> Image.Image:
-    """Black words on a light ground, or light on dark, a little turned."""
-    _, height, width = shape
-    dark = generator.random() < 0.3
-    ground, ink = (tuple(int(c) for c in generator.integers(*bounds, 3)) for bounds in ((190, 256), (0, 90)))
-    image = Image.new("RGB", (width, height), ink if dark else ground)
-    draw, row = ImageDraw.Draw(image), height / lines
-    for line in range(lines):
-        font = ImageFont.load_default(size=row * generator.uniform(0.45, 0.75))
-        text = " ".join(generator.choice(WORDS, 4))
-        draw.text((4, row * line + row * 0.1), text, fill=ground if dark else ink, font=font)
-    return image.rotate(generator.uniform(-2, 2), fillcolor=ink if dark else ground)
-
-
-def photograph(shape: Sequence[int], generator: np.random.Generator) -> Image.Image:
-    """A part of one of scikit-learn's two photographs."""
-    _, height, width = shape
-    whole = Image.fromarray(load_sample_images().images[int(generator.integers(2))])
-    side = int(generator.integers(160, 427))
-    left, top = (int(generator.integers(size - side + 1)) for size in whole.size)
-    return whole.crop((left, top, left + side, top + side)).resize((width, height))
 
 
 @dataclass(frozen=True)
@@ -206,37 +170,63 @@ class Published:
     package: str
     file: str
     shape: tuple[int, int, int]
-    kind: str  # of pictures: photographs, lines or pages of text
+    kind: str  # of pictures: photographs, pages of text, lines, or lines of which half stand on their head
     mean: float
     std: float
-    classes: int = (
-        0  # of each decision, the output's last axis; 0: each number above 0.3 is one, as the detectors have it
-    )
+    classes: int = 0  # of each decision, the output's last axis; 0: each number above `least` is one
+    least: float = 0.3
 
-    def images(self, count: int, seed: int) -> Tensor:
+    def pictures(self, count: int, seed: int, packages: Path) -> tuple[Tensor, list[Any]]:
+        """Normalized images (n, c, h, w), and what is right: texts, boxes, whether they are turned, or nothing."""
         generator = np.random.default_rng(seed)
-        drawn = []
-        for _ in range(count):
+        drawn, truths = [], list[Any]()
+        for number in range(count):
+            truth: Any
             if self.kind == "photographs":
-                image = photograph(self.shape, generator)
+                whole, truth = labelled_pictures.photograph(self.shape, generator, packages)
+                image = labelled_pictures.pixels(whole)
+            elif self.kind == "pages":
+                whole, truth = labelled_pictures.page(self.shape, generator)
+                image = labelled_pictures.pixels(whole)
             else:
-                image = line_of_text(self.shape, generator, 6 if self.kind == "pages" else 1)
-            drawn.append(torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1))
-        return (torch.stack(drawn) - self.mean) / self.std
+                line, truth = labelled_pictures.cut_line((3, self.shape[1], LINE), generator)
+                if self.kind == "turned":
+                    truth = number % 2
+                    line = line.rotate(180 * (number % 2)).resize((min(line.width, self.shape[2]), self.shape[1]))
+                image = labelled_pictures.padded(labelled_pictures.pixels(line), self.shape[2])
+            drawn.append(image)
+            truths.append(truth)
+        return (torch.stack(drawn) - self.mean) / self.std, truths
 
     def agreement(self, found: Tensor, expected: Tensor) -> float:
         """Percent of decisions that are the float file's: of greatest scores, or of what either says yes to."""
         if self.classes:
             pairs = [each.reshape(-1, self.classes).argmax(1) for each in (found, expected)]
             return 100 * float((pairs[0] == pairs[1]).float().mean())
-        yes, wanted = found > 0.3, expected > 0.3
+        if self.kind == "photographs":  # four rows of the boxes, then one of each class
+            found, expected = found[:, 4:], expected[:, 4:]
+        yes, wanted = found > self.least, expected > self.least
         return 100 * float((yes & wanted).sum() / max(1, int((yes | wanted).sum())))
 
+    def right(self, found: Tensor, truths: Sequence[Any], path: Path) -> float:
+        """Percent that is right of what is there: characters, lines found, directions, or faces (AP at a half)."""
+        if self.kind == "photographs":
+            return labelled_pictures.average_precision(found, truths, FACES)
+        if self.kind == "turned":
+            return 100 * float((found.argmax(1) == torch.tensor(truths)).float().mean())
+        if self.kind == "pages":
+            return labelled_pictures.lines_right(found, truths)
+        named = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        return labelled_pictures.characters_right(
+            labelled_pictures.written(found, [*named["character"].split("\n"), " "]), truths
+        )
 
+
+FACES = (1, 12)  # of the classes of nudenet: those of a woman and of a man
 OCR = "rapidocr_onnxruntime/models/"
 PUBLISHED = (
-    Published("rapidocr_onnxruntime", f"{OCR}ch_ppocr_mobile_v2.0_cls_infer.onnx", (3, 48, 192), "lines", 0.5, 0.5, 2),
-    Published("nudenet", "nudenet/320n.onnx", (3, 320, 320), "photographs", 0.0, 1.0),
+    Published("rapidocr_onnxruntime", f"{OCR}ch_ppocr_mobile_v2.0_cls_infer.onnx", (3, 48, 192), "turned", 0.5, 0.5, 2),
+    Published("nudenet", "nudenet/320n.onnx", (3, 320, 320), "photographs", 0.0, 1.0, least=0.25),
     Published("rapidocr_onnxruntime", f"{OCR}ch_PP-OCRv4_det_infer.onnx", (3, 320, 320), "pages", 0.45, 0.225),
     Published("rapidocr_onnxruntime", f"{OCR}ch_PP-OCRv4_rec_infer.onnx", (3, 48, 320), "lines", 0.5, 0.5, 6625),
 )
@@ -297,11 +287,25 @@ def unpacked(one: Published, packages: Path, folder: Path) -> Path:
         return Path(content.extract(one.file, folder))
 
 
-def likeness(one: Published, file: Path, images: Tensor, expected: Tensor) -> tuple[float, float]:
-    """dB and agreement in percent of the first output of a file with that of the float file."""
-    found = run(file, images)
-    error = float((found - expected).square().sum())
-    return round(decibels(float(expected.square().sum()), error), 1), round(one.agreement(found, expected), 2)
+class Given:
+    """A published file, the pictures that it is calibrated and measured on, and what it says of these itself."""
+
+    def __init__(self, one: Published, packages: Path, folder: Path, calibration: int = CALIBRATION) -> None:
+        self.one, self.path = one, unpacked(one, packages, folder)
+        self.calibration = one.pictures(calibration, 1, packages)[0]
+        self.images, self.truths = one.pictures(TEST, 2, packages)
+        self.source = own.to_data(one.package, ([(self.calibration, None)], [(self.images[:PROVED], None)]))
+        self.made = of_file(self.path, self.source.input)
+        self.expected = run(self.path, self.images)
+
+    def likeness(self, file: Path) -> list[float]:
+        """dB and agreement in percent of a file's first output with the float file's, and how much it has right."""
+        found = run(file, self.images)
+        error = decibels(float(self.expected.square().sum()), float((found - self.expected).square().sum()))
+        return [error, self.one.agreement(found, self.expected), self.right(found)]
+
+    def right(self, found: Tensor) -> float:
+        return self.one.right(found, self.truths, self.path)
 
 
 def told(proof: Any) -> str:
@@ -312,76 +316,79 @@ def published_row(one: Published, packages: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"file": Path(one.file).name, "shape": one.shape}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path, plain, out = unpacked(one, packages, folder), folder / "plain.onnx", folder / "out.onnx"
-        row["nodes"] = len(onnx.load(path).graph.node)
-        calibration, images = one.images(32, 1), one.images(2 * BATCH, 2)
-        source = own.to_data(one.package, ([(calibration, None)], [(images, None)]))
-        made = of_file(path, source.input)
-        r2cli.export(made, plain)
-        expected = run(path, images)
-        row["away"] = away(run(plain, images), expected)
-        result = r2cli.quantize(made, source, r2cli.PtqConfig(device="cpu"))
+        given = Given(one, packages, folder)
+        plain, out, theirs = (folder / f"{each}.onnx" for each in ("plain", "out", "theirs"))
+        row["nodes"] = len(onnx.load(given.path).graph.node)
+        r2cli.export(given.made, plain)
+        row["away"] = away(run(plain, given.images), given.expected)
+        result = r2cli.quantize(given.made, given.source, r2cli.PtqConfig(device="cpu"))
         r2cli.export(result, out)
-        proof = r2cli.verify(out, result, source)
+        proof = r2cli.verify(out, result, given.source)
         row["proof"], row["share"] = told(proof), proof.measures["integer_share"]
-        theirs = folder / "theirs.onnx"
-        row["prepared"] = by_quantize_static(path, theirs, calibration)
-        files = [path, out, theirs]
-        for key, file in zip(("dB", "theirs_dB"), files[1:], strict=True):
-            row[key], row[f"{key} agreement"] = likeness(one, file, images, expected)
-        row["ms"] = milliseconds(files, images[:1])
+        row["prepared"] = by_quantize_static(given.path, theirs, given.calibration)
+        row["right"] = given.right(given.expected)
+        row["ours"], row["theirs"] = given.likeness(out), given.likeness(theirs)
+        files = [given.path, out, theirs]
+        row["ms"] = milliseconds(files, given.images[:1])
         row["MB"] = [round(file.stat().st_size / 1e6, 2) for file in files]
     return row
 
 
-# Four bits are learned on few images and in few steps: what a slow machine can afford.
-FEW, STEPS = 8, 20
+Options = Mapping[str, Any]
+W4A8: Options = {"weight_bits": 4}
+# Methods that learn do so on FEW pictures, and brecq in STEPS steps a block: what a slow machine can afford.
+LEARNED, FEW, STEPS = ("adaround", "brecq"), 8, 20
+TRAINED: Options = {"weight_bits": 4, "act_bits": "8", "epochs": 4, "batch_size": 8}
+FEW_BITS = (W4A8, {**W4A8, "method": "brecq"})
+MORE = ({"act_bits": "16"}, {"method": "brecq"}, {"act_bits": "16", "method": "brecq"}, {"method": "adaround"})
+# What is tried of each kind of picture beside W8A8 to the nearest level.
+TRIED: Mapping[str, Sequence[Options]] = {
+    "turned": FEW_BITS,
+    "photographs": FEW_BITS,
+    "pages": (*MORE, *FEW_BITS),
+    "lines": (*MORE, *FEW_BITS),
+}
+QAT: Mapping[str, Sequence[Options]] = {"turned": (TRAINED,), "lines": (TRAINED,)}
 
 
-def few_bits_row(one: Published, packages: Path) -> dict[str, Any]:
-    """W4A8, to the nearest level and by BRECQ, on a few images."""
-    row: dict[str, Any] = {"file": Path(one.file).name}
+def shown(command: str, options: Options) -> str:
+    """The command that does it."""
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+    return " ".join([f"`{command}", *words]) + "`"
+
+
+def named(one: Published, command: str, options: Options) -> str:
+    return ".".join([Path(one.file).stem, command, *map(str, options.values()), "json"])
+
+
+def tried_row(one: Published, packages: Path, command: str, options: Options) -> dict[str, Any]:
+    """One way to quantize a published file, or to train it at few bits (without labels, so what is learned are the
+    float file's outputs)."""
+    row: dict[str, Any] = {"file": Path(one.file).name, "options": shown(command, options)}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        path, out = unpacked(one, packages, folder), folder / "out.onnx"
-        images = one.images(FEW, 2)
-        source = own.to_data(one.package, ([(one.images(FEW, 1), None)], [(images, None)]))
-        made, expected = of_file(path, source.input), run(path, images)
-        brecq.FEW = STEPS
-        for method in ("none", "brecq"):
-            started = perf_counter()
-            result = r2cli.quantize(made, source, r2cli.PtqConfig(weight_bits=4, method=method, device="cpu"))
-            row[f"{method} s"] = round(perf_counter() - started)
-            r2cli.export(result, out)
-            row[method] = likeness(one, out, images, expected)
-        row["proof"] = told(r2cli.verify(out, result, source, timed=False))
-        row["MB"] = round(out.stat().st_size / 1e6, 2)
-    return row
-
-
-def trained_row(one: Published, packages: Path, epochs: int = 4) -> dict[str, Any]:
-    """QAT at W4A8 without labels: what is learned are the float file's outputs."""
-    row: dict[str, Any] = {"file": Path(one.file).name}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        path, out = unpacked(one, packages, folder), folder / "out.onnx"
-        images = one.images(FEW, 2)
-        source = own.to_data(one.package, ([(one.images(4 * FEW, 1), None)], [(images, None)]))
-        made, expected = of_file(path, source.input), run(path, images)
-        config = r2cli.QatConfig(weight_bits=4, act_bits="8", epochs=epochs, batch_size=8, device="cpu")
+        few, brecq.FEW = options.get("method") in LEARNED, STEPS
+        given, out = Given(one, packages, Path(name), FEW if few else CALIBRATION), Path(name) / "out.onnx"
         started = perf_counter()
-        result = r2cli.finetune(made, source, config)
-        row["s"], row["steps"] = round(perf_counter() - started), epochs * 4 * FEW // 8
-        row["losses"] = [epoch.loss for epoch in result.epochs]
+        if command == "ptq":
+            result: Any = r2cli.quantize(given.made, given.source, r2cli.PtqConfig(device="cpu", **options))
+        else:
+            result = r2cli.finetune(given.made, given.source, r2cli.QatConfig(device="cpu", **options))
+            row["losses"] = [epoch.loss for epoch in result.epochs]
+        row["s"] = round(perf_counter() - started)
         r2cli.export(result, out)
-        row["trained"] = likeness(one, out, images, expected)
-        row["proof"] = told(r2cli.verify(out, result, source, timed=False))
+        row["ours"] = given.likeness(out)
+        row["MB"] = round(out.stat().st_size / 1e6, 2)
+        row["proof"] = told(r2cli.verify(out, result, given.source, timed=False))
     return row
+
+
+def likeness_cell(found: Sequence[float]) -> str:
+    error, agreement, right = found
+    return f"{error:.1f}, {agreement:.1f} %, {right:.1f} %"
 
 
 def published_cells(row: dict[str, Any]) -> list[str]:
-    if "failed" in row:
-        return [row["file"], "", "", row["failed"], *[""] * 10]
+    first, *others = row["ms"]
     return [
         row["file"],
         "x".join(map(str, row["shape"])),
@@ -389,30 +396,22 @@ def published_cells(row: dict[str, Any]) -> list[str]:
         f"{row['away']:.1e}",
         row["proof"],
         f"{row['share']:.1f} %",
-        f"{row['dB']}, {row['dB agreement']} %",
-        f"{row['theirs_dB']}, {row['theirs_dB agreement']} %{'' if row['prepared'] else ' *'}",
-        *map(str, (*row["ms"], *row["MB"])),
+        f"{row['right']:.1f} %",
+        likeness_cell(row["ours"]),
+        f"{likeness_cell(row['theirs'])}{'' if row['prepared'] else ' *'}",
+        *(f"{each / first:.2f}" for each in others),
+        *map(str, row["MB"]),
     ]
 
 
-def few_bits_cells(row: dict[str, Any]) -> list[str]:
-    if "failed" in row:
-        return [row["file"], row["failed"], *[""] * 5]
-    found = [f"{row[method][0]}, {row[method][1]} %" for method in ("none", "brecq")]
-    return [row["file"], *found, *(str(row[key]) for key in ("none s", "brecq s", "MB", "proof"))]
+def tried_cells(row: dict[str, Any]) -> list[str]:
+    return [row["file"], row["options"], likeness_cell(row["ours"]), str(row["MB"]), row["proof"]]
 
 
-def trained_cells(row: dict[str, Any]) -> list[str]:
-    if "failed" in row:
-        return [row["file"], row["failed"], *[""] * 4]
-    losses = ", ".join(f"{loss:.2g}" for loss in row["losses"])
-    return [row["file"], str(row["steps"]), losses, "{}, {} %".format(*row["trained"]), str(row["s"]), row["proof"]]
-
-
-def kept(file: Path, make: Any) -> dict[str, Any]:
-    """The row in `file`, made where it is not there."""
+def kept(file: Path, make: Any, *given: Any) -> dict[str, Any]:
+    """The row in `file`, made of what is `given` where it is not there."""
     if not file.exists():
-        file.write_text(json.dumps(make()))
+        file.write_text(json.dumps(make(*given)))
     found: dict[str, Any] = json.loads(file.read_text())
     return found
 
@@ -423,22 +422,26 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="the folder of the packages that hold published files")
     parser.add_argument("--work-dir", type=Path, default=Path("onnx"), help="a JSON file for every row")
     parser.add_argument("--output", type=Path, help="also write the tables to this file")
+    parser.add_argument("--no-new-rows", action="store_true", help="tables of the rows that are there already")
     arguments = parser.parse_args()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     published: list[Any] = []
-    few_bits: list[Any] = []
-    trained: list[Any] = []
-    for one in PUBLISHED if arguments.packages else ():
-        for held, suffix, make in ((published, "", published_row), (few_bits, ".w4", few_bits_row)):
-            file = arguments.work_dir / f"{Path(one.file).stem}{suffix}.json"
-            held.append(kept(file, lambda one=one, make=make: make(one, arguments.packages)))
-            print(held[-1], flush=True)
-        if one.kind == "lines":
-            file = arguments.work_dir / f"{Path(one.file).stem}.qat.json"
-            trained.append(kept(file, lambda one=one: trained_row(one, arguments.packages)))
-            print(trained[-1], flush=True)
+    tried_rows: list[Any] = []
+    given = PUBLISHED if arguments.packages else ()
+    for one in given:
+        file = arguments.work_dir / f"{Path(one.file).stem}.json"
+        published.append(kept(file, published_row, one, arguments.packages))
+        print(published[-1], flush=True)
+    for one in given:
+        trials = [("ptq", each) for each in TRIED[one.kind]] + [("qat", each) for each in QAT.get(one.kind, ())]
+        for command, options in trials:
+            file = arguments.work_dir / named(one, command, options)
+            if arguments.no_new_rows and not file.exists():
+                continue
+            tried_rows.append(kept(file, tried_row, one, arguments.packages, command, options))
+            print(tried_rows[-1], flush=True)
     rows = []
     for place, name in enumerate(arguments.networks):
         opset = max((11, 13, 17)[place % 3], LEAST_OPSET.get(name, 11))
@@ -468,16 +471,17 @@ def main() -> None:
             "integers.",
             table(HEAD, [cells(row) for row in rows]),
             "## Published files",
-            "`dB`: of the output at W8A8 against the float file, in ONNX Runtime, on 16 other pictures than calibrated "
-            "on; `agreement`: decisions that are the float file's. One image on one thread; median of 15, in turn. A * "
-            "marks files that do not load after ONNX Runtime's own preparation (`quant_pre_process`): it was left out.",
+            f"`dB`: of the output against the float file's, in ONNX Runtime, on {TEST} other pictures than the "
+            f"{CALIBRATION} calibrated on; `agreement`: decisions that are the float file's; `right`: of what is in "
+            "the pictures, directions, faces (average precision, overlap of a half), lines (harmonic mean of "
+            "precision and recall, overlap of a half), and characters. Times of one image on one thread; median of 15, "
+            f"in turn. The proof is on {PROVED} of the pictures. A * marks files that do not load after ONNX Runtime's "
+            "own preparation (`quant_pre_process`): it was left out.",
+            f"{machine()} ({runtime.cpu()}).",
             table(PUBLIC_HEAD, [published_cells(row) for row in published]),
-            f"The same at W4A8, learned on {FEW} images in {STEPS} steps a block (the classifier: 16 images, "
-            f"100 steps), and compared on {FEW} others:",
-            table(FEW_BITS_HEAD, [few_bits_cells(row) for row in few_bits]),
-            f"QAT at W4A8 from the file alone (`--loss distill`), on {4 * FEW} images without labels (the classifier: "
-            "64):",
-            table(TRAINED_HEAD, [trained_cells(row) for row in trained]),
+            "Other ways (`r2 ptq FILE.onnx --data …`), learned on the same pictures; `qat` without labels, from the "
+            "float file's outputs alone (`--loss distill`):",
+            table(TRIED_HEAD, [tried_cells(row) for row in tried_rows]),
         ]
     )
     print(text)

@@ -75,21 +75,22 @@ class Segmenter(nn.Module):
         return {"out": F.interpolate(far + self.skip(near), scale_factor=2.0, mode="bilinear", align_corners=False)}
 
 
-def mobile(name: str = "lraspp") -> nn.Module:
-    """torchvision's lraspp_mobilenet_v3_large or deeplabv3_mobilenet_v3_large, for 11 classes, with random weights."""
+def mobile(name: str = "lraspp", classes: int = 11) -> nn.Module:
+    """torchvision's lraspp_mobilenet_v3_large or deeplabv3_mobilenet_v3_large, with random weights."""
     from torchvision.models import segmentation
 
     make = getattr(segmentation, f"{name}_mobilenet_v3_large")
-    network: nn.Module = make(weights=None, weights_backbone=None, num_classes=11)
+    network: nn.Module = make(weights=None, weights_backbone=None, num_classes=classes)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1  # not 0.01: the training is short
     return network
 
 
-def coloured(count: int = 480, size: int = 48) -> tuple[Any, Any]:
-    """The pasted digits, large and with three channels."""
+def coloured(count: int = 480, size: int = 48, classes: int = 11) -> tuple[Any, Any]:
+    """The pasted digits, large and with three channels. With two classes a digit (0) is told from nothing (1) alone."""
     pictures, maps, _ = pasted(count)
+    maps = maps if classes == 11 else (maps == 10).long()
     pictures = F.interpolate(pictures, (size, size), mode="bilinear").expand(-1, 3, -1, -1)
     return halves(pictures, F.interpolate(maps[:, None].float(), (size, size)).squeeze(1).long(), test=80)
 

@@ -323,6 +323,16 @@ def test_likeness_is_by_hand() -> None:
     assert likeness.compared(zeros, zeros, noise_db=30)[0].sqnr_db == likeness.MOST_DB
 
 
+def test_a_row_that_is_nothing_beside_the_others_decides_nothing() -> None:
+    # (n, 2, cells), as detectors of boxes give it: one row of sizes in pixels, one of scores that are all nearly 0.
+    reference = np.array([[[10.0, 200.0, 50.0], [1e-6, 3e-6, 2e-6]]], np.float32)
+    found = reference.copy()
+    found[0, 1] = [3e-6, 1e-6, 2e-6]
+    assert likeness.compared({"y": found}, {"y": reference}, noise_db=30)[0].differ == 0
+    found[0, 0] = [200.0, 10.0, 50.0]
+    assert likeness.compared({"y": found}, {"y": reference}, noise_db=30)[0].differ == 1
+
+
 # --- the command, and bad input ------------------------------------------------------------------------------------
 
 

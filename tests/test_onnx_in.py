@@ -398,6 +398,21 @@ def test_an_exported_network_goes_out_as_it_came_in(small: nn.Module, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_file_that_says_its_shapes_goes_out_without_data(small: nn.Module, tmp_path: Path, r2: R2) -> None:
+    path, out = exported(small, tmp_path / "in.onnx", free=True), tmp_path / "out.onnx"
+    assert r2("export", path, "-o", out).code == 0
+    x = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
+    assert np.abs(run(out, x)[0] - run(path, x)[0]).max() < 1e-4
+    trained = r2("qat", path, "-o", tmp_path / "q.safetensors")  # but nobody wants to learn noise
+    assert trained.code == 2 and "needs the data it is for" in trained.err
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "w"
+    onnx.save(model, path)
+    left_open = r2("export", path, "-o", out, "--overwrite")
+    assert left_open.code == 2 and "--input-shape" in left_open.err
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_network_of_a_file_is_quantized_trained_and_read_from_its_checkpoint(
     small: nn.Module, tmp_path: Path
 ) -> None:

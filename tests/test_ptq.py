@@ -84,6 +84,14 @@ def test_activation_grids_hold_zero_exactly_and_reach_both_ends(low: float, high
     assert float((decoded - ends).abs().max()) <= float(grid.scale)
 
 
+def test_no_pixel_from_minus_one_to_one_lies_in_the_middle_of_two_levels() -> None:
+    pixels = torch.arange(256, dtype=torch.float64) / 255 * 2 - 1
+    grid = calibrate.activation_grid(-1.0, 1.0, 8)
+    away = (pixels / float(grid.scale)) % 1 - 0.5
+    assert float(away.abs().min()) > 1e-3  # 0 of each, where the step is 2/255
+    assert float((grid.decode(grid.encode(pixels.float())) - pixels).abs().max()) < float(grid.scale) / 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
 def test_eight_bits_cost_next_to_nothing(float_one: checkpoint.Checkpoint, granularity: str) -> None:

@@ -187,6 +187,8 @@ def test_what_a_factory_may_return() -> None:
         assert source.input == TensorsSpec((TensorSpec("", (3,)),)) and source.task.decides
         rows = torch.cat([places(inputs)[0] for inputs, _ in samples(source)])
         assert {tuple(row) for row in rows.tolist()} < {tuple(row) for row in x.tolist()}
+    halves = own.to_data("f", [loader, DataLoader(TensorDataset(x[:4], y[:4]))])  # as a tuple of two
+    assert (len(halves.train), len(halves.test)) == (len(x), 4)
     both = own.to_data("f", {"train": [(x, None)], "test": [x[:3].numpy()]})
     assert (len(both.train), len(both.test), both.measured) == (10, 3, False)
     boxes = own.to_data("f", [({"image": x, "target": [{"box": row} for row in x]})])

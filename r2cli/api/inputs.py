@@ -129,9 +129,9 @@ def load(
 ) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """The checkpoint that `given` names, with its data; with --weights, those weights in the named network.
 
-    `tell` gets what the file of weights holds beside the network. Where data is not `needed` and the checkpoint only
-    says that it was a folder, images of noise stand in for it. Raises InputError for options that contradict each
-    other, weights of another architecture, data of other classes.
+    `tell` gets what the file of weights holds beside the network. Where data is not `needed`, noise stands in for it:
+    images where the checkpoint only says that it was a folder, and what an ONNX file says that it takes. Raises
+    InputError for options that contradict each other, weights of another architecture, data of other classes.
     """
     if given.weights is not None or given.pretrained:
         return _foreign(given, tell)
@@ -144,7 +144,7 @@ def load(
             f"--model {given.model} needs weights: give --weights FILE, or --pretrained for those that are published"
         )
     if given.source is not None and given.source.suffix == ".onnx":
-        return _of_onnx(given, given.source)
+        return _of_onnx(given, given.source, needed=needed)
     made = checkpoint.load(given.source or DEFAULT_SOURCE)
     if given.model is not None:
         made = _with_code(made, given.model, given.model_arg)
@@ -234,13 +234,14 @@ def _noise(given: Inputs, what: str) -> datasets.Data:
     return own_data.noise(own_data.of_shapes(given.input_shape), NOISE)
 
 
-def _of_onnx(given: Inputs, path: Path) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+def _of_onnx(given: Inputs, path: Path, *, needed: bool) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """The float network of an ONNX file, with the data and the preprocessing that `given` names."""
     if given.model is not None:
         raise InputError(f"--model {given.model} does not apply: {path} holds its own network")
     onnx.require_there(path)
+    stated = None if needed or given.input_shape else onnx.stated(path)
     if given.data is None:
-        loaded = _noise(given, str(path))
+        loaded = _noise(given, str(path)) if stated is None else own_data.noise(stated, NOISE)
     else:
         sizes = onnx.given(path)[0].shape
         square = sizes[2] if len(sizes) == 4 and sizes[2] == sizes[3] else None

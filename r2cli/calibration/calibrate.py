@@ -18,6 +18,8 @@ from r2cli.quantized.grid import Grid
 from r2cli.storage.input_spec import Given, Shape
 
 NO_BITS: Mapping[str, int] = {}
+PIXEL_BITS = 8
+IN_THE_MIDDLE = 1e-3  # of a step: nearer to the middle of two levels than float32 tells apart from it
 
 
 def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = False) -> Grid:
@@ -33,8 +35,14 @@ def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = Fal
         middle = 1 << (bits - 1)
         scale = torch.tensor(max(-low, high) / (middle - 1))
         return Grid(scale, torch.tensor(middle, dtype=torch.int32), bits, signed=False)
-    scale = (high - low) / (2**bits - 1)
-    zero = max(0, min(2**bits - 1, round(-low / scale)))
+    levels = 2**bits - 1
+    scale = (high - low) / levels
+    zero = max(0, min(levels, round(-low / scale)))
+    if bits == PIXEL_BITS and abs(-low / scale % 1 - 0.5) < IN_THE_MIDDLE:
+        # The 256 values of a pixel from -1 to 1 would each lie in the middle of two levels, as 0 does of their range:
+        # half a level away from both, and each runtime would round them as it likes. A step that holds both ends has
+        # no such pattern.
+        scale = max(-low / zero, high / (levels - zero))
     return Grid(torch.tensor(scale), torch.tensor(zero, dtype=torch.int32), bits, signed=False)
 
 

@@ -62,8 +62,8 @@ def observe(
         seen += count(images)
     if not seen:
         raise InputError(
-            "the ranges of activations need calibration images, and there are none: give --calibration a number above "
-            "0, or --act-bits none"
+            "the ranges of activations need calibration images, and there are none: give --data, and --calibration a "
+            "number above 0, or --act-bits none"
         )
     return observed
 

@@ -101,6 +101,8 @@ def of_shapes(texts: Sequence[str]) -> TensorsSpec:
 def _halves(name: str, given: Any) -> Sequence[Any]:
     if isinstance(given, Mapping) and set(given) <= {"train", "test"} and given:
         given = tuple(given[half] for half in ("train", "test") if half in given)
+    if isinstance(given, list) and len(given) == 2 and all(isinstance(one, Dataset | DataLoader) for one in given):
+        given = tuple(given)  # a list of anything else has batches
     if isinstance(given, tuple) and len(given) in (1, 2):
         return given
     if isinstance(given, Tensor | np.ndarray | Mapping | str | bytes) or not isinstance(given, Iterable | Dataset):

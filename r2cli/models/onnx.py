@@ -15,7 +15,7 @@ from r2cli.models.onnx_network import OnnxNetwork
 from r2cli.models.onnx_program import OnnxProgram
 from r2cli.models.onnx_reading import OnnxInput
 from r2cli.storage.checkpoint import ModelSpec
-from r2cli.storage.input_spec import NetworkInput, TensorsSpec, forms
+from r2cli.storage.input_spec import KINDS, NetworkInput, TensorSpec, TensorsSpec, forms
 from r2cli.storage.keywords import require_safe
 
 FAMILY = "onnx"
@@ -34,6 +34,16 @@ def require_there(path: Path) -> None:
 def given(path: Path) -> list[OnnxInput]:
     """The inputs of the file at `path`. Raises InputError as `read` does."""
     return onnx_reading.given(path, onnx_file.opened(path))
+
+
+def stated(path: Path) -> TensorsSpec | None:
+    """The inputs of the file at `path`, where it leaves open nothing but how many samples there are, else None."""
+    own = given(path)
+    if any(None in one.shape[1:] or one.kind not in KINDS for one in own):
+        return None
+    shapes = [tuple(length for length in one.shape[1:] if length) for one in own]
+    pairs = zip(own, shapes, strict=True)
+    return TensorsSpec(tuple(TensorSpec(one.name, shape, one.kind, int(one.kind != "float32")) for one, shape in pairs))
 
 
 def read(path: Path, inputs: NetworkInput, classes: int) -> tuple[ModelSpec, NetworkInput, dict[str, Tensor]]:
