@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,21 +54,20 @@ def of_r2(path: Path, job: dict[str, str], arguments: argparse.Namespace) -> Ite
     made = checkpoint.load(path)
     source = data.load(arguments.data, spec=made.input)
     batches = list(data.calibration(source, arguments.calibration, CPU, arguments.seed))
-    how = {"method": "none", "weight_range": "mse", "device": "cpu"}
-    config = r2cli.PtqConfig(target_bits=3.0, **how)
+    config = r2cli.PtqConfig(target_bits=3.0, method="none", weight_range="mse", device="cpu")
     losses = bit_budget.measure(made, ptq.settings_of(config), ptq.target_of(config), batches, CPU, 0, source.task)
     images, labels = torch.from_numpy(np.load(job["images"])), torch.from_numpy(np.load(job["labels"]))
     source = data.with_test_images(source, 1)  # the accuracy is measured here
     for budget in BUDGETS:
         settings, rows, _ = bit_budget.chosen(losses, bit_budget.BitTarget(budget, None, config.sensitivity))
-        own = r2cli.PtqConfig(weight_bits=settings.weight_bits, keep=settings.keep, **how)
+        own = replace(config, target_bits=None, weight_bits=settings.weight_bits, keep=settings.keep)
         network = r2cli.quantize(made, source, own).network.eval()
         count = {row.layer: losses.numbers[row.layer][0] for row in rows}
         mean = sum(count[row.layer] * row.bits for row in rows) / sum(count.values())
         with torch.no_grad():
-            right = sum(
+            right: int = sum(
                 int((network(part).argmax(1) == known).sum())
-                for part, known in zip(images.split(250), labels.split(250), strict=True)
+                for part, known in zip(torch.split(images, 250), torch.split(labels, 250), strict=True)
             )
         yield {"bits": mean, "top1": 100 * right / len(labels)}
 

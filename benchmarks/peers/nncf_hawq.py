@@ -8,7 +8,9 @@ import contextlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"NNCF_TORCH_LEGACY_TRACING": "1", "NNCF_EXTENSION_LOAD_TIMEOUT": "0"}
 
@@ -32,7 +34,8 @@ class Network(torch.nn.Module):
         self.net = onnx2torch.convert(onnx.load(path)).eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        found: torch.Tensor = self.net(x)
+        return found
 
 
 def config(shape: tuple[int, ...], ratio: float) -> NNCFConfig:
@@ -45,6 +48,10 @@ def config(shape: tuple[int, ...], ratio: float) -> NNCFConfig:
     return NNCFConfig.from_dict(
         {"input_info": {"sample_size": [1, *shape]}, "target_device": "TRIAL", "compression": quantization}
     )
+
+
+def logits(network: torch.nn.Module, images: Any) -> Any:
+    return network(torch.from_numpy(images)).numpy()
 
 
 def main() -> None:
@@ -69,7 +76,7 @@ def main() -> None:
         acts = [own.num_bits for own in made.nncf.external_quantizers.values()]
         mean = sum(count * bits for count, bits in weights) / sum(count for count, _ in weights)
         with torch.no_grad():
-            reached = top1(lambda part, made=made: made(torch.from_numpy(part)).numpy(), images, labels)
+            reached = top1(partial(logits, made), images, labels)
         point = {"bits": mean, "act_bits": sum(acts) / len(acts), "top1": reached, "ratio": ratio}
         print(json.dumps(point), flush=True)
 
