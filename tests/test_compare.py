@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import r2cli
 from conftest import R2
 from r2cli.analysis import depth, depth_page, pairing
-from r2cli.analysis.depth import Depth, ValueLoss
+from r2cli.analysis.depth import Depth, Mend, ValueLoss
 from r2cli.deploy import runtime
 from r2cli.errors import InputError
 from r2cli.models import build
@@ -173,6 +173,67 @@ def test_a_grid_that_clips_is_mended_by_16_bits_for_what_reads_it() -> None:
     assert r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=0)).mends == ()
 
 
+class Chain(nn.Module):
+    """A gate and a product by a number between two convolutions: 16 bits for the second are those of all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.hardswish(self.first(x)) * 1.3 + 0.2
+        return self.last(torch.relu(self.second(x))).flatten(1)
+
+
+CHAIN, CHAIN_DATA = _made(Chain), r2cli.load_data([(IMAGES[0], torch.zeros(16, dtype=torch.int64))] * 2)
+COARSE = {"act_bits": 4, "act_range": "minmax"}
+
+
+def _mended(layer: str, word: str) -> tuple[Mend, float]:
+    """The choice as it is measured, and what arrives at the outputs where `r2 ptq` is told its --keep line."""
+    coarse = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(**COARSE))  # type: ignore[arg-type]
+    mends = r2cli.compare(CHAIN, coarse, CHAIN_DATA, r2cli.CompareConfig(mend=20)).mends
+    mend = next(mend for mend in mends if mend.options == f"--keep '{layer}={word}'")
+    made = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(keep=[f"{layer}={word}"], **COARSE))  # type: ignore[arg-type]
+    pair = pairing.graphs(CHAIN, made.checkpoint, IMAGES)
+    return mend, depth.compare(pair, IMAGES[:1], lambda before, after: None).outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "word"), [("first", "A16"), ("second", "A16"), ("first", "float"), ("second", "float")]
+)
+def test_a_choice_is_what_its_keep_line_makes(layer: str, word: str) -> None:
+    """16 bits for the second layer are those of the whole chain before it; float ones take the grids along."""
+    mend, arrives = _mended(layer, word)
+    assert mend.won > 0.5 and mend.outputs == pytest.approx(arrives, abs=0.3)
+
+
+def test_choices_are_sorted_by_what_they_win_for_their_cost(tmp_path: Path) -> None:
+    few, table = _quantized(keep={"wide": 2, "head": "float"}), tmp_path / "cost.csv"
+    table.write_text("layer,width,cost\n*,W2A8,1\n*,W3A8,1.5\n*,W8A8,9\n*,W8A16,12\n*,float,20\nhead,float,2\n")
+    config = r2cli.CompareConfig(mend=2, cost=table)
+    mends = r2cli.compare(MADE, few, DATA, config).mends
+    costs = {(mend.layer, mend.choice): mend.cost for mend in mends}
+    assert {costs["wide", choice] for choice in ("3 bits", "8 bits", "float")} == {0.5, 8, 19}
+    worth = [mend.won / max(math.inf if mend.cost is None else mend.cost, 1e-3 * 5) for mend in mends]
+    assert worth == sorted(worth, reverse=True)
+    table.write_text("layer,width,cost\nstem,8,1\n")
+    with pytest.raises(InputError, match="no cost of 'wide' at 8"):
+        r2cli.compare(MADE, few, DATA, config)
+
+
+def test_16_bits_cost_what_every_layer_costs_that_reads_them(tmp_path: Path) -> None:
+    table = tmp_path / "cost.csv"
+    table.write_text("layer,width,cost\n*,8,1\n*,W8A16,3\n")
+    made = _narrow(_quantized(), "relu")
+    config = r2cli.CompareConfig(mend=1, cost=table)
+    wide = next(mend for mend in r2cli.compare(MADE, made, DATA, config).mends if "A16" in mend.options)
+    assert wide.layer == "stem" and (wide.cost, wide.options) == (2, "--keep 'wide=A16'")
+    table.write_text("layer,width,cost\n*,8,1\n")
+    wide = r2cli.compare(MADE, made, DATA, config).mends[-1]
+    assert wide.choice == "16-bit activations" and wide.cost is None
+
+
 def test_the_page_has_what_the_networks_compute(tmp_path: Path) -> None:
     made = _narrow(_quantized(weight_bits=2), "relu_1")
     found = r2cli.compare(MADE, made, DATA, pictures=True)
@@ -276,7 +337,8 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     plain = r2cli.pretrain("mobilenet_v1", "digits:64", r2cli.PretrainConfig(epochs=1)).checkpoint
     reference, candidate = tmp_path / "model.safetensors", tmp_path / "model.w4.safetensors"
     checkpoint.save(plain, reference)
-    made = r2cli.quantize(plain, "digits:64", r2cli.PtqConfig(weight_bits=4, calibration=16)).checkpoint
+    config = r2cli.PtqConfig(weight_bits=4, method="dfq", keep=["stem=2"], calibration=16)
+    made = r2cli.quantize(plain, "digits:64", config).checkpoint
     checkpoint.save(made, candidate)
     line = ["compare", reference, candidate, "--samples", 8]
     told = json.loads(r2(*line, "--json").out)
@@ -284,6 +346,8 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     assert {layer["name"] for layer in told["layers"]} >= {"stem", "classifier"}
     shown = r2(*line, "--limit", 3, "--sort", "depth").out
     assert shown.splitlines()[1].startswith("x ") and "more: --limit 0 shows all" in shown and "next: r2 ptq" in shown
+    # What is measured is one change of this candidate.
+    assert "--method dfq --keep 'stem=2' --keep" in shown
     picture = tmp_path / "compare.png"
     assert r2(*line, "-o", picture).out.count(f"wrote {picture}") == 1
     with Image.open(picture) as drawn:

@@ -74,7 +74,7 @@ class Depth:
 @dataclass(frozen=True)
 class Comparison:
     """Two networks on the same samples: value by value, and by the task's metric, where there is one; and what would
-    mend the candidate, the most for a byte first."""
+    mend the candidate, the most for a byte first, or for its cost."""
 
     depth: Depth
     samples: int
@@ -88,7 +88,8 @@ class Comparison:
 class Mend:
     """A choice for one layer: the outputs' dB with it, how many more that is, and the bytes that it adds to the file.
 
-    `options` are those of `r2 ptq`.
+    `cost` is what it adds in a table of costs, None without one, and where a width is not in it. `options` are those of
+    `r2 ptq`.
     """
 
     layer: str
@@ -96,6 +97,7 @@ class Mend:
     outputs: float
     won: float
     bytes: int
+    cost: float | None
     options: str
 
 

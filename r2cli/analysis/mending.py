@@ -1,42 +1,64 @@
 """What another choice for a layer would bring: measured, by changing one thing at a time in the quantized network.
 
+A choice is what `r2 ptq` makes of its options: 16 bits for what a layer reads are those of all values that
+`placement.bits_of` widens with it, and a layer that stays float takes along the grids that it alone wants. Ranges of 16
+bits are those of the float network on the samples.
+
 Bytes are those of the file. What a choice takes in time is not in them: 16-bit activations and floats have no integer
-kernels in ONNX Runtime, and `r2 evaluate` says what a file takes.
+kernels in ONNX Runtime. A table of costs has it.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from r2cli.analysis.depth import Mend, Ratio, ValueLoss, energy, rows_of
 from r2cli.calibration.calibrate import activation_grid
 from r2cli.calibration.deployed import FakeQuantize
-from r2cli.config.layer_form import WIDE_BITS
-from r2cli.graph import edit, equivalence, structure
+from r2cli.config import layer_form
+from r2cli.config.layer_form import FLOAT, MOST_BITS, WIDE_BITS, LayerForm
+from r2cli.graph import edit, equivalence, left_float, placement, structure
 from r2cli.graph.operators import LAYERS, module_of
-from r2cli.ptq import weight_grids
+from r2cli.ptq import cost_table, weight_grids
+from r2cli.ptq.cost_table import CostTable
 from r2cli.quantized.coded import Coded
-from r2cli.storage.input_spec import Given, each, places
+from r2cli.storage.input_spec import Given, Shape, each, places
 
 MEASURED_ON = 16  # samples
 LEAST = 0.05  # dB: less is no mending
+LEAST_COST = 1e-3  # of the cheapest of all layers: less counts as that much, for measured costs are not exact
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """The networks as `pairing.graphs` gives them, the candidate's codes as far as known, the shapes of the inputs, and
+    the least and the greatest of every value of the float network."""
+
+    plain: fx.GraphModule
+    made: fx.GraphModule
+    coded: Mapping[str, Coded]
+    shape: Shape
+    ranges: Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What is put in the place of a module's weight (and bias), or of a grid."""
+    """What `keep` would say of layers, or other `options`: modules in the places of others, by their paths."""
 
     name: str
-    options: str
     bytes: int
-    target: str
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    grid: FakeQuantize | None = None
+    modules: Mapping[str, nn.Module]
+    keep: Mapping[str, str]
+    more: str = ""
+
+    @property
+    def options(self) -> str:
+        return self.more or " ".join(f"--keep '{layer}={word}'" for layer, word in self.keep.items())
 
 
 @torch.no_grad()
@@ -45,15 +67,20 @@ def measured(
     rows: Sequence[ValueLoss],
     inputs: Given,
     coded: Mapping[str, Coded],
+    costs: CostTable | None = None,
 ) -> list[Mend]:
-    """The choices that mend the layers of `rows`, those first that win most for a byte.
+    """The choices that mend the layers of `rows`, those first that win most for a byte, or for what `costs` says.
 
     `pair` is as `pairing.graphs` gives it, `inputs` are a batch, `coded` the candidate's codes, as far as known.
+    Raises InputError for `costs` with holes, and for a row of it that means no layer.
     """
     plain, made = pair
     shown = places(each(inputs, lambda one: one[:MEASURED_ON]))
     values = _Values(plain)
     expected = list(equivalence.tensors(values.run(*shown)))
+    of = _Candidate(plain, made, coded, tuple(tuple(one.shape[1:]) for one in shown), values.ranges)
+    kinds = {layer.name: cost_table.kind(module) for layer, module in structure.named_layers(made)}
+    known = None if costs is None else cost_table.of_layers(costs, kinds)
 
     def arrives() -> float:
         ratios = []
@@ -64,11 +91,36 @@ def measured(
 
     before, found = arrives(), []
     for row in rows:
-        for choice in _choices(plain, made, row, coded, values.ranges):
-            with_it = _tried(made, choice, arrives)
+        for choice in _choices(of, row):
+            kept = {path: made.get_submodule(path) for path in choice.modules}
+            _put(made, choice.modules)
+            with_it = arrives()
+            _put(made, kept)
             if with_it - before >= LEAST:
-                found.append(Mend(row.name, choice.name, with_it, with_it - before, choice.bytes, choice.options))
-    return sorted(found, key=lambda mend: -mend.won / max(mend.bytes, 1))
+                cost = None if known is None else _cost(of, choice, known)
+                won = with_it - before
+                found.append(Mend(row.name, choice.name, with_it, won, choice.bytes, cost, choice.options))
+    if known is None:
+        return sorted(found, key=lambda mend: -mend.won / max(mend.bytes, 1))
+    least = LEAST_COST * sum(min(own.values()) for own in known.values())
+    return sorted(found, key=lambda mend: -mend.won / max(math.inf if mend.cost is None else mend.cost, least, 1e-30))
+
+
+def _put(net: fx.GraphModule, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        net.set_submodule(path, module)
+
+
+def _cost(of: _Candidate, choice: _Choice, known: Mapping[str, Mapping[int | str, float]]) -> float | None:
+    """What a choice costs more than the candidate does; None where a width is not in the table."""
+    total = 0.0
+    for name, word in choice.keep.items():
+        form = _form(of, name)
+        now, then = (cost_table.at(known[name], own) for own in (form, form.then(layer_form.of(word))))
+        if now is None or then is None:
+            return None
+        total += then - now
+    return total
 
 
 class _Values(fx.Interpreter):
@@ -85,43 +137,71 @@ class _Values(fx.Interpreter):
         return value
 
 
-def _choices(
-    plain: fx.GraphModule,
-    made: fx.GraphModule,
-    row: ValueLoss,
-    coded: Mapping[str, Coded],
-    ranges: Mapping[str, tuple[float, float]],
-) -> Iterator[_Choice]:
-    for node, name in rows_of(made).items():
-        if name != row.name:
-            continue
-        if edit.is_grid(node):
-            yield from _wider(made, node, ranges)
-        elif isinstance(module_of(made, node), LAYERS):
-            yield from _of_weight(
-                name, plain.get_submodule(name), made.get_submodule(name), coded.get(f"{name}.weight")
-            )
+def _choices(of: _Candidate, row: ValueLoss) -> Iterator[_Choice]:
+    for node, name in rows_of(of.made).items():
+        if name == row.name and edit.is_grid(node):
+            yield from _wider(of, node)
+        elif name == row.name and isinstance(module_of(of.made, node), LAYERS):
+            yield from _of_weight(of, name)
 
 
-def _of_weight(name: str, plain: Any, made: Any, coded: Coded | None) -> Iterator[_Choice]:
-    (bits, channels), weight, bias = _form(made.weight, coded), plain.weight, getattr(plain, "bias", None)
+def _of_weight(of: _Candidate, name: str) -> Iterator[_Choice]:
+    plain = structure.layer_module(of.plain, name)
+    (bits, channels), weight = _grid_of(of, name), plain.weight
     count, rows = weight.numel(), len(weight)
-    if not torch.equal(made.weight, weight):
-        ways = [(f"{bits} bits, mse range", "--weight-range mse", 0, bits, channels, "mse")]
+    if not _is_float(of, name):
+        ways = [(f"{bits} bits, mse range", "", 0, bits, channels, "mse")]
         if not channels:
-            ways.append(("a grid per channel", f"--keep '{name}=channel'", 4 * (rows - 1), bits, True, "minmax"))
-        for more in sorted({bits + 1, 8}) if bits < 8 else ():
-            ways.append(
-                (f"{more} bits", f"--keep '{name}={more}'", count * (more - bits) // 8, more, channels, "minmax")
-            )
-        for told, options, size, own, per_channel, rule in ways:
+            ways.append(("a grid per channel", "channel", 4 * (rows - 1), bits, True, "minmax"))
+        for more in sorted({bits + 1, MOST_BITS}) if bits < MOST_BITS else ():
+            ways.append((f"{more} bits", str(more), count * (more - bits) // 8, more, channels, "minmax"))
+        for told, word, size, own, per_channel, rule in ways:
             rounded = weight_grids.nearest(weight, own, per_channel=per_channel, rule=rule, symmetric=True)
-            yield _Choice(told, options, size, name, rounded.decode())
-    yield _Choice("float", f"--keep '{name}=float'", count * (32 - bits) // 8, name, weight, bias)
+            modules = {name: _with(of, name, rounded.decode())}
+            yield _Choice(told, size, modules, {name: word} if word else {}, "" if word else "--weight-range mse")
+    modules = {name: _with(of, name, weight, plain.bias), **_without_grids_of(of, name)}
+    yield _Choice(FLOAT, count * (32 - bits) // 8, modules, {name: FLOAT})
 
 
-def _form(weight: Tensor, coded: Coded | None) -> tuple[int, bool]:
+def _with(of: _Candidate, name: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """The candidate's layer with another weight, and another bias where there is one."""
+    made = copy.deepcopy(structure.layer_module(of.made, name))
+    made.weight = nn.Parameter(weight.reshape(made.weight.shape), requires_grad=False)
+    if bias is not None and made.bias is not None:
+        made.bias = nn.Parameter(bias.reshape(made.bias.shape), requires_grad=False)
+    return made
+
+
+def _without_grids_of(of: _Candidate, name: str) -> dict[str, nn.Module]:
+    """What takes the place of the candidate's grids that no other layer wants, where this one is float."""
+    floats = [layer.name for layer in structure.layers(of.made) if _is_float(of, layer.name)]
+    wanted = []
+    for hidden in ({*floats} - {name}, {*floats, name}):
+        with left_float.hidden(of.plain, hidden):
+            wanted.append({*placement.values(of.plain, of.shape)})
+    return {path: nn.Identity() for value, path in _grids(of.made).items() if value in wanted[0] - wanted[1]}
+
+
+def _grids(net: fx.GraphModule) -> dict[str, str]:
+    """The paths of the grids by the names of the values that they are on."""
+    return {node.all_input_nodes[0].name: str(node.target) for node in net.graph.nodes if edit.is_grid(node)}
+
+
+def _is_float(of: _Candidate, name: str) -> bool:
+    return torch.equal(structure.layer_module(of.plain, name).weight, structure.layer_module(of.made, name).weight)
+
+
+def _form(of: _Candidate, name: str) -> LayerForm:
+    """The widths that a layer has: of its weight, and of what it reads."""
+    grid = edit.source(of.made, next(node for node in of.made.graph.nodes if str(node.target) == name))
+    module = None if grid is None else of.made.get_submodule(_grids(of.made)[grid])
+    act_bits = module.grid.bits if isinstance(module, FakeQuantize) else None
+    return LayerForm(_grid_of(of, name)[0], act_bits, is_float=_is_float(of, name))
+
+
+def _grid_of(of: _Candidate, name: str) -> tuple[int, bool]:
     """The bits of a weight, and whether its channels have grids of their own: of its codes, or as its levels look."""
+    coded, weight = of.coded.get(f"{name}.weight"), structure.layer_module(of.made, name).weight
     if coded is not None:
         return math.ceil(coded.codec.bits), getattr(coded.codec, "axis", 0) is not None
     steps, most = [], 1
@@ -133,38 +213,17 @@ def _form(weight: Tensor, coded: Coded | None) -> tuple[int, bool]:
             steps.append(float(gaps.min()))
             most = max(most, round(float(levels[-1] - levels[0]) / steps[-1]))
     alike = len(steps) > 1 and max(steps) <= 1.01 * min(steps)
-    return min(8, max(1, math.ceil(math.log2(most + 1)))), not alike
+    return min(MOST_BITS, max(1, math.ceil(math.log2(most + 1)))), not alike
 
 
-def _wider(made: fx.GraphModule, node: fx.Node, ranges: Mapping[str, tuple[float, float]]) -> Iterator[_Choice]:
-    """16 bits for the grid at `node`, over the range that the float network has there, where a layer reads it."""
-    value = node.all_input_nodes[0].name
-    readers = [
-        layer.name
-        for layer, _ in structure.named_layers(made)
-        if edit.source(made, structure.node_of(made, layer)) == value
-    ]
-    if readers and value in ranges:
-        options = " ".join(f"--keep '{reader}=A{WIDE_BITS}'" for reader in readers)
-        grid = FakeQuantize(activation_grid(*ranges[value], WIDE_BITS))
-        yield _Choice(f"{WIDE_BITS}-bit activations", options, 0, str(node.target), grid=grid)
-
-
-def _tried(made: fx.GraphModule, choice: _Choice, measure: Any) -> float:
-    """What `measure` gives with a choice; the network is as it was afterwards."""
-    module: Any = made.get_submodule(choice.target)
-    if choice.grid is not None:
-        made.set_submodule(choice.target, choice.grid)
-        found: float = measure()
-        made.set_submodule(choice.target, module)
-        return found
-    kept = {name: getattr(module, name, None) for name in ("weight", "bias")}
-    for name, there in kept.items():
-        own = getattr(choice, name)
-        if own is not None and there is not None:
-            setattr(module, name, torch.nn.Parameter(own.reshape(there.shape), requires_grad=False))
-    found = measure()
-    for name, own in kept.items():
-        if own is not None:
-            setattr(module, name, own)
-    return found
+def _wider(of: _Candidate, node: fx.Node) -> Iterator[_Choice]:
+    """16 bits for the grid at `node`, where a layer reads it, and for all that is widened with it."""
+    value, grids = node.all_input_nodes[0].name, _grids(of.made)
+    reads = {layer.name: edit.source(of.made, structure.node_of(of.made, layer)) for layer in structure.layers(of.made)}
+    wanted = {name: WIDE_BITS for name, source in reads.items() if source == value}
+    bits = placement.bits_of(of.made, of.ranges.keys() & grids.keys(), MOST_BITS, wanted)
+    wide = [name for name, own in bits.items() if own == WIDE_BITS]
+    if value in wide:
+        modules = {grids[name]: FakeQuantize(activation_grid(*of.ranges[name], WIDE_BITS)) for name in wide}
+        keep = {name: f"A{WIDE_BITS}" for name, source in reads.items() if source in wide}
+        yield _Choice(f"{WIDE_BITS}-bit activations", 0, modules, keep)

@@ -42,8 +42,8 @@ from r2cli.errors import InputError
 from r2cli.models import require_fit
 from r2cli.palettes import palettization
 from r2cli.palettes.palettization import PaletteResult
+from r2cli.ptq import cost_table, smallest
 from r2cli.ptq import quantize as ptq
-from r2cli.ptq import smallest
 from r2cli.ptq.quantize import PtqResult
 from r2cli.qat import quantization_aware
 from r2cli.qat.quantization_aware import QatResult, Trainable
@@ -307,6 +307,7 @@ def compare(
     tool's. Raises InputError where it is not of the network of `reference`.
     """
     config = config or CompareConfig()
+    costs = None if config.cost is None else cost_table.read(config.cost)
     made, source = _read(reference, data)
     is_file = isinstance(candidate, str | Path) and Path(candidate).suffix == ".onnx"
     after = Path(candidate) if is_file else _checkpoint_of(candidate)  # type: ignore[arg-type]
@@ -335,7 +336,7 @@ def compare(
         found = depth.compare(pair, inputs_of(), seen, gallery.add if pictures else None)
         coded = {} if isinstance(after, Path) else after.coded
         worst = sorted(found.values, key=lambda value: value.cost)[: config.mend]
-        mends = mending.measured(pair, worst, next(batches())[0], coded) if worst else ()
+        mends = mending.measured(pair, worst, next(batches())[0], coded, costs) if worst else ()
     told = [metrics.value_of(metric, meter) for meter in meters] if metric is not None else [None, None]
     return Comparison(found, len(source.test), told[0], told[1], tuple(mends), gallery.found)
 

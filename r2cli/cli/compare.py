@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r2cli import console
+from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
 from r2cli.config.inspection import CompareConfig, CompareFiles, CompareOutput
@@ -54,7 +54,12 @@ def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) 
         write_atomically(written.output, drawn_now)
     report = {"command": "compare", "reference": given.source, "candidate": given.candidate, **_reported(found)}
     drawn = [f"wrote {path}" for path in outputs]
-    told = [*_told(found, config), *_mends(found.mends), *drawn, console.next_step(_next(given, found, history))]
+    told = [
+        *_told(found, config),
+        *_mends(found.mends, costs=config.cost is not None),
+        *drawn,
+        console.next_step(_next(given, found, history)),
+    ]
     console.tell(told, as_json=written.json)
     return report
 
@@ -134,18 +139,30 @@ def _decibel(value: float) -> str:
     return "-" if value == float("inf") else f"{value:.1f}"
 
 
-def _mends(mends: "Sequence[Mend]") -> list[console.Line]:
-    """What other choices bring, the most for a byte first."""
+def _mends(mends: "Sequence[Mend]", *, costs: bool) -> list[console.Line]:
+    """What other choices bring, the most for a byte first, or for its cost."""
     cells = [
-        (console.ending(mend.layer, NAME), mend.choice, f"+{mend.won:.1f}", f"{mend.bytes:,}") for mend in mends[:MENDS]
+        (
+            *(console.ending(mend.layer, NAME), mend.choice, f"+{mend.won:.1f}", f"{mend.bytes:,}"),
+            *(("?" if mend.cost is None else f"{mend.cost:.4g}", _per(mend)) if costs else ()),
+        )
+        for mend in mends[:MENDS]
     ]
-    return [console.table(("mend", "with", "dB", "more bytes"), cells)] if cells else []
+    head = ("mend", "with", "dB", "more bytes", *(("more cost", "dB for 1") if costs else ()))
+    return [console.table(head, cells)] if cells else []
+
+
+def _per(mend: "Mend") -> str:
+    """The dB for one more unit of cost."""
+    return f"{mend.won / mend.cost:.3g}" if mend.cost is not None and mend.cost > 0 else "-"
 
 
 def _next(given: CompareFiles, found: "Comparison", history: "Sequence[Mapping[str, Any]]") -> str:
-    """The options of the candidate, and for each layer what wins most for a byte; else learn how to round."""
+    """The options of the candidate, and for each layer the choice that stands first; else learn how to round."""
     asked = history[-1]["options"] if history and history[-1]["command"] == "ptq" else {}
-    own = [f"--{name.replace('_', '-')} {asked[name]}" for name in AGAIN if asked.get(name) is not None]
     first = {mend.layer: mend.options for mend in reversed(found.mends)}
-    mended = dict.fromkeys(first[mend.layer] for mend in found.mends)
-    return " ".join([f"r2 ptq {given.source}", *own, *(mended or ["--method brecq"])])
+    mended = [*dict.fromkeys(first[mend.layer] for mend in found.mends)] or ["--method brecq"]
+    method = "method" if found.mends and asked.get("method") != registry.PTQ_NEAREST else ""
+    own = [f"--{name.replace('_', '-')} {asked[name]}" for name in (*AGAIN, method) if asked.get(name) is not None]
+    own += [f"--keep '{pattern}={word}'" for pattern, word in (asked.get("keep") or {}).items()]
+    return " ".join([f"r2 ptq {given.source}", *own, *mended])

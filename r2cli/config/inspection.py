@@ -128,6 +128,9 @@ class CompareConfig(Config):
     )
     limit: int = option(12, "Number of layers in the table; 0: all.", least=0)
     mend: int = option(3, "For how many of the worst layers other choices are measured.", least=0)
+    cost: Path | None = option(
+        None, "FILE.csv of what each layer costs at each width, as `r2 cost` writes: choices are sorted by dB per cost."
+    )
 
 
 @dataclass(frozen=True)

@@ -62,15 +62,14 @@ class BitTarget:
 class LayerLosses:
     """What was measured of the layers that get codes, each by its name.
 
-    `noise` is the share of a weight that rounding adds, and `weights` the sensitivity, by bits; `reads` is that of what
-    the layer reads, by bits too. `sizes` are bytes by bits, `numbers` those of a weight and of what the layer reads.
+    `weights` is the sensitivity by bits, and `reads` that of what the layer reads. `sizes` are bytes by bits, `numbers`
+    those of a weight and of what the layer reads.
     """
 
     settings: PtqSettings
     forms: Mapping[str, PtqSettings]  # with 0 bits where they are to be chosen
     kinds: Mapping[str, str]
     sizes: Mapping[str, Mapping[int, int]]
-    noise: Mapping[str, Mapping[int, float]]
     weights: Mapping[str, Mapping[int, float]]
     reads: Mapping[str, Mapping[int, float]]
     numbers: Mapping[str, tuple[int, int]]
@@ -128,7 +127,7 @@ def measure(
     grids = output_change.input_grids(net, weights, images, _act_widths(target)) if _act_widths(target) else {}
     rounded = {n: {bits: output_change.Rounded(reads=each) for bits, each in own.items()} for n, own in grids.items()}
     reads = output_change.measure(net, rounded, images, shape) if rounded else {}
-    return LayerLosses(settings, forms, kinds, sizes, noise, lost, reads, numbers)
+    return LayerLosses(settings, forms, kinds, sizes, lost, reads, numbers)
 
 
 def _weight_widths(target: BitTarget) -> list[int]:
@@ -178,13 +177,10 @@ def front(losses: LayerLosses, target: BitTarget) -> Front:
     """All choices that no other beats, by what the budget is of. Raises InputError for a table with holes."""
     if target.costs is not None:
         return knapsack.front(_by_cost(losses, target.costs))
-    tried = {n: {bits: (size, losses.noise[n][bits]) for bits, size in own.items()} for n, own in losses.sizes.items()}
-    if target.sensitivity != "outputs":  # which says itself what a width costs that is mostly noise
-        tried = {name: dict(own) for name, own in mixed_precision.fine(tried, int(limit(losses, target))).items()}
     return knapsack.front(
         {
-            name: {bits: (size, losses.weights[name][bits]) for bits, (size, _) in own.items()}
-            for name, own in tried.items()
+            name: {bits: (size, losses.weights[name][bits]) for bits, size in own.items()}
+            for name, own in losses.sizes.items()
         }
     )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from r2cli.config import layer_form
+from r2cli.config.layer_form import LayerForm
 from r2cli.errors import InputError, unknown
 from r2cli.graph.operators import LayerModule
 
@@ -90,6 +91,19 @@ def of_layers(table: CostTable, layers: Mapping[str, str]) -> dict[str, dict[int
             exact.add((pattern, width))
     _require_all(table, found)
     return found
+
+
+def at(own: Mapping[int | str, float], form: LayerForm) -> float | None:
+    """What a layer with these costs takes in a form; None for a width that is not among them.
+
+    A width that says nothing of what the layer reads holds for all but 16 bits.
+    """
+    for width, cost in own.items():
+        one = layer_form.of(width)
+        reads = one.act_bits == form.act_bits or (one.act_bits is None and form.act_bits != layer_form.WIDE_BITS)
+        if one.is_float if form.is_float else reads and one.weight_bits == form.weight_bits:
+            return cost
+    return None
 
 
 def _require_all(table: CostTable, found: Mapping[str, Mapping[int | str, float]]) -> None:

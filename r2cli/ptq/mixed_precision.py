@@ -12,8 +12,8 @@ Where we differ from the paper:
 - Q_b is the grid that the layer will really have. Sizes are those of packed codes, so only widths that save bytes are
   tried.
 - Sensitivities and bytes add up, so the choice is an exact one (`knapsack.py`).
-- The Hessian describes small changes only. So a width whose noise is a large share of the weights is left out, if the
-  budget can be met without it.
+- The Hessian describes small changes only, and few bits are no small change. To leave out widths whose noise is a large
+  share of the weights was worse (benchmarks/mixed.md): `outputs` measures them as they are (`output_change.py`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,11 +32,8 @@ WIDTHS = (8, 4, 3, 2, 1)  # codes of 7 to 5 bits take a byte, as those of 8 bits
 SENSITIVITIES = ("hessian", "sqnr", "outputs")
 IMAGES = 256  # the trace is averaged over at most this many images
 DRAWS = 2  # random sign vectors for each batch
-LIMITS = (0.2, 0.5)  # limits of the noise as a share of |w|^2; the first with which the budget can be met is used
 
 CROSS_ENTROPY = losses.of_target(losses.CROSS_ENTROPY, ())
-
-Widths = Mapping[int, tuple[int, float]]  # bits: (bytes, noise or sensitivity)
 
 
 def curvature(
@@ -89,18 +86,3 @@ def noise(rounded: Tensor, weight: Tensor) -> float:
 
 def _power(w: Tensor) -> float:
     return float(w.detach().double().square().sum())
-
-
-def fine(tried: Mapping[str, Widths], budget: int) -> dict[str, Widths]:
-    """Return, for every layer, the widths with a noise below the first of `LIMITS` with which `budget` can be met.
-
-    A layer without such a width keeps its most exact one.
-    """
-    for limit in LIMITS:
-        found: dict[str, Widths] = {}
-        for name, own in tried.items():
-            finest = min(own, key=lambda bits: own[bits][1])
-            found[name] = {bits: one for bits, one in own.items() if one[1] <= limit or bits == finest}
-        if sum(min(size for size, _ in own.values()) for own in found.values()) <= budget:
-            return found
-    return dict(tried)
