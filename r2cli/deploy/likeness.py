@@ -66,8 +66,8 @@ def _one(name: str, found: Array, reference: Array, noise_db: float) -> Likeness
     lead = other[rows, expected] - other[rows, picked]
     size = np.square(other).mean(1)
     if reference.ndim > 2:
-        # Rows of one sample's map are judged by its whole, as the dB are: where boxes and scores are rows of one output,
-        # a row of scores that are all nothing beside the boxes decides nothing.
+        # Rows of one sample's map are judged by the whole of it, as the dB are: where boxes and scores are rows of one
+        # output, a row of scores that are all nothing beside the boxes decides nothing.
         whole = size.reshape(len(reference), -1).mean(1)
         size = np.maximum(size, np.repeat(whole, len(size) // len(whole)))
     within = lead <= 10 ** (-noise_db / 20) * np.sqrt(size)

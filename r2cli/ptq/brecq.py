@@ -273,9 +273,9 @@ def images_of_a_step(net: fx.GraphModule, block: Block, settings: BrecqSettings)
 
 def _positions(net: fx.GraphModule, layer: fx.Node) -> int:
     """Return at how many positions of one image `layer` gives its channels."""
-    _, *shape = layer.meta["tensor_meta"].shape
-    channels = -1 if isinstance(net.get_submodule(str(layer.target)), MATRICES) else 0
-    return math.prod(shape) // max(1, shape[channels])
+    shape = tuple(layer.meta["tensor_meta"].shape[1:])
+    channels: int = shape[-1 if isinstance(net.get_submodule(str(layer.target)), MATRICES) else 0]
+    return math.prod(shape) // max(1, channels)
 
 
 @dataclass(frozen=True)
