@@ -273,8 +273,8 @@ def images_of_a_step(net: fx.GraphModule, block: Block, settings: BrecqSettings)
 
 def _positions(net: fx.GraphModule, layer: fx.Node) -> int:
     """Return at how many positions of one image `layer` gives its channels."""
-    shape = tuple(layer.meta["tensor_meta"].shape[1:])
-    channels: int = shape[-1 if isinstance(net.get_submodule(str(layer.target)), MATRICES) else 0]
+    shape: tuple[int, ...] = tuple(layer.meta["tensor_meta"].shape[1:])
+    channels = shape[-1 if isinstance(net.get_submodule(str(layer.target)), MATRICES) else 0]
     return math.prod(shape) // max(1, channels)
 
 
