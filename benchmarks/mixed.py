@@ -1,6 +1,6 @@
 """Which sensitivity spends a budget of bits best: top-1 of the same networks at the same mean bits, for each of them.
 
-python benchmarks/mixed.py FLOAT.safetensors… [--method none] [--bits 4 3 2.5 2.2 2]
+python benchmarks/mixed.py FLOAT.safetensors… [--data imagefolder:DIR] [--method none] [--bits 4 3 2.5 2.2 2]
 """
 
 import argparse
@@ -25,11 +25,12 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=float, default=[4.0, 3.0, 2.5, 2.2, 2.0])
     names = list(mixed_precision.SENSITIVITIES)
     parser.add_argument("--sensitivities", nargs="+", default=names)
+    parser.add_argument("--data", help="such as imagefolder:DIR; by itself what the checkpoint was trained on")
     given = parser.parse_args()
     print("| network | bits | " + " | ".join(given.sensitivities) + " |\n|---|---|" + "---|" * len(given.sensitivities))
     for path in given.files:
         made = checkpoint.load(path)
-        source = data.load(data.named_in(made.history, made.origin), spec=made.input)
+        source = data.load(given.data or data.named_in(made.history, made.origin), spec=made.input)
         found: dict[float, list[str]] = {bits: [] for bits in given.bits}
         for name in given.sensitivities:
             started = perf_counter()
