@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,6 @@ import torch
 
 import r2cli
 from r2cli import data
-from r2cli.ptq import bit_budget
-from r2cli.ptq import quantize as ptq
 from r2cli.storage import checkpoint
 
 HERE = Path(__file__).parent
@@ -50,20 +48,17 @@ def job_of(path: Path, own: peers.Network, arguments: argparse.Namespace) -> dic
 
 
 def of_r2(path: Path, job: dict[str, str], arguments: argparse.Namespace) -> Iterator[dict[str, float]]:
-    """Layers are measured once; each budget is then a choice, rounded to nearest on ranges of least error."""
+    """Every budget by r2's default choice, rounded to nearest on ranges of least error."""
     made = checkpoint.load(path)
-    source = data.load(arguments.data, spec=made.input)
-    batches = list(data.calibration(source, arguments.calibration, CPU, arguments.seed))
-    config = r2cli.PtqConfig(target_bits=3.0, method="none", weight_range="mse", device="cpu")
-    losses = bit_budget.measure(made, ptq.settings_of(config), ptq.target_of(config), batches, CPU, 0, source.task)
+    source = data.with_test_images(data.load(arguments.data, spec=made.input), 1)  # the accuracy is measured here
     images, labels = torch.from_numpy(np.load(job["images"])), torch.from_numpy(np.load(job["labels"]))
-    source = data.with_test_images(source, 1)  # the accuracy is measured here
     for budget in BUDGETS:
-        settings, rows, _ = bit_budget.chosen(losses, bit_budget.BitTarget(budget, None, config.sensitivity))
-        own = replace(config, target_bits=None, weight_bits=settings.weight_bits, keep=settings.keep)
-        network = r2cli.quantize(made, source, own).network.eval()
-        count = {row.layer: losses.numbers[row.layer][0] for row in rows}
-        mean = sum(count[row.layer] * row.bits for row in rows) / sum(count.values())
+        config = r2cli.PtqConfig(
+            target_bits=budget, weight_range="mse", calibration=arguments.calibration, seed=arguments.seed, device="cpu"
+        )
+        found = r2cli.quantize(made, source, config)
+        network, count = found.network.eval(), {row.layer: prod(row.shape) for row in found.layers}
+        mean = sum(count[row.layer] * row.bits for row in found.bits) / sum(count.values())
         with torch.no_grad():
             right: int = sum(
                 int((network(part).argmax(1) == known).sum())

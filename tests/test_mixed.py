@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+import r2cli
 from conftest import R2
 from r2cli import data
 from r2cli.errors import InputError
-from r2cli.ptq import bit_budget, knapsack, mixed_precision, post_training
+from r2cli.ptq import auto, bit_budget, knapsack, mixed_precision, post_training, quantize
 from r2cli.quantized.packing import packed_bytes
 from r2cli.storage import checkpoint
 
@@ -92,6 +94,17 @@ def test_a_width_that_is_mostly_noise_is_chosen_where_it_loses_least() -> None:
         assert front.choice(front.within(45)) == {"a": 1, "b": 3}
 
 
+def test_every_measure_is_a_power_of_what_was_measured() -> None:
+    given = post_training.PtqSettings("none", 8, None, "channel", {})
+    losses = bit_budget.LayerLosses(given, {}, {}, {}, {"a": {4: 0.3}}, {}, {}, {"a": {4: 0.04}})
+    found = {name: own.weights["a"][4] for name, own in bit_budget.by_measures(losses).items()}
+    assert found == pytest.approx({"outputs": 0.3, "squared outputs": 0.09, "outputs and noise": 0.06, "noise": 0.04})
+    read = bit_budget.by_measures(replace(losses, reads={"a": {8: 0.1}}))
+    assert {name: own.reads["a"][8] for name, own in read.items()} == pytest.approx(
+        {"outputs": 0.1, "squared outputs": 0.01}
+    )
+
+
 @pytest.fixture(scope="module")
 def made(trained: Path) -> checkpoint.Checkpoint:
     return checkpoint.load(trained)
@@ -119,6 +132,27 @@ def test_the_average_is_met_and_the_same_seed_chooses_the_same(
     size = {name: one.codes.numel() for name, one in coded.coded.items()}
     mean = sum(one.codec.bits * size[name] for name, one in coded.coded.items()) / sum(size.values())
     assert target - 0.5 < mean <= target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forced", [None, *bit_budget.MEASURES])
+def test_best_keeps_the_choice_of_bits_whose_outputs_are_nearest(
+    made: checkpoint.Checkpoint, forced: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, seen = data.load("digits", spec=made.input), dict[str, Any]()
+    own = auto.distances
+
+    def distances(one: checkpoint.Checkpoint, choices: Any, *given: Any, **how: Any) -> dict[str, float]:
+        seen["away"] = own(one, choices, *given, **how)
+        seen["bits"] = choices
+        return seen["away"] if forced is None else {name: float(name != forced) for name in choices}
+
+    monkeypatch.setattr(auto, "distances", distances)
+    config = r2cli.PtqConfig(target_bits=2.4, weight_range="mse", device="cpu")
+    found = quantize.quantize(made, source, config, calibration=128).settings
+    least = forced or min(seen["away"], key=lambda name: seen["away"][name])
+    assert found == seen["bits"][least]
+    assert len({str(one) for one in seen["bits"].values()}) > 1, "the measures choose differently here"
 
 
 @pytest.mark.slow

@@ -27,10 +27,10 @@ class MixedPrecision(Config):
     )
     budget: float | None = option(None, "The greatest sum of the costs in --cost.", least=0, panel=PANEL)
     sensitivity: str = option(
-        "outputs",
-        "How layers are measured: outputs (what rounding one changes at the outputs), hessian (needs labels), or sqnr "
-        "(needs no data).",
-        check=values.one_of("--sensitivity", "hessian", "sqnr", "outputs"),
+        "best",
+        "How layers are measured: outputs (what rounding one changes at the outputs), hessian (needs labels), sqnr "
+        "(needs no data), or best: the choice of bits by several measures that brings the outputs nearest.",
+        check=values.one_of("--sensitivity", "hessian", "sqnr", "outputs", "best"),
         panel=PANEL,
     )
     act_widths: str | None = option(

@@ -11,11 +11,12 @@ what `--method brecq` gives by itself. Another takes its place only if it is nea
 difference over the images.
 
 `equalization` decides for a method alone, before anything is learned: nearest rounding at `FINE` bits, where noise is
-small and follows the ranges, must bring the outputs nearer in the equalized network.
+small and follows the ranges, must bring the outputs nearer in the equalized network. `distances` judges choices of
+bits.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -35,7 +36,7 @@ FEW = 4  # bits; with more, least-squares ranges gain nothing
 FINE = 6  # bits with which equalization is judged, or more: with few, one network's noise is as bad as the other's
 SURE = 2.0  # standard errors
 SOME = 128  # images for the trials that learn nothing
-JUDGED = 64  # images for `equalization`
+JUDGED = 64  # images for `equalization` and `distances`
 BATCH = 64
 GRIDS = (CHANNEL, UNFOLDED)
 RANGES = ("minmax", "mse")
@@ -91,7 +92,7 @@ def choose(
         started = perf_counter()
         made, rows = quantize(checkpoint, own, shown, device)
         outputs = _outputs(made, images, device)
-        lost = divergences(outputs[0], expected[0]) if decides else noises(outputs, expected)
+        lost = _lost(outputs, expected, decides=decides)
         assert own.parts is not None
         form, taken = (own.method, own.granularity, own.weight_range, own.parts), round(perf_counter() - started, 1)
         ahead = 0.0 if first is None else lead(lost, first.lost)
@@ -187,6 +188,26 @@ def equalization(
     return Equalization(*found)
 
 
+def distances(
+    checkpoint: Checkpoint,
+    choices: Mapping[str, PtqSettings],
+    images: Iterable[Given],
+    device: torch.device,
+    *,
+    decides: bool,
+) -> dict[str, float]:
+    """Return how far the outputs are from the float network's with each of `choices`, rounded to nearest.
+
+    It is a `Trial`'s divergence. `images` and `decides` are as in `choose`. Raises InputError as `quantize` does.
+    """
+    few = split(layer_sweep.first(images, JUDGED), BATCH)
+    expected, found = _outputs(checkpoint, few, device), {}
+    for name, own in choices.items():
+        made, _ = quantize(checkpoint, replace(own, method=NEAREST), few, device)
+        found[name] = float(_lost(_outputs(made, few, device), expected, decides=decides).mean())
+    return found
+
+
 def _plain(settings: PtqSettings, grids: Sequence[str], rules: Sequence[str]) -> Iterator[PtqSettings]:
     """Yield the settings of the trials that round to the nearest level."""
     for granularity in grids:
@@ -221,6 +242,11 @@ def _equalizes(granularity: str, trials: Sequence[Trial]) -> bool:
     """Say whether the network can be equalized: then all of DFQ gave other outputs than bias correction alone."""
     own = [trial for trial in trials if trial.granularity == granularity]
     return len({trial.sqnr for trial in own if CORRECT in trial.parts}) > len({trial.weight_range for trial in own})
+
+
+def _lost(outputs: Sequence[Tensor], expected: Sequence[Tensor], *, decides: bool) -> Tensor:
+    """What each image lost, (n,)."""
+    return divergences(outputs[0], expected[0]) if decides else noises(outputs, expected)
 
 
 def divergences(outputs: Tensor, expected: Tensor) -> Tensor:

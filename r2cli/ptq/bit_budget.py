@@ -5,7 +5,7 @@ every budget (`front`, `settings_at`).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -57,13 +57,18 @@ class BitTarget:
     act_widths: tuple[int, ...] = ()
     act_bits: float | None = None
 
+    @property
+    def asks_outputs(self) -> bool:
+        """Whether layers are measured by what arrives at the outputs."""
+        return self.sensitivity in (mixed_precision.OUTPUTS, mixed_precision.BEST)
+
 
 @dataclass(frozen=True)
 class LayerLosses:
     """What was measured of the layers that get codes, each by its name.
 
     `weights` is the sensitivity by bits, and `reads` that of what the layer reads. `sizes` are bytes by bits, `numbers`
-    those of a weight and of what the layer reads.
+    those of a weight and of what the layer reads. `noise` of a weight is a share of its square, by bits.
     """
 
     settings: PtqSettings
@@ -73,6 +78,7 @@ class LayerLosses:
     weights: Mapping[str, Mapping[int, float]]
     reads: Mapping[str, Mapping[int, float]]
     numbers: Mapping[str, tuple[int, int]]
+    noise: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -102,7 +108,7 @@ def measure(
             own = [form.weight_bits] if form.weight_bits else [n for n in widths if form.symmetric or n > 1]
             # The grid that the layer will have, so that its real error counts.
             coded = {bits: post_training.on_grid(weight, bits, form, factors.get(name))[0] for bits in own}
-            if target.sensitivity == "outputs":
+            if target.asks_outputs:
                 tried[name] = {bits: output_change.Rounded(one.decode().to(device)) for bits, one in coded.items()}
             sizes[name] = {
                 bits: one.payload_bytes() if target.bits is None else packed_bytes(weight.numel(), bits)
@@ -114,9 +120,9 @@ def measure(
     structure.propagate(net, checkpoint.input.shape)
     numbers = {name: (weight.numel(), _reads(net, name)) for name, weight in weights.items()}
     net.to(device)
-    images = [given for given, _ in batches] if target.sensitivity == "outputs" or _act_widths(target) else []
+    images = [given for given, _ in batches] if target.asks_outputs or _act_widths(target) else []
     shape = checkpoint.input.shape
-    if target.sensitivity == "outputs":
+    if target.asks_outputs:
         lost = output_change.measure(net, tried, images, shape)
     elif target.sensitivity == "hessian":
         learned = mixed_precision.learned_by(net, task, checkpoint.outputs)
@@ -127,7 +133,7 @@ def measure(
     grids = output_change.input_grids(net, weights, images, _act_widths(target)) if _act_widths(target) else {}
     rounded = {n: {bits: output_change.Rounded(reads=each) for bits, each in own.items()} for n, own in grids.items()}
     reads = output_change.measure(net, rounded, images, shape) if rounded else {}
-    return LayerLosses(settings, forms, kinds, sizes, lost, reads, numbers)
+    return LayerLosses(settings, forms, kinds, sizes, lost, reads, numbers, noise)
 
 
 def _weight_widths(target: BitTarget) -> list[int]:
@@ -150,6 +156,33 @@ def _reads(net: fx.GraphModule, name: str) -> int:
     node = next(node for node in net.graph.nodes if node.op == "call_module" and str(node.target) == name)
     before = node.all_input_nodes
     return int(prod(before[0].meta["tensor_meta"].shape[1:])) if before else 0
+
+
+# Losses of layers do not quite add up, and no one measure of them is best for every network (benchmarks/mixed.md). So
+# several are tried: powers of the change at the outputs, and of the noise of the weight.
+MEASURES = {
+    "outputs": (1.0, 0.0),
+    "squared outputs": (2.0, 0.0),
+    "outputs and noise": (1.0, 0.5),
+    "noise": (0.0, 1.0),
+}
+
+
+def by_measures(losses: LayerLosses) -> dict[str, LayerLosses]:
+    """Return `losses`, measured at the outputs, by every measure of `MEASURES` that applies."""
+
+    def power(own: Mapping[int, float], noise: Mapping[int, float], powers: tuple[float, float]) -> dict[int, float]:
+        return {bits: each ** powers[0] * noise.get(bits, 1.0) ** powers[1] for bits, each in own.items()}
+
+    return {
+        measure: replace(
+            losses,
+            weights={name: power(own, losses.noise[name], powers) for name, own in losses.weights.items()},
+            reads={name: power(own, {}, powers) for name, own in losses.reads.items()},
+        )
+        for measure, powers in MEASURES.items()
+        if not losses.reads or not powers[1]  # what layers read has no noise of a weight to be added to
+    }
 
 
 # --- from losses to a choice ---------------------------------------------------------------------------------------

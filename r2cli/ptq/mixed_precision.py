@@ -29,7 +29,8 @@ from r2cli.errors import InputError
 from r2cli.storage.input_spec import count, places
 
 WIDTHS = (8, 4, 3, 2, 1)  # codes of 7 to 5 bits take a byte, as those of 8 bits do
-SENSITIVITIES = ("hessian", "sqnr", "outputs")
+OUTPUTS, BEST = "outputs", "best"
+SENSITIVITIES = ("hessian", "sqnr", OUTPUTS, BEST)
 IMAGES = 256  # the trace is averaged over at most this many images
 DRAWS = 2  # random sign vectors for each batch
 

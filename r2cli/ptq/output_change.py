@@ -57,7 +57,9 @@ def measure(net: fx.GraphModule, tried: Tried, images: Iterable[Given], shape: S
         if seen >= IMAGES:
             break
     if not seen:
-        raise InputError("--sensitivity outputs needs images, and there are none: give --sensitivity sqnr")
+        raise InputError(
+            "what a layer changes at the outputs needs images, and there are none: give --sensitivity sqnr"
+        )
     return {name: {key: math.sqrt(each / seen) for key, each in own.items()} for name, own in found.items()}
 
 

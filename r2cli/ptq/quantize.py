@@ -118,7 +118,7 @@ def quantize(
     """
     where, entry = loop.device(config.device), registry.get(registry.PTQ_METHODS, config.method)
     batches = data.Repeatable(lambda: data.calibration(source, calibration, where, config.seed) if source else iter(()))
-    settings, chosen_bits, front = _within_budget(made, source, config, batches, where)
+    settings, chosen_bits, front = _within_budget(made, source, config, batches, where, reporter)
     if before is None and source is not None:
         before = evaluation.of_float(made, source, where, reporter)
     shown = f"float {before}" if before is not None else "it is not measured"
@@ -164,7 +164,12 @@ def quantize(
 
 
 def _within_budget(
-    made: Checkpoint, source: Data | None, config: PtqConfig, batches: Iterable[Batch], where: torch.device
+    made: Checkpoint,
+    source: Data | None,
+    config: PtqConfig,
+    batches: Iterable[Batch],
+    where: torch.device,
+    reporter: Reporter,
 ) -> tuple[PtqSettings, list[ChosenBits], list[dict[str, float]]]:
     """The settings that `config` asks for; with mixed precision, those of the choice, its rows, and its front."""
     settings, task = settings_of(config), source.task if source else CLASSIFICATION
@@ -174,7 +179,17 @@ def _within_budget(
     chooses = registry.get(registry.PTQ_METHODS, config.method).chooses
     plain, target = replace(settings, method=auto.NEAREST) if chooses else settings, target_of(config)
     losses = bit_budget.measure(made, plain, target, batches, where, config.seed, task)
-    plain, chosen_bits, front = bit_budget.chosen(losses, target)
+    if target.sensitivity != mixed_precision.BEST:
+        plain, chosen_bits, front = bit_budget.chosen(losses, target)
+        return replace(plain, method=config.method), chosen_bits, front
+    choices = {name: bit_budget.chosen(own, target) for name, own in bit_budget.by_measures(losses).items()}
+    images = data.Repeatable(lambda: (batch for batch, _ in batches))
+    tried, decides = {name: choice[0] for name, choice in choices.items()}, source is None or source.task.logits
+    away = auto.distances(made, tried, images, where, decides=decides)
+    best = min(away, key=lambda name: away[name])
+    shown = ", ".join(f"{name} {each:.2g}" for name, each in away.items())
+    reporter.note(f"bits by {best}: the outputs are nearest ({shown}{' nats' if decides else ' of the signal'})")
+    plain, chosen_bits, front = choices[best]
     return replace(plain, method=config.method), chosen_bits, front
 
 
