@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from r2cli.qat import lsq, quantizers
+from r2cli.qat import ewgs, lsq
 from r2cli.qat.qat_method import EpochStart, QatMethod
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.quantized import fake_quant
@@ -35,15 +35,18 @@ class SeqWeight(lsq.LsqWeight):
         if self.bits > MOST_BITS:
             super().start(w)
             return
-        self.step.copy_(best_step(w, self.bits) if self.fitted else first_step(w, self.bits))
+        # `best_end` is where the last level is, (2**bits - 1) / 2 steps from 0.
+        if self.fitted:
+            self.step.copy_(ewgs.best_end(w, self.bits) * 2 / (2**self.bits - 1))
+        else:
+            self.step.copy_(first_step(w, self.bits))
         self.least.copy_(self.step * lsq.SMALLEST)
 
-    def grid(self) -> Grid:
-        """Return the grid of the levels: odd multiples of half a step."""
-        return _grid(self.used_step(), self.bits)
-
     def freeze(self, w: Tensor) -> Coded:
-        return Coded(self.grid(), self.grid().encode(w.detach())) if self.bits <= MOST_BITS else super().freeze(w)
+        if self.bits > MOST_BITS:
+            return super().freeze(w)
+        grid = _grid(self.used_step(), self.bits)
+        return Coded(grid, grid.encode(w.detach()))
 
     def forward(self, w: Tensor) -> Tensor:
         if self.bits > MOST_BITS:
@@ -72,6 +75,7 @@ class _Rounded(torch.autograd.Function):
 
 
 def _grid(step: Tensor, bits: int) -> Grid:
+    """The levels: odd multiples of half a step."""
     return Grid(step / 2, torch.zeros_like(step, dtype=torch.int32), bits, signed=True, midrise=True)
 
 
@@ -79,17 +83,6 @@ def first_step(w: Tensor, bits: int) -> Tensor:
     """Return the step () that the authors start from: the levels' range holds max|w|, and at one bit 2 * mean|w|."""
     found: Tensor = 2 * w.abs().mean() if bits == 1 else w.abs().amax() / 2 ** (bits - 1)
     return found.clamp_min(fake_quant.FLOOR)
-
-
-def best_step(w: Tensor, bits: int) -> Tensor:
-    """Return the step () whose levels have the least squared error on the weight `w` (any shape)."""
-    # A search, because the error has several minima: over shares of the step whose last level is max|w|.
-    widest = w.abs().amax().clamp_min(fake_quant.FLOOR) * 2 / (2**bits - 1)
-    steps = widest * torch.arange(1, quantizers.CANDIDATES + 1, device=w.device) / quantizers.CANDIDATES
-    grids = [_grid(step, bits) for step in steps]
-    errors = [(grid.decode(grid.encode(w)) - w).square().sum() for grid in grids]
-    found: Tensor = steps[int(torch.stack(errors).argmin())]
-    return found
 
 
 def add_gradients(prepared: Prepared, epoch: EpochStart) -> None:
