@@ -47,7 +47,6 @@ from r2cli.calibration import deployed
 from r2cli.data import own
 from r2cli.deploy import runtime
 from r2cli.models import onnx as onnx_in
-from r2cli.ptq import brecq
 from r2cli.quantized.decibels import decibels
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.storage.input_spec import InputSpec, NetworkInput
@@ -336,7 +335,7 @@ def published_row(one: Published, packages: Path) -> dict[str, Any]:
 
 Options = Mapping[str, Any]
 W4A8: Options = {"weight_bits": 4}
-# Methods that learn do so on FEW pictures, and brecq in STEPS steps a block: what a slow machine can afford.
+# Methods that learn do so on FEW pictures, in STEPS steps a layer or block: what a slow machine can afford.
 LEARNED, FEW, STEPS = ("adaround", "brecq"), 8, 20
 TRAINED: Options = {"weight_bits": 4, "act_bits": "8", "epochs": 4, "batch_size": 8}
 FEW_BITS = (W4A8, {**W4A8, "method": "brecq"})
@@ -366,11 +365,12 @@ def tried_row(one: Published, packages: Path, command: str, options: Options) ->
     float file's outputs)."""
     row: dict[str, Any] = {"file": Path(one.file).name, "options": shown(command, options)}
     with tempfile.TemporaryDirectory() as name:
-        few, brecq.FEW = options.get("method") in LEARNED, STEPS
+        few = options.get("method") in LEARNED
         given, out = Given(one, packages, Path(name), FEW if few else CALIBRATION), Path(name) / "out.onnx"
         started = perf_counter()
         if command == "ptq":
-            result: Any = r2cli.quantize(given.made, given.source, r2cli.PtqConfig(device="cpu", **options))
+            config = r2cli.PtqConfig(device="cpu", steps=STEPS if few else None, **options)
+            result: Any = r2cli.quantize(given.made, given.source, config)
         else:
             result = r2cli.finetune(given.made, given.source, r2cli.QatConfig(device="cpu", **options))
             row["losses"] = [epoch.loss for epoch in result.epochs]

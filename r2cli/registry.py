@@ -53,6 +53,7 @@ class PtqEntry(Entry):
     parts: tuple[str, ...] = ()  # the parts of DFQ that it does
     mse_to: int = 0  # up to this many bits, the default range of weights is the one with the least squared error
     equalizes: bool = False  # it works on the equalized network where that is better, if no parts are asked for
+    learns: bool = False  # it learns the rounding in steps, whose number can be given
     drops: bool = False  # it can round activations by chance while it learns (QDrop)
     tried: bool = False  # `auto` tries it where rounding to the nearest level is not enough
     chooses: bool = False  # it chooses among the other methods: only `auto`, whose object is a function
@@ -145,13 +146,16 @@ PTQ_METHODS: dict[str, PtqEntry] = {
         dataless=True,
         parts=DFQ_PARTS,
     ),
-    "adaround": PtqEntry("r2cli.ptq.adaround:METHOD", "so that each layer's output changes least", looks=True),
+    "adaround": PtqEntry(
+        "r2cli.ptq.adaround:METHOD", "so that each layer's output changes least", looks=True, learns=True
+    ),
     "brecq": PtqEntry(
         "r2cli.ptq.brecq:METHOD",
         "so that each block's output changes least, with scales and biases learned too",
         looks=True,
         mse_to=4,
         equalizes=True,
+        learns=True,
         drops=True,
         tried=True,
     ),

@@ -154,7 +154,7 @@ def test_weights_that_are_read_together_are_rounded_together() -> None:
 
     best = min((torch.tensor([ups]) for ups in itertools.product((0, 1), repeat=4)), key=error)
     assert nearest.codes.tolist() == [[0, 0, 0, 0]] and error(best) < 0.1 * error(nearest.codes)
-    thorough = adaround.AdaroundSettings(steps=1000)
+    thorough = adaround.AdaroundSettings(steps=1000, lr=0.02)  # slow: four weights have no others to make up for them
     chosen = adaround.round_layer(one, nearest, thorough)
     # Two of four, though not the very best pair: relaxation is no search. The pairs differ by a fifth, others by half.
     assert int(chosen.codes.sum()) == 2 and error(chosen.codes) < 1.2 * error(best)

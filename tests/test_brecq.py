@@ -7,8 +7,10 @@ import torch
 from test_adaround import folded
 from torch import Tensor, fx, nn
 
+import r2cli
 from r2cli import data
 from r2cli.calibration.deployed import network
+from r2cli.errors import InputError
 from r2cli.graph import structure
 from r2cli.graph.read import trace
 from r2cli.ptq import brecq, post_training, weight_grids
@@ -87,7 +89,7 @@ def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int) -> None:
     assert len(counted) == 3
 
 
-@pytest.mark.parametrize(("side", "images_a_step"), [(96, 4), (40, 8), (8, 32)], ids=str)
+@pytest.mark.parametrize(("side", "images_a_step"), [(96, 2), (40, 8), (8, 32)], ids=str)
 def test_a_step_uses_fewer_images_where_they_are_large(side: int, images_a_step: int) -> None:
     # The second convolution, of stride 2, has a quarter of the first one's outputs, and the last block one a picture.
     layers = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 1), nn.Flatten()
@@ -178,3 +180,25 @@ def test_two_bits_give_back_what_rounding_takes(trained: Path) -> None:
         return evaluation.evaluate(network(coded), source.test, CPU)
 
     assert top1("brecq") > max(90, top1("none") + 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adaround", "brecq"])
+def test_more_steps_come_nearer(method: str, trained: Path) -> None:
+    made = checkpoint.load(trained)
+    source = data.load("digits", spec=made.input)
+
+    def distance(steps: int) -> float:
+        config = r2cli.PtqConfig(method=method, weight_bits=2, act_bits="none", steps=steps, calibration=256)
+        found = r2cli.quantize(made, source, config)
+        assert found.options["steps"] == steps, "it is recorded"
+        shown, _ = next(iter(data.calibration(source, 256, CPU, 0)))
+        with torch.no_grad():
+            return float((found.network(shown) - network(made)(shown)).square().mean())
+
+    assert distance(200) < 0.8 * distance(10)
+
+
+def test_steps_belong_to_methods_that_learn() -> None:
+    with pytest.raises(InputError, match="--steps are those of methods that learn, and dfq only rounds: leave it out"):
+        r2cli.PtqConfig(method="dfq", steps=100)

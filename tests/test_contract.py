@@ -1,6 +1,5 @@
 """The contract of codecs and codes, for every method over its registry and every grid that it makes."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ from r2cli import data, registry
 from r2cli.calibration import deployed, observers
 from r2cli.config import values
 from r2cli.palettes import compression, soft_training
-from r2cli.ptq import adaround, brecq, post_training, weight_grids
-from r2cli.ptq.ptq_method import PtqMethod
+from r2cli.ptq import post_training, weight_grids
 from r2cli.qat import prepare
 from r2cli.qat.prepare import QatSettings, QatTask
 from r2cli.storage import checkpoint
@@ -29,17 +27,14 @@ def test_the_command_line_knows_what_there_is() -> None:
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1])
 @pytest.mark.parametrize("method", [name for name, entry in registry.PTQ_METHODS.items() if not entry.chooses])
 def test_codes_survive_decoding_and_the_disk(
-    method: str, bits: int, granularity: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, bits: int, granularity: str, trained: Path, tmp_path: Path
 ) -> None:
     """With 20 steps where a method learns: the codes are others than the nearest, and need not be good ones."""
-    few = partial(adaround.round_layer, settings=adaround.AdaroundSettings(steps=20))
-    monkeypatch.setattr(adaround, "METHOD", PtqMethod(few))
-    whole = partial(brecq.round_network, settings=brecq.BrecqSettings(steps=20))
-    monkeypatch.setattr(brecq, "METHOD", PtqMethod(whole=whole))
     source = data.load("digits", size=8)
     images = [batch for batch, _ in data.calibration(source, 64, CPU, 0)]
     made = checkpoint.load(trained)
-    coded, _ = post_training.quantize(made, post_training.PtqSettings(method, bits, 8, granularity, {}), images, CPU)
+    settings = post_training.PtqSettings(method, bits, 8, granularity, {}, steps=20)
+    coded, _ = post_training.quantize(made, settings, images, CPU)
     _require_contract(coded, source, tmp_path)
 
 

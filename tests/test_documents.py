@@ -258,7 +258,7 @@ def words_of(output: str) -> list[str]:
 @pytest.mark.parametrize("name", [name for name in LINES if LINES[name]])
 def test_the_lines_run(name: str, r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(brecq, "MANY", 5)  # steps a block
+    monkeypatch.setattr(brecq, "METHOD", brecq.with_steps(5))
     for path, text in own_files(name).items():
         Path(path).write_text(text)
     for line in LINES[name]:

@@ -156,6 +156,10 @@ def test_an_entry_that_does_not_fit_its_method_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setitem(registry.PTQ_METHODS, "toy", registry.PtqEntry("r2cli.ptq.brecq:METHOD", "a toy"))
     with pytest.raises(InputError, match="must say looks=True"):
         ptq_method.method("toy")
+    silent = registry.PtqEntry("r2cli.ptq.brecq:METHOD", "a toy", looks=True)
+    monkeypatch.setitem(registry.PTQ_METHODS, "toy", silent)
+    with pytest.raises(InputError, match="must say learns=True"):
+        ptq_method.method("toy")
     monkeypatch.setitem(registry.PTQ_METHODS, "toy", registry.PtqEntry("r2cli.qat.lsq:METHOD", "a toy"))
     with pytest.raises(InputError, match="is a QatMethod and no PtqMethod"):
         ptq_method.method("toy")

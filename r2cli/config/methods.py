@@ -69,6 +69,12 @@ class PtqConfig(MixedPrecision):
         "brecq: round activations of fewer than 8 bits by chance while a block learns, and learn their steps too "
         "(QDrop); it takes twice the time.",
     )
+    steps: int | None = option(
+        None,
+        "Steps of learning for a layer (adaround) or a block (brecq). More take longer and come nearer to float. "
+        "(default: 500 for adaround, 600 for brecq)",
+        least=1,
+    )
     calibration: int | None = option(
         None,
         "Number of training images that set the ranges of activations; 0: BatchNorm's statistics set them. "
@@ -89,6 +95,7 @@ class PtqConfig(MixedPrecision):
                 f"--act-range {self.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
             )
         self._require_qdrop()
+        self._require_steps()
         groups.require_groups(self)
         targets.require(
             self.target,
@@ -105,6 +112,11 @@ class PtqConfig(MixedPrecision):
         acts = [values.act_bits(self.act_bits), *(one.act_bits for one in layer_form.all_of(values.keep(self.keep)))]
         if self.qdrop and not any(bits is not None and bits < layer_form.MOST_BITS for bits in acts):
             raise InputError("--qdrop is for activations of fewer than 8 bits: give --act-bits 4, or leave it out")
+
+    def _require_steps(self) -> None:
+        entry = registry.get(registry.PTQ_METHODS, self.method)
+        if self.steps is not None and not (entry.learns or entry.chooses):
+            raise InputError(f"--steps are those of methods that learn, and {self.method} only rounds: leave it out")
 
     @property
     def suffix(self) -> str:

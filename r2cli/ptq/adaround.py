@@ -19,6 +19,7 @@ Where we differ from the paper:
 - The optimization ends as soon as every h is 0 or 1. If nearest rounding is better on the rows, its codes are kept.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -51,10 +52,10 @@ class AdaroundSettings:
     """
 
     steps: int = 500
-    lr: float = 0.02
-    weight: float = 20.0
-    batch: int = 1024
-    grouped: int = 128
+    lr: float = 0.2
+    weight: float = 60.0
+    batch: int = 512
+    grouped: int = 64
     rows: int = 32768
     seed: int = 0
 
@@ -220,4 +221,9 @@ def _stretched(x: Tensor, conv: TransposedConv) -> Tensor:
     return F.pad(apart, [size for pair in reversed(ends) for size in pair])
 
 
-METHOD = PtqMethod(round_layer)
+def with_steps(steps: int) -> PtqMethod:
+    """Return AdaRound with so many steps for a layer."""
+    return PtqMethod(functools.partial(round_layer, settings=AdaroundSettings(steps=steps)), with_steps=with_steps)
+
+
+METHOD = PtqMethod(round_layer, with_steps=with_steps)

@@ -71,6 +71,7 @@ class PtqSettings:
     target: str = targets.DEFAULT
     group_size: int = 0  # inputs of a linear layer that share a scale, which needs activations in float; 0: all
     qdrop: bool = False  # whether BRECQ rounds activations of few bits by chance, and learns their steps
+    steps: int | None = None  # of learning, for a layer or block; None: as many as the method takes by itself
 
 
 @torch.no_grad()
@@ -89,6 +90,8 @@ def quantize(
     that names no layer, a graph that cannot be read, and for what cannot be known without images.
     """
     method, looks = ptq_method.method(settings.method), _looks(settings)
+    if settings.steps is not None and method.with_steps is not None:
+        method = method.with_steps(settings.steps)
     parts = _parts(settings)
     if settings.embeddings and _needs_graph(settings):
         raise InputError(f"--embeddings is for weights alone: give --method {registry.PTQ_NEAREST} --act-bits none")

@@ -25,11 +25,13 @@ class PtqMethod:
 
     `rounds` rounds one layer, given the layer with its inputs, and its nearest codes. `whole` rounds the network, given
     the graph, inputs (n, ...), the nearest codes by the weight's name, a function to call after each layer, and the
-    grids of activations where they have fewer bits than 8; it returns them, changed or not.
+    grids of activations where they have fewer bits than 8; it returns them, changed or not. `with_steps` gives the same
+    method with another number of steps of learning.
     """
 
     rounds: Callable[[LayerSample, Coded], Coded] | None = None
     whole: Whole | None = None
+    with_steps: Callable[[int], "PtqMethod"] | None = None
 
 
 NEAREST = PtqMethod()
@@ -48,4 +50,7 @@ def method(name: str) -> PtqMethod:
     looks = found.rounds is not None or found.whole is not None
     if looks != registry.get(registry.PTQ_METHODS, name).looks:
         raise InputError(f"the entry of the method '{name}' must say looks={looks}, as its PtqMethod does")
+    learns = found.with_steps is not None
+    if learns != registry.get(registry.PTQ_METHODS, name).learns:
+        raise InputError(f"the entry of the method '{name}' must say learns={learns}, as its PtqMethod does")
     return found

@@ -71,6 +71,7 @@ def settings_of(config: PtqConfig) -> PtqSettings:
         config.target,
         config.group_size or 0,
         config.qdrop,
+        config.steps,
     )
 
 
