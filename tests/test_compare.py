@@ -1,5 +1,6 @@
 """`r2 compare`: what arrives at each value, what each layer adds, and what that costs at the outputs."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -18,9 +19,11 @@ import r2cli
 from conftest import R2
 from r2cli.analysis import depth, depth_page, pairing
 from r2cli.analysis.depth import Depth, Mend, ValueLoss
+from r2cli.calibration.deployed import FakeQuantize
 from r2cli.deploy import runtime
 from r2cli.errors import InputError
 from r2cli.models import build
+from r2cli.quantized.decibels import sqnr
 from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
@@ -80,6 +83,22 @@ def test_the_costs_add_up_to_what_arrives_at_the_outputs() -> None:
         total = -10 * math.log10(sum(10 ** (-value.cost / 10) for value in found.values))
         assert total == pytest.approx(found.outputs[0], abs=3)
         assert all(value.arriving <= value.own + 3 for value in found.values)
+
+
+@torch.no_grad()
+def test_a_cost_is_what_a_layer_that_alone_is_quantized_takes_from_the_outputs() -> None:
+    candidate = _quantized(weight_bits=4)
+    plain, made = pairing.graphs(MADE, candidate, IMAGES)
+    grids = {path for path, module in made.named_modules() if isinstance(module, FakeQuantize)}
+    layers = {path for path, module in made.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    rows = depth.rows_of(made)
+    for value in _compared(candidate).values:
+        own = {str(node.target) for node, name in rows.items() if name == value.name}
+        alone = copy.deepcopy(made)
+        for path in (grids | layers) - own:
+            alone.set_submodule(path, nn.Identity() if path in grids else plain.get_submodule(path))
+        lost = sqnr(*(torch.cat([net(images) for images in IMAGES]) for net in (alone, plain)))
+        assert value.cost == pytest.approx(lost, abs=1.5), value.name
 
 
 def _scaled(made: Checkpoint, name: str) -> Checkpoint:
