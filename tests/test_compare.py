@@ -24,6 +24,7 @@ from r2cli.deploy import runtime
 from r2cli.errors import InputError
 from r2cli.models import build
 from r2cli.quantized.decibels import sqnr
+from r2cli.quantized.packing import packed_bytes
 from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
@@ -182,6 +183,24 @@ def test_what_mends_a_layer_is_measured_by_changing_one_thing() -> None:
     mended = _compared(_quantized(keep={"wide": 8}, granularity="tensor")).outputs[0]
     assert found["8 bits"].outputs == pytest.approx(mended, abs=2)
     assert mends == tuple(sorted(mends, key=lambda mend: -mend.won / max(mend.bytes, 1)))
+
+
+def test_bytes_are_those_of_the_file_where_codes_of_five_bits_take_as_many_as_of_eight() -> None:
+    made = _quantized(weight_bits=4)
+    mends = r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=5)).mends
+    assert "8 bits" in {mend.choice for mend in mends} and "5 bits" not in {mend.choice for mend in mends}
+    for mend in mends:
+        keep = mend.options.removeprefix("--keep '").removesuffix("'")
+        other = r2cli.quantize(MADE, DATA, r2cli.PtqConfig(weight_bits=4, keep=[keep])).checkpoint
+        sizes = [_payload(one, mend.layer) for one in (made, other)]
+        assert mend.bytes == sizes[1] - sizes[0] or "A16" in mend.options
+
+
+def _payload(made: Checkpoint, layer: str) -> int:
+    """The bytes of a layer's weight: of its codes, or as floats."""
+    name = f"{layer}.weight"
+    own = made.coded.get(name)
+    return 4 * made.floats[name].numel() if own is None else packed_bytes(own.codes.numel(), own.codec.bits)
 
 
 def test_a_grid_that_clips_is_mended_by_16_bits_for_what_reads_it() -> None:

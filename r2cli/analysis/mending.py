@@ -27,6 +27,7 @@ from r2cli.graph.operators import LAYERS, module_of
 from r2cli.ptq import cost_table, weight_grids
 from r2cli.ptq.cost_table import CostTable
 from r2cli.quantized.coded import Coded
+from r2cli.quantized.packing import packed_bytes
 from r2cli.storage.input_spec import Given, Shape, each, places
 
 MEASURED_ON = 16  # samples
@@ -48,17 +49,16 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What `keep` would say of layers, or other `options`: modules in the places of others, by their paths."""
+    """What `keep` would say of layers: modules in the places of others, by their paths."""
 
     name: str
     bytes: int
     modules: Mapping[str, nn.Module]
     keep: Mapping[str, str]
-    more: str = ""
 
     @property
     def options(self) -> str:
-        return self.more or " ".join(f"--keep '{layer}={word}'" for layer, word in self.keep.items())
+        return " ".join(f"--keep '{layer}={word}'" for layer, word in self.keep.items())
 
 
 @torch.no_grad()
@@ -149,18 +149,21 @@ def _of_weight(of: _Candidate, name: str) -> Iterator[_Choice]:
     plain = structure.layer_module(of.plain, name)
     (bits, channels), weight = _grid_of(of, name), plain.weight
     count, rows = weight.numel(), len(weight)
+    size = packed_bytes(count, bits)
     if not _is_float(of, name):
-        ways = [(f"{bits} bits, mse range", "", 0, bits, channels, "mse")]
+        ways = [(f"{bits} bits, mse range", "mse", 0, bits, channels, "mse")]
         if not channels:
             ways.append(("a grid per channel", "channel", 4 * (rows - 1), bits, True, "minmax"))
-        for more in sorted({bits + 1, MOST_BITS}) if bits < MOST_BITS else ():
-            ways.append((f"{more} bits", str(more), count * (more - bits) // 8, more, channels, "minmax"))
-        for told, word, size, own, per_channel, rule in ways:
+        # One bit more, and all: where codes of so many bits take no fewer bytes than those of all, only these.
+        wider = [more for more in (bits + 1, MOST_BITS) if packed_bytes(count, more) > size]
+        for more in {packed_bytes(count, more): more for more in wider}.values():
+            ways.append((f"{more} bits", str(more), packed_bytes(count, more) - size, more, channels, "minmax"))
+        for told, word, added, own, per_channel, rule in ways:
             rounded = weight_grids.nearest(weight, own, per_channel=per_channel, rule=rule, symmetric=True)
             modules = {name: _with(of, name, rounded.decode())}
-            yield _Choice(told, size, modules, {name: word} if word else {}, "" if word else "--weight-range mse")
+            yield _Choice(told, added, modules, {name: word})
     modules = {name: _with(of, name, weight, plain.bias), **_without_grids_of(of, name)}
-    yield _Choice(FLOAT, count * (32 - bits) // 8, modules, {name: FLOAT})
+    yield _Choice(FLOAT, 4 * count - size, modules, {name: FLOAT})
 
 
 def _with(of: _Candidate, name: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
