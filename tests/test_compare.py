@@ -375,7 +375,8 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     plain = r2cli.pretrain("mobilenet_v1", "digits:64", r2cli.PretrainConfig(epochs=1)).checkpoint
     reference, candidate = tmp_path / "model.safetensors", tmp_path / "model.w4.safetensors"
     checkpoint.save(plain, reference)
-    config = r2cli.PtqConfig(weight_bits=4, method="dfq", keep=["stem=2"], calibration=16)
+    asked = {"method": "dfq", "keep": ["stem=2"], "symmetric": False, "weight_range": "mse"}
+    config = r2cli.PtqConfig(weight_bits=4, calibration=16, **asked)  # type: ignore[arg-type]
     made = r2cli.quantize(plain, "digits:64", config).checkpoint
     checkpoint.save(made, candidate)
     line = ["compare", reference, candidate, "--samples", 8]
@@ -385,7 +386,10 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     shown = r2(*line, "--limit", 3, "--sort", "depth").out
     assert shown.splitlines()[1].startswith("x ") and "more: --limit 0 shows all" in shown and "next: r2 ptq" in shown
     # What is measured is one change of this candidate.
-    assert "--method dfq --keep 'stem=2' --keep" in shown
+    assert "--method dfq --weight-range mse --asymmetric --keep 'stem=2' --keep" in shown
+    alone = r2cli.quantize(plain, None, r2cli.PtqConfig(weight_bits=2, act_bits="none")).checkpoint
+    checkpoint.save(alone, tmp_path / "alone.safetensors")
+    assert "--act-bits none" in r2("compare", reference, tmp_path / "alone.safetensors", "--data", "digits:64").out
     picture = tmp_path / "compare.png"
     assert r2(*line, "-o", picture).out.count(f"wrote {picture}") == 1
     with Image.open(picture) as drawn:
@@ -393,6 +397,10 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     drawn_as_page = tmp_path / "compare.html"
     assert r2(*line, "-o", drawn_as_page).code == 0 and "r2 compare" in drawn_as_page.read_text()
     assert r2(*line, "-o", picture).code == 2 and r2(*line, "-o", "compare.gif").code == 2
+    other = r2cli.pretrain("mobilenet_v1", "digits:64", r2cli.PretrainConfig(epochs=1, seed=1)).checkpoint
+    checkpoint.save(other, tmp_path / "other.safetensors")
+    ask = "was this file made of another float network?"
+    assert ask in r2("compare", tmp_path / "other.safetensors", candidate, "--mend", 0).out and ask not in shown
     refused = r2("compare", reference, candidate.with_suffix(".tflite"))
     assert refused.code == 2 and "give the checkpoint beside it" in refused.err
     assert r2("compare", reference).code == 2
