@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 import r2cli
 from conftest import R2
-from r2cli.analysis import depth, depth_page, pairing
+from r2cli.analysis import depth, depth_page, mending, pairing
 from r2cli.analysis.depth import Depth, Mend, ValueLoss
 from r2cli.calibration.deployed import FakeQuantize
 from r2cli.deploy import runtime
 from r2cli.errors import InputError
 from r2cli.models import build
+from r2cli.quantized.coded import Coded
 from r2cli.quantized.decibels import sqnr
+from r2cli.quantized.grid import Grid
 from r2cli.quantized.packing import packed_bytes
 from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
@@ -342,6 +344,24 @@ def _halved(name: str, file: onnx.ModelProto) -> None:
 def test_a_fault_in_another_tools_file_is_named_first(tmp_path: Path, name: str) -> None:
     made = _other_tools(tmp_path, QuantFormat.QDQ, change=partial(_halved, f"{name}.weight_scale"))
     assert _worst(r2cli.compare(MADE, made, DATA).depth).name == name
+
+
+def test_the_grid_of_a_weight_is_found_in_its_values_where_its_codes_are_not_known(tmp_path: Path) -> None:
+    """A channel of one code alone, as where an outlier sets the range, does not hide that all are on one grid."""
+    for options in ({"granularity": "tensor"}, {}, {"weight_bits": 4}, {"weight_bits": 3, "granularity": "tensor"}):
+        made = _quantized(**options)
+        grid = made.coded["wide.weight"].codec
+        assert isinstance(grid, Grid)
+        codes = torch.randint(grid.lowest, grid.highest + 1, (16, 8, 1, 1), generator=torch.Generator().manual_seed(0))
+        codes[3:] //= 7
+        codes[5], codes[0, :2, 0, 0] = 2, torch.tensor([grid.lowest, grid.highest])
+        made = replace(made, coded={**made.coded, "wide.weight": Coded(grid, codes.to(torch.int8))})
+        pair = pairing.graphs(MADE, made, IMAGES)
+        told = []
+        for known in (made.coded, {}):
+            mends = mending.measured(pair, _compared(made).values, IMAGES[0], known)
+            told.append([(mend.choice, mend.bytes) for mend in mends if mend.layer == "wide"])
+        assert told[0] == told[1] and told[0]
 
 
 def test_a_file_of_another_network_is_refused_by_its_first_value(tmp_path: Path) -> None:

@@ -207,16 +207,25 @@ def _grid_of(of: _Candidate, name: str) -> tuple[int, bool]:
     coded, weight = of.coded.get(f"{name}.weight"), structure.layer_module(of.made, name).weight
     if coded is not None:
         return math.ceil(coded.codec.bits), getattr(coded.codec, "axis", 0) is not None
-    steps, most = [], 1
-    for channel in weight.flatten(1):
-        levels = channel.unique()
-        gaps = levels.diff()
-        gaps = gaps[gaps > float(channel.abs().max()) * 1e-4]
-        if len(gaps):
-            steps.append(float(gaps.min()))
-            most = max(most, round(float(levels[-1] - levels[0]) / steps[-1]))
-    alike = len(steps) > 1 and max(steps) <= 1.01 * min(steps)
-    return min(MOST_BITS, max(1, math.ceil(math.log2(most + 1)))), not alike
+    steps = None if len(weight) == 1 else _steps(weight)
+    if steps is not None:
+        return _bits_of(steps), False
+    of_each = [(_steps(channel), len(channel.unique()) - 1) for channel in weight]
+    return max(_bits_of(levels if steps is None else steps) for steps, levels in of_each), True
+
+
+def _bits_of(steps: int) -> int:
+    return min(MOST_BITS, max(1, math.ceil(math.log2(steps + 1))))
+
+
+def _steps(values: Tensor) -> int | None:
+    """Over how many steps of one grid the values spread; None where they are on no grid of 8 bits."""
+    levels = values.unique()
+    gaps = levels.diff()
+    gaps = gaps[gaps > float(values.abs().max()) * 1e-4]
+    places = (levels - levels[0]) / gaps.min() if len(gaps) else torch.zeros(1)
+    on_grid = float((places - places.round()).abs().max()) < 0.02 and float(places[-1]) < 2**MOST_BITS
+    return round(float(places[-1])) if on_grid else None
 
 
 def _wider(of: _Candidate, node: fx.Node) -> Iterator[_Choice]:
