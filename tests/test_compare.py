@@ -1,5 +1,6 @@
 """`r2 compare`: what arrives at each value, what each layer adds, and what that costs at the outputs."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -16,11 +17,16 @@ from torch import Tensor, nn
 
 import r2cli
 from conftest import R2
-from r2cli.analysis import depth, depth_page, pairing
+from r2cli.analysis import depth, depth_page, mending, pairing
 from r2cli.analysis.depth import Depth, Mend, ValueLoss
+from r2cli.calibration.deployed import FakeQuantize
 from r2cli.deploy import runtime
 from r2cli.errors import InputError
 from r2cli.models import build
+from r2cli.quantized.coded import Coded
+from r2cli.quantized.decibels import sqnr
+from r2cli.quantized.grid import Grid
+from r2cli.quantized.packing import packed_bytes
 from r2cli.storage import checkpoint
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
@@ -80,6 +86,22 @@ def test_the_costs_add_up_to_what_arrives_at_the_outputs() -> None:
         total = -10 * math.log10(sum(10 ** (-value.cost / 10) for value in found.values))
         assert total == pytest.approx(found.outputs[0], abs=3)
         assert all(value.arriving <= value.own + 3 for value in found.values)
+
+
+@torch.no_grad()
+def test_a_cost_is_what_a_layer_that_alone_is_quantized_takes_from_the_outputs() -> None:
+    candidate = _quantized(weight_bits=4)
+    plain, made = pairing.graphs(MADE, candidate, IMAGES)
+    grids = {path for path, module in made.named_modules() if isinstance(module, FakeQuantize)}
+    layers = {path for path, module in made.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    rows = depth.rows_of(made)
+    for value in _compared(candidate).values:
+        own = {str(node.target) for node, name in rows.items() if name == value.name}
+        alone = copy.deepcopy(made)
+        for path in (grids | layers) - own:
+            alone.set_submodule(path, nn.Identity() if path in grids else plain.get_submodule(path))
+        lost = sqnr(*(torch.cat([net(images) for images in IMAGES]) for net in (alone, plain)))
+        assert value.cost == pytest.approx(lost, abs=1.5), value.name
 
 
 def _scaled(made: Checkpoint, name: str) -> Checkpoint:
@@ -163,6 +185,24 @@ def test_what_mends_a_layer_is_measured_by_changing_one_thing() -> None:
     mended = _compared(_quantized(keep={"wide": 8}, granularity="tensor")).outputs[0]
     assert found["8 bits"].outputs == pytest.approx(mended, abs=2)
     assert mends == tuple(sorted(mends, key=lambda mend: -mend.won / max(mend.bytes, 1)))
+
+
+def test_bytes_are_those_of_the_file_where_codes_of_five_bits_take_as_many_as_of_eight() -> None:
+    made = _quantized(weight_bits=4)
+    mends = r2cli.compare(MADE, made, DATA, r2cli.CompareConfig(mend=5)).mends
+    assert "8 bits" in {mend.choice for mend in mends} and "5 bits" not in {mend.choice for mend in mends}
+    for mend in mends:
+        keep = mend.options.removeprefix("--keep '").removesuffix("'")
+        other = r2cli.quantize(MADE, DATA, r2cli.PtqConfig(weight_bits=4, keep=[keep])).checkpoint
+        sizes = [_payload(one, mend.layer) for one in (made, other)]
+        assert mend.bytes == sizes[1] - sizes[0] or "A16" in mend.options
+
+
+def _payload(made: Checkpoint, layer: str) -> int:
+    """The bytes of a layer's weight: of its codes, or as floats."""
+    name = f"{layer}.weight"
+    own = made.coded.get(name)
+    return 4 * made.floats[name].numel() if own is None else packed_bytes(own.codes.numel(), own.codec.bits)
 
 
 def test_a_grid_that_clips_is_mended_by_16_bits_for_what_reads_it() -> None:
@@ -306,6 +346,24 @@ def test_a_fault_in_another_tools_file_is_named_first(tmp_path: Path, name: str)
     assert _worst(r2cli.compare(MADE, made, DATA).depth).name == name
 
 
+def test_the_grid_of_a_weight_is_found_in_its_values_where_its_codes_are_not_known(tmp_path: Path) -> None:
+    """A channel of one code alone, as where an outlier sets the range, does not hide that all are on one grid."""
+    for options in ({"granularity": "tensor"}, {}, {"weight_bits": 4}, {"weight_bits": 3, "granularity": "tensor"}):
+        made = _quantized(**options)
+        grid = made.coded["wide.weight"].codec
+        assert isinstance(grid, Grid)
+        codes = torch.randint(grid.lowest, grid.highest + 1, (16, 8, 1, 1), generator=torch.Generator().manual_seed(0))
+        codes[3:] //= 7
+        codes[5], codes[0, :2, 0, 0] = 2, torch.tensor([grid.lowest, grid.highest])
+        made = replace(made, coded={**made.coded, "wide.weight": Coded(grid, codes.to(torch.int8))})
+        pair = pairing.graphs(MADE, made, IMAGES)
+        told = []
+        for known in (made.coded, {}):
+            mends = mending.measured(pair, _compared(made).values, IMAGES[0], known)
+            told.append([(mend.choice, mend.bytes) for mend in mends if mend.layer == "wide"])
+        assert told[0] == told[1] and told[0]
+
+
 def test_a_file_of_another_network_is_refused_by_its_first_value(tmp_path: Path) -> None:
     file, plain = tmp_path / "made.onnx", tmp_path / "float.onnx"
     r2cli.export(_quantized(), file)
@@ -337,7 +395,8 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     plain = r2cli.pretrain("mobilenet_v1", "digits:64", r2cli.PretrainConfig(epochs=1)).checkpoint
     reference, candidate = tmp_path / "model.safetensors", tmp_path / "model.w4.safetensors"
     checkpoint.save(plain, reference)
-    config = r2cli.PtqConfig(weight_bits=4, method="dfq", keep=["stem=2"], calibration=16)
+    asked = {"method": "dfq", "keep": ["stem=2"], "symmetric": False, "weight_range": "mse"}
+    config = r2cli.PtqConfig(weight_bits=4, calibration=16, **asked)  # type: ignore[arg-type]
     made = r2cli.quantize(plain, "digits:64", config).checkpoint
     checkpoint.save(made, candidate)
     line = ["compare", reference, candidate, "--samples", 8]
@@ -347,7 +406,10 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     shown = r2(*line, "--limit", 3, "--sort", "depth").out
     assert shown.splitlines()[1].startswith("x ") and "more: --limit 0 shows all" in shown and "next: r2 ptq" in shown
     # What is measured is one change of this candidate.
-    assert "--method dfq --keep 'stem=2' --keep" in shown
+    assert "--method dfq --weight-range mse --asymmetric --keep 'stem=2' --keep" in shown
+    alone = r2cli.quantize(plain, None, r2cli.PtqConfig(weight_bits=2, act_bits="none")).checkpoint
+    checkpoint.save(alone, tmp_path / "alone.safetensors")
+    assert "--act-bits none" in r2("compare", reference, tmp_path / "alone.safetensors", "--data", "digits:64").out
     picture = tmp_path / "compare.png"
     assert r2(*line, "-o", picture).out.count(f"wrote {picture}") == 1
     with Image.open(picture) as drawn:
@@ -355,6 +417,10 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     drawn_as_page = tmp_path / "compare.html"
     assert r2(*line, "-o", drawn_as_page).code == 0 and "r2 compare" in drawn_as_page.read_text()
     assert r2(*line, "-o", picture).code == 2 and r2(*line, "-o", "compare.gif").code == 2
+    other = r2cli.pretrain("mobilenet_v1", "digits:64", r2cli.PretrainConfig(epochs=1, seed=1)).checkpoint
+    checkpoint.save(other, tmp_path / "other.safetensors")
+    ask = "was this file made of another float network?"
+    assert ask in r2("compare", tmp_path / "other.safetensors", candidate, "--mend", 0).out and ask not in shown
     refused = r2("compare", reference, candidate.with_suffix(".tflite"))
     assert refused.code == 2 and "give the checkpoint beside it" in refused.err
     assert r2("compare", reference).code == 2

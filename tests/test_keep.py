@@ -52,6 +52,8 @@ def _proof(coded: Checkpoint, path: Path) -> dict[str, Check]:
         ("asymmetric", layer_form.LayerForm(symmetric=False), "asymmetric"),
         ("float", layer_form.LayerForm(is_float=True), "float"),
         ("float,3", layer_form.LayerForm(3), 3),
+        ("W4,tensor,mse", layer_form.LayerForm(4, granularity="tensor", weight_range="mse"), "W4,tensor,mse"),
+        ("minmax", layer_form.LayerForm(weight_range="minmax"), "minmax"),
         ("a8", layer_form.LayerForm(act_bits=8), "A8"),
     ],
 )
@@ -72,6 +74,7 @@ def test_words_of_one_pattern_and_of_several_add_up() -> None:
 
 def test_each_word_is_in_the_codes_the_table_and_a_file_that_passes_its_proof(made: Checkpoint, tmp_path: Path) -> None:
     keep = {"conv": "W8A16", "classifier": "float", "stages.0.*": "tensor", "stages.1.0.conv1": "W2,asymmetric"}
+    keep["stages.2.0.conv1"] = "mse"
     coded, rows = _quantized(made, keep)
     conv, flat, odd = (coded.coded[f"{name}.weight"].codec for name in ("conv", "stages.0.0.conv1", "stages.1.0.conv1"))
     assert isinstance(odd, Grid) and bool(odd.zero_point.any()) and odd.bits == 2 and conv.bits == 8
@@ -80,6 +83,8 @@ def test_each_word_is_in_the_codes_the_table_and_a_file_that_passes_its_proof(ma
     assert torch.equal(coded.floats["classifier.weight"], made.floats["classifier.weight"])
     assert (rows["conv"].act_bits, rows["stages.0.0.conv1"].act_bits) == (16, 8)
     assert rows["stages.0.0.conv1"].grid == "tensor" and rows["stages.1.0.conv1"].note == "asymmetric"
+    plain, wide = (_quantized(made, {**keep, "stages.2.0.conv1": own})[1]["stages.2.0.conv1"] for own in (4, "minmax"))
+    assert rows["stages.2.0.conv1"].note == "mse range" and plain.sqnr == wide.sqnr < rows["stages.2.0.conv1"].sqnr
     assert checkpoint.to_bytes(_reread(coded, tmp_path)) == checkpoint.to_bytes(coded)
     checks = _proof(coded, tmp_path / "m.onnx")
     assert not [check for check in checks.values() if not check.passed]

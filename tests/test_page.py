@@ -214,7 +214,7 @@ def test_a_comparison_opens_with_both_histograms_of_a_layer(browser: Any, tmp_pa
     counts = {"low": -1.0, "high": 1.0, "floats": [1, 9, 3], "codes": [0, 12, 1], "ends": [-0.5, 0.5], "bits": 8}
     picture = {"values": counts, "weights": counts, "channels": [[3, 20.0, 75.0]]}
     rows = [ValueLoss(name, 20, 30, cost, dict.fromkeys(PARTS, 9.0)) for name, cost in (("a", 40), ("b", 10))]
-    mend = Mend("b", "8 bits", 12, 2, 64, None, "--keep 'b=8'")
+    mend = Mend("b", "8 bits", 12, 2, 64, 2.5, "--keep 'b=8'")
     found = Comparison(Depth(tuple(rows), (9.5,)), 4, mends=(mend,), pictures={"a": picture, "b": picture})
     path = tmp_path / "compare.html"
     path.write_bytes(depth_page.to_bytes(found, HOSTILE))
@@ -225,6 +225,7 @@ def test_a_comparison_opens_with_both_histograms_of_a_layer(browser: Any, tmp_pa
     assert names(tab) == ["a", "b"] and escaped(HOSTILE) in tab.title()
     tab.locator("#sort").select_option("cost")
     assert names(tab) == ["b", "a"] and tab.locator("#mends code").inner_text() == "--keep 'b=8'"
+    assert "for its cost first" in tab.locator("#mends h3").inner_text() and "2.5" in tab.locator("#mends").inner_text()
     tab.locator("#layers tr").first.click()
     assert tab.locator("#title").inner_text() == "b" and tab.locator("#detail svg").count() == 2
     assert tab.locator("#detail .edge").count() == 4 and "75.0 %" in tab.locator("#detail").inner_text()

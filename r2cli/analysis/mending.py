@@ -27,6 +27,7 @@ from r2cli.graph.operators import LAYERS, module_of
 from r2cli.ptq import cost_table, weight_grids
 from r2cli.ptq.cost_table import CostTable
 from r2cli.quantized.coded import Coded
+from r2cli.quantized.packing import packed_bytes
 from r2cli.storage.input_spec import Given, Shape, each, places
 
 MEASURED_ON = 16  # samples
@@ -48,17 +49,16 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What `keep` would say of layers, or other `options`: modules in the places of others, by their paths."""
+    """What `keep` would say of layers: modules in the places of others, by their paths."""
 
     name: str
     bytes: int
     modules: Mapping[str, nn.Module]
     keep: Mapping[str, str]
-    more: str = ""
 
     @property
     def options(self) -> str:
-        return self.more or " ".join(f"--keep '{layer}={word}'" for layer, word in self.keep.items())
+        return " ".join(f"--keep '{layer}={word}'" for layer, word in self.keep.items())
 
 
 @torch.no_grad()
@@ -149,18 +149,21 @@ def _of_weight(of: _Candidate, name: str) -> Iterator[_Choice]:
     plain = structure.layer_module(of.plain, name)
     (bits, channels), weight = _grid_of(of, name), plain.weight
     count, rows = weight.numel(), len(weight)
+    size = packed_bytes(count, bits)
     if not _is_float(of, name):
-        ways = [(f"{bits} bits, mse range", "", 0, bits, channels, "mse")]
+        ways = [(f"{bits} bits, mse range", "mse", 0, bits, channels, "mse")]
         if not channels:
             ways.append(("a grid per channel", "channel", 4 * (rows - 1), bits, True, "minmax"))
-        for more in sorted({bits + 1, MOST_BITS}) if bits < MOST_BITS else ():
-            ways.append((f"{more} bits", str(more), count * (more - bits) // 8, more, channels, "minmax"))
-        for told, word, size, own, per_channel, rule in ways:
+        # One bit more, and all: where codes of so many bits take no fewer bytes than those of all, only these.
+        wider = [more for more in (bits + 1, MOST_BITS) if packed_bytes(count, more) > size]
+        for more in {packed_bytes(count, more): more for more in wider}.values():
+            ways.append((f"{more} bits", str(more), packed_bytes(count, more) - size, more, channels, "minmax"))
+        for told, word, added, own, per_channel, rule in ways:
             rounded = weight_grids.nearest(weight, own, per_channel=per_channel, rule=rule, symmetric=True)
             modules = {name: _with(of, name, rounded.decode())}
-            yield _Choice(told, size, modules, {name: word} if word else {}, "" if word else "--weight-range mse")
+            yield _Choice(told, added, modules, {name: word})
     modules = {name: _with(of, name, weight, plain.bias), **_without_grids_of(of, name)}
-    yield _Choice(FLOAT, count * (32 - bits) // 8, modules, {name: FLOAT})
+    yield _Choice(FLOAT, 4 * count - size, modules, {name: FLOAT})
 
 
 def _with(of: _Candidate, name: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
@@ -204,16 +207,25 @@ def _grid_of(of: _Candidate, name: str) -> tuple[int, bool]:
     coded, weight = of.coded.get(f"{name}.weight"), structure.layer_module(of.made, name).weight
     if coded is not None:
         return math.ceil(coded.codec.bits), getattr(coded.codec, "axis", 0) is not None
-    steps, most = [], 1
-    for channel in weight.flatten(1):
-        levels = channel.unique()
-        gaps = levels.diff()
-        gaps = gaps[gaps > float(channel.abs().max()) * 1e-4]
-        if len(gaps):
-            steps.append(float(gaps.min()))
-            most = max(most, round(float(levels[-1] - levels[0]) / steps[-1]))
-    alike = len(steps) > 1 and max(steps) <= 1.01 * min(steps)
-    return min(MOST_BITS, max(1, math.ceil(math.log2(most + 1)))), not alike
+    steps = None if len(weight) == 1 else _steps(weight)
+    if steps is not None:
+        return _bits_of(steps), False
+    of_each = [(_steps(channel), len(channel.unique()) - 1) for channel in weight]
+    return max(_bits_of(levels if steps is None else steps) for steps, levels in of_each), True
+
+
+def _bits_of(steps: int) -> int:
+    return min(MOST_BITS, max(1, math.ceil(math.log2(steps + 1))))
+
+
+def _steps(values: Tensor) -> int | None:
+    """Over how many steps of one grid the values spread; None where they are on no grid of 8 bits."""
+    levels = values.unique()
+    gaps = levels.diff()
+    gaps = gaps[gaps > float(values.abs().max()) * 1e-4]
+    places = (levels - levels[0]) / gaps.min() if len(gaps) else torch.zeros(1)
+    on_grid = float((places - places.round()).abs().max()) < 0.02 and float(places[-1]) < 2**MOST_BITS
+    return round(float(places[-1])) if on_grid else None
 
 
 def _wider(of: _Candidate, node: fx.Node) -> Iterator[_Choice]:

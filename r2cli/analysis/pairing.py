@@ -72,7 +72,7 @@ def _of_checkpoint(reference: Checkpoint, candidate: Checkpoint) -> tuple[fx.Gra
         if (first.name, str(first.target)) != (second.name, str(second.target)):
             raise InputError(
                 f"{candidate.origin} is not of the network {reference.origin}: the first value that differs is "
-                f"'{first.name}', there '{second.name}'"
+                f"'{first.name}', there '{second.name}'. Names do not matter in its .onnx file: give that"
             )
     if len(plain.graph.nodes) != len(own):
         raise InputError(f"{candidate.origin} is not of the network {reference.origin}: one has more values")

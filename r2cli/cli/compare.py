@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
+from r2cli.config import targets
 from r2cli.config.inspection import CompareConfig, CompareFiles, CompareOutput
 from r2cli.errors import InputError
 
@@ -19,7 +20,6 @@ NAME, BAR = 26, 8  # characters
 PAGE = ".html"
 NAMED = 6  # layers in a sentence
 MENDS = 8  # choices in the table
-AGAIN = ("weight_bits", "act_bits", "granularity")  # options of the candidate
 SHARES = (("weights", "weights"), ("bias", "bias"), ("clipping", "clip"), ("rounding", "round"))
 
 
@@ -123,6 +123,9 @@ def _told(found: "Comparison", config: CompareConfig) -> list[console.Line]:
     lines.append(f"half of the outputs' noise comes from {len(worst)} of {len(rows)}: {named}")
     if depth.begins is not None:
         lines.append(f"{depth.begins} is the first at which no more arrives than at the outputs")
+    weights = [value.parts["weights"] for value in rows if value.parts["weights"] < float("inf")]
+    if 2 * sum(share < 0 for share in weights) > len(weights):
+        lines.append("most weights differ by more than they are: was this file made of another float network?")
     outputs = ", ".join(_decibel(value) for value in depth.outputs)
     measured = "" if found.before is None else f"; {found.before} -> {found.after}"
     lines.append(f"outputs: {outputs} dB to float on {found.samples} samples{measured}")
@@ -160,9 +163,20 @@ def _per(mend: "Mend") -> str:
 def _next(given: CompareFiles, found: "Comparison", history: "Sequence[Mapping[str, Any]]") -> str:
     """The options of the candidate, and for each layer the choice that stands first; else learn how to round."""
     asked = history[-1]["options"] if history and history[-1]["command"] == "ptq" else {}
+    own = _again(asked, with_method=bool(found.mends)) if asked else []
     first = {mend.layer: mend.options for mend in reversed(found.mends)}
     mended = [*dict.fromkeys(first[mend.layer] for mend in found.mends)] or ["--method brecq"]
-    method = "method" if found.mends and asked.get("method") != registry.PTQ_NEAREST else ""
-    own = [f"--{name.replace('_', '-')} {asked[name]}" for name in (*AGAIN, method) if asked.get(name) is not None]
-    own += [f"--keep '{pattern}={word}'" for pattern, word in (asked.get("keep") or {}).items()]
     return " ".join([f"r2 ptq {given.source}", *own, *mended])
+
+
+def _again(asked: Mapping[str, Any], *, with_method: bool) -> list[str]:
+    """The options that `r2 ptq` had, without those that it has by itself."""
+    bits, method = asked["weight_bits"], asked["method"]
+    usual = {"weight_range": registry.usual_weight_range(method, bits), "target": targets.DEFAULT}
+    own = [f"--weight-bits {bits}", f"--act-bits {asked['act_bits'] or 'none'}"]
+    own += [f"--granularity {asked['granularity']}"]
+    own += [f"--method {method}"] if with_method and method != registry.PTQ_NEAREST else []
+    others = {name: asked.get(name, each) for name, each in usual.items()}  # files of older versions lack some
+    own += [f"--{name.replace('_', '-')} {each}" for name, each in others.items() if each != usual[name]]
+    own += [] if asked.get("symmetric", True) else ["--asymmetric"]
+    return own + [f"--keep '{pattern}={word}'" for pattern, word in (asked.get("keep") or {}).items()]

@@ -346,7 +346,7 @@ def require_forms(given: Any, *, least: int, grids: bool = True) -> None:
             values.act_bits(form.act_bits, least)
         if form.granularity is not None and getattr(given, "group_size", None) is not None:
             raise InputError(f"--group-size and --keep …={form.word} exclude each other: give one of them")
-        if not grids and (form.granularity is not None or form.symmetric is not None):
+        if not grids and form.has_grid:
             raise InputError(f"--keep …={form.word} is for r2 ptq: trained weights have one symmetric grid a tensor")
     targets.require_forms(given.target, forms, act_bits=values.act_bits(given.act_bits, least))
 

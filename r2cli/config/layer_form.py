@@ -4,6 +4,7 @@
 A16, W4A8      bits of what the layer reads: 16, or 8 and fewer
 float          neither codes nor a grid: the layer stays as it is
 tensor, channel, unfolded, asymmetric, symmetric      its grid, as --granularity and --asymmetric say of all layers
+minmax, mse    the range of that grid, as --weight-range says
 """
 
 import re
@@ -15,8 +16,9 @@ from r2cli.errors import InputError, unknown
 FLOAT = "float"
 GRIDS = ("channel", "tensor", "unfolded")
 SIGNS = {"symmetric": True, "asymmetric": False}
+RULES = ("minmax", "mse")
 MOST_BITS, WIDE_BITS = 8, 16  # of weights, and of activations that need more than 8
-SHOWN = ("8", "W4A8", "W8A16", FLOAT, *GRIDS, *SIGNS)
+SHOWN = ("8", "W4A8", "W8A16", FLOAT, *GRIDS, *SIGNS, *RULES)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class LayerForm:
     act_bits: int | None = None  # of what it reads
     granularity: str | None = None
     symmetric: bool | None = None
+    weight_range: str | None = None
     is_float: bool = False
 
     def then(self, later: "LayerForm") -> "LayerForm":
@@ -36,15 +39,20 @@ class LayerForm:
         return replace(self, **said)
 
     @property
+    def has_grid(self) -> bool:
+        """Whether something is said of the weight's grid beside its bits."""
+        return (self.granularity, self.symmetric, self.weight_range) != (None, None, None)
+
+    @property
     def word(self) -> int | str:
         """The form as --keep takes it, for records: a number where it says no more than bits of weights."""
         grid = None if self.symmetric is None else "symmetric" if self.symmetric else "asymmetric"
         if self.is_float:
             return FLOAT
-        if self.act_bits is None and self.granularity is None and grid is None and self.weight_bits is not None:
+        if self.act_bits is None and not self.has_grid and self.weight_bits is not None:
             return self.weight_bits
         bits = "".join(f"{key}{n}" for key, n in (("W", self.weight_bits), ("A", self.act_bits)) if n is not None)
-        return ",".join(filter(None, (bits, self.granularity, grid)))
+        return ",".join(filter(None, (bits, self.granularity, grid, self.weight_range)))
 
 
 def of(given: int | str) -> LayerForm:
@@ -62,6 +70,8 @@ def _of_word(word: str, given: str) -> LayerForm:
         return LayerForm(granularity=word)
     if word in SIGNS:
         return LayerForm(symmetric=SIGNS[word])
+    if word in RULES:
+        return LayerForm(weight_range=word)
     found = re.fullmatch(r"(?=.)(?:[Ww]?([0-9]+))?(?:[Aa]([0-9]+))?", word)
     if found is None:
         raise unknown("word in --keep PATTERN=", word, SHOWN)

@@ -49,7 +49,7 @@ class PtqConfig(MixedPrecision):
     act_range: str | None = groups.act_range()
     keep: groups.Keep = groups.keep(
         "PATTERN=BITS, or words between commas, for some layers: 4, W4A8 (weights and what they read), W8A16, float, "
-        "channel, tensor, unfolded, asymmetric; repeatable.",
+        "channel, tensor, unfolded, asymmetric, mse; repeatable.",
         values.keep,
     )
     embeddings: bool = groups.embeddings()

@@ -125,6 +125,8 @@ def quantize(
         coded, told, acts = _look(method, net, shown, coded, few, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
     notes.append({name: "asymmetric" for name, each in own.items() if settings.symmetric and not each.symmetric})
+    ranges = {name: each.weight_range for name, each in own.items()}
+    notes.append({name: f"{rule} range" for name, rule in ranges.items() if rule != settings.weight_range})
     rows |= _decode(net, own, coded, notes)
     if acts:  # learned with the weights
         activations, raised = dict(acts), grids.round_to_grids(net, coded, acts, images)
@@ -257,6 +259,7 @@ def forms(names: Iterable[str], settings: PtqSettings) -> dict[str, PtqSettings]
                 act_bits=settings.act_bits if form.act_bits is None else form.act_bits,
                 granularity=form.granularity or settings.granularity,
                 symmetric=settings.symmetric if form.symmetric is None else form.symmetric,
+                weight_range=form.weight_range or settings.weight_range,
             )
             if not own.symmetric and own.weight_bits == 1:
                 raise InputError(
