@@ -94,6 +94,16 @@ def test_a_width_that_is_mostly_noise_is_chosen_where_it_loses_least() -> None:
         assert front.choice(front.within(45)) == {"a": 1, "b": 3}
 
 
+@pytest.mark.parametrize(("budget", "chosen"), [(45, {"a": 2, "b": 2}), (35, {"a": 1, "b": 2})])
+def test_one_bit_is_for_budgets_below_two_where_rounding_is_learned(budget: int, chosen: dict[str, int]) -> None:
+    own, lost = {8: 80, 3: 30, 2: 20, 1: 10}, {8: 1e-5, 3: 0.1, 2: 0.45, 1: 0.36}
+    given = post_training.PtqSettings("brecq", 8, None, "channel", {})
+    sizes, numbers = {"a": own, "b": own}, {"a": (80, 0), "b": (80, 0)}
+    losses = bit_budget.LayerLosses(given, {}, {}, sizes, {"a": lost, "b": {**lost, 1: 0.9}}, {}, numbers)
+    front = bit_budget.front(losses, bit_budget.BitTarget(None, budget, mixed_precision.OUTPUTS))
+    assert front.choice(front.within(budget)) == chosen
+
+
 def test_every_measure_is_a_power_of_what_was_measured() -> None:
     given = post_training.PtqSettings("none", 8, None, "channel", {})
     losses = bit_budget.LayerLosses(given, {}, {}, {}, {"a": {4: 0.3}}, {}, {}, {"a": {4: 0.04}})

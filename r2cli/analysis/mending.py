@@ -220,7 +220,7 @@ def _bits_of(steps: int) -> int:
 
 def _steps(values: Tensor) -> int | None:
     """Over how many steps of one grid the values spread; None where they are on no grid of 8 bits."""
-    levels = values.unique()
+    levels = values.unique()  # type: ignore[no-untyped-call]
     gaps = levels.diff()
     gaps = gaps[gaps > float(values.abs().max()) * 1e-4]
     places = (levels - levels[0]) / gaps.min() if len(gaps) else torch.zeros(1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from r2cli import registry
 from r2cli.config import layer_form
 from r2cli.config.layer_form import LayerForm
 from r2cli.data import Batch
@@ -207,14 +208,19 @@ def points(found: Front, place: int) -> list[dict[str, float]]:
 
 
 def front(losses: LayerLosses, target: BitTarget) -> Front:
-    """All choices that no other beats, by what the budget is of. Raises InputError for a table with holes."""
+    """All choices that no other beats, by what the budget is of. Raises InputError for a table with holes.
+
+    A method that learns gives a layer one bit only where two for each are too many. What is measured is rounding to the
+    nearest, where one bit may be no worse than two, and learning gives back much more at two.
+    """
     if target.costs is not None:
         return knapsack.front(_by_cost(losses, target.costs))
+    sizes = losses.sizes
+    if registry.get(registry.PTQ_METHODS, losses.settings.method).learns:
+        more = {name: {bits: size for bits, size in own.items() if bits > 1} or own for name, own in sizes.items()}
+        sizes = more if sum(min(own.values()) for own in more.values()) <= limit(losses, target) else sizes
     return knapsack.front(
-        {
-            name: {bits: (size, losses.weights[name][bits]) for bits, size in own.items()}
-            for name, own in losses.sizes.items()
-        }
+        {name: {bits: (size, losses.weights[name][bits]) for bits, size in own.items()} for name, own in sizes.items()}
     )
 
 
