@@ -14,6 +14,7 @@ from conftest import R2
 from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.ptq import auto, post_training
+from r2cli.quantized import decibels
 from r2cli.quantized.decibels import sqnr
 from r2cli.storage import checkpoint
 
@@ -96,7 +97,7 @@ def test_a_lead_is_counted_in_standard_errors() -> None:
 def test_noise_is_a_share_of_the_signal() -> None:
     expected = (torch.tensor([[3.0], [1.0]]), torch.ones(2, 4))
     outputs = (torch.tensor([[3.0], [2.0]]), torch.ones(2, 4) + torch.tensor([[1.0], [0.0]]))
-    assert auto.noises(outputs, expected).tolist() == pytest.approx([0.5, 0.1])
+    assert decibels.noises(outputs, expected).tolist() == pytest.approx([0.5, 0.1])
 
 
 def _pair(spread: bool) -> checkpoint.Checkpoint:

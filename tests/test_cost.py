@@ -104,6 +104,9 @@ def test_a_table_gives_each_layer_its_width_and_what_is_kept_stays(made: Checkpo
     assert coded.coded["conv.weight"].codec.scale.numel() == 1
     with pytest.raises(InputError, match="the target of 3 is out of reach: the layers take 2"):
         bit_budget.chosen(_losses(made, target), replace(target, budget=3.0))
+    cheap = replace(target, costs=cost_table.read(_table(tmp_path, "*,W8A8,4", "*,float,3")), budget=1e6)
+    with pytest.raises(InputError, match=r"every layer stays float.*Leave the width float out of it"):
+        bit_budget.chosen(_losses(made, cheap), cheap)
 
 
 def test_what_layers_read_gets_its_bits_within_their_mean(made: Checkpoint) -> None:
@@ -178,7 +181,7 @@ def test_without_vela_cycles_are_refused_with_the_way_out(monkeypatch: pytest.Mo
         (("ptq", "--act-widths", "8,16"), "belong together"),
         (("ptq", "--act-widths", "8,12", "--target-act-bits", 9, "--target-bits", 4), "--act-bits 12"),
         (("ptq", "--pareto", "x.png"), "--target-bits"),
-        (("cost", "--widths", "8,9"), "1 to 8 bits"),
+        (("cost", "--widths", "8,9"), "--widths '9' is none"),
         (("cost", "-o", "x.txt"), ".csv"),
         (("cost", "--target", "qnn"), "known are ethos-u, onnxruntime"),
     ],

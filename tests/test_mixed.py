@@ -17,6 +17,7 @@ from conftest import R2
 from r2cli import data
 from r2cli.errors import InputError
 from r2cli.ptq import auto, bit_budget, knapsack, mixed_precision, post_training, quantize
+from r2cli.ptq.post_training import PtqSettings
 from r2cli.quantized.packing import packed_bytes
 from r2cli.storage import checkpoint
 
@@ -142,6 +143,22 @@ def test_the_average_is_met_and_the_same_seed_chooses_the_same(
     size = {name: one.codes.numel() for name, one in coded.coded.items()}
     mean = sum(one.codec.bits * size[name] for name, one in coded.coded.items()) / sum(size.values())
     assert target - 0.5 < mean <= target
+
+
+def test_equal_choices_of_bits_are_rounded_once(made: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded, own = [], auto.quantize
+
+    def quantize_once(one: checkpoint.Checkpoint, settings: PtqSettings, *given: Any) -> Any:
+        rounded.append(settings.keep)
+        return own(one, settings, *given)
+
+    monkeypatch.setattr(auto, "quantize", quantize_once)
+    settings = PtqSettings("none", 4, 8, "channel", {"classifier": 8})
+    choices = {"a": settings, "b": replace(settings, keep={"classifier": 2}), "c": replace(settings)}
+    images = [torch.rand(4, *made.input.shape, generator=torch.Generator().manual_seed(0))]
+    away = auto.distances(made, choices, images, torch.device("cpu"), decides=True)
+    assert rounded == [{"classifier": 8}, {"classifier": 2}]
+    assert list(away) == ["a", "b", "c"] and away["a"] == away["c"] != away["b"]
 
 
 @pytest.mark.slow

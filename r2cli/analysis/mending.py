@@ -210,7 +210,7 @@ def _grid_of(of: _Candidate, name: str) -> tuple[int, bool]:
     steps = None if len(weight) == 1 else _steps(weight)
     if steps is not None:
         return _bits_of(steps), False
-    of_each = [(_steps(channel), len(channel.unique()) - 1) for channel in weight]
+    of_each = [(_steps(channel), len(torch.unique(channel)) - 1) for channel in weight]
     return max(_bits_of(levels if steps is None else steps) for steps, levels in of_each), True
 
 
@@ -220,7 +220,7 @@ def _bits_of(steps: int) -> int:
 
 def _steps(values: Tensor) -> int | None:
     """Over how many steps of one grid the values spread; None where they are on no grid of 8 bits."""
-    levels = values.unique()  # type: ignore[no-untyped-call]
+    levels: Tensor = torch.unique(values)
     gaps = levels.diff()
     gaps = gaps[gaps > float(values.abs().max()) * 1e-4]
     places = (levels - levels[0]) / gaps.min() if len(gaps) else torch.zeros(1)

@@ -10,6 +10,7 @@ minmax, mse    the range of that grid, as --weight-range says
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from r2cli.errors import InputError, unknown
 
@@ -34,9 +35,13 @@ class LayerForm:
 
     def then(self, later: "LayerForm") -> "LayerForm":
         """This form with what `later` says in its place; bits give a layer codes again."""
-        said = {name: value for name, value in later.__dict__.items() if value is not None}
-        said["is_float"] = later.is_float or (self.is_float and later.weight_bits is None)
-        return replace(self, **said)
+        is_float = later.is_float or (self.is_float and later.weight_bits is None)
+        return replace(self, **later.said, is_float=is_float)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What is said, by the names of the options that say it of all layers."""
+        return {name: value for name, value in self.__dict__.items() if value is not None and name != "is_float"}
 
     @property
     def has_grid(self) -> bool:

@@ -116,7 +116,10 @@ def widths(given: str) -> tuple[str, ...]:
     """Return what is between commas, each bits or 'float' as --keep says them. Raises InputError for anything else."""
     found = tuple(text.strip() for text in given.split(","))
     for text in found:
-        layer_form.of(text)
+        try:
+            layer_form.of(text)
+        except InputError as error:
+            raise InputError(f"--widths '{text}' is none: give 8, W4A8, W8A16 or float, between commas") from error
     return found
 
 

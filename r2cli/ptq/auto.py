@@ -27,7 +27,7 @@ from r2cli import registry
 from r2cli.calibration import deployed
 from r2cli.ptq import layer_sweep
 from r2cli.ptq.post_training import CHANNEL, CORRECT, DFQ, EQUALIZE, UNFOLDED, PtqSettings, QuantizedLayer, quantize
-from r2cli.quantized.decibels import sqnr
+from r2cli.quantized.decibels import noises, sqnr
 from r2cli.storage.checkpoint import Checkpoint
 from r2cli.storage.input_spec import Given, each, joined, places, split
 
@@ -201,8 +201,12 @@ def distances(
     It is a `Trial`'s divergence. `images` and `decides` are as in `choose`. Raises InputError as `quantize` does.
     """
     few = split(layer_sweep.first(images, JUDGED), BATCH)
-    expected, found = _outputs(checkpoint, few, device), {}
+    expected, found = _outputs(checkpoint, few, device), dict[str, float]()
     for name, own in choices.items():
+        alike = next((each for each in found if choices[each] == own), None)
+        if alike is not None:
+            found[name] = found[alike]
+            continue
         made, _ = quantize(checkpoint, replace(own, method=NEAREST), few, device)
         found[name] = float(_lost(_outputs(made, few, device), expected, decides=decides).mean())
     return found
@@ -257,15 +261,6 @@ def divergences(outputs: Tensor, expected: Tensor) -> Tensor:
     """
     found, wanted = outputs.double().log_softmax(1), expected.double().log_softmax(1)
     return (wanted.exp() * (wanted - found)).sum(1).reshape(len(found), -1).mean(1)
-
-
-def noises(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
-    """Return the noise of outputs that are no logits, (n,): of each row, as a share of a row's signal on average."""
-    shares = []
-    for one, other in zip(outputs, expected, strict=True):
-        difference, signal = (rows.double().square().reshape(len(other), -1).sum(1) for rows in (one - other, other))
-        shares.append(difference / signal.mean().clamp_min(1e-30))
-    return torch.stack(shares).mean(0)
 
 
 @torch.inference_mode()

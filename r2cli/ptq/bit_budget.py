@@ -257,7 +257,8 @@ def unit(target: BitTarget) -> str:
 def settings_at(
     losses: LayerLosses, target: BitTarget, found: Front, place: int
 ) -> tuple[PtqSettings, list[ChosenBits]]:
-    """The settings of the choice of `found` at `place`, and a row for every layer."""
+    """The settings of the choice of `found` at `place`, and a row for every layer. Raises InputError where it leaves
+    all layers float."""
     own_of = {name: layer_form.of(width) for name, width in found.choice(place).items()}
     if target.act_bits is not None:
         reads = _act_choice(losses, target)
@@ -265,8 +266,14 @@ def settings_at(
     usual = {name: form.weight_bits or losses.settings.weight_bits for name, form in losses.forms.items()}
     bits = {name: form.weight_bits or usual[name] for name, form in own_of.items()}
     coded = [bits[name] for name, form in own_of.items() if not form.is_float]
+    if not coded:
+        origin = "the table of costs" if target.costs is None else target.costs.origin
+        raise InputError(
+            f"every layer stays float: that loses nothing, and costs {found.costs[place]:,.6g} by {origin}. Leave the "
+            "width float out of it, or give a smaller --budget"
+        )
     # The most common bits become the default, which makes the `--keep` options for the same result as few as possible.
-    common = max(sorted(set(coded), reverse=True), key=coded.count) if coded else losses.settings.weight_bits
+    common = max(sorted(set(coded), reverse=True), key=coded.count)
     keep, acts = dict(losses.settings.keep), losses.settings.act_bits
     for name, form in own_of.items():
         own = LayerForm(

@@ -19,6 +19,7 @@ from r2cli.calibration import calibrate, deployed, observers
 from r2cli.calibration.observers import Observer
 from r2cli.errors import InputError
 from r2cli.ptq import layer_sweep
+from r2cli.quantized.decibels import noises
 from r2cli.storage.input_spec import Given, Shape, count, places, split
 
 IMAGES = 128  # at most
@@ -52,7 +53,7 @@ def measure(net: fx.GraphModule, tried: Tried, images: Iterable[Given], shape: S
             for name, own in tried.items():
                 for key, rounded in own.items():
                     outputs = _again(net, name, rounded, values, behind[name])
-                    found[name][key] += count(part) * _noise(outputs, expected)
+                    found[name][key] += float(noises(outputs, expected).sum())
             seen += count(part)
         if seen >= IMAGES:
             break
@@ -101,15 +102,6 @@ def _again(
 
 def _results(net: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[Tensor, ...]:
     return tuple(values[node] for node in net.graph.output_node().all_input_nodes)
-
-
-def _noise(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """The noise of outputs as a share of their signal, the mean of all."""
-    shares = [
-        float((one - other).double().square().sum() / other.double().square().sum().clamp_min(1e-30))
-        for one, other in zip(outputs, expected, strict=True)
-    ]
-    return sum(shares) / len(shares)
 
 
 def _told(observer: Observer) -> Callable[[nn.Module, Any], None]:

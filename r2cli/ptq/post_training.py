@@ -124,9 +124,7 @@ def quantize(
         few = _few_bits(net, images, settings, reads, checkpoint.input) if settings.qdrop else {}
         coded, told, acts = _look(method, net, shown, coded, few, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
-    notes.append({name: "asymmetric" for name, each in own.items() if settings.symmetric and not each.symmetric})
-    ranges = {name: each.weight_range for name, each in own.items()}
-    notes.append({name: f"{rule} range" for name, rule in ranges.items() if rule != settings.weight_range})
+    notes.append({name: note for name, each in own.items() if (note := _other_grid(each, settings))})
     rows |= _decode(net, own, coded, notes)
     if acts:  # learned with the weights
         activations, raised = dict(acts), grids.round_to_grids(net, coded, acts, images)
@@ -253,14 +251,7 @@ def forms(names: Iterable[str], settings: PtqSettings) -> dict[str, PtqSettings]
     found = {}
     for name, form in structure.forms(names, settings.keep).items():
         if not form.is_float:
-            found[name] = own = replace(
-                settings,
-                weight_bits=settings.weight_bits if form.weight_bits is None else form.weight_bits,
-                act_bits=settings.act_bits if form.act_bits is None else form.act_bits,
-                granularity=form.granularity or settings.granularity,
-                symmetric=settings.symmetric if form.symmetric is None else form.symmetric,
-                weight_range=form.weight_range or settings.weight_range,
-            )
+            found[name] = own = replace(settings, **form.said)
             if not own.symmetric and own.weight_bits == 1:
                 raise InputError(
                     "one bit has two levels, -s and +s, which no zero point moves: give --symmetric, or 2 bits"
@@ -399,6 +390,12 @@ def on_grid(weight: Tensor, bits: int, settings: PtqSettings, factor: Tensor | N
     # codes are found again.
     lifted = per_channel(scale != exact, weight.ndim)
     return Coded(own, torch.where(lifted, own.encode(folded), raw.codes)), folded
+
+
+def _other_grid(own: PtqSettings, settings: PtqSettings) -> str:
+    """What is said of a layer's grid where --keep gives it another than most layers have."""
+    told = ["asymmetric"] if settings.symmetric and not own.symmetric else []
+    return "; ".join(told + ([f"{own.weight_range} range"] if own.weight_range != settings.weight_range else []))
 
 
 def _grid_of(settings: PtqSettings) -> str:

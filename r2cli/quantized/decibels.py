@@ -4,7 +4,9 @@ Ten dB more means a tenth of the squared error.
 """
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +22,15 @@ def sqnr(rounded: Tensor, weight: Tensor) -> float:
     """Return the signal to noise in dB of `rounded` against `weight`, two tensors of one shape; see `decibels`."""
     noise = (rounded - weight).double().square().sum()
     return decibels(float(weight.double().square().sum()), float(noise))
+
+
+def noises(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    """Return the noise of outputs, (n,): of each of their n rows, as a share of a row's signal on average.
+
+    The mean of the shares is taken over the outputs.
+    """
+    shares = []
+    for one, other in zip(outputs, expected, strict=True):
+        difference, signal = (rows.double().square().reshape(len(other), -1).sum(1) for rows in (one - other, other))
+        shares.append(difference / signal.mean().clamp_min(1e-30))
+    return torch.stack(shares).mean(0)
