@@ -69,8 +69,8 @@ def test_a_gate_is_right_on_any_grid(reaches: float, zero: int, tmp_path: Path) 
 
 
 def test_a_gate_whose_values_lie_between_two_codes_is_known_from_another(tmp_path: Path) -> None:
-    """At x = 0 a hard sigmoid is between the codes 127 and 128, and ONNX Runtime may choose either: on a coarse grid that
-    is most of the value, and another gate may then have more codes in common with it."""
+    """At x = 0 a hard sigmoid is between the codes 127 and 128, and ONNX Runtime may choose either: on a coarse grid
+    that is most of the value, and another gate may then have more codes in common with it."""
     made = _with_grids({"first": 6.0, "second": 6.0}, {"first": 100, "second": 100})
     path = tmp_path / "net.onnx"
     r2cli.export(made, path)
