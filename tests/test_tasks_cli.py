@@ -134,9 +134,29 @@ def test_arrays_by_name_calibrate_and_are_measured(r2: R2, task: Path) -> None:
     assert ran.code == 0 and json.loads(ran.out)["samples"] == 6, ran.err
     np.savez(task / "own.npz", x=x.numpy(), target=np.zeros((20, 1)))
     assert r2("ptq", *NET, "--data", "npz:own.npz", "--metric", "mae", "-o", "r.safetensors").code == 0
+    unread = r2("ptq", *NET, "--data", "npz:own.npz", "-o", "u.safetensors")
+    assert unread.code == 0 and "npz:own.npz holds targets and nothing measures them: give --metric" in unread.err
     other = ("--calibration-data", "npz:own.npz", "--calibration", 16)
     assert r2("ptq", *FULL, *other, "-o", "s.safetensors").code == 0
     assert "--calibration 17 is more" in r2("ptq", *FULL, *other[:2], "--calibration", 17, "-o", "t.safetensors").err
+
+
+def test_arrays_of_other_names_are_told_or_refused(r2: R2, task: Path) -> None:
+    x = np.zeros((20, 4), np.float32)
+    np.savez(task / "own.npz", x=x)
+    np.savez(task / "other.npz", mfcc=x)
+    np.savez(task / "labels.npz", x=x, labels=np.zeros(20, np.int64))
+    assert r2("export", *NET, "--input-shape", "x=4", "-o", "net.onnx").code == 0
+    assert r2("ptq", *NET, "--data", "npz:own.npz", "-o", "q.safetensors").code == 0
+    for command in (["ptq", "net.onnx", "--overwrite"], ["evaluate", "q.onnx"]):
+        told = r2(*command, "--data", "npz:other.npz")
+        assert f"npz:other.npz holds 'mfcc', which is given to 'x' of {command[1]}" in told.err, told.err
+        assert "is given to" not in r2(*command, "--data", "npz:own.npz").err
+        refused = r2(*command, "--data", "npz:labels.npz")
+        assert refused.code == 2 and all(name in refused.err for name in ("labels int64", f"{command[1]} takes"))
+    refused = r2("ptq", *NET, "--data", "npz:labels.npz", "-o", "r.safetensors")
+    assert refused.code == 2 and "hold x, labels and task.py:Net takes x" in refused.err
+    assert "call the target 'target'" in refused.err
 
 
 def test_pictures_without_labels_calibrate_a_classifier(r2: R2, trained: Path, tmp_path: Path) -> None:

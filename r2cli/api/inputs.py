@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from r2cli import data as datasets
@@ -129,10 +130,32 @@ def load(
 ) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """The checkpoint that `given` names, with its data; with --weights, those weights in the named network.
 
-    `tell` gets what the file of weights holds beside the network. Where data is not `needed`, noise stands in for it:
+    `tell` gets what the file of weights holds beside the network, and what is done with data that does not say what it
+    is for. Where data is not `needed`, noise stands in for it:
     images where the checkpoint only says that it was a folder, and what an ONNX file says that it takes. Raises
     InputError for options that contradict each other, weights of another architecture, data of other classes.
     """
+    made, loaded = _load(given, tell, needed=needed)
+    for line in told_of_data(made.origin, made.input, loaded):
+        tell(line)
+    return made, loaded
+
+
+def told_of_data(origin: str, wanted: NetworkInput, loaded: datasets.Data) -> list[str]:
+    """What to say of data that is taken for what it does not say: one input by another name than that of the network
+    of the file `origin`, and targets that no metric reads."""
+    found, lines = loaded.input, []
+    if not isinstance(found, TensorsSpec) or loaded.name == NOISE:
+        return []
+    if len(found.names) == 1 and found.names[0] and found.names != wanted.names:
+        lines.append(f"{loaded.name} holds '{found.names[0]}', which is given to '{wanted.names[0]}' of {origin}")
+    if loaded.task.metric is None and next(iter(loaded.test.batches(1, torch.device("cpu"))))[1] is not None:
+        lines.append(f"{loaded.name} holds targets and nothing measures them: give --metric, as mse, or leave them out")
+    return lines
+
+
+def _load(given: Inputs, tell: Callable[[str], None], *, needed: bool) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+    """The network and the data of `load`."""
     if given.weights is not None or given.pretrained:
         return _foreign(given, tell)
     names_code = given.model is not None and is_own(given.model)

@@ -88,7 +88,9 @@ def require_consistent(config: PalettizeConfig, method: str, *, is_network: bool
 
 def needs_data(config: PalettizeConfig, method: str) -> bool:
     """Return whether the work that `config` asks for cannot be done on weights alone."""
-    return bool(config.activation_bits) or registry.get(registry.PALETTE_METHODS, method).trains or config.weigh != "none"
+    return (
+        bool(config.activation_bits) or registry.get(registry.PALETTE_METHODS, method).trains or config.weigh != "none"
+    )
 
 
 def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun:
