@@ -177,7 +177,8 @@ def _wrong(given: Tensor, expected: Tensor, place: Tensor, grid: Grid) -> Tensor
     """Which codes are other ones where the value, at `place` in steps, is not at the edge between the two."""
     scale = float(grid.scale)
     if grid.bits > 8:
-        return (given - expected).abs() > (1 + EDGE * 2 ** (grid.bits - 8)) * scale
+        wide: Tensor = (given - expected).abs() > (1 + EDGE * 2 ** (grid.bits - 8)) * scale
+        return wide
     inside = (place - place.floor() - 0.5).abs() > EDGE
     far = (given - expected).abs() > 1.5 * scale
     return far | (_moved(given, expected, scale) & inside)
