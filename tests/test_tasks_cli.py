@@ -54,6 +54,9 @@ def wrong():
 def largest(outputs, targets):
     return {"largest": outputs.max(), "least": outputs.min()}
 
+def off(outputs, targets, by):
+    return float((outputs - targets).abs().mean()) + by
+
 def raises(outputs, targets):
     return outputs["sum"]
 '''
@@ -83,6 +86,14 @@ def test_a_metric_is_measured_on_torch_and_on_the_file_alike(r2: R2, task: Path)
     assert metric["value"] == pytest.approx(metric["torch"], rel=1e-3) and report["float_value"] == pytest.approx(0.01)
     assert metric["value"] == pytest.approx(0.01, abs=0.01) and report["samples"] == 8
     measured = r2("evaluate", "q.onnx", "--data", "task.py:data", "--data-arg", "count=40", "--metric", "mae", "--json")
+    again = r2(
+        "ptq", *FULL, "--data-arg", "count=40", "--metric", "task.py:off", "--metric-arg", "by=1", "--metric-lower"
+    )
+    assert (
+        "next: r2 evaluate net.w8a8-none.onnx --data task.py:data --data-arg count=40 --metric task.py:off "
+        in again.out
+    )
+    assert "--metric-arg by=1 --metric-lower" in again.out
     assert json.loads(measured.out)["metric"]["value"] == pytest.approx(metric["value"], rel=1e-4)
     told = r2("evaluate", "q.safetensors", "--model", "task.py:Net", "--data", "task.py:data", "--metric", "mse")
     assert told.code == 0 and "q.safetensors: MSE 0.000" in told.out and "of 6 images" in told.out
