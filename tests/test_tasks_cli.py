@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from conftest import R2
+from r2cli import models
 from r2cli.storage import own_code
 
 TASK = '''
@@ -168,6 +169,30 @@ def test_arrays_of_other_names_are_told_or_refused(r2: R2, task: Path) -> None:
     refused = r2("ptq", *NET, "--data", "npz:labels.npz", "-o", "r.safetensors")
     assert refused.code == 2 and "hold x, labels and task.py:Net takes x" in refused.err
     assert "call the target 'target'" in refused.err
+
+
+def test_weights_say_how_many_classes_they_tell_apart(r2: R2, task: Path) -> None:
+    network = models.build(models.spec("resnet8", classes=7, channels=3, size=16))
+    torch.save(network.state_dict(), "seven.pth")
+    for number in range(8):
+        where = Path("tree", ("train", "val")[number % 2], ("b", "e")[number // 4])
+        where.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(where / f"{number}.png")
+    given = ("ptq", "--weights", "seven.pth", "--model", "resnet8", "--size", 16, "--overwrite", "--json")
+    ran = r2(*given, "--data", "images:tree/train")  # nothing tells but the weights
+    assert ran.code == 0 and json.loads(ran.out)["samples"], ran.err
+    ran = r2(*given, "--data", "imagefolder:tree")
+    assert ran.code == 2 and "seven.pth tells 7 classes apart and imagefolder:tree has 2" in ran.err, ran.err
+    assert "--classes FILE" in ran.err and "images:DIR" in ran.err
+    Path("names.txt").write_text("\n".join("abcdefg"))
+    ran = r2(*given, "--data", "imagefolder:tree", "--classes", "names.txt")
+    assert ran.code == 0 and json.loads(ran.out)["samples"] == 4, ran.err
+    # Weights of another network are none of other classes.
+    ran = r2(
+        "ptq", "--weights", "seven.pth", "--model", "resnet20", "--data", "images:tree/train", "-o", "o.safetensors"
+    )
+    assert ran.code == 2 and "seven.pth does not hold the weights of resnet20" in ran.err
 
 
 def test_pictures_without_labels_calibrate_a_classifier(r2: R2, trained: Path, tmp_path: Path) -> None:

@@ -96,9 +96,10 @@ def measured_as(loaded: datasets.Data, metric: metrics.Metric) -> datasets.Data:
 
 
 def model_spec(
-    given: Preparation, name: str, source: datasets.Data, width: float | None = None
+    given: Preparation, name: str, source: datasets.Data, width: float | None = None, classes: int = 0
 ) -> checkpoint.ModelSpec:
-    """The spec of network `name` for the images of `source`, with the keywords of `given`.
+    """The spec of network `name` for the images of `source`, with the keywords of `given`; of `classes` where the data
+    has none.
 
     Raises InputError as `models.spec` does, and for pre-trained weights of other classes than those of `source`.
     """
@@ -112,7 +113,7 @@ def model_spec(
         )
     return models.spec(
         name,
-        classes=source.classes or known or 0,
+        classes=source.classes or known or classes,
         channels=source.input.channels,
         size=source.input.size,
         width=width,
@@ -237,7 +238,7 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
         loaded = _noise(given, option)
     else:
         loaded = load_data(given, given.data, default="", model=given.model)
-    spec = model_spec(given, given.model, loaded)
+    spec = _spec_of_weights(given, given.model, loaded)
     model = models.build(spec)
     taken, outputs = models.require_fit(model, spec, loaded.input, decides=loaded.task.decides)
     state, beside = _weights(given, model, spec)
@@ -248,6 +249,26 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
     options = {"data": datasets.recorded(given.data or NOISE), "weights": name, "model": spec.described()}
     made = made.then("import", options, {})
     return made, _calibrating(given, made, loaded)
+
+
+IMAGENET = 1000  # classes that are assumed of a network by name, before its weights are looked at
+
+
+def _spec_of_weights(given: Inputs, name: str, loaded: datasets.Data) -> checkpoint.ModelSpec:
+    """The spec of a network by name for the weights of `given`, which say how many classes it tells apart.
+
+    Raises InputError where the data has others.
+    """
+    spec = model_spec(given, name, loaded, classes=0 if is_own(name) else IMAGENET)
+    if given.weights is None or is_own(name) or not spec.classes:
+        return spec
+    held = foreign.classes_in(given.weights, models.build(spec), spec.classes)
+    if loaded.classes and held != loaded.classes:
+        raise InputError(
+            f"{given.weights} tells {held} classes apart and {loaded.name} has {loaded.classes}: give the names of all "
+            "with --classes FILE, or calibrate on pictures without labels, images:DIR"
+        )
+    return replace(spec, classes=held)
 
 
 def _noise(given: Inputs, what: str) -> datasets.Data:
