@@ -147,7 +147,7 @@ def test_arrays_by_name_calibrate_and_are_measured(r2: R2, task: Path) -> None:
     np.savez(task / "own.npz", x=x.numpy(), target=np.zeros((20, 1)))
     assert r2("ptq", *NET, "--data", "npz:own.npz", "--metric", "mae", "-o", "r.safetensors").code == 0
     unread = r2("ptq", *NET, "--data", "npz:own.npz", "-o", "u.safetensors")
-    assert unread.code == 0 and "npz:own.npz holds targets and nothing measures them: give --metric" in unread.err
+    assert unread.code == 0 and "npz:own.npz holds targets that nothing measures: give --metric" in unread.err
     other = ("--calibration-data", "npz:own.npz", "--calibration", 16)
     assert r2("ptq", *FULL, *other, "-o", "s.safetensors").code == 0
     assert "--calibration 17 is more" in r2("ptq", *FULL, *other[:2], "--calibration", 17, "-o", "t.safetensors").err
@@ -278,3 +278,15 @@ def test_one_number_an_image_of_a_folder_is_measured_by_the_metric_that_is_named
     assert refused.code == 2 and "gives one number for an image" in refused.err and "--metric auroc" in refused.err
     ran = r2(*given, "--metric", "auroc", "--json", "-o", "o.safetensors")
     assert ran.code == 0 and json.loads(ran.out)["metric"]["label"] == "AUROC", ran.err
+
+
+def test_a_file_that_does_not_say_where_its_data_is_asks_for_it(r2: R2, task: Path) -> None:
+    np.savez(task / "own.npz", x=np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32))
+    given = ("--model", "task.py:Net", "--data", "npz:own.npz")
+    assert r2("ptq", *NET[:2], *given, "-o", "q.safetensors").code == 0
+    ran = r2("evaluate", "q.onnx")
+    assert (
+        ran.code == 2 and "its data was npz, and the file does not say where that is: give --data npz:FILE" in ran.err
+    )
+    ran = r2("export", "q.safetensors", *given, "-o", "e.onnx")
+    assert ran.code == 0 and "next: r2 evaluate e.onnx --data npz:own.npz" in ran.out, ran.err

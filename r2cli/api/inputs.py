@@ -151,7 +151,9 @@ def told_of_data(origin: str, wanted: NetworkInput, loaded: datasets.Data) -> li
     if len(found.names) == 1 and found.names[0] and found.names != wanted.names:
         lines.append(f"{loaded.name} holds '{found.names[0]}', which is given to '{wanted.names[0]}' of {origin}")
     if loaded.task.metric is None and next(iter(loaded.test.batches(1, torch.device("cpu"))))[1] is not None:
-        lines.append(f"{loaded.name} holds targets and nothing measures them: give --metric, as mse, or leave them out")
+        lines.append(
+            f"{loaded.name} holds targets that nothing measures: give --metric to have the outputs compared with them"
+        )
     return lines
 
 
