@@ -1,5 +1,6 @@
 """Metrics by name against scikit-learn and plain formulas; the user's own, and what is none."""
 
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_a_metric_that_gives_no_number_is_named(name: str, own: Path) -> None:
         measured(metrics.named(f"{own}:{name}"), drawn(3, 2), None)
 
 
-def test_names_that_are_no_metric(own: Path) -> None:
+def test_names_that_are_no_metric(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, why in {
         "top2": "'top2'.*top1",
         f"{own}:Half": "is a class without update and compute",
@@ -154,6 +156,8 @@ def test_torchmetrics_by_the_names_of_their_classes(monkeypatch: pytest.MonkeyPa
     library = types.ModuleType("torchmetrics")
 
     class Mean:
+        higher_is_better: bool | None = None
+
         def __init__(self, scale: float = 1.0) -> None:
             self.values: list[float] = []
             self.scale = scale
@@ -167,8 +171,18 @@ def test_torchmetrics_by_the_names_of_their_classes(monkeypatch: pytest.MonkeyPa
     library.Mean, library.__all__ = Mean, ["Mean"]  # type: ignore[attr-defined]
     library.__spec__ = types.SimpleNamespace(name="torchmetrics")  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "torchmetrics", library)
+    for name in metrics.DOMAINS:
+        monkeypatch.setitem(sys.modules, f"torchmetrics.{name}", None)
+    domain = types.ModuleType("torchmetrics.regression")
+    domain.MeanError = type("MeanError", (Mean,), {"higher_is_better": False})  # type: ignore[attr-defined]
+    domain.__all__ = ["MeanError"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchmetrics.regression", domain)
     assert measured(metrics.named("torchmetrics:Mean", ["scale=3"]), torch.ones(4, 1), None).value == 3
-    with pytest.raises(InputError, match="metric of torchmetrics 'Maen'.*Mean"):
+    assert metrics.named("torchmetrics:Mean").higher and not metrics.named("torchmetrics:Mean", lower=True).higher
+    assert not metrics.named("torchmetrics:MeanError").higher  # of one of its packages, and as it says itself
+    with pytest.raises(
+        InputError, match="metric of torchmetrics 'Maen': did you mean 'Mean'.*known are Mean, MeanError"
+    ):
         metrics.named("torchmetrics:Maen")
 
 

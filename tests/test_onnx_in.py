@@ -413,6 +413,23 @@ def test_a_file_that_says_its_shapes_goes_out_without_data(small: nn.Module, tmp
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_weights_alone_want_no_data_where_a_file_says_its_shapes(small: nn.Module, tmp_path: Path, r2: R2) -> None:
+    path, out = exported(small, tmp_path / "in.onnx", free=True), tmp_path / "out.safetensors"
+    weights = ["ptq", path, "--act-bits", "none"]
+    for command in (weights, ["palettize", path, "--method", "kmeans", "--lut-bits", 32]):
+        ran = r2(*command, "-o", out, "--overwrite")
+        assert ran.code == 0 and "BatchNorm" not in ran.out, ran.err
+    # What looks at values still wants them.
+    for more in (["--act-bits", 8], ["--method", "adaround"], ["--target-bits", 4]):
+        ran = r2(*weights, *more, "-o", out, "--overwrite")
+        assert ran.code == 2 and "needs the data it is for" in ran.err, more
+    ran = r2("palettize", path, "--method", "kmeans", "-o", out, "--overwrite")
+    assert ran.code == 2 and "needs the data it is for" in ran.err
+    r2cli.quantize(path, None, r2cli.PtqConfig(act_bits="none"))
+    r2cli.palettize(path, None, r2cli.PalettizeConfig(method="kmeans", lut_bits=32))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_network_of_a_file_is_quantized_trained_and_read_from_its_checkpoint(
     small: nn.Module, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from conftest import R2
+from r2cli import models
 from r2cli.storage import own_code
 
 TASK = '''
@@ -54,6 +55,9 @@ def wrong():
 def largest(outputs, targets):
     return {"largest": outputs.max(), "least": outputs.min()}
 
+def off(outputs, targets, by):
+    return float((outputs - targets).abs().mean()) + by
+
 def raises(outputs, targets):
     return outputs["sum"]
 '''
@@ -83,6 +87,14 @@ def test_a_metric_is_measured_on_torch_and_on_the_file_alike(r2: R2, task: Path)
     assert metric["value"] == pytest.approx(metric["torch"], rel=1e-3) and report["float_value"] == pytest.approx(0.01)
     assert metric["value"] == pytest.approx(0.01, abs=0.01) and report["samples"] == 8
     measured = r2("evaluate", "q.onnx", "--data", "task.py:data", "--data-arg", "count=40", "--metric", "mae", "--json")
+    again = r2(
+        "ptq", *FULL, "--data-arg", "count=40", "--metric", "task.py:off", "--metric-arg", "by=1", "--metric-lower"
+    )
+    assert (
+        "next: r2 evaluate net.w8a8-none.onnx --data task.py:data --data-arg count=40 --metric task.py:off "
+        in again.out
+    )
+    assert "--metric-arg by=1 --metric-lower" in again.out
     assert json.loads(measured.out)["metric"]["value"] == pytest.approx(metric["value"], rel=1e-4)
     told = r2("evaluate", "q.safetensors", "--model", "task.py:Net", "--data", "task.py:data", "--metric", "mse")
     assert told.code == 0 and "q.safetensors: MSE 0.000" in told.out and "of 6 images" in told.out
@@ -134,9 +146,53 @@ def test_arrays_by_name_calibrate_and_are_measured(r2: R2, task: Path) -> None:
     assert ran.code == 0 and json.loads(ran.out)["samples"] == 6, ran.err
     np.savez(task / "own.npz", x=x.numpy(), target=np.zeros((20, 1)))
     assert r2("ptq", *NET, "--data", "npz:own.npz", "--metric", "mae", "-o", "r.safetensors").code == 0
+    unread = r2("ptq", *NET, "--data", "npz:own.npz", "-o", "u.safetensors")
+    assert unread.code == 0 and "npz:own.npz holds targets that nothing measures: give --metric" in unread.err
     other = ("--calibration-data", "npz:own.npz", "--calibration", 16)
     assert r2("ptq", *FULL, *other, "-o", "s.safetensors").code == 0
     assert "--calibration 17 is more" in r2("ptq", *FULL, *other[:2], "--calibration", 17, "-o", "t.safetensors").err
+
+
+def test_arrays_of_other_names_are_told_or_refused(r2: R2, task: Path) -> None:
+    x = np.zeros((20, 4), np.float32)
+    np.savez(task / "own.npz", x=x)
+    np.savez(task / "other.npz", mfcc=x)
+    np.savez(task / "labels.npz", x=x, labels=np.zeros(20, np.int64))
+    assert r2("export", *NET, "--input-shape", "x=4", "-o", "net.onnx").code == 0
+    assert r2("ptq", *NET, "--data", "npz:own.npz", "-o", "q.safetensors").code == 0
+    for command in (["ptq", "net.onnx", "--overwrite"], ["evaluate", "q.onnx"]):
+        told = r2(*command, "--data", "npz:other.npz")
+        assert f"npz:other.npz holds 'mfcc', which is given to 'x' of {command[1]}" in told.err, told.err
+        assert "is given to" not in r2(*command, "--data", "npz:own.npz").err
+        refused = r2(*command, "--data", "npz:labels.npz")
+        assert refused.code == 2 and all(name in refused.err for name in ("labels int64", f"{command[1]} takes"))
+    refused = r2("ptq", *NET, "--data", "npz:labels.npz", "-o", "r.safetensors")
+    assert refused.code == 2 and "hold x, labels and task.py:Net takes x" in refused.err
+    assert "call the target 'target'" in refused.err
+
+
+def test_weights_say_how_many_classes_they_tell_apart(r2: R2, task: Path) -> None:
+    network = models.build(models.spec("resnet8", classes=7, channels=3, size=16))
+    torch.save(network.state_dict(), "seven.pth")
+    for number in range(8):
+        where = Path("tree", ("train", "val")[number % 2], ("b", "e")[number // 4])
+        where.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(where / f"{number}.png")
+    given = ("ptq", "--weights", "seven.pth", "--model", "resnet8", "--size", 16, "--overwrite", "--json")
+    ran = r2(*given, "--data", "images:tree/train")  # nothing tells but the weights
+    assert ran.code == 0 and json.loads(ran.out)["samples"], ran.err
+    ran = r2(*given, "--data", "imagefolder:tree")
+    assert ran.code == 2 and "seven.pth tells 7 classes apart and imagefolder:tree has 2" in ran.err, ran.err
+    assert "--classes FILE" in ran.err and "images:DIR" in ran.err
+    Path("names.txt").write_text("\n".join("abcdefg"))
+    ran = r2(*given, "--data", "imagefolder:tree", "--classes", "names.txt")
+    assert ran.code == 0 and json.loads(ran.out)["samples"] == 4, ran.err
+    # Weights of another network are none of other classes.
+    ran = r2(
+        "ptq", "--weights", "seven.pth", "--model", "resnet20", "--data", "images:tree/train", "-o", "o.safetensors"
+    )
+    assert ran.code == 2 and "seven.pth does not hold the weights of resnet20" in ran.err
 
 
 def test_pictures_without_labels_calibrate_a_classifier(r2: R2, trained: Path, tmp_path: Path) -> None:
@@ -222,3 +278,15 @@ def test_one_number_an_image_of_a_folder_is_measured_by_the_metric_that_is_named
     assert refused.code == 2 and "gives one number for an image" in refused.err and "--metric auroc" in refused.err
     ran = r2(*given, "--metric", "auroc", "--json", "-o", "o.safetensors")
     assert ran.code == 0 and json.loads(ran.out)["metric"]["label"] == "AUROC", ran.err
+
+
+def test_a_file_that_does_not_say_where_its_data_is_asks_for_it(r2: R2, task: Path) -> None:
+    np.savez(task / "own.npz", x=np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32))
+    given = ("--model", "task.py:Net", "--data", "npz:own.npz")
+    assert r2("ptq", *NET[:2], *given, "-o", "q.safetensors").code == 0
+    ran = r2("evaluate", "q.onnx")
+    assert (
+        ran.code == 2 and "its data was npz, and the file does not say where that is: give --data npz:FILE" in ran.err
+    )
+    ran = r2("export", "q.safetensors", *given, "-o", "e.onnx")
+    assert ran.code == 0 and "next: r2 evaluate e.onnx --data npz:own.npz" in ran.out, ran.err

@@ -108,9 +108,9 @@ def quantize(
     `max_drop` is what `minimize` may lose of the metric. Raises InputError for what does not fit the network.
     """
     config = config or PtqConfig()
-    made, source = _read(network, data)
+    made, source = _read(network, data, needed=ptq.needs_data(config))
     rehearse(made, config.target, source.shown)
-    looks = ptq.looks_at_images(config, has_data=data is not None)
+    looks = ptq.looks_at_images(config, has_data=data is not None) and source.name != inputs.NOISE
     count = datasets.calibration_count(config.calibration, source) if looks else 0
     if config.minimize is not None:
         return smallest.find(made, source, config, calibration=count, max_drop=max_drop, reporter=reporter)
@@ -150,7 +150,8 @@ def palettize(
     `state` is a file that keeps the last whole epoch of training. Raises R2Error where training diverges.
     """
     config = config or PalettizeConfig()
-    made, source = _read(network, data)
+    needed = palettization.needs_data(config, config.method or registry.PALETTE_METHOD)
+    made, source = _read(network, data, needed=needed)
     rehearse(made, config.target, source.shown)
     run = palettization.ready(made, source, config)
     with _kept(state) as path:
@@ -341,10 +342,14 @@ def compare(
     return Comparison(found, len(source.test), told[0], told[1], tuple(mends), gallery.found)
 
 
-def _read(network: Network, data: Data | str | None) -> tuple[Checkpoint, Data]:
-    """The checkpoint and the data that a function works on. Raises InputError where there is no data for a module."""
+def _read(network: Network, data: Data | str | None, *, needed: bool = True) -> tuple[Checkpoint, Data]:
+    """The checkpoint and the data that a function works on; noise of an .onnx file's shapes where none is `needed`.
+
+    Raises InputError where there is no data for a module.
+    """
     if isinstance(network, str | Path) and not isinstance(data, Data):
-        made, source = inputs.load(Inputs(source=Path(network), data=data))
+        needed = needed or Path(network).suffix != ".onnx"
+        made, source = inputs.load(Inputs(source=Path(network), data=data), needed=needed)
         return made, source
     if isinstance(network, nn.Module):
         if data is None:

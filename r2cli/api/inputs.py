@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from r2cli import data as datasets
@@ -95,9 +96,10 @@ def measured_as(loaded: datasets.Data, metric: metrics.Metric) -> datasets.Data:
 
 
 def model_spec(
-    given: Preparation, name: str, source: datasets.Data, width: float | None = None
+    given: Preparation, name: str, source: datasets.Data, width: float | None = None, classes: int = 0
 ) -> checkpoint.ModelSpec:
-    """The spec of network `name` for the images of `source`, with the keywords of `given`.
+    """The spec of network `name` for the images of `source`, with the keywords of `given`; of `classes` where the data
+    has none.
 
     Raises InputError as `models.spec` does, and for pre-trained weights of other classes than those of `source`.
     """
@@ -111,7 +113,7 @@ def model_spec(
         )
     return models.spec(
         name,
-        classes=source.classes or known or 0,
+        classes=source.classes or known or classes,
         channels=source.input.channels,
         size=source.input.size,
         width=width,
@@ -129,10 +131,34 @@ def load(
 ) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """The checkpoint that `given` names, with its data; with --weights, those weights in the named network.
 
-    `tell` gets what the file of weights holds beside the network. Where data is not `needed`, noise stands in for it:
+    `tell` gets what the file of weights holds beside the network, and what is done with data that does not say what it
+    is for. Where data is not `needed`, noise stands in for it:
     images where the checkpoint only says that it was a folder, and what an ONNX file says that it takes. Raises
     InputError for options that contradict each other, weights of another architecture, data of other classes.
     """
+    made, loaded = _load(given, tell, needed=needed)
+    for line in told_of_data(made.origin, made.input, loaded):
+        tell(line)
+    return made, loaded
+
+
+def told_of_data(origin: str, wanted: NetworkInput, loaded: datasets.Data) -> list[str]:
+    """What to say of data that is taken for what it does not say: one input by another name than that of the network
+    of the file `origin`, and targets that no metric reads."""
+    found, lines = loaded.input, []
+    if not isinstance(found, TensorsSpec) or loaded.name == NOISE:
+        return []
+    if len(found.names) == 1 and found.names[0] and found.names != wanted.names:
+        lines.append(f"{loaded.name} holds '{found.names[0]}', which is given to '{wanted.names[0]}' of {origin}")
+    if loaded.task.metric is None and next(iter(loaded.test.batches(1, torch.device("cpu"))))[1] is not None:
+        lines.append(
+            f"{loaded.name} holds targets that nothing measures: give --metric to have the outputs compared with them"
+        )
+    return lines
+
+
+def _load(given: Inputs, tell: Callable[[str], None], *, needed: bool) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+    """The network and the data of `load`."""
     if given.weights is not None or given.pretrained:
         return _foreign(given, tell)
     names_code = given.model is not None and is_own(given.model)
@@ -214,7 +240,7 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
         loaded = _noise(given, option)
     else:
         loaded = load_data(given, given.data, default="", model=given.model)
-    spec = model_spec(given, given.model, loaded)
+    spec = _spec_of_weights(given, given.model, loaded)
     model = models.build(spec)
     taken, outputs = models.require_fit(model, spec, loaded.input, decides=loaded.task.decides)
     state, beside = _weights(given, model, spec)
@@ -225,6 +251,26 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
     options = {"data": datasets.recorded(given.data or NOISE), "weights": name, "model": spec.described()}
     made = made.then("import", options, {})
     return made, _calibrating(given, made, loaded)
+
+
+IMAGENET = 1000  # classes that are assumed of a network by name, before its weights are looked at
+
+
+def _spec_of_weights(given: Inputs, name: str, loaded: datasets.Data) -> checkpoint.ModelSpec:
+    """The spec of a network by name for the weights of `given`, which say how many classes it tells apart.
+
+    Raises InputError where the data has others.
+    """
+    spec = model_spec(given, name, loaded, classes=0 if is_own(name) else IMAGENET)
+    if given.weights is None or is_own(name) or not spec.classes:
+        return spec
+    held = foreign.classes_in(given.weights, models.build(spec), spec.classes)
+    if loaded.classes and held != loaded.classes:
+        raise InputError(
+            f"{given.weights} tells {held} classes apart and {loaded.name} has {loaded.classes}: give the names of all "
+            "with --classes FILE, or calibrate on pictures without labels, images:DIR"
+        )
+    return replace(spec, classes=held)
 
 
 def _noise(given: Inputs, what: str) -> datasets.Data:

@@ -1,5 +1,6 @@
 """The checks of every command: of its files before it starts, and of its result when it is done."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,9 +154,14 @@ def _of_metric(report: Mapping[str, Any], baseline: Baseline | None) -> dict[str
 
 
 def again(given: Preparation) -> str:
-    """What the next command must be told again: data and metric, as options."""
-    named = {name: getattr(given, name, None) for name in ("data", "metric")}
-    return "".join(f" --{name} {value}" for name, value in named.items() if value)
+    """What the next command must be told again: data and metric with their keywords, as options."""
+    words: list[str] = []
+    for name in ("data", "metric"):
+        if value := getattr(given, name, None):
+            words += [f"--{name}", value]
+            words += [word for own in getattr(given, f"{name}_arg") for word in (f"--{name}-arg", own)]
+    words += ["--metric-lower"] if given.metric_lower else []
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def unreadable(files: Sequence[str]) -> list[str]:

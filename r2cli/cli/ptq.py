@@ -57,11 +57,13 @@ def ptq(
         raise InputError(
             f"--act-range {config.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
         )
-    made, loaded = inputs.load(given, needed=looks, tell=console.note)
+    # A file of ONNX says what it takes; a checkpoint of r2 brings its data, and is measured on that.
+    needed = looks and (worker.needs_data(config) or source.suffix != ".onnx")
+    made, loaded = inputs.load(given, needed=needed, tell=console.note)
     has_images, loaded = loaded.name != inputs.NOISE, inputs.measured_by(evaluation, wanted, loaded)
     before = baseline.read(wanted, given, loaded)
     rehearse(made, config.target, loaded.shown)
-    calibration = datasets.calibration_count(config.calibration, loaded) if looks else 0
+    calibration = datasets.calibration_count(config.calibration, loaded) if looks and has_images else 0
     options = worker.options_of(config, worker.settings_of(config), calibration)
     gates.of_widths(config, form)
     if written.dry_run:
@@ -120,7 +122,9 @@ def _notes(result: "PtqResult") -> list[console.Line]:
     notes: list[console.Line] = [_front(result), _again(result)] if result.bits else []
     notes += [_chosen(result.trials)] if result.trials else []
     notes += [_tried(result.details["smallest"])] if "smallest" in result.details else []
-    if registry.get(registry.PTQ_METHODS, result.settings.method).dataless or not result.calibration:
+    if registry.get(registry.PTQ_METHODS, result.settings.method).dataless or (
+        result.settings.act_bits and not result.calibration
+    ):
         images = result.calibration
         shown = f"{images} images" if images else "the BatchNorms' statistics, without an image"
         notes.append(f"ranges and corrections: from {shown}")

@@ -138,6 +138,8 @@ def load_named_in_file(
     Raises InputError as `load` does, and for a set that is not on this machine.
     """
     own = Request("", "", spec=spec, directory=directory, workers=workers, fetches=False, classes=classes)
+    if name in WHERE:
+        raise InputError(f"its data was {name}, and the file does not say where that is: give --data {WHERE[name]}")
     return _load(name, own)
 
 

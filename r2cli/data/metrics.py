@@ -279,6 +279,11 @@ METRICS: Mapping[str, Metric] = {
     )
 }
 TORCHMETRICS = "torchmetrics:"
+# Its packages, in whose order a class is looked for: it does not have all of them itself, as MulticlassF1Score.
+DOMAINS: Sequence[str] = (
+    *("classification", "regression", "segmentation", "image", "detection", "clustering", "nominal", "retrieval"),
+    *("text", "audio", "shape", "multimodal", "video"),
+)
 
 
 def named(name: str, args: Sequence[str] = (), *, lower: bool = False) -> Metric:
@@ -302,6 +307,7 @@ def named(name: str, args: Sequence[str] = (), *, lower: bool = False) -> Metric
         meter = own_code.called(made, name, own, "--metric-arg")
         if not (hasattr(meter, "update") and hasattr(meter, "compute")):
             raise InputError(f"--metric {name} is a class without update and compute: see docs/tasks.md")
+        lower = lower or getattr(meter, "higher_is_better", None) is False  # as torchmetrics' classes say
         return Metric(name, label, "", lambda: own_code.called(made, name, own, "--metric-arg"), higher=not lower)
     return Metric(name, label, "", lambda: Averaged(name, lambda *given: made(*given, **own)), higher=not lower)
 
@@ -309,12 +315,16 @@ def named(name: str, args: Sequence[str] = (), *, lower: bool = False) -> Metric
 def _torchmetric(name: str) -> Any:
     if importlib.util.find_spec("torchmetrics") is None:
         raise InputError(f"--metric {name} needs torchmetrics, which is not installed: pip install 'r2cli[metrics]'")
-    torchmetrics: Any = importlib.import_module("torchmetrics")
-    own = name.removeprefix(TORCHMETRICS)
-    found = getattr(torchmetrics, own, None)
-    if not inspect.isclass(found):
-        raise unknown("metric of torchmetrics", own, torchmetrics.__all__)
-    return found
+    own, known = name.removeprefix(TORCHMETRICS), list[str]()
+    for package in (*(f"torchmetrics.{domain}" for domain in DOMAINS), "torchmetrics"):
+        try:
+            library: Any = importlib.import_module(package)
+        except ImportError:  # what it is of needs more libraries
+            continue
+        if inspect.isclass(found := getattr(library, own, None)):
+            return found
+        known += getattr(library, "__all__", ())
+    raise unknown("metric of torchmetrics", own, list(dict.fromkeys(known)))
 
 
 class Averaged:

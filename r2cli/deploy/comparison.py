@@ -132,30 +132,25 @@ class _Forced(fx.Interpreter):
         if not alike:
             self.lost.append(f"'{name}' (scale {scale:.6g}, zero point {zero})")
             return expected
-        best = min(alike, key=lambda rounding: int(self._moved(self.values[rounding.gives], expected, scale).sum()))
+        place = x / scale
+
+        def unlike(rounding: Rounding) -> tuple[int, int]:
+            # Not by the codes that differ alone: where a whole value lies at edges, half of its codes may be others.
+            given = self.values[rounding.gives].reshape(x.shape)
+            wrong, moved = _wrong(given, expected, place, module.grid), _moved(given, expected, scale)
+            return int(wrong.sum()), int(moved.sum())
+
+        best = min(alike, key=unlike)
         self.free.remove(best)
         given: Tensor = self.values[best.gives].reshape(x.shape)
         self._compare(name, best, x, module.grid)
-        if self._wrong(given, expected, x / scale, module.grid):
+        if bool(_wrong(given, expected, place, module.grid).any()):
             self.differ.append(f"'{name}'")
         return given
 
     def _fits(self, rounding: Rounding, x: Tensor) -> bool:
         given = self.values[rounding.gives]
         return given.numel() == x.numel() and given.shape[0] == x.shape[0]
-
-    def _moved(self, given: Tensor, expected: Tensor, scale: float) -> Tensor:
-        """Which codes are not those that torch has."""
-        return (given.reshape(expected.shape) - expected).abs() > 0.5 * scale
-
-    def _wrong(self, given: Tensor, expected: Tensor, place: Tensor, grid: Grid) -> bool:
-        """Whether a code is another one where the value, at `place` in steps, is not at the edge between the two."""
-        scale = float(grid.scale)
-        if grid.bits > 8:
-            return bool(((given - expected).abs() > (1 + EDGE * 2 ** (grid.bits - 8)) * scale).any())
-        inside = (place - place.floor() - 0.5).abs() > EDGE
-        far = (given - expected).abs() > 1.5 * scale
-        return bool((far | (self._moved(given, expected, scale) & inside)).any())
 
     def _compare(self, name: str, rounding: Rounding, x: Tensor, grid: Grid) -> None:
         scale = float(grid.scale)
@@ -171,6 +166,22 @@ class _Forced(fx.Interpreter):
             before, x = (before / (rounding.codes_scale / scale)).clamp(low, high), x.clamp(low, high)
         if not _equal(before, x):
             self.differ.append(f"'{name}'")
+
+
+def _moved(given: Tensor, expected: Tensor, scale: float) -> Tensor:
+    """Which codes are not those that torch has."""
+    return (given - expected).abs() > 0.5 * scale
+
+
+def _wrong(given: Tensor, expected: Tensor, place: Tensor, grid: Grid) -> Tensor:
+    """Which codes are other ones where the value, at `place` in steps, is not at the edge between the two."""
+    scale = float(grid.scale)
+    if grid.bits > 8:
+        wide: Tensor = (given - expected).abs() > (1 + EDGE * 2 ** (grid.bits - 8)) * scale
+        return wide
+    inside = (place - place.floor() - 0.5).abs() > EDGE
+    far = (given - expected).abs() > 1.5 * scale
+    return far | (_moved(given, expected, scale) & inside)
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:

@@ -321,12 +321,14 @@ def quantize(sheet: Sheet, weights: Weights, name: str, grid: Grid, x: str, most
 def hard_sigmoid_on_grid(sheet: Sheet, weights: Weights, name: str, grid: Grid, x: Value) -> str:
     """Write min(max(x / 6 + 1 / 2, 0), 1) on an 8-bit grid: no runtime has an integer kernel for it, but it is a sum.
 
-    Quantizing x + 3 with six times the scale gives the codes of (x + 3) / 6, and clips them to the range.
+    Quantizing x + 3 with six times the scale gives the codes of (x + 3) / 6, and clips them where the grid ends at 0
+    and 1.
     """
     writer = sheet.writer
     scale, zero = _parameters(weights, name, grid)
     total = writer.node("Add", [x.name, number_on_grid(sheet, weights, 3.0)])
-    if bool(grid.zero_point):  # a grid that reaches below zero does not clip there
+    lowest, highest = grid.decode(torch.tensor([grid.lowest, grid.highest])).tolist()
+    if lowest < 0 or highest > 1 + 1e-6:  # a grid that reaches further does not clip there; 255 * (1 / 255) is no 1
         total = writer.node("Clip", [total, writer.constant(0.0, np.float32), writer.constant(6.0, np.float32)])
     sixfold = writer.initializer(f"{name}.sixfold", (6 * grid.scale).numpy())
     codes = writer.node("QuantizeLinear", [total, sixfold, zero])

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from onnx import TensorProto
 
 from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple, spread
 
@@ -140,6 +142,8 @@ def place_of(operation: str) -> Callable[..., Any]:
 
 
 def cumsum(sheet: Sheet, x: Value, dim: int) -> str:
+    if x.dtype == torch.bool:  # torch counts those that are true
+        x = Value(sheet.node("Cast", x, to=TensorProto.INT64), x.shape, torch.int64)
     return sheet.node("CumSum", x, sheet.writer.constant(dim, np.int64, "axis"))
 
 

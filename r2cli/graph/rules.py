@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from r2cli.graph.constants import operator_name
 from r2cli.graph.functions import FUNCTIONS, PAD_WITH, SLICE
-from r2cli.graph.writer import Writer
+from r2cli.graph.writer import Unknown, Writer
 
 Arguments = Mapping[str, Any]
 Rule = Callable[[Writer, fx.Node, Arguments], Any]
@@ -256,6 +256,20 @@ def piece(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     return writer.call(SLICE, given, dim, start, min(start + after[dim] * step, size), step)
 
 
+def differences(writer: Writer, node: fx.Node, a: Arguments) -> Any:
+    """x[1:] - x[:-1] along an axis, `n` times, with what is put before and behind it."""
+    times, dim = a.get("n", 1), a.get("dim", -1) % len(_shape(node))
+    parts = [a[key] for key in ("prepend", "self", "append") if a.get(key) is not None]
+    size, given = sum(_shape(part)[dim] for part in parts), [writer.value(part) for part in parts]
+    x = writer.call(torch.cat, tuple(given), dim) if len(given) > 1 else given[0]
+    if not isinstance(size, int):
+        raise Unknown("'diff' along the batch has no form: write it another way")
+    for length in range(size, size - times, -1):
+        later, earlier = (writer.part(SLICE, x, dim, first, length - 1 + first, 1) for first in (1, 0))
+        x = writer.part(torch.sub, later, earlier)
+    return x
+
+
 def split(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     given = writer.value(a["self"])
     dim = _from_zero(node, a["dim"])
@@ -376,6 +390,7 @@ RULES: Mapping[str, Rule] = {
     "div": divide,
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), clip),
     "silu": silu,
+    "diff": differences,
     "hardswish": hardswish,
     "glu": glu,
     **dict.fromkeys(("addmm", "baddbmm", "addcmul", "addcdiv"), added_product),

@@ -205,8 +205,9 @@ def _require_logits(logits: Tensor, spec: ModelSpec) -> None:
         )
     if tuple(logits.shape) != (1, spec.classes):
         raise InputError(
-            f"{spec.name} gives an image {logits.shape[1]} logits, the data has {spec.classes} classes: "
-            "give the data that it was made for, or a --model-arg that sets its classes"
+            f"{'the network' if onnx.has(spec.name) else spec.name} gives an image {logits.shape[1]} logits, the data "
+            f"has {spec.classes} classes: give the names of all with --classes FILE, or calibrate on pictures without "
+            f"labels, images:DIR{', or give a --model-arg that sets its classes' if is_own(spec.name) else ''}"
         )
 
 

@@ -102,7 +102,7 @@ def named_inputs(model: nn.Module, given: TensorsSpec, origin: str) -> TensorsSp
     if not set(given.names) <= set(known):
         raise InputError(
             f"the batches hold {', '.join(given.names)} and {origin} takes {', '.join(known)}: give each input the "
-            "name of an argument, or a tuple in their order"
+            "name of an argument, or a tuple in their order, and call the target 'target'"
         )
     return given
 

@@ -86,6 +86,13 @@ def require_consistent(config: PalettizeConfig, method: str, *, is_network: bool
         raise InputError("--hard-epochs leaves none of --epochs soft: give fewer")
 
 
+def needs_data(config: PalettizeConfig, method: str) -> bool:
+    """Return whether the work that `config` asks for cannot be done on weights alone."""
+    return (
+        bool(config.activation_bits) or registry.get(registry.PALETTE_METHODS, method).trains or config.weigh != "none"
+    )
+
+
 def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun:
     """Return the work that `config` asks for, on the float network `made` and the images of `source`.
 
@@ -97,7 +104,7 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
     source = data.learning(source, config.loss)
     calibration = data.calibration_count(config.calibration, source)
     settings, entry = settings_of(config, method), registry.get(registry.PALETTE_METHODS, method)
-    if not calibration and (settings.act_bits or entry.trains or config.weigh != "none"):
+    if not calibration and needs_data(config, method):
         other = registry.PALETTE_METHOD_OF_FILES
         raise InputError(f"--calibration 0 leaves no images to work on: give --method {other} and --act-bits none")
 

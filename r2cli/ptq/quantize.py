@@ -49,6 +49,13 @@ def looks_at_images(config: PtqConfig, *, has_data: bool) -> bool:
     return config.calibration != 0 and not (dataless and not has_data and config.calibration is None)
 
 
+def needs_data(config: PtqConfig) -> bool:
+    """Return whether the work that `config` asks for cannot be done on weights alone."""
+    entry = registry.get(registry.PTQ_METHODS, config.method)
+    rounds_values = values.act_bits(config.act_bits) is not None
+    return rounds_values or entry.looks or entry.chooses or config.is_mixed or config.minimize is not None
+
+
 def settings_of(config: PtqConfig) -> PtqSettings:
     """Return the settings that `config` asks for, with the defaults of its method."""
     bits = config.weight_bits or 8

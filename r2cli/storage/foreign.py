@@ -31,11 +31,7 @@ def load(path: Path, model: nn.Module, what: str) -> tuple[dict[str, Tensor], li
     values, and for weights of another architecture. The message then names each tensor that is missing, left over or of
     another shape.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a directory: give --weights a file")
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give --weights a .safetensors or .pth file")
-    state = load_tensors(path)[0] if path.suffix == ".safetensors" else pth.load(path)
+    state = _tensors(path)
     masks = [] if pth.masks(model.state_dict()) else [f"{name}_mask" for name in pth.masks(state)]
     weights, others = matched(pth.with_masks_applied(state) if masks else state, model.state_dict(), str(path), what)
     for name, tensor in weights.items():
@@ -46,6 +42,27 @@ def load(path: Path, model: nn.Module, what: str) -> tuple[dict[str, Tensor], li
                 "training run that did not diverge"
             )
     return weights, masks + others
+
+
+def _tensors(path: Path) -> Mapping[str, Tensor]:
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: give --weights a file")
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give --weights a .safetensors or .pth file")
+    return load_tensors(path)[0] if path.suffix == ".safetensors" else pth.load(path)
+
+
+def classes_in(path: Path, model: nn.Module, assumed: int) -> int:
+    """How many classes the weights at `path` are for, where `model` was built for `assumed`: what its last layer has in
+    the place of these; `assumed` where the file does not tell. Raises InputError as `load` does for the file."""
+    state, expected = _tensors(path), model.state_dict()
+    prefix, found = _prefix(state, expected, str(path)), set()
+    for name, wanted in expected.items():
+        given = state.get(f"{prefix}{name}")
+        if given is not None and given.shape != wanted.shape:
+            is_last = wanted.shape[:1] == (assumed,) and given.ndim and given.shape[1:] == wanted.shape[1:]
+            found.add(len(given) if is_last else 0)
+    return found.pop() if len(found) == 1 and 0 not in found else assumed
 
 
 def matched(
