@@ -55,6 +55,8 @@ def penalty(regularizer: Regularizer) -> Tensor:
     setting, parts = regularizer.setting, []
     for name, w in regularizer.weights.items():
         own = regularizer.parameters.get(name, w.new_zeros(setting.dim))
+        if regularizer.own.least is not None:  # the floor of the stable form, through which the slope goes
+            own = own + (own.clamp(min=regularizer.own.least) - own).detach()
         assert regularizer.own.reference is not None
         parts += [
             regularizer.own.reference(column, one, setting)
@@ -83,10 +85,13 @@ class Variant:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.regularizer and self.autograd:
+            least = self.regularizer.own.least
             for parameter in self.regularizer.parameters.values():  # the stable form, by hand
                 assert parameter.grad is not None
                 if self.regularizer.setting.name == "margin":
                     parameter.grad.clamp_(-self.regularizer.setting.strength, self.regularizer.setting.strength)
+                if least is not None:
+                    parameter.grad.copy_(torch.where(parameter > least, parameter.grad, parameter.grad.clamp(max=0)))
         elif self.regularizer:
             self.regularizer.add_gradients()
 
@@ -111,10 +116,12 @@ def require_equal(ours: Variant, theirs: Variant, images: Tensor, labels: Tensor
         one.optimizer.zero_grad(set_to_none=True)
         one.gradients(images, labels)
         tensors = [*one.regularizer.weights.values(), *one.regularizer.parameters.values()]
+        assert all(t.grad is not None for t in tensors)
         found.append([t.grad.clone() for t in tensors if t.grad is not None])
     for a, b in zip(*found, strict=True):
         error, scale = float((a - b).abs().max()), float(b.abs().max())
-        assert error <= 1e-4 * scale, f"{ours.regularizer}: gradients differ by {error:.1e} of {scale:.1e}"
+        name = ours.regularizer.setting.name if ours.regularizer else ""
+        assert error <= 1e-4 * scale, f"{name}: gradients differ by {error:.1e} of {scale:.1e}"
 
 
 def medians(stem: str, rounds: int) -> dict[tuple[str, int, bool], float]:
