@@ -202,3 +202,8 @@ def test_more_steps_come_nearer(method: str, trained: Path) -> None:
 def test_steps_belong_to_methods_that_learn() -> None:
     with pytest.raises(InputError, match="--steps are those of methods that learn, and dfq only rounds: leave it out"):
         r2cli.PtqConfig(method="dfq", steps=100)
+
+
+@pytest.mark.parametrize(("numbers", "share"), [(3000, 1.0), (1500, 0.5), (100_000, 1.0), (10, 0.1)], ids=str)
+def test_few_outputs_for_many_weights_are_learned_slowly(numbers: int, share: float) -> None:
+    assert brecq.share_of_rate(numbers, 1000) == pytest.approx(share)

@@ -14,7 +14,7 @@ Where we differ from the paper:
 - The error is not weighted by the Fisher information, which needs labels.
 - A step uses fewer images where they are large: every position is one more sample of a layer's outputs. At 240 pixels
   a step of the early blocks takes 2 images in place of 32, and the time goes into more steps. V has a high learning
-  rate, because 600 steps are few: the paper takes 20,000.
+  rate, because 600 steps are few: the paper takes 20,000. Blocks with few outputs for their weights have a lower one.
 - The scale of each grid and each bias are learned with the rounding. At 2 bits that gains as much as the blocks do.
 - Where it is asked for, activations of fewer than 8 bits are rounded by chance while a block learns (`qdrop.py`).
 - The loss is relative to the error of nearest rounding. If nearest rounding is better in the end, its codes are kept.
@@ -40,6 +40,8 @@ from r2cli.quantized.grid import Grid
 from r2cli.storage.input_spec import Given, places
 
 LEAST = 2  # a block has at least this many layers
+ENOUGH = 3  # numbers in the outputs of all images, for each weight of a block: with fewer, V learns more slowly
+SLOWEST = 0.1  # share of the learning rate of V
 FEWEST_IMAGES = 2  # of a step, however large they are: positions of one image resemble each other
 BATCH = 64  # images at once where nothing is learned
 AT_ONCE = 128 * 2**20  # bytes of all values in a block for the images that run through it at once
@@ -245,7 +247,11 @@ def round_network(
         if fresh and before > 0:
             parts = {name: learned(module, found[name]) for name, module in fresh.items()}
             steps = qdrop.start({node.name: grids[node.name] for node in block.nodes if node.name in grids})
-            own_settings = replace(settings, batch=images_of_a_step(net, block, settings))
+            own_settings = replace(
+                settings,
+                batch=images_of_a_step(net, block, settings),
+                lr=settings.lr * share_of_rate(_numbers(seen.targets), sum(part.v.numel() for part in parts.values())),
+            )
             _learn(_descent(seen, parts, steps, before, own_settings), seen.count, parts, steps, own_settings)
             better = {name: part.hard() for name, part in parts.items()}
             tried = {
@@ -269,6 +275,15 @@ def images_of_a_step(net: fx.GraphModule, block: Block, settings: BrecqSettings)
     """Return how many images a step of `block` uses. `net` is propagated."""
     fewest = min(_positions(net, node) for node in block.nodes if str(node.target) in block.layers)
     return min(settings.batch, max(FEWEST_IMAGES, math.ceil(settings.rows / fewest)))
+
+
+def share_of_rate(numbers: int, weights: int) -> float:
+    """Return the share of the learning rate with which V learns `weights` from so many `numbers` in the outputs.
+
+    The last blocks of a network for many classes have fewer numbers than weights, since theirs are averages over
+    positions. At the whole rate they learn the images by heart.
+    """
+    return max(SLOWEST, min(1.0, numbers / weights / ENOUGH))
 
 
 def _positions(net: fx.GraphModule, layer: fx.Node) -> int:
