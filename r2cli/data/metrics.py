@@ -280,8 +280,10 @@ METRICS: Mapping[str, Metric] = {
 }
 TORCHMETRICS = "torchmetrics:"
 # Its packages, in whose order a class is looked for: it does not have all of them itself, as MulticlassF1Score.
-DOMAINS = ("classification", "regression", "segmentation", "image", "detection", "clustering", "nominal", "retrieval")
-DOMAINS += ("text", "audio", "shape", "multimodal", "video")
+DOMAINS = (
+    *("classification", "regression", "segmentation", "image", "detection", "clustering", "nominal", "retrieval"),
+    *("text", "audio", "shape", "multimodal", "video"),
+)
 
 
 def named(name: str, args: Sequence[str] = (), *, lower: bool = False) -> Metric:
