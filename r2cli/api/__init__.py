@@ -110,7 +110,8 @@ def quantize(
     config = config or PtqConfig()
     made, source = _read(network, data, needed=ptq.needs_data(config))
     rehearse(made, config.target, source.shown)
-    looks = ptq.looks_at_images(config, has_data=data is not None) and source.name != inputs.NOISE
+    looks = ptq.looks_at_images(config, has_data=data is not None)
+    looks = looks and (data is not None or source.name != inputs.NOISE)
     count = datasets.calibration_count(config.calibration, source) if looks else 0
     if config.minimize is not None:
         return smallest.find(made, source, config, calibration=count, max_drop=max_drop, reporter=reporter)
