@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn import metrics as peers
 
-from r2cli.data import metrics
+from r2cli.data import metrics, torchmetrics
 from r2cli.errors import InputError
 
 
@@ -171,7 +171,7 @@ def test_torchmetrics_by_the_names_of_their_classes(monkeypatch: pytest.MonkeyPa
     library.Mean, library.__all__ = Mean, ["Mean"]  # type: ignore[attr-defined]
     library.__spec__ = types.SimpleNamespace(name="torchmetrics")  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "torchmetrics", library)
-    for name in metrics.DOMAINS:
+    for name in torchmetrics.DOMAINS:
         monkeypatch.setitem(sys.modules, f"torchmetrics.{name}", None)
     domain = types.ModuleType("torchmetrics.regression")
     domain.MeanError = type("MeanError", (Mean,), {"higher_is_better": False})  # type: ignore[attr-defined]

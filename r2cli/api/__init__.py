@@ -24,7 +24,7 @@ from r2cli import registry
 from r2cli.analysis import depth, depth_page, layer_table, mending, pairing, views
 from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
-from r2cli.api import inputs, proof_inputs
+from r2cli.api import data_notes, inputs, proof_inputs
 from r2cli.calibration import deployed, earlier
 from r2cli.calibration.result import Result
 from r2cli.config import targets
@@ -110,7 +110,8 @@ def quantize(
     config = config or PtqConfig()
     made, source = _read(network, data, needed=ptq.needs_data(config))
     rehearse(made, config.target, source.shown)
-    looks = ptq.looks_at_images(config, has_data=data is not None) and source.name != inputs.NOISE
+    looks = ptq.looks_at_images(config, has_data=data is not None)
+    looks = looks and (data is not None or source.name != data_notes.NOISE)
     count = datasets.calibration_count(config.calibration, source) if looks else 0
     if config.minimize is not None:
         return smallest.find(made, source, config, calibration=count, max_drop=max_drop, reporter=reporter)

@@ -1,17 +1,16 @@
 """What the work is done on: a checkpoint of r2's, or a network and weights from elsewhere, with their data."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from r2cli import data as datasets
 from r2cli import models
+from r2cli.api.data_notes import NOISE, told_of_beside, told_of_data
 from r2cli.calibration import earlier
 from r2cli.config import values
 from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
@@ -58,7 +57,7 @@ def _by_name(
     model: str | None,
     classes: tuple[str, ...],
 ) -> datasets.Data:
-    mean, std, size = numbers("--mean", given.mean), numbers("--std", given.std), values.size(given.size)
+    mean, std, size = values.numbers("--mean", given.mean), values.numbers("--std", given.std), values.size(given.size)
     if given.pretrained and model is not None:
         usual = pretrained.published(model)
         mean, std, size = mean or list(usual.mean), std or list(usual.std), size or usual.size
@@ -122,7 +121,6 @@ def model_spec(
     )
 
 
-NOISE = "noise"  # the images of a network whose data is not there
 PROVED = 64  # images that a file is proved on where accuracy is not measured
 
 
@@ -140,21 +138,6 @@ def load(
     for line in told_of_data(made.origin, made.input, loaded):
         tell(line)
     return made, loaded
-
-
-def told_of_data(origin: str, wanted: NetworkInput, loaded: datasets.Data) -> list[str]:
-    """What to say of data that is taken for what it does not say: one input by another name than that of the network
-    of the file `origin`, and targets that no metric reads."""
-    found, lines = loaded.input, []
-    if not isinstance(found, TensorsSpec) or loaded.name == NOISE:
-        return []
-    if len(found.names) == 1 and found.names[0] and found.names != wanted.names:
-        lines.append(f"{loaded.name} holds '{found.names[0]}', which is given to '{wanted.names[0]}' of {origin}")
-    if loaded.task.metric is None and next(iter(loaded.test.batches(1, torch.device("cpu"))))[1] is not None:
-        lines.append(
-            f"{loaded.name} holds targets that nothing measures: give --metric to have the outputs compared with them"
-        )
-    return lines
 
 
 def _load(given: Inputs, tell: Callable[[str], None], *, needed: bool) -> tuple[checkpoint.Checkpoint, datasets.Data]:
@@ -353,18 +336,6 @@ def start_from(
         tell(f"weights of {given.model}; new are {', '.join(fresh) or 'none'}")
 
 
-def told_of_beside(path: Path, beside: Sequence[str]) -> str:
-    """What a file of weights holds that the network has no place for: masks are applied, the rest is left."""
-    masks = [name for name in beside if name.endswith("_mask")]
-    beside = [name for name in beside if name not in masks]
-    applied = f"{path}: {len(masks)} masks of pruned weights were applied: the zeros are weights now" if masks else ""
-    if not beside:
-        return applied
-    named = ", ".join(beside[:3]) + (", …" if len(beside) > 3 else "")
-    unused = f"{path}: {len(beside)} tensors that stand beside the network were not used: {named}"
-    return "\n".join(filter(None, (applied, unused)))
-
-
 def _with_code(made: checkpoint.Checkpoint, name: str, args: Sequence[str]) -> checkpoint.Checkpoint:
     """`made` with the user's own factory, which its file only names, and with the keywords `args` or else its own."""
     if not is_own(made.model.name):
@@ -421,16 +392,3 @@ def _require_vocabulary(made: checkpoint.Checkpoint, loaded: datasets.Data) -> N
                 raise InputError(
                     f"{made.origin}: its tokenizer gives the {what} {most}, its network knows {limit}: write it again"
                 )
-
-
-def numbers(option: str, text: str | None) -> list[float] | None:
-    """Numbers with commas between them. Raises InputError for anything else."""
-    if text is None:
-        return None
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{option} {text} is not one number or one a channel: give for example 0.5,0.5,0.5") from error
-    if not all(map(math.isfinite, values)):
-        raise InputError(f"{option} {text} is impossible: give finite numbers")
-    return values

@@ -10,7 +10,7 @@ from torch import nn
 
 from r2cli import api, console
 from r2cli import data as datasets
-from r2cli.api import inputs
+from r2cli.api import data_notes
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.cli import gates, model_card, rerun
@@ -136,7 +136,7 @@ def to_file(
     is_lite = targets.get(made.target).container == targets.TFLITE
     console.note(f"{what}: exporting to {'TensorFlow Lite' if is_lite else 'ONNX'}")
     temporary = files.write(path, api.export(made, form=ExportForm(batch=form.batch, opset=form.opset)))
-    timed = source.measured or source.name == inputs.NOISE  # not with --no-eval, which only makes and proves a file
+    timed = source.measured or source.name == data_notes.NOISE  # not with --no-eval, which only makes and proves a file
     try:
         proof = api.verify(temporary, made, source, original=original, timed=timed, reporter=console)
     except InputError as error:  # people know the file by the name that it is to have

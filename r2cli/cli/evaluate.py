@@ -108,7 +108,7 @@ def _of_file(given: EvaluateSource, name: str | None) -> Subject:
     """
     import torch
 
-    from r2cli.api import inputs
+    from r2cli.api import data_notes, inputs
 
     source = gates.source(given)
     if given.model is not None:
@@ -120,7 +120,7 @@ def _of_file(given: EvaluateSource, name: str | None) -> Subject:
     else:
         loaded = inputs.load_data(given, given.data, default=made.data, spec=made.input, known=made.class_names)
         loaded = inputs.fitting(str(source), made.input, made.class_names, loaded)
-        for line in inputs.told_of_data(str(source), made.input, loaded):
+        for line in data_notes.told_of_data(str(source), made.input, loaded):
             console.note(line)
         outputs, blank = made.outputs, made.input.blank(1)
     return Subject(every, one, torch.device("cpu"), loaded, shown, source.stat().st_size, outputs, blank)

@@ -46,21 +46,17 @@ def ptq(
     files.require_free()
 
     from r2cli import data as datasets
-    from r2cli.api import inputs
+    from r2cli.api import data_notes, inputs
     from r2cli.cli import baseline, deliver, model_card, rerun
     from r2cli.deploy.rehearsal import rehearse
     from r2cli.ptq import quantize as worker
 
     model_card.require(written, file)
-    looks = worker.looks_at_images(config, has_data=given.data is not None)
-    if not looks and config.act_range is not None:
-        raise InputError(
-            f"--act-range {config.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
-        )
+    looks = _looks(config, given)
     # A file of ONNX says what it takes; a checkpoint of r2 brings its data, and is measured on that.
     needed = looks and (worker.needs_data(config) or source.suffix != ".onnx")
     made, loaded = inputs.load(given, needed=needed, tell=console.note)
-    has_images, loaded = loaded.name != inputs.NOISE, inputs.measured_by(evaluation, wanted, loaded)
+    has_images, loaded = loaded.name != data_notes.NOISE, inputs.measured_by(evaluation, wanted, loaded)
     before = baseline.read(wanted, given, loaded)
     rehearse(made, config.target, loaded.shown)
     calibration = datasets.calibration_count(config.calibration, loaded) if looks and has_images else 0
@@ -91,6 +87,18 @@ def ptq(
             notes=_notes(result),
         )
         return drawn(done)
+
+
+def _looks(config: PtqConfig, given: Inputs) -> bool:
+    """Whether images are looked at. Raises InputError for a rule of ranges without any."""
+    from r2cli.ptq import quantize as worker
+
+    looks = worker.looks_at_images(config, has_data=given.data is not None)
+    if not looks and config.act_range is not None:
+        raise InputError(
+            f"--act-range {config.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
+        )
+    return looks
 
 
 def _made(

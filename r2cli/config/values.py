@@ -245,3 +245,16 @@ def reports(asked: Sequence[str]) -> None:
     """Check every `--report`. Raises InputError as `report_kind` does."""
     for each in asked:
         report_kind(each)
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Numbers with commas between them. Raises InputError for anything else."""
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} {text} is not one number or one a channel: give for example 0.5,0.5,0.5") from error
+    if not all(map(math.isfinite, found)):
+        raise InputError(f"{option} {text} is impossible: give finite numbers")
+    return found

@@ -9,8 +9,6 @@ A metric sees the outputs of a network, of torch or of an ONNX session alike: on
     psnr            of pictures, in dB, for values from 0 to 1, or to 255
 """
 
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from r2cli.data import torchmetrics
 from r2cli.errors import InputError, unknown
 from r2cli.storage import own_code
 
@@ -279,11 +278,6 @@ METRICS: Mapping[str, Metric] = {
     )
 }
 TORCHMETRICS = "torchmetrics:"
-# Its packages, in whose order a class is looked for: it does not have all of them itself, as MulticlassF1Score.
-DOMAINS: Sequence[str] = (
-    *("classification", "regression", "segmentation", "image", "detection", "clustering", "nominal", "retrieval"),
-    *("text", "audio", "shape", "multimodal", "video"),
-)
 
 
 def named(name: str, args: Sequence[str] = (), *, lower: bool = False) -> Metric:
@@ -297,7 +291,7 @@ def named(name: str, args: Sequence[str] = (), *, lower: bool = False) -> Metric
             raise InputError(f"--metric {name} takes neither --metric-arg nor --metric-lower: it knows what is better")
         return METRICS[name]
     if name.startswith(TORCHMETRICS):
-        made = _torchmetric(name)
+        made = torchmetrics.found(name.removeprefix(TORCHMETRICS))
     elif own_code.is_code(name):
         made = own_code.factory(name, "metric")
     else:
@@ -310,21 +304,6 @@ def named(name: str, args: Sequence[str] = (), *, lower: bool = False) -> Metric
         lower = lower or getattr(meter, "higher_is_better", None) is False  # as torchmetrics' classes say
         return Metric(name, label, "", lambda: own_code.called(made, name, own, "--metric-arg"), higher=not lower)
     return Metric(name, label, "", lambda: Averaged(name, lambda *given: made(*given, **own)), higher=not lower)
-
-
-def _torchmetric(name: str) -> Any:
-    if importlib.util.find_spec("torchmetrics") is None:
-        raise InputError(f"--metric {name} needs torchmetrics, which is not installed: pip install 'r2cli[metrics]'")
-    own, known = name.removeprefix(TORCHMETRICS), list[str]()
-    for package in (*(f"torchmetrics.{domain}" for domain in DOMAINS), "torchmetrics"):
-        try:
-            library: Any = importlib.import_module(package)
-        except ImportError:  # what it is of needs more libraries
-            continue
-        if inspect.isclass(found := getattr(library, own, None)):
-            return found
-        known += getattr(library, "__all__", ())
-    raise unknown("metric of torchmetrics", own, list(dict.fromkeys(known)))
 
 
 class Averaged:

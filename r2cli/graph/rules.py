@@ -10,13 +10,14 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from r2cli.graph.constants import operator_name
+from r2cli.graph.differences import differences
 from r2cli.graph.functions import FUNCTIONS, PAD_WITH, SLICE
-from r2cli.graph.writer import Unknown, Writer
+from r2cli.graph.writer import Writer
 
 Arguments = Mapping[str, Any]
 Rule = Callable[[Writer, fx.Node, Arguments], Any]
-# They do not change a value in evaluation.
 NOTHING = (
+    # They do not change a value in evaluation.
     *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach", "lift_fresh"),
     *("lift_fresh_copy", "positive", "lift", "requires_grad_"),
 )
@@ -103,8 +104,7 @@ def add(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 def subtract(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     first, second, alpha = a["self"], a["other"], a.get("alpha", 1)
-    if operator_name(node.target) == "rsub":
-        first, second = second, first
+    first, second = (second, first) if operator_name(node.target) == "rsub" else (first, second)
     if not _is_tensor(first):  # number - x
         turned = writer.call(torch.neg, writer.value(second))
         return writer.call(torch.add, turned if alpha == 1 else writer.call(torch.mul, turned, alpha), first)
@@ -120,8 +120,7 @@ def divide(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def clip(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    least, most = a.get("min", a.get("min_val")), a.get("max", a.get("max_val"))
-    given = writer.value(a["self"])
+    least, most, given = a.get("min", a.get("min_val")), a.get("max", a.get("max_val")), writer.value(a["self"])
     if least == 0 and most in (None, 6) and not isinstance(most, fx.Node):
         return writer.call(F.relu if most is None else F.relu6, given)
     return writer.call(torch.clamp, given, writer.value(least), writer.value(most))
@@ -254,20 +253,6 @@ def piece(writer: Writer, node: fx.Node, a: Arguments) -> Any:
         return writer.call(SLICE, given, dim, start, end, step)
     start = min(max(start + size if start < 0 else start, 0), size)
     return writer.call(SLICE, given, dim, start, min(start + after[dim] * step, size), step)
-
-
-def differences(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    """x[1:] - x[:-1] along an axis, `n` times, with what is put before and behind it."""
-    times, dim = a.get("n", 1), a.get("dim", -1) % len(_shape(node))
-    parts = [a[key] for key in ("prepend", "self", "append") if a.get(key) is not None]
-    size, given = sum(_shape(part)[dim] for part in parts), [writer.value(part) for part in parts]
-    x = writer.call(torch.cat, tuple(given), dim) if len(given) > 1 else given[0]
-    if not isinstance(size, int):
-        raise Unknown("'diff' along the batch has no form: write it another way")
-    for length in range(size, size - times, -1):
-        later, earlier = (writer.part(SLICE, x, dim, first, length - 1 + first, 1) for first in (1, 0))
-        x = writer.part(torch.sub, later, earlier)
-    return x
 
 
 def split(writer: Writer, node: fx.Node, a: Arguments) -> Any:
