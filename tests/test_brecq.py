@@ -13,7 +13,7 @@ from r2cli.calibration.deployed import network
 from r2cli.errors import InputError
 from r2cli.graph import structure
 from r2cli.graph.read import trace
-from r2cli.ptq import brecq, post_training, weight_grids
+from r2cli.ptq import brecq, pace, post_training, weight_grids
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
@@ -96,9 +96,9 @@ def test_a_step_uses_fewer_images_where_they_are_large(side: int, images_a_step:
     net = trace(nn.Sequential(*layers, nn.Linear(side * side, 2)).eval(), torch.zeros(2, 1, side, side))
     structure.propagate(net, (1, side, side))
     first, last = brecq.blocks(net)
-    settings = brecq.BrecqSettings(rows=3200)
-    assert brecq.images_of_a_step(net, first, settings) == images_a_step
-    assert brecq.images_of_a_step(net, last, settings) == settings.batch
+    for block, wanted in ((first, images_a_step), (last, 32)):
+        layers = [node for node in block.nodes if str(node.target) in block.layers]
+        assert pace.images_of_a_step(net, layers, 32, 3200) == wanted
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -206,4 +206,4 @@ def test_steps_belong_to_methods_that_learn() -> None:
 
 @pytest.mark.parametrize(("numbers", "share"), [(3000, 1.0), (1500, 0.5), (100_000, 1.0), (10, 0.1)], ids=str)
 def test_few_outputs_for_many_weights_are_learned_slowly(numbers: int, share: float) -> None:
-    assert brecq.share_of_rate(numbers, 1000) == pytest.approx(share)
+    assert pace.share_of_rate(numbers, 1000) == pytest.approx(share)

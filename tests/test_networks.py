@@ -186,7 +186,7 @@ def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypat
         visited.append(seen.layer.weight)
         return nearest
 
-    monkeypatch.setattr(adaround, "METHOD", PtqMethod(as_it_is))
+    monkeypatch.setattr(adaround, "METHOD", PtqMethod(as_it_is, with_steps=adaround.with_steps))
     coded = _quantized(_made(factory, SIZES[factory]), bits=4, method="adaround", act_bits=None)
     assert sorted(visited) == sorted(coded.coded)
 

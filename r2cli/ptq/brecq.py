@@ -21,7 +21,6 @@ Where we differ from the paper:
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,8 +29,8 @@ import torch
 from torch import Tensor, fx
 
 from r2cli.graph import structure
-from r2cli.graph.operators import MATRICES, LayerModule
-from r2cli.ptq import adaround, kept_rows, layer_sweep, qdrop
+from r2cli.graph.operators import LayerModule
+from r2cli.ptq import adaround, kept_rows, layer_sweep, pace, qdrop
 from r2cli.ptq.kept_rows import Rows
 from r2cli.ptq.ptq_method import PtqMethod, Rounded
 from r2cli.ptq.qdrop import Change, LearnedStep
@@ -40,9 +39,6 @@ from r2cli.quantized.grid import Grid
 from r2cli.storage.input_spec import Given, places
 
 LEAST = 2  # a block has at least this many layers
-ENOUGH = 3  # numbers in the outputs of all images, for each weight of a block: with fewer, V learns more slowly
-SLOWEST = 0.1  # share of the learning rate of V
-FEWEST_IMAGES = 2  # of a step, however large they are: positions of one image resemble each other
 BATCH = 64  # images at once where nothing is learned
 AT_ONCE = 128 * 2**20  # bytes of all values in a block for the images that run through it at once
 
@@ -54,7 +50,7 @@ class BrecqSettings:
     """`lr` is the learning rate of V; `fine_lr`, which falls to 0, that of the biases and the logarithms of the scales.
 
     `weight` is that of the term that drives h to 0 or 1. A step uses `batch` images at most: as many as give `rows`
-    outputs of the layer with the fewest, and FEWEST_IMAGES at least.
+    outputs of the layer with the fewest (`pace.py`).
     """
 
     steps: int = 600
@@ -247,11 +243,7 @@ def round_network(
         if fresh and before > 0:
             parts = {name: learned(module, found[name]) for name, module in fresh.items()}
             steps = qdrop.start({node.name: grids[node.name] for node in block.nodes if node.name in grids})
-            own_settings = replace(
-                settings,
-                batch=images_of_a_step(net, block, settings),
-                lr=settings.lr * share_of_rate(_numbers(seen.targets), sum(part.v.numel() for part in parts.values())),
-            )
+            own_settings = _paced(settings, seen, parts)
             _learn(_descent(seen, parts, steps, before, own_settings), seen.count, parts, steps, own_settings)
             better = {name: part.hard() for name, part in parts.items()}
             tried = {
@@ -271,28 +263,6 @@ def round_network(
     return coded, biases, grids
 
 
-def images_of_a_step(net: fx.GraphModule, block: Block, settings: BrecqSettings) -> int:
-    """Return how many images a step of `block` uses. `net` is propagated."""
-    fewest = min(_positions(net, node) for node in block.nodes if str(node.target) in block.layers)
-    return min(settings.batch, max(FEWEST_IMAGES, math.ceil(settings.rows / fewest)))
-
-
-def share_of_rate(numbers: int, weights: int) -> float:
-    """Return the share of the learning rate with which V learns `weights` from so many `numbers` in the outputs.
-
-    The last blocks of a network for many classes have fewer numbers than weights, since theirs are averages over
-    positions. At the whole rate they learn the images by heart.
-    """
-    return max(SLOWEST, min(1.0, numbers / weights / ENOUGH))
-
-
-def _positions(net: fx.GraphModule, layer: fx.Node) -> int:
-    """Return at how many positions of one image `layer` gives its channels."""
-    shape: tuple[int, ...] = tuple(layer.meta["tensor_meta"].shape[1:])
-    channels = shape[-1 if isinstance(net.get_submodule(str(layer.target)), MATRICES) else 0]
-    return math.prod(shape) // max(1, channels)
-
-
 @dataclass(frozen=True)
 class _Seen:
     """A block, its inputs in the float and in the quantized network, and its outputs in the float one, each (n, ...).
@@ -310,6 +280,14 @@ class _Seen:
     @property
     def count(self) -> int:
         return len(self.targets[0])
+
+
+def _paced(settings: BrecqSettings, seen: _Seen, parts: Mapping[str, Learned]) -> BrecqSettings:
+    """Return `settings` with the images of a step and the learning rate that fit the block."""
+    layers = [node for node in seen.block.nodes if str(node.target) in seen.block.layers]
+    batch = pace.images_of_a_step(seen.net, layers, settings.batch, settings.rows)
+    share = pace.share_of_rate(_numbers(seen.targets), sum(part.v.numel() for part in parts.values()))
+    return replace(settings, batch=batch, lr=settings.lr * share)
 
 
 def _learn(

@@ -89,9 +89,7 @@ def quantize(
     `advance` is called after each layer that a method has rounded. Raises InputError for a coded checkpoint, a pattern
     that names no layer, a graph that cannot be read, and for what cannot be known without images.
     """
-    method, looks = ptq_method.method(settings.method), _looks(settings)
-    if settings.steps is not None and method.with_steps is not None:
-        method = method.with_steps(settings.steps)
+    method, looks = ptq_method.method(settings.method, settings.steps), _looks(settings)
     parts = _parts(settings)
     if settings.embeddings and _needs_graph(settings):
         raise InputError(f"--embeddings is for weights alone: give --method {registry.PTQ_NEAREST} --act-bits none")

@@ -37,8 +37,8 @@ class PtqMethod:
 NEAREST = PtqMethod()
 
 
-def method(name: str) -> PtqMethod:
-    """Return the method of that name.
+def method(name: str, steps: int | None = None) -> PtqMethod:
+    """Return the method of that name, with so many `steps` where it learns; None: as many as it takes by itself.
 
     Raises InputError for an unknown name, and for an entry that is no PtqMethod or does not say what the method needs.
     """
@@ -53,4 +53,4 @@ def method(name: str) -> PtqMethod:
     learns = found.with_steps is not None
     if learns != registry.get(registry.PTQ_METHODS, name).learns:
         raise InputError(f"the entry of the method '{name}' must say learns={learns}, as its PtqMethod does")
-    return found
+    return found if steps is None or found.with_steps is None else found.with_steps(steps)
