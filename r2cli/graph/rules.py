@@ -16,8 +16,8 @@ from r2cli.graph.writer import Writer
 
 Arguments = Mapping[str, Any]
 Rule = Callable[[Writer, fx.Node, Arguments], Any]
+# They do not change a value in evaluation.
 NOTHING = (
-    # They do not change a value in evaluation.
     *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach", "lift_fresh"),
     *("lift_fresh_copy", "positive", "lift", "requires_grad_"),
 )
@@ -104,7 +104,8 @@ def add(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 def subtract(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     first, second, alpha = a["self"], a["other"], a.get("alpha", 1)
-    first, second = (second, first) if operator_name(node.target) == "rsub" else (first, second)
+    if operator_name(node.target) == "rsub":
+        first, second = second, first
     if not _is_tensor(first):  # number - x
         turned = writer.call(torch.neg, writer.value(second))
         return writer.call(torch.add, turned if alpha == 1 else writer.call(torch.mul, turned, alpha), first)
@@ -120,7 +121,8 @@ def divide(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def clip(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    least, most, given = a.get("min", a.get("min_val")), a.get("max", a.get("max_val")), writer.value(a["self"])
+    least, most = a.get("min", a.get("min_val")), a.get("max", a.get("max_val"))
+    given = writer.value(a["self"])
     if least == 0 and most in (None, 6) and not isinstance(most, fx.Node):
         return writer.call(F.relu if most is None else F.relu6, given)
     return writer.call(torch.clamp, given, writer.value(least), writer.value(most))
@@ -222,10 +224,8 @@ def squeeze(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def transpose(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    rank = node.meta["val"].ndim
-    return (
-        writer.call(torch.transpose, writer.value(_first(a)), rank - 2, rank - 1) if rank > 1 else same(writer, node, a)
-    )
+    given, rank = writer.value(_first(a)), node.meta["val"].ndim
+    return writer.call(torch.transpose, given, rank - 2, rank - 1) if rank > 1 else given
 
 
 def moved(writer: Writer, node: fx.Node, a: Arguments) -> Any:
