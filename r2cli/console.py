@@ -87,7 +87,7 @@ class Bar:
         self._progress.advance(self._task, steps)
 
     def line(self, text: str) -> None:
-        if not RANK:
+        if not RANK and not _mood.quiet:
             self._progress.console.print(text)
 
 

@@ -135,6 +135,24 @@ def quick_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(speed, "of_checkpoint", lambda *given: speed.Speed(1.0, 2.0, {}))
 
 
+Forget = Callable[..., None]
+
+
+@pytest.fixture
+def forget_modules() -> Iterator[Forget]:
+    """Import modules of these names, and of their packages, anew in a test, and leave none of them behind. All others
+    stay: compiled ones, as SciPy's, cannot be imported twice."""
+    names: set[str] = set()
+
+    def forget(*given: str) -> None:
+        names.update(given)
+        for name in [name for name in sys.modules if name.split(".")[0] in names]:
+            del sys.modules[name]
+
+    yield forget
+    forget()
+
+
 @pytest.fixture
 def clock() -> None:
     """The proofs of a test measure speed."""

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 from conftest import R2
 from r2cli import models
-from r2cli.api import inputs
+from r2cli.api import data_notes
 from r2cli.calibration import deployed
 from r2cli.calibration.biases import with_raised_scale
 from r2cli.data import Batch, splits
@@ -639,12 +639,12 @@ def test_a_weight_that_is_computed_is_computed_once(kind: str, tmp_path: Path) -
 def test_masks_in_a_file_are_applied_and_that_is_said(tmp_path: Path) -> None:
     path, model = tmp_path / "masked.pth", _pruned()
     torch.save(model.state_dict(), path)
-    weights, others = foreign.load(path, _small(), "small")
+    weights, others = foreign.fitted(foreign.read(path), str(path), _small(), "small")
     assert torch.equal(weights["0.weight"], model[0].weight) and others == ["0.weight_mask"]
-    assert inputs.told_of_beside(path, others).endswith(
+    assert data_notes.told_of_beside(path, others).endswith(
         "1 masks of pruned weights were applied: the zeros are weights now"
     )
-    assert set(foreign.load(path, _pruned(), "pruned")[0]) == set(model.state_dict())
+    assert set(foreign.fitted(foreign.read(path), str(path), _pruned(), "pruned")[0]) == set(model.state_dict())
     (stored,) = [each for each in stream.tensors_of_model(path) if each.name == "0.weight"]
     assert torch.equal(torch.cat(list(stored.pieces())), model[0].weight.detach().reshape(-1))
 

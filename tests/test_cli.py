@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import R2
+from conftest import R2, Forget
 from r2cli.cli import deliver
 from r2cli.config.groups import CompressionGates
 from r2cli.data import metrics
@@ -132,11 +132,11 @@ def own(width=16, num_classes=10):
 
 
 @pytest.fixture
-def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: Forget) -> Path:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "net.py"
     path.write_text(OWN_NET)
-    monkeypatch.setattr("sys.modules", dict(sys.modules))
+    forget_modules("net")
     return path
 
 
@@ -386,6 +386,8 @@ def _one_sentence(text: str) -> bool:
         (["ptq", "--target-bytes", 100], ["100 bytes", "at least"]),
         (["ptq", "--target-bits", 3, "--sensitivity", "trace"], ["trace", "hessian"]),
         (["ptq", "--calibration", 0, "--act-range", "mse"], ["--act-range mse", "--calibration"]),
+        (["ptq", "--act-bits", "none", "--act-range", "mse"], ["--act-range mse", "--act-bits none"]),
+        (["palettize", "--lut-bits", 32, "--act-range", "mse"], ["--act-range mse", "--act-bits none"]),
         (["ptq", "--calibration", 0, "--act-bits", "none", "--target-bits", 3], ["images", "--sensitivity sqnr"]),
         (["ptq", "--calibration", 5000, "--act-bits", "none"], ["--calibration 5000", "1200"]),
         (["ptq", "--granularity", "chanel"], ["chanel", "'channel'"]),

@@ -1,7 +1,6 @@
 """Networks: the papers' parameter counts, the sizes of what flows through them, and names that do not exist."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import Forget
 from r2cli import models
 from r2cli.errors import InputError
 from r2cli.storage.checkpoint import InputSpec, ModelSpec
@@ -282,14 +282,14 @@ NUMBER = 3
 
 
 @pytest.fixture
-def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: Forget) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "beside.py").write_text("HIDDEN = 16\n")
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "own_package").mkdir()
     (tmp_path / "own_package" / "__init__.py").write_text("")
     (tmp_path / "own_package" / "nets.py").write_text("from torch import nn\ndef flat(): return nn.Flatten()\n")
-    monkeypatch.setattr("sys.modules", dict(sys.modules))
+    forget_modules("net", "beside", "own_package")
     return tmp_path / "net.py"
 
 

@@ -146,9 +146,11 @@ def test_a_wrong_pyproject_is_one_sentence(
     assert ran.code == 2 and told in ran.err and "pyproject.toml" in ran.err, ran.err
 
 
-def test_quiet_leaves_progress_out_and_verbose_tells_the_time(r2: R2, trained: Path) -> None:
+def test_quiet_leaves_progress_out_and_verbose_tells_the_time(r2: R2, trained: Path, tmp_path: Path) -> None:
     line = ["evaluate", str(trained), "--eval-images", "20"]
     assert r2(*line, "-q").err == "" and "top-1" in r2(*line, "-q").out
+    training = ["pretrain", "--data", "fake:1x8x8:2", "--model", "resnet8", "--epochs", "1", "-q", "-o"]
+    assert r2(*training, str(tmp_path / "new.safetensors")).err == ""
     assert re.search(r"^ +\d\.\d s  evaluating", r2(*line, "-v").err, re.MULTILINE)
     assert "\x1b[" in r2("targets", "--color", "always").out
     assert "\x1b[" not in r2("targets").out

@@ -35,11 +35,15 @@ def saved(path: Path, content: Any) -> Path:
     return path
 
 
+def found_in(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    return foreign.fitted(foreign.read(path), str(path), Small(), "small")
+
+
 def refused(path: Path) -> str:
     model = Small()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError) as caught:
-        foreign.load(path, model, "small")
+        foreign.fitted(foreign.read(path), str(path), model, "small")
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
@@ -56,20 +60,20 @@ def test_prefixes_and_keys_are_understood(
 ) -> None:
     held = OrderedDict((f"{prefix}{name}", tensor) for name, tensor in state.items())
     content = {"epoch": 3, "optimizer": {"state": {}, "lr": 0.1}, key: held} if key else held
-    found, beside = foreign.load(saved(tmp_path / f"net{suffix}", content), Small(), "small")
+    found, beside = found_in(saved(tmp_path / f"net{suffix}", content))
     assert list(found) == list(state) and not beside
     assert all(tensor.equal(state[name]) for name, tensor in found.items())
 
 
 def test_an_average_of_the_weights_is_preferred(state: dict[str, Tensor], tmp_path: Path) -> None:
     other = {name: tensor + 1 for name, tensor in state.items()}
-    found, _ = foreign.load(saved(tmp_path / "n.pth", {"state_dict": other, "state_dict_ema": state}), Small(), "small")
+    found, _ = found_in(saved(tmp_path / "n.pth", {"state_dict": other, "state_dict_ema": state}))
     assert found["conv.weight"].equal(state["conv.weight"])
 
 
 def test_what_stands_beside_the_network_is_named(state: dict[str, Tensor], tmp_path: Path) -> None:
     content = {f"model.{name}": tensor for name, tensor in state.items()} | {"loss.weight": torch.ones(2)}
-    _, beside = foreign.load(saved(tmp_path / "n.pth", content), Small(), "small")
+    _, beside = found_in(saved(tmp_path / "n.pth", content))
     assert beside == ["loss.weight"]
 
 
@@ -81,14 +85,14 @@ def test_two_networks_in_one_file_are_refused(state: dict[str, Tensor], tmp_path
 
 def test_half_precision_becomes_the_network_s(state: dict[str, Tensor], tmp_path: Path) -> None:
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    found, _ = foreign.load(saved(tmp_path / "n.safetensors", half), Small(), "small")
+    found, _ = found_in(saved(tmp_path / "n.safetensors", half))
     assert found["head.weight"].dtype == torch.float32
     assert found["head.weight"].equal(half["head.weight"].float())
 
 
 def test_an_older_batch_norm_kept_no_count(state: dict[str, Tensor], tmp_path: Path) -> None:
     del state["norm.num_batches_tracked"]
-    found, _ = foreign.load(saved(tmp_path / "n.pth", state), Small(), "small")
+    found, _ = found_in(saved(tmp_path / "n.pth", state))
     assert int(found["norm.num_batches_tracked"]) == 0
 
 

@@ -24,7 +24,7 @@ from r2cli import registry
 from r2cli.analysis import depth, depth_page, layer_table, mending, pairing, views
 from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
-from r2cli.api import data_notes, inputs, proof_inputs
+from r2cli.api import data_notes, inputs, proof_inputs, weights
 from r2cli.calibration import deployed, earlier
 from r2cli.calibration.result import Result
 from r2cli.config import targets
@@ -87,7 +87,7 @@ def pretrain(
     """
     source = datasets.load(data) if isinstance(data, str) else data
     name = network if isinstance(network, str) else ""
-    spec = inputs.model_spec(Preparation(), name, source) if name else _spec_of(network, source)  # type: ignore[arg-type]
+    spec = weights.model_spec(Preparation(), name, source) if name else _spec_of(network, source)  # type: ignore[arg-type]
     config = config or PretrainConfig()
     run = pretraining.ready(spec, source, config, recorded={"data": datasets.recorded(source.name)})
     model = pretraining.network_of(run) if isinstance(network, str) else network
@@ -349,8 +349,7 @@ def _read(network: Network, data: Data | str | None, *, needed: bool = True) -> 
     Raises InputError where there is no data for a module.
     """
     if isinstance(network, str | Path) and not isinstance(data, Data):
-        needed = needed or Path(network).suffix != ".onnx"
-        made, source = inputs.load(Inputs(source=Path(network), data=data), needed=needed)
+        made, source = inputs.load(Inputs(source=Path(network), data=data), needed=needed, measures=True)
         return made, source
     if isinstance(network, nn.Module):
         if data is None:

@@ -6,21 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from r2cli import data as datasets
 from r2cli import models
-from r2cli.api.data_notes import NOISE, told_of_beside, told_of_data
+from r2cli.api import weights
+from r2cli.api.data_notes import NOISE, told_of_data
 from r2cli.calibration import earlier
 from r2cli.config import values
-from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, NewNetwork, Preparation
+from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, Preparation
 from r2cli.data import classes as class_lists
 from r2cli.data import losses, metrics
 from r2cli.data import own as own_data
 from r2cli.data.own_splits import of_sizes
 from r2cli.errors import InputError
-from r2cli.models import onnx, pretrained, text, timm
-from r2cli.storage import checkpoint, foreign, own_code
+from r2cli.models import onnx, pretrained, text
+from r2cli.storage import checkpoint, own_code
 from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec, forms
 from r2cli.storage.keywords import is_own, require_safe
 from r2cli.storage.own_code import keywords
@@ -94,47 +93,22 @@ def measured_as(loaded: datasets.Data, metric: metrics.Metric) -> datasets.Data:
     return replace(loaded, task=task, measured=True)
 
 
-def model_spec(
-    given: Preparation, name: str, source: datasets.Data, width: float | None = None, classes: int = 0
-) -> checkpoint.ModelSpec:
-    """The spec of network `name` for the images of `source`, with the keywords of `given`; of `classes` where the data
-    has none.
-
-    Raises InputError as `models.spec` does, and for pre-trained weights of other classes than those of `source`.
-    """
-    if given.pretrained and given.weights is not None:
-        raise InputError(f"--weights {given.weights} and --pretrained are two networks: give one of them")
-    known = pretrained.published(name).classes if given.pretrained else None
-    if known is not None and source.classes and known != source.classes:
-        raise InputError(
-            f"the pre-trained {name} tells {known} classes apart and {source.name} has {source.classes}: give "
-            "--data with its classes, or the names of all with --classes FILE"
-        )
-    return models.spec(
-        name,
-        classes=source.classes or known or classes,
-        channels=source.input.channels,
-        size=source.input.size,
-        width=width,
-        stem=given.stem or ("imagenet" if given.pretrained and not timm.has(name) else None),
-        args=keywords(given.model_arg, "--model-arg"),
-    )
-
-
 PROVED = 64  # images that a file is proved on where accuracy is not measured
 
 
 def load(
-    given: Inputs, *, needed: bool = True, tell: Callable[[str], None] = lambda text: None
+    given: Inputs, *, needed: bool = True, measures: bool = False, tell: Callable[[str], None] = lambda text: None
 ) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """The checkpoint that `given` names, with its data; with --weights, those weights in the named network.
 
     `tell` gets what the file of weights holds beside the network, and what is done with data that does not say what it
-    is for. Where data is not `needed`, noise stands in for it:
-    images where the checkpoint only says that it was a folder, and what an ONNX file says that it takes. Raises
-    InputError for options that contradict each other, weights of another architecture, data of other classes.
+    is for. Where data is not `needed`, noise stands in for it: of what an ONNX file says that it takes, and of images
+    where a checkpoint only says that its data was a folder. Work that `measures` takes a checkpoint's own data all the
+    same. Raises InputError for options that contradict each other, weights of another architecture, and data of other
+    classes.
     """
-    made, loaded = _load(given, tell, needed=needed)
+    of_onnx_file = given.source is not None and given.source.suffix == ".onnx"
+    made, loaded = _load(given, tell, needed=needed or (measures and not of_onnx_file))
     for line in told_of_data(made.origin, made.input, loaded):
         tell(line)
     return made, loaded
@@ -223,37 +197,8 @@ def _foreign(given: Inputs, tell: Callable[[str], None]) -> tuple[checkpoint.Che
         loaded = _noise(given, option)
     else:
         loaded = load_data(given, given.data, default="", model=given.model)
-    spec = _spec_of_weights(given, given.model, loaded)
-    model = models.build(spec)
-    taken, outputs = models.require_fit(model, spec, loaded.input, decides=loaded.task.decides)
-    state, beside = _weights(given, model, spec)
-    if beside:
-        tell(told_of_beside(given.weights or PRETRAINED, beside))
-    origin, name = (str(given.weights), given.weights.name) if given.weights else (spec.name, PRETRAINED.name)
-    made = checkpoint.Checkpoint(spec, taken, loaded.class_names, state, origin=origin, outputs=outputs)
-    options = {"data": datasets.recorded(given.data or NOISE), "weights": name, "model": spec.described()}
-    made = made.then("import", options, {})
+    made = weights.imported(given, given.model, loaded, tell=tell)
     return made, _calibrating(given, made, loaded)
-
-
-IMAGENET = 1000  # classes that are assumed of a network by name, before its weights are looked at
-
-
-def _spec_of_weights(given: Inputs, name: str, loaded: datasets.Data) -> checkpoint.ModelSpec:
-    """The spec of a network by name for the weights of `given`, which say how many classes it tells apart.
-
-    Raises InputError where the data has others.
-    """
-    spec = model_spec(given, name, loaded, classes=0 if is_own(name) else IMAGENET)
-    if given.weights is None or is_own(name) or not spec.classes:
-        return spec
-    held = foreign.classes_in(given.weights, models.build(spec), spec.classes)
-    if loaded.classes and held != loaded.classes:
-        raise InputError(
-            f"{given.weights} tells {held} classes apart and {loaded.name} has {loaded.classes}: give the names of all "
-            "with --classes FILE, or calibrate on pictures without labels, images:DIR"
-        )
-    return replace(spec, classes=held)
 
 
 def _noise(given: Inputs, what: str) -> datasets.Data:
@@ -295,45 +240,18 @@ def of_onnx(path: Path, loaded: datasets.Data) -> checkpoint.Checkpoint:
     return made.then("import", options, {})
 
 
-def _weights(given: Preparation, network: nn.Module, spec: checkpoint.ModelSpec) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights of `network` that `given` names, a file's or those that are published, and what stands beside."""
-    if given.weights is not None:
-        return foreign.load(given.weights, network, spec.name)
-    return foreign.matched(pretrained.weights(spec), network.state_dict(), "what is published", spec.name)
-
-
-PRETRAINED = Path("pretrained")  # how a history and messages name published weights
-
-
 def new_network(given: Inputs, seed: int) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """A network of `given.model` that nobody has trained, with its data."""
     assert given.model is not None
     name = given.data or "digits"
     loaded = load_data(given, name, default=name, model=given.model)
-    spec = model_spec(given, given.model, loaded)
+    spec = weights.model_spec(given, given.model, loaded)
     loop.seed_everything(seed)
     model = models.build(spec)
     taken, outputs = models.require_fit(model, spec, loaded.input, decides=loaded.task.decides)
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, model.state_dict(), origin=spec.name, outputs=outputs)
     options = {"data": datasets.recorded(name), "model": spec.described()}
     return made.then("new", options, {}), loaded
-
-
-def start_from(
-    network: nn.Module, given: NewNetwork, spec: checkpoint.ModelSpec, *, tell: Callable[[str], None]
-) -> None:
-    """Give a fresh `network` the weights that `given` names, in place: a file's, or a text model's pre-trained ones.
-
-    Raises InputError where they do not fit.
-    """
-    if given.weights is not None or given.pretrained:
-        tensors, beside = _weights(given, network, spec)
-        checkpoint.into(network, tensors)
-        if beside:
-            tell(told_of_beside(given.weights or PRETRAINED, beside))
-    elif text.has(given.model):
-        fresh = text.start(network, given.model)
-        tell(f"weights of {given.model}; new are {', '.join(fresh) or 'none'}")
 
 
 def _with_code(made: checkpoint.Checkpoint, name: str, args: Sequence[str]) -> checkpoint.Checkpoint:

@@ -35,7 +35,7 @@ def export(
 
     model_card.require(written, output)
     started = perf_counter()
-    made, loaded = inputs.load(given, needed=source.suffix != ".onnx", tell=console.note)  # such a file says its shapes
+    made, loaded = inputs.load(given, needed=False, measures=True, tell=console.note)
     made = retarget(made, form.target)
     if targets.get(made.target).container != container:
         raise InputError(f"{source} is for {made.target}: give --target {made.target}, or --target {usual}")

@@ -57,9 +57,7 @@ def palettize(
     worker.require_consistent(config, method, is_network=is_network)
     if not is_network:
         return _file(source, files, config, wanted, written)
-    # A file of ONNX says what it takes; a checkpoint of r2 brings its data, and is measured on that.
-    needed = worker.needs_data(config, method) or source.suffix != ".onnx"
-    made, loaded = inputs.load(given, needed=needed, tell=console.note)
+    made, loaded = inputs.load(given, needed=worker.needs_data(config, method), measures=True, tell=console.note)
     trains = registry.get(registry.PALETTE_METHODS, method).trains
     loaded = inputs.measured_by(evaluation, wanted, loaded, trains=trains)
     before = baseline.read(wanted, given, loaded)

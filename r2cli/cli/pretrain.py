@@ -29,12 +29,12 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
     files.require_free()
 
     from r2cli import data as datasets
-    from r2cli.api import inputs
+    from r2cli.api import inputs, weights
     from r2cli.cli import baseline, rerun
     from r2cli.train import pretraining as worker
 
     source = inputs.load_data(given, given.data, default=given.data, model=given.model)
-    spec = inputs.model_spec(given, given.model, source, given.width)
+    spec = weights.model_spec(given, given.model, source, given.width)
     recorded = {"data": datasets.recorded(given.data)}
     recorded |= {} if given.weights is None else {"weights": given.weights.name}
     run = worker.ready(spec, source, config, recorded=recorded)
@@ -63,7 +63,7 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
 def _trained(run: "PretrainRun", given: NewNetwork, files: RunFiles) -> dict[str, Any]:
     """Train, and write the checkpoint to its temporary file; the report."""
     from r2cli import models
-    from r2cli.api import inputs
+    from r2cli.api import weights
     from r2cli.storage import checkpoint
     from r2cli.train import pretraining as worker
 
@@ -73,7 +73,7 @@ def _trained(run: "PretrainRun", given: NewNetwork, files: RunFiles) -> dict[str
     network = worker.network_of(run)
     if said := models.told_of_batches(network):
         console.note(said)
-    inputs.start_from(network, given, run.spec, tell=console.note)
+    weights.start_from(network, given, run.spec, tell=console.note)
     with gates.told_of(state):
         result = worker.train(run, network, state, resume=files.resume, reporter=console)
     files.write(output, checkpoint.to_bytes(result.checkpoint))

@@ -53,9 +53,8 @@ def ptq(
 
     model_card.require(written, file)
     looks = _looks(config, given)
-    # A file of ONNX says what it takes; a checkpoint of r2 brings its data, and is measured on that.
-    needed = looks and (worker.needs_data(config) or source.suffix != ".onnx")
-    made, loaded = inputs.load(given, needed=needed, tell=console.note)
+    needed = looks and worker.needs_data(config)
+    made, loaded = inputs.load(given, needed=needed, measures=looks, tell=console.note)
     has_images, loaded = loaded.name != data_notes.NOISE, inputs.measured_by(evaluation, wanted, loaded)
     before = baseline.read(wanted, given, loaded)
     rehearse(made, config.target, loaded.shown)

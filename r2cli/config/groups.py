@@ -324,6 +324,15 @@ def group_size() -> Any:
     )
 
 
+def require_act_range(given: Any, act_bits: int | None) -> None:
+    """Raises InputError for a rule of the ranges of activations where `act_bits` leaves all of them float."""
+    if given.act_range is not None and act_bits is None:
+        raise InputError(
+            f"--act-range {given.act_range} is of activations on grids, and --act-bits none leaves them float: leave "
+            "one of the two out"
+        )
+
+
 def require_groups(given: Any) -> None:
     """Raises InputError for the groups of a `PtqConfig` beside what has no place for them."""
     flag = f"--group-size {given.group_size}"

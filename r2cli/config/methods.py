@@ -94,6 +94,7 @@ class PtqConfig(MixedPrecision):
             raise InputError(
                 f"--act-range {self.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
             )
+        groups.require_act_range(self, values.act_bits(self.act_bits))
         self._require_qdrop()
         self._require_steps()
         groups.require_groups(self)
@@ -223,6 +224,7 @@ class PalettizeConfig(Config):
             raise InputError(
                 f"--act-bits {self.activation_bits} needs integer weights: give --lut-bits 8, or --act-bits none"
             )
+        groups.require_act_range(self, self.activation_bits)
         targets.require(self.target, act_bits=self.activation_bits, integers=self.lut_bits == 8)
 
     @property

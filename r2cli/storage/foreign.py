@@ -22,29 +22,28 @@ from r2cli.storage.checkpoint import load_tensors
 SHOWN = 12  # a message lists at most this many names of each kind
 
 
-def load(path: Path, model: nn.Module, what: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Read the weights of `model` from `path`. Messages call the network `what`.
+def fitted(state: Mapping[str, Tensor], file: str, model: nn.Module, what: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights of `model` among the tensors `state` of `file`. Messages call the network `what`.
 
     Weights that are stored with a mask are masked, if the network has no masks. Returns the tensors by the names, and
     in the types, of `model`; and the names of tensors in the file that belong to something else, or are such masks.
-    Raises InputError for a file that is missing, damaged or holds other objects than tensors, for NaN or infinite
-    values, and for weights of another architecture. The message then names each tensor that is missing, left over or of
-    another shape.
+    Raises InputError for NaN or infinite values, and for weights of another architecture. The message then names each
+    tensor that is missing, left over or of another shape.
     """
-    state = _tensors(path)
     masks = [] if pth.masks(model.state_dict()) else [f"{name}_mask" for name in pth.masks(state)]
-    weights, others = matched(pth.with_masks_applied(state) if masks else state, model.state_dict(), str(path), what)
+    weights, others = matched(pth.with_masks_applied(state) if masks else state, model.state_dict(), file, what)
     for name, tensor in weights.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise InputError(
-                f"{path}: tensor '{name}' has {bad} NaN or infinite values of {tensor.numel()}: give weights of a "
+                f"{file}: tensor '{name}' has {bad} NaN or infinite values of {tensor.numel()}: give weights of a "
                 "training run that did not diverge"
             )
     return weights, masks + others
 
 
-def _tensors(path: Path) -> Mapping[str, Tensor]:
+def read(path: Path) -> Mapping[str, Tensor]:
+    """All tensors of a file. Raises InputError for one that is missing, damaged or holds other objects than tensors."""
     if path.is_dir():
         raise InputError(f"{path} is a directory: give --weights a file")
     if not path.exists():
@@ -52,11 +51,11 @@ def _tensors(path: Path) -> Mapping[str, Tensor]:
     return load_tensors(path)[0] if path.suffix == ".safetensors" else pth.load(path)
 
 
-def classes_in(path: Path, model: nn.Module, assumed: int) -> int:
-    """How many classes the weights at `path` are for, where `model` was built for `assumed`: what its last layer has in
-    the place of these; `assumed` where the file does not tell. Raises InputError as `load` does for the file."""
-    state, expected = _tensors(path), model.state_dict()
-    prefix, found = _prefix(state, expected, str(path)), set()
+def classes_in(state: Mapping[str, Tensor], file: str, model: nn.Module, assumed: int) -> int:
+    """How many classes the tensors `state` of `file` are for, where `model` was built for `assumed`: what its last
+    layer has in the place of these; `assumed` where they do not tell."""
+    expected = model.state_dict()
+    prefix, found = _prefix(state, expected, file), set()
     for name, wanted in expected.items():
         given = state.get(f"{prefix}{name}")
         if given is not None and given.shape != wanted.shape:
