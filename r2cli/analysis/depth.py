@@ -255,7 +255,7 @@ class _Walk:
         if sums.own.noise > before and reference.requires_grad:
 
             def add(gradient: Tensor) -> None:
-                sums.cost += float((gradient * noise).flatten(1).sum(1).double().square().sum())
+                sums.cost += float(torch.linalg.vecdot(gradient.flatten(1), noise.flatten(1)).double().square().sum())
 
             reference.register_hook(add)
 
