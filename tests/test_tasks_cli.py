@@ -148,6 +148,8 @@ def test_arrays_by_name_calibrate_and_are_measured(r2: R2, task: Path) -> None:
     assert r2("ptq", *NET, "--data", "npz:own.npz", "--metric", "mae", "-o", "r.safetensors").code == 0
     unread = r2("ptq", *NET, "--data", "npz:own.npz", "-o", "u.safetensors")
     assert unread.code == 0 and "npz:own.npz holds targets that nothing measures: give --metric" in unread.err
+    training = ("pretrain", *NET[2:], "--data", "npz:own.npz", "--loss", "mse", "--epochs", 1)
+    assert "holds targets that nothing measures" in r2(*training, "-o", "v.safetensors").err
     other = ("--calibration-data", "npz:own.npz", "--calibration", 16)
     assert r2("ptq", *FULL, *other, "-o", "s.safetensors").code == 0
     assert "--calibration 17 is more" in r2("ptq", *FULL, *other[:2], "--calibration", 17, "-o", "t.safetensors").err

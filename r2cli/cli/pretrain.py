@@ -29,11 +29,13 @@ def pretrain(given: NewNetwork, config: PretrainConfig, wanted: AccuracyGate, wr
     files.require_free()
 
     from r2cli import data as datasets
-    from r2cli.api import inputs, weights
+    from r2cli.api import data_notes, inputs, weights
     from r2cli.cli import baseline, rerun
     from r2cli.train import pretraining as worker
 
     source = inputs.load_data(given, given.data, default=given.data, model=given.model)
+    for line in data_notes.told_of_data(given.model, source.input, source):
+        console.note(line)
     spec = weights.model_spec(given, given.model, source, given.width)
     recorded = {"data": datasets.recorded(given.data)}
     recorded |= {} if given.weights is None else {"weights": given.weights.name}
