@@ -104,13 +104,17 @@ def trained(options: argparse.Namespace) -> dict[str, object]:
         lr=options.lr,
     )
     result = r2cli.palettize(options.checkpoint, options.data, config)
-    written_out = sum(2 ** (layer.bits + 3) * layer.dim for layer in result.layers)
-    short = sum(2 ** (layer.bits - layer.dim + 3) * layer.dim for layer in result.layers)
-    count = sum(math.prod(layer.shape) for layer in result.layers)
+    # Signs, packed indices, the short table in int8, and the scales: r2's own count gives codes of 5 to 7 bits a byte.
+    coded, rows = list(result.checkpoint.coded.values()), 2**options.bits
+    size = sum(
+        one.codes.numel() * one.codec.bits + 8 * rows * one.codec.dim + 32 * one.codec.scale.numel()
+        for one in coded
+        if isinstance(one.codec, Palette)
+    )
     return {
         **{key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "top1": result.epochs[-1]["top1"],
-        "bits_per_weight": round(result.details["bits_per_weight"] + (short - written_out) / count, 3),
+        "bits_per_weight": round(size / sum(one.count for one in coded), 3),
     }
 
 
