@@ -224,9 +224,7 @@ def _activations(
         return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, rule, target, reads)
     ends = batchnorm_statistics.ranges(net, known, spec, result=target.codes_of_result)
     widths = placement.bits_of(net, ends, settings.act_bits, reads)
-    activations = {
-        name: grids.activation_grid(*both, widths[name], symmetric=target.symmetric) for name, both in ends.items()
-    }
+    activations = grids.grids_of(net, ends, widths, target)
     return activations, grids.round_to_grids(net, coded, activations)
 
 
