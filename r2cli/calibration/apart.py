@@ -17,12 +17,13 @@ from r2cli.graph.edit import is_grid
 from r2cli.graph.operators import ACTIVATIONS, PASSING, is_a
 from r2cli.quantized.grid import MAX_BITS, Grid
 
+LEVEL = 255 / 256  # as OpenVINO counts it
 HALF = 0.49  # of a level: nearer than that to the middle of two, runtimes round as their sums of floats fall
 BEYOND = 257.5 / 255  # a range of two and a half levels more: one of its ends is more than a level away
 
 
 @dataclass(frozen=True)
-class Step:
+class Affine:
     """How a value comes from the value `read`, which has a grid: times `factor`, plus `shift`; and clipped perhaps."""
 
     read: str
@@ -55,9 +56,9 @@ def apart(net: fx.GraphModule, grids: Mapping[str, Grid], *, symmetric: bool = F
     return found
 
 
-def _of_steps(steps: list[Step], grids: Mapping[str, Grid], grid: Grid, symmetric: bool) -> Grid:
+def _of_steps(steps: list[Affine], grids: Mapping[str, Grid], grid: Grid, symmetric: bool) -> Grid:
     far = [abs(end) for step in steps for end in step.ends(grids, grid)]
-    if max(far) > 1 or max(far) <= HALF:
+    if max(far) > LEVEL or max(far) <= HALF:
         return grid
     if len(steps) == 1 and not symmetric:
         step, own = steps[0], grids[steps[0].read]
@@ -69,7 +70,7 @@ def _of_steps(steps: list[Step], grids: Mapping[str, Grid], grid: Grid, symmetri
     return replace(grid, scale=grid.scale * BEYOND)
 
 
-def _steps(net: fx.GraphModule, node: fx.Node, grids: Mapping[str, Grid]) -> Iterator[Step]:
+def _steps(net: fx.GraphModule, node: fx.Node, grids: Mapping[str, Grid]) -> Iterator[Affine]:
     """From which values on grids the value of `node` comes, where only numbers, clips and joining lie between."""
     if is_a(net, node, (torch.add, torch.mul)):
         number = node.args[1]
@@ -86,4 +87,4 @@ def _steps(net: fx.GraphModule, node: fx.Node, grids: Mapping[str, Grid]) -> Ite
             read = read.all_input_nodes[0]
         if read.name not in grids:
             return
-        yield Step(read.name, factor, shift)
+        yield Affine(read.name, factor, shift)

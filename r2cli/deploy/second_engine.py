@@ -4,8 +4,9 @@ Runtimes add floats in other orders, so a code at the edge of two may fall to ei
 ONNX Runtime. So the bound is that of parity with torch, 30 dB. What a runtime makes of a file is right where its plain
 kernels, which compute in float what the integers stand for, are as near as that. Its integer kernels may be further
 away, because they put sums of residuals on grids of their own (benchmarks/engines.md): 20 dB are asked of them, and
-less only for a reason that is known. Of plain kernels 20 dB are asked where activations have few bits: a code of 2 bits
-that falls to the other side of an edge is 64 times the noise of one of 8.
+less only for a reason that is known. One is that they add convolutions that are not rounded yet (`unrounded_sums`):
+then they must give what ONNX Runtime makes of such a file. Of plain kernels 20 dB are asked where activations have few
+bits: a code of 2 bits that falls to the other side of an edge is 64 times the noise of one of 8.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from r2cli.deploy import engines, likeness, runtime, weight_roles
+from r2cli.deploy import engines, likeness, runtime, unrounded_sums, weight_roles
 from r2cli.deploy.audit import Check
 from r2cli.deploy.engines import Arrays, Engine
 from r2cli.deploy.parity import AGREEMENT, SQNR_DB
@@ -44,12 +45,15 @@ def check(
     try:
         if reference is None:
             reference = engines.together(engines.named("onnxruntime").load(path, 0, False), given)
-        like = _like(path, engine, given, reference, bound, plain=False)
+        found = engines.together(engine.load(path, 0, False), given)
+        like = likeness.compared(found, reference, noise_db=bound)
         agrees, told = likeness.agrees(like, db=bound, share=AGREEMENT), likeness.told(like)
         reason = "" if agrees else _reason(runtime.read(path), likeness.least(like))
+        if not agrees and not reason and _adds_unrounded(runtime.read(path), given, found, bound):
+            reason = "add convolutions before these are rounded"
         if reason:
             bound = min(bound, KERNELS_DB) if reason == FEW_BITS else bound
-            plain = _like(path, engine, given, reference, bound, plain=True)
+            plain = likeness.compared(engines.together(engine.load(path, 0, True), given), reference, noise_db=bound)
             agrees = likeness.agrees(plain, db=bound, share=AGREEMENT)
             told = f"{likeness.told(plain)} by plain kernels; its integer ones {reason} ({told})"
     except runtime.UnrunnableError as error:
@@ -70,6 +74,16 @@ def _reason(file: onnx.ModelProto, decibels: float) -> str:
     return "add residuals on grids of their own" if decibels >= KERNELS_DB else ""
 
 
+def _adds_unrounded(file: onnx.ModelProto, given: Sequence[Arrays], found: Arrays, bound: float) -> bool:
+    """Whether `found` is what ONNX Runtime makes of the file where convolutions are added before they are rounded."""
+    other = unrounded_sums.unrounded(file)
+    if other is None:
+        return False
+    run = engines.of_session(runtime.session(other.SerializeToString(), optimise=False), "the file without roundings")
+    like = likeness.compared(found, engines.together(run, given), noise_db=bound)
+    return likeness.agrees(like, db=bound, share=AGREEMENT)
+
+
 def _has_coded_recurrence(file: onnx.ModelProto) -> bool:
     """Whether the weights of a recurrent layer are computed from codes, which OpenVINO's processor plugin refuses."""
     held = weight_roles.constants(file)
@@ -87,9 +101,3 @@ def _has_eight_bits(file: onnx.ModelProto) -> bool:
     """Whether the file has codes, or tables of them, of more than 7 bits."""
     held = [each for each in file.graph.initializer if each.data_type == onnx.TensorProto.INT8]
     return any(int(np.abs(onnx.numpy_helper.to_array(each).astype(int)).max(initial=0)) > SEVEN_BITS for each in held)
-
-
-def _like(
-    path: Path, engine: Engine, given: Sequence[Arrays], reference: Arrays, bound: float, *, plain: bool
-) -> list[likeness.Likeness]:
-    return likeness.compared(engines.together(engine.load(path, 0, plain), given), reference, noise_db=bound)
