@@ -56,6 +56,12 @@ def apart(net: fx.GraphModule, grids: Mapping[str, Grid], *, symmetric: bool = F
     return found
 
 
+def shifted(net: fx.GraphModule, grids: Mapping[str, Grid]) -> set[str]:
+    """The values, by name, that are a sum of a value on one of `grids` with a number, and are on one themselves."""
+    nodes = [node for node in net.graph.nodes if node.name in grids]
+    return {node.name for node in nodes if any(one.shift for one in _steps(net, node, grids))}
+
+
 def _of_steps(steps: list[Affine], grids: Mapping[str, Grid], grid: Grid, symmetric: bool) -> Grid:
     far = [abs(end) for step in steps for end in step.ends(grids, grid)]
     if max(far) > LEVEL or max(far) <= HALF:

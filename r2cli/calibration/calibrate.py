@@ -72,14 +72,16 @@ def round_to_grids(
     coded: Mapping[str, Coded],
     grids: Mapping[str, Grid],
     images: Iterable[Given] | None = None,
+    *,
+    learned: bool = False,
 ) -> dict[str, Coded]:
     """Make `net` round its values and its biases to their grids, in place. Moves `net` to the CPU.
 
-    `images` are as for `biases.round_biases`. Returns what that does.
+    `images` and `learned` are as for `biases.round_biases`. Returns what that does.
     """
     deployed.insert_grids(net, grids)
     net.cpu()  # the codes and grids are there
-    return biases.round_biases(net, coded, grids, images)
+    return biases.round_biases(net, coded, grids, images, learned=learned)
 
 
 def calibrate(

@@ -125,7 +125,7 @@ def quantize(
     notes.append({name: note for name, each in own.items() if (note := _other_grid(each, settings))})
     rows |= _decode(net, own, coded, notes)
     if acts:  # learned with the weights
-        activations, raised = dict(acts), grids.round_to_grids(net, coded, acts, images)
+        activations, raised = dict(acts), grids.round_to_grids(net, coded, acts, images, learned=True)
     else:
         known = normals if images is None else images
         activations, raised = _activations(net, coded, settings, reads, checkpoint.input, known)

@@ -186,7 +186,7 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
         rows.append(_row(layer.name, coded[layer.name], grids[reads].bits if reads else None, note))
     if grids and round_biases:
         shown = (images for images, _ in work.batches())
-        raised = biases.round_biases(net, folded, grids, shown)
+        raised = biases.round_biases(net, folded, grids, shown, learned=True)
         told = {name: biases.raised_note(folded[name], one) for name, one in raised.items()}
         notes = [filter(None, (row.note, told.get(f"{row.layer}.weight"))) for row in rows]
         rows = [replace(row, note="; ".join(note)) for row, note in zip(rows, notes, strict=True)]
