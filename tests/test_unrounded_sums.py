@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import r2cli
+from r2cli.calibration import deployed
+from r2cli.calibration.result import Result
 from r2cli.data import own
 from r2cli.deploy import engines, likeness, runtime, second_engine, unrounded_sums
 from r2cli.deploy.engines import ENGINES, Arrays
@@ -34,13 +37,18 @@ class Blocks(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Arrays]]:
-    """A file with four sums, of few bits, so that no processor's products overflow; and what it is run on."""
+def made() -> tuple[Result, Tensor]:
+    """A network with four sums, of few bits, so that no processor's products overflow; and what it is run on."""
     torch.manual_seed(0)
     x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return r2cli.quantize(Blocks().eval(), own.to_data("f", ([x], [x])), r2cli.PtqConfig(weight_bits=4)), x
+
+
+@pytest.fixture(scope="module")
+def residual(made: tuple[Result, Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Arrays]]:
     path = tmp_path_factory.mktemp("residual") / "n.onnx"
-    r2cli.export(r2cli.quantize(Blocks().eval(), own.to_data("f", ([x], [x])), r2cli.PtqConfig(weight_bits=4)), path)
-    return path, [{"input": x.numpy()}]
+    r2cli.export(made[0], path)
+    return path, [{"input": made[1].numpy()}]
 
 
 def of_unrounded(path: Path, given: list[Arrays]) -> Arrays:
@@ -101,3 +109,38 @@ def test_the_proof_takes_it_for_a_reason_and_no_other_fault(
     assert passed and "its integer ones add convolutions before these are rounded" in detail
     assert not told(1.05)[0], "integer kernels that give neither the file's result nor that"
     assert not told(1.0, plainly=1.05)[0], "plain kernels that give another"
+
+
+def test_flips_at_edges_are_no_fault_where_each_part_is_right(
+    made: tuple[Result, Tensor], residual: tuple[Path, list[Arrays]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that rounds halves up, on inputs that all lie in the middle of two levels."""
+    result, x = made
+    monkeypatch.setattr(second_engine, "SQNR_DB", 60.0)
+    grid = result.checkpoint.activations["x"]
+    halves = ((x / grid.scale).floor().clamp(0, 254) + 0.5) * grid.scale
+    path, given, net = residual[0], [{"input": halves.numpy()}], deployed.network(result.checkpoint)
+    assert isinstance(net, fx.GraphModule)
+
+    def told(own_net: fx.GraphModule | None, *, plainly: float = 1.0, usually: float = 1.0) -> tuple[bool, str]:
+        def load(file: Path, threads: int, plain: bool) -> engines.Run:
+            session = runtime.session(file, optimise=False)
+            names = [each.name for each in session.get_outputs()]
+            last = runtime.read(path).graph.output[0].name
+
+            def run(arrays: Arrays) -> dict[str, engines.Array]:
+                found = session.run(names, {"input": arrays["input"] + 1e-5})
+                factors = [(plainly if plain else usually) if name == last else 1.0 for name in names]
+                return {name: each * np.float32(by) for name, each, by in zip(names, found, factors, strict=True)}
+
+            return run
+
+        engine = engines.Engine("openvino", "OpenVINO", "openvino", "", load)
+        check = second_engine.check(path, engine, given, usual_db=100.0, net=own_net)
+        return check.passed, check.detail
+
+    passed, detail = told(net)
+    assert passed and detail.endswith("each part is right, and single codes at the edge of two add up"), detail
+    assert not told(None)[0], "nobody can tell what the parts should be"
+    assert not told(net, plainly=1.05, usually=1.05)[0], "a part is wrong"
+    assert not told(net, usually=1.05)[0], "the parts are right, and what is used is not what they make"
