@@ -60,7 +60,7 @@ def check(
         like = likeness.compared(found, reference, noise_db=bound)
         agrees, told = likeness.agrees(like, db=bound, share=AGREEMENT), likeness.told(like)
         reason = "" if agrees else _reason(runtime.read(path), likeness.least(like))
-        if not agrees and not reason and _adds_unrounded(runtime.read(path), given, found, bound):
+        if not agrees and reason in ("", NEAR) and _adds_unrounded(runtime.read(path), given, found, bound):
             reason = "add convolutions before these are rounded"
         if reason:
             bound = min(bound, KERNELS_DB) if reason == FEW_BITS else bound
