@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from r2cli import data as datasets
 from r2cli import registry
@@ -241,11 +241,7 @@ def verify(
         return proof.extended((), speed.UNMEASURED)
     shown = proof_inputs.of_data(path, source).batches
     wanted, usual = {*config.runtime, made.target}, proof.measures["sqnr_db"]
-    on_grids = network if isinstance(network, fx.GraphModule) and made.activations else None
-    checks = [
-        second_engine.check(path, each, shown, usual_db=usual, is_wanted=each.name in wanted, net=on_grids)
-        for each in others
-    ]
+    checks = second_engine.checks(path, others, shown, usual_db=usual, wanted=wanted, net=network)
     times = speed.of_checkpoint(path, made, any_file.first_of(shown[0], path)).measures() if timed else {}
     return proof.extended(checks, {**speed.UNMEASURED, **times})
 

@@ -13,13 +13,13 @@ torch (`parity.check`). A file is right there where each of its parts is right f
 kernels with all values on grids as results, and where what the runtime gives without that is near what it gave so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from r2cli.deploy import comparison, engines, likeness, runtime, unrounded_sums, weight_roles
 from r2cli.deploy.audit import Check
@@ -33,6 +33,20 @@ NEAR = "add residuals on grids of their own"
 FEW_BITS = "do not keep codes within bounds"
 KERNELS_DB = 20.0  # of integer kernels, and of plain ones where activations have few bits
 SEVEN_BITS = 64  # codes up to here: two products with codes of 8 bits fit 16
+
+
+def checks(
+    path: Path,
+    others: Iterable[Engine],
+    given: Sequence[Arrays],
+    *,
+    usual_db: float,
+    wanted: Collection[str],
+    net: nn.Module,
+) -> list[Check]:
+    """`check` of every runtime of `others`, which are `wanted` by name or not."""
+    own = net if isinstance(net, fx.GraphModule) else None
+    return [check(path, one, given, usual_db=usual_db, is_wanted=one.name in wanted, net=own) for one in others]
 
 
 def check(
@@ -104,23 +118,22 @@ def _follows(
     """Whether each part of the file is `net`'s from the codes before it, by plain kernels on the first samples, and
     what the runtime gives by its own kernels, or `plain` ones, is as near to that as `bound`."""
     file = runtime.read(path)
-    is_open = not file.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    few = {name: each[: comparison.FOLLOWED] if is_open else each for name, each in given[0].items()}
+    fixed = file.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    few = {name: each[: fixed or comparison.FOLLOWED] for name, each in given[0].items()}
     opened = onnx.ModelProto()
     opened.CopyFrom(file)
     opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in comparison.exposed(file))
-    names = [each.name for each in opened.graph.output]
     with scratch_folder() as folder:
         onnx.save(opened, folder / "opened.onnx")
         run = engine.load(folder / "opened.onnx", 0, True)
 
     def values(*inputs: Tensor) -> dict[str, Tensor]:
-        own = runtime.fed(list(few), inputs)
-        found = run(own)
-        return {name: torch.from_numpy(np.ascontiguousarray(each)) for name, each in (own | found).items()}
+        own, samples = runtime.fed(list(few), inputs), len(inputs[0])
+        found = engines.together(run, list(runtime.filled(own, samples, fixed or samples)))
+        return {name: torch.from_numpy(each[:samples]) for name, each in (own | found).items()}
 
     whole = run(few)
-    if len(whole) != len(names):  # a runtime that takes two of the values for one
+    if len(whole) != len(opened.graph.output):  # a runtime that takes two of the values for one
         return False
     results = {each.name: whole[each.name] for each in file.graph.output}
     like = likeness.compared(engine.load(path, 0, plain)(few), results, noise_db=bound)
