@@ -339,7 +339,7 @@ W4A8: Options = {"weight_bits": 4}
 LEARNED, FEW, STEPS = ("adaround", "brecq"), 8, 20
 TRAINED: Options = {"weight_bits": 4, "act_bits": "8", "epochs": 4, "batch_size": 8}
 FEW_BITS = (W4A8, {**W4A8, "method": "brecq"})
-# As many as make the recogniser's text readable, and the bits that do so to the nearest level.
+# Of the recogniser: as much learning as makes its text readable at four bits, and bits by their budget.
 LONG: Options = {**W4A8, "method": "brecq", "steps": 200, "calibration": 32}
 MIXED: Options = {"target_bits": 5.0}
 MORE = ({"act_bits": "16"}, {"method": "brecq"}, {"act_bits": "16", "method": "brecq"}, {"method": "adaround"})
