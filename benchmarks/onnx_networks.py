@@ -339,13 +339,16 @@ W4A8: Options = {"weight_bits": 4}
 LEARNED, FEW, STEPS = ("adaround", "brecq"), 8, 20
 TRAINED: Options = {"weight_bits": 4, "act_bits": "8", "epochs": 4, "batch_size": 8}
 FEW_BITS = (W4A8, {**W4A8, "method": "brecq"})
+# Of the recogniser: as much learning as makes its text readable at four bits, and bits by their budget.
+LONG: Options = {**W4A8, "method": "brecq", "steps": 200, "calibration": 32}
+MIXED: Options = {"target_bits": 5.0}
 MORE = ({"act_bits": "16"}, {"method": "brecq"}, {"act_bits": "16", "method": "brecq"}, {"method": "adaround"})
 # What is tried of each kind of picture beside W8A8 to the nearest level.
 TRIED: Mapping[str, Sequence[Options]] = {
-    "turned": FEW_BITS,
+    "turned": (*FEW_BITS, {**W4A8, "method": "adaround"}),
     "photographs": FEW_BITS,
     "pages": (*MORE, *FEW_BITS),
-    "lines": (*MORE, *FEW_BITS),
+    "lines": (*MORE, *FEW_BITS, LONG, MIXED),
 }
 QAT: Mapping[str, Sequence[Options]] = {"turned": (TRAINED,), "lines": (TRAINED,)}
 
@@ -366,10 +369,11 @@ def tried_row(one: Published, packages: Path, command: str, options: Options) ->
     row: dict[str, Any] = {"file": Path(one.file).name, "options": shown(command, options)}
     with tempfile.TemporaryDirectory() as name:
         few = options.get("method") in LEARNED
-        given, out = Given(one, packages, Path(name), FEW if few else CALIBRATION), Path(name) / "out.onnx"
+        pictures = options.get("calibration", FEW if few else CALIBRATION)
+        given, out = Given(one, packages, Path(name), pictures), Path(name) / "out.onnx"
         started = perf_counter()
         if command == "ptq":
-            config = r2cli.PtqConfig(device="cpu", steps=STEPS if few else None, **options)
+            config = r2cli.PtqConfig(device="cpu", **{"steps": STEPS if few else None, **options})
             result: Any = r2cli.quantize(given.made, given.source, config)
         else:
             result = r2cli.finetune(given.made, given.source, r2cli.QatConfig(device="cpu", **options))

@@ -29,10 +29,10 @@ Made = tuple[fx.GraphModule, dict[str, Coded], dict[str, Grid]]
 
 
 @torch.no_grad()
-def made(bits: int, images: Tensor) -> Made:
+def made(bits: int, images: Tensor, network: type[Narrow] = Narrow) -> Made:
     """The network with 4-bit weights and values of `bits` on their grids, before its biases are rounded."""
     torch.manual_seed(3)
-    net, coded = trace(Narrow().eval(), images[:2]), {}
+    net, coded = trace(network().eval(), images[:2]), {}
     for layer, module in structure.named_layers(net):
         grid = weight_grids.weight_grid(module.weight, 4, per_channel=True, symmetric=True)
         coded[layer.weight] = Coded(grid, grid.encode(module.weight))
@@ -58,6 +58,31 @@ def test_a_bias_makes_up_for_the_rounding_of_those_before_it() -> None:
 
 def test_at_eight_bits_nothing_is_corrected() -> None:
     assert moved(8, corrected=True) == moved(8, corrected=False)
+
+
+class Summed(Narrow):
+    """The same with a number added between two layers: a third of a level of its 8 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.point(torch.relu(self.deep(torch.relu(self.stem(x)) + 0.0036))).mean([2, 3])
+
+
+@torch.no_grad()
+def test_a_bias_makes_up_for_a_sum_with_a_number() -> None:
+    """All of whose codes lose the same part of a level."""
+    images = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0))
+    far = {}
+    for name, given, learned in (("corrected", [images], False), ("not", None, False), ("learned", [images], True)):
+        net, coded, grids = made(8, images, Summed)
+        steps = 0.0036 / float(grids["add"].scale)
+        assert 0.2 < steps < 0.45 and grids["add"].zero_point == 0, "else there is nothing to make up for"
+        there = net.get_submodule("grids.add")
+        net.set_submodule("grids.add", nn.Identity())
+        wanted = net(images).mean(0)
+        net.set_submodule("grids.add", there)
+        biases.round_biases(net, coded, grids, given, learned=learned)
+        far[name] = float((net(images).mean(0) - wanted).abs().mean())
+    assert far["learned"] == far["not"] and far["corrected"] < 0.1 * far["not"], far
 
 
 @torch.no_grad()

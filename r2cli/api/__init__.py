@@ -241,7 +241,7 @@ def verify(
         return proof.extended((), speed.UNMEASURED)
     shown = proof_inputs.of_data(path, source).batches
     wanted, usual = {*config.runtime, made.target}, proof.measures["sqnr_db"]
-    checks = [second_engine.check(path, each, shown, usual_db=usual, is_wanted=each.name in wanted) for each in others]
+    checks = second_engine.checks(path, others, shown, usual_db=usual, wanted=wanted, net=network)
     times = speed.of_checkpoint(path, made, any_file.first_of(shown[0], path)).measures() if timed else {}
     return proof.extended(checks, {**speed.UNMEASURED, **times})
 

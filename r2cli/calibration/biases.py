@@ -4,14 +4,19 @@ Where activations have few bits their scale is large, and so is that unit: on a 
 biases of depthwise layers by 2 to 4 %, and costs a point of accuracy. A wrong bias moves the mean of a channel, and the
 bias of the next layer can move it back. So, where there are images, the layers are rounded in their order, and each
 bias first makes up for what the rounding of those before it did to the mean of its channel.
+
+So it does for sums with numbers. The codes of such a sum are those of the value that it adds to, shifted, and the part
+of a level by which the shift is not whole is lost to all of them alike, whatever the number of bits. A recogniser of
+text with 28 such sums lost more by them than by all else (12.3 dB from its float network; 14.5 with this).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
+from r2cli.calibration.apart import shifted
 from r2cli.graph import edit, structure
 from r2cli.graph.operators import LayerModule
 from r2cli.quantized.channels import per_channel
@@ -30,13 +35,16 @@ def round_biases(
     coded: Mapping[str, Coded],
     activations: Mapping[str, Grid],
     images: Iterable[Given] | None = None,
+    *,
+    learned: bool = False,
 ) -> dict[str, Coded]:
     """Round every bias to a multiple of scale_x * scale_w, the unit of the layer's int32 sums; in place.
 
     Runtimes do so silently. We do it here, so that the accuracy that we print is the one that is deployed. `net` rounds
-    its values to `activations` and is on the CPU. Where some of these have fewer than 8 bits, the biases are corrected
-    on the first batch (n, ...) of `images`, if there are any. Where a bias does not fit int32, the scale of its channel
-    is raised: the weights are next to nothing beside such a bias. Returns the weights with raised scales, by name.
+    its values to `activations` and is on the CPU. Where some of these have fewer than 8 bits, or are sums with numbers
+    that nothing was `learned` with, the biases are corrected on the first batch (n, ...) of `images`, if there are any.
+    Where a bias does not fit int32, the scale of its channel is raised: the weights are next to nothing beside such a
+    bias. Returns the weights with raised scales, by name.
     """
     raised: dict[str, Coded] = {}
 
@@ -57,8 +65,9 @@ def round_biases(
         bias.copy_((codes * unit.double()).float())
         return True
 
-    coarse = any(grid.bits < FINE for grid in activations.values())
-    shown = next(iter(images), None) if images is not None and coarse else None
+    sums = set() if learned else shifted(net, activations)
+    corrects = bool(sums) or any(grid.bits < FINE for grid in activations.values())
+    shown = next(iter(images), None) if images is not None and corrects else None
     if shown is None:
         for layer, module in structure.named_layers(net):
             rounded(layer, module)
@@ -76,7 +85,7 @@ def round_biases(
             module.bias.sub_(channel_means(module, outputs) - wanted[layer.name])
         return module(read) if rounded(layer, module) else outputs
 
-    _Layers(net, record).run(*inputs)
+    _Layers(net, record, unrounded=sums).run(*inputs)
     _Layers(net, correct).run(*inputs)
     return raised
 
@@ -87,15 +96,19 @@ Visit = Callable[[structure.Layer, LayerModule, Tensor, Tensor], Tensor]
 class _Layers(fx.Interpreter):
     """Runs a network. `visit` gets each layer with its outputs and what it read, and returns the outputs to go on with.
 
-    A layer that runs twice is visited at its first run. A recurrent layer's weight is no layer here.
+    A layer that runs twice is visited at its first run. A recurrent layer's weight is no layer here. The values that
+    `unrounded` names are not put on their grids.
     """
 
-    def __init__(self, net: fx.GraphModule, visit: Visit) -> None:
+    def __init__(self, net: fx.GraphModule, visit: Visit, *, unrounded: Container[str] = ()) -> None:
         super().__init__(net)
-        self.visit = visit
+        self.visit, self.unrounded = visit, unrounded
         self.layers = {layer.node: layer for layer in structure.layers(net)}
 
     def run_node(self, node: fx.Node) -> Tensor:
+        if edit.is_grid(node) and str(node.target).removeprefix(edit.GRIDS) in self.unrounded:
+            given: Tensor = self.env[node.all_input_nodes[0]]
+            return given
         outputs: Tensor = super().run_node(node)
         if node.name not in self.layers or not node.all_input_nodes:
             return outputs

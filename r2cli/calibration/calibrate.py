@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from r2cli.calibration import biases, deployed, observers
+from r2cli.calibration.apart import apart
 from r2cli.config.targets import DEFAULT, TARGETS, Target
 from r2cli.errors import R2Error
 from r2cli.graph import heard, operators, placement
@@ -71,14 +72,16 @@ def round_to_grids(
     coded: Mapping[str, Coded],
     grids: Mapping[str, Grid],
     images: Iterable[Given] | None = None,
+    *,
+    learned: bool = False,
 ) -> dict[str, Coded]:
     """Make `net` round its values and its biases to their grids, in place. Moves `net` to the CPU.
 
-    `images` are as for `biases.round_biases`. Returns what that does.
+    `images` and `learned` are as for `biases.round_biases`. Returns what that does.
     """
     deployed.insert_grids(net, grids)
     net.cpu()  # the codes and grids are there
-    return biases.round_biases(net, coded, grids, images)
+    return biases.round_biases(net, coded, grids, images, learned=learned)
 
 
 def calibrate(
@@ -111,7 +114,16 @@ def calibrate(
     if target.codes_of_result:  # TensorFlow Lite's sigmoid gives this grid alone
         of_sigmoids = {node.name for node in net.graph.nodes if operators.is_a(net, node, (torch.sigmoid,))}
         ranges |= dict.fromkeys(ranges.keys() & of_sigmoids, (0.0, 1 - 2.0**-bits))
-    return {name: activation_grid(*ends, widths[name], symmetric=target.symmetric) for name, ends in ranges.items()}
+    return grids_of(net, ranges, widths, target)
+
+
+def grids_of(
+    net: fx.GraphModule, ranges: Mapping[str, tuple[float, float]], widths: Mapping[str, int], target: Target
+) -> dict[str, Grid]:
+    """The grids over `ranges` by node of `net`, with `widths` bits, which runtimes tell apart."""
+    symmetric = target.symmetric
+    found = {name: activation_grid(*ends, widths[name], symmetric=symmetric) for name, ends in ranges.items()}
+    return apart(net, found, symmetric=symmetric)
 
 
 def _within(found: tuple[float, float], bounds: tuple[float, float], bits: int) -> tuple[float, float]:

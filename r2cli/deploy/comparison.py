@@ -7,7 +7,7 @@ and its values, not by its name.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from r2cli.graph.edit import is_grid
 from r2cli.quantized.grid import Grid
 from r2cli.storage import schema
 from r2cli.storage.checkpoint import LOGITS, Checkpoint
-from r2cli.storage.input_spec import Given, places
+from r2cli.storage.input_spec import Given, places, split
 from r2cli.storage.schema import Malformed
 
 Array = np.ndarray[Any, Any]
@@ -33,6 +33,8 @@ CODES = (*weight_roles.INTEGERS, onnx.TensorProto.UINT16, onnx.TensorProto.INT16
 # Of a value's largest magnitude, for what torch and ONNX Runtime make of the same codes: sums in another order, and
 # their own erf, exp and tanh, differ by some 1e-6. A ReLU that is lacking, or a shift by 0.1, is a thousandth and more.
 BETWEEN_GRIDS = 1e-4
+FOLLOWED = 8  # images of which every value on a grid is compared
+FOLLOWED_PIXELS = 2**14  # of images whose values are held at once: at 224 pixels a mobile network has 100 MB of them
 DECIDED = 0.99  # share of equal integers in an output of integers
 # Of a step: a value this near to the edge between two codes may fall to either, and to no third. It is a share of the
 # range: steps of 16 bits are as small as the noise of sums of floats.
@@ -229,6 +231,24 @@ def between_grids(
     elif fused.differ:
         told = f"ONNX Runtime's optimisation computes {fused.differ[0]} otherwise than the file, from the same codes"
     return [*checks, Check("same graph", not (forced.differ or fused.differ), told)]
+
+
+def in_parts(
+    net: fx.GraphModule,
+    images: Given,
+    file: onnx.ModelProto,
+    written: Callable[..., Mapping[str, Tensor]],
+    optimised: Callable[..., Mapping[str, Tensor]],
+) -> list[Check]:
+    """`between_grids` of `images`, a few at a time. The functions give values by name for inputs by place."""
+    at_once = max(1, FOLLOWED_PIXELS // max(one[0, 0].numel() if one.ndim > 1 else 1 for one in places(images)))
+    told: dict[str, Check] = {}
+    for few in split(images, at_once):
+        own = written(*places(few)), optimised(*places(few))
+        for check in between_grids(net, few, file, *own):
+            if told.setdefault(check.name, check).passed:  # the first that fails is told
+                told[check.name] = check
+    return list(told.values())
 
 
 def _by_name(file: onnx.ModelProto, outputs: Given) -> dict[str, Tensor]:

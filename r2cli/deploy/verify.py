@@ -25,10 +25,7 @@ from r2cli.graph.transposed import TransposedConv, exchanged
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.palette import Palette
 from r2cli.storage.checkpoint import Checkpoint
-from r2cli.storage.input_spec import Given, each, places, split
-
-FOLLOWED = 8  # images of which every value on a grid is compared
-FOLLOWED_PIXELS = 2**14  # of images whose values are held at once: at 224 pixels a mobile network has 100 MB of them
+from r2cli.storage.input_spec import Given, each, places
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def prove(
     try:
         compared, first = parity.compare(path, model, batches, float_network, checkpoint.outputs, task)
         if on_grids:
-            checks += _parts(model, each(first, lambda one: one[:FOLLOWED]), file)  # type: ignore[arg-type]
+            checks += _parts(model, each(first, lambda one: one[: comparison.FOLLOWED]), file)  # type: ignore[arg-type]
         follows = on_grids and all(check.passed for check in checks[-2:])
         decide = parity.decisions(compared) if compared["default"].decides else None
         told = parity.check(compared, decide, exact=not checkpoint.activations, follows=follows)
@@ -145,14 +142,7 @@ def _parts(model: fx.GraphModule, images: Given, file: onnx.ModelProto) -> list[
     """Whether each part of the file computes what `model` does, with optimisation off and at its default."""
     off = runtime.values(file, comparison.exposed(file), optimise=False)
     default = runtime.values(file, comparison.coded_values(file), optimise=True)
-    at_once = max(1, FOLLOWED_PIXELS // max(one[0, 0].numel() if one.ndim > 1 else 1 for one in places(images)))
-    told: dict[str, audit.Check] = {}
-    for few in split(images, at_once):
-        own = off(*places(few)), default(*places(few))
-        for check in comparison.between_grids(model, few, file, *own):
-            if told.setdefault(check.name, check).passed:  # the first that fails is told
-                told[check.name] = check
-    return list(told.values())
+    return comparison.in_parts(model, images, file, off, default)
 
 
 def _wrong_parts(model: fx.GraphModule, checkpoint: Checkpoint, file: onnx.ModelProto) -> list[audit.Check]:

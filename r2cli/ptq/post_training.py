@@ -125,7 +125,7 @@ def quantize(
     notes.append({name: note for name, each in own.items() if (note := _other_grid(each, settings))})
     rows |= _decode(net, own, coded, notes)
     if acts:  # learned with the weights
-        activations, raised = dict(acts), grids.round_to_grids(net, coded, acts, images)
+        activations, raised = dict(acts), grids.round_to_grids(net, coded, acts, images, learned=True)
     else:
         known = normals if images is None else images
         activations, raised = _activations(net, coded, settings, reads, checkpoint.input, known)
@@ -224,9 +224,7 @@ def _activations(
         return grids.calibrate_and_round(net, coded, spec.shape, settings.act_bits, known, rule, target, reads)
     ends = batchnorm_statistics.ranges(net, known, spec, result=target.codes_of_result)
     widths = placement.bits_of(net, ends, settings.act_bits, reads)
-    activations = {
-        name: grids.activation_grid(*both, widths[name], symmetric=target.symmetric) for name, both in ends.items()
-    }
+    activations = grids.grids_of(net, ends, widths, target)
     return activations, grids.round_to_grids(net, coded, activations)
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from r2cli import models, registry
 from r2cli.calibration import biases, deployed
+from r2cli.calibration.apart import apart
 from r2cli.config import targets
 from r2cli.data import losses
 from r2cli.data.losses import Learned
@@ -168,6 +169,7 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
     # moved one below 0. It is read here because `remove_norms` returns factors without their sign.
     negative = {name: batchnorm.affine(norm)[0] < 0 for name, norm in norms.items() if norm is not None}
     factors = batchnorm.remove_norms(net)
+    grids = apart(net, grids, symmetric=targets.get(work.settings.target).symmetric)
     deployed.insert_grids(net, grids)
     folded, rows = {}, []
     for layer, module in structure.named_layers(net):
@@ -184,7 +186,7 @@ def finish(work: QatTask, prepared: Prepared, *, round_biases: bool = True) -> t
         rows.append(_row(layer.name, coded[layer.name], grids[reads].bits if reads else None, note))
     if grids and round_biases:
         shown = (images for images, _ in work.batches())
-        raised = biases.round_biases(net, folded, grids, shown)
+        raised = biases.round_biases(net, folded, grids, shown, learned=True)
         told = {name: biases.raised_note(folded[name], one) for name, one in raised.items()}
         notes = [filter(None, (row.note, told.get(f"{row.layer}.weight"))) for row in rows]
         rows = [replace(row, note="; ".join(note)) for row, note in zip(rows, notes, strict=True)]
