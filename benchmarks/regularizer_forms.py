@@ -102,7 +102,7 @@ def for_bits(bits: int, strength: float = 0.03) -> Callable[[nn.Module], Penalty
     return of
 
 
-def folded(*, channels: bool, strength: float = 0.1) -> Callable[[nn.Module], Penalty]:
+def folded(*, channels: bool, strength: float) -> Callable[[nn.Module], Penalty]:
     """strength * max |w g|, where g is gamma / sqrt(var + eps) of the BatchNorm behind: of all, or the mean over the
     channels. Gradients reach the weight and gamma."""
 
@@ -139,8 +139,8 @@ FORMS = [
     Form("margin, strength by the rate", penalty=margin_while(lambda share: 1 + cos(pi * share))),
     Form("for 3 bits", penalty=for_bits(3)),
     Form("for 2 bits", penalty=for_bits(2)),
-    Form("L-inf, folded, tensor", penalty=folded(channels=False)),
-    Form("L-inf, folded, channels", penalty=folded(channels=True)),
+    Form("L-inf, folded, tensor", penalty=folded(channels=False, strength=0.01)),
+    Form("L-inf, folded, channels", penalty=folded(channels=True, strength=0.1)),
 ]
 CELLS: Mapping[str, r2cli.PtqConfig] = {
     "W4 nearest, tensor": r2cli.PtqConfig(weight_bits=4, granularity="tensor"),
