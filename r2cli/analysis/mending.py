@@ -2,7 +2,7 @@
 
 A choice is what `r2 ptq` makes of its options: 16 bits for what a layer reads are those of all values that
 `placement.bits_of` widens with it, and a layer that stays float takes along the grids that it alone wants. Ranges of 16
-bits are those of the float network on the samples.
+bits are those of the float network on the samples. Where biases make up for coarse grids, they do so anew.
 
 Bytes are those of the file. What a choice takes in time is not in them: 16-bit activations and floats have no integer
 kernels in ONNX Runtime. A table of costs has it.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from r2cli.analysis.depth import Mend, Ratio, ValueLoss, energy, rows_of
+from r2cli.calibration import biases
 from r2cli.calibration.calibrate import activation_grid
 from r2cli.calibration.deployed import FakeQuantize
 from r2cli.config import layer_form
@@ -89,12 +90,15 @@ def measured(
             ratios[-1].add(energy(wanted), found - wanted)
         return min(ratio.in_db for ratio in ratios)
 
+    grids = {name: of.made.get_submodule(path) for name, path in _grids(made).items()}
+    means = biases.means(made, {name: one.grid for name, one in grids.items() if isinstance(one, FakeQuantize)}, shown)
     before, found = arrives(), []
     for row in rows:
         for choice in _choices(of, row):
             kept = {path: made.get_submodule(path) for path in choice.modules}
             _put(made, choice.modules)
-            with_it = arrives()
+            with biases.brought_to(made, means, shown):
+                with_it = arrives()
             _put(made, kept)
             if with_it - before >= LEAST:
                 cost = None if known is None else _cost(of, choice, known)

@@ -10,7 +10,8 @@ of a level by which the shift is not whole is lost to all of them alike, whateve
 text with 28 such sums lost more by them than by all else (12.3 dB from its float network; 14.5 with this).
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -66,8 +67,7 @@ def round_biases(
         return True
 
     sums = set() if learned else shifted(net, activations)
-    corrects = bool(sums) or any(grid.bits < FINE for grid in activations.values())
-    shown = next(iter(images), None) if images is not None and corrects else None
+    shown = next(iter(images), None) if images is not None and (sums or _coarse(activations)) else None
     if shown is None:
         for layer, module in structure.named_layers(net):
             rounded(layer, module)
@@ -88,6 +88,49 @@ def round_biases(
     _Layers(net, record, unrounded=sums).run(*inputs)
     _Layers(net, correct).run(*inputs)
     return raised
+
+
+def _coarse(activations: Mapping[str, Grid]) -> bool:
+    return any(grid.bits < FINE for grid in activations.values())
+
+
+@torch.no_grad()
+def means(net: fx.GraphModule, activations: Mapping[str, Grid], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The channels' means, (channels,), of the layers with a bias, by name; none where `round_biases` corrects none."""
+    found: dict[str, Tensor] = {}
+
+    def record(layer: structure.Layer, module: LayerModule, outputs: Tensor, read: Tensor) -> Tensor:
+        if module.bias is not None:
+            found[layer.name] = channel_means(module, outputs)
+        return outputs
+
+    if shifted(net, activations) or _coarse(activations):
+        _Layers(net, record).run(*inputs)
+    return found
+
+
+@contextmanager
+def brought_to(net: fx.GraphModule, wanted: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block the biases of `net` are those with which its layers have the means `wanted` by name, as
+    `round_biases` would set them, but not rounded."""
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def correct(layer: structure.Layer, module: LayerModule, outputs: Tensor, read: Tensor) -> Tensor:
+        if module.bias is None or layer.name not in wanted:
+            return outputs
+        held.append((module.bias.data, module.bias.data.clone()))
+        module.bias.data.sub_(channel_means(module, outputs) - wanted[layer.name])
+        again: Tensor = module(read)
+        return again
+
+    if wanted:
+        with torch.no_grad():
+            _Layers(net, correct).run(*inputs)
+    try:
+        yield
+    finally:
+        for bias, before in held:
+            bias.copy_(before)
 
 
 Visit = Callable[[structure.Layer, LayerModule, Tensor, Tensor], Tensor]
