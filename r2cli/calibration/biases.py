@@ -73,19 +73,14 @@ def round_biases(
             rounded(layer, module)
         return raised
 
-    inputs, wanted = places(each(shown, lambda one: one.cpu())), dict[str, Tensor]()
-
-    def record(layer: structure.Layer, module: LayerModule, outputs: Tensor, read: Tensor) -> Tensor:
-        if module.bias is not None:
-            wanted[layer.name] = channel_means(module, outputs)
-        return outputs
+    inputs = places(each(shown, lambda one: one.cpu()))
+    wanted = _means(net, inputs, unrounded=sums)
 
     def correct(layer: structure.Layer, module: LayerModule, outputs: Tensor, read: Tensor) -> Tensor:
         if module.bias is not None:
             module.bias.sub_(channel_means(module, outputs) - wanted[layer.name])
         return module(read) if rounded(layer, module) else outputs
 
-    _Layers(net, record, unrounded=sums).run(*inputs)
     _Layers(net, correct).run(*inputs)
     return raised
 
@@ -97,6 +92,10 @@ def _coarse(activations: Mapping[str, Grid]) -> bool:
 @torch.no_grad()
 def means(net: fx.GraphModule, activations: Mapping[str, Grid], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """The channels' means, (channels,), of the layers with a bias, by name; none where `round_biases` corrects none."""
+    return _means(net, inputs) if shifted(net, activations) or _coarse(activations) else {}
+
+
+def _means(net: fx.GraphModule, inputs: Sequence[Tensor], *, unrounded: Container[str] = ()) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def record(layer: structure.Layer, module: LayerModule, outputs: Tensor, read: Tensor) -> Tensor:
@@ -104,8 +103,7 @@ def means(net: fx.GraphModule, activations: Mapping[str, Grid], inputs: Sequence
             found[layer.name] = channel_means(module, outputs)
         return outputs
 
-    if shifted(net, activations) or _coarse(activations):
-        _Layers(net, record).run(*inputs)
+    _Layers(net, record, unrounded=unrounded).run(*inputs)
     return found
 
 
