@@ -121,14 +121,14 @@ def brought_to(net: fx.GraphModule, wanted: Mapping[str, Tensor], inputs: Sequen
         again: Tensor = module(read)
         return again
 
-    if wanted:
-        with torch.no_grad():
-            _Layers(net, correct).run(*inputs)
     try:
+        if wanted:
+            with torch.no_grad():
+                _Layers(net, correct).run(*inputs)
         yield
     finally:
         for bias, before in held:
-            bias.copy_(before)
+            bias.copy_(before)  # also where the run was stopped
 
 
 Visit = Callable[[structure.Layer, LayerModule, Tensor, Tensor], Tensor]
