@@ -77,7 +77,7 @@ PUBLIC_HEAD = [
 ]
 TRIED_HEAD = ["file", "options", "dB, agreement, right", "MB", "proof"]
 LINE = 320  # pixels of the longest line of text; what takes less is given it narrowed, as the programs around it do
-CALIBRATION, TEST, PROVED = 32, 64, 16  # pictures; the last are of TEST
+CALIBRATION, TEST, PROVED = 32, 256, 16  # pictures; the last are of TEST
 
 
 # --- exports ---------------------------------------------------------------------------------------------------------
@@ -335,32 +335,35 @@ def published_row(one: Published, packages: Path) -> dict[str, Any]:
 
 Options = Mapping[str, Any]
 W4A8: Options = {"weight_bits": 4}
-# Methods that learn do so on FEW pictures, in STEPS steps a layer or block: what a slow machine can afford.
+# Methods that learn at 8 bits do so on FEW pictures, in STEPS steps a layer or block: what a slow machine can afford.
 LEARNED, FEW, STEPS = ("adaround", "brecq"), 8, 20
-TRAINED: Options = {"weight_bits": 4, "act_bits": "8", "epochs": 4, "batch_size": 8}
-FEW_BITS = (W4A8, {**W4A8, "method": "brecq"})
-# Of the recogniser: as much learning as makes its text readable at four bits, and bits by their budget.
-LONG: Options = {**W4A8, "method": "brecq", "steps": 200, "calibration": 32}
-MIXED: Options = {"target_bits": 5.0}
-MORE = ({"act_bits": "16"}, {"method": "brecq"}, {"act_bits": "16", "method": "brecq"}, {"method": "adaround"})
+LONG: Options = {"steps": 200, "calibration": 32}
+FOUR = (W4A8, {**W4A8, "method": "brecq", **LONG})
+EIGHT = ({"act_bits": "16"}, {"method": "brecq"})
+# What `r2 compare` says to do next for its W8A8 file.
+NAMED: Options = {"keep": ("model.2.cv1.conv=A16", "model.1.conv=A16", "model.2.m.0.cv1.conv=A16")}
 # What is tried of each kind of picture beside W8A8 to the nearest level.
 TRIED: Mapping[str, Sequence[Options]] = {
-    "turned": (*FEW_BITS, {**W4A8, "method": "adaround"}),
-    "photographs": FEW_BITS,
-    "pages": (*MORE, *FEW_BITS),
-    "lines": (*MORE, *FEW_BITS, LONG, MIXED),
+    "turned": (*FOUR, {**W4A8, "method": "adaround", **LONG}),
+    "photographs": (NAMED, *FOUR),
+    "pages": (*EIGHT, *FOUR),
+    "lines": (*EIGHT, *FOUR),
 }
+TRAINED: Options = {"weight_bits": 4, "act_bits": "8", "epochs": 8, "batch_size": 8, "calibration": 256}
 QAT: Mapping[str, Sequence[Options]] = {"turned": (TRAINED,), "lines": (TRAINED,)}
 
 
 def shown(command: str, options: Options) -> str:
     """The command that does it."""
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
-    return " ".join([f"`{command}", *words]) + "`"
+    pairs = [
+        (name, each) for name, value in options.items() for each in (value if isinstance(value, tuple) else [value])
+    ]
+    return " ".join([f"`{command}", *(f"--{name.replace('_', '-')} {value}" for name, value in pairs)]) + "`"
 
 
 def named(one: Published, command: str, options: Options) -> str:
-    return ".".join([Path(one.file).stem, command, *map(str, options.values()), "json"])
+    values = ["-".join(value) if isinstance(value, tuple) else str(value) for value in options.values()]
+    return ".".join([Path(one.file).stem, command, *values, "json"])
 
 
 def tried_row(one: Published, packages: Path, command: str, options: Options) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from conftest import R2
 from r2cli.analysis import depth, depth_page, mending, pairing
 from r2cli.analysis.depth import Depth, Mend, ValueLoss
 from r2cli.calibration.deployed import FakeQuantize
+from r2cli.cli.compare import _mended as _mended_by
 from r2cli.deploy import runtime
 from r2cli.errors import InputError
 from r2cli.models import build
@@ -246,6 +247,32 @@ def test_a_choice_is_what_its_keep_line_makes(layer: str, word: str) -> None:
     """16 bits for the second layer are those of the whole chain before it; float ones take the grids along."""
     mend, arrives = _mended(layer, word)
     assert mend.won > 0.5 and mend.outputs == pytest.approx(arrives, abs=0.3)
+
+
+@pytest.mark.parametrize("value", ["first", "hardsigmoid", "mul", "mul_1", "add"])
+def test_a_coarse_value_is_mended_by_16_bits_for_what_reads_a_function_of_it(value: str) -> None:
+    """A layer's own output too, which no layer reads: 16 bits for the second layer are the only way to it."""
+    coarse = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(**COARSE)).checkpoint  # type: ignore[arg-type]
+    pair = pairing.graphs(CHAIN, coarse, IMAGES)
+    row = next(one for one in _compared(coarse, CHAIN).values if one.name == value)
+    found = [mend.options for mend in mending.measured(pair, [row, row], IMAGES[0], coarse.coded)]
+    assert found.count("--keep 'second=A16'") == 1
+
+
+def _mend(layer: str, won: float, options: str) -> Mend:
+    return Mend(layer, "", 0.0, won, 0, None, options)
+
+
+def test_the_next_command_says_nothing_of_a_layer_that_it_makes_float() -> None:
+    mends = [
+        _mend("a", 3, "--keep 'b=A16'"),
+        _mend("b", 2, "--keep 'b=float'"),
+        _mend("b", 1, "--keep 'b=8'"),
+        _mend("c", 1, "--keep 'c=float'"),
+        _mend("d", 1, "--keep 'c=A16' --keep 'e=A16'"),
+        _mend("e", 1, "--keep 'e=A16'"),
+    ]
+    assert _mended_by(mends) == ["--keep 'b=A16'", "--keep 'b=8'", "--keep 'c=float'", "--keep 'e=A16'"]
 
 
 def test_choices_are_sorted_by_what_they_win_for_their_cost(tmp_path: Path) -> None:

@@ -92,9 +92,12 @@ def measured(
 
     grids = {name: of.made.get_submodule(path) for name, path in _grids(made).items()}
     means = biases.means(made, {name: one.grid for name, one in grids.items() if isinstance(one, FakeQuantize)}, shown)
-    before, found = arrives(), []
+    before, found, tried = arrives(), [], set()
     for row in rows:
         for choice in _choices(of, row):
+            if choice.options in tried:  # 16 bits for one value are those of the values before it too
+                continue
+            tried.add(choice.options)
             kept = {path: made.get_submodule(path) for path in choice.modules}
             _put(made, choice.modules)
             with biases.brought_to(made, means, shown):
@@ -233,10 +236,14 @@ def _steps(values: Tensor) -> int | None:
 
 
 def _wider(of: _Candidate, node: fx.Node) -> Iterator[_Choice]:
-    """16 bits for the grid at `node`, where a layer reads it, and for all that is widened with it."""
+    """16 bits for the grid at `node`, where a layer reads it or a function of it, and for all that widens with it."""
     value, grids = node.all_input_nodes[0].name, _grids(of.made)
     reads = {layer.name: edit.source(of.made, structure.node_of(of.made, layer)) for layer in structure.layers(of.made)}
-    wanted = {name: WIDE_BITS for name, source in reads.items() if source == value}
+
+    def widens(layer: str) -> bool:
+        return placement.bits_of(of.made, [value], MOST_BITS, {layer: WIDE_BITS})[value] == WIDE_BITS
+
+    wanted = {name: WIDE_BITS for name in reads if widens(name)}
     bits = placement.bits_of(of.made, of.ranges.keys() & grids.keys(), MOST_BITS, wanted)
     wide = [name for name, own in bits.items() if own == WIDE_BITS]
     if value in wide:

@@ -1,5 +1,6 @@
 """`r2 compare`: where a quantized network loses what its float network had."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -164,9 +165,20 @@ def _next(given: CompareFiles, found: "Comparison", history: "Sequence[Mapping[s
     """The options of the candidate, and for each layer the choice that stands first; else learn how to round."""
     asked = history[-1]["options"] if history and history[-1]["command"] == "ptq" else {}
     own = _again(asked, with_method=bool(found.mends)) if asked else []
-    first = {mend.layer: mend.options for mend in reversed(found.mends)}
-    mended = [*dict.fromkeys(first[mend.layer] for mend in found.mends)] or ["--method brecq"]
-    return " ".join([f"r2 ptq {given.source}", *own, *mended])
+    return " ".join([f"r2 ptq {given.source}", *own, *(_mended(found.mends) or ["--method brecq"])])
+
+
+def _mended(mends: "Sequence[Mend]") -> list[str]:
+    """For each value the choice that stands first, unless a layer is to be float by one and another says more of it."""
+    chosen: dict[str, str] = {}
+    told: dict[str, str] = {}
+    for mend in mends:
+        words = dict(re.findall("--keep '(.+?)=([^=']+)'", mend.options))
+        clashes = any("float" in (word, told[layer]) for layer, word in words.items() if layer in told)
+        if mend.layer not in chosen and not clashes:
+            chosen[mend.layer] = mend.options
+            told |= words
+    return [*dict.fromkeys(chosen.values())]
 
 
 def _again(asked: Mapping[str, Any], *, with_method: bool) -> list[str]:
