@@ -20,7 +20,7 @@ from conftest import R2
 from r2cli.analysis import depth, depth_page, mending, pairing
 from r2cli.analysis.depth import Depth, Mend, ValueLoss
 from r2cli.calibration.deployed import FakeQuantize
-from r2cli.cli.compare import _mended as _mended_by
+from r2cli.cli.compare import mended
 from r2cli.deploy import runtime
 from r2cli.errors import InputError
 from r2cli.models import build
@@ -272,7 +272,7 @@ def test_the_next_command_says_nothing_of_a_layer_that_it_makes_float() -> None:
         _mend("d", 1, "--keep 'c=A16' --keep 'e=A16'"),
         _mend("e", 1, "--keep 'e=A16'"),
     ]
-    assert _mended_by(mends) == ["--keep 'b=A16'", "--keep 'b=8'", "--keep 'c=float'", "--keep 'e=A16'"]
+    assert mended(mends) == ["--keep 'b=A16'", "--keep 'b=8'", "--keep 'c=float'", "--keep 'e=A16'"]
 
 
 def test_choices_are_sorted_by_what_they_win_for_their_cost(tmp_path: Path) -> None:

@@ -165,10 +165,10 @@ def _next(given: CompareFiles, found: "Comparison", history: "Sequence[Mapping[s
     """The options of the candidate, and for each layer the choice that stands first; else learn how to round."""
     asked = history[-1]["options"] if history and history[-1]["command"] == "ptq" else {}
     own = _again(asked, with_method=bool(found.mends)) if asked else []
-    return " ".join([f"r2 ptq {given.source}", *own, *(_mended(found.mends) or ["--method brecq"])])
+    return " ".join([f"r2 ptq {given.source}", *own, *(mended(found.mends) or ["--method brecq"])])
 
 
-def _mended(mends: "Sequence[Mend]") -> list[str]:
+def mended(mends: "Sequence[Mend]") -> list[str]:
     """For each value the choice that stands first, unless a layer is to be float by one and another says more of it."""
     chosen: dict[str, str] = {}
     told: dict[str, str] = {}
