@@ -259,18 +259,18 @@ def test_a_coarse_value_is_mended_by_16_bits_for_what_reads_a_function_of_it(val
     assert found.count("--keep 'second=A16'") == 1
 
 
-def _mend(layer: str, won: float, options: str) -> Mend:
-    return Mend(layer, "", 0.0, won, 0, None, options)
+def _mend(layer: str, won: float, **keep: str) -> Mend:
+    return Mend(layer, "", 0.0, won, 0, None, keep)
 
 
 def test_the_next_command_says_nothing_of_a_layer_that_it_makes_float() -> None:
     mends = [
-        _mend("a", 3, "--keep 'b=A16'"),
-        _mend("b", 2, "--keep 'b=float'"),
-        _mend("b", 1, "--keep 'b=8'"),
-        _mend("c", 1, "--keep 'c=float'"),
-        _mend("d", 1, "--keep 'c=A16' --keep 'e=A16'"),
-        _mend("e", 1, "--keep 'e=A16'"),
+        _mend("a", 3, b="A16"),
+        _mend("b", 2, b="float"),
+        _mend("b", 1, b="8"),
+        _mend("c", 1, c="float"),
+        _mend("d", 1, c="A16", e="A16"),
+        _mend("e", 1, e="A16"),
     ]
     assert mended(mends) == ["--keep 'b=A16'", "--keep 'b=8'", "--keep 'c=float'", "--keep 'e=A16'"]
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from r2cli.calibration.deployed import FakeQuantize
+from r2cli.config import layer_form
 from r2cli.data.metrics import Measured
 from r2cli.graph import edit, equivalence, heard
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, is_a, module_of
@@ -90,8 +91,8 @@ class Comparison:
 class Mend:
     """A choice for one layer: the outputs' dB with it, how many more that is, and the bytes that it adds to the file.
 
-    `cost` is what it adds in a table of costs, None without one, and where a width is not in it. `options` are those of
-    `r2 ptq`.
+    `cost` is what it adds in a table of costs, None without one, and where a width is not in it. `keep` is what --keep
+    of `r2 ptq` says of layers, and `options` is how.
     """
 
     layer: str
@@ -100,7 +101,15 @@ class Mend:
     won: float
     bytes: int
     cost: float | None
-    options: str
+    keep: Mapping[str, str]
+
+    @property
+    def options(self) -> str:
+        return " ".join(layer_form.shown(self.keep))
+
+    def told(self) -> dict[str, object]:
+        """The numbers and the options, for a reader that is a program."""
+        return {**{name: value for name, value in self.__dict__.items() if name != "keep"}, "options": self.options}
 
 
 @dataclass

@@ -76,6 +76,6 @@ def to_bytes(found: Comparison, title: str) -> bytes:
         "begins": found.depth.begins,
         "worst": [value.name for value in found.depth.worst()],
         "layers": layers,
-        "mends": [mend.__dict__ for mend in found.mends],
+        "mends": [mend.told() for mend in found.mends],
     }
     return page.filled("depth_page.html", data)

@@ -57,10 +57,6 @@ class _Choice:
     modules: Mapping[str, nn.Module]
     keep: Mapping[str, str]
 
-    @property
-    def options(self) -> str:
-        return " ".join(f"--keep '{layer}={word}'" for layer, word in self.keep.items())
-
 
 @torch.no_grad()
 def measured(
@@ -92,12 +88,13 @@ def measured(
 
     grids = {name: of.made.get_submodule(path) for name, path in _grids(made).items()}
     means = biases.means(made, {name: one.grid for name, one in grids.items() if isinstance(one, FakeQuantize)}, shown)
-    before, found, tried = arrives(), [], set()
+    before, found = arrives(), list[Mend]()
+    tried: list[Mapping[str, str]] = []
     for row in rows:
         for choice in _choices(of, row):
-            if choice.options in tried:  # 16 bits for one value are those of the values before it too
+            if choice.keep in tried:  # 16 bits for one value are those of the values before it too
                 continue
-            tried.add(choice.options)
+            tried.append(choice.keep)
             kept = {path: made.get_submodule(path) for path in choice.modules}
             _put(made, choice.modules)
             with biases.brought_to(made, means, shown):
@@ -106,7 +103,7 @@ def measured(
             if with_it - before >= LEAST:
                 cost = None if known is None else _cost(of, choice, known)
                 won = with_it - before
-                found.append(Mend(row.name, choice.name, with_it, won, choice.bytes, cost, choice.options))
+                found.append(Mend(row.name, choice.name, with_it, won, choice.bytes, cost, choice.keep))
     if known is None:
         return sorted(found, key=lambda mend: -mend.won / max(mend.bytes, 1))
     least = LEAST_COST * sum(min(own.values()) for own in known.values())

@@ -1,6 +1,5 @@
 """`r2 compare`: where a quantized network loses what its float network had."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from r2cli import console, registry
 from r2cli.cli import gates
 from r2cli.cli.command import Report, command
-from r2cli.config import targets
+from r2cli.config import layer_form, targets
 from r2cli.config.inspection import CompareConfig, CompareFiles, CompareOutput
 from r2cli.errors import InputError
 
@@ -100,7 +99,7 @@ def _reported(found: "Comparison") -> dict[str, Any]:
     }
     values = [value.__dict__ for value in found.depth.values]
     worst = [value.name for value in found.depth.worst()]
-    mends = [mend.__dict__ for mend in found.mends]
+    mends = [mend.told() for mend in found.mends]
     told = {"samples": found.samples, "outputs_db": list(found.depth.outputs), "begins": found.depth.begins}
     return {**told, "half_of_the_cost": worst, **measured, "layers": values, "mends": mends}
 
@@ -173,11 +172,10 @@ def mended(mends: "Sequence[Mend]") -> list[str]:
     chosen: dict[str, str] = {}
     told: dict[str, str] = {}
     for mend in mends:
-        words = dict(re.findall("--keep '(.+?)=([^=']+)'", mend.options))
-        clashes = any("float" in (word, told[layer]) for layer, word in words.items() if layer in told)
+        clashes = any(layer_form.FLOAT in (word, told[layer]) for layer, word in mend.keep.items() if layer in told)
         if mend.layer not in chosen and not clashes:
             chosen[mend.layer] = mend.options
-            told |= words
+            told |= mend.keep
     return [*dict.fromkeys(chosen.values())]
 
 
@@ -191,4 +189,4 @@ def _again(asked: Mapping[str, Any], *, with_method: bool) -> list[str]:
     others = {name: asked.get(name, each) for name, each in usual.items()}  # files of older versions lack some
     own += [f"--{name.replace('_', '-')} {each}" for name, each in others.items() if each != usual[name]]
     own += [] if asked.get("symmetric", True) else ["--asymmetric"]
-    return own + [f"--keep '{pattern}={word}'" for pattern, word in (asked.get("keep") or {}).items()]
+    return own + layer_form.shown(asked.get("keep") or {})

@@ -91,3 +91,8 @@ def _of_word(word: str, given: str) -> LayerForm:
 def all_of(keep: Mapping[str, int | str]) -> list[LayerForm]:
     """The form that each pattern of `keep` gives by itself."""
     return [of(own) for own in keep.values()]
+
+
+def shown(keep: Mapping[str, int | str]) -> list[str]:
+    """What `--keep` says of layers, as options of a command line."""
+    return [f"--keep '{pattern}={word}'" for pattern, word in keep.items()]
