@@ -214,7 +214,7 @@ def test_a_comparison_opens_with_both_histograms_of_a_layer(browser: Any, tmp_pa
     counts = {"low": -1.0, "high": 1.0, "floats": [1, 9, 3], "codes": [0, 12, 1], "ends": [-0.5, 0.5], "bits": 8}
     picture = {"values": counts, "weights": counts, "channels": [[3, 20.0, 75.0]]}
     rows = [ValueLoss(name, 20, 30, cost, dict.fromkeys(PARTS, 9.0)) for name, cost in (("a", 40), ("b", 10))]
-    mend = Mend("b", "8 bits", 12, 2, 64, 2.5, "--keep 'b=8'")
+    mend = Mend("b", "8 bits", 12, 2, 64, 2.5, {"b": "8"})
     found = Comparison(Depth(tuple(rows), (9.5,)), 4, mends=(mend,), pictures={"a": picture, "b": picture})
     path = tmp_path / "compare.html"
     path.write_bytes(depth_page.to_bytes(found, HOSTILE))
