@@ -136,7 +136,7 @@ def network(kind: str, bits: int, dim: int) -> dict[str, float]:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
     return measured(step, SHAPE[0] * SHAPE[1] * 9 * 4)

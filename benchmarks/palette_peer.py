@@ -55,7 +55,7 @@ def fine_tune(model: nn.Module, steps: Any, source: data.Data, options: argparse
                 group["lr"] = options.lr * loop.learning_rate(number, total, WARMUP)
             number += 1
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+            nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
             steps.step()
 

@@ -122,7 +122,7 @@ def folded(*, channels: bool, strength: float) -> Callable[[nn.Module], Penalty]
                     assert norm.running_var is not None
                     w = w * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None]
                 total = total + (w.abs().amax(1).mean() if channels else w.abs().amax())
-            (strength * total).backward()  # type: ignore[no-untyped-call]
+            (strength * total).backward()
 
         return add
 

@@ -43,9 +43,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     is_named = session.config.args_source is pytest.Config.ArgsSource.ARGS
     is_whole = not (is_named or option.keyword or option.collectonly)
     if exitstatus == pytest.ExitCode.OK and _is_quick(session.config) and is_whole:
-        session.config.stash[LEFT_OUT] = left = sorted(
-            modules() - APART - reached - session.config.stash.get(REACHED, set())
-        )
+        elsewhere = session.config.stash.get(REACHED, set[str]())
+        session.config.stash[LEFT_OUT] = left = sorted(modules() - APART - reached - elsewhere)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED if left else exitstatus
 
 

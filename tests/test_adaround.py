@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.graph import batchnorm, structure
+from r2cli.graph.operators import LayerModule
 from r2cli.graph.read import trace
 from r2cli.ptq import adaround, layer_sweep, post_training, weight_grids
 from r2cli.ptq.layer_sweep import MEMORY, LayerSample, images_that_fit, sweep
@@ -76,12 +77,12 @@ CONVS = [
 ]
 
 
-def inputs_of(module: nn.Module) -> Tensor:
+def inputs_of(module: LayerModule) -> Tensor:
     shape = (5, 6) if isinstance(module, nn.Linear) else (5, 6, 9) if isinstance(module, nn.Conv1d) else (5, 6, 9, 8)
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def seen(module: nn.Module, bound: float | None = None) -> LayerSample:
+def seen(module: LayerModule, bound: float | None = None) -> LayerSample:
     torch.manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
@@ -95,14 +96,17 @@ def seen(module: nn.Module, bound: float | None = None) -> LayerSample:
 @torch.no_grad()
 @pytest.mark.parametrize("bound", [None, torch.inf, 6.0])
 @pytest.mark.parametrize("module", CONVS, ids=str)
-def test_rows_are_the_layer_at_its_places(module: nn.Module, bound: float | None) -> None:
+def test_rows_are_the_layer_at_its_places(module: LayerModule, bound: float | None) -> None:
     one = seen(module, bound)
     rows = adaround.sample_rows(one, adaround.AdaroundSettings(rows=10**6))
     weight = module.weight
     assert isinstance(weight, Tensor)
     outputs = rows.inputs @ weight.reshape(rows.inputs.shape[0], -1, rows.inputs.shape[2]).transpose(1, 2)
     outputs = rows.act(outputs if rows.bias is None else outputs + rows.bias)
-    act = (lambda y: y) if bound is None else (lambda y: y.clamp(0, bound))
+
+    def act(y: Tensor) -> Tensor:
+        return y if bound is None else y.clamp(0, bound)
+
     wanted, reference = act(module(one.rounded_inputs)), act(module(one.inputs))
     # All places once, in a random order: sums agree to float32's rounding, and the pairing through the squared error.
     assert rows.inputs.shape[1] * rows.targets.shape[0] * rows.targets.shape[2] == wanted.numel()
@@ -197,7 +201,7 @@ def folded(made: checkpoint.Checkpoint) -> torch.fx.GraphModule:
     with torch.no_grad():
         for layer, module in structure.named_layers(net):
             if layer.name in factors:
-                module.weight *= factors[layer.name].float().reshape(-1, 1, 1, 1)  # type: ignore[operator]
+                module.weight *= factors[layer.name].float().reshape(-1, 1, 1, 1)
     return net
 
 
@@ -214,7 +218,7 @@ def test_a_sweep_sees_both_networks_inputs_and_changes_nothing(made: checkpoint.
         weight = one.module.weight
         assert isinstance(weight, Tensor)
         grid = weight_grids.weight_grid(weight, 3, per_channel=True)
-        return Coded(grid, grid.encode(weight)), one.module.bias  # type: ignore[return-value]
+        return Coded(grid, grid.encode(weight)), one.module.bias
 
     coded, biases = sweep(net, images, visit)
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
@@ -226,7 +230,7 @@ def test_a_sweep_sees_both_networks_inputs_and_changes_nothing(made: checkpoint.
     classifier = last.module
     assert torch.allclose(classifier(last.inputs), net(images), atol=1e-5)
     for layer, module in structure.named_layers(net):
-        module.weight.copy_(coded[layer.weight].decode())  # type: ignore[operator]
+        module.weight.copy_(coded[layer.weight].decode())
     rounded = classifier(last.rounded_inputs)
     assert torch.allclose(rounded, net(images), atol=1e-5) and len(inner.graph.nodes) > 0
 

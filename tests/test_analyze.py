@@ -109,7 +109,8 @@ def test_channels_are_numpys_whatever_the_pieces(x: Tensor) -> None:
             w[at : at + lines.group].size for at in range(0, len(w), lines.group)
         ]
         # The channels' bins are unions of the layer's own.
-        times, merged = round(lines.step / found.histogram.step), {}
+        times = round(lines.step / found.histogram.step)
+        merged: dict[int, int] = {}
         for index, number in enumerate(found.histogram.counts):
             bin_ = (found.histogram.first + index) // times
             merged[bin_] = merged.get(bin_, 0) + number

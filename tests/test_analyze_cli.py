@@ -21,6 +21,7 @@ from conftest import R2
 from r2cli.analysis import layer_table as worker
 from r2cli.analysis import terminal
 from r2cli.config import inspection
+from r2cli.storage import stream
 
 ROOT = Path(__file__).parent.parent
 
@@ -232,7 +233,7 @@ def test_names_are_no_markup(r2: R2, foreign: Path) -> None:
 def test_cells_of_the_small_histogram() -> None:
     x = torch.cat([torch.linspace(-1, 1, 2000), torch.tensor([5.0])]).reshape(3, -1)
     row = worker.row(
-        worker.Stored("w", (3, 667), x.dtype, "float32", "", lambda a, b, _: x.reshape(-1)[a:b]),
+        stream.Stored("w", (3, 667), x.dtype, "float32", "", lambda a, b, _: x.reshape(-1)[a:b]),
         worker.AnalyzeSettings(),
     )
     heights, marked = terminal.cells(row, 4.0)

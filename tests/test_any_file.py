@@ -21,14 +21,14 @@ WIDE = 48
 ONLY_ORT = r2cli.VerifyConfig(runtime=["onnxruntime"])
 
 
-def _weights() -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _weights() -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     found = [(generator.standard_normal((WIDE, WIDE)) / WIDE**0.5).astype(np.float32) for _ in range(2)]
     return found[0], found[1]
 
 
 def _model(nodes: list[onnx.NodeProto], held: list[TensorProto], opset: int = 13, *domains: str) -> ModelProto:
-    shape = ["n", WIDE]
+    shape: list[str | int | None] = ["n", WIDE]
     graph = helper.make_graph(
         nodes,
         "two_layers",
@@ -53,12 +53,12 @@ def _float() -> ModelProto:
     return _model(_layers(), [numpy_helper.from_array(a, "a"), numpy_helper.from_array(b, "b")])
 
 
-def _codes(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:  # type: ignore[type-arg]
+def _codes(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
     scale = np.float32(np.abs(weight).max() / 127)
     return np.rint(weight / scale).astype(np.int8), scale
 
 
-def _held(name: str, weight: np.ndarray) -> list[TensorProto]:  # type: ignore[type-arg]
+def _held(name: str, weight: np.ndarray) -> list[TensorProto]:
     codes, scale = _codes(weight)
     return [numpy_helper.from_array(codes, f"{name}q"), numpy_helper.from_array(np.asarray(scale), f"{name}s")]
 
@@ -72,9 +72,9 @@ def _decoded() -> ModelProto:
 
 def _grid() -> list[TensorProto]:
     return [
-        numpy_helper.from_array(np.float32(0.05), "s"),
-        numpy_helper.from_array(np.uint8(128), "z"),
-        numpy_helper.from_array(np.int8(0), "zero"),
+        numpy_helper.from_array(np.array(0.05, np.float32), "s"),
+        numpy_helper.from_array(np.array(128, np.uint8), "z"),
+        numpy_helper.from_array(np.array(0, np.int8), "zero"),
     ]
 
 
@@ -92,7 +92,7 @@ def _rounded_at_load() -> ModelProto:
     for name in "ab":
         nodes.append(helper.make_node("QuantizeLinear", [f"{name}f", f"{name}s", "zero"], [f"{name}q"]))
         nodes.append(helper.make_node("DequantizeLinear", [f"{name}q", f"{name}s", "zero"], [name]))
-    scales = [numpy_helper.from_array(_codes(w)[1].reshape(()), f"{n}s") for n, w in zip("ab", (a, b), strict=True)]
+    scales = [numpy_helper.from_array(np.asarray(_codes(w)[1]), f"{n}s") for n, w in zip("ab", (a, b), strict=True)]
     held = [numpy_helper.from_array(a, "af"), numpy_helper.from_array(b, "bf"), *scales, *_grid()]
     return _model([*nodes, *_rounded_inputs(_layers())], held)
 
@@ -281,7 +281,7 @@ def _only_as_written(path: Path, *, optimise: bool = True, exact: bool = True) -
 
 def test_dead_initializers_fail_unless_they_are_next_to_nothing(here: Path) -> None:
     model = _decoded()
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "left"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "left"))
     proof = _proof(model)
     assert proof.passed and "left (" in _detail(proof, "nothing beside")
     model.graph.initializer.append(numpy_helper.from_array(_weights()[0], "dead"))

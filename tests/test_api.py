@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -116,7 +117,7 @@ def test_a_module_is_trained_quantized_and_palettized() -> None:
     torch.manual_seed(0)
     source = r2cli.load_data("digits:32", size=8)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-    short = {"batch_size": 16, "device": "cpu"}
+    short: dict[str, Any] = {"batch_size": 16, "device": "cpu"}
     trained = r2cli.pretrain(network, source, r2cli.PretrainConfig(reg="linf", epochs=8, **short))
     assert len(trained.epochs) == 8 and trained.epochs[-1].loss < trained.epochs[0].loss
     assert trained.epochs[-1].penalty > 0

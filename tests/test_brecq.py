@@ -1,6 +1,7 @@
 """BRECQ: a network is its blocks; learning starts at the float weights, and ends on a grid that does better."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from r2cli.ptq import brecq, pace, post_training, weight_grids
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
+from r2cli.storage.input_spec import Given
 from r2cli.train import evaluation
 
 CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ def images(count: int) -> Tensor:
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def nearest(net: fx.GraphModule, bits: int, **options: bool) -> dict[str, Coded]:
+def nearest(net: fx.GraphModule, bits: int, **options: Any) -> dict[str, Coded]:
     found = {}
     for layer, module in structure.named_layers(net):
         weight = module.weight
@@ -76,10 +78,10 @@ def test_a_layer_of_two_blocks_has_one_set_of_codes(least: int) -> None:
     net = trace(Twice().eval(), images(2))
     found = brecq.blocks(net, least)
     assert len(found) == (4 if least == 1 else 2)
-    x = images(3)
+    x: Given = images(3)
     for block in found:
         x = brecq.run(net, block, x, {})
-    assert torch.equal(x, net(images(3)))
+    assert isinstance(x, Tensor) and torch.equal(x, net(images(3)))
     counted: list[None] = []
     quick = brecq.BrecqSettings(steps=3, batch=2, least=least)
     coded, biases, _ = brecq.round_network(
@@ -97,8 +99,8 @@ def test_a_step_uses_fewer_images_where_they_are_large(side: int, images_a_step:
     structure.propagate(net, (1, side, side))
     first, last = brecq.blocks(net)
     for block, wanted in ((first, images_a_step), (last, 32)):
-        layers = [node for node in block.nodes if str(node.target) in block.layers]
-        assert pace.images_of_a_step(net, layers, 32, 3200) == wanted
+        nodes = [node for node in block.nodes if str(node.target) in block.layers]
+        assert pace.images_of_a_step(net, nodes, 32, 3200) == wanted
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -114,7 +116,7 @@ def test_learning_starts_at_the_float_layer(bits: int, symmetric: bool, per_chan
     low, high = (grid.decode(torch.full((5, 1, 1, 1), code)) for code in (grid.lowest, grid.highest))
     soft = one.soft()
     torch.testing.assert_close(soft["weight"], module.weight.clamp(low, high), rtol=0, atol=1e-5)
-    assert soft["bias"].equal(module.bias.detach())
+    assert soft["bias"].equal(module.get_parameter("bias").detach())
     # Nothing learned yet: the nearest codes, but for ties.
     assert one.hard().codes.equal(grid.encode(module.weight.detach()))
     assert one.hard().codec.scale.equal(grid.scale)

@@ -55,6 +55,8 @@ class Functional(nn.Module):
 
 
 class Masked(nn.Module):
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
@@ -110,7 +112,7 @@ def _recurrent(kind: type[nn.Module]) -> nn.Module:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.cell = kind(8, 5, batch_first=True)  # type: ignore[call-arg]
+            self.cell = kind(8, 5, batch_first=True)
 
         def forward(self, x: Tensor) -> Tensor:
             found, _ = self.cell(x.flatten(1, 2))

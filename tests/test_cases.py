@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import pytest
@@ -21,7 +21,8 @@ from r2cli import models
 from r2cli.api import data_notes
 from r2cli.calibration import deployed
 from r2cli.calibration.biases import with_raised_scale
-from r2cli.data import Batch, splits
+from r2cli.config import machine
+from r2cli.data import Batch
 from r2cli.deploy import onnx_export, parity, runtime, verify
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import structure
@@ -201,7 +202,7 @@ def test_a_transposed_convolution_is_read_with_its_outputs_first(groups: int) ->
     net = trace(model, x)
     ((name, layer),) = [(name, each) for name, each in net.named_modules() if isinstance(each, TransposedConv)]
     assert name == "0" and layer.weight.shape == (8, 4 // groups, 3, 2)
-    assert torch.equal(exchanged(layer.weight, groups), model[0].weight)
+    assert torch.equal(exchanged(layer.weight, groups), model.get_parameter("0.weight"))
     assert torch.allclose(net(x), model(x), atol=1e-6)
 
 
@@ -218,11 +219,12 @@ def test_patches_times_filters_are_what_the_layer_gives(factory: Factory, shape:
     torch.manual_seed(0)
     x = torch.randn(3, *shape)
     layer = next(iter(trace(nn.Sequential(factory()), x).children()))
+    assert isinstance(layer, adaround.Convolution)
     out = layer(x)
     index = torch.randperm(out[:, 0].numel())[:50]
-    seen = adaround.patches(x, layer, out.shape[2:], index)  # type: ignore[arg-type]
-    filters = layer.weight.reshape(layer.groups, -1, seen.shape[2])  # type: ignore[union-attr, operator]
-    found = (seen @ filters.transpose(1, 2)).transpose(0, 1).flatten(1) + layer.bias
+    seen = adaround.patches(x, layer, out.shape[2:], index)
+    filters = layer.weight.reshape(layer.groups, -1, seen.shape[2])
+    found = (seen @ filters.transpose(1, 2)).transpose(0, 1).flatten(1) + layer.get_parameter("bias")
     assert torch.allclose(found, out.movedim(1, -1).flatten(0, -2)[index], atol=1e-5)
 
 
@@ -245,24 +247,25 @@ class Plain(nn.Module):
 
 
 def _no_gamma(model: nn.Module) -> None:
-    model.gamma.weight.zero_()  # type: ignore[union-attr, operator]
-    model.gamma.bias.copy_(torch.linspace(-0.3, 0.3, 8))  # type: ignore[union-attr, operator]
+    model.get_parameter("gamma.weight").zero_()
+    model.get_parameter("gamma.bias").copy_(torch.linspace(-0.3, 0.3, 8))
 
 
 def _no_filter(model: nn.Module) -> None:
-    model.deep.weight.zero_()  # type: ignore[union-attr, operator]
-    model.deep.bias.copy_(torch.linspace(0.003, 0.3, 8))  # type: ignore[union-attr, operator]
+    model.get_parameter("deep.weight").zero_()
+    model.get_parameter("deep.bias").copy_(torch.linspace(0.003, 0.3, 8))
 
 
 def _dead_channels(model: nn.Module) -> None:
-    model.stem.weight[3] = model.norm.running_mean[3] = model.norm.running_var[3] = 0  # type: ignore[index, union-attr]
-    model.deep.weight[5] *= 1e-6  # type: ignore[index]
-    model.deep.weight[7] = 0  # type: ignore[index]
+    model.get_parameter("stem.weight")[3] = 0
+    model.get_buffer("norm.running_mean")[3] = model.get_buffer("norm.running_var")[3] = 0
+    model.get_parameter("deep.weight")[5] *= 1e-6
+    model.get_parameter("deep.weight")[7] = 0
 
 
 def _next_to_nothing(model: nn.Module) -> None:
-    model.deep.weight[2:4] *= 1e-9  # type: ignore[index]
-    model.deep.bias[2:4] = torch.tensor([5.0, -4.5])  # type: ignore[index]
+    model.get_parameter("deep.weight")[2:4] *= 1e-9
+    model.get_parameter("deep.bias")[2:4] = torch.tensor([5.0, -4.5])
 
 
 CHANGES = {"gammas": _no_gamma, "layer": _no_filter, "channels": _dead_channels, "bias": _next_to_nothing}
@@ -385,7 +388,7 @@ def test_steps_at_their_least_and_an_accuracy_of_chance_are_a_diverged_training(
     work, prepared = _prepared()
     finetune.require_learned(work, prepared, 25.0)
     with torch.no_grad():
-        prepared.weights["deep"].step.fill_(-1.0)  # type: ignore[union-attr, operator]
+        prepared.weights["deep"].step.fill_(-1.0)  # type: ignore[operator]
     finetune.require_learned(work, prepared, 25.1)
     with pytest.raises(R2Error, match="training diverged: 1 steps fell to their least .'deep'.*use a lower --lr"):
         finetune.require_learned(work, prepared, 25.0)
@@ -394,8 +397,11 @@ def test_steps_at_their_least_and_an_accuracy_of_chance_are_a_diverged_training(
 # --- padding ----------------------------------------------------------------------------------------------------------
 
 
+Mode = Literal["circular", "reflect", "replicate"]
+
+
 class Padded(nn.Module):
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: Mode) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(3, 8, 3, 2, 1, bias=False, padding_mode=mode), nn.BatchNorm2d(8)
         self.second, self.head = nn.Conv2d(8, 8, (3, 5), 1, (1, 2), padding_mode=mode), nn.Linear(8, 4)
@@ -407,7 +413,7 @@ class Padded(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
 @pytest.mark.parametrize("command", ["w8a8", pytest.param("lsq", marks=pytest.mark.slow)])
-def test_convolutions_behind_any_padding_run_on_integers(command: str, mode: str, tmp_path: Path) -> None:
+def test_convolutions_behind_any_padding_run_on_integers(command: str, mode: Mode, tmp_path: Path) -> None:
     one = made(lambda: Padded(mode))
     proof = require_proved(COMMANDS[command](one), one, tmp_path, 20)
     nodes = proof.measures["nodes"]
@@ -606,7 +612,7 @@ def test_values_in_any_layout_are_searched_without_a_warning() -> None:
 
 
 def test_no_more_processes_decode_than_there_are_cores() -> None:
-    assert 1 <= splits.usable_cores() <= (os.cpu_count() or 1)
+    assert 1 <= machine.usable_cores() <= (os.cpu_count() or 1)
 
 
 def _small() -> nn.Sequential:
@@ -640,13 +646,13 @@ def test_masks_in_a_file_are_applied_and_that_is_said(tmp_path: Path) -> None:
     path, model = tmp_path / "masked.pth", _pruned()
     torch.save(model.state_dict(), path)
     weights, others = foreign.fitted(foreign.read(path), str(path), _small(), "small")
-    assert torch.equal(weights["0.weight"], model[0].weight) and others == ["0.weight_mask"]
+    assert torch.equal(weights["0.weight"], structure.weight_of(model[0])) and others == ["0.weight_mask"]
     assert data_notes.told_of_beside(path, others).endswith(
         "1 masks of pruned weights were applied: the zeros are weights now"
     )
     assert set(foreign.fitted(foreign.read(path), str(path), _pruned(), "pruned")[0]) == set(model.state_dict())
     (stored,) = [each for each in stream.tensors_of_model(path) if each.name == "0.weight"]
-    assert torch.equal(torch.cat(list(stored.pieces())), model[0].weight.detach().reshape(-1))
+    assert torch.equal(torch.cat(list(stored.pieces())), structure.weight_of(model[0]).detach().reshape(-1))
 
 
 # --- recurrent layers -------------------------------------------------------------------------------------------------
@@ -655,7 +661,7 @@ def test_masks_in_a_file_are_applied_and_that_is_said(tmp_path: Path) -> None:
 class Rows(nn.Module):
     """An image's rows through a recurrent layer, all its steps read."""
 
-    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], **options: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, 2, 1)
         self.rows = kind(24, 8, batch_first=True, **options)
@@ -669,7 +675,7 @@ class Rows(nn.Module):
 class Started(nn.Module):
     """Steps first, first states of the network's own, and the last state read."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase]) -> None:
         super().__init__()
         self.conv, self.start = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 8)
         self.rows, self.head = kind(24, 8, 2), nn.Linear(8, 4)

@@ -125,7 +125,7 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
         "midrise": grid(2, 1 / 3, midrise=True),
     }
     parts = {"fc.weight": CODECS["plain 4"]}
-    more = {"target": "qnn", "outputs": ("logits", "aux")}
+    more: dict[str, Any] = {"target": "qnn", "outputs": ("logits", "aux")}
     first = Checkpoint(spec, shown, ("a", "é", "c d"), floats, parts, grids, folded=True, **more)
     first = first.then("pretrain", {"lr": 0.1, "reg": None}, {"top1": 97.3}).then("ptq", {"keep": ["a=8"]}, {})
     checkpoint.save(first, path)
@@ -393,7 +393,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     def stopped(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic.os, "fsync", stopped)
+    monkeypatch.setattr(os, "fsync", stopped)
     with pytest.raises(KeyboardInterrupt):
         atomic.write_atomically(path, b"new")
     assert path.read_bytes() == b"what was there"

@@ -59,8 +59,8 @@ def test_a_network_of_more_classes_keeps_their_names(r2: R2, folders: Path) -> N
 
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 6))
     with torch.no_grad():
-        network[3].weight.mul_(0.01)
-        network[3].bias.copy_(torch.tensor([0.0, 5, 1, 2, 3, 4]))  # all is a dog
+        network.get_parameter("3.weight").mul_(0.01)
+        network.get_parameter("3.bias").copy_(torch.tensor([0.0, 5, 1, 2, 3, 4]))  # all is a dog
     torch.save(network.state_dict(), "net.pth")
     common = ["--data", f"imagefolder:{folders}", "--model", "net.py:net"]
     ran = r2("ptq", "--weights", "net.pth", *common, "--classes", "names.txt", "--json", "-o", "net.safetensors")

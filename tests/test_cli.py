@@ -318,7 +318,7 @@ def test_a_proof_that_fails_exits_1_and_says_where(r2: R2, model: Path, monkeypa
         file = onnx.load_from_string(honest(*given))
         codes = next(i for i in file.graph.initializer if i.name == "conv.weight.codes")
         codes.raw_data = bytes(len(codes.raw_data))
-        return file.SerializeToString()  # type: ignore[no-any-return]
+        return file.SerializeToString()
 
     monkeypatch.setattr(onnx_export, "to_bytes", broken)
     ran = r2("ptq")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -318,8 +319,9 @@ def test_the_page_has_what_the_networks_compute(tmp_path: Path) -> None:
 
 def test_a_file_of_ours_is_compared_as_its_checkpoint_is(tmp_path: Path) -> None:
     few, equalized, weights = {"weight_bits": 4, "act_bits": 4}, {"method": "dfq"}, {"act_bits": "none"}
-    own = {"keep": {"wide": "W8A16", "head": "float"}}
-    for place, options in enumerate((few, equalized, weights, own)):
+    kept = {"keep": {"wide": "W8A16", "head": "float"}}
+    several: tuple[dict[str, Any], ...] = (few, equalized, weights, kept)
+    for place, options in enumerate(several):
         made, file = _quantized(**options), tmp_path / f"{place}.onnx"
         r2cli.export(made, file)
         expected, found = _compared(made), _compared(file)
@@ -333,7 +335,7 @@ class Images(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self) -> None:
         self.batches = iter([{"input": images.numpy()} for images in IMAGES])
 
-    def get_next(self) -> dict[str, object] | None:
+    def get_next(self) -> dict[str, Any] | None:
         return next(self.batches, None)
 
 

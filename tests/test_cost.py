@@ -1,5 +1,6 @@
 """Budgets of any cost: tables, what outputs say of a layer, layers measured alone, the smallest file that is enough."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_outputs_say_what_rounding_one_layer_changes() -> None:
     net = trace(build(ModelSpec("resnet8", 10, 1, "small")).eval(), torch.zeros(2, 1, 8, 8))
     x = torch.randn(12, 1, 8, 8)
     name = "stages.1.0.shortcut.0"
-    weight = net.get_submodule(name).weight.detach().clone()
+    weight = net.get_parameter(f"{name}.weight").detach().clone()
     noise = 1e-3 * torch.randn_like(weight)
     tried = {name: {n: output_change.Rounded(weight + n * noise) for n in (0, 1, 2)}}
     found = output_change.measure(net, tried, [x[:8], x[8:]], (1, 8, 8))[name]
@@ -166,7 +167,7 @@ def test_every_layer_is_measured_at_every_width_in_onnx_runtime() -> None:
 
 
 def test_without_vela_cycles_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(vela.shutil, "which", lambda *given, **more: None)
+    monkeypatch.setattr(shutil, "which", lambda *given, **more: None)
     with pytest.raises(InputError, match="pip install ethos-u-vela"):
         vela.cycles(tmp_path / "x.tflite")
 

@@ -232,7 +232,7 @@ def test_a_folder_s_classes_are_its_folders(tmp_path: Path, held_out: str) -> No
     source = data.load(f"imagefolder:{root}", workers=0)
     assert source.class_names == ("cat", "dog")
     assert (len(source.train), len(source.test)) == (7, 6)
-    assert source.input.shape == (3, 12, 12)  # small images keep their size
+    assert isinstance(source.input, InputSpec) and source.input.shape == (3, 12, 12)  # small images keep their size
     assert source.test.name == held_out
     images, labels = joined(source.test)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -246,9 +246,12 @@ def test_small_images_are_kept_and_large_ones_read_again(tmp_path: Path) -> None
     large = data.load(f"imagefolder:{root}", size=data.LARGE_IMAGE, workers=0)
     assert isinstance(small.train, MemorySplit) and isinstance(large.train, FolderSplit)
     assert small.input.shape == (3, 95, 95)
-    assert (large.input.size, large.input.resize) == (96, 110)  # 96 * 256 / 224 rounded
+    assert isinstance(large.input, InputSpec) and (large.input.size, large.input.resize) == (
+        96,
+        110,
+    )  # 96 * 256 / 224 rounded
     own = data.load(f"imagefolder:{root}", workers=0)
-    assert (own.input.size, own.input.resize) == (224, 256)
+    assert isinstance(own.input, InputSpec) and (own.input.size, own.input.resize) == (224, 256)
 
 
 def test_the_middle_is_what_is_cropped(tmp_path: Path) -> None:
@@ -456,7 +459,7 @@ def test_mean_std_and_size_replace_the_data_s_own(tmp_path: Path) -> None:
 )
 def test_impossible_preprocessing_is_refused(option: str, given: dict[str, list[float]]) -> None:
     with pytest.raises(InputError, match=option):
-        data.load("fake:3x8x8:2", **given)  # type: ignore[arg-type]
+        data.load("fake:3x8x8:2", **given)
 
 
 # --- fake images -----------------------------------------------------------------------------------------------------
@@ -498,7 +501,7 @@ def test_mnist_and_its_like(name: str, folder_name: str, tmp_path: Path) -> None
         idx(raw / f"{half}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
     source = data.load(name, directory=tmp_path)
     assert (len(source.train), len(source.test), len(source.class_names)) == (30, 20, 10)
-    assert source.input.shape == (1, 28, 28)
+    assert isinstance(source.input, InputSpec) and source.input.shape == (1, 28, 28)
     images, labels = joined(source.train)
     assert labels[:12].tolist() == [*range(10), 0, 1]
     expected = torch.from_numpy(pixels(1, 28, 28, 30)[..., 3].copy()).view(1, 1, 28, 28)
@@ -531,7 +534,8 @@ def test_cifar(name: str, classes: int, tmp_path: Path, monkeypatch: pytest.Monk
     meta = put(kind.meta["filename"], {kind.meta["key"]: names})
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta[1]})
     source = data.load(name, directory=tmp_path)
-    assert source.class_names == tuple(names) and source.input.shape == (3, 32, 32)
+    assert source.class_names == tuple(names)
+    assert isinstance(source.input, InputSpec) and source.input.shape == (3, 32, 32)
     images, labels = joined(source.test)
     assert labels.tolist() == list(range(classes))
     assert images[5:6].equal(data.normalise(torch.from_numpy(shown[5]).view(1, 3, 32, 32), source.input, CPU))

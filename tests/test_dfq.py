@@ -36,8 +36,8 @@ def column(*values: float) -> Tensor:
 
 def stack(*modules: nn.Module) -> torch.fx.GraphModule:
     first = modules[0]
-    shape = (first.in_features,) if isinstance(first, nn.Linear) else (first.in_channels, 8, 8)  # type: ignore[union-attr]
-    return trace(nn.Sequential(*modules), torch.zeros(2, *shape))  # type: ignore[arg-type]
+    shape = (first.in_features,) if isinstance(first, nn.Linear) else (first.in_channels, 8, 8)
+    return trace(nn.Sequential(*modules), torch.zeros(2, *shape))
 
 
 def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
@@ -52,7 +52,7 @@ def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Lin
 def pointwise(weight: list[list[float]], bias: list[float]) -> nn.Conv2d:
     made = nn.Conv2d(len(weight[0]), len(weight), 1)
     with torch.no_grad():
-        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.bias.copy_(torch.tensor(bias))
+        made.weight.copy_(torch.tensor(weight)[:, :, None, None]), made.get_parameter("bias").copy_(torch.tensor(bias))
     return made
 
 
@@ -74,14 +74,14 @@ def test_a_pair_of_a_case_worked_by_hand(activation: nn.Module) -> None:
     images = torch.tensor([[1.0, -2.0], [0.3, 0.7], [-1.0, 2.0]])[:, :, None, None]
     before = net(images).detach()
     equalize.equalize(net, {}, {})
-    first, second = net.get_submodule("0"), net.get_submodule("2")
-    torch.testing.assert_close(first.weight.flatten(1), torch.tensor([[1.0, -2.0], [1.0, 0.5]]))
-    torch.testing.assert_close(first.bias, torch.tensor([0.5, -1.0]))
-    torch.testing.assert_close(second.weight.flatten(1), torch.tensor([[2.0, 0.25], [-0.5, 1.0]]))
+    first, second = net.get_parameter("0.weight"), net.get_parameter("2.weight")
+    torch.testing.assert_close(first.flatten(1), torch.tensor([[1.0, -2.0], [1.0, 0.5]]))
+    torch.testing.assert_close(net.get_parameter("0.bias"), torch.tensor([0.5, -1.0]))
+    torch.testing.assert_close(second.flatten(1), torch.tensor([[2.0, 0.25], [-0.5, 1.0]]))
     torch.testing.assert_close(net(images), before)
     if isinstance(activation, nn.ReLU6):
         torch.testing.assert_close(net.get_submodule("clips._1").high, torch.tensor([3.0, 12.0]))
-        plain = stack(first, nn.ReLU6(), second)
+        plain = stack(net.get_submodule("0"), nn.ReLU6(), net.get_submodule("2"))
         assert float((plain(images).detach() - before).abs().max()) == pytest.approx(5.0)
 
 
@@ -175,17 +175,17 @@ def test_a_dead_channel_is_left_as_it_is(least: float) -> None:
     """Dead is too what its weights move by less than a step of its bias, which would otherwise grow with them."""
     net = stack(linear([[least, 0.0], [2.0, 1.0]], [3.0, 1.0]), nn.ReLU(), linear([[1.0, 8.0]], [0.0]))
     equalize.equalize(net, {}, {})
-    assert net.get_submodule("2").weight.tolist() == [[1.0, 4.0]]
-    assert net.get_submodule("0").bias.tolist() == [3.0, 2.0]
+    assert net.get_parameter("2.weight").tolist() == [[1.0, 4.0]]
+    assert net.get_parameter("0.bias").tolist() == [3.0, 2.0]
 
 
 def test_factors_beside_the_weights_are_scaled_instead_of_the_weights() -> None:
     net = stack(linear([[1.0], [1.0]], [1.0, 1.0]), nn.ReLU(), linear([[1.0, 1.0]], [0.0]))
     factors = {"0": column(4.0, 0.25)}
     equalize.equalize(net, factors, {})
-    assert net.get_submodule("0").weight.tolist() == [[1.0], [1.0]]
+    assert net.get_parameter("0.weight").tolist() == [[1.0], [1.0]]
     assert factors["0"].tolist() == [2.0, 0.5]
-    assert net.get_submodule("2").weight.tolist() == [[2.0, 0.5]]
+    assert net.get_parameter("2.weight").tolist() == [[2.0, 0.5]]
 
 
 def test_relu6_may_be_replaced_instead() -> None:
@@ -213,8 +213,8 @@ def test_absorption_keeps_the_function_where_values_are_high(activation: nn.Modu
     torch.manual_seed(0)
     net = stack(nn.Conv2d(4, 4, 1, groups=4), activation, nn.Conv2d(4, 6, 1, groups=2))
     with torch.no_grad():
-        net.get_submodule("0").weight.fill_(1.0)
-        net.get_submodule("0").bias.copy_(torch.tensor([5.0, 9.0, 0.0, -4.0]))
+        net.get_parameter("0.weight").fill_(1.0)
+        net.get_parameter("0.bias").copy_(torch.tensor([5.0, 9.0, 0.0, -4.0]))
     normals = {"0": Normal(column(5, 9, 0, -4), column(1, 1, 1, 1))}
     equalize.equalize(net, {}, normals)
     images = torch.rand(8, 4, 3, 3) * 2 - 1  # within three deviations
@@ -262,6 +262,7 @@ def test_the_deviation_behind_an_activation(most: float) -> None:
 def test_a_negative_gamma_counts_as_its_size() -> None:
     net = stack(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())
     norm = net.get_submodule("1")
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
     with torch.no_grad():
         norm.weight.fill_(-1.0), norm.bias.fill_(0.5), norm.running_var.fill_(4.0)
     own = batchnorm_statistics.statistics(net)["0"]
@@ -276,7 +277,7 @@ def test_statistics_go_on_through_the_graph(float_one: checkpoint.Checkpoint) ->
     normals = batchnorm_statistics.statistics(net)
     for layer, factor in batchnorm.remove_norms(net).items():
         with torch.no_grad():
-            net.get_submodule(layer).weight.mul_(factor.float().reshape(-1, 1, 1, 1))
+            structure.weight_of(net.get_submodule(layer)).mul_(factor.float().reshape(-1, 1, 1, 1))
     known = batchnorm_statistics.values(net, normals, float_one.input)
     predicted = batchnorm_statistics.ranges(net, normals, float_one.input)
     seen = deployed.observe(net, list(predicted), [images_of(float_one, 512)])
@@ -311,7 +312,7 @@ def test_the_analytic_correction_of_a_case_worked_by_hand() -> None:
     "module",
     [nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4), nn.Linear(4, 6)],
 )
-def test_correction_takes_the_shift_of_the_mean_back(module: nn.Module) -> None:
+def test_correction_takes_the_shift_of_the_mean_back(module: nn.Conv2d | nn.Linear) -> None:
     torch.manual_seed(0)
     shape = (64, 4) if isinstance(module, nn.Linear) else (64, 4, 5, 5)
     mean = torch.rand(4)

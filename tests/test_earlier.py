@@ -4,6 +4,7 @@ It told of both files what is expected here.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_its_codes_are_exported_and_proved(tmp_path: Path) -> None:
     assert r2cli.verify(tmp_path / "codes.onnx", CODES).passed
 
 
-def _residual(grids: dict[str, Grid]) -> Checkpoint:
+def _residual(grids: Mapping[str, Grid]) -> Checkpoint:
     spec = models.spec("resnet8", classes=10, channels=1, size=8)
     floats = models.build(spec).state_dict()
     return Checkpoint(spec, InputSpec(1, 8, 8, (0.0,), (1.0,)), (), floats, activations=grids)

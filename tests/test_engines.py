@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,7 +59,7 @@ def test_a_fault_in_one_runtime_only_is_caught(trained_once: dict[str, Path], mo
     given = _given(two)
     usual = engines.together(ENGINES["onnxruntime"].load(two, 1, False), given)
 
-    def told(path: Path, change: Change, *, plain: bool, **more: float) -> tuple[bool, str]:
+    def told(path: Path, change: Change, *, plain: bool, **more: Any) -> tuple[bool, str]:
         """The check of a runtime whose kernels are wrong, the plain ones too or not."""
         reference = usual if path == two else None
         found = second_engine.check(path, _changed(change, plain), given, reference, **more)
@@ -178,8 +179,8 @@ def test_layers_before_a_relu6_run_on_integers_at_four_bits() -> None:
     torch.manual_seed(0)
     network = factory()
     with torch.no_grad():  # values up to 6 and beyond
-        network[0].weight.mul_(20)
-        network[2].weight.mul_(5)
+        network.get_parameter("0.weight").mul_(20)
+        network.get_parameter("2.weight").mul_(5)
     data = r2cli.load_data("digits:64", size=8)
     result = r2cli.quantize(network, data, r2cli.PtqConfig(weight_bits=4, act_bits="4", calibration=64))
     with scratch_folder() as folder:

@@ -55,10 +55,12 @@ def test_where_weights_alone_are_wanted_a_misread_graph_is_not_needed(monkeypatc
 
 def test_random_inputs_are_the_same_each_time_and_in_the_inputs_range() -> None:
     inputs = equivalence.random_inputs(nn.Identity(), SPEC, 3)
-    assert torch.equal(inputs, equivalence.random_inputs(nn.Identity(), SPEC, 3))
+    again = equivalence.random_inputs(nn.Identity(), SPEC, 3)
+    assert isinstance(inputs, Tensor) and isinstance(again, Tensor) and torch.equal(inputs, again)
     assert inputs.shape == (3, 3, 8, 8) and inputs.std() > 0.5
     assert inputs.min() >= -2 and inputs.max() <= 2  # (0 - mean) / std, (1 - mean) / std
     text = InputSpec(3, 8, 8, (), (), tokenizer="one")
     tokens = equivalence.random_inputs(nn.Embedding(50, 4), text, 2)
+    assert isinstance(tokens, Tensor)
     assert tokens.dtype == torch.int64 and tokens[:, 0].max() < 50 and len(tokens[:, 0].unique()) > 4
     assert tokens[0, 1].all() and not tokens[1, 1].all()

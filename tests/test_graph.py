@@ -34,8 +34,8 @@ def test_folding_keeps_the_function(name: str) -> None:
         net = trace(model, images)
         factors = batchnorm.remove_norms(net)
         for layer, factor in factors.items():
-            module = net.get_submodule(layer)
-            module.weight.mul_(factor.float().reshape(-1, *[1] * (module.weight.ndim - 1)))
+            weight = structure.weight_of(net.get_submodule(layer))
+            weight.mul_(factor.float().reshape(-1, *[1] * (weight.ndim - 1)))
         after = net(images)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     assert all(bool((factor >= 0).all()) for factor in factors.values())

@@ -41,7 +41,7 @@ def test_what_reads_a_value_says_where_it_is_heard() -> None:
         heard.EVERYTHING,
         heard.EVERYTHING,  # another value's gate
     ]
-    assert found["add"] == (-3, 3)
+    assert found["add"] == (-3.0, 3.0)
     net = trace(Loud(), torch.randn(2, 1, 4, 4))
     assert heard.ends(net, next(node for node in net.graph.nodes if node.name == "first")) == (-3, math.inf)
     net = trace(Loud(twice=True), torch.randn(2, 1, 4, 4))

@@ -1,5 +1,6 @@
 """`--keep` says all there is to say of a layer, and activations have 16 bits: in the codes, the file and its proof."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def made(trained: Path) -> Checkpoint:
 
 
 def _quantized(
-    made: Checkpoint, keep: dict[str, int | str], *, acts: int | None = 8, method: str = "none"
+    made: Checkpoint, keep: Mapping[str, int | str], *, acts: int | None = 8, method: str = "none"
 ) -> tuple[Checkpoint, dict[str, post_training.QuantizedLayer]]:
     settings = post_training.PtqSettings(method, 4, acts, "channel", keep)
     images = [batch for batch, _ in data.calibration(data.load("digits", spec=made.input), 64, CPU, 0)]

@@ -27,8 +27,8 @@ def test_rows_on_disk_are_those_in_memory(monkeypatch: pytest.MonkeyPatch, last:
     for index in (torch.tensor([4, 0, 4]), torch.tensor([2])):
         for one, other in zip(kept_rows.at(found, index), kept_rows.at(held, index), strict=True):
             assert one.equal(other) and one.stride() == other.stride()
-    for part, other in zip(kept_rows.parts(found, 3), kept_rows.parts(held, 3), strict=True):
-        assert part[0].equal(other[0]) and part[1].equal(other[1])
+    for part, same in zip(kept_rows.parts(found, 3), kept_rows.parts(held, 3), strict=True):
+        assert part[0].equal(same[0]) and part[1].equal(same[1])
     assert [len(part[0]) for part in kept_rows.parts(found, 3)] == [3, 2]
 
 

@@ -1,5 +1,6 @@
 """BatchNorms in front of their convolutions, as DenseNet and pre-activation networks have them, on integers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import r2cli
 from r2cli import data as datasets
+from r2cli.calibration.result import Result
 from r2cli.deploy import speed
 
 
@@ -44,12 +46,12 @@ def network() -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, -2, 2)  # some factors are below 0
             nn.init.normal_(module.bias)
-            nn.init.uniform_(module.running_var, 0.01, 4)  # and far apart
+            nn.init.uniform_(module.get_buffer("running_var"), 0.01, 4)  # and far apart
     return net.eval()
 
 
 SHORT: dict[str, Any] = {"epochs": 1, "device": "cpu"}
-ROADS = {
+ROADS: dict[str, Callable[[nn.Module, datasets.Data], Result]] = {
     "W8A8": lambda net, data: r2cli.quantize(net, data, r2cli.PtqConfig(device="cpu")),
     "W2A8 a tensor": lambda net, data: r2cli.quantize(
         net, data, r2cli.PtqConfig(weight_bits=2, granularity="tensor", device="cpu")
@@ -75,7 +77,8 @@ def test_a_norm_in_front_of_a_convolution_is_on_integers(
     for name in ("norm1", "last"):  # a channel's one weight is exact, whatever the bits are
         norm, own = network.get_submodule(name), result.checkpoint.coded[f"{name}_alone.weight"].decode()
         if road not in ("qat", "palettes"):  # which train, or find the statistics again
-            expected = (norm.weight / (norm.running_var + norm.eps).sqrt()).abs()  # type: ignore[operator]
+            assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
+            expected = (norm.weight / (norm.running_var + norm.eps).sqrt()).abs()
             assert torch.allclose(own.flatten().abs(), expected, rtol=1e-5)
     if road == "W8A8":
         assert proof.measures["float_sqnr_db"] > 30
@@ -95,7 +98,7 @@ def test_a_norm_of_vectors_goes_into_the_linear_layer_behind_it(
 ) -> None:
     torch.manual_seed(0)
     norm, before = nn.BatchNorm1d(6), (nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    nn.init.uniform_(norm.running_var, 0.01, 4)  # type: ignore[arg-type]
+    nn.init.uniform_(norm.get_buffer("running_var"), 0.01, 4)
     nn.init.normal_(norm.bias)
     net = nn.Sequential(*before, norm, nn.Linear(6, 10, bias=False))
     result, path = ROADS[road](net.eval(), source), tmp_path / "model.onnx"
@@ -118,7 +121,7 @@ class Tokens(nn.Module):
             nn.Linear(8, 10),
         )
         nn.init.normal_(self.norm.weight)
-        nn.init.uniform_(self.norm.running_var, 0.01, 4)  # type: ignore[arg-type]
+        nn.init.uniform_(self.norm.get_buffer("running_var"), 0.01, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mix(self.stem(x).flatten(2).transpose(1, 2))

@@ -42,7 +42,9 @@ def test_losses_by_name_are_those_of_torch() -> None:
     assert lost("bce", logits, share) == pytest.approx(float(F.binary_cross_entropy_with_logits(logits, share)))
     rows = drawn(2, 7, 4)
     words = torch.tensor([[1, 2, -1], [3, -1, -1]])
-    expected = F.ctc_loss(rows.log_softmax(2).transpose(0, 1), words.clamp_min(0), (7, 7), (2, 1))
+    expected = F.ctc_loss(
+        rows.log_softmax(2).transpose(0, 1), words.clamp_min(0), torch.tensor([7, 7]), torch.tensor([2, 1])
+    )
     assert lost("ctc", rows, words) == pytest.approx(float(expected))
 
 

@@ -69,7 +69,9 @@ def test_hutchinsons_mean_is_the_hessians(monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
     x, y = torch.randn(12, 4), torch.randint(3, (12,))
-    weights = {name: module.weight for name, module in model.named_children() if isinstance(module, nn.Linear)}
+    weights = {
+        name: module.get_parameter("weight") for name, module in model.named_children() if isinstance(module, nn.Linear)
+    }
     monkeypatch.setattr(mixed_precision, "DRAWS", 2000)
     found = mixed_precision.curvature(fx.symbolic_trace(model), weights, [(x, y)], seed=0)
     for name, weight in weights.items():
@@ -146,7 +148,7 @@ def test_the_average_is_met_and_the_same_seed_chooses_the_same(
 
 
 def test_equal_choices_of_bits_are_rounded_once(made: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounded, own = [], auto.quantize
+    rounded, own = [], post_training.quantize
 
     def quantize_once(one: checkpoint.Checkpoint, settings: PtqSettings, *given: Any) -> Any:
         rounded.append(settings.keep)

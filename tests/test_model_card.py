@@ -51,12 +51,14 @@ def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_front_matter_is_what_hugging_face_reads(made: Path) -> None:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     card = (made / "README.md").read_text()
     front, page, _ = parts(card)
     assert (front["library_name"], front["pipeline_tag"]) == ("onnx", "image-classification")
-    (result,) = ModelCard(card).data.eval_results or ()
+    data = ModelCard(card).data
+    assert isinstance(data, ModelCardData)
+    (result,) = data.eval_results or []
     assert (result.task_type, result.dataset_name, result.metric_type) == ("image-classification", "digits", "accuracy")
     assert f"top-1 on 40 samples of digits | {result.metric_value:.2f} % |" in page
     size = (made / "model.w4a8-none.onnx").stat().st_size
@@ -130,7 +132,10 @@ def test_names_from_files_stay_texts_and_other_inputs_are_zeros(tmp_path: Path) 
     }
     file = tmp_path / "two.onnx"
     spec = TensorsSpec((TensorSpec("x", (3,)), TensorSpec("ids", (4,), "int64", 9)))
-    kinds = {"x": (onnx.TensorProto.FLOAT, ["batch", 3]), "ids": (onnx.TensorProto.INT64, [2, 4])}
+    kinds: dict[str, tuple[int, list[str | int | None]]] = {
+        "x": (onnx.TensorProto.FLOAT, ["batch", 3]),
+        "ids": (onnx.TensorProto.INT64, [2, 4]),
+    }
     inputs = [onnx.helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     graph = onnx.helper.make_graph([node], "g", inputs, [onnx.helper.make_tensor_value_info("y", 1, ["batch", 3])])

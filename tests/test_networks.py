@@ -19,7 +19,9 @@ from r2cli.graph import batchnorm, placement, structure
 from r2cli.graph.read import trace
 from r2cli.ptq import adaround, brecq, layer_sweep, post_training
 from r2cli.ptq.ptq_method import PtqMethod
+from r2cli.quantized.coded import Coded
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
+from r2cli.storage.input_spec import Given
 
 CPU = torch.device("cpu")
 
@@ -181,7 +183,7 @@ def test_attention_as_layers_is_the_same_function(factory: Callable[[], nn.Modul
 def test_adaround_sweeps_every_graph(factory: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     visited = []
 
-    def as_it_is(seen: layer_sweep.LayerSample, nearest: post_training.Coded) -> post_training.Coded:
+    def as_it_is(seen: layer_sweep.LayerSample, nearest: Coded) -> Coded:
         assert seen.inputs.shape == seen.rounded_inputs.shape
         visited.append(seen.layer.weight)
         return nearest
@@ -198,12 +200,13 @@ def test_the_blocks_of_every_graph_are_the_graph(factory: Callable[[], nn.Module
     made = _made(factory, SIZES[factory])
     net = trace(deployed.network(made), made.input.blank(2))
     batchnorm.remove_norms(net)
-    blocks, x = brecq.blocks(net), _images(4, 2, SIZES[factory])
+    blocks, images = brecq.blocks(net), _images(4, 2, SIZES[factory])
+    x: Given = images
     expected = net(x)
     for block in blocks:
         assert block.layers
         x = brecq.run(net, block, x, {})
-    assert x.equal(expected)
+    assert isinstance(x, Tensor) and x.equal(expected)
     assert [name for block in blocks for name in block.layers] == [layer.name for layer in structure.layers(net)]
     coded = _quantized(made, bits=3, method="brecq", act_bits=None) if factory is Mixed else None
     assert coded is None or len(coded.coded) == 5
@@ -329,7 +332,7 @@ class Tokens(nn.Module):
         self.patches, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.zeros(1, 1, 8))
         self.places = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 8))
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 10)
-        nn.init.uniform_(self.patches.bias, -1, 1)
+        nn.init.uniform_(self.patches.get_parameter("bias"), -1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)

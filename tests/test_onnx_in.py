@@ -245,7 +245,7 @@ WITHOUT_CASE = {"Linear"}
 def in_file(one: Case, folder: Path) -> tuple[Path, np.ndarray]:
     """A file of the operator alone, and an input for it. What gives no float is cast to one."""
     nodes, name = [], "x"
-    x = np.random.default_rng(0).normal(size=one.shape).astype(np.float32)
+    x: np.ndarray = np.random.default_rng(0).normal(size=one.shape).astype(np.float32)
     if one.positive:
         x = np.abs(x) + 0.1
     if one.before in ("int64", "index"):
@@ -362,7 +362,7 @@ def exported(model: nn.Module, path: Path, opset: int = 17, *, free: bool = True
     axes = {"image": {0: "n"}, "scores": {0: "n"}} if free else None
     names: dict[str, Any] = {"input_names": ["image"], "output_names": ["scores"], "dynamic_axes": axes}
     with torch.no_grad():
-        torch.onnx.export(model, torch.randn(1, 3, 8, 8), path, opset_version=opset, dynamo=False, **names)
+        torch.onnx.export(model, (torch.randn(1, 3, 8, 8),), path, opset_version=opset, dynamo=False, **names)
     return path
 
 
@@ -589,7 +589,7 @@ def hostile(**changed: Any) -> str:
     return OnnxProgram(**{**whole, "tensors": {}, "numbers": {}, **changed}).text()
 
 
-HOSTILE = {
+HOSTILE: dict[str, dict[str, Any]] = {
     "an unknown operator": {"nodes": (OnnxNode("System", "a", ("x",), ("y",), {}),)},
     "a cycle": {"nodes": (OnnxNode("Add", "a", ("x", "y"), ("y",), {}),)},
     "a size": {"tensors": {"a.weight": HeldTensor((2**31, 2**20), "float32", True)}},

@@ -91,7 +91,7 @@ def test_negative_factors_become_positive_and_nothing_else_changes(model: Path) 
     expected = deployed.network(made)(batch)
     net = trace(deployed.network(made), made.input.blank(2))
     batchnorm.make_factors_positive(net)
-    assert float(net.get_submodule("norm").weight.detach().min()) >= 0  # type: ignore[operator,arg-type,union-attr]
+    assert float(net.get_parameter("norm.weight").detach().min()) >= 0
     assert torch.allclose(net(batch), expected, atol=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_layers_that_it_does_not_help_stay_as_they_are(model: Path) -> None:
     names = [name for name in made.floats if name.endswith("conv1.weight")]
     made.floats[names[0]].zero_()
     signs = torch.where(torch.arange(len(made.floats[names[1]])) % 2 > 0, 1.0, -1.0).reshape(-1, 1, 1, 1)
-    made.floats[names[1]] = made.floats[names[1]].abs() * 0.01 + signs  # every filter of one sign
+    made.floats[names[1]].abs_().mul_(0.01).add_(signs)  # every filter of one sign
     settings = compression.PaletteSettings("kmeans", 1, 1, None, 8, None, {})
     subject = compression.read(made, settings)
     before = {name: module.weight.detach().clone() for name, module in subject.layers.items()}  # type: ignore[operator]
@@ -161,7 +161,7 @@ def test_folding_changes_scales_and_no_code(model: Path) -> None:
     net = trace(deployed.network(made), made.input.blank(2))
     batchnorm.make_factors_positive(net)
     for layer, module in structure.named_layers(net):
-        w, form = module.weight.detach(), PaletteForm(3, 1, None, 8)  # type: ignore[union-attr,operator]
+        w, form = module.weight.detach(), PaletteForm(3, 1, None, 8)
         palette = tables.palette(tables.start(w, form, None, torch.Generator())[0], w.shape, form)
         one = raw.coded[layer.weight]
         assert isinstance(one.codec, Palette)

@@ -104,7 +104,7 @@ def _held(file: ModelProto, name: str) -> TensorProto:
     return weight_roles.constants(file)[name]
 
 
-def _set(tensor: TensorProto, value: np.ndarray) -> None:  # type: ignore[type-arg]
+def _set(tensor: TensorProto, value: np.ndarray) -> None:
     tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
 
 
@@ -177,7 +177,7 @@ def _without_relu(file: ModelProto) -> None:
 def _shifted(file: ModelProto) -> None:
     last = file.graph.node[-1]
     last.output[0] = "before"
-    file.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "shift"))
+    file.graph.initializer.append(numpy_helper.from_array(np.array(0.1, np.float32), "shift"))
     file.graph.node.append(helper.make_node("Add", ["before", "shift"], [file.graph.output[0].name]))
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_text_files_say_their_encoding() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                modes = [one.value for one in (*node.args, *(kw.value for kw in node.keywords)) if _is_mode(one)]
+                modes = [str(one.value) for one in (*node.args, *(kw.value for kw in node.keywords)) if _is_mode(one)]
                 binary = any("b" in mode for mode in modes)
                 of_library = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") in LIBRARIES
                 if name in ("read_text", "write_text", "open") and not binary and not of_library:
@@ -70,7 +71,7 @@ def test_text_files_say_their_encoding() -> None:
 LIBRARIES = ("Image", "os", "webbrowser", "file", "archive")  # whose `open` is of other things
 
 
-def _is_mode(node: ast.expr) -> bool:
+def _is_mode(node: ast.expr) -> TypeGuard[ast.Constant]:
     return isinstance(node, ast.Constant) and bool(re.fullmatch("[rwax+b]{1,3}", str(node.value)))
 
 

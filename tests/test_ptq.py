@@ -133,11 +133,11 @@ def test_the_unfolded_grid_is_one_per_tensor_and_exact(float_one: checkpoint.Che
         assert torch.equal(coded.coded[name].codes, grid.encode(raw)), name
         rounded[name] = grid.decode(grid.encode(raw)) * sign
     # Quantizing the raw weights in the float network is the same function.
-    net = deployed.network(float_one)
+    float_net = deployed.network(float_one)
     with torch.no_grad():
-        net.load_state_dict(rounded, strict=False)
+        float_net.load_state_dict(rounded, strict=False)
         images, _ = next(data.load("digits", spec=float_one.input).test.batches(64, CPU))
-        expected, found = net(images), deployed.network(coded)(images)
+        expected, found = float_net(images), deployed.network(coded)(images)
     assert torch.allclose(expected, found, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -149,7 +149,9 @@ def test_biases_are_on_the_grid_of_the_products(float_one: checkpoint.Checkpoint
         where = edit.source(net, structure.node_of(net, layer))
         assert where is not None
         scale = coded.activations[where].scale.double() * coded.coded[layer.weight].codec.scale.double()
-        codes = module.bias.double() / scale
+        bias = structure.bias_of(module)
+        assert bias is not None
+        codes = bias.double() / scale
         # A float32 holds 24 bits: the quotient is an integer to that precision.
         assert torch.allclose(codes, codes.round(), rtol=1e-6, atol=1e-3)
 

@@ -53,7 +53,9 @@ def trained_to(
     watch = hooks.Progress(lambda steps: None, lambda epoch: None)
     following = hooks.RunControl(tmp_path / "state.safetensors", False, watch)
     coded, rows, history = finetune.by_training(work, plan, source, following)
-    return coded, history[-1].top1, rows
+    top1 = history[-1].top1
+    assert top1 is not None
+    return coded, top1, rows
 
 
 # --- where quantizers stand ----------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def test_a_gamma_that_turned_negative_in_training_is_exported(method: str, model
     with torch.no_grad():
         for layer in prepared.layers:
             if layer.norm:
-                prepared.net.get_submodule(layer.norm).weight[::3] *= -1  # type: ignore[operator]
+                prepared.net.get_parameter(f"{layer.norm}.weight")[::3] *= -1
     quantizer_placement.watch(prepared, (images for images, _ in work.batches()), norms=True)
     images, _ = next(source.test.batches(64, CPU))
     expected = prepared.net.eval()(images).detach()
@@ -433,7 +435,7 @@ def test_training_that_diverges_keeps_the_last_good_epoch(model: Path, tmp_path:
     def spoil(epoch: Epoch) -> None:
         kept.append(state.read_bytes())
         with torch.no_grad():
-            made[0].weights["classifier"].step.fill_(float("nan"))  # type: ignore[union-attr,operator]
+            made[0].weights["classifier"].step.fill_(float("nan"))  # type: ignore[operator]
 
     made: list[quantizer_placement.Prepared] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -321,7 +321,7 @@ def test_gradients_at_the_bounds_are_written_out(name: str) -> None:
     """At 0 and at the highest level, which half of all rectified values are on: clamp's own changed with torch."""
     learner = learner_of(ACTIVATIONS[name], 2, 0.75 if name == "lsq" else 2.25)
     if name == "ewgs":
-        learner.delta.fill_(0)  # type: ignore[union-attr,operator]
+        learner.delta.fill_(0)  # type: ignore[operator]
     x = vector([0.0, 2.25, 1.0, -0.0]).requires_grad_()
     gx = grads(learner(x), x)[0]
     inclusive = name in ("pact", "dorefa")  # 0 <= x < a; the others: 0 < x < the highest level

@@ -1,6 +1,7 @@
 """Recipes: what a matrix makes of the steps, what runs again and what does not, and what the tables hold."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -522,7 +523,10 @@ def results(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> lis
     return [other, *({"command": "ptq", "values": dict(v), "report": dict(r)} for v, r in found)]
 
 
-def table(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], **layout: Any) -> list[dict[str, str]]:
+Row = tuple[Mapping[str, Any], Mapping[str, Any]]
+
+
+def table(found: Sequence[Row], **layout: Any) -> list[dict[str, str]]:
     asked = Recipe(Path("recipe.toml"), {}, [], [{"run": "ptq", **layout}])
     (made,) = tabled.tables(asked, results(found))
     return [dict(row) for row in made.rows]
@@ -566,7 +570,7 @@ def test_a_column_turns_a_variable_across() -> None:
 
 
 def test_a_step_without_a_table_s_variables_is_not_in_it() -> None:
-    rows = [({"reg": "none"}, {"top1": 97.0}), ({"reg": "none", "bits": 4}, {"top1": 50.0})]
+    rows: list[Row] = [({"reg": "none"}, {"top1": 97.0}), ({"reg": "none", "bits": 4}, {"top1": 50.0})]
     assert table(rows, rows=["bits"], metrics={"top-1": "top1"}) == [{"bits": "4", "top-1": "50.00"}]
     assert table(rows, rows=["reg"], column="bits", metrics={"": "top1"}) == [{"reg": "none", "4": "50.00"}]
     assert table(rows, rows=["reg"], metrics={"top-1": "top1"}) == [{"reg": "none", "top-1": "73.50 ± 33.23"}]
@@ -684,7 +688,7 @@ def test_a_metric_may_stand_within_a_part_of_the_report() -> None:
 
 def test_a_column_is_named_by_what_was_measured() -> None:
     measured = {"label": "PSNR", "unit": "dB", "value": 31.5}
-    rows = [({"bits": 8}, {"top1": None, "metric": measured}), ({"bits": 4}, {"top1": None, "metric": None})]
+    rows: list[Row] = [({"bits": 8}, {"top1": None, "metric": measured}), ({"bits": 4}, {"top1": None, "metric": None})]
     columns = {"ONNX {metric}": "metric.value", "top-1": "top1"}
     assert table(rows[:1], rows=["bits"], metrics=columns) == [{"bits": "8", "ONNX PSNR dB": "31.50", "top-1": "-"}]
     (unmeasured,) = table(rows[1:], rows=["bits"], metrics=columns)
@@ -918,7 +922,7 @@ def test_an_interrupt_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [runner.threads_each(number) for number in (1, 2, 3, 9)] == [8, 4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "4")

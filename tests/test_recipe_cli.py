@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from conftest import R2
 from r2cli.train import state
+from r2cli.train.hooks import Epoch
 
 ROOT = Path(__file__).parent.parent
 
@@ -169,7 +169,7 @@ def test_a_stopped_run_goes_on_within_the_step(small: Path, r2: R2, monkeypatch:
     command = ("run", "small.toml", "--only", "linf.safetensors", "--work-dir")
     save = state.save
 
-    def stop(state: state.State, history: Sequence[Mapping[str, Any]]) -> None:
+    def stop(state: state.State, history: Sequence[Epoch]) -> None:
         save(state, history)
         if len(history) == 2:
             raise KeyboardInterrupt

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,8 +102,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
         return [importlib.metadata.EntryPoint(name, value, group) for name, value in points.items()]
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-    kinds = (registry.REGULARIZERS, registry.PTQ_METHODS, registry.QAT_METHODS, registry.PALETTE_METHODS)
-    before = [dict(kind) for kind in kinds]  # type: ignore[call-overload]
+    kinds: tuple[dict[str, Any], ...] = (
+        registry.REGULARIZERS,
+        registry.PTQ_METHODS,
+        registry.QAT_METHODS,
+        registry.PALETTE_METHODS,
+    )
+    before = [dict(kind) for kind in kinds]
     registry.read_entry_points.cache_clear()
     yield points
     for kind, was in zip(kinds, before, strict=True):
@@ -213,7 +219,7 @@ def test_default_strengths() -> None:
 
 # --- nothing else names a method -----------------------------------------------------------------------------------
 
-ROOMS = {
+ROOMS: dict[str, list[dict[str, Any]]] = {
     "train": [registry.REGULARIZERS],
     "ptq": [registry.PTQ_METHODS],
     "qat": [registry.QAT_METHODS, registry.REGULARIZERS],
@@ -243,7 +249,7 @@ def test_no_file_but_its_own_names_a_method(path: Path) -> None:
     }
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant):
-            assert node.value not in names, f"{path.name}:{node.lineno} names the method '{node.value}'"
+            assert node.value not in names, f"{path.name}:{node.lineno} names the method {node.value!r}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
             asked |= {part.attr for part in ast.walk(node.args[1]) if isinstance(part, ast.Attribute)}

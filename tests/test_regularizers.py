@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -443,7 +444,7 @@ def widest(*, stable: bool, channels: int, steps: int) -> tuple[float, float]:
     top = float(conv.weight.detach().abs().max())
     regularizer = Regularizer(RegularizerSpec("margin", 0.1, stable=stable), nn.Sequential(conv))
     (m,) = regularizer.parameters.values()
-    own = {"params": [m], "momentum": 0.0, "nesterov": False}
+    own: dict[str, Any] = {"params": [m], "momentum": 0.0, "nesterov": False}
     optimizer = torch.optim.SGD([{"params": [conv.weight]}, own], lr=0.4, momentum=0.9, nesterov=True)
     furthest = abs(m.item())
     for _ in range(steps):
@@ -498,7 +499,7 @@ def test_clip_leaves_a_constant(constant: float) -> None:
 def test_clip_acts_after_the_step_on_every_layer_and_adds_no_gradient(memory: torch.memory_format) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
-    model.to(memory_format=memory)  # type: ignore[call-overload]
+    model.to(memory_format=memory)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     regularizer = Regularizer(RegularizerSpec("clip", 1.5), model)
     assert not regularizer.parameters and float(regularizer.add_gradients()) == 0

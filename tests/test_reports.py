@@ -11,6 +11,7 @@ from conftest import R2
 from r2cli import console
 from r2cli.cli import reports
 from r2cli.cli.outcome import Outcome
+from r2cli.config import values
 
 BAD = "a|b\x1b[31m`c`"
 CHECKS = [{"name": "integer weights", "passed": True, "detail": "all"}, {"name": BAD, "passed": False, "detail": BAD}]
@@ -103,7 +104,7 @@ def test_a_step_of_a_recipe_writes_no_report(tmp_path: Path, monkeypatch: pytest
         assert not (tmp_path / "r2.md").exists()
         outer["command"] = "run"
     assert (tmp_path / "r2.md").read_text().startswith("### r2 run: passed")
-    monkeypatch.setenv(reports.STEP, "1")
+    monkeypatch.setenv(values.STEP, "1")
     with reports.written([f"markdown:{tmp_path / 'other.md'}"]):
         pass
     assert not (tmp_path / "other.md").exists()

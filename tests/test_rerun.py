@@ -18,7 +18,7 @@ from r2cli.storage import atomic
 FLOAT = ["--model", "resnet8", "--size", 8, "--data", "digits:64", "--device", "cpu"]
 CODED = ["model.safetensors", "--data", "digits:64", "--device", "cpu"]
 # Of each command: its line, its outputs, an option that decides the result, and one that does not.
-COMMANDS = {
+COMMANDS: dict[str, tuple[list[object], int, list[object], list[object]]] = {
     "pretrain": (["pretrain", *FLOAT, "--epochs", 1, "-o", "made.safetensors"], 1, ["--lr", 0.3], ["--workers", 1]),
     "ptq": (["ptq", *CODED, "-o", "made.safetensors"], 2, ["--weight-bits", 5], ["--weight-bits", 8]),
     "qat": (["qat", *CODED, "--epochs", 1, "-o", "made.safetensors"], 2, ["--distill", 1], ["--max-bytes", 10**9]),

@@ -313,7 +313,8 @@ def test_a_second_run_is_refused_and_leaves_the_first_alone_which_may_die(tmp_pa
     with another_run(tmp_path) as first:
         before = names(tmp_path)
         assert [name for name in before if name.endswith(".partial")] and f".{CODED}.lock" in before
-        for more in ({}, {"resume": True}, {"overwrite": True}):
+        options: tuple[dict[str, Any], ...] = ({}, {"resume": True}, {"overwrite": True})
+        for more in options:
             with pytest.raises(InputError, match=f"is being written by another run .process {first.pid} on "):
                 run(tmp_path, **more)
         # Nor does a writer that asks for no lock take the temporary files of a living run for left over.

@@ -1,6 +1,7 @@
 """The same work twice gives the same bytes: every registered method, its checkpoint and its ONNX file."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def finetuned(method: str) -> bytes:
 
 
 def palettized(method: str) -> bytes:
-    training = {} if method == "kmeans" else {"epochs": 1, "hard_epochs": 0, "batch_size": 32}
+    training: dict[str, Any] = {} if method == "kmeans" else {"epochs": 1, "hard_epochs": 0, "batch_size": 32}
     config = r2cli.PalettizeConfig(method=method, bits=2, dim=2, calibration=32, **training)
     result = r2cli.palettize(tiny(), r2cli.load_data("digits:64", size=8), config)
     return result.to_bytes() + r2cli.export(result)

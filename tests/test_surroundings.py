@@ -105,7 +105,7 @@ def test_a_user_without_a_home_is_asked_for_a_folder(r2: R2, monkeypatch: pytest
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(r2: R2, model: Path) -> None:
     """/proc takes no files from anybody, root included."""
-    lines = [
+    lines: list[list[object]] = [
         ["pretrain", "--data", "digits:64", "-o", "/proc/a.safetensors"],
         ["ptq", model, "--data", "digits:64", "-o", "/proc/a.safetensors"],
         ["qat", model, "--data", "digits:64", "-o", "/proc/a.safetensors"],
@@ -155,7 +155,7 @@ def test_an_interrupt_while_r2_is_imported_is_one_sentence(
         def __getattr__(self, name: str) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "r2cli.cli.main", Interrupting())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "r2cli.cli.main", Interrupting())
     with pytest.raises(SystemExit) as ended:
         entry.main()
     assert ended.value.code == 130

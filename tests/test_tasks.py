@@ -354,13 +354,14 @@ def test_damaged_inputs_and_outputs_in_a_file_are_refused(tmp_path: Path) -> Non
         metadata = file.metadata()
     entry = json.loads(metadata["r2"])
     state = entry["input"]["tensors"][1]
-    for change, why in {
+    changes: dict[str, tuple[Callable[[], object], str]] = {
         "one name": (lambda: state.update(name="x"), "two tensors of one name: x, x"),
         "too large": (lambda: state.update(name="state", shape=[1 << 15, 1 << 15]), "none of ours has"),
         "another kind": (lambda: state.update(shape=[5], kind="float16"), "'input.tensors.1.kind' is 'float16'"),
         "no outputs": (lambda: (state.update(kind="float32"), entry.update(outputs=[])), "'outputs' are none"),
         "one output twice": (lambda: entry.update(outputs=["a", "a"]), "'outputs' are a, a"),
-    }.values():
+    }
+    for change, why in changes.values():
         change()
         path = tmp_path / "damaged.safetensors"
         path.write_bytes(safetensors.torch.save(tensors, {"r2": json.dumps(entry)}))

@@ -57,7 +57,7 @@ def sharded(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     parts = {"a.10.weight": torch.ones(2, 2), "a.9.weight": torch.zeros(3)}, {"b": torch.full((4, 1), 2.0)}
-    places = {}
+    places: dict[str, str] = {}
     for number, part in enumerate(parts):
         file = f"model-{number}.safetensors"
         save_file(part, folder / file)

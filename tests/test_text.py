@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from torch import Tensor
 
 from conftest import R2
 from r2cli import data, models
@@ -292,6 +293,7 @@ def test_logits_do_not_depend_on_what_padding_hides(made: tuple[Path, Any]) -> N
     read = checkpoint.load(made[0])
     model = deployed.network(read)
     tokens = read.input.blank(1)
+    assert isinstance(tokens, Tensor)
     tokens[:, 0, :6] = torch.tensor([2, 6, 7, 3, 8, 3])
     tokens[:, 1, 6:] = 0
     with torch.inference_mode():

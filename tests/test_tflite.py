@@ -1,6 +1,7 @@
 """TensorFlow Lite: the file computes in LiteRT what the ONNX file of the same codes computes in ONNX Runtime."""
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,7 +103,7 @@ def _scaled(x: Tensor) -> Tensor:
     return torch.sigmoid(x + 0.0) * x
 
 
-BODIES = {
+BODIES: dict[str, tuple[Callable[[], nn.Module | Callable[[Tensor], Tensor]], int]] = {
     "number": (lambda: _scaled, 512),
     "attention": (Attention, 512),
     "line": (Line, 256),
@@ -262,7 +263,7 @@ def test_the_command_writes_and_proves_it_and_vela_tells_of_few_bits(r2: R2, tra
 def test_without_vela_there_is_no_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from r2cli.deploy import vela
 
-    monkeypatch.setattr(vela.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     assert vela.report(tmp_path / "model.tflite") is None
 
 

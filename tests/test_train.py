@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +22,15 @@ from r2cli.train.loop import TrainSettings
 CPU = torch.device("cpu")
 
 
-def _settings(**changed: object) -> TrainSettings:
-    usual = {"epochs": 2, "batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "warmup": 0.1}
-    usual |= {"label_smoothing": 0.0, "reg_lr": 0.1, "seed": 0}
-    return TrainSettings(**(usual | changed))  # type: ignore[arg-type]
+def _settings(**changed: Any) -> TrainSettings:
+    usual: dict[str, Any] = {"epochs": 2, "batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+    usual |= {"warmup": 0.1, "label_smoothing": 0.0, "reg_lr": 0.1, "seed": 0}
+    return TrainSettings(**(usual | changed))
 
 
 def _fit(
     state: Path, settings: TrainSettings, setting: regularizers.RegularizerSpec | None = None, resume: bool = False
-):  # type: ignore[no-untyped-def]
+) -> tuple[torch.nn.Module, list[hooks.Epoch]]:
     source = data.load("digits", size=8)
     loop.seed_everything(settings.seed)
     spec = models.spec("resnet8", classes=10, channels=1, size=8, width=None)
@@ -38,6 +39,12 @@ def _fit(
     cpu = torch.device("cpu")
     history = loop.fit(network, source, settings, device=cpu, setting=setting, state=state, resume=resume, watch=watch)
     return network, history
+
+
+def _top1(history: list[hooks.Epoch]) -> float:
+    top1 = history[-1].top1
+    assert top1 is not None
+    return top1
 
 
 def test_the_rate_rises_and_falls() -> None:
@@ -70,7 +77,7 @@ def test_digits_are_learned_and_linf_narrows_the_range(tmp_path: Path) -> None:
     _, plain = _fit(tmp_path / "a", _settings(epochs=6, lr=0.2))
     _, narrow = _fit(tmp_path / "b", _settings(epochs=6, lr=0.2), regularizers.RegularizerSpec("linf", 0.1))
     # Over ten seeds the least seen after 6 epochs was 97 %, and 0.62 the largest ratio of ranges.
-    assert plain[-1].top1 > 94 and narrow[-1].top1 > 94
+    assert _top1(plain) > 94 and _top1(narrow) > 94
     assert narrow[-1].range_mean < 0.75 * plain[-1].range_mean
     assert plain[-1].loss < plain[0].loss
 
@@ -81,7 +88,7 @@ def test_every_regularizer_lowers_the_range_measurably(name: str, tmp_path: Path
     _, plain = _fit(tmp_path / "a", _settings(epochs=8))
     _, regular = _fit(tmp_path / "b", _settings(epochs=8), regularizers.RegularizerSpec(name, 0.1))
     assert regular[-1].range_mean < 0.97 * plain[-1].range_mean
-    assert regular[-1].top1 > 90
+    assert _top1(regular) > 90
 
 
 @pytest.mark.slow
@@ -91,7 +98,7 @@ def test_clip_holds_every_layer_s_range(tmp_path: Path) -> None:
         # Beyond 1.8 by the little that the last clamp took from the root mean square itself.
         w = weight.detach()
         assert float(w.abs().max() / w.square().mean().sqrt()) < 1.85
-    assert history[-1].top1 > 85 and history[-1].penalty == 0
+    assert _top1(history) > 85 and history[-1].penalty == 0
 
 
 @pytest.mark.slow
@@ -157,7 +164,7 @@ def test_the_running_average_is_what_is_kept(tmp_path: Path) -> None:
     smooth, history = _fit(tmp_path / "c", _settings(ema=0.999, epochs=4))
     assert all(t.equal(last.state_dict()[name]) for name, t in network.state_dict().items())
     assert history[-1].top1 == pytest.approx(evaluation.evaluate(smooth, data.load("digits", size=8).test, CPU))
-    assert history[-1].top1 > 90
+    assert _top1(history) > 90
     tensors, _ = checkpoint.load_tensors(tmp_path / "c")
     assert smooth.state_dict()["conv.weight"].equal(tensors["average.module.conv.weight"])
     assert not smooth.state_dict()["conv.weight"].equal(tensors["model.conv.weight"])
@@ -169,13 +176,13 @@ def test_a_running_average_starts_short() -> None:
     torch.nn.init.ones_(model.weight)
     average = averaging.running(model, 0.9, statistics=True)
     average.update_parameters(model)
-    assert float(average.module.weight.detach()) == 1
+    assert float(average.module.get_parameter("weight").detach()) == 1
     torch.nn.init.zeros_(model.weight)
     expected = 1.0
     for step in range(1, 10):
         average.update_parameters(model)
         expected *= min(0.9, (1 + step) / (10 + step))
-    assert float(average.module.weight.detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(average.module.get_parameter("weight").detach()) == pytest.approx(expected, rel=1e-6)
     assert expected < 0.001
 
 
@@ -232,7 +239,7 @@ def test_mixed_precision_trains_in_bfloat16_and_keeps_float32(tmp_path: Path, mo
     network, history = _fit(
         tmp_path / "a", _settings(precision="bfloat16", epochs=4), regularizers.RegularizerSpec("linf", 0.1)
     )
-    assert set(seen) == {torch.bfloat16} and history[-1].top1 > 90
+    assert set(seen) == {torch.bfloat16} and _top1(history) > 90
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert loop.precision("auto", CPU) == "float32"
 
@@ -242,7 +249,7 @@ def test_fused_steps_are_plain_steps() -> None:
     for fused in (True, False):
         loop.seed_everything(0)
         model = models.build(models.spec("mobilenet_v1", classes=10, channels=3, size=16))
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
         optimizer = loop.optimizers(model, None, _settings(), None)[0]
         for group in optimizer.param_groups:
             group["fused"] = fused

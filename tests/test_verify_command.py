@@ -65,7 +65,7 @@ def test_a_fault_is_caught_and_named(fault: str, names: list[str], r2: R2, here:
 def test_a_file_of_another_checkpoint_fails(r2: R2, here: Path) -> None:
     made = checkpoint.load(Path("net.safetensors"))
     name = next(iter(made.coded))
-    made.coded[name].codes.neg_()  # type: ignore[index]
+    made.coded[name].codes.neg_()
     Path("other.safetensors").write_bytes(checkpoint.to_bytes(made))
     ran = r2("verify", "net.onnx", "--against", "other.safetensors", *DATA)
     assert ran.code == 1 and f"same codes ({name}" in ran.err

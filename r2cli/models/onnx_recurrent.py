@@ -53,7 +53,7 @@ def _operator(kind: str) -> Operator:
         else:
             y, *last = (torch.gru if kind == "GRU" else torch.rnn_tanh)(x, first[0], *more)
         y = y.flip(0) if turned else y
-        return (y.unflatten(2, (w.shape[0], -1)).transpose(1, 2), *last)  # type: ignore[no-untyped-call]
+        return (y.unflatten(2, (w.shape[0], -1)).transpose(1, 2), *last)
 
     return Operator(compute)
 

@@ -260,7 +260,7 @@ def sensitivity(
     total = {name: torch.zeros_like(structure.weight_of(module)) for name, module in layers.items()}
     for images, labels in batches:
         model.zero_grad(set_to_none=True)
-        learned(images, model(*places(images)), labels).backward()  # type: ignore[no-untyped-call]
+        learned(images, model(*places(images)), labels).backward()
         for name, module in layers.items():
             weight = structure.weight_of(module)
             if weight.grad is not None:

@@ -18,7 +18,7 @@ def running(model: nn.Module, decay: float, *, statistics: bool) -> AveragedMode
     def update(averaged: Any, current: Any, count: Tensor | int) -> None:
         steps = int(count)
         own = min(decay, (1 + steps) / (10 + steps))
-        get_ema_multi_avg_fn(own)(averaged, current, count)  # type: ignore[no-untyped-call]
+        get_ema_multi_avg_fn(own)(averaged, current, count)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=statistics)
 

@@ -251,7 +251,7 @@ def _one_epoch(run: _Run, number: int) -> tuple[float, float, float]:
         loss = _loss(run, images, labels)
         for optimizer in run.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        _weighed(loss, count(images), index, run).backward()  # type: ignore[no-untyped-call]
+        _weighed(loss, count(images), index, run).backward()
         if run.method is not None:
             run.method.add_gradients()
         # Before the gradients are clipped: the bound is on all that moves the weights. AdamW: see `optimizers`.

@@ -110,7 +110,7 @@ def ran(line: Sequence[str]) -> tuple[int, str, str]:
         code = 98
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.detach()  # type: ignore[attr-defined]  # or it would close what it writes to
+            stream.detach()  # or it would close what it writes to
         sys.argv, sys.stdout, sys.stderr = kept
     return code, out.getvalue().decode(errors="replace"), err.getvalue().decode(errors="replace")
 
@@ -294,7 +294,7 @@ def tried(here: Path, given: Iterator[Input], tell: Callable[[str], None], until
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--minutes", type=float, default=600.0, help="of damaged files, at most")

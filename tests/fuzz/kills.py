@@ -88,8 +88,8 @@ def killed(here: Path, count: int, seed: int, tell: Callable[[str], None]) -> di
     (here / "tiny.py").write_text(CODE)
     before = Path.cwd()
     os.chdir(here)
-    for line in MADE:  # in this process, so that forks have imported what commands import
-        code, _, told = ran(line)
+    for first in MADE:  # in this process, so that forks have imported what commands import
+        code, _, told = ran(first)
         assert code == 0, told
     os.chdir(before)
     shutil.copytree(here, here.with_name("valid"), dirs_exist_ok=True)

@@ -379,8 +379,8 @@ def _npz(content: bytes, draw: random.Random) -> bytes:
         values = np.load(io.BytesIO(arrays[name]), allow_pickle=False)
         other = io.BytesIO()
         dtype = draw.choice(("O", "U4", "c8", "?", "i1", "f2", "f8", "M8[s]", "V3"))
-        shape = draw.choice((values.shape, (values.size,), (*values.shape, 1), (1, *values.shape)))
-        np.save(other, values.astype(dtype).reshape(shape) if dtype != "V3" else np.zeros(shape, "V3"))
+        sides = draw.choice((values.shape, (values.size,), (*values.shape, 1), (1, *values.shape)))
+        np.save(other, values.astype(dtype).reshape(sides) if dtype != "V3" else np.zeros(sides, "V3"))
         arrays[name] = other.getvalue()
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as file:
