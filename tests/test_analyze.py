@@ -23,8 +23,8 @@ from r2cli.storage.stream import from_memory
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn)
 
 
-def row(x: Tensor, **settings: object) -> AnalyzedLayer:
-    return layer_table.row(from_memory("w.weight", x, "memory"), AnalyzeSettings(**settings))  # type: ignore[arg-type]
+def row(x: Tensor, **settings: Any) -> AnalyzedLayer:
+    return layer_table.row(from_memory("w.weight", x, "memory"), AnalyzeSettings(**settings))
 
 
 def hostile(dtype: torch.dtype) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ def test_where_nothing_is_gained_the_nearest_codes_stay(net: fx.GraphModule) -> 
     hopeless = brecq.BrecqSettings(steps=2, lr=100.0, fine_lr=10.0)
     coded, biases, _ = brecq.round_network(net, images(8), plain, settings=hopeless)
     assert all(coded[name] is plain[name] for name in plain)
-    assert all(biases[name].equal(net.get_submodule(name).bias.detach()) for name in biases)  # type: ignore[operator]
+    assert all(biases[name].equal(net.get_parameter(f"{name}.bias").detach()) for name in biases)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -275,7 +276,7 @@ METHODS: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "tensor": lambda one: ptq(one, form="tensor"),
     "palette": lambda one: palettize(one, bits=8),
     "palette of pairs": lambda one: palettize(one, bits=8, dim=2),
-    **{name: lambda one, name=name: qat(one, method=name, bits=7) for name in ("lsq", "ewgs", "dorefa", "pact")},  # type: ignore[misc]
+    **{name: partial(qat, method=name, bits=7) for name in ("lsq", "ewgs", "dorefa", "pact")},
 }
 # The fewest decibels of methods whose weights, untrained, are far from the float ones.
 ROUGH = {"dorefa": -3, "pact": -3, "ewgs": 6, "palette": 24, "palette of pairs": 20, "lsq": 16}
@@ -388,7 +389,7 @@ def test_steps_at_their_least_and_an_accuracy_of_chance_are_a_diverged_training(
     work, prepared = _prepared()
     finetune.require_learned(work, prepared, 25.0)
     with torch.no_grad():
-        prepared.weights["deep"].step.fill_(-1.0)  # type: ignore[operator]
+        prepared.weights["deep"].get_parameter("step").fill_(-1.0)
     finetune.require_learned(work, prepared, 25.1)
     with pytest.raises(R2Error, match="training diverged: 1 steps fell to their least .'deep'.*use a lower --lr"):
         finetune.require_learned(work, prepared, 25.0)
@@ -470,8 +471,8 @@ class Tied(nn.Module):
 
 SHARED = {"twice": (Twice, "conv"), "recurrent": (Recurrent, "block.0"), "tied": (Tied, "one")}
 ALONE = {"first_alone.weight", "second_alone.weight"}
-RUNS = [("w8a8", name) for name in SHARED]
-RUNS += [pytest.param(command, name, marks=pytest.mark.slow) for command in ("palette", "lsq", "w8") for name in SHARED]  # type: ignore[misc]
+RUNS = [pytest.param("w8a8", name) for name in SHARED]
+RUNS += [pytest.param(command, name, marks=pytest.mark.slow) for command in ("palette", "lsq", "w8") for name in SHARED]
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ IMAGES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)
 DATA = r2cli.load_data([(images, torch.zeros(16, dtype=torch.int64)) for images in IMAGES])
 
 
-def _quantized(**options: object) -> Checkpoint:
-    return r2cli.quantize(MADE, DATA, r2cli.PtqConfig(**options)).checkpoint  # type: ignore[arg-type]
+def _quantized(**options: Any) -> Checkpoint:
+    return r2cli.quantize(MADE, DATA, r2cli.PtqConfig(**options)).checkpoint
 
 
 def _compared(candidate: Checkpoint | Path, made: Checkpoint = MADE) -> Depth:
@@ -228,15 +228,15 @@ class Chain(nn.Module):
 
 
 CHAIN, CHAIN_DATA = _made(Chain), r2cli.load_data([(IMAGES[0], torch.zeros(16, dtype=torch.int64))] * 2)
-COARSE = {"act_bits": 4, "act_range": "minmax"}
+COARSE: dict[str, Any] = {"act_bits": 4, "act_range": "minmax"}
 
 
 def _mended(layer: str, word: str) -> tuple[Mend, float]:
     """The choice as it is measured, and what arrives at the outputs where `r2 ptq` is told its --keep line."""
-    coarse = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(**COARSE))  # type: ignore[arg-type]
+    coarse = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(**COARSE))
     mends = r2cli.compare(CHAIN, coarse, CHAIN_DATA, r2cli.CompareConfig(mend=20)).mends
     mend = next(mend for mend in mends if mend.options == f"--keep '{layer}={word}'")
-    made = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(keep=[f"{layer}={word}"], **COARSE))  # type: ignore[arg-type]
+    made = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(keep=[f"{layer}={word}"], **COARSE))
     pair = pairing.graphs(CHAIN, made.checkpoint, IMAGES)
     return mend, depth.compare(pair, IMAGES[:1], lambda before, after: None).outputs[0]
 
@@ -253,7 +253,7 @@ def test_a_choice_is_what_its_keep_line_makes(layer: str, word: str) -> None:
 @pytest.mark.parametrize("value", ["first", "hardsigmoid", "mul", "mul_1", "add"])
 def test_a_coarse_value_is_mended_by_16_bits_for_what_reads_a_function_of_it(value: str) -> None:
     """A layer's own output too, which no layer reads: 16 bits for the second layer are the only way to it."""
-    coarse = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(**COARSE)).checkpoint  # type: ignore[arg-type]
+    coarse = r2cli.quantize(CHAIN, CHAIN_DATA, r2cli.PtqConfig(**COARSE)).checkpoint
     pair = pairing.graphs(CHAIN, coarse, IMAGES)
     row = next(one for one in _compared(coarse, CHAIN).values if one.name == value)
     found = [mend.options for mend in mending.measured(pair, [row, row], IMAGES[0], coarse.coded)]
@@ -424,8 +424,8 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     plain = r2cli.pretrain("mobilenet_v1", "digits:64", r2cli.PretrainConfig(epochs=1)).checkpoint
     reference, candidate = tmp_path / "model.safetensors", tmp_path / "model.w4.safetensors"
     checkpoint.save(plain, reference)
-    asked = {"method": "dfq", "keep": ["stem=2"], "symmetric": False, "weight_range": "mse"}
-    config = r2cli.PtqConfig(weight_bits=4, calibration=16, **asked)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"method": "dfq", "keep": ["stem=2"], "symmetric": False, "weight_range": "mse"}
+    config = r2cli.PtqConfig(weight_bits=4, calibration=16, **asked)
     made = r2cli.quantize(plain, "digits:64", config).checkpoint
     checkpoint.save(made, candidate)
     line = ["compare", reference, candidate, "--samples", 8]

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +86,8 @@ def test_outputs_say_what_rounding_one_layer_changes() -> None:
         output_change.measure(net, tried, [], (1, 8, 8))
 
 
-def _losses(made: Checkpoint, target: bit_budget.BitTarget, **how: object) -> bit_budget.LayerLosses:
-    settings = replace(post_training.PtqSettings("none", 8, 8, "channel", {}), **how)  # type: ignore[arg-type]
+def _losses(made: Checkpoint, target: bit_budget.BitTarget, **how: Any) -> bit_budget.LayerLosses:
+    settings = replace(post_training.PtqSettings("none", 8, 8, "channel", {}), **how)
     batches = list(data.calibration(data.load("digits", spec=made.input), 32, CPU, 0))
     return bit_budget.measure(made, settings, target, batches, CPU, 0)
 

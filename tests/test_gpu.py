@@ -4,6 +4,7 @@ R2_TEST_DEVICE=cpu runs them on the CPU, where they must pass too.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_network_learns_and_is_the_same_again(reg: str, precision: str) -> Non
     assert top1(made.checkpoint, WHERE) == pytest.approx(top1(made.checkpoint, "cpu"), abs=0.5)
 
 
-WORK = {
+WORK: dict[str, tuple[Callable[..., Result], object]] = {
     "adaround": (r2cli.quantize, r2cli.PtqConfig(weight_bits=3, method="adaround", calibration=64, device=WHERE)),
     "brecq": (r2cli.quantize, r2cli.PtqConfig(weight_bits=3, method="brecq", calibration=64, device=WHERE)),
     **{
@@ -53,7 +54,7 @@ WORK = {
 @pytest.mark.parametrize("name", WORK)
 def test_what_a_gpu_compressed_is_proved_on_the_cpu(name: str, trained: Path, tmp_path: Path) -> None:
     work, config = WORK[name]
-    made: Result = work(trained, DIGITS, config)  # type: ignore[operator]
+    made = work(trained, DIGITS, config)
     r2cli.export(made, tmp_path / "made.onnx")
     assert r2cli.verify(tmp_path / "made.onnx", made, DIGITS, timed=False).passed
     assert top1(made.checkpoint, WHERE) == pytest.approx(top1(made.checkpoint, "cpu"), abs=0.5)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -32,11 +33,11 @@ class Mlp(nn.Module):
         return self.second(torch.relu(self.first(x)).unsqueeze(1)).squeeze(1)
 
 
-def made(**options: object) -> checkpoint.Checkpoint:
+def made(**options: Any) -> checkpoint.Checkpoint:
     torch.manual_seed(0)
     drawn = torch.Generator().manual_seed(0)
     source = r2cli.load_data([(torch.randn(8, 80, generator=drawn), None)])
-    config = r2cli.PtqConfig(act_bits="none", group_size=32, device="cpu", **options)  # type: ignore[arg-type]
+    config = r2cli.PtqConfig(act_bits="none", group_size=32, device="cpu", **options)
     return r2cli.quantize(Mlp(), source, config).checkpoint
 
 
@@ -85,9 +86,9 @@ def test_a_file_of_groups_is_proved_and_comes_back(bits: int, symmetric: bool, o
         ({"act_bits": "none", "group_size": 48}, "32, 64 or 128"),
     ],
 )
-def test_what_has_no_groups_is_refused(options: dict[str, object], told: str) -> None:
+def test_what_has_no_groups_is_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
-        r2cli.PtqConfig(**{"group_size": 32, **options})  # type: ignore[arg-type]
+        r2cli.PtqConfig(**{"group_size": 32, **options})
 
 
 def test_a_convolution_has_no_groups() -> None:

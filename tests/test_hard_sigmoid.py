@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import r2cli
 from r2cli.calibration import deployed
@@ -76,6 +76,7 @@ def test_a_gate_whose_values_lie_between_two_codes_is_known_from_another(tmp_pat
     r2cli.export(made, path)
     file = runtime.inlined(onnx.load(path))
     network, images = deployed.network(made), _images()[:2]
+    assert isinstance(network, fx.GraphModule)
     values = runtime.values(file, comparison.exposed(file), optimise=False)(images)
     first = next(each for each in comparison.roundings(file) if np.isclose(each.scale, 1 / 255))
     codes = (values[first.gives] * 255).round()
@@ -84,7 +85,7 @@ def test_a_gate_whose_values_lie_between_two_codes_is_known_from_another(tmp_pat
 
     def same_graph(changed: Tensor) -> bool:
         optimised = {**values, first.gives: changed * first.scale}
-        checks = comparison.between_grids(network, images, file, values, optimised)  # type: ignore[arg-type]
+        checks = comparison.between_grids(network, images, file, values, optimised)
         return {check.name: check.passed for check in checks}["same graph"]
 
     # The product x * hardsigmoid(x) is the same 0 of either code.

@@ -149,7 +149,8 @@ def test_sizes_stay_readable(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             arguments = len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs)
             assert arguments <= 8, f"{path.name}: {node.name} takes {arguments} arguments"
-            assert node.end_lineno - node.lineno <= 60, f"{path.name}: {node.name} is long"  # type: ignore[operator]
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno <= 60, f"{path.name}: {node.name} is long"
 
 
 HELP = """

@@ -124,9 +124,9 @@ def made(trained: Path) -> checkpoint.Checkpoint:
 
 
 def _choose(
-    made: checkpoint.Checkpoint, target: bit_budget.BitTarget, **how: object
+    made: checkpoint.Checkpoint, target: bit_budget.BitTarget, **how: Any
 ) -> tuple[post_training.PtqSettings, dict[str, int]]:
-    settings = replace(post_training.PtqSettings("none", 8, None, "channel", {}, weight_range="mse"), **how)  # type: ignore[arg-type]
+    settings = replace(post_training.PtqSettings("none", 8, None, "channel", {}, weight_range="mse"), **how)
     batches = list(data.calibration(data.load("digits", spec=made.input), 64, CPU, 0))
     chosen, rows, _ = bit_budget.chosen(bit_budget.measure(made, settings, target, batches, CPU, 0), target)
     return chosen, {row.layer: row.bits for row in rows}

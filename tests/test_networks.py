@@ -74,8 +74,10 @@ def _images(seed: int, count: int, size: int) -> Tensor:
 def _made(factory: Callable[[], nn.Module] | str, size: int, args: dict[str, Any] | None = None) -> Checkpoint:
     """Random weights, BatchNorms that have seen images, and no parameter that is zero all over."""
     torch.manual_seed(0)
-    named = isinstance(factory, str)
-    spec = ModelSpec(factory, 10, args=args or {}) if named else ModelSpec("networks.py:factory", 10, factory=factory)  # type: ignore[arg-type]
+    if isinstance(factory, str):
+        spec = ModelSpec(factory, 10, args=args or {})
+    else:
+        spec = ModelSpec("networks.py:factory", 10, factory=factory)
     model = models.build(spec)
     with torch.no_grad():
         for module in model.modules():

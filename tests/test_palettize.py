@@ -144,11 +144,11 @@ def test_layers_that_it_does_not_help_stay_as_they_are(model: Path) -> None:
     made.floats[names[1]].abs_().mul_(0.01).add_(signs)  # every filter of one sign
     settings = compression.PaletteSettings("kmeans", 1, 1, None, 8, None, {})
     subject = compression.read(made, settings)
-    before = {name: module.weight.detach().clone() for name, module in subject.layers.items()}  # type: ignore[operator]
+    before = {name: structure.weight_of(module).detach().clone() for name, module in subject.layers.items()}
     wanted = compression.forms(subject.layers, settings)
     assert compression.even_out(subject, wanted) == {}
     for name, module in subject.layers.items():
-        assert torch.equal(module.weight, before[name]), name  # type: ignore[arg-type]
+        assert torch.equal(structure.weight_of(module), before[name]), name
     work = compression.PaletteTask(made, replace(settings, bits=2), None, CPU, 0)
     coded, _ = compression.by_kmeans(work, weigh=False, advance=lambda layers: None)
     assert not bool(coded.coded[names[0]].decode().any())

@@ -38,10 +38,10 @@ def model(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(trained, tmp_path / "model.safetensors"))
 
 
-def work_on(path: Path, method: str, bits: int, acts: int | None, **more: object) -> tuple[QatTask, data.Data]:
+def work_on(path: Path, method: str, bits: int, acts: int | None, **more: Any) -> tuple[QatTask, data.Data]:
     made = checkpoint.load(path)
     source = data.load("digits", spec=made.input)
-    settings = QatSettings(method, bits, acts, {}, **more)  # type: ignore[arg-type]
+    settings = QatSettings(method, bits, acts, {}, **more)
     return QatTask(made, settings, lambda: data.calibration(source, 256, CPU, 0), CPU), source
 
 
@@ -111,8 +111,8 @@ def test_a_max_pool_between_keeps_both_grids_where_they_belong() -> None:
 def test_quantizers_take_over_the_relus_before_them(model: Path) -> None:
     work, _ = work_on(model, "lsq", 2, 2)
     prepared = prepare.prepare(work)
-    first = prepared.net.get_submodule("learners.relu")
-    assert first.wide.rectifies and prepared.edges["stages_0_0_relu1"].rectifies  # type: ignore[union-attr]
+    wide = prepared.net.get_submodule("learners.relu.wide")
+    assert isinstance(wide, WideQuantizer) and wide.rectifies and prepared.edges["stages_0_0_relu1"].rectifies
     left = [node for node in prepared.net.graph.nodes if node.target is torch.nn.functional.relu]
     assert len(left) == 1  # the last block's, which the wide grid alone reads
 
@@ -165,7 +165,7 @@ def test_the_network_that_trained_is_the_one_that_is_frozen(method: str, model: 
         expected = prepared.net.eval()(images)
         for layer, learner, weight in prepared.each():
             module = prepared.model.get_submodule(layer.name)
-            assert torch.equal(module.weight, learner.freeze(weight).decode())  # type: ignore[arg-type]
+            assert torch.equal(structure.weight_of(module), learner.freeze(weight).decode())
         coded, _ = prepare.finish(work, prepared, round_biases=False)
         found = deployed.network(coded)(images)
     # Sums are in another order, so that a value on the edge of two levels may take the other one: in few images.
@@ -302,11 +302,11 @@ def test_deltas_from_the_hessian_of_a_network(model: Path) -> None:
     options = registry.EwgsOptions(delta=None)
     learners = [*prepared.weights.values(), *prepared.activations]
     ewgs.before_epoch(prepared, EpochStart(1, 2, 0, work.batches, options))
-    assert all(float(learner.delta) == 0 for learner in learners)  # type: ignore[arg-type]
+    assert all(float(learner.get_buffer("delta")) == 0 for learner in learners)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ewgs, "PROBES", 2)
         ewgs.before_epoch(prepared, EpochStart(2, 2, 0, work.batches, options))
-    deltas = [float(learner.delta) for learner in learners]  # type: ignore[arg-type]
+    deltas = [float(learner.get_buffer("delta")) for learner in learners]
     assert max(deltas) > 0 and min(deltas) >= 0 and all(torch.isfinite(torch.tensor(deltas)))
     images, _ = next(iter(work.batches()))
     assert prepared.net(images).requires_grad  # back in the usual operations
@@ -435,11 +435,15 @@ def test_training_that_diverges_keeps_the_last_good_epoch(model: Path, tmp_path:
     def spoil(epoch: Epoch) -> None:
         kept.append(state.read_bytes())
         with torch.no_grad():
-            made[0].weights["classifier"].step.fill_(float("nan"))  # type: ignore[operator]
+            made[0].weights["classifier"].get_parameter("step").fill_(float("nan"))
+
+    def seen(work: QatTask) -> quantizer_placement.Prepared:
+        made.append(original(work))
+        return made[0]
 
     made: list[quantizer_placement.Prepared] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "prepare", lambda work: made.append(original(work)) or made[0])  # type: ignore[func-returns-value]
+        patch.setattr(prepare, "prepare", seen)
         watch = hooks.Progress(lambda steps: None, spoil)
         with pytest.raises(R2Error, match=r"diverged in epoch 2 .*holds the end of epoch 1"):
             finetune.by_training(work, plan, source, hooks.RunControl(state, False, watch))

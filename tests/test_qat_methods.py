@@ -1,5 +1,7 @@
 """The quantizers alone: the numbers of their papers, gradients at the bounds, and codes that are what training saw."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from r2cli import registry
 from r2cli.qat import dorefa, ewgs, lsq, pact, seq
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WideQuantizer
 from r2cli.quantized import fake_quant
+from r2cli.quantized.grid import Grid
 
 W = [0.5, -1.25, 0.25, 1.0]
 X = [-0.3, 0.4, 0.9, 1.7]
@@ -178,7 +181,8 @@ def test_ewgs_layer_is_one_of_integers() -> None:
     for parameter, value in ((weight.low, -1.4), (weight.high, 1.4), (weight.output, 0.7)):
         parameter.data.fill_(value)
     frozen, grid = weight.freeze(w), learner.grid()
-    assert grid.encode(x).tolist() == [0, 1, 3, 1] and frozen.codec.integers(frozen.codes).tolist() == [1, -3, 1, 3]  # type: ignore[union-attr]
+    assert isinstance(frozen.codec, Grid)
+    assert grid.encode(x).tolist() == [0, 1, 3, 1] and frozen.codec.integers(frozen.codes).tolist() == [1, -3, 1, 3]
     assert frozen.codec.scale.item() == pytest.approx(0.1166666667) and grid.scale.item() == pytest.approx(0.6666666667)
     assert (learner(x) @ weight(w)).item() == pytest.approx(0.2333333333)
 
@@ -200,7 +204,7 @@ def test_ewgs_activations_start_and_step_as_the_authors_have_it() -> None:
 # --- the kernels are the formulas ----------------------------------------------------------------------------------
 
 # Float64: sums of 600 terms in another order, and divisions where the formula multiplies.
-SAME = {"rtol": 1e-10, "atol": 1e-12}
+SAME: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -209,7 +213,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 def require_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one.detach(), other.detach(), **SAME)  # type: ignore[arg-type]
+        torch.testing.assert_close(one.detach(), other.detach(), **SAME)
 
 
 def with_gradients(out: Tensor, g: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -321,7 +325,7 @@ def test_gradients_at_the_bounds_are_written_out(name: str) -> None:
     """At 0 and at the highest level, which half of all rectified values are on: clamp's own changed with torch."""
     learner = learner_of(ACTIVATIONS[name], 2, 0.75 if name == "lsq" else 2.25)
     if name == "ewgs":
-        learner.delta.fill_(0)  # type: ignore[operator]
+        learner.get_buffer("delta").fill_(0)
     x = vector([0.0, 2.25, 1.0, -0.0]).requires_grad_()
     gx = grads(learner(x), x)[0]
     inclusive = name in ("pact", "dorefa")  # 0 <= x < a; the others: 0 < x < the highest level

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from r2cli.graph.read import trace
 from r2cli.ptq import brecq, qdrop, weight_grids
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
+from r2cli.storage.input_spec import Given
 
 X = torch.tensor([-3.0, -0.2, 0.1, 0.26, 0.7, 9.0])  # below the range, inside it, and beyond
 
@@ -65,9 +67,9 @@ def test_chance_decides_for_each_element(
         ({"method": "brecq"}, "--qdrop is for activations of fewer than 8 bits: give --act-bits 4"),
     ],
 )
-def test_where_it_cannot_be_done_it_is_refused(options: dict[str, str], told: str) -> None:
+def test_where_it_cannot_be_done_it_is_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
-        r2cli.PtqConfig(qdrop=True, **options)  # type: ignore[arg-type]
+        r2cli.PtqConfig(qdrop=True, **options)
 
 
 @pytest.mark.slow
@@ -104,10 +106,11 @@ def test_blocks_with_four_bit_activations_come_nearer() -> None:
 
     def error(codes: dict[str, Coded], own: dict[str, Tensor], acts: dict[str, Grid]) -> float:
         states = {name: brecq.state(codes[f"{name}.weight"].decode(), own.get(name)) for name in ("0", "2", "4")}
-        states = {name: {"bias": net.get_submodule(name).bias, **one} for name, one in states.items()}  # type: ignore[dict-item]
-        x = shown
+        states = {name: {"bias": net.get_parameter(f"{name}.bias"), **one} for name, one in states.items()}
+        x: Given = shown
         for block in brecq.blocks(net):
-            x = brecq.run(net, block, x, states, qdrop.on_grids(acts))  # type: ignore[assignment]
+            x = brecq.run(net, block, x, states, qdrop.on_grids(acts))
+        assert isinstance(x, Tensor)
         return float((x - net(shown)).square().mean())
 
     assert error(coded, biases, moved) < 0.8 * error(nearest, {}, grids)

@@ -1,5 +1,7 @@
 """Grids of weights: the numeric cases, and every rule per channel and per tensor, with and without zero points."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,9 +18,9 @@ WEIGHT[3, 5] = 1.0
 WEIGHT[4] += 0.05
 
 
-def lost(w: Tensor, bits: int, **how: object) -> Tensor:
+def lost(w: Tensor, bits: int, **how: Any) -> Tensor:
     """Mean squared error of each row on its own grid; of all on one, where not per channel."""
-    grid = weight_grids.weight_grid(w, bits, **{"per_channel": True, **how})  # type: ignore[arg-type]
+    grid = weight_grids.weight_grid(w, bits, **{"per_channel": True, **how})
     return (grid.decode(grid.encode(w)) - w).double().square().mean(1)
 
 

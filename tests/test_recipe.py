@@ -830,7 +830,7 @@ class Slow:
     """A job that is done when it has been looked at so many times; notes who runs beside whom."""
 
     def __init__(
-        self, name: str, looks: int, running: list[str], seen: list[set[str]], error: Exception | None
+        self, name: str, looks: int, running: list[str], seen: list[set[str]], error: BaseException | None
     ) -> None:
         self.name, self.looks, self.running, self.error, self.stopped = name, looks, running, error, False
         running.append(name)
@@ -851,7 +851,7 @@ class Slow:
 
 
 def side_by_side(
-    folder: Path, looks: Mapping[str, int], number: int, errors: Mapping[str, Exception] = {}
+    folder: Path, looks: Mapping[str, int], number: int, errors: Mapping[str, BaseException] = {}
 ) -> tuple[list[set[str]], Any, list[Slow]]:
     """Who ran beside whom as each began, what came of it, and the jobs: a and b, c that reads a, d that reads b."""
     steps = [
@@ -917,7 +917,7 @@ def test_a_step_that_fails_names_itself_and_starts_no_other(
 
 def test_an_interrupt_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "PAUSE", 0)
-    _, error, made = side_by_side(tmp_path, {"b": 5}, 2, {"a": KeyboardInterrupt()})  # type: ignore[dict-item]
+    _, error, made = side_by_side(tmp_path, {"b": 5}, 2, {"a": KeyboardInterrupt()})
     assert isinstance(error, KeyboardInterrupt) and [job.stopped for job in made] == [False, True]
 
 

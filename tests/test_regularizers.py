@@ -163,8 +163,9 @@ def by_autograd(
     for index, column in enumerate(to_vectors(whole, dim).unbind(1)):
         mine = None if own is None else own[index if len(own) > 1 else 0]
         spec = RegularizerSpec(name, 1.0, stable=stable, margin_k=k)
-        assert of(name).reference is not None
-        value = value + of(name).reference(column, torch.zeros(()) if mine is None else mine, spec)  # type: ignore[misc]
+        reference = of(name).reference
+        assert reference is not None
+        value = value + reference(column, torch.zeros(()) if mine is None else mine, spec)
     if name == "soft-minmax":
         assert own is not None
         value = value + torch.exp(-own[0])

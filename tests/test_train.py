@@ -230,9 +230,9 @@ def test_a_weight_s_gradient_is_clipped_to_a_share_of_the_weight(tmp_path: Path)
 def test_mixed_precision_trains_in_bfloat16_and_keeps_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def watched(logits: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
+    def watched(logits: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
         seen.append(logits.dtype)
-        return real(logits, *given, **more)  # type: ignore[arg-type]
+        return real(logits, *given, **more)
 
     real = torch.nn.functional.cross_entropy
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)

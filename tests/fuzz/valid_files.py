@@ -5,6 +5,7 @@ A command is a line of which `FILE` is the mutated file. It runs in a folder tha
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,7 +251,7 @@ def _weights(folder: Path) -> None:
     (shards / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def _state(r2) -> None:  # type: ignore[no-untyped-def]
+def _state(r2: Callable[..., None]) -> None:
     """A training run that ended after its last epoch and before its checkpoint."""
     from r2cli.storage import atomic
 
@@ -318,7 +319,7 @@ def _images(folder: Path) -> None:
                 Image.fromarray(pixels.numpy()).save(folder / half / name / f"{number}.{ending}")
 
 
-def _text(folder: Path, r2) -> None:  # type: ignore[no-untyped-def]
+def _text(folder: Path, r2: Callable[..., None]) -> None:
     from r2cli.models import text
 
     encoder = folder / "encoder"
