@@ -37,6 +37,7 @@ class Job:
     method: str
     steps: int | None
     act_bits: int = 8
+    keep: tuple[str, ...] = ()  # as r2's --keep has them
     code: str = ""  # FILE.py:FACTORY, where the checkpoint's network is made by that
 
     def batches(self) -> list[Any]:

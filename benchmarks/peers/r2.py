@@ -30,6 +30,7 @@ def quantize(job: Job, clock: Clock) -> Made:
         qdrop=job.method.endswith(QDROP),
         weight_bits=job.weight_bits,
         act_bits=job.act_bits,
+        keep=job.keep,
         # `auto` may choose among grids where one per channel is allowed.
         granularity=None if job.method == "auto" and job.granularity == "channel" else job.granularity,
         calibration=0 if job.method == "dfq" else None,  # as `r2 ptq` has it, dfq looks at no image

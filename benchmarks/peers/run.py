@@ -46,16 +46,17 @@ R2 = "r2"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is asked of a tool. `steps` is AdaRound's, a layer; None is the tool's default."""
+    """What is asked of a tool. `steps` is AdaRound's, a layer; None is the tool's default. `keep` is r2's option."""
 
     weight_bits: int
     granularity: str
     method: str
     steps: int | None = None
     act_bits: int = 8
+    keep: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        steps = f"-{self.steps}" if self.steps else ""
+        steps = "".join(f"-{one}" for one in (self.steps, *self.keep) if one)
         return f"w{self.weight_bits}a{self.act_bits}-{self.granularity}-{self.method}{steps}"
 
 
@@ -219,7 +220,7 @@ def measure(path: Path, own: Network, rounds: int) -> dict[str, Any]:
 
 def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
     named = (record.get(name) for name in ("peer", "network", "sha", "weight_bits", "granularity", "method", "steps"))
-    return *named, act_bits(record)
+    return *named, act_bits(record), tuple(record.get("keep", ()))
 
 
 def act_bits(record: Mapping[str, Any]) -> int:
@@ -301,6 +302,8 @@ def accuracy(record: Mapping[str, Any]) -> float | None:
 def method(record: Mapping[str, Any]) -> str:
     if record.get("chosen"):
         return f"{record['method']}: {record['chosen']}"
+    if record.get("keep"):
+        return ", ".join([record["method"], *record["keep"]])
     return f"{record['method']}, {record['steps']} steps" if record["steps"] else str(record["method"])
 
 
