@@ -40,14 +40,18 @@ import run as peers  # noqa: E402
 from run import CHANNEL, R2, TENSOR, Cell, Network  # noqa: E402
 
 SIZES = {"lite1": 240, "lite2": 260}
+ENDS = ("_conv_stem=8", "_fc=8")  # as papers have it; all else is all layers at the same bits
 CELLS = [
     *((R2, Cell(8, CHANNEL, "none")), ("ort", Cell(8, CHANNEL, "nearest"))),
     *((R2, Cell(8, TENSOR, "none")), (R2, Cell(8, TENSOR, "dfq")), ("ort", Cell(8, TENSOR, "nearest"))),
     *(("aimet", Cell(8, TENSOR, "cle")), ("ort", Cell(4, CHANNEL, "nearest"))),
+    *((R2, Cell(4, CHANNEL, method)) for method in ("none", "dfq", "adaround")),
     *((R2, Cell(bits, CHANNEL, "brecq")) for bits in (4, 3, 2)),
+    *((R2, Cell(bits, CHANNEL, "brecq", keep=ENDS)) for bits in (4, 3, 2)),
     (R2, Cell(4, CHANNEL, "auto")),
+    *((R2, Cell(4, CHANNEL, method, act_bits=4)) for method in ("brecq", "brecq+qdrop")),
     *(("aimet", Cell(bits, CHANNEL, method)) for bits in (4, 3, 2) for method in ("cle", "seqmse")),
-    ("aimet", Cell(4, CHANNEL, "adaround", 50)),
+    ("aimet", Cell(4, CHANNEL, "adaround", 1000)),
 ]
 HEAD = ["network", "weights", "grid", "tool", "method", "top-1 %", "to float, points", "of float's time", "bytes"]
 HEAD += ["s", "CPU s", "MB"]
@@ -86,7 +90,7 @@ def network(name: str, arguments: argparse.Namespace) -> Network:
 
 
 def row(name: str, tool: str, cell: Cell, one: Mapping[str, Any], whole: float) -> list[str]:
-    told = [name, f"W{cell.weight_bits}A8", cell.granularity, tool, peers.method({**vars(cell), **one})]
+    told = [name, f"W{cell.weight_bits}A{cell.act_bits}", cell.granularity, tool, peers.method({**vars(cell), **one})]
     top1 = peers.accuracy(one)
     if top1 is None:
         return [*told, f"{'refused' if 'refused' in one else 'failed: ' + one['failed']}", *[""] * 6]

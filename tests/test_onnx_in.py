@@ -579,6 +579,23 @@ def test_numbers_that_gather_a_flat_value_in_its_order_are_a_reshape(tmp_path: P
         read(saved(model, tmp_path), {"x": ((3, 8, 8), "float32")})
 
 
+def test_a_weight_times_a_number_keeps_its_name_wherever_it_stands(tmp_path: Path) -> None:
+    """Two layers share a constant that is no initializer, as Paddle writes its weights, each times a number."""
+    kernel = numpy_helper.from_array(floats(5, 3, 8, 8))
+    nodes = [helper.make_node("Constant", [], ["conv2d_3.w_0"], value=kernel)]
+    for name in ("a", "b"):
+        nodes.append(helper.make_node("Conv", ["x", "conv2d_3.w_0"], [f"{name} conv"]))
+        nodes.append(helper.make_node("Mul", [f"{name} conv", name], [f"{name} product"]))
+    model = tiny(*nodes, helper.make_node("Sub", ["a product", "b product"], ["y"]))
+    factors = {"a": 1.900607, "b": 1.900609}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(at, F), name) for name, at in factors.items())
+    program, tensors = read(saved(model, tmp_path), {"x": ((3, 8, 8), "float32")})
+    assert set(tensors) == {"conv2d_3.weight", "conv2d_3.weight_1"}
+    made = OnnxNetwork(program)
+    made.load_state_dict(tensors)
+    assert 0 < made(torch.ones(1, 3, 8, 8)).abs().max() < 1e-3
+
+
 # --- checkpoints of someone else's -----------------------------------------------------------------------------------
 
 

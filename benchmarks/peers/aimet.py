@@ -29,7 +29,7 @@ def quantize(job: Job, clock: Clock) -> Made:
     sim = aimet_onnx.QuantizationSimModel(
         model,
         param_type=aimet_onnx.qtype.int(job.weight_bits),
-        activation_type=aimet_onnx.int8,
+        activation_type=aimet_onnx.qtype.int(job.act_bits),
         config_file="default" if job.granularity == "channel" else str(PER_TENSOR),
         session_options_kwargs={"intra_op_num_threads": 1},
     )

@@ -36,6 +36,8 @@ class Job:
     granularity: str  # channel or tensor
     method: str
     steps: int | None
+    act_bits: int = 8
+    keep: tuple[str, ...] = ()  # as r2's --keep has them
     code: str = ""  # FILE.py:FACTORY, where the checkpoint's network is made by that
 
     def batches(self) -> list[Any]:

@@ -21,6 +21,8 @@ def quantize(job: Job, clock: Clock) -> Made:
     kind = getattr(QuantType, f"QInt{job.weight_bits}", None)
     if kind is None:
         raise Refused(f"quantize_static has no weight type of {job.weight_bits} bits")
+    if job.act_bits != 8:
+        raise Refused(f"quantize_static's activations have 8 bits, not {job.act_bits}")
     prepared = f"{job.output}.prepared"
     quant_pre_process(job.model, prepared)
     clock.lap("prepare")

@@ -15,6 +15,8 @@ from r2cli.storage.checkpoint import InputSpec
 sys.path.append(str(Path(__file__).parents[1]))
 from given_images import data_of  # noqa: E402
 
+QDROP = "+qdrop"
+
 
 def quantize(job: Job, clock: Clock) -> Made:
     made = checkpoint.load(Path(job.checkpoint))
@@ -24,8 +26,11 @@ def quantize(job: Job, clock: Clock) -> Made:
     # The file's accuracy is measured elsewhere, as the peers' is: one batch stands for the test images.
     test = [(images[0], torch.zeros(len(images[0]), dtype=torch.int64))]
     config = r2cli.PtqConfig(
-        method=job.method,
+        method=job.method.removesuffix(QDROP),
+        qdrop=job.method.endswith(QDROP),
         weight_bits=job.weight_bits,
+        act_bits=job.act_bits,
+        keep=job.keep,
         # `auto` may choose among grids where one per channel is allowed.
         granularity=None if job.method == "auto" and job.granularity == "channel" else job.granularity,
         calibration=0 if job.method == "dfq" else None,  # as `r2 ptq` has it, dfq looks at no image

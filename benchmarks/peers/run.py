@@ -46,16 +46,18 @@ R2 = "r2"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is asked of a tool. `steps` is AdaRound's, a layer; None is the tool's default."""
+    """What is asked of a tool. `steps` is AdaRound's, a layer; None is the tool's default. `keep` is r2's option."""
 
     weight_bits: int
     granularity: str
     method: str
     steps: int | None = None
+    act_bits: int = 8
+    keep: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        steps = f"-{self.steps}" if self.steps else ""
-        return f"w{self.weight_bits}a8-{self.granularity}-{self.method}{steps}"
+        steps = "".join(f"-{one}" for one in (self.steps, *self.keep) if one)
+        return f"w{self.weight_bits}a{self.act_bits}-{self.granularity}-{self.method}{steps}"
 
 
 def every(methods: Sequence[str], bits: Sequence[int] = (8, 4, 3, 2)) -> list[Cell]:
@@ -70,12 +72,19 @@ ADAROUND = [
 ]
 CELLS: Mapping[str, Sequence[Cell]] = {
     "ort": every(["nearest"]),
-    "aimet": [*every(["nearest", "cle"]), *every(["seqmse"], bits=(4, 3, 2)), *ADAROUND, Cell(4, CHANNEL, "adaround")],
+    "aimet": [
+        *every(["nearest", "cle"]),
+        *every(["seqmse"], bits=(4, 3, 2)),
+        *ADAROUND,
+        Cell(4, CHANNEL, "adaround"),
+        *(Cell(bits, CHANNEL, "adaround", 1000, act_bits=4) for bits in (4, 2)),
+    ],
     R2: [
         *every(["none", "dfq"]),
         *(Cell(bits, UNFOLDED, method) for method in ("none", "brecq") for bits in (8, 4, 3, 2)),
         *every(["brecq", "adaround"], bits=(4, 3, 2)),
         *(Cell(bits, granularity, "auto") for granularity in (CHANNEL, TENSOR) for bits in (8, 4, 3, 2)),
+        *(Cell(bits, CHANNEL, method, act_bits=4) for bits in (4, 2) for method in ("brecq", "brecq+qdrop")),
     ],
 }
 
@@ -210,9 +219,17 @@ def measure(path: Path, own: Network, rounds: int) -> dict[str, Any]:
 
 
 def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(
-        record.get(name) for name in ("peer", "network", "sha", "weight_bits", "granularity", "method", "steps")
-    )
+    named = (record.get(name) for name in ("peer", "network", "sha", "weight_bits", "granularity", "method", "steps"))
+    return *named, act_bits(record), tuple(record.get("keep", ()))
+
+
+def act_bits(record: Mapping[str, Any]) -> int:
+    """A result's bits of activations: 8 where it was written before there were others."""
+    return int(record.get("act_bits", 8))
+
+
+def bits(record: Mapping[str, Any]) -> str:
+    return f"W{record['weight_bits']}A{act_bits(record)}"
 
 
 def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -285,6 +302,8 @@ def accuracy(record: Mapping[str, Any]) -> float | None:
 def method(record: Mapping[str, Any]) -> str:
     if record.get("chosen"):
         return f"{record['method']}: {record['chosen']}"
+    if record.get("keep"):
+        return ", ".join([record["method"], *record["keep"]])
     return f"{record['method']}, {record['steps']} steps" if record["steps"] else str(record["method"])
 
 
@@ -298,12 +317,12 @@ def row(record: Mapping[str, Any]) -> list[str]:
         reached = [f"{top1:.2f}", f"{record['float_top1'] - top1:.2f}", stored]
     forms = {"bytes": ",", "latency_ratio": ".2f", "seconds": ".1f", "cpu_seconds": ".1f", "grown_mb": ",.0f"}
     numbers = [format(record[name], form) if name in record else "" for name, form in forms.items()]
-    return [record["peer"], f"W{record['weight_bits']}A8", record["granularity"], method(record), *reached, *numbers]
+    return [record["peer"], bits(record), record["granularity"], method(record), *reached, *numbers]
 
 
 def pair(record: Mapping[str, Any]) -> list[str]:
     ours = record["r2"]
-    cell = f"{record['peer']} W{record['weight_bits']}A8 {record['granularity']} {method(record)}"
+    cell = f"{record['peer']} {bits(record)} {record['granularity']} {method(record)}"
     top1 = [f"{value:.2f}" if value is not None else "" for value in map(accuracy, (record, ours))]
     times = [f"{one[what]:.1f}" for what in ("seconds", "cpu_seconds") for one in (record, ours)]
     return [record["network"], cell, *top1, *times, *(f"{value:.2f}" for value in record["times_r2"].values())]
@@ -329,7 +348,8 @@ def told(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return -record["weight_bits"], record["granularity"], record["peer"], record["method"], record["steps"] or 0
+    widths = -record["weight_bits"], -act_bits(record)
+    return *widths, record["granularity"], record["peer"], record["method"], record["steps"] or 0
 
 
 def main() -> None:

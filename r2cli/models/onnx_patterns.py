@@ -146,8 +146,7 @@ def _with_factor(graph: _Graph, draft: DraftNode) -> DraftNode | None:
 def _times(graph: _Graph, name: str, factor: float) -> str:
     scaled = f"{name} times {factor}"
     graph.constants[scaled] = graph.constants[name] * factor
-    if name in graph.origins:
-        graph.origins[scaled] = graph.origins[name]
+    graph.origins[scaled] = graph.origins.get(name, name)
     return scaled
 
 
