@@ -90,7 +90,7 @@ def network(name: str, arguments: argparse.Namespace) -> Network:
 
 
 def row(name: str, tool: str, cell: Cell, one: Mapping[str, Any], whole: float) -> list[str]:
-    told = [name, f"W{cell.weight_bits}A{cell.act_bits}", cell.granularity, tool, peers.method({**vars(cell), **one})]
+    told = [name, peers.bits(vars(cell)), cell.granularity, tool, peers.method({**vars(cell), **one})]
     top1 = peers.accuracy(one)
     if top1 is None:
         return [*told, f"{'refused' if 'refused' in one else 'failed: ' + one['failed']}", *[""] * 6]

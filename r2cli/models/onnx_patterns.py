@@ -55,6 +55,12 @@ class _Graph:
             return float(value.reshape(-1)[0])
         return value if isinstance(value, int | float) else None
 
+    def hold(self, name: str, value: Tensor, of: str) -> str:
+        """Hold a constant that is made of another, whose name in the file it keeps. Returns `name`."""
+        self.constants[name] = value
+        self.origins[name] = self.origins.get(of, of)
+        return name
+
 
 def simplified(
     drafts: list[DraftNode],
@@ -98,10 +104,7 @@ def _as_linear(graph: _Graph, draft: DraftNode) -> DraftNode | None:
         return None
     weight, outputs = draft.inputs[1], matrix.shape[0] if a.get("transB") else matrix.shape[1]
     if not a.get("transB"):
-        weight = f"{draft.inputs[1]} transposed"
-        graph.constants[weight] = matrix.t()
-        if draft.inputs[1] in graph.origins:
-            graph.origins[weight] = graph.origins[draft.inputs[1]]
+        weight = graph.hold(f"{weight} transposed", matrix.t(), weight)
     inputs: tuple[str, ...] = (draft.inputs[0], weight)
     if len(draft.inputs) > 2 and draft.inputs[2]:
         bias = _flat(graph, draft.inputs[2], outputs, -1)
@@ -139,15 +142,10 @@ def _with_factor(graph: _Graph, draft: DraftNode) -> DraftNode | None:
         return None
     layer, _, _ = found
     factor = 1 / factor if draft.operator == "Div" else factor
-    parts = [_times(graph, name, factor) for name in layer.inputs[1:] if name]
+    parts = [
+        graph.hold(f"{name} times {factor}", graph.constants[name] * factor, name) for name in layer.inputs[1:] if name
+    ]
     return replace(layer, inputs=(layer.inputs[0], *parts), outputs=draft.outputs)
-
-
-def _times(graph: _Graph, name: str, factor: float) -> str:
-    scaled = f"{name} times {factor}"
-    graph.constants[scaled] = graph.constants[name] * factor
-    graph.origins[scaled] = graph.origins.get(name, name)
-    return scaled
 
 
 def _with_bias(graph: _Graph, draft: DraftNode) -> DraftNode | None:
@@ -164,10 +162,8 @@ def _with_bias(graph: _Graph, draft: DraftNode) -> DraftNode | None:
     if bias is None:
         return None
     if len(layer.inputs) > 2 and layer.inputs[2]:
-        own, bias = layer.inputs[2], f"{layer.inputs[2]} and {bias}"
-        graph.constants[bias] = graph.constants[own] + graph.constants[bias.removeprefix(f"{own} and ")]
-        if own in graph.origins:
-            graph.origins[bias] = graph.origins[own]
+        own = layer.inputs[2]
+        bias = graph.hold(f"{own} and {bias}", graph.constants[own] + graph.constants[bias], own)
     return replace(layer, inputs=(*layer.inputs[:2], bias), outputs=draft.outputs)
 
 
@@ -180,11 +176,7 @@ def _flat(graph: _Graph, name: str, channels: int, axis: int) -> str | None:
         return None
     if value.ndim == 1:
         return name
-    flat = f"{name} flat"
-    graph.constants[flat] = value.reshape(-1)
-    if name in graph.origins:
-        graph.origins[flat] = graph.origins[name]
-    return flat
+    return graph.hold(f"{name} flat", value.reshape(-1), name)
 
 
 def _as_hard_swish(graph: _Graph, draft: DraftNode) -> DraftNode | None:
