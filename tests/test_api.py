@@ -133,6 +133,11 @@ def test_a_module_is_trained_quantized_and_palettized() -> None:
     assert losses[1] < losses[0]
 
 
+def test_a_file_is_not_trained(trained: Path) -> None:
+    with pytest.raises(InputError, match=r"takes a torch module or the name of a network, not .*model.safetensors"):
+        r2cli.pretrain(trained)  # type: ignore[arg-type]
+
+
 def test_a_module_needs_data() -> None:
     with pytest.raises(InputError, match="needs the data"):
         r2cli.quantize(nn.Linear(2, 2))

@@ -298,6 +298,34 @@ def test_resume_refuses_other_options_before_any_step_runs(steps: list[Step], to
     assert commands.names() == []
 
 
+def test_resume_takes_other_options_for_a_step_that_wrote_nothing(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+
+    def refuses(arguments: list[str]) -> dict[str, Any]:
+        if arguments[0] == "ptq":
+            raise InputError("no such bits")
+        return commands(arguments)
+
+    with pytest.raises(InputError, match="no such bits"):
+        run(two(bits=40), tmp_path, refuses, commands.told.append)
+    assert commands.names() == ["model"]
+    resumed(two(bits=4), commands)
+    assert commands.names() == ["coded!"]
+    (tmp_path / "coded").unlink()
+    (tmp_path / "coded.onnx").unlink()
+    with pytest.raises(InputError, match="it was done with weight-bits = 4, not 3"):
+        resumed(two(bits=3), commands)  # this one was finished, and somebody may look for its files
+
+
+def test_resume_refuses_other_options_for_a_step_that_goes_on(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    commands.stop_at = "model"
+    with pytest.raises(KeyboardInterrupt):
+        execute(two(), commands)
+    with pytest.raises(InputError, match="it was done with lr = 0.1, not 0.2"):
+        resumed(two(lr=0.2), commands)
+
+
 def test_resume_names_a_file_that_is_missing_or_was_exchanged(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     execute(two(), commands)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,6 +154,38 @@ def test_side_by_side_gives_the_same_files_tables_and_failures(
         assert (Path("one") / name).read_bytes() == (Path("two") / name).read_bytes()
     (table,) = json.loads(Path("one/tables.json").read_text())
     assert [(row["reg"], row["n"]) for row in table["records"]] == [("none", 1), ("linf", 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process cannot be asked to end")
+def test_a_run_that_ignores_interrupts_ends_when_asked_to(small: Path) -> None:
+    """As `r2 run ... &` in a script: a shell without job control lets such a command ignore interrupts."""
+    small.write_text(SMALL.replace("epochs = 1", "epochs = 100000"))
+    line = [sys.executable, "-m", "r2cli", "run", "small.toml", "--jobs", "2", "--work-dir", "here"]
+    started = subprocess.Popen(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *line],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    with started:
+        try:
+            while not Path("here/none.resume.safetensors").exists():
+                assert started.poll() is None, started.stderr and started.stderr.read()
+                time.sleep(0.1)
+            started.terminate()
+            assert started.wait(60) == 130
+        finally:
+            started.kill()
+
+
+@pytest.mark.slow
+def test_a_source_that_does_not_say_where_its_data_is_is_told_before_any_work(small: Path, r2: R2) -> None:
+    small.write_text(SMALL.replace("digits:64", "imagefolder:here"))
+    ran = r2("run", "small.toml")
+    assert ran.code == 2 and "none.safetensors does not record where its imagefolder is: give data here" in ran.err
+    assert "small.toml:14: r2 ptq -> none.w8.safetensors" in ran.err and not Path("small").exists()
 
 
 @pytest.mark.slow

@@ -83,11 +83,12 @@ def pretrain(
 ) -> Pretrained:
     """Train a float network, by its name or in place, with a regularizer of its weights' range.
 
-    `state` is a file that keeps the last whole epoch. Raises R2Error where training diverges.
+    `state` is a file that keeps the last whole epoch. Raises R2Error where training diverges, InputError for a path.
     """
+    if not isinstance(network, nn.Module | str):
+        raise InputError(f"pretrain takes a torch module or the name of a network, not {network!r}: load a file first")
     source = datasets.load(data) if isinstance(data, str) else data
-    name = network if isinstance(network, str) else ""
-    spec = weights.model_spec(Preparation(), name, source) if name else _spec_of(network, source)  # type: ignore[arg-type]
+    spec = weights.model_spec(Preparation(), network, source) if isinstance(network, str) else _spec_of(network, source)
     config = config or PretrainConfig()
     run = pretraining.ready(spec, source, config, recorded={"data": datasets.recorded(source.name)})
     model = pretraining.network_of(run) if isinstance(network, str) else network

@@ -25,14 +25,24 @@ _owner = 0
 
 
 def ends_at_once() -> None:
-    """From now on an interrupt ends this process, unless it is started to ignore interrupts."""
+    """From now on an interrupt ends this process, unless it is started to ignore interrupts.
+
+    A step of `r2 run --jobs` ends in any case: only the run itself interrupts it.
+    """
     global _owner
     here = threading.current_thread() is threading.main_thread()  # others may not say what a signal does
-    if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if here and (before is signal.default_int_handler or (before == signal.SIG_IGN and _is_step())):
         _owner = os.getpid()
         signal.signal(signal.SIGINT, _end)
         if sys.platform == "win32":
             signal.signal(signal.SIGBREAK, _end)  # by which `r2 run --jobs` stops a step there
+
+
+def _is_step() -> bool:
+    from r2cli.config import values  # rarely needed, and its import takes longer than `r2 --help` can spare
+
+    return values.STEP in os.environ
 
 
 @contextmanager

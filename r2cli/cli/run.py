@@ -45,6 +45,7 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
     if config.smoke:
         read = trial.reduced(read)
     todo = recipes.steps(read)
+    recipes.require_data(todo)
     if config.smoke:
         todo, replaced = trial.small(todo, folder)
         console.note(f"smoke, whose numbers mean nothing: {'; '.join(replaced)}")
@@ -134,7 +135,10 @@ def _write(tables: "Sequence[results.Table]", metrics: Sequence[Sequence[str]], 
 @contextmanager
 def _interruptible(jobs: int) -> Iterator[None]:
     """Let a request to end (SIGTERM) stop the block as Ctrl-C does, and either stop the steps' own processes first."""
-    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    pressed = signal.getsignal(signal.SIGINT)
+    if pressed == signal.SIG_IGN:  # as in the background of a script: Ctrl-C is for others, a request to end is not
+        pressed = signal.default_int_handler
+    before = signal.signal(signal.SIGTERM, pressed)
     try:
         with interrupt.raised() if jobs > 1 else nullcontext():
             yield

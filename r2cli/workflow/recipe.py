@@ -37,6 +37,7 @@ from r2cli.errors import InputError, unknown
 from r2cli.storage import schema
 from r2cli.storage.schema import Malformed
 
+READ_DATA = ("ptq", "qat", "palettize", "evaluate")  # commands that look at images, or at another network's outputs
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 KEY = re.compile(r"""\s*["']?([\w-]+)["']?\s*=""")
 COMMANDS = ("pretrain", "analyze", "ptq", "qat", "palettize", "export", "evaluate")
@@ -262,6 +263,22 @@ def reads_from(step: Step, earlier: Step) -> bool:
     """Say whether `step` reads the checkpoint that `earlier` writes, or the ONNX file beside it."""
     source, output = step.options.get("source"), earlier.options.get("output")
     return None not in (source, output) and _stem(source) == _stem(output)
+
+
+def require_data(todo: Sequence[Step]) -> None:
+    """Raises InputError for a step that does not say where its data is, where its source cannot say it either.
+
+    No checkpoint records the path of its data: such a step would stop after hours of the steps before it.
+    """
+    from r2cli.data import NOT_RECORDED  # torch comes with it, and `r2 recipe` does without
+
+    for step in todo:
+        made = next((earlier for earlier in todo if reads_from(step, earlier)), None)
+        kind = "" if made is None else str(made.options.get("data", "")).partition(":")[0]
+        if step.command in READ_DATA and "data" not in step.options and kind in NOT_RECORDED:
+            raise InputError(
+                step.blame(f"{step.options['source']} does not record where its {kind} is: give data here")
+            )
 
 
 def _stem(name: Any) -> str:

@@ -247,6 +247,9 @@ class Record:
             known = self.done.get(_name(step))
             if known is None:
                 continue
+            files = self._files(step)
+            if known.get("report") is None and not any(file.exists() or resume_state(file).exists() for file in files):
+                continue  # it ended before it wrote anything, for a wrong option perhaps, and starts anew
             if known["key"] != _key(step):
                 changed = _changed(json.loads(known["key"]), json.loads(_key(step)))
                 raise InputError(step.blame(f"it was done {changed}: leave out --resume to do it again"))
@@ -255,7 +258,7 @@ class Record:
             for key, value in self._inputs(step).items():
                 if known.get("inputs", {}).get(key, value) != value:
                     raise InputError(step.blame(f"its {key} has changed since: leave out --resume to do it again"))
-            for file in self._files(step):
+            for file in files:
                 sums = known.get("written", {})  # r2 0.1 kept none
                 if not file.exists() or sums.get(file.name, checksum(file)) != checksum(file):
                     what = "is not as it was written" if file.exists() else "is missing"
