@@ -174,6 +174,25 @@ def test_whatever_wrote_it_is_the_same_function_over_plain_layers(name: str) -> 
     assert all(type(module).__module__ in plain for _, module in structure.named_layers(net))
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("tracked", [False, True])
+@torch.no_grad()
+def test_an_instance_norm_is_a_norm_that_every_part_of_r2_knows(affine: bool, tracked: bool) -> None:
+    """No call of F.instance_norm is left, which no file could hold."""
+
+    def make() -> nn.Module:
+        norm = nn.InstanceNorm2d(3, affine=affine, track_running_stats=tracked)
+        for tensor in (*norm.parameters(), *(each for each in norm.buffers() if each.is_floating_point())):
+            tensor.uniform_(0.5, 1.5)
+        return nn.Sequential(norm, nn.Conv2d(3, 4, 3))
+
+    model, net, x = _read(make)
+    torch.testing.assert_close(net(x), model(x), rtol=1e-5, atol=1e-5)
+    norm = net.get_submodule("0")
+    assert isinstance(norm, nn.BatchNorm2d if tracked else nn.GroupNorm)
+    assert all(node.op != "call_function" for node in net.graph.nodes)
+
+
 def test_parameters_are_the_networks_own_and_computed_ones_are_new() -> None:
     model, net, _ = _read(Shared)
     own = dict(model.named_parameters())

@@ -208,6 +208,13 @@ def group_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     return _call(writer, node, a["input"], ("group_norm", weight, bias, groups, a["eps"]), weight, make)
 
 
+def instance_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
+    """A GroupNorm with a group for each channel, or a BatchNorm where it tracked statistics."""
+    if not a["use_input_stats"]:
+        return batch_norm(writer, node, {**a, "training": False})
+    return group_norm(writer, node, {**a, "num_groups": int(a["input"].meta["val"].shape[1])})
+
+
 def embedding(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     weight = constant_of(a["weight"])
     if weight is None:
@@ -271,6 +278,7 @@ LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]
     "batch_norm": batch_norm,
     "layer_norm": layer_norm,
     "group_norm": group_norm,
+    "instance_norm": instance_norm,
     "embedding": embedding,
     "prelu": prelu,
     **dict.fromkeys(KINDS, recurrent_layer),
