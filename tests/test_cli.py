@@ -206,6 +206,16 @@ def test_options_that_contradict_each_other_are_refused(
     assert len(ran.err.strip().splitlines()) == 1 and sorted(Path().iterdir()) == before
 
 
+@pytest.mark.parametrize("command", ["ptq", "export", "evaluate"])
+def test_code_without_weights_asks_for_them(
+    command: str, r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("def factory(): ...")
+    ran = r2(command, "--model", "net.py:factory", "--data", "digits")
+    assert ran.code == 2 and "--model net.py:factory needs weights: give --weights FILE, or the checkpoint" in ran.err
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from torch import nn
 
 import r2cli
 from conftest import R2
@@ -38,6 +39,27 @@ def trained_once(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def _given(path: Path) -> list[Arrays]:
     return proof_inputs.of_data(path, r2cli.load_data("digits:64", size=8)).batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "border"), [(3, 3, 1), (2, 2, 0), (3, 2, 1)])
+def test_a_mean_whose_last_window_reaches_beyond_is_one_number_everywhere(
+    kernel: int, stride: int, border: int, counted: bool, tmp_path: Path
+) -> None:
+    """torch never counts what is beyond the border; of `ceil_mode` runtimes think differently, so no file has it."""
+    torch.manual_seed(0)
+    pool = nn.AvgPool2d(kernel, stride, border, ceil_mode=True, count_include_pad=counted)
+    width = pool(torch.zeros(1, 1, 15, 15)).shape[-1]
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4 * width**2, 10)
+    )
+    result = r2cli.quantize(network, r2cli.load_data("digits:64", size=15), r2cli.PtqConfig(device="cpu"))
+    path = tmp_path / "model.onnx"
+    r2cli.export(result, path)
+    proof = r2cli.verify(path, result)
+    assert proof.passed, proof.checks
+    assert "ceil_mode" not in {each.name for node in runtime.read(path).graph.node for each in node.attribute}
 
 
 @needs_openvino

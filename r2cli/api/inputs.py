@@ -126,6 +126,8 @@ def _load(given: Inputs, tell: Callable[[str], None], *, needed: bool) -> tuple[
         raise InputError(
             f"--model {given.model} needs weights: give --weights FILE, or --pretrained for those that are published"
         )
+    if names_code and given.source is None and not DEFAULT_SOURCE.exists():
+        raise InputError(f"--model {given.model} needs weights: give --weights FILE, or the checkpoint that has them")
     if given.source is not None and given.source.suffix == ".onnx":
         return _of_onnx(given, given.source, needed=needed)
     made = checkpoint.load(given.source or DEFAULT_SOURCE)

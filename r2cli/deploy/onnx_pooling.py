@@ -1,6 +1,6 @@
 """Pools, means and sums in ONNX. The parameters are those of torch's functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,19 +44,41 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> str:
+    """Write a mean of windows. `ceil_mode` is written as a border behind: runtimes differ in what they divide by.
+
+    torch counts the border that was asked for (`count_include_pad`), and never what the last window has beyond it.
+    """
     axes = len(x.shape) - 2
     if divisor_override is not None:
         raise Unwritable("it has a divisor of its own")
-    padded = any(spread(padding, axes))
+    kernel, strides = spread(kernel_size, axes), spread(stride or kernel_size, axes)
+    border, name = spread(padding, axes), x.name
+    beyond = _beyond(x.shape[2:], sheet.shape[2:], kernel, strides, border) if ceil_mode else [0] * axes
+    counted = any(border) and count_include_pad
+    if counted and any(beyond):  # then the border is written as zeros, and what is beyond is not counted
+        name, counted = sheet.node("Pad", name, sheet.writer.ints([0, 0, *border, 0, 0, *border])), False
+        border = [0] * axes
+    pads = [*border, *(pad + more for pad, more in zip(border, beyond, strict=True))]
     return sheet.node(
         "AveragePool",
-        x,
-        kernel_shape=spread(kernel_size, axes),
-        strides=spread(stride or kernel_size, axes),
-        pads=2 * spread(padding, axes) if padded else None,
-        ceil_mode=1 if ceil_mode else None,
-        count_include_pad=1 if padded and count_include_pad else None,
+        name,
+        kernel_shape=kernel,
+        strides=strides,
+        pads=pads if any(pads) else None,
+        count_include_pad=1 if counted else None,
     )
+
+
+def _beyond(
+    have: Sequence[int | None], out: Sequence[int | None], kernel: list[int], strides: list[int], border: list[int]
+) -> list[int]:
+    """By how many values each axis' last window reaches beyond the border. Raises Unwritable for sizes unknown."""
+    found = []
+    for length, windows, size, stride, pad in zip(have, out, kernel, strides, border, strict=True):
+        if length is None or windows is None:
+            raise Unwritable("the size of its input follows the batch")
+        found.append(max(0, (windows - 1) * stride + size - length - 2 * pad))
+    return found
 
 
 def adaptive_avg_pool(sheet: Sheet, x: Value, output_size: Any) -> str:

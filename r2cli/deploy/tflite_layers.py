@@ -221,8 +221,6 @@ def mean_of_windows(lite: LiteSheet, node: NodeProto) -> None:
     where = windows(node, len(lite.shapes[node.output[0]]) - 2)
     if any(where.pads) and not given.get("count_include_pad"):
         raise Unwritable("its border is not counted")
-    if given.get("ceil_mode"):
-        raise Unwritable("it rounds its size up")
     padding, x = padded(lite, x, where, node.output[0])
     channels, (height, width) = x.shape[1], where.kernel
     ones = np.ones((1, height, width, channels), np.int8)

@@ -144,7 +144,7 @@ TABLE: tuple[Row, ...] = (
         "mean",
         (F.avg_pool2d, When(F.adaptive_avg_pool2d, _one)),
         "it gives the network's result, or reads floats",
-        ("GlobalAveragePool", "AveragePool"),
+        ("GlobalAveragePool", "AveragePool", "Pad"),
     ),
     Row(Kind.INTEGER, "sigmoid", (torch.sigmoid, F.hardsigmoid), "it reads floats", ("Sigmoid", "HardSigmoid")),
     Row(Kind.INTEGER, "leaky ReLU", (F.leaky_relu,), "it reads floats, or no layer reads it", ("LeakyRelu",)),
