@@ -122,12 +122,9 @@ def _load(given: Inputs, tell: Callable[[str], None], *, needed: bool) -> tuple[
     for option, value in (("--model-arg", () if names_code else given.model_arg), ("--stem", given.stem)):
         if value:
             raise InputError(f"{option} belongs to --weights: a checkpoint says how its network is made")
-    if given.model is not None and not names_code and given.source is None:
-        raise InputError(
-            f"--model {given.model} needs weights: give --weights FILE, or --pretrained for those that are published"
-        )
-    if names_code and given.source is None and not DEFAULT_SOURCE.exists():
-        raise InputError(f"--model {given.model} needs weights: give --weights FILE, or the checkpoint that has them")
+    if given.model is not None and given.source is None and not (names_code and DEFAULT_SOURCE.exists()):
+        other = "the checkpoint that has them" if names_code else "--pretrained for those that are published"
+        raise InputError(f"--model {given.model} needs weights: give --weights FILE, or {other}")
     if given.source is not None and given.source.suffix == ".onnx":
         return _of_onnx(given, given.source, needed=needed)
     made = checkpoint.load(given.source or DEFAULT_SOURCE)
