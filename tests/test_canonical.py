@@ -1,5 +1,6 @@
 """Networks written in every way become one graph: the same function, over plain layers of the network's parameters."""
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -121,6 +122,56 @@ def _recurrent(kind: type[nn.Module]) -> nn.Module:
     return Recurrent()
 
 
+class Product(nn.Module):
+    """A product of the image's rows (n, 24, 8) and a weight of any shape."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function, self.matrix = function, nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x.flatten(1, 2), self.matrix)
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Bilinear(8, 8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(x.flatten(1, 2), x.flatten(1, 2).relu())
+
+
+def _einsum(equation: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, weight: torch.einsum(equation, x, weight)
+
+
+def _heads(equation: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """`equation` of (n, 24, 2 heads, 4) and a weight."""
+    return lambda x, weight: torch.einsum(equation, x.unflatten(-1, (2, 4)), weight)
+
+
+# By what it is called: the function of the rows and a weight, its shape, and the shape of the layer's.
+PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...]]] = {
+    "rows": (_einsum("bnd,de->bne"), (8, 5), (5, 8)),
+    "columns": (_einsum("bnd,ed->bne"), (5, 8), (5, 8)),
+    "implicit": (_einsum("bzd, da"), (8, 5), (5, 8)),
+    "ellipsis": (_einsum("...d,dhe->...he"), (8, 2, 5), (10, 8)),
+    "heads made": (_einsum("bnd,hde->bhne"), (2, 8, 5), (10, 8)),
+    "heads joined": (_heads("bnhd,hde->bne"), (2, 4, 5), (5, 8)),
+    "heads apart": (_heads("bnhd,hde->bnhe"), (2, 4, 5), (10, 4, 1)),
+    "heads first": (_heads("bnhd,hde->hebn"), (2, 4, 5), (10, 4, 1)),
+    "tokens": (_einsum("bnd,mn->bmd"), (5, 24), (5, 24)),
+    "tokens of heads": (_heads("bnhd,hnm->bmhd"), (2, 24, 5), (10, 24, 1)),
+    "one of each head": (_heads("bnhd,hd->bnh"), (2, 4), (2, 4, 1)),
+    "vector": (torch.matmul, (8,), (1, 8)),
+    "batched": (torch.matmul, (1, 8, 5), (5, 8)),
+    "pairs": (lambda x, weight: x.unsqueeze(1) @ weight, (2, 8, 5), (10, 8)),
+    "a matrix a token": (lambda x, weight: x.unsqueeze(2) @ weight, (24, 8, 5), (120, 8, 1)),
+    "from the left": (lambda x, weight: weight @ x, (5, 24), (5, 24)),
+    "bmm": (lambda x, weight: torch.bmm(x.transpose(0, 1), weight), (24, 8, 5), (120, 8, 1)),
+    "tensordot": (lambda x, weight: torch.tensordot(x, weight, ([1, 2], [1, 0])), (8, 24, 5), (5, 192)),
+}
 MADE: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = {
     "padded": (lambda: Padded((1, 1, 1, 1)), {"conv2d": (4, 3, 3, 3)}),
     "unevenly padded": (lambda: nn.Sequential(Padded((0, 1, 0, 1))), {"0": (4, 3, 3, 3)}),
@@ -149,6 +200,7 @@ MADE: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = {
         ),
         {"4": (2, 8)},
     ),
+    "bilinear": (Bilinear, {"pair_1": (40, 8)}),
     "lstm": (lambda: _recurrent(nn.LSTM), {"cell.weight_ih_l0": (20, 8), "cell.weight_hh_l0": (20, 5)}),
     "gru": (lambda: _recurrent(nn.GRU), {"cell.weight_ih_l0": (15, 8), "cell.weight_hh_l0": (15, 5)}),
 }
@@ -172,6 +224,30 @@ def test_whatever_wrote_it_is_the_same_function_over_plain_layers(name: str) -> 
     assert found == expected
     plain = ("torch.nn.modules.conv", "torch.nn.modules.linear", "r2cli.graph.transposed", "r2cli.graph.recurrent")
     assert all(type(module).__module__ in plain for _, module in structure.named_layers(net))
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@torch.no_grad()
+def test_a_product_with_a_weight_of_any_shape_is_a_layer(name: str) -> None:
+    function, shape, weight = PRODUCTS[name]
+    model, net, x = _read(lambda: Product(function, *shape))
+    for count in (1, 3):
+        torch.testing.assert_close(net(x[:count]), model(x[:count]), rtol=1e-5, atol=1e-4)
+    assert {layer.name: tuple(one.weight.shape) for layer, one in structure.named_layers(net)} == {"matrix": weight}
+    moves = (torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, operator.getitem)
+    assert {node.target for node in net.graph.nodes if node.op == "call_function"} <= {*moves}
+
+
+@torch.no_grad()
+def test_a_product_without_a_sum_multiplies_element_by_element() -> None:
+    model, net, x = _read(lambda: Product(_einsum("bnd,de->bedn"), 8, 5))
+    torch.testing.assert_close(net(x), model(x))
+    assert [node.target for node in net.graph.nodes if node.op == "call_function"][-1] is torch.mul
+
+
+def test_a_weight_and_two_values_in_one_einsum_are_refused() -> None:
+    with pytest.raises(Unreadable, match="its einsum multiplies the weight 'matrix' with more than one tensor"):
+        _read(lambda: Product(lambda x, weight: torch.einsum("bni,ij,bmj->bnm", x, weight, x), 8, 8))
 
 
 @pytest.mark.parametrize("affine", [False, True])

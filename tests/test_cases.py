@@ -689,6 +689,21 @@ class Started(nn.Module):
         return self.head((last[1] if is_lstm else last)[-1] + steps[0])
 
 
+class Stepped(nn.Module):
+    """An image's rows one by one through a cell."""
+
+    def __init__(self, kind: Callable[..., nn.RNNCellBase], **options: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+        self.rows, self.head = kind(24, 8, **options), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, state = torch.relu(self.conv(x)), None
+        for row in x.transpose(1, 2).flatten(2).unbind(1):
+            state = self.rows(row, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
 RECURRENT: dict[str, Factory] = {
     "lstm": lambda: Rows(nn.LSTM),
     "gru": lambda: Rows(nn.GRU),
@@ -697,8 +712,17 @@ RECURRENT: dict[str, Factory] = {
     "rnn": lambda: Rows(nn.RNN, nonlinearity="relu", bidirectional=True),
     "started lstm": lambda: Started(nn.LSTM),
     "started gru": lambda: Started(nn.GRU),
+    "lstm cell": lambda: Stepped(nn.LSTMCell),
+    "gru cell": lambda: Stepped(nn.GRUCell),
+    "rnn cell without biases": lambda: Stepped(nn.RNNCell, bias=False),
 }
-AT_ONCE = (("w8", "lstm of two ways"), ("w8a8", "gru"), ("palette", "lstm"), ("lsq", "started gru"))
+AT_ONCE = (
+    ("w8", "lstm of two ways"),
+    ("w8a8", "gru"),
+    ("palette", "lstm"),
+    ("lsq", "started gru"),
+    ("w8", "lstm cell"),
+)
 EVERY = [pytest.param(*p, marks=() if p in AT_ONCE else pytest.mark.slow) for p in product(COMMANDS, RECURRENT)]
 
 

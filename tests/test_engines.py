@@ -62,6 +62,26 @@ def test_a_mean_whose_last_window_reaches_beyond_is_one_number_everywhere(
     assert "ceil_mode" not in {each.name for node in runtime.read(path).graph.node for each in node.attribute}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "stride", "border", "dilation"), [(3, 2, 0, 1), (3, 2, 1, 1), (2, 2, 0, 2)])
+def test_the_greatest_of_a_window_that_reaches_beyond_is_one_number_everywhere(
+    kernel: int, stride: int, border: int, dilation: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    pool = nn.MaxPool2d(kernel, stride, border, dilation, ceil_mode=True)
+    width = pool(torch.zeros(1, 1, 14, 14)).shape[-1]
+    without = nn.MaxPool2d(kernel, stride, border, dilation)
+    assert width > without(torch.zeros(1, 1, 14, 14)).shape[-1]
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), pool, nn.Conv2d(4, 4, 1), nn.Flatten(), nn.LazyLinear(10))
+    network(torch.zeros(1, 1, 14, 14))
+    result = r2cli.quantize(network, r2cli.load_data("digits:64", size=14), r2cli.PtqConfig(device="cpu"))
+    path = tmp_path / "model.onnx"
+    r2cli.export(result, path)
+    proof = r2cli.verify(path, result)
+    assert proof.passed, proof.checks
+    assert "ceil_mode" not in {each.name for node in runtime.read(path).graph.node for each in node.attribute}
+
+
 @needs_openvino
 @pytest.mark.slow
 @pytest.mark.usefixtures("every_engine")

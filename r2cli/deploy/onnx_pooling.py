@@ -20,17 +20,22 @@ def max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> str:
+    """Write the greatest of windows, with a border behind in the place of `ceil_mode`, as for a mean."""
     if return_indices:
         raise Unwritable("it returns indices")
     axes = len(x.shape) - 2
+    kernel, strides, border = (spread(each, axes) for each in (kernel_size, stride or kernel_size, padding))
+    steps = spread(dilation, axes)
+    windows = [step * (size - 1) + 1 for size, step in zip(kernel, steps, strict=True)]
+    beyond = _beyond(x.shape[2:], sheet.shape[2:], windows, strides, border) if ceil_mode else [0] * axes
+    pads = [*border, *(pad + more for pad, more in zip(border, beyond, strict=True))]
     return sheet.node(
         "MaxPool",
         x,
-        kernel_shape=spread(kernel_size, axes),
-        strides=spread(stride or kernel_size, axes),
-        pads=2 * spread(padding, axes) if any(spread(padding, axes)) else None,
-        dilations=spread(dilation, axes) if any(each != 1 for each in spread(dilation, axes)) else None,
-        ceil_mode=1 if ceil_mode else None,
+        kernel_shape=kernel,
+        strides=strides,
+        pads=pads if any(pads) else None,
+        dilations=steps if any(each != 1 for each in steps) else None,
     )
 
 
@@ -70,14 +75,14 @@ def avg_pool(
 
 
 def _beyond(
-    have: Sequence[int | None], out: Sequence[int | None], kernel: list[int], strides: list[int], border: list[int]
+    have: Sequence[int | None], out: Sequence[int | None], windows: list[int], strides: list[int], border: list[int]
 ) -> list[int]:
     """By how many values each axis' last window reaches beyond the border. Raises Unwritable for sizes unknown."""
     found = []
-    for length, windows, size, stride, pad in zip(have, out, kernel, strides, border, strict=True):
-        if length is None or windows is None:
+    for length, count, size, stride, pad in zip(have, out, windows, strides, border, strict=True):
+        if length is None or count is None:
             raise Unwritable("the size of its input follows the batch")
-        found.append(max(0, (windows - 1) * stride + size - length - 2 * pad))
+        found.append(max(0, (count - 1) * stride + size - length - 2 * pad))
     return found
 
 

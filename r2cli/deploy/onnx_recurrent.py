@@ -45,8 +45,8 @@ def recurrent(
         own = weights[layer * directions * parts :][: directions * parts]
         inner = [_joined(sheet, own[place::parts], rows) for place in (0, 1)]
         both = sheet.writer.constant(np.concatenate([rows, rows + rows.size], 1), kind="gates")
-        pairs = [sheet.node("Concat", *own[at + 2 : at + 4], axis=0) for at in range(0, len(own), parts) if parts > 2]
-        bias = _together(sheet, [sheet.node("Gather", pair, both, axis=0) for pair in pairs]) if pairs else None
+        pairs = [_once(sheet, "Concat", *own[at + 2 : at + 4]) for at in range(0, len(own), parts) if parts > 2]
+        bias = _together(sheet, [_once(sheet, "Gather", pair, both) for pair in pairs]) if pairs else None
         first = [_part(sheet, one, layer * directions, directions) for one in states or ()]
         made = sheet.writer.several(
             operator,
@@ -66,11 +66,16 @@ def recurrent(
 def _joined(sheet: Sheet, weights: Sequence[Value], rows: Any) -> str:
     """The weights of each direction, (directions, gates * hidden, inputs), their `rows` in ONNX's order."""
     index = sheet.writer.constant(rows, kind="gates")
-    return _together(sheet, [sheet.node("Gather", weight, index, axis=0) for weight in weights])
+    return _together(sheet, [_once(sheet, "Gather", weight, index) for weight in weights])
 
 
 def _together(sheet: Sheet, names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else sheet.node("Concat", *names, axis=0)
+    return names[0] if len(names) == 1 else _once(sheet, "Concat", *names)
+
+
+def _once(sheet: Sheet, operation: str, *inputs: Value | str) -> str:
+    """A node along the first axis, shared by the steps of a cell: of copies ONNX Runtime 1.32 loads none."""
+    return sheet.writer.once(operation, sheet.named(inputs), axis=0)
 
 
 def _part(sheet: Sheet, state: Value, start: int, count: int) -> str:

@@ -33,6 +33,7 @@ class OnnxWriter:
         self.opset, self._asker = OPSET, ""
         self._scope, self._counts = "", Counter[str]()
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._once: dict[tuple[str, tuple[str | None, ...], int], str] = {}
 
     def enter(self, scope: str) -> None:
         """Name what follows after `scope`: the first value `scope`.1, and so on, also where it comes again."""
@@ -50,6 +51,13 @@ class OnnxWriter:
         self.nodes.append(helper.make_node(operator, read, names, **given))
         self.require(SINCE.get(operator, OPSET), operator)
         return names
+
+    def once(self, operator: str, inputs: Sequence[str | None], axis: int) -> str:
+        """As `node`, but for what was written before of the same inputs: then that value's name."""
+        key = (operator, tuple(inputs), axis)
+        if key not in self._once:
+            self._once[key] = self.node(operator, inputs, axis=axis)
+        return self._once[key]
 
     def require(self, opset: int, asker: str) -> None:
         """Let the file have `opset` at least, because of `asker`."""

@@ -257,18 +257,8 @@ def max_pool(lite: LiteSheet, node: NodeProto) -> None:
     where = windows(node, len(shape) - 2)
     if any(each != 1 for each in where.dilations):
         raise Unwritable("it has dilations")
-    if attributes(node).get("ceil_mode"):  # a border of the least code takes it up to the last window
-        where = _up_to_last_window(x, _tall(shape), where)
     padding, x = padded(lite, x, where, name, fill=-128)
     found = lite.made(name, _tall(shape), x.grid, NHWC)
     options = {"padding": padding, "filterHeight": where.kernel[0], "filterWidth": where.kernel[1], **where.options}
     lite.writer.operator("MAX_POOL_2D", [x.tensor], [found.tensor], "Pool2D", **options)
     lite.values[name] = lite.reshaped(found, shape, channels_last(len(shape)), f"{name}.line")
-
-
-def _up_to_last_window(x: HeldValue, out: Sequence[int], where: Windows) -> Windows:
-    pads = list(where.pads)
-    for axis in (0, 1):
-        reach = (out[2 + axis] - 1) * where.strides[axis] + where.kernel[axis]
-        pads[2 + axis] = max(pads[2 + axis], reach - x.shape[2 + axis] - pads[axis])
-    return Windows(where.kernel, where.strides, where.dilations, tuple(pads))

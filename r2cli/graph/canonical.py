@@ -11,10 +11,12 @@ from torch.fx.node import map_arg
 
 from r2cli.graph import constants, in_place
 from r2cli.graph.constants import operator_name
+from r2cli.graph.contractions import CONTRACTIONS
 from r2cli.graph.plain_modules import CONVOLUTIONS, LAYER_RULES
 from r2cli.graph.rules import RULES, bind, plain
 from r2cli.graph.writer import Unknown, Writer, is_number, is_tensor
 
+LAYERS = {**LAYER_RULES, **CONTRACTIONS}
 # Operators that run a part of the graph in another way, and where in their arguments the part is.
 WRAPPED = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
 UNREAD = ("_assert", "sym_constrain", "_guards")  # checks that torch.export adds for itself
@@ -59,7 +61,7 @@ def _write(writer: Writer, node: fx.Node) -> None:
     if not isinstance(node.target, OpOverload):
         raise Unknown(f"'{name}' is no operator of torch")
     arguments = bind(node)
-    made = LAYER_RULES[name](writer, node, arguments) if name in LAYER_RULES else None
+    made = LAYERS[name](writer, node, arguments) if name in LAYERS else None
     writer.written[node] = made if made is not None else RULES.get(name, plain)(writer, node, arguments)
 
 

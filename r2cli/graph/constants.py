@@ -29,6 +29,7 @@ class Constant:
     own: bool  # the network's own tensor, and not computed
     trained: bool  # whether it is a parameter or computed from one
     transposed: "Constant | None" = None  # the network's own tensor (2-D) that this is the transpose of
+    arranged: "dict[Any, Constant]" = field(default_factory=dict)  # with axes in another order, and another shape
 
 
 @dataclass

@@ -3,6 +3,7 @@
 Whatever class, subclass or function computed them in the network, here they are one of a few classes.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,40 +108,47 @@ def linear(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     weight, bias = constant_of(a["weight"]), constant_of(a["bias"])
     if weight is None or not _given(a["bias"]) or weight.value.ndim != 2:
         return None
-    return _linear(writer, node, a["input"], weight, bias)
-
-
-def product(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
-    """x @ w with a matrix w that is constant: a linear layer without a bias, with its transpose."""
-    first, second = a["self"], a.get("other", a.get("mat2"))
-    weight = _transpose(writer, second)
-    return None if weight is None or constant_of(first) is not None else _linear(writer, node, first, weight, None)
+    return linear_layer(writer, node, a["input"], weight, bias)
 
 
 def product_and_bias(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
-    weight, bias = _transpose(writer, a["mat2"]), constant_of(a["self"])
-    if weight is None or bias is None or bias.value.ndim != 1 or a["beta"] != 1 or a["alpha"] != 1:
+    matrix, bias = constant_of(a["mat2"]), constant_of(a["self"])
+    if matrix is None or bias is None or bias.value.ndim != 1 or a["beta"] != 1 or a["alpha"] != 1:
         return None
-    return _linear(writer, node, a["mat1"], weight, bias)
+    return linear_layer(writer, node, a["mat1"], transpose(matrix), bias)
 
 
-def _transpose(writer: Writer, argument: Any) -> Constant | None:
-    matrix = constant_of(argument)
-    if matrix is None or matrix.value.ndim != 2:
-        return None
+def transpose(matrix: Constant) -> Constant:
     if matrix.transposed is None:
         turned = matrix.value.detach().t().contiguous()
-        name = f"{matrix.name}.weight" if matrix.own and not matrix.name.endswith("weight") else matrix.name
-        matrix.transposed = Constant(turned, name, False, matrix.trained)
+        matrix.transposed = Constant(turned, weight_name(matrix), False, matrix.trained)
     return matrix.transposed
 
 
-def _linear(writer: Writer, node: fx.Node, given: Any, weight: Constant, bias: Constant | None) -> fx.Node:
+def weight_name(constant: Constant) -> str:
+    """The name of a layer's weight that is `constant` in another order: below the network's own parameter."""
+    return f"{constant.name}.weight" if constant.own and not constant.name.endswith("weight") else constant.name
+
+
+def linear_layer(writer: Writer, node: fx.Node, given: Any, weight: Constant, bias: Constant | None) -> fx.Node:
+    """A linear layer of `given`, (..., inputs), with `weight`, (outputs, inputs)."""
+
     def make(_path: str) -> nn.Module:
         outputs, inputs = weight.value.shape
         return _with(writer, nn.Linear(inputs, outputs, bias=False, device="meta"), weight=weight, bias=bias)
 
     return _call(writer, node, given, ("linear", weight, bias), weight, make)
+
+
+def convolution_of_one_place(writer: Writer, node: fx.Node, given: Any, weight: Constant, groups: int) -> fx.Node:
+    """A convolution of `given`, (n, inputs, places), with `weight`, (outputs, inputs / groups, 1)."""
+    outputs, inputs, kernel = weight.value.shape
+
+    def make(_path: str) -> nn.Module:
+        module = nn.Conv1d(inputs * groups, outputs, kernel, groups=groups, bias=False, device="meta")
+        return _with(writer, module, weight=weight)
+
+    return _call(writer, node, given, ("conv1d", weight, groups), weight, make)
 
 
 def batch_norm(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
@@ -253,6 +261,22 @@ def recurrent_layer(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node:
     )
 
 
+def recurrent_cell(writer: Writer, node: fx.Node, a: Arguments) -> Any:
+    """A cell of nn.GRUCell and its kin: its layer, of one step."""
+    kind = operator_name(node.target).replace("_cell", "")
+    states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
+    given = [a["w_ih"], a["w_hh"], *(a[name] for name in ("b_ih", "b_hh") if a[name] is not None)]
+    steps = writer.part(torch.unsqueeze, writer.value(a["input"]), 1)
+    first = [writer.part(torch.unsqueeze, writer.value(state), 0) for state in states]
+    weights = [_recurrent_weight(writer, one) for one in given]
+    found = writer.part(recurrent, kind, steps, first, weights, 1, False, True)
+    last = tuple(
+        writer.part(torch.squeeze, writer.part(operator.getitem, found, 1 + place), (0,))
+        for place in range(len(states))
+    )
+    return last if kind == "lstm" else last[0]
+
+
 def _zeros(state: Any) -> bool:
     return isinstance(state, fx.Node) and state.target is torch.full and bool(state.args[1] == 0)
 
@@ -265,15 +289,15 @@ def _recurrent_weight(writer: Writer, argument: Any) -> Any:
     target = writer.layer(
         ("recurrent", weight), weight, lambda _: _with(writer, RecurrentWeight(), weight=weight), "weight"
     )
-    return writer.create("call_module", target, (), {}, target)
+    if target not in writer.read_weights:  # a cell reads the same ones at every step
+        writer.read_weights[target] = writer.create("call_module", target, (), {}, target)
+    return writer.read_weights[target]
 
 
 # By the operator: what writes it as a module, or gives None where its tensors depend on the input.
-LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]] = {
+LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], Any]] = {
     **dict.fromkeys(CONVOLUTIONS, convolution),
     "linear": linear,
-    "matmul": product,
-    "mm": product,
     "addmm": product_and_bias,
     "batch_norm": batch_norm,
     "layer_norm": layer_norm,
@@ -282,4 +306,5 @@ LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]
     "embedding": embedding,
     "prelu": prelu,
     **dict.fromkeys(KINDS, recurrent_layer),
+    **dict.fromkeys((f"{kind}_cell" for kind in KINDS), recurrent_cell),
 }

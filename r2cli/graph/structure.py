@@ -89,9 +89,10 @@ def weighted(model: nn.Module, *, embeddings: bool) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             raise InputError(f"the weights of the attention '{name}' are in no layer: use linear layers there")
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Bilinear):
+            kind = "bilinear" if isinstance(module, nn.Bilinear) else "recurrent"
             raise InputError(
-                f"the weights of the recurrent layer '{name}' need the network's graph, which is not read here"
+                f"the weights of the {kind} layer '{name}' need the network's graph, which is not read here"
             )
     if embeddings and not any(isinstance(module, nn.Embedding) for module in found.values()):
         raise InputError(f"{type(model).__name__} has no embeddings: leave --embeddings out")

@@ -42,6 +42,7 @@ class Writer:
         self.modules = dict[str, nn.Module]()
         self.calls = dict[Any, str]()  # the path of a module by what it was made of
         self.tensors = dict[str, Tensor]()
+        self.read_weights = dict[str, fx.Node]()  # of recurrent layers, by the path of the module that gives each
         self._names = dict[Constant, str]()
         self._parameters = dict[Constant, nn.Parameter]()
         self._count = Counter[str]()
