@@ -66,7 +66,8 @@ class Request:
             channels, height, resize or height, tuple(mean), tuple(std), width=0 if width == height else width
         )
 
-    def _per_channel(self, option: str, values: Sequence[float], channels: int) -> list[float]:
+    def _per_channel(self, option: str, given: Sequence[float] | float, channels: int) -> list[float]:
+        values = (given,) if isinstance(given, int | float) else given
         if len(values) not in (1, channels):
             raise InputError(f"{option} has {len(values)} numbers for {channels} channels: give 1 or {channels}")
         return list(values) * (channels if len(values) == 1 else 1)
