@@ -656,6 +656,35 @@ def test_masks_in_a_file_are_applied_and_that_is_said(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(list(stored.pieces())), structure.weight_of(model[0]).detach().reshape(-1))
 
 
+# --- weights of any shape ---------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Weights that no module of torch holds: for each head, over the tokens, and in pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.heads, self.tokens = nn.Parameter(torch.randn(2, 4, 6) / 2), nn.Parameter(torch.randn(9, 36) / 6)
+        self.pairs = nn.Bilinear(12, 12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x)).flatten(2).transpose(1, 2).unflatten(-1, (2, 4))
+        x = torch.einsum("bnhd,hde->bnhe", x, self.heads).flatten(2)
+        x = torch.relu(self.tokens @ x)
+        return self.pairs(x.mean(1), x.amax(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_weight_of_any_shape_is_codes(command: str, tmp_path: Path) -> None:
+    one = made(Heads)
+    coded = COMMANDS[command](one)
+    assert set(coded.coded) == {"conv.weight", "heads.weight", "tokens.weight", "pairs_1.weight"}
+    proof = require_proved(coded, one, tmp_path, DECIBELS.get(command, 12))
+    assert "100 % of the weights' bytes" in next(c.detail for c in proof.checks if c.name == "integer weights")
+
+
 # --- recurrent layers -------------------------------------------------------------------------------------------------
 
 

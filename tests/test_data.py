@@ -453,6 +453,7 @@ def test_mean_std_and_size_replace_the_data_s_own(tmp_path: Path) -> None:
     images, _ = joined(source.test)
     assert images.shape == (6, 3, 10, 10) and float(images[:, 0].min()) == pytest.approx(-1, abs=0.2)
     assert data.load("digits", mean=[0.0], std=[1.0]).input == InputSpec(1, 16, 16, (0.0,), (1.0,))
+    assert data.load("digits", mean=0.5, std=2).input == InputSpec(1, 16, 16, (0.5,), (2.0,))
 
 
 @pytest.mark.parametrize(
