@@ -1,23 +1,26 @@
 """AdaRound: numbers worked out beforehand, gradients against autograd, and layers whose best rounding is known."""
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.graph import batchnorm, structure
 from r2cli.graph.operators import LayerModule
 from r2cli.graph.read import trace
-from r2cli.ptq import adaround, layer_sweep, post_training, weight_grids
+from r2cli.ptq import adaround, layer_sweep, post_training, ptq_method, weight_grids
 from r2cli.ptq.layer_sweep import MEMORY, LayerSample, images_that_fit, sweep
+from r2cli.ptq.ptq_method import PtqMethod, Rounded
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
+from r2cli.storage.input_spec import Given, count
 from r2cli.train import evaluation
 
 CPU = torch.device("cpu")
@@ -247,6 +250,36 @@ def test_fewer_images_are_taken_where_memory_is_short(
     assert plenty > 50_000 and abs(few - plenty / 1024) <= 1
     # The widest place: the stem's 16 maps of 8x8, the ReLU's, and a convolution's, in float32 and twice.
     assert few == MEMORY // 1024 // (2 * 3 * 4 * 16 * 64)
+
+
+@pytest.mark.parametrize(("method", "seen"), [("adaround", 10), ("brecq", 64)])
+def test_what_a_method_cannot_look_at_is_said(
+    method: str, seen: int, made: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method for one layer at a time keeps values in memory; one for the whole network keeps them on disk."""
+    given: list[int] = []
+
+    def whole(net: fx.GraphModule, images: Given, nearest: Mapping[str, Coded], *_: object) -> Rounded:
+        given.append(count(images))
+        return dict(nearest), {}, {}
+
+    def rounds(sample: LayerSample, coded: Coded) -> Coded:
+        given.append(count(sample.inputs))
+        return coded
+
+    own = PtqMethod(rounds=rounds) if method == "adaround" else PtqMethod(whole=whole)
+    monkeypatch.setattr(ptq_method, "method", lambda *_: own)
+    monkeypatch.setattr(layer_sweep, "images_that_fit", lambda *_: 10)
+    images, told = [torch.randn(32, 1, 8, 8), torch.randn(32, 1, 8, 8)], list[str]()
+    settings = post_training.PtqSettings(method, 4, 8, "channel", {})
+    post_training.quantize(made, settings, images, CPU, tell=told.append)
+    assert set(given) == {seen}
+    assert [each.partition(":")[0] for each in told] == ["weights are rounded by 10 of the images"][: seen == 10]
+    monkeypatch.setattr(layer_sweep, "MEMORY", 40 * 4 * 64)  # for the inputs of 40 images
+    given.clear()
+    told.clear()
+    post_training.quantize(made, settings, images, CPU, tell=told.append)
+    assert set(given) == {min(seen, 40)} and len(told) == 1
 
 
 @pytest.mark.slow

@@ -495,6 +495,34 @@ def test_a_weight_of_several_layers_has_one_set_of_codes(command: str, name: str
         assert told == {"twice": ["conv_1", "head_1"], "recurrent": ["block_0_1", "block_0_2"], "tied": []}[name]
 
 
+class Often(nn.Module):
+    """A linear layer and a convolution that run nine times each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1, bias=False)
+        self.turn, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for _ in range(9):
+            x = torch.relu(self.conv(x)) + x
+        x = x.mean((2, 3))
+        for _ in range(9):
+            x = torch.relu(self.turn(x)) + x
+        return self.head(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["w8a8", "w4a8 unfolded", "palette"])
+def test_a_layer_may_run_many_times(command: str, tmp_path: Path) -> None:
+    """Each time from codes of its own, which ONNX Runtime must not take for the same."""
+    one = made(Often)
+    require_proved(COMMANDS[command](one), one, tmp_path, 8)  # every run adds noise
+    file = onnx.load(tmp_path / "model.onnx")
+    assert sum(each.name.endswith(".codes") and "weight" in each.name for each in file.graph.initializer) == 4
+
+
 # --- files of other forms ---------------------------------------------------------------------------------------------
 
 

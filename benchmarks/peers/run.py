@@ -102,8 +102,8 @@ class Images:
 
 
 def write_images(name: str, spec: InputSpec, count: int, seed: int, work: Path) -> Images:
-    """The `count` images that `r2 ptq --seed` calibrates on, and the whole test split, as the network sees them."""
-    asked = {"data": name, "spec": dataclasses.asdict(spec), "count": count, "seed": seed}
+    """The `count` images that `r2 ptq --seed` calibrates on, and the other images of the test split."""
+    asked = {"data": name, "spec": dataclasses.asdict(spec), "count": count, "seed": seed, "unseen": True}
     folder = work / "images" / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     found = Images(folder / "calibration.npy", folder / "images.npy", folder / "labels.npy")
     done = folder / "done.json"
@@ -113,9 +113,14 @@ def write_images(name: str, spec: InputSpec, count: int, seed: int, work: Path) 
     cpu = torch.device("cpu")
     loaded = r2cli.load_data(name, spec=spec)
     batches = list(loaded.test.batches(250, cpu))
-    np.save(found.calibration, _joined([images for images, _ in data.calibration(loaded, count, cpu, seed)]))
-    np.save(found.images, _joined([images for images, _ in batches]))
-    np.save(found.labels, torch.cat([labels for _, labels in batches]).numpy())
+    calibration = _joined([images for images, _ in data.calibration(loaded, count, cpu, seed)])
+    images, labels = _joined([images for images, _ in batches]), torch.cat([labels for _, labels in batches]).numpy()
+    # A method that learns knows its images by heart: at two bits 76 % of them were right, and 8 % of others.
+    seen = {image.tobytes() for image in calibration}
+    unseen = [place for place, image in enumerate(images) if image.tobytes() not in seen]
+    np.save(found.calibration, calibration)
+    np.save(found.images, images[unseen])
+    np.save(found.labels, labels[unseen])
     done.write_text(json.dumps(asked))
     return found
 

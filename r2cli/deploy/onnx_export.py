@@ -23,9 +23,9 @@ from r2cli.calibration import deployed
 from r2cli.config import targets
 from r2cli.config.groups import FileForm
 from r2cli.deploy import onnx_layers, onnx_moving
-from r2cli.deploy.onnx_layers import Weights
 from r2cli.deploy.onnx_operators import OPERATORS
 from r2cli.deploy.onnx_sheet import Shape, Sheet, Unwritable, Value
+from r2cli.deploy.onnx_tensors import Weights
 from r2cli.deploy.onnx_writer import OnnxWriter
 from r2cli.deploy.retarget import retarget
 from r2cli.errors import InputError, R2Error

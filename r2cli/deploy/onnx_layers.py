@@ -1,156 +1,29 @@
-"""How layers with weights, norms, and grids are written in ONNX.
+"""How layers with weights, norms, and grids are written in ONNX."""
 
-A layer whose input is on a grid and whose weight is on one too gets its bias as INT32 codes behind a DequantizeLinear,
-with the scale of its sums: all runtimes then run it on integers. Those before ONNX Runtime 1.23 run a layer with a
-float bias in float.
-"""
-
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 
 from r2cli.config.targets import WIDE_OPSET, Target
-from r2cli.deploy import weight_nodes
 from r2cli.deploy.onnx_moving import pad
 from r2cli.deploy.onnx_sheet import Sheet, Value
-from r2cli.deploy.onnx_writer import Array, OnnxWriter
-from r2cli.errors import R2Error
+from r2cli.deploy.onnx_tensors import Weights
 from r2cli.graph.channel_clip import Clip
-from r2cli.graph.transposed import TransposedConv, exchanged
-from r2cli.quantized.coded import Coded
+from r2cli.graph.transposed import TransposedConv
 from r2cli.quantized.grid import Grid
-from r2cli.quantized.palette import Palette
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MODES = {"reflect": "reflect", "replicate": "edge"}
 
 
-class Weights:
-    """The network's tensors in the file: each is written once, when the first node reads it."""
-
-    def __init__(self, writer: OnnxWriter, coded: Mapping[str, Coded], target: Target) -> None:
-        self.writer, self.coded, self.target = writer, coded, target
-        self.float_activations = True
-        # Weights of layers that give floats. ONNX Runtime does not fuse those, and on processors without VNNI it then
-        # needs a zero point. OpenCV cannot read one beside a bias of INT32, so the others have none.
-        self.unfused: set[str] = set()
-        self.scales: dict[str, Array] = {}  # of values that a DequantizeLinear gives, by name
-        self._written: dict[tuple[str, Any], str] = {}
-        self._readers: dict[str, int] = {}  # how many layers read a weight, where it is more than one
-
-    def tensor(self, name: str, content: Tensor, exchanges: int | None = None) -> str:
-        """Write the tensor called `name` in the network, from its codes where it has some; return its name.
-
-        `exchanges` are the groups of a transposed convolution, whose weight has its channels exchanged in ONNX. Raises
-        R2Error where the network's own values are not those that the codes stand for.
-        """
-        one = self.coded.get(name)
-        if (name, None) in self._written:
-            return name if one is None or self.float_activations else self._again(name)
-        if one is None:
-            own = content.detach() if exchanges is None else exchanged(content.detach(), exchanges).contiguous()
-            self.writer.initializer(name, own.numpy())
-        else:
-            if not torch.equal(content, one.decode()):
-                raise R2Error(f"the weight '{name}' is not what its codes stand for: report this with the model's name")
-            loose = name in self.unfused or self.target.signed  # ONNX Runtime fuses no ReLU with INT8
-            weight_nodes.emit(
-                self.writer,
-                name,
-                one,
-                read_as_float=self.float_activations,
-                with_zero=loose,
-                exchanges=exchanges,
-                target=self.target,
-            )
-        self._written[name, None] = name
-        return name
-
-    def _again(self, name: str) -> str:
-        """Decode a weight once more for another layer, from the same codes.
-
-        Each layer gets codes of its own when a file is loaded, by a Reshape that changes nothing, and a zero point.
-        Where ONNX Runtime makes INT8 codes to UINT8 (on processors without VNNI), it cannot do so twice with one
-        constant.
-        """
-        node = self.writer.made(name)
-        if node.op_type != "DequantizeLinear":
-            return name
-        self._readers[name] = count = self._readers.get(name, 1) + 1
-        shape = list(self.coded[name].decode().shape)
-        same = [
-            0 if (count - 1) >> axis & 1 else length for axis, length in enumerate(shape)
-        ]  # 0 is the length as it is
-        self.writer.enter(f"{name}.{count}")
-        own = self.writer.node("Reshape", [node.input[0], self.writer.ints(same)])
-        axis = next((each.i for each in node.attribute if each.name == "axis"), None)
-        scale, *zero = node.input[1:]
-        if zero:
-            content = onnx.numpy_helper.to_array(self.writer.initializers[zero[0]])
-            zero = [self.writer.initializer(f"{name}.{count}.zero_point", content)]
-        return self.writer.node("DequantizeLinear", [own, scale, *zero], axis=axis)
-
-    def blocks(self, name: str) -> str | None:
-        """Write a weight with groups of inputs in blocks, (inputs, outputs), where opset 21 is asked for; else None."""
-        one = self.coded.get(name)
-        if one is None or (name, None) in self._written or not weight_nodes.is_blocks(one, self.writer.asked):
-            return None
-        if (name, "turned") not in self._written:
-            assert isinstance(one.codec, Grid)
-            self._written[name, "turned"] = weight_nodes.emit_blocks(self.writer, name, one, one.codec, self.target)
-        return name
-
-    def turned(self, name: str, content: Tensor) -> str:
-        """The same, with its two axes exchanged."""
-        if (name, "turned") not in self._written:
-            self.tensor(name, content)
-            self.writer.enter(f"{name}.transposed")
-            self._written[name, "turned"] = self.writer.node("Transpose", [name], perm=[1, 0])
-        return self._written[name, "turned"]
-
-    def bias(self, name: str, weight: str, bias: Tensor | None, x: Value) -> str | None:
-        """Write the bias `name` of the layer that reads `x` and `weight`: as codes where its sums are integers."""
-        if bias is None:
-            return None
-        scale = self._unit(weight, x)
-        if scale is None or not self.target.integer_biases:
-            return self.tensor(name, bias)
-        # A layer that runs on two values has two units, and so its bias twice.
-        if (name, x.name) not in self._written:
-            exact = bias.detach().numpy().astype(np.float64)
-            codes = np.rint(exact / scale)
-            twice = any(key[0] == name for key in self._written)
-            own = f"{name}.{x.name}" if twice else name
-            if np.abs(codes).max() >= 2**31 or not np.allclose(codes * scale, exact, rtol=1e-6, atol=0):
-                # Calibration has not put it on the grid of these sums.
-                self._written[name, x.name] = self.writer.initializer(own, bias.detach().numpy())
-                return own
-            self.writer.enter(own)
-            parts = [
-                self.writer.initializer(f"{own}.codes", codes.astype(np.int32)),
-                self.writer.initializer(f"{own}.scale", scale),
-            ]
-            value = self.writer.node("DequantizeLinear", parts, axis=0 if scale.ndim else None)
-            self._written[name, x.name] = self.writer.rename(value, own)
-        return self._written[name, x.name]
-
-    def _unit(self, weight: str, x: Value) -> Array | None:
-        """What 1 stands for in the layer's integer sums, () or (channels,); None where it computes in float."""
-        one, scale = self.coded.get(weight), self.scales.get(x.name)
-        if one is None or scale is None or (isinstance(one.codec, Palette) and one.codec.lut.is_floating_point()):
-            return None
-        return np.asarray(scale * weight_nodes.scale_of(one))
-
-
-def _let_alone(sheet: Sheet, weights: Weights, name: str, x: Value) -> Value:
-    """Write what keeps a layer that stays float so: ONNX Runtime quantizes weights itself that stand between a
-    DequantizeLinear and a QuantizeLinear. A Clip without bounds changes nothing, and it does not see through it."""
-    if f"{name}.weight" in weights.coded or x.name not in weights.scales:
+def _let_alone(sheet: Sheet, weights: Weights, name: str, x: Value, bias: Tensor | None) -> Value:
+    """Write what keeps a layer that stays float so: ONNX Runtime quantizes weights and biases itself that stand between
+    a DequantizeLinear and a QuantizeLinear. A Clip without bounds changes nothing, and it does not see through it."""
+    weight = f"{name}.weight"
+    if x.name not in weights.scales or (weight in weights.coded and not weights.loses_bias(weight, bias, x)):
         return x
     sheet.writer.enter(f"{name}.float")
     return Value(sheet.writer.node("Clip", [x.name]), x.shape, x.dtype)
@@ -158,7 +31,7 @@ def _let_alone(sheet: Sheet, weights: Weights, name: str, x: Value) -> Value:
 
 def convolution(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
     """Write a convolution of one, two or three axes, with its padding of any mode."""
-    x = _let_alone(sheet, weights, name, x)
+    x = _let_alone(sheet, weights, name, x, module.bias)
     padding = _padding(module, x)
     if module.padding_mode != "zeros":
         before, after = padding[: len(padding) // 2], padding[len(padding) // 2 :]
@@ -172,7 +45,7 @@ def convolution(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value
 
 
 def transposed(sheet: Sheet, weights: Weights, name: str, module: TransposedConv, x: Value) -> str:
-    x = _let_alone(sheet, weights, name, x)
+    x = _let_alone(sheet, weights, name, x, module.bias)
     weight = weights.tensor(f"{name}.weight", module.weight, module.groups)
     bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
     sheet.writer.enter(name)
@@ -210,14 +83,14 @@ def _padding(module: Any, x: Value) -> list[int]:
 def linear(sheet: Sheet, weights: Weights, name: str, module: nn.Linear, x: Value) -> str:
     """Write a Gemm on (n, features); on tensors of more axes, or of a weight in blocks, a product and a sum, which
     runtimes add in float."""
-    x, blocks = _let_alone(sheet, weights, name, x), weights.blocks(f"{name}.weight")
+    x, blocks = _let_alone(sheet, weights, name, x, module.bias), weights.blocks(f"{name}.weight")
     if len(x.shape) == 2 and blocks is None:
         weight = weights.tensor(f"{name}.weight", module.weight)
         bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
         sheet.writer.enter(name)
         return sheet.writer.node("Gemm", _present(x.name, weight, bias), transB=1)
     weight = blocks or weights.turned(f"{name}.weight", module.weight)
-    bias = None if module.bias is None else weights.tensor(f"{name}.bias", module.bias)
+    bias = None if module.bias is None else weights.float_bias(f"{name}.bias", module.bias)
     sheet.writer.enter(name)
     product = sheet.writer.node("MatMul", [x.name, weight])
     return product if bias is None else sheet.writer.node("Add", [product, bias])

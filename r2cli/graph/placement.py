@@ -27,6 +27,7 @@ from r2cli.graph.structure import only_user, propagate
 from r2cli.storage.input_spec import Shape
 
 UNROUNDED = "what it gives is the network's result, or has no grid: its codes are decoded for it"
+SECOND_USE = ("Gemm", "Conv", "layer Gemm", "layer Conv", "Clip")  # behind a Clip ONNX Runtime rounds no bias itself
 FOREIGN_BIAS = "its int32 bias is on the scale of the first call's input: runtimes may run this call in float"
 # What can run on integers or is cheap between two grids.
 COMPUTES = (Kind.INTEGER, Kind.POINTWISE, Kind.NORM, Kind.ACTIVATION)
@@ -106,7 +107,7 @@ def float_operations(net: fx.GraphModule, shape: Shape) -> list[FloatOperation]:
     for node in net.graph.nodes:
         kind = operators.kind(net, node)
         if node in again:
-            operations.append(FloatOperation(node.name, "second use of a layer", FOREIGN_BIAS, ("Gemm", "Conv")))
+            operations.append(FloatOperation(node.name, "second use of a layer", FOREIGN_BIAS, SECOND_USE))
             continue
         if _is_convolution(net, node) and not _is_rounded(net, node):
             operations.append(FloatOperation(node.name, "convolution", UNROUNDED, ("Conv",)))

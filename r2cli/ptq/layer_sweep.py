@@ -18,7 +18,7 @@ from r2cli.errors import InputError
 from r2cli.graph import structure
 from r2cli.graph.operators import LayerModule
 from r2cli.quantized.coded import Coded
-from r2cli.storage.input_spec import Given, Shape, count, each, joined, places
+from r2cli.storage.input_spec import Given, NetworkInput, Shape, count, each, joined, places
 
 MEMORY = 2 * 2**30  # bytes that the values of both networks together may take
 
@@ -96,6 +96,26 @@ def images_that_fit(net: fx.GraphModule, shape: Shape) -> int:
         most = max(most, live)
         live -= sum(bytes_of(source) for source in last.get(node, ()))
     return max(1, MEMORY // (2 * most))
+
+
+def fitting(
+    net: fx.GraphModule, batches: Iterable[Given], spec: NetworkInput, tell: Callable[[str], None], *, values: bool
+) -> Given:
+    """Return as many samples, each (n, ...), as fit into `MEMORY` with the `values` of both networks, or without.
+
+    `tell` is told where those are not all.
+    """
+    if values:
+        most = images_that_fit(net, spec.shape)
+    else:
+        structure.propagate(net, spec.shape)
+        inputs = sum(bytes_of(node) for node in net.graph.nodes if node.op == "placeholder")
+        most = MEMORY // max(1, inputs)
+    taken = first(batches, most + 1)
+    if count(taken) <= most:
+        return taken
+    tell(f"weights are rounded by {most} of the images: more take over {MEMORY >> 30} GiB of memory")
+    return each(taken, lambda one: one[:most])
 
 
 def first(batches: Iterable[Given], wanted: int) -> Given:

@@ -81,18 +81,17 @@ def quantize(
     images: Iterable[Given] | None,
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[Checkpoint, list[QuantizedLayer]]:
     """Return `checkpoint` with codes for its weights and grids for its activations, and a row for every layer.
 
     The ranges of activations are those on `images`, batches of inputs (n, ...), or those that the BatchNorms'
-    statistics give if it is None. `images` are read more than once; only as many are kept as fit a method's memory.
-    `advance` is called after each layer that a method has rounded. Raises InputError for a coded checkpoint, a pattern
-    that names no layer, a graph that cannot be read, and for what cannot be known without images.
+    statistics give if it is None. `images` are read more than once. Methods see as many as fit into memory, and `tell`
+    is told where those are not all. `advance` is called after each layer that a method has rounded. Raises InputError
+    for a coded checkpoint, a pattern that names no layer, an unreadable graph, and where a method lacks images.
     """
     method, looks = ptq_method.method(settings.method, settings.steps), _looks(settings)
     parts = _parts(settings)
-    if settings.embeddings and _needs_graph(settings):
-        raise InputError(f"--embeddings is for weights alone: give --method {registry.PTQ_NEAREST} --act-bits none")
     if settings.embeddings:
         return _weights_alone(checkpoint, settings)
     if looks and images is None:
@@ -118,7 +117,8 @@ def quantize(
     reads = {name: each.act_bits for name, each in own.items() if each.act_bits is not None}
     acts: Mapping[str, Grid] = {}
     if images is not None and (looks or CORRECT in parts):
-        shown = layer_sweep.first(images, layer_sweep.images_that_fit(net, checkpoint.input.shape))
+        # What rounds the whole network keeps values on disk.
+        shown = layer_sweep.fitting(net, images, checkpoint.input, tell, values=method.whole is None)
         few = _few_bits(net, images, settings, reads, checkpoint.input) if settings.qdrop else {}
         coded, told, acts = _look(method, net, shown, coded, few, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
@@ -301,6 +301,8 @@ def _weights_alone(checkpoint: Checkpoint, settings: PtqSettings) -> tuple[Check
     BatchNorms stay where they are, and activations stay float. Raises InputError as `quantize` and
     `structure.weighted` do.
     """
+    if _needs_graph(settings):
+        raise InputError(f"--embeddings is for weights alone: give --method {registry.PTQ_NEAREST} --act-bits none")
     require_float(checkpoint)
     model = deployed.network(checkpoint)
     modules = structure.weighted(model, embeddings=settings.embeddings)

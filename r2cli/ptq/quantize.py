@@ -143,7 +143,7 @@ def quantize(
             reporter.note(str(judged))
             settings = replace(settings, parts=judged.parts)
         with reporter.bar(config.method, sum(tensor.ndim > 1 for tensor in made.floats.values())) as progress:
-            coded, layers = post_training.quantize(made, settings, images, where, progress.advance)
+            coded, layers = post_training.quantize(made, settings, images, where, progress.advance, progress.line)
     # What was chosen is recorded, and not what was asked for: the same choice gives the same bytes, however it came.
     options = options_of(config, settings, calibration)
     relu = _top1_with_relu(made, source, where) if entry.parts and config.relu6 == post_training.RELU else None
