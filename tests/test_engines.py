@@ -46,7 +46,11 @@ MEANS = [
     for sizes in ((3, 3, 1), (2, 2, 0), (3, 2, 1))
     for counted in (True, False)
 ]
-GREATEST = [nn.MaxPool2d(*sizes, ceil_mode=True) for sizes in ((3, 2, 0), (3, 2, 1), (2, 2, 0, 2))]
+GREATEST = [
+    nn.MaxPool2d(3, 2, ceil_mode=True),
+    nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+    nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True),
+]
 
 
 @pytest.mark.slow
