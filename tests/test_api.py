@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import r2cli
 from conftest import R2
@@ -173,3 +173,17 @@ def test_data_that_the_checkpoint_does_not_name(trained: Path) -> None:
     source = datasets.load("fake:1x8x8:3")
     with pytest.raises(InputError, match="class"):
         r2cli.quantize(trained, source)
+
+
+def test_an_operator_that_no_file_holds_is_named_before_the_work() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.head(x.flatten(1))
+            return torch.inner(x, self.head.weight[:, :10])
+
+    with pytest.raises(InputError, match=r"'inner' \(inner\) cannot be written as ONNX: r2 knows no form of it"):
+        r2cli.quantize(Inner(), r2cli.load_data("digits:64", size=8), r2cli.PtqConfig(device="cpu"))

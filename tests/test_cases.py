@@ -513,14 +513,35 @@ class Often(nn.Module):
         return self.head(x)
 
 
+class OnTokens(nn.Module):
+    """Layers that run on one value of each image, then on all tokens, and on these again."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.LayerNorm(8)
+        self.turn, self.head = nn.Linear(8, 8, bias=bias), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x)).flatten(2).transpose(1, 2)
+        first = torch.relu(self.turn(x[:, 0]))
+        for _ in range(3):
+            x = self.norm(x + torch.relu(self.turn(x)))
+        return self.head(torch.tanh(first) + x.mean(1))
+
+
+OFTEN: dict[str, Factory] = {"images": Often, "tokens": OnTokens, "no bias": lambda: OnTokens(bias=False)}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("network", OFTEN)
 @pytest.mark.parametrize("command", ["w8a8", "w4a8 unfolded", "palette"])
-def test_a_layer_may_run_many_times(command: str, tmp_path: Path) -> None:
+def test_a_layer_may_run_many_times(command: str, network: str, tmp_path: Path) -> None:
     """Each time from codes of its own, which ONNX Runtime must not take for the same."""
-    one = made(Often)
+    one = made(OFTEN[network])
     require_proved(COMMANDS[command](one), one, tmp_path, 8)  # every run adds noise
     file = onnx.load(tmp_path / "model.onnx")
-    assert sum(each.name.endswith(".codes") and "weight" in each.name for each in file.graph.initializer) == 4
+    codes = [each.name for each in file.graph.initializer if ".codes" in each.name and "weight" in each.name]
+    assert len(codes) == (4 if network == "images" else 3)
 
 
 # --- files of other forms ---------------------------------------------------------------------------------------------

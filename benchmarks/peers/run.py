@@ -3,9 +3,9 @@
 One command runs a peer's cells, one after the other. It makes the peer's virtual environment under --work-dir, writes
 the float ONNX file of every checkpoint (as `r2 export` does) and the images as .npy files (r2's data path, so that all
 tools see the same pixels), and runs each cell in a process of its own with one thread. The file that comes out is then
-run in this environment's ONNX Runtime, one thread: top-1 on the whole test split, and the time of one image beside the
-float file's, in turns. Results are JSON lines; cells that are there and did not fail are not run again. --table prints
-them.
+run in this environment's ONNX Runtime, one thread: top-1 on the test split without images that were calibrated on, and
+the time of one image beside the float file's, in turns. Results are JSON lines; cells that are there and did not fail
+are not run again. --table prints them.
 
     python benchmarks/peers/run.py --peer ort   --checkpoint *.safetensors --data imagefolder:cifar10 --work-dir peers
     python benchmarks/peers/run.py --peer aimet --checkpoint *.safetensors --data imagefolder:cifar10 --work-dir peers

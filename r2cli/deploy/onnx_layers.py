@@ -20,8 +20,9 @@ MODES = {"reflect": "reflect", "replicate": "edge"}
 
 
 def _let_alone(sheet: Sheet, weights: Weights, name: str, x: Value, bias: Tensor | None) -> Value:
-    """Write what keeps a layer that stays float so: ONNX Runtime quantizes weights and biases itself that stand between
-    a DequantizeLinear and a QuantizeLinear. A Clip without bounds changes nothing, and it does not see through it."""
+    """Write what keeps a layer in float that is to run so: ONNX Runtime quantizes weights and biases itself that stand
+    between a DequantizeLinear and a QuantizeLinear. A Clip without bounds changes nothing, and it does not see through
+    it."""
     weight = f"{name}.weight"
     if x.name not in weights.scales or (weight in weights.coded and not weights.loses_bias(weight, bias, x)):
         return x
@@ -83,8 +84,10 @@ def _padding(module: Any, x: Value) -> list[int]:
 def linear(sheet: Sheet, weights: Weights, name: str, module: nn.Linear, x: Value) -> str:
     """Write a Gemm on (n, features); on tensors of more axes, or of a weight in blocks, a product and a sum, which
     runtimes add in float."""
-    x, blocks = _let_alone(sheet, weights, name, x, module.bias), weights.blocks(f"{name}.weight")
-    if len(x.shape) == 2 and blocks is None:
+    plain = len(x.shape) > 2  # then the bias is a float that is added behind the product
+    x = _let_alone(sheet, weights, name, x, None if plain else module.bias)
+    blocks = weights.blocks(f"{name}.weight")
+    if not plain and blocks is None:
         weight = weights.tensor(f"{name}.weight", module.weight)
         bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
         sheet.writer.enter(name)

@@ -23,7 +23,7 @@ from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 
-FINE = 64  # units in a weight: from there on a bias that is rounded to a unit of the sums is not heard
+FINE = 64  # units in the largest weight: then it changes little that a bias is rounded to a unit of the sums
 
 
 class Weights:
@@ -37,7 +37,7 @@ class Weights:
         self.unfused: set[str] = set()
         self.scales: dict[str, Array] = {}  # of values that a DequantizeLinear gives, by name
         self._written: dict[tuple[str, Any], str] = {}
-        self._readers: dict[str, tuple[int, str]] = {}  # how many layers read a weight, and the codes of the last
+        self._readers: dict[str, tuple[int, str]] = {}  # by the weight: how many layers read it, the last one's codes
 
     def tensor(self, name: str, content: Tensor, exchanges: int | None = None) -> str:
         """Write the tensor called `name` in the network, from its codes where it has some; return its name.
@@ -102,9 +102,9 @@ class Weights:
     def turned(self, name: str, content: Tensor) -> str:
         """The same, with its two axes exchanged."""
         if (name, "turned") not in self._written:
-            self.tensor(name, content)
+            own = self.tensor(name, content)
             self.writer.enter(f"{name}.transposed")
-            self._written[name, "turned"] = self.writer.node("Transpose", [name], perm=[1, 0])
+            self._written[name, "turned"] = self.writer.node("Transpose", [own], perm=[1, 0])
         return self._written[name, "turned"]
 
     def bias(self, name: str, weight: str, bias: Tensor | None, x: Value) -> str | None:
@@ -146,9 +146,9 @@ class Weights:
         return np.asarray(scale * weight_nodes.scale_of(one))
 
     def loses_bias(self, weight: str, bias: Tensor | None, x: Value) -> bool:
-        """Whether the sums of a layer have no integer for its bias and are so coarse that rounding it is heard.
+        """Whether a bias lies between two integers of its layer's sums, which are so coarse that rounding it counts.
 
-        Sums of a second use, on another grid, and of a weight with integers of few bits. ONNX Runtime rounds there.
+        So it is where a layer runs again on another grid, with a weight of few bits. ONNX Runtime would round it.
         """
         scale = self._unit(weight, x)
         if bias is None or scale is None or _integers(bias, scale) is not None:

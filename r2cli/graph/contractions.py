@@ -1,7 +1,8 @@
 """Products with a weight of any shape, as einsum, matmul, tensordot and nn.Bilinear have them: a layer, and axes moved.
 
 A product sums over the axes that a value and its weight share and that the result lacks. Axes that all three have are
-groups: with them the layer is a convolution of one place, without them a linear layer.
+groups: with them the layer is a convolution of one place, without them a linear layer. Where nothing is summed there is
+no layer: the product is one element by element.
 """
 
 import math
@@ -13,14 +14,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from r2cli.graph.constants import Constant
+from r2cli.graph.constants import Constant, operator_name
 from r2cli.graph.plain_modules import (
     constant_of,
     convolution_of_one_place,
     linear_layer,
+    product_and_bias,
     transpose,
     weight_name,
 )
+from r2cli.graph.rules import with_base
 from r2cli.graph.writer import Unknown, Writer
 
 Arguments = Mapping[str, Any]
@@ -43,12 +46,11 @@ def _named(equation: str, ranks: Sequence[int]) -> list[list[Hashable]]:
     given, arrow, result = equation.replace(" ", "").partition("->")
     parts = given.split(",")
     letters = [part.replace("...", "") for part in parts]
-    spare = max(rank - len(part) for rank, part in zip(ranks, letters, strict=True))
+    dots = [rank - len(part) for rank, part in zip(ranks, letters, strict=True)]
     if not arrow:
         together = "".join(letters)
         result = ("..." if "..." in given else "") + "".join(x for x in sorted(set(together)) if together.count(x) == 1)
-    sizes = [rank - len(part) for rank, part in zip(ranks, letters, strict=True)]
-    return [_spread(part, size) for part, size in zip([*parts, result], [*sizes, spare], strict=True)]
+    return [_spread(part, size) for part, size in zip([*parts, result], [*dots, max(dots)], strict=True)]
 
 
 def _spread(part: str, size: int) -> list[Hashable]:
@@ -58,7 +60,21 @@ def _spread(part: str, size: int) -> list[Hashable]:
 
 def matmul(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
     """Also mm, bmm and mv: rows by columns, and all axes before them are pairs, where one may be of size 1."""
-    given = (a["self"], a.get("other", a.get("mat2", a.get("vec"))))
+    return _matmul(writer, node, a["self"], a.get("other", a.get("mat2", a.get("vec"))))
+
+
+def added_product(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node:
+    """addmm and baddbmm: beta * input + alpha * (one @ other)."""
+    layer = product_and_bias(writer, node, a) if "mat1" in a else None
+    if layer is not None:
+        return layer
+    base, *both = list(a.values())[:3]
+    product = _matmul(writer, node, *both) or writer.call(torch.matmul, *writer.value(both))
+    found: fx.Node = with_base(writer, product, writer.value(base), a)
+    return found
+
+
+def _matmul(writer: Writer, node: fx.Node, *given: fx.Node) -> fx.Node | None:
     ranks = [one.meta["val"].ndim for one in given]
     left: list[Hashable] = ["row", "sum"]
     right: list[Hashable] = ["sum", "column"]
@@ -95,13 +111,17 @@ def bilinear(writer: Writer, node: fx.Node, a: Arguments) -> fx.Node | None:
 def _product(
     writer: Writer, node: fx.Node, first: tuple[fx.Node, Axes], second: tuple[fx.Node, Axes], result: Axes
 ) -> fx.Node | None:
-    """The product of two tensors if one is a constant; None where both are values, or no layer computes it."""
+    """The product of two tensors if one is a constant; None where both are values. Raises Unknown for a parameter
+    where no layer computes it."""
     if constant_of(first[0]) is not None:
         first, second = second, first
     weight = constant_of(second[0])
     if weight is None or constant_of(first[0]) is not None or not weight.value.is_floating_point():
         return None
-    return _layer(writer, node, first, (weight, second[1]), result)
+    found = _layer(writer, node, first, (weight, second[1]), result)
+    if found is None and weight.trained:
+        raise Unknown(f"its {operator_name(node.target)} with the weight '{weight.name}' is no layer")
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ class Contraction:
 def _contraction(
     named: Axes, before: Sequence[Any], own: Axes, held: Sequence[int], result: Axes
 ) -> Contraction | None:
-    """None where an axis is twice in one tensor, or a tensor is summed alone."""
+    """None where an axis is twice in one tensor, or the weight is summed alone. `before` and `held` are sizes."""
     named, own = _repeated_apart(named, before, own, held)
     size = dict(zip(own, held, strict=True)) | dict(zip(named, before, strict=True))
     shared = [axis for axis in own if axis in named]
@@ -146,9 +166,9 @@ def _layer(
 
     It is a layer, or a product element by element where nothing is summed.
     """
-    given: fx.Node = writer.value(value[0])
-    constant = weight[0]
-    c = _contraction(value[1], value[0].meta["val"].shape, weight[1], constant.value.shape, result)
+    given, constant = writer.value(value[0]), weight[0]
+    given, named, sizes = _without_lone_axes(writer, given, value[1], value[0].meta["val"].shape, weight[1], result)
+    c = _contraction(named, sizes, weight[1], constant.value.shape, result)
     if c is None or (c.groups and not c.kept):
         return None
     if not c.summed:
@@ -169,15 +189,29 @@ def _layer(
     return _restore(writer, made, c, [first, outputs, last], [rows, *c.groups, *c.made, *rest])
 
 
+def _without_lone_axes(
+    writer: Writer, x: fx.Node, axes: Axes, sizes: Sequence[Any], own: Axes, result: Axes
+) -> tuple[fx.Node, list[Hashable], list[Any]]:
+    """`x`, its axes and their sizes, after a sum over the axes that neither the weight nor the result has."""
+    lone = tuple(place for place, axis in enumerate(axes) if axis not in own and axis not in result)
+    if lone:
+        x = writer.part(torch.sum, x, lone, False)
+    left = [place for place in range(len(axes)) if place not in lone]
+    return x, [axes[place] for place in left], [sizes[place] for place in left]
+
+
 def _scaled(writer: Writer, x: fx.Node, constant: Constant, c: Contraction) -> fx.Node:
     """A product element by element: each tensor has axes of size 1 where the other has its own."""
-    (order, shape), (held, factor) = (
-        ([axis for axis in c.result if axis in axes], [c.size[axis] if axis in axes else 1 for axis in c.result])
-        for axes in (c.named, c.own)
-    )
-    first = next(place for place, axis in enumerate([*c.result, None]) if axis in (*c.own, None))
-    scale = writer.attribute(_arranged(constant, c.own, held, tuple(factor[first:])))
-    return writer.call(torch.mul, _arrange(writer, x, c, c.named, order, shape), scale)
+    shape = [c.size[axis] if axis in c.named else 1 for axis in c.result]
+    factor = [c.size[axis] if axis in c.own else 1 for axis in c.result]
+    while factor and factor[0] == 1:  # the first axes are added by broadcasting
+        factor.pop(0)
+    scale = writer.attribute(_arranged(constant, c.own, _in(c.result, c.own), tuple(factor)))
+    return writer.call(torch.mul, _arrange(writer, x, c, c.named, _in(c.result, c.named), shape), scale)
+
+
+def _in(result: Axes, axes: Axes) -> list[Hashable]:
+    return [axis for axis in result if axis in axes]
 
 
 def _repeated_apart(
@@ -233,6 +267,7 @@ def _shaped(writer: Writer, x: fx.Node, before: Sequence[Any], after: Sequence[A
 CONTRACTIONS: Mapping[str, Callable[[Writer, fx.Node, Arguments], fx.Node | None]] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv"), matmul),
     "einsum": einsum,
+    **dict.fromkeys(("addmm", "baddbmm"), added_product),
     "tensordot": tensordot,
     "bilinear": bilinear,
 }

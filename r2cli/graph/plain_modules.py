@@ -298,7 +298,6 @@ def _recurrent_weight(writer: Writer, argument: Any) -> Any:
 LAYER_RULES: Mapping[str, Callable[[Writer, fx.Node, Arguments], Any]] = {
     **dict.fromkeys(CONVOLUTIONS, convolution),
     "linear": linear,
-    "addmm": product_and_bias,
     "batch_norm": batch_norm,
     "layer_norm": layer_norm,
     "group_norm": group_norm,

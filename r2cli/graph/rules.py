@@ -128,15 +128,14 @@ def clip(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     return writer.call(torch.clamp, given, writer.value(least), writer.value(most))
 
 
-def silu(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    """x * sigmoid(x): its parts can run on integers."""
-    given = writer.value(a["self"])
-    return writer.part(torch.mul, given, writer.part(torch.sigmoid, given))
+def gated(gate: Callable[..., Any]) -> Rule:
+    """x * gate(x), such as a swish: its parts can run on integers."""
 
+    def write(writer: Writer, node: fx.Node, a: Arguments) -> Any:
+        given = writer.value(a["self"])
+        return writer.part(torch.mul, given, writer.part(gate, given))
 
-def hardswish(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    given = writer.value(a["self"])
-    return writer.part(torch.mul, given, writer.part(F.hardsigmoid, given))
+    return write
 
 
 def glu(writer: Writer, node: fx.Node, a: Arguments) -> Any:
@@ -148,14 +147,16 @@ def glu(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def added_product(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    """addmm, baddbmm: beta * input + alpha * (one @ other); addcmul and addcdiv with one * other, and one / other."""
-    others: dict[str, Callable[..., Any]] = {"addcmul": torch.mul, "addcdiv": torch.div}
-    function = others.get(operator_name(node.target), torch.matmul)
+    """addcmul, addcdiv: beta * input + alpha * (one * other), or one / other."""
     base, one, other, *_ = writer.value(list(a.values()))
+    function = torch.mul if operator_name(node.target) == "addcmul" else torch.div
+    return with_base(writer, writer.call(function, one, other), base, a)
+
+
+def with_base(writer: Writer, found: fx.Node, base: Any, a: Arguments) -> Any:
+    """beta * base + alpha * found."""
     factor, share = a.get("alpha", a.get("value")), a.get("beta", 1)
-    found = writer.call(function, one, other)
-    if factor != 1:
-        found = writer.call(torch.mul, found, factor)
+    found = found if factor == 1 else writer.call(torch.mul, found, factor)
     if share == 0:
         return found
     return writer.call(torch.add, base if share == 1 else writer.call(torch.mul, base, share), found)
@@ -259,9 +260,8 @@ def split(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     given = writer.value(a["self"])
     dim = _from_zero(node, a["dim"])
     sizes = [part.shape[dim] for part in node.meta["val"]]
-    if all(isinstance(size, int) for size in sizes):
-        return writer.call(torch.split, given, sizes, dim)
-    return writer.call(torch.chunk, given, len(sizes), dim)
+    known = all(isinstance(size, int) for size in sizes)
+    return writer.call(torch.split, given, sizes, dim) if known else writer.call(torch.chunk, given, len(sizes), dim)
 
 
 def padded(writer: Writer, node: fx.Node, a: Arguments) -> Any:
@@ -374,11 +374,11 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("sub", "rsub"), subtract),
     "div": divide,
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), clip),
-    "silu": silu,
+    "silu": gated(torch.sigmoid),
     "diff": differences,
-    "hardswish": hardswish,
+    "hardswish": gated(F.hardsigmoid),
     "glu": glu,
-    **dict.fromkeys(("addmm", "baddbmm", "addcmul", "addcdiv"), added_product),
+    **dict.fromkeys(("addcmul", "addcdiv"), added_product),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), softmax),
     "scaled_dot_product_attention": attention,
     "mean": mean,

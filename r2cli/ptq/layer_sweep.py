@@ -99,13 +99,14 @@ def images_that_fit(net: fx.GraphModule, shape: Shape) -> int:
 
 
 def fitting(
-    net: fx.GraphModule, batches: Iterable[Given], spec: NetworkInput, tell: Callable[[str], None], *, values: bool
+    net: fx.GraphModule, batches: Iterable[Given], spec: NetworkInput, tell: Callable[[str], None], *, on_disk: bool
 ) -> Given:
-    """Return as many samples, each (n, ...), as fit into `MEMORY` with the `values` of both networks, or without.
+    """Return as many samples, each (n, ...), as fit into `MEMORY` with what both networks compute of them.
 
-    `tell` is told where those are not all.
+    A method with values `on_disk` has only the samples themselves in memory, but not on a GPU. `tell` is told where
+    those that fit are not all.
     """
-    if values:
+    if not on_disk or next(net.parameters()).device.type != "cpu":
         most = images_that_fit(net, spec.shape)
     else:
         structure.propagate(net, spec.shape)

@@ -117,8 +117,7 @@ def quantize(
     reads = {name: each.act_bits for name, each in own.items() if each.act_bits is not None}
     acts: Mapping[str, Grid] = {}
     if images is not None and (looks or CORRECT in parts):
-        # What rounds the whole network keeps values on disk.
-        shown = layer_sweep.fitting(net, images, checkpoint.input, tell, values=method.whole is None)
+        shown = layer_sweep.fitting(net, images, checkpoint.input, tell, on_disk=method.whole is not None)
         few = _few_bits(net, images, settings, reads, checkpoint.input) if settings.qdrop else {}
         coded, told, acts = _look(method, net, shown, coded, few, corrects=CORRECT in parts, advance=advance)
         notes.append(told)
