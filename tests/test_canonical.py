@@ -353,3 +353,14 @@ def test_what_has_no_canonical_form_is_refused() -> None:
 
     with pytest.raises(Unreadable, match="r2 cannot read Cast: it computes in another type by autocast"):
         trace(Cast(), torch.zeros(2, 3, 3))
+
+
+def test_a_batch_s_size_that_became_a_number_is_named() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.zeros(len(x), 3)
+
+    with pytest.raises(
+        Unreadable, match=r"makes the batch's size a number: write x.shape\[0\] in the place of len\(x\)"
+    ):
+        trace(Counts(), torch.zeros(2, 3))

@@ -53,6 +53,11 @@ def trace(model: nn.Module, example: Given, architecture: Hashable | None = None
         )
     except Exception as error:  # torch.export passes on whatever the network raises
         first = next(iter(str(error).strip().splitlines()), "")
+        if first.startswith("Constraints violated"):
+            raise Unreadable(
+                f"torch.export cannot read {name}: its code makes the batch's size a number",
+                "write x.shape[0] in the place of len(x) or of a number",
+            ) from error
         raise Unreadable(f"torch.export cannot read {name} ({type(error).__name__}: {first}{_place(error)})") from error
     if known is not None:
         _programs[known] = _without_weights(program, model)
