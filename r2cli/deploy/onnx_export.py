@@ -24,7 +24,7 @@ from r2cli.config import targets
 from r2cli.config.groups import FileForm
 from r2cli.deploy import onnx_layers, onnx_moving
 from r2cli.deploy.onnx_operators import OPERATORS
-from r2cli.deploy.onnx_sheet import Shape, Sheet, Unwritable, Value
+from r2cli.deploy.onnx_sheet import UNKNOWN, Shape, Sheet, Unwritable, Value, refusal
 from r2cli.deploy.onnx_tensors import Weights
 from r2cli.deploy.onnx_writer import OnnxWriter
 from r2cli.deploy.retarget import retarget
@@ -204,7 +204,7 @@ class _Export:
         if node.op == "get_attr":
             return self.weights.tensor(str(node.target), getattr_path(self.net, str(node.target)))
         if node.target not in OPERATORS:
-            raise Unwritable("r2 knows no form of it")
+            raise Unwritable(UNKNOWN)
         if node.target in (torch.add, torch.mul) and _with_number(node) and placement.is_between_grids(self.net, node):
             args = (args[0], onnx_layers.number_on_grid(sheet, self.weights, float(args[1])))
         count = len(self.writer.nodes)
@@ -222,7 +222,7 @@ class _Export:
             if isinstance(module, kinds):
                 own = handler(sheet, self.weights, name, module, x)
                 return self._named(own, node.name, before)  # type: ignore[no-any-return]
-        raise Unwritable("r2 knows no form of it")
+        raise Unwritable(UNKNOWN)
 
     def _grid(self, sheet: Sheet, node: fx.Node, grid: Grid, x: Value) -> str:
         name = str(node.target)
@@ -288,7 +288,7 @@ class _Export:
     def _refusal(self, node: fx.Node, why: str) -> str:
         module = self.modules[node]
         what = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
-        return f"'{node.name}' ({what}) cannot be written as ONNX: {why}. Write it another way in the network's code"
+        return refusal(node.name, what, why)
 
 
 def getattr_path(net: nn.Module, path: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Pools, means and sums in ONNX. The parameters are those of torch's functions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def max_pool(
     kernel, strides, border = (spread(each, axes) for each in (kernel_size, stride or kernel_size, padding))
     steps = spread(dilation, axes)
     windows = [step * (size - 1) + 1 for size, step in zip(kernel, steps, strict=True)]
-    beyond = _beyond(x.shape[2:], sheet.shape[2:], windows, strides, border) if ceil_mode else [0] * axes
+    beyond = _beyond(sheet, x, windows, strides, border) if ceil_mode else [0] * axes
     pads = [*border, *(pad + more for pad, more in zip(border, beyond, strict=True))]
     return sheet.node(
         "MaxPool",
@@ -58,7 +58,7 @@ def avg_pool(
         raise Unwritable("it has a divisor of its own")
     kernel, strides = spread(kernel_size, axes), spread(stride or kernel_size, axes)
     border, name = spread(padding, axes), x.name
-    beyond = _beyond(x.shape[2:], sheet.shape[2:], kernel, strides, border) if ceil_mode else [0] * axes
+    beyond = _beyond(sheet, x, kernel, strides, border) if ceil_mode else [0] * axes
     counted = any(border) and count_include_pad
     if counted and any(beyond):  # then the border is written as zeros, and what is beyond is not counted
         name, counted = sheet.node("Pad", name, sheet.writer.ints([0, 0, *border, 0, 0, *border])), False
@@ -74,12 +74,10 @@ def avg_pool(
     )
 
 
-def _beyond(
-    have: Sequence[int | None], out: Sequence[int | None], windows: list[int], strides: list[int], border: list[int]
-) -> list[int]:
+def _beyond(sheet: Sheet, x: Value, windows: list[int], strides: list[int], border: list[int]) -> list[int]:
     """By how many values each axis' last window reaches beyond the border. Raises Unwritable for sizes unknown."""
     found = []
-    for length, count, size, stride, pad in zip(have, out, windows, strides, border, strict=True):
+    for length, count, size, stride, pad in zip(x.shape[2:], sheet.shape[2:], windows, strides, border, strict=True):
         if length is None or count is None:
             raise Unwritable("the size of its input follows the batch")
         found.append(max(0, (count - 1) * stride + size - length - 2 * pad))

@@ -61,6 +61,14 @@ class Unwritable(Exception):
     """An operation that has no form in ONNX here; the message says why."""
 
 
+def refusal(name: str, what: str, why: str) -> str:
+    """What is said of the node `name`, an operation or a module `what`, that has no form."""
+    return f"'{name}' ({what}) cannot be written as ONNX: {why}. Write it another way in the network's code"
+
+
+UNKNOWN = "r2 knows no form of it"
+
+
 def _name(given: Any, writer: OnnxWriter, dtype: Any) -> str | None:
     if isinstance(given, Value):
         return given.name

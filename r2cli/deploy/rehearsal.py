@@ -9,6 +9,7 @@ from r2cli.config import targets
 from r2cli.data import Split
 from r2cli.deploy import onnx_export
 from r2cli.deploy.onnx_operators import OPERATORS
+from r2cli.deploy.onnx_sheet import UNKNOWN, refusal
 from r2cli.errors import InputError
 from r2cli.graph.constants import operator_name
 from r2cli.graph.read import Unreadable, trace
@@ -40,7 +41,4 @@ def _require_known(made: Checkpoint) -> None:
         return
     for node in net.graph.nodes:
         if isinstance(node.target, OpOverload) and node.target not in OPERATORS:
-            raise InputError(
-                f"'{node.name}' ({operator_name(node.target)}) cannot be written as ONNX: r2 knows no form of it. "
-                "Write it another way in the network's code"
-            )
+            raise InputError(refusal(node.name, operator_name(node.target), UNKNOWN))

@@ -109,9 +109,7 @@ def fitting(
     if not on_disk or next(net.parameters()).device.type != "cpu":
         most = images_that_fit(net, spec.shape)
     else:
-        structure.propagate(net, spec.shape)
-        inputs = sum(bytes_of(node) for node in net.graph.nodes if node.op == "placeholder")
-        most = MEMORY // max(1, inputs)
+        most = MEMORY // sum(one.nbytes for one in places(spec.blank(1)))
     taken = first(batches, most + 1)
     if count(taken) <= most:
         return taken
