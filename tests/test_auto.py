@@ -13,7 +13,7 @@ from torch import nn
 from conftest import R2
 from r2cli import data
 from r2cli.calibration import deployed
-from r2cli.ptq import auto, post_training
+from r2cli.ptq import auto, layer_sweep, post_training
 from r2cli.quantized import decibels
 from r2cli.quantized.decibels import sqnr
 from r2cli.storage import checkpoint
@@ -32,9 +32,9 @@ def _settings(bits: int) -> post_training.PtqSettings:
 @pytest.mark.slow
 def test_where_rounding_is_not_heard_nothing_is_learned(trained: Path) -> None:
     made = checkpoint.load(trained)
-    shown, told = _shown(made), list[auto.Trial]()
-    coded, rows, own, trials = auto.choose(made, _settings(8), shown, CPU, told=told.append)
-    assert told == [replace(trial, kept=False) for trial in trials] and len(rows) == 10
+    shown, told = _shown(made), list[str]()
+    coded, rows, own, trials = auto.choose(made, _settings(8), shown, CPU, tell=told.append)
+    assert [line.split(": outputs")[0] for line in told] == [str(trial) for trial in trials] and len(rows) == 10
     forms = [(trial.granularity, trial.weight_range, trial.parts) for trial in trials]
     assert forms == [(grid, "minmax", parts) for grid in ("channel", "unfolded") for parts in auto.PARTS]
     best = auto.kept(trials)
@@ -67,6 +67,18 @@ def test_where_it_is_heard_the_best_of_what_is_learned_is_kept(trained: Path) ->
     # What the trial told in float32, summed again.
     assert sqnr(outputs, expected) == pytest.approx(best.sqnr, abs=1e-3)
     assert float(auto.divergences(outputs, expected).mean()) == pytest.approx(best.divergence, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_what_is_learned_tells_once_that_it_does_not_see_all_images(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, told = checkpoint.load(trained), list[str]()
+    monkeypatch.setattr(layer_sweep, "MEMORY", 40 * 4 * 64)  # for the inputs of 40 images
+    auto.choose(made, replace(_settings(4), steps=1), _shown(made), CPU, grids=["tensor"], tell=told.append)
+    assert [line for line in told if "of the images" in line] == [
+        "weights are rounded by 40 of the images: more take over 0 GiB of memory"
+    ]
 
 
 @pytest.mark.slow

@@ -77,12 +77,13 @@ def choose(
     grids: Sequence[str] = GRIDS,
     rules: Sequence[str] = (),
     decides: bool = True,
-    told: Callable[[Trial], None] = lambda trial: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Checkpoint, list[QuantizedLayer], PtqSettings, list[Trial]]:
     """Try `settings` with each of `grids`, of the range `rules` and of the methods. Returns the best, and all trials.
 
-    `images` are read more than once. Outputs that do not decide among classes are compared by their noise. `told` is
-    called with each trial when it ends. Raises InputError as `quantize` does.
+    `images` are read more than once. Outputs that do not decide among classes are compared by their noise. `tell`
+    is told of each trial when it ends, and where what is learned does not see all images. Raises InputError as
+    `quantize` does.
     """
     few = split(layer_sweep.first(images, SOME), BATCH)
     expected = _outputs(checkpoint, images, device)
@@ -90,14 +91,15 @@ def choose(
 
     def attempt(own: PtqSettings, shown: Iterable[Given], first: _Tried | None = None) -> _Tried:
         started = perf_counter()
-        made, rows = quantize(checkpoint, own, shown, device)
+        once = tell if first is None and shown is images else (lambda line: None)
+        made, rows = quantize(checkpoint, own, shown, device, tell=once)
         outputs = _outputs(made, images, device)
         lost = _lost(outputs, expected, decides=decides)
         assert own.parts is not None
         form, taken = (own.method, own.granularity, own.weight_range, own.parts), round(perf_counter() - started, 1)
         ahead = 0.0 if first is None else lead(lost, first.lost)
         trial = Trial(*form, min(map(sqnr, outputs, expected)), float(lost.mean()), taken, ahead)
-        told(trial)
+        tell(f"{trial}: outputs at {trial.sqnr:.1f} dB, {trial.divergence:.2g} nats, {trial.seconds:.1f} s")
         tried.append(_Tried(trial, lost, made, rows, own))
         return tried[-1]
 

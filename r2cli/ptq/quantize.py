@@ -218,13 +218,9 @@ def _best(
             f"--method {config.method} needs images: give --calibration, or --method {other}, which needs none"
         )
 
-    def tried(trial: auto.Trial) -> None:
-        measured = f"outputs at {trial.sqnr:.1f} dB, {trial.divergence:.2g} nats, {trial.seconds:.1f} s"
-        reporter.note(f"{trial}: {measured}")
-
     grids = (config.granularity,) if config.granularity else auto.GRIDS
     rules = (config.weight_range,) if config.weight_range else ()
-    return auto.choose(made, settings, images, where, grids=grids, rules=rules, decides=decides, told=tried)
+    return auto.choose(made, settings, images, where, grids=grids, rules=rules, decides=decides, tell=reporter.note)
 
 
 def _top1_with_relu(made: Checkpoint, source: Data | None, where: torch.device) -> float | None:
