@@ -1,6 +1,7 @@
 """AdaRound: numbers worked out beforehand, gradients against autograd, and layers whose best rounding is known."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from r2cli.graph.read import trace
 from r2cli.ptq import adaround, layer_sweep, post_training, ptq_method, weight_grids
 from r2cli.ptq.layer_sweep import MEMORY, LayerSample, images_that_fit, sweep
 from r2cli.ptq.ptq_method import PtqMethod, Rounded
+from r2cli.quantized.channels import per_channel
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 from r2cli.storage import checkpoint
@@ -24,6 +26,8 @@ from r2cli.storage.input_spec import Given, count
 from r2cli.train import evaluation
 
 CPU = torch.device("cpu")
+Bound = float | str | None
+BOUNDS: tuple[Bound, ...] = (None, torch.inf, 6.0, "channels")
 # Four weights on a grid of a quarter: floors 1, -2, 0, 3.
 WEIGHTS, SCALE = torch.tensor([[0.26, -0.41, 0.05, 0.98]], dtype=torch.float64), 0.25
 
@@ -86,21 +90,33 @@ def inputs_of(module: LayerModule) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def seen(module: LayerModule, bound: float | None = None) -> LayerSample:
+def limits(bound: Bound, *shape: int) -> Tensor | None:
+    """The bound of a ReLU: none, one number, or one for each channel, of `shape`."""
+    if bound == "channels":
+        return torch.linspace(0.5, 4, math.prod(shape)).reshape(shape)
+    return None if bound is None else torch.tensor(float(bound))
+
+
+def seen(module: LayerModule, bound: Bound = None) -> LayerSample:
     torch.manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     x = inputs_of(module)
     layer = structure.Layer("layer", "layer", None)
+    channels = module(x).shape[-1 if isinstance(module, nn.Linear) else 1]
     return LayerSample(
-        layer, module, bound, x, x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+        layer,
+        module,
+        limits(bound, channels),
+        x,
+        x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)),
     )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bound", [None, torch.inf, 6.0])
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("module", CONVS, ids=str)
-def test_rows_are_the_layer_at_its_places(module: LayerModule, bound: float | None) -> None:
+def test_rows_are_the_layer_at_its_places(module: LayerModule, bound: Bound) -> None:
     one = seen(module, bound)
     rows = adaround.sample_rows(one, adaround.AdaroundSettings(rows=10**6))
     weight = module.weight
@@ -109,7 +125,7 @@ def test_rows_are_the_layer_at_its_places(module: LayerModule, bound: float | No
     outputs = rows.act(outputs if rows.bias is None else outputs + rows.bias)
 
     def act(y: Tensor) -> Tensor:
-        return y if bound is None else y.clamp(0, bound)
+        return y if one.bound is None else y.relu().minimum(per_channel(one.bound, y.ndim - 1))
 
     wanted, reference = act(module(one.rounded_inputs)), act(module(one.inputs))
     # All places once, in a random order: sums agree to float32's rounding, and the pairing through the squared error.
@@ -121,15 +137,15 @@ def test_rows_are_the_layer_at_its_places(module: LayerModule, bound: float | No
     assert adaround.output_error(rows, weight) == pytest.approx(paired / rows.inputs.shape[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("bound", [None, torch.inf, 6.0])
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_slope_is_autograd_s(groups: int, bound: float | None) -> None:
+def test_the_slope_is_autograd_s(groups: int, bound: Bound) -> None:
     draw = torch.Generator().manual_seed(0)
     inputs, targets, bias, weight = (
         torch.randn(shape, generator=draw, dtype=torch.float64) * 3
         for shape in ((groups, 40, 5), (groups, 40, 2), (groups, 1, 2), (groups, 2, 5))
     )
-    rows = adaround.Rows(inputs, targets, bias, bound)
+    rows = adaround.Rows(inputs, targets, bias, limits(bound, groups, 1, 2))
     index = torch.arange(0, 40, 2)
     weight.requires_grad_()
     outputs = rows.act(inputs[:, index] @ weight.transpose(1, 2) + bias)

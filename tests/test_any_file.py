@@ -16,6 +16,7 @@ from r2cli import errors
 from r2cli.deploy import any_file, engines, likeness, runtime
 from r2cli.deploy.engines import Arrays, Run
 from r2cli.deploy.verify import Proof
+from r2cli.quantized import decibels
 
 WIDE = 48
 ONLY_ORT = r2cli.VerifyConfig(runtime=["onnxruntime"])
@@ -319,8 +320,8 @@ def test_likeness_is_by_hand() -> None:
     (other,) = likeness.compared({"z": reference["y"][:, ::-1]}, reference, noise_db=30)
     assert other.agreement == 0 and other.differ == 2 and other.output == "y"
     zeros = {"y": np.zeros((2, 2), np.float32)}
-    assert likeness.compared(found, zeros, noise_db=30)[0].sqnr_db == -likeness.MOST_DB
-    assert likeness.compared(zeros, zeros, noise_db=30)[0].sqnr_db == likeness.MOST_DB
+    assert likeness.compared(found, zeros, noise_db=30)[0].sqnr_db == -decibels.MOST
+    assert likeness.compared(zeros, zeros, noise_db=30)[0].sqnr_db == decibels.MOST
 
 
 def test_a_row_that_is_nothing_beside_the_others_decides_nothing() -> None:

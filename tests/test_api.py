@@ -1,5 +1,6 @@
 """The Python API: the examples of docs/api.md, and the same bytes as the commands."""
 
+import copy
 import re
 import shutil
 from collections.abc import Iterator
@@ -187,3 +188,43 @@ def test_an_operator_that_no_file_holds_is_named_before_the_work() -> None:
 
     with pytest.raises(InputError, match=r"'inner' \(inner\) cannot be written as ONNX: r2 knows no form of it"):
         r2cli.quantize(Inner(), r2cli.load_data("digits:64", size=8), r2cli.PtqConfig(device="cpu"))
+
+
+def test_the_seed_rules_the_training_of_a_module_and_the_weights_of_a_new_network() -> None:
+    source = r2cli.load_data("digits:32", size=8)
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+    short: dict[str, Any] = {"epochs": 1, "batch_size": 16, "device": "cpu"}
+
+    def trained(seed: int) -> torch.Tensor:
+        torch.rand(seed)  # what others drew before
+        made = r2cli.pretrain(copy.deepcopy(network), source, r2cli.PretrainConfig(seed=3, **short))
+        return made.checkpoint.floats["2.weight"]
+
+    def new(seed: int) -> torch.Tensor:
+        torch.rand(seed)
+        module = r2cli.prepare(spec, source, r2cli.QatConfig(seed=3, from_scratch=True, **short))
+        return next(weight for name, weight in module.net.named_parameters() if weight.ndim == 4)
+
+    spec = r2cli.pretrain("mobilenet_v1", source, r2cli.PretrainConfig(**short))
+    assert trained(5).equal(trained(7)) and new(5).equal(new(7))
+
+
+@pytest.mark.parametrize(
+    "given", [{"distill": 0.5}, {"progressive": True}, {"dampen": 0.1}, {"ema": 0.99}], ids=lambda one: next(iter(one))
+)
+def test_what_only_our_loop_does_is_refused_for_a_loop_of_one_s_own(trained: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(given))} is done by finetune"):
+        r2cli.prepare(trained, None, r2cli.QatConfig(**given))
+
+
+def test_options_that_a_method_has_not_are_refused(trained: Path) -> None:
+    for config, given, told in (
+        (r2cli.PalettizeConfig, {"method": "shared", "iterations": 7}, "--iterations belongs to --method dkm"),
+        (r2cli.PalettizeConfig, {"method": "kmeans", "iterations": 7}, "--iterations belongs to --method dkm"),
+        (r2cli.PretrainConfig, {"reg": "linf", "margin_k": 4}, "--margin-k belongs to --reg margin"),
+        (r2cli.PtqConfig, {"method": "none", "relu6": "relu"}, "--relu6 is for equalization"),
+    ):
+        with pytest.raises(InputError, match=told):
+            config(**given)
+    with pytest.raises(InputError, match="--act-range mse looks at images"):
+        r2cli.quantize(trained, None, r2cli.PtqConfig(method="dfq", act_range="mse"))

@@ -96,3 +96,30 @@ def test_every_bias_is_on_its_grid(corrected: bool) -> None:
         assert read is not None and module.bias is not None
         units = module.bias.double() / (grids[read].scale * coded[layer.weight].codec.scale).double()
         assert float((units - units.round()).abs().max()) < 1e-3, layer.name
+
+
+class Row(nn.Module):
+    """Three convolutions in a row, of which only the first may have codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+@torch.no_grad()
+def test_a_layer_that_stays_float_is_followed_as_it_is_after_its_correction() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(32, *SHAPE)
+    net = trace(Row().eval(), images[:2])
+    module = structure.layer_module(net, "a")
+    grid = weight_grids.weight_grid(module.weight, 4, per_channel=True, symmetric=True)
+    coded = {"a.weight": Coded(grid, grid.encode(module.weight))}
+    module.weight.copy_(coded["a.weight"].decode())
+    grids = calibrate.calibrate(net, SHAPE, 2, [images])
+    deployed.insert_grids(net, grids)
+    wanted = net(images).mean((0, 2, 3))
+    biases.round_biases(net, coded, grids, [images])
+    torch.testing.assert_close(net(images).mean((0, 2, 3)), wanted, rtol=0, atol=1e-6)

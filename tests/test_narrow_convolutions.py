@@ -1,5 +1,7 @@
 """A strided convolution of one pixel over few channels: torch crashes as it trains one in channels-last memory."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -48,8 +50,20 @@ def test_so_it_does_in_a_graph_that_was_read() -> None:
     assert not _layouts(trace(Branches(), images), images)["narrow"]
 
 
+def test_its_gradients_are_those_of_plain_memory() -> None:
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    torch.manual_seed(0)
+    plain = Branches()
+    fast = loop.to_device(copy.deepcopy(plain), CPU)
+    for model, given in ((plain, images), (fast, images.to(memory_format=torch.channels_last))):
+        nn.functional.cross_entropy(model(given), labels).backward()
+    for (name, one), other in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        assert one.grad is not None and float(one.grad.abs().max()) > 0
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_every_way_of_learning_gets_through_it() -> None:
-    """It ended the process before."""
+    """It ended the process before: there is nothing more to see here than that all return."""
     images = [(torch.randn(16, 3, 32, 32), torch.arange(16) % 4) for _ in range(2)]
     data = r2cli.load_data(images)
     made = r2cli.pretrain(Branches(), data, r2cli.PretrainConfig(epochs=1, batch_size=16)).checkpoint

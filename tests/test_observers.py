@@ -139,3 +139,12 @@ def test_the_sorted_error_is_that_of_really_rounding(bits: int) -> None:
         s, z, v = scale[:, :, None], zero[:, :, None], x[:, None, :]
         codes = (torch.round(v / s) + z).clamp(lowest, lowest + 2**bits - 1) - z
         assert torch.allclose(found, (v - s * codes).square().sum(2), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.5, 254.5), (-254.5, 0.5), (-0.5 - 1e-4, 254.5), (-1.0, 1.0)])
+def test_values_in_the_middle_of_two_levels_get_levels_to_both_sides_of_zero(low: float, high: float) -> None:
+    grid = calibrate.activation_grid(low, high, 8)
+    first, last = (float(grid.decode(torch.tensor(code, dtype=torch.int32))) for code in (0, 255))
+    assert first <= low and last >= high and float(grid.scale) < 1.01 * (high - low) / 255
+    pixels = torch.linspace(low, high, 256, dtype=torch.float64) / grid.scale
+    assert int(((pixels % 1 - 0.5).abs() < calibrate.IN_THE_MIDDLE).sum()) <= 2

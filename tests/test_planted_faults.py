@@ -16,6 +16,7 @@ from r2cli.calibration import deployed
 from r2cli.deploy import onnx_export, parity, runtime, verify, weight_roles
 from r2cli.palettes import compression
 from r2cli.ptq import post_training
+from r2cli.quantized import decibels
 from r2cli.storage.checkpoint import Checkpoint, InputSpec, ModelSpec
 
 CPU = torch.device("cpu")
@@ -181,6 +182,14 @@ def _shifted(file: ModelProto) -> None:
     file.graph.node.append(helper.make_node("Add", ["before", "shift"], [file.graph.output[0].name]))
 
 
+def _nan(file: ModelProto) -> None:
+    """Every number of the result is none: comparisons with it are false, whichever way they are asked."""
+    last = file.graph.node[-1]
+    last.output[0] = "before"
+    file.graph.initializer.append(numpy_helper.from_array(np.array(np.nan, np.float32), "nothing"))
+    file.graph.node.append(helper.make_node("Mul", ["before", "nothing"], [file.graph.output[0].name]))
+
+
 def _code(file: ModelProto) -> None:
     name = next(name for node in file.graph.node if node.op_type == "Conv" for name in node.input[1:2])
     (codes,) = weight_roles.codes(file, name)
@@ -244,6 +253,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "last bias by 1 %": (_bias("Gemm", 0), "same biases"),
     "dropped ReLU": (_without_relu, "same graph"),
     "logits shifted by 0.1": (_shifted, "same graph"),
+    "logits that are no numbers": (_nan, "runs"),
     "code or index": (_code, "same codes"),
     "weight scale by one ulp": (_weight_scale, "same codes"),
     "dead initializer": (_dead, "nothing beside"),
@@ -266,6 +276,25 @@ def test_the_healthy_file_passes(subject: Subject, tmp_path: Path) -> None:
 def test_a_fault_fails_the_check_that_is_for_it(subject: Subject, fault: Fault, check: str, tmp_path: Path) -> None:
     failed = {each.name for each in subject.prove(tmp_path / "model.onnx", fault).checks if not each.passed}
     assert failed & set(check.split("|"))
+
+
+def test_no_numbers_are_near_no_reference() -> None:
+    """Nor is noise near a reference of zeros, or a number near an infinity. Equal infinities are: networks mask so."""
+    zeros, nothing, masked = torch.zeros(2, 3), torch.full((2, 3), torch.nan), torch.tensor([[1.0, -torch.inf]])
+    for output, reference in ((nothing, zeros + 1), (zeros + 1, nothing), (zeros - torch.inf, zeros + 1)):
+        run = parity.OutputRun()
+        run.add(zeros, zeros)
+        run.add(output, reference)
+        assert run.sqnr == -decibels.MOST and run.worst == torch.inf
+    run = parity.OutputRun()
+    run.add(zeros + 5, zeros)
+    assert run.sqnr == -decibels.MOST and run.worst == 5
+    for same in (zeros, masked):
+        run = parity.OutputRun()
+        run.add(same, same)
+        assert run.sqnr == decibels.MOST and run.worst == 0
+    run.add(masked, masked + torch.tensor([0.1, 0.0]))
+    assert 0 < run.sqnr < decibels.MOST and run.worst == pytest.approx(0.1 / 1.1)
 
 
 def _swapped_biases(file: ModelProto) -> None:

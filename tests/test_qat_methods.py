@@ -232,6 +232,16 @@ def test_lsq_is_its_formula(bits: int) -> None:
     require_same(with_gradients(activation(x), g, x, activation.parameter), wanted)
 
 
+@pytest.mark.parametrize("bits", [1, 2])
+def test_seq_is_its_formula(bits: int) -> None:
+    w, g = draw(20, 30, seed=6).requires_grad_(), draw(20, 30, seed=7)
+    weight = seq.SeqWeight(w.detach(), bits)
+    weight.step.data.mul_(0.7)  # some of both sides is clipped
+    wanted = seq.reference(w, weight.step, bits, g)
+    for one, other in zip(with_gradients(weight(w), g, w, weight.step), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # the levels are float32
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 7])
 def test_ewgs_is_its_formula(bits: int) -> None:
     x, g = draw(20, 30, seed=2).requires_grad_(), draw(20, 30, seed=3)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from r2cli import registry
 from r2cli.errors import InputError
+from r2cli.graph.read import trace
 from r2cli.quantized.palette import from_vectors, to_vectors
-from r2cli.train import range_penalties, regularizers
+from r2cli.train import loop, range_penalties, regularizers
 from r2cli.train.range_penalties import RangePenalty
 from r2cli.train.regularizers import Regularizer, RegularizerSpec, penalty
 
@@ -381,6 +382,15 @@ def test_which_weights_are_regularized() -> None:
         "pointwise.weight",
         "head.weight",
     ]
+
+
+def test_transposed_convolutions_are_regularized_in_a_module_and_in_the_graph_that_is_trained() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3))
+    graph = trace(network.eval(), torch.zeros(2, 3, 8, 8))
+    for one in (network, graph):
+        assert list(regularizers.regularized(one)) == ["0.weight", "1.weight"]
+    ranges = loop.range_ratios(network)
+    assert loop.range_ratios(graph) == pytest.approx(ranges) and len(ranges) == 2
 
 
 @pytest.mark.parametrize("dim", [1, 2])

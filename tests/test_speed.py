@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 import r2cli
 from conftest import R2
@@ -65,6 +68,29 @@ def test_the_gate_is_on_the_ratio() -> None:
         deliver.require(report)
     with pytest.raises(InputError, match="--max-latency -1"):
         CompressionGates(max_latency=-1)
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [{"max_latency": 9}, {"min_sqnr": 1}, {"max_drop": 9}, {"min_metric": 1}, {"min_accuracy": 1}],
+    ids=lambda one: next(iter(one)),
+)
+def test_a_bound_on_what_was_not_measured_is_not_met(bound: dict[str, Any]) -> None:
+    report = {"output": "m.onnx", "bytes": 2000, "checks": []}
+    deliver.judge(report, CompressionGates(**bound), None)
+    with pytest.raises(CheckFailed, match=f"--{next(iter(bound)).replace('_', '-')} . is a bound on what was not meas"):
+        deliver.require(report)
+
+
+@pytest.mark.usefixtures("clock")
+def test_files_are_timed_without_labels_too(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("from torch import nn\n\n\ndef net():\n    return nn.Conv2d(1, 4, 3)\n")
+    safetensors.torch.save_file(nn.Conv2d(1, 4, 3).state_dict(), "net.safetensors")
+    np.savez("images.npz", x=np.random.default_rng(0).normal(size=(16, 1, 8, 8)).astype(np.float32))
+    line = ["ptq", "--model", "net.py:net", "--weights", "net.safetensors", "--data", "npz:images.npz", "--json"]
+    ran = r2(*line, "--max-latency", 1e-9)
+    assert ran.code == 1 and "above --max-latency 1e-09" in ran.err and json.loads(ran.out)["latency_ratio"] > 0
 
 
 @pytest.mark.parametrize("command", ["ptq", "qat", "palettize"])

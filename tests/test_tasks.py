@@ -11,11 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import r2cli
 from r2cli.calibration import deployed
-from r2cli.data import Data, own
+from r2cli.data import Data, own, own_splits
 from r2cli.deploy import runtime
 from r2cli.errors import InputError, R2Error
 from r2cli.models import signature
@@ -416,3 +416,68 @@ def test_an_input_with_the_name_of_a_weight_is_named() -> None:
     made = r2cli.quantize(Gained().eval(), data((normal(4, 4), normal(4, 3))), r2cli.PtqConfig(calibration=4))
     with pytest.raises(R2Error, match="'gain' is an input or output and a weight too"):
         r2cli.export(made)
+
+
+class Ordered(Dataset[tuple[Tensor, int]]):
+    """Samples in the order of their ten classes, of which nobody tells in advance; or told as `targets`."""
+
+    def __init__(self, *, told: bool) -> None:
+        if told:
+            self.targets = [row // 20 for row in range(len(self))]
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        if row >= len(self):
+            raise IndexError(row)
+        return torch.full((1, 4, 4), float(row)), row // 20
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_classes_are_counted_over_all_samples(told: bool) -> None:
+    whole = Ordered(told=told)
+    assert r2cli.load_data(whole).classes == r2cli.load_data((whole, whole)).classes == 10
+    assert r2cli.load_data(Subset(whole, range(100))).classes == 5
+    split = own.to_data("data", (whole, whole)).train
+    assert isinstance(split, own_splits.DatasetSplit)
+    labels = split.of(torch.tensor([199, 0])).labels()
+    assert labels is not None and labels.tolist() == [9, 0]
+
+
+def test_a_label_that_cannot_be_read_is_told() -> None:
+    class Broken(Ordered):
+        def __getitem__(self, row: int) -> tuple[Tensor, int]:
+            if row == 150:
+                raise OSError("no such scan")
+            return super().__getitem__(row)
+
+    with pytest.raises(InputError, match=r"raised OSError as it was read \(no such scan\)"):
+        r2cli.load_data(Broken(told=False))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("factor", [1.5, 2.3, 0.6, (2.0, 1.3)])
+def test_a_resize_by_a_factor_that_is_no_ratio_of_sizes(
+    mode: str, factor: float | tuple[float, float], tmp_path: Path
+) -> None:
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.interpolate(self.layer(x), scale_factor=factor, mode=mode)
+
+    torch.manual_seed(0)
+    network, source = Resized().eval(), r2cli.load_data([(normal(8, 1, 7, 7), None)])
+    path = tmp_path / "net.onnx"
+    result = r2cli.quantize(network, source, r2cli.PtqConfig(act_bits="none", device="cpu"))
+    r2cli.export(result, path)
+    proof = r2cli.verify(path, result, source, timed=False)
+    assert proof.passed, [check for check in proof.checks if not check.passed]
+    if mode == "nearest":
+        lite = r2cli.quantize(network, source, r2cli.PtqConfig(target="tflite", device="cpu"))
+        r2cli.export(lite, tmp_path / "net.tflite")
+        proof = r2cli.verify(tmp_path / "net.tflite", lite, source, timed=False)
+        assert proof.passed, [check for check in proof.checks if not check.passed]

@@ -91,7 +91,7 @@ def pretrain(
     spec = weights.model_spec(Preparation(), network, source) if isinstance(network, str) else _spec_of(network, source)
     config = config or PretrainConfig()
     run = pretraining.ready(spec, source, config, recorded={"data": datasets.recorded(source.name)})
-    model = pretraining.network_of(run) if isinstance(network, str) else network
+    model = pretraining.network_of(run, None if isinstance(network, str) else network)
     with _kept(state) as path:
         return pretraining.train(run, model, path, reporter=reporter)
 

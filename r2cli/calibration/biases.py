@@ -49,12 +49,12 @@ def round_biases(
     """
     raised: dict[str, Coded] = {}
 
-    def rounded(layer: structure.Layer, module: LayerModule) -> bool:
-        """Round the bias of a layer. Returns whether it has one on a grid."""
+    def to_grid(layer: structure.Layer, module: LayerModule) -> None:
+        """Round the bias of a layer, if it has one and its sums have a grid."""
         where = edit.source(net, structure.node_of(net, layer))
         bias = module.bias
         if where is None or bias is None or layer.weight not in coded:
-            return False
+            return
         one, given = coded[layer.weight], activations[where].scale
         unit = given * (one.codec.scale / one.codec.integer_factor)
         over = (bias.double() / unit.double()).abs() / MOST_BIAS
@@ -64,22 +64,24 @@ def round_biases(
             unit = given * (one.codec.scale / one.codec.integer_factor)
         codes = torch.round(bias.double() / unit.double())
         bias.copy_((codes * unit.double()).float())
-        return True
 
     sums = set() if learned else shifted(net, activations)
     shown = next(iter(images), None) if images is not None and (sums or _coarse(activations)) else None
     if shown is None:
         for layer, module in structure.named_layers(net):
-            rounded(layer, module)
+            to_grid(layer, module)
         return raised
 
     inputs = places(each(shown, lambda one: one.cpu()))
     wanted = _means(net, inputs, unrounded=sums)
 
     def correct(layer: structure.Layer, module: LayerModule, outputs: Tensor, read: Tensor) -> Tensor:
-        if module.bias is not None:
-            module.bias.sub_(channel_means(module, outputs) - wanted[layer.name])
-        return module(read) if rounded(layer, module) else outputs
+        if module.bias is None:
+            return outputs
+        module.bias.sub_(channel_means(module, outputs) - wanted[layer.name])
+        to_grid(layer, module)
+        found: Tensor = module(read)
+        return found
 
     _Layers(net, correct).run(*inputs)
     return raised

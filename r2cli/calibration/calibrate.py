@@ -42,7 +42,8 @@ def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = Fal
     if bits == PIXEL_BITS and abs(-low / scale % 1 - 0.5) < IN_THE_MIDDLE:
         # The 256 values of a pixel from -1 to 1 would each lie in the middle of two levels, as 0 does of their range:
         # half a level away from both, and each runtime would round them as it likes. A step that holds both ends has
-        # no such pattern.
+        # no such pattern. Both ends need a level beyond 0 for it.
+        zero = max(1, min(levels - 1, zero))
         scale = max(-low / zero, high / (levels - zero))
     return Grid(torch.tensor(scale), torch.tensor(zero, dtype=torch.int32), bits, signed=False)
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from r2cli import api, console
 from r2cli import data as datasets
-from r2cli.api import data_notes
 from r2cli.calibration import deployed
 from r2cli.calibration.result import Result
 from r2cli.cli import gates, model_card, rerun
@@ -72,10 +71,9 @@ def finished(to: Destination) -> dict[str, Any] | None:
 def compressed(
     to: Destination, result: Result, source: datasets.Data, *, table: Table, notes: Sequence[console.Line] = ()
 ) -> dict[str, Any]:
-    """Write the checkpoint and its ONNX file, prove it, put both in their places, and tell: `table` of the report, the
-    proof, `notes`, the rest.
+    """Write the checkpoint and its ONNX file, prove it, put both in their places, and print what came of it.
 
-    The output is the `table` of the report, the proof, `notes`, and a line about the file. Raises CheckFailed as
+    What is printed is the `table` of the report, the proof, `notes`, and a line about the file. Raises CheckFailed as
     `require` does, after everything is written and printed.
     """
     made = result.checkpoint
@@ -136,7 +134,7 @@ def to_file(
     is_lite = targets.get(made.target).container == targets.TFLITE
     console.note(f"{what}: exporting to {'TensorFlow Lite' if is_lite else 'ONNX'}")
     temporary = files.write(path, api.export(made, form=ExportForm(batch=form.batch, opset=form.opset)))
-    timed = source.measured or source.name == data_notes.NOISE  # not with --no-eval, which only makes and proves a file
+    timed = source.measured or source.task.metric is None  # not with --no-eval, which only makes and proves a file
     try:
         proof = api.verify(temporary, made, source, original=original, timed=timed, reporter=console)
     except InputError as error:  # people know the file by the name that it is to have

@@ -16,6 +16,8 @@ from r2cli.config.option import Config
 from r2cli.config.training import QatConfig
 from r2cli.errors import CheckFailed, InputError
 
+BOUNDS = ("min_accuracy", "min_metric", "max_drop", "max_regression", "min_sqnr", "max_bytes", "max_latency")
+
 
 def source(given: Inputs) -> Path:
     """Return the file that a command reads: a checkpoint, or --weights; for --pretrained a name for what is made of it.
@@ -100,7 +102,7 @@ def judge(
 ) -> None:
     """Keep every gate of `wanted` that was asked for under "gates" of `report`: its name, and whether it is met.
 
-    A gate whose value was not measured cannot fail.
+    A gate whose value was not measured is not met.
     """
     away = report.get("float_sqnr_db")
     measured = {
@@ -110,14 +112,18 @@ def judge(
         "max_latency": (latency, True, f"{latency or 0:.2f} of the float network's time is above"),
     }
     found: list[dict[str, Any]] = []
-    for name, (value, is_most, told) in measured.items():
+    for name in BOUNDS:
         bound = getattr(wanted, name, None)
-        bound = 0.0 if bound is None and name == "max_regression" else bound
-        if bound is None or value is None:
+        bound = 0.0 if bound is None and name == "max_regression" and baseline else bound
+        if bound is None:
             continue
-        missed = value > bound if is_most else value < bound
+        value, is_most, told = measured.get(name, (None, True, ""))
         gate = f"--{name.replace('_', '-')} {bound if name == 'max_bytes' else format(bound, 'g')}"
-        found.append({"name": gate, "passed": not missed, "detail": f"{told} {gate}" if missed else ""})
+        if value is None:
+            missed, detail = True, f"{gate} is a bound on what was not measured here: leave it out"
+        else:
+            missed, detail = value > bound if is_most else value < bound, f"{told} {gate}"
+        found.append({"name": gate, "passed": not missed, "detail": detail if missed else ""})
     report["gates"] = found
 
 

@@ -13,7 +13,6 @@ from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import PtqOutput
 from r2cli.config.methods import PtqConfig
-from r2cli.errors import InputError
 from r2cli.storage.run_files import RunFiles
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def ptq(
     from r2cli.ptq import quantize as worker
 
     model_card.require(written, file)
-    looks = _looks(config, given)
+    looks = worker.looks_at_images(config, has_data=given.data is not None)
     needed = looks and worker.needs_data(config)
     made, loaded = inputs.load(given, needed=needed, measures=looks, tell=console.note)
     has_images, loaded = loaded.name != data_notes.NOISE, inputs.measured_by(evaluation, wanted, loaded)
@@ -86,18 +85,6 @@ def ptq(
             notes=_notes(result),
         )
         return drawn(done)
-
-
-def _looks(config: PtqConfig, given: Inputs) -> bool:
-    """Whether images are looked at. Raises InputError for a rule of ranges without any."""
-    from r2cli.ptq import quantize as worker
-
-    looks = worker.looks_at_images(config, has_data=given.data is not None)
-    if not looks and config.act_range is not None:
-        raise InputError(
-            f"--act-range {config.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
-        )
-    return looks
 
 
 def _made(
@@ -149,9 +136,10 @@ def _chosen(trials: "Sequence[Trial]") -> str:
     plain = min((trial for trial in trials if trial.method == NEAREST), key=lambda trial: trial.divergence)
     rounded = f", {plain.divergence:.2g} ({plain.sqnr:.1f}) with nearest rounding at its best"
     against = "" if plain is best else rounded
+    what = "probabilities" if best.decides else "outputs"
     return (
-        f"chosen of {len(trials)} trials, for probabilities {best.divergence:.2g} nats (outputs {best.sqnr:.1f} dB) "
-        f"from the float network's{against}; the same again: {' '.join(trial_again(trials))}"
+        f"chosen of {len(trials)} trials, for {what} {best.away} (outputs {best.sqnr:.1f} dB) from the float network's"
+        f"{against}; the same again: {' '.join(trial_again(trials))}"
     )
 
 

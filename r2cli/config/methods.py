@@ -97,6 +97,7 @@ class PtqConfig(MixedPrecision):
         groups.require_act_range(self, values.act_bits(self.act_bits))
         self._require_qdrop()
         self._require_steps()
+        self._require_equalization()
         groups.require_groups(self)
         targets.require(
             self.target,
@@ -118,6 +119,12 @@ class PtqConfig(MixedPrecision):
         entry = registry.get(registry.PTQ_METHODS, self.method)
         if self.steps is not None and not (entry.learns or entry.chooses):
             raise InputError(f"--steps are those of methods that learn, and {self.method} only rounds: leave it out")
+
+    def _require_equalization(self) -> None:
+        entry = registry.get(registry.PTQ_METHODS, self.method)
+        equalizes = bool(entry.parts or entry.equalizes or entry.chooses or self.parts)
+        if self.relu6 != "clip" and not equalizes:
+            raise InputError(f"--relu6 is for equalization, and {self.method} does none: give --parts, or leave it out")
 
     @property
     def suffix(self) -> str:
@@ -225,6 +232,7 @@ class PalettizeConfig(Config):
                 f"--act-bits {self.activation_bits} needs integer weights: give --lut-bits 8, or --act-bits none"
             )
         groups.require_act_range(self, self.activation_bits)
+        registry.require_own(registry.PALETTE_METHODS, self.method or registry.PALETTE_METHOD, self.own_options)
         targets.require(self.target, act_bits=self.activation_bits, integers=self.lut_bits == 8)
 
     @property

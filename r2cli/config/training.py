@@ -68,6 +68,11 @@ class PretrainConfig(Config):
     seed: int = groups.seed()
     device: str = groups.device()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reg != "margin" and self.margin_k != 1:
+            raise InputError(f"--margin-k belongs to --reg margin, and {self.reg} has nothing like it: leave it out")
+
 
 @dataclass(frozen=True)
 class QatConfig(Config):

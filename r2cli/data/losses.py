@@ -1,6 +1,6 @@
 """What a network learns: losses by name, the user's own, and the distance to the float network, which needs no target.
 
-    cross-entropy   of logits (n, classes, ...) and labels (n, ...); labels below 0, or 255, are left out
+    cross-entropy   of logits (n, classes, ...) and labels (n, ...); of maps, labels below 0, or 255, are left out
     bce             of logits and targets from 0 to 1, of any shape
     mse, l1         of numbers
     ctc             of logits (n, time, classes), class 0 blank, and labels (n, most), with -1 behind the last

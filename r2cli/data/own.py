@@ -8,7 +8,8 @@ A dataset gives the same for one sample, without the n.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ def to_data(name: str, made: Any) -> Data:
     spec = test.spec if isinstance(train, MixedSplit) else train.spec
     found = of_sizes(train.spec, shapes_of(spec)) if isinstance(train, MixedSplit) else spec
     require_same(test.spec, found, name, "its test half", "its train half")
-    labels = train.labels()
+    with _reading(name):
+        labels = train.labels()
     class_names = tuple(map(str, getattr(halves[0], "classes", ())))
     classes = len(class_names) or (0 if labels is None else int(labels.max()) + 1)
     task = UNLABELLED if labels is None else CLASSIFICATION
@@ -132,7 +134,7 @@ def _collated(samples: Sequence[Any]) -> Any:
 
 def _split(half: str, given: Any, name: str) -> OwnSplit:
     where = f"{name} ({half})"
-    try:
+    with _reading(where):
         if isinstance(given, DataLoader) and not isinstance(given.dataset, IterableDataset):
             own = given.collate_fn
             collate = _collated if own is default_collate else own
@@ -140,9 +142,16 @@ def _split(half: str, given: Any, name: str) -> OwnSplit:
         if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
             return _of_dataset(half, given, _collated, 0, where)
         return _of_batches(half, given, where)
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Raise InputError for whatever the user's code raises in the block."""
+    try:
+        yield
     except InputError:
         raise
-    except Exception as error:  # the user's code raises anything
+    except Exception as error:
         why = " ".join(str(error).split())[:300]
         raise InputError(f"{where} raised {type(error).__name__} as it was read ({why}): correct it") from error
 

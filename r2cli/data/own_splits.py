@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from r2cli.data.splits import ALL_ROWS, Batch, RowShare, rows_of_batches
 from r2cli.errors import InputError
@@ -205,14 +205,16 @@ class DatasetSplit:
         return len(self.dataset) if self.rows is None else len(self.rows)
 
     def labels(self) -> Tensor | None:
-        """All labels where the dataset has them as `targets`, or those of its first samples; None for other targets."""
-        known = getattr(self.dataset, "targets", None)
-        if isinstance(known, list | tuple | np.ndarray | Tensor) and len(known) == len(self.dataset):
-            known = torch.as_tensor(known) if not isinstance(known, list) or isinstance(known[0], int) else None
-            if _are_labels(known):
-                return known
-        target = next(iter(self.batches(64, torch.device("cpu"))))[1]
-        return target if _are_labels(target) else None
+        """All labels of classes int64 (n,); None for other targets. Without `targets` the whole dataset is read."""
+        known = _targets(self.dataset)
+        if known is not None:
+            return known if self.rows is None else known[self.rows]
+        found = list[Tensor]()
+        for _, target in self.batches(64, torch.device("cpu")):
+            if not _are_labels(target):
+                return None
+            found.append(target)
+        return torch.cat(found)
 
     def of(self, rows: Tensor) -> "DatasetSplit":
         own = rows if self.rows is None else self.rows[rows]
@@ -318,6 +320,18 @@ def mixed(half: str, samples: Any, count: int, where: str) -> MixedSplit:
 
 
 OwnSplit = TensorSplit | DatasetSplit | MixedSplit
+
+
+def _targets(dataset: Any) -> Tensor | None:
+    """The labels that a dataset has as `targets`, or that a part of one has in the whole; None if it has none."""
+    if isinstance(dataset, Subset):
+        whole = _targets(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(list(dataset.indices))]
+    known = getattr(dataset, "targets", None)
+    if not isinstance(known, list | tuple | np.ndarray | Tensor) or len(known) != len(dataset):
+        return None
+    known = torch.as_tensor(known) if not isinstance(known, list) or isinstance(known[0], int) else None
+    return known if _are_labels(known) else None
 
 
 def _are_labels(target: Any) -> bool:

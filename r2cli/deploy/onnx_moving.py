@@ -184,7 +184,11 @@ def interpolate(
     kinds = {"nearest": "nearest", "bilinear": "linear", "linear": "linear", "trilinear": "linear", "bicubic": "cubic"}
     if mode not in kinds or antialias:
         raise Unwritable(f"its mode is {mode}{' with antialias' if antialias else ''}")
-    scales = [1.0, 1.0, *((out or 1) / (have or 1) for out, have in zip(sheet.shape[2:], x.shape[2:], strict=True))]
+    grown = [(out or 1) / (have or 1) for out, have in zip(sheet.shape[2:], x.shape[2:], strict=True)]
+    if scale_factor is not None and not recompute_scale_factor and not align_corners:
+        # torch takes places by the factor, which is no ratio of whole sizes where 7 * 1.5 becomes 10.
+        grown = list(scale_factor) if isinstance(scale_factor, list | tuple) else [scale_factor] * len(grown)
+    scales = [1.0, 1.0, *grown]
     told = {"nearest": "asymmetric", "linear": "half_pixel", "cubic": "half_pixel"}[kinds[mode]]
     return sheet.node(
         "Resize",

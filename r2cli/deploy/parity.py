@@ -1,5 +1,6 @@
 """What every engine gives on the samples, beside torch: each output, and the decisions among classes."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from r2cli.data.metrics import Measured
 from r2cli.data.task import Task
 from r2cli.deploy import audit, runtime
 from r2cli.errors import InputError
-from r2cli.quantized.decibels import decibels
+from r2cli.quantized.decibels import MOST, decibels
 from r2cli.storage.input_spec import Given, count, each, places
 
 WEIGHT_ONLY_TOLERANCE = 1e-5  # relative: the order of float sums is all that may differ
@@ -31,20 +32,22 @@ class OutputRun:
 
     signal: float = 0.0
     noise: float = 0.0
-    worst: float = 0.0  # max |difference| / max |reference|
+    worst: float = 0.0  # max |difference| / max |reference|; infinity where a value is NaN, or infinite in one alone
 
     def add(self, output: Tensor, reference: Tensor) -> None:
         output, reference = output.double(), reference.double()
-        difference = output - reference
-        self.signal += float(reference.square().sum())
+        # Equal infinities are no difference: networks mask values with them. NaN is one, and is never within a bound.
+        difference = torch.where(output == reference, 0.0, output - reference)
+        known = torch.where(reference.isinf(), 0.0, reference)
+        self.signal += float(known.square().sum())
         self.noise += float(difference.square().sum())
-        scale = float(reference.abs().max())
-        self.worst = max(self.worst, float(difference.abs().max()) / (scale or 1.0))
+        worst = float(difference.abs().max()) / (float(known.abs().max()) or 1.0)
+        self.worst = max(self.worst, worst if math.isfinite(worst) else math.inf)
 
     @property
     def sqnr(self) -> float:
-        """Signal to noise in dB, at most 200."""
-        return min(200.0, decibels(self.signal, self.noise))
+        """Signal to noise in dB, at most `MOST`."""
+        return min(MOST, decibels(self.signal, self.noise))
 
 
 @dataclass

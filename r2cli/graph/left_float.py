@@ -27,8 +27,10 @@ def show(net: fx.GraphModule) -> None:
 def hidden(net: fx.GraphModule, names: Iterable[str]) -> Iterator[None]:
     """`hide` for the time of the block."""
     hide(net, names)
-    yield
-    show(net)
+    try:
+        yield
+    finally:
+        show(net)
 
 
 def asked(checkpoint: Checkpoint) -> list[str]:

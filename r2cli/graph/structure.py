@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from r2cli.config import layer_form
 from r2cli.config.layer_form import LayerForm
 from r2cli.errors import InputError, unknown
+from r2cli.graph.channel_clip import Clip
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, SHAPES, LayerModule, NormModule, is_a, module_of
 from r2cli.storage.input_spec import Shape
 
@@ -141,15 +142,18 @@ def require_groups(name: str, module: nn.Module, size: int) -> None:
         )
 
 
-def bound(net: fx.GraphModule, node: fx.Node) -> float | None:
-    """Return the upper bound of the ReLU that reads `node`: infinity, or 6 for ReLU6.
+def bound(net: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    """Return the upper bound of the ReLU that reads `node`, (): infinity, or 6 for ReLU6; of a Clip, (channels,).
 
     Returns None if no ReLU does, or something else reads `node` too.
     """
     user = only_user(node)
     if user is None or not is_a(net, user, ACTIVATIONS):
         return None
-    return 6.0 if is_a(net, user, (F.relu6,)) else torch.inf
+    clip = module_of(net, user)
+    if isinstance(clip, Clip):
+        return clip.high
+    return torch.tensor(6.0 if is_a(net, user, (F.relu6,)) else torch.inf)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

@@ -124,7 +124,8 @@ def ready(made: Checkpoint, source: Data, config: PalettizeConfig) -> PaletteRun
         schedule = Schedule(config.epochs, hard, config.temperature, config.temperature / 10)
         lut_lr = entry.lut_lr if config.lut_lr is None else config.lut_lr
         plan = PalettePlan(training, schedule, lut_lr, config.own_options)
-        options |= {**training.__dict__, "hard_epochs": config.hard_epochs, "temperature": config.temperature}
+        soft = {"hard_epochs": hard, "temperature": config.temperature} if entry.soft else {}
+        options |= {**training.__dict__, **soft}
         options |= {**config.own_options, "lut_lr": lut_lr, **data.recorded_loss(source)}
     task = PaletteTask(made, settings, batches if calibration else None, where, config.seed, source.task)
     return PaletteRun(task, plan, source, config.weigh == "fisher", options)

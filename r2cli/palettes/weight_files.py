@@ -71,7 +71,7 @@ def total(source: Path) -> int:
 def write(
     source: Path, opened: AbstractContextManager[IO[bytes]], settings: PaletteSettings, *, seed: int, advance: Advance
 ) -> list[PalettizedLayer]:
-    """Palettize every weight of `source` into the file that `opened` opens. `advance` is told of bytes that are done.
+    """Palettize every weight of `source` into the file that `opened` opens.
 
     `advance` is called with the number of bytes that are done. Returns a row for every weight. Raises InputError for
     settings that do not fit a tensor, and for values that are not finite.

@@ -22,7 +22,7 @@ Where we differ from the paper:
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,11 +110,11 @@ class Rows:
     inputs: Tensor
     targets: Tensor
     bias: Tensor | None  # (groups, 1, filters of a group)
-    most: float | None  # the activation that follows: 6 or infinity for ReLU6 and ReLU, None for none
+    most: Tensor | None  # the bound of the ReLU that follows, () or (groups, 1, filters of a group); None without one
 
     def act(self, outputs: Tensor) -> Tensor:
-        """Return `outputs` of any shape after the activation that follows the layer."""
-        return outputs if self.most is None else outputs.clamp(0, self.most)
+        """Return `outputs`, (groups, rows, filters of a group), after the activation that follows the layer."""
+        return outputs if self.most is None else outputs.relu().minimum(self.most)
 
 
 def _optimize(rows: Rows, real: Tensor, low: Tensor, grid: Grid, settings: AdaroundSettings, unit: float) -> Tensor:
@@ -175,7 +175,6 @@ def sample_rows(seen: LayerSample, settings: AdaroundSettings) -> Rows:
     """Draw the rows of a layer from all images and positions."""
     module = seen.module
     outputs = module(seen.inputs)
-    most = seen.bound
     bias = None if module.bias is None else module.bias.detach()
     groups = 1 if isinstance(module, MATRICES) else module.groups
     draw = torch.Generator().manual_seed(settings.seed)
@@ -187,8 +186,9 @@ def sample_rows(seen: LayerSample, settings: AdaroundSettings) -> Rows:
     else:
         inputs = patches(seen.rounded_inputs, module, outputs.shape[2:], index)
     targets = places[index].reshape(len(index), groups, -1).transpose(0, 1).contiguous()
-    targets = targets if most is None else targets.clamp(0, most)
-    return Rows(inputs, targets, None if bias is None else bias.reshape(groups, 1, -1), most)
+    most = seen.bound if seen.bound is None or not seen.bound.ndim else seen.bound.reshape(groups, 1, -1)
+    rows = Rows(inputs, targets, None if bias is None else bias.reshape(groups, 1, -1), most)
+    return replace(rows, targets=rows.act(targets))
 
 
 def patches(x: Tensor, conv: Convolution, out: torch.Size, index: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ PARTS: tuple[tuple[str, ...], ...] = ((), (CORRECT,), DFQ)
 class Trial:
     """Settings that were tried, and what they do to the outputs on calibration images.
 
-    `sqnr` is in dB. `divergence` of the class probabilities from the float network's is in nats; of other outputs it is
-    the share of noise. `lead` is by how many standard errors it is nearer than the first learned trial. `seconds` is
+    `sqnr` is in dB. `divergence` of the class probabilities from the float network's is in nats; where outputs do not
+    decide among classes (`decides`) it is the share of noise. `lead` is by how many standard errors it is nearer than the first learned trial. `seconds` is
     the time. One trial is `kept`.
     """
 
@@ -62,6 +62,12 @@ class Trial:
     seconds: float
     lead: float = 0.0
     kept: bool = False
+    decides: bool = True
+
+    @property
+    def away(self) -> str:
+        """How far the outputs are from the float network's, in words."""
+        return f"{self.divergence:.2g} {'nats' if self.decides else 'of the signal'}"
 
     def __str__(self) -> str:
         parts = f", {' and '.join(self.parts)}" if self.parts else ""
@@ -98,8 +104,8 @@ def choose(
         assert own.parts is not None
         form, taken = (own.method, own.granularity, own.weight_range, own.parts), round(perf_counter() - started, 1)
         ahead = 0.0 if first is None else lead(lost, first.lost)
-        trial = Trial(*form, min(map(sqnr, outputs, expected)), float(lost.mean()), taken, ahead)
-        tell(f"{trial}: outputs at {trial.sqnr:.1f} dB, {trial.divergence:.2g} nats, {trial.seconds:.1f} s")
+        trial = Trial(*form, min(map(sqnr, outputs, expected)), float(lost.mean()), taken, ahead, decides=decides)
+        tell(f"{trial}: outputs at {trial.sqnr:.1f} dB, {trial.away}, {trial.seconds:.1f} s")
         tried.append(_Tried(trial, lost, made, rows, own))
         return tried[-1]
 

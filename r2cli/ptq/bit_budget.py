@@ -218,7 +218,8 @@ def front(losses: LayerLosses, target: BitTarget) -> Front:
     sizes = losses.sizes
     if registry.get(registry.PTQ_METHODS, losses.settings.method).learns:
         more = {name: {bits: size for bits, size in own.items() if bits > 1} or own for name, own in sizes.items()}
-        sizes = more if sum(min(own.values()) for own in more.values()) <= limit(losses, target) else sizes
+        least, is_limited = sum(min(own.values()) for own in more.values()), bool(target.bits or target.size)
+        sizes = sizes if is_limited and least > limit(losses, target) else more
     return knapsack.front(
         {name: {bits: (size, losses.weights[name][bits]) for bits, size in own.items()} for name, own in sizes.items()}
     )

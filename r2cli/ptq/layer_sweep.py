@@ -29,7 +29,7 @@ class LayerSample:
 
     layer: structure.Layer
     module: LayerModule
-    bound: float | None  # the bound of the ReLU that follows: infinity, or 6 for ReLU6; None without a ReLU
+    bound: Tensor | None  # the bound of the ReLU that follows, see `structure.bound`; None without a ReLU
     inputs: Tensor  # in the float network
     rounded_inputs: Tensor  # in the network whose earlier layers are quantized
 

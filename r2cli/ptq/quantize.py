@@ -43,10 +43,16 @@ class PtqResult(Result):
 def looks_at_images(config: PtqConfig, *, has_data: bool) -> bool:
     """Return whether calibration images are wanted.
 
-    DFQ works without images, unless data or a number of images is given.
+    DFQ works without images, unless data or a number of images is given. Raises InputError for a rule of ranges that
+    would have none.
     """
     dataless = registry.get(registry.PTQ_METHODS, config.method).dataless
-    return config.calibration != 0 and not (dataless and not has_data and config.calibration is None)
+    looks = config.calibration != 0 and not (dataless and not has_data and config.calibration is None)
+    if not looks and config.act_range is not None:
+        raise InputError(
+            f"--act-range {config.act_range} looks at images: give --calibration, or leave it to the BatchNorms"
+        )
+    return looks
 
 
 def needs_data(config: PtqConfig) -> bool:

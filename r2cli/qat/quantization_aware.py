@@ -14,6 +14,7 @@ from r2cli.config import layer_form, values
 from r2cli.config.training import QatConfig
 from r2cli.data import Batch, Data
 from r2cli.data.metrics import Metric, recorded
+from r2cli.errors import InputError
 from r2cli.qat import finetune, prepare
 from r2cli.qat.finetune import QatPlan
 from r2cli.qat.prepare import QatSettings, QatTask
@@ -159,7 +160,9 @@ class Trainable(nn.Module):
 
     def __init__(self, run: QatRun) -> None:
         super().__init__()
+        _require_none_of_ours(run.plan)
         self._run = run
+        loop.seed_everything(run.plan.loop.seed)  # for new weights
         # In a list, because nn.Module would register the modules in it a second time, beside those of `net`.
         self._prepared: list[Prepared] = [prepare.prepare(run.task)]
         self.net = self._prepared[0].net
@@ -177,3 +180,12 @@ class Trainable(nn.Module):
         hooks_of_run.before_evaluation(run.plan.loop.epochs)
         coded, layers = prepare.finish(run.task, prepared)
         return QatResult(coded.then("qat", run.options, {}), layers, None, run.options, original=run.task.checkpoint)
+
+
+def _require_none_of_ours(plan: QatPlan) -> None:
+    """Raise InputError for what only our own training loop does."""
+    ours = {"distill": plan.distill, "progressive": plan.progressive, "ema": plan.loop.ema, "reg": plan.regularizer}
+    ours |= {name: plan.options.get(name) for name in ("bin_reg", "dampen", "freeze")}
+    asked = [name for name, value in ours.items() if value]
+    if asked:
+        raise InputError(f"{asked[0]} is done by finetune's training loop, and prepare is for yours: leave it out")

@@ -10,7 +10,7 @@ quantization at two bits, elastic binarization at one. With k = 2**bits levels a
 
 At two bits LSQ's levels are -2, -1, 0 and 1 steps: one of four is zero, and only one is above it. Here they are -3/2,
 -1/2, 1/2 and 3/2 steps. With three bits and more a zero costs little, so such a layer has LSQ's levels; activations
-have them too.
+have them too. `reference` is the formula with its gradient, for the tests.
 """
 
 import torch
@@ -25,6 +25,18 @@ from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
 
 MOST_BITS = 2  # with more, the levels are LSQ's
+
+
+def reference(w: Tensor, s: Tensor, bits: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y of `w` (any shape) for the step `s` (), and the gradients by w and s where `g` is that by y.
+
+    The formulas of this module's text, with N the number of weights, and Qp = k/2 - 1 but at least 1.
+    """
+    half = 2**bits / 2
+    y = s * ((w / s - 0.5).clamp(-half, half - 1).round() + 0.5)
+    inside = w.abs() < s * half
+    slope = torch.where(inside, (y - w) / s, y / s)
+    return y, g * inside, (g * slope).sum() / (w.numel() * max(half - 1, 1)) ** 0.5
 
 
 class SeqWeight(lsq.LsqWeight):

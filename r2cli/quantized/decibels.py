@@ -9,13 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOST = 200.0  # dB: what is said where there is no noise, and infinity cannot be said
+
 
 def decibels(signal: float, noise: float) -> float:
-    """Return 10 * log10(signal / noise) for two sums of squares, and infinity if either is zero.
+    """Return 10 * log10(signal / noise) for two sums of squares, and infinity without noise.
 
-    Without noise nothing is lost, and without a signal there is nothing to lose.
+    Noise without a signal, or noise that is no finite number, has -`MOST`: no bound lets it pass.
     """
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if 0 < signal < math.inf and noise < math.inf else -MOST
 
 
 def sqnr(rounded: Tensor, weight: Tensor) -> float:

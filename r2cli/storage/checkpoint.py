@@ -99,9 +99,9 @@ LOGITS = ("logits",)  # the outputs of a classifier
 class Checkpoint:
     """A network: float, or with quantized weights and perhaps quantized activations.
 
-        `floats` and `coded` together hold every tensor of the network's state_dict, by name. `folded` says that every
-        BatchNorm was folded into the scales and biases of the layer before it, and is no longer in the network.
-        `activations` maps the name of a node in the traced graph to the grid of its output. `target` is the row of
+    `floats` and `coded` together hold every tensor of the network's state_dict, by name. `folded` says that every
+    BatchNorm was folded into the scales and biases of the layer before it, and is no longer in the network.
+    `activations` maps the name of a node in the traced graph to the grid of its output. `target` is the row of
     `config.targets` that the grids were found for. `outputs` are the names of what the network gives, in order.
     """
 

@@ -31,9 +31,11 @@ def parameters(model: nn.Module, average: AveragedModel | None) -> Iterator[None
         return
     own = [parameter.detach().clone() for parameter in model.parameters()]
     copy_parameters(average.module, model)
-    yield
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), own)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), own)
 
 
 @torch.no_grad()

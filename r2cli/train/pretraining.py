@@ -122,13 +122,18 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
     return PretrainRun(spec, source, config, settings, regularizer, options)
 
 
-def network_of(run: PretrainRun) -> nn.Module:
-    """Return the network of `run` with new weights. Raises InputError if it does not fit the data."""
+def network_of(run: PretrainRun, own: nn.Module | None = None) -> nn.Module:
+    """Return the network of `run` with new weights, or the user's `own` as it is; training draws by the seed then.
+
+    Raises InputError if a new one does not fit the data.
+    """
     loop.seed_everything(run.config.seed)
+    if own is not None:
+        return own
     network = models.build(run.spec)
-    own = type(network)
+    kind = type(network)
     models.require_fit(network, run.spec, run.source.input, decides=run.source.task.decides)
-    network.__class__ = own
+    network.__class__ = kind
     return network
 
 

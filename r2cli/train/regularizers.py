@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from r2cli import registry
 from r2cli.errors import InputError
 from r2cli.graph.structure import float_weight
+from r2cli.graph.transposed import TransposedConv
 from r2cli.train.range_penalties import RangePenalty
 from r2cli.train.range_penalties import RegularizerSpec as RegularizerSpec
 
@@ -139,6 +140,6 @@ def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | TransposedConv):
             found[f"{name}.weight"] = float_weight(module)
     return found
