@@ -49,8 +49,8 @@ class Trial:
     """Settings that were tried, and what they do to the outputs on calibration images.
 
     `sqnr` is in dB. `divergence` of the class probabilities from the float network's is in nats; where outputs do not
-    decide among classes (`decides`) it is the share of noise. `lead` is by how many standard errors it is nearer than the first learned trial. `seconds` is
-    the time. One trial is `kept`.
+    decide among classes (`decides`) it is the share of noise. `lead` is by how many standard errors it is nearer than
+    the first learned trial. `seconds` is the time. One trial is `kept`.
     """
 
     method: str
