@@ -72,7 +72,7 @@ def test_outputs_say_what_rounding_one_layer_changes() -> None:
     name = "stages.1.0.shortcut.0"
     weight = net.get_parameter(f"{name}.weight").detach().clone()
     noise = 1e-3 * torch.randn_like(weight)
-    tried = {name: {n: output_change.Rounded(weight + n * noise) for n in (0, 1, 2)}}
+    tried = {name: {n: output_change.TriedRounding(weight + n * noise) for n in (0, 1, 2)}}
     found = output_change.measure(net, tried, [x[:8], x[8:]], (1, 8, 8))[name]
     with torch.no_grad():
         parts = []

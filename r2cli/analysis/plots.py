@@ -10,7 +10,7 @@ from r2cli.analysis.style import COLOURS, INK, MARKERS, drawing, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Record = Mapping[str, Any]  # of a table: the variables of its row, `column`, `mean`, `least`, `greatest`, `values`
+TableRecord = Mapping[str, Any]  # of a table: the variables of its row, `column`, `mean`, `least`, `greatest`, `values`
 # What an epoch tells, by the title of its panel.
 PANELS: Mapping[str, Sequence[tuple[str, str]]] = {
     "loss": (("loss", "training loss"), ("penalty", "penalty")),
@@ -114,13 +114,13 @@ def depth(found: Depth, *, title: str) -> bytes:
     return out.getvalue()
 
 
-def tables(given: Sequence[tuple[str, Sequence[str], Sequence[Record]]]) -> bytes | None:
+def tables(given: Sequence[tuple[str, Sequence[str], Sequence[TableRecord]]]) -> bytes | None:
     """A PNG of tables, each a title, the names of its metrics, and its records; None where no metric is a number.
 
     A line of panels for each table, one for each metric: bars of the mean, with whiskers from the least to the greatest
     and a dot for every single value.
     """
-    panels: list[tuple[str, str, list[Record]]] = []
+    panels: list[tuple[str, str, list[TableRecord]]] = []
     for title, metrics, records in given:
         drawn = [(metric, own) for metric in metrics if (own := _of(metric, records))]
         panels += [("" if place else title, metric, own) for place, (metric, own) in enumerate(drawn)]
@@ -135,7 +135,7 @@ def tables(given: Sequence[tuple[str, Sequence[str], Sequence[Record]]]) -> byte
     return out.getvalue()
 
 
-def _of(metric: str, records: Sequence[Record]) -> list[Record]:
+def _of(metric: str, records: Sequence[TableRecord]) -> list[TableRecord]:
     """The records of a metric whose cells are numbers: its column is named as the metric is, or ends in its name."""
     return [
         one
@@ -144,12 +144,12 @@ def _of(metric: str, records: Sequence[Record]) -> list[Record]:
     ]
 
 
-def _row(record: Record) -> str:
+def _row(record: TableRecord) -> str:
     names = ("column", "n", "mean", "sd", "least", "greatest", "values")
     return ", ".join(str(value) for key, value in record.items() if key not in names)
 
 
-def _bars(panel: "Axes", records: Sequence[Record], metric: str) -> None:
+def _bars(panel: "Axes", records: Sequence[TableRecord], metric: str) -> None:
     heads = list(dict.fromkeys(one["column"] for one in records))
     rows = list(dict.fromkeys(map(_row, records)))
     thick = 0.8 / len(heads)

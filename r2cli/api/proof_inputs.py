@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Given:
+class ProofInputs:
     """What a file is run on, batch by batch, and what that is in words."""
 
     batches: list[Arrays]
@@ -42,7 +42,7 @@ def named(path: Path, data: str | None) -> runtime.Recorded | None:
     return recorded if data is not None or is_known else None
 
 
-def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
+def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> ProofInputs:
     """The inputs of the file at `path`: of `data`, or of the data set that a file of r2's names, or else drawn.
 
     Raises InputError as `named` does.
@@ -57,7 +57,7 @@ def of_file(path: Path, data: Data | str | None, config: VerifyConfig) -> Given:
     return of_data(path, datasets.load(data, spec=found.input, classes=found.class_names))
 
 
-def of_data(path: Path, source: Data, most: int = IMAGES) -> Given:
+def of_data(path: Path, source: Data, most: int = IMAGES) -> ProofInputs:
     """The first test samples of `source`, `most` at most, as the file at `path` takes them: by place, in batches of its
     own size.
 
@@ -74,13 +74,13 @@ def of_data(path: Path, source: Data, most: int = IMAGES) -> Given:
     if not whole:
         raise InputError(f"{path} takes {size} samples at once, and there are {count(samples)}: give more data")
     told = f"{count(samples)} test {'images' if source.input.mean else 'samples'} of {source.name}"
-    return Given([runtime.fed(names, places(part)) for part in whole], told)
+    return ProofInputs([runtime.fed(names, places(part)) for part in whole], told)
 
 
-def _drawn(path: Path, config: VerifyConfig) -> Given:
+def _drawn(path: Path, config: VerifyConfig) -> ProofInputs:
     inputs = declared_inputs.declared(runtime.read(path), str(path))
     sizes = declared_inputs.shapes(inputs, values.input_shapes(config.shape))
     first = next((sizes[each.name][0] for each in inputs if sizes[each.name]), DRAWN)
     count = -(-DRAWN // first)
     batches = [declared_inputs.drawn(inputs, sizes, config.seed + place) for place in range(count)]
-    return Given(list(batches), declared_inputs.told(inputs, sizes))
+    return ProofInputs(list(batches), declared_inputs.told(inputs, sizes))

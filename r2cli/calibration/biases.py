@@ -133,7 +133,7 @@ def brought_to(net: fx.GraphModule, wanted: Mapping[str, Tensor], inputs: Sequen
             bias.copy_(before)  # also where the run was stopped
 
 
-Visit = Callable[[structure.Layer, LayerModule, Tensor, Tensor], Tensor]
+LayerVisit = Callable[[structure.Layer, LayerModule, Tensor, Tensor], Tensor]
 
 
 class _Layers(fx.Interpreter):
@@ -143,7 +143,7 @@ class _Layers(fx.Interpreter):
     `unrounded` names are not put on their grids.
     """
 
-    def __init__(self, net: fx.GraphModule, visit: Visit, *, unrounded: Container[str] = ()) -> None:
+    def __init__(self, net: fx.GraphModule, visit: LayerVisit, *, unrounded: Container[str] = ()) -> None:
         super().__init__(net)
         self.visit, self.unrounded = visit, unrounded
         self.layers = {layer.node: layer for layer in structure.layers(net)}

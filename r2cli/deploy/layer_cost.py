@@ -28,12 +28,12 @@ from r2cli.storage.checkpoint import Checkpoint, ModelSpec
 from r2cli.storage.input_spec import TensorSpec, TensorsSpec, places
 
 RUNS, WARM = 40, 5
-Row = tuple[str, int | str, float]  # layer, width, cost
+CostRow = tuple[str, int | str, float]  # layer, width, cost
 CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def measured(made: Checkpoint, target: str, widths: Sequence[str]) -> list[Row]:
+def measured(made: Checkpoint, target: str, widths: Sequence[str]) -> list[CostRow]:
     """The cost of every layer of the float network `made` at every width.
 
     Raises InputError for a target that nothing measures, and for a width that it has not.
@@ -47,7 +47,7 @@ def measured(made: Checkpoint, target: str, widths: Sequence[str]) -> list[Row]:
     return list(_alone(made, widths))
 
 
-def _alone(made: Checkpoint, widths: Sequence[str]) -> Iterator[Row]:
+def _alone(made: Checkpoint, widths: Sequence[str]) -> Iterator[CostRow]:
     net = equivalence.read(deployed.network(made), made.input, deployed.architecture(made))
     structure.propagate(net, made.input.shape)
     known: dict[str, dict[str, float]] = {}
@@ -105,7 +105,7 @@ def _own(run: Sequence[tuple[str, float]]) -> list[float]:
     return [time for _, time in run[first:last]]
 
 
-def _by_vela(made: Checkpoint, widths: Iterable[str]) -> Iterator[Row]:
+def _by_vela(made: Checkpoint, widths: Iterable[str]) -> Iterator[CostRow]:
     for width in widths:
         form = layer_form.of(width)
         bits, acts = form.weight_bits or 8, form.act_bits or 8

@@ -110,7 +110,9 @@ def measure(
             # The grid that the layer will have, so that its real error counts.
             coded = {bits: post_training.on_grid(weight, bits, form, factors.get(name))[0] for bits in own}
             if target.asks_outputs:
-                tried[name] = {bits: output_change.Rounded(one.decode().to(device)) for bits, one in coded.items()}
+                tried[name] = {
+                    bits: output_change.TriedRounding(one.decode().to(device)) for bits, one in coded.items()
+                }
             sizes[name] = {
                 bits: one.payload_bytes() if target.bits is None else packed_bytes(weight.numel(), bits)
                 for bits, one in coded.items()
@@ -132,7 +134,9 @@ def measure(
     else:
         lost = noise
     grids = output_change.input_grids(net, weights, images, _act_widths(target)) if _act_widths(target) else {}
-    rounded = {n: {bits: output_change.Rounded(reads=each) for bits, each in own.items()} for n, own in grids.items()}
+    rounded = {
+        n: {bits: output_change.TriedRounding(reads=each) for bits, each in own.items()} for n, own in grids.items()
+    }
     reads = output_change.measure(net, rounded, images, shape) if rounded else {}
     return LayerLosses(settings, forms, kinds, sizes, lost, reads, numbers, noise)
 

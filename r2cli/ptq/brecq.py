@@ -31,7 +31,7 @@ from torch import Tensor, fx
 from r2cli.graph import structure
 from r2cli.graph.operators import LayerModule
 from r2cli.ptq import adaround, kept_rows, layer_sweep, pace, qdrop
-from r2cli.ptq.kept_rows import Rows
+from r2cli.ptq.kept_rows import KeptRows
 from r2cli.ptq.ptq_method import PtqMethod, Rounded
 from r2cli.ptq.qdrop import Change, LearnedStep
 from r2cli.quantized.coded import Coded
@@ -42,7 +42,7 @@ LEAST = 2  # a block has at least this many layers
 BATCH = 64  # images at once where nothing is learned
 AT_ONCE = 128 * 2**20  # bytes of all values in a block for the images that run through it at once
 
-State = dict[str, Tensor]  # a layer's weight and bias
+LayerState = dict[str, Tensor]  # a layer's weight and bias
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def blocks(net: fx.GraphModule, least: int = LEAST) -> list[Block]:
 
 
 def run(
-    net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, State], change: Change = qdrop.unchanged
+    net: fx.GraphModule, block: Block, x: Given, states: Mapping[str, LayerState], change: Change = qdrop.unchanged
 ) -> Given:
     """Run `block` on `x` (n, ...). A layer in `states` uses the weight and bias there instead of its own.
 
@@ -144,8 +144,8 @@ def run(
 
 
 def _run_all(
-    net: fx.GraphModule, block: Block, x: Rows, states: Mapping[str, State], change: Change = qdrop.unchanged
-) -> Rows:
+    net: fx.GraphModule, block: Block, x: KeptRows, states: Mapping[str, LayerState], change: Change = qdrop.unchanged
+) -> KeptRows:
     """Run `block` on all images x (n, ...), a few at once."""
     batches = kept_rows.parts(x, min(BATCH, _at_once(block)))
     return kept_rows.gathered((run(net, block, part, states, change) for part in batches), len(x[0]))
@@ -160,7 +160,7 @@ def _at_once(block: Block) -> int:
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedWeight:
     """The parameters of a layer: codes `low` + h(`v`) in the shape of its weight, scales times exp(`size`), and bias.
 
     The logarithm keeps the scales positive, and makes one learning rate fit scales of all sizes.
@@ -172,7 +172,7 @@ class Learned:
     size: Tensor  # the shape of the grid's scale
     bias: Tensor | None
 
-    def soft(self) -> State:
+    def soft(self) -> LayerState:
         """Return weight and bias while the codes are still between two integers."""
         return self._state(adaround.stretched(self.v)[1].clamp(0, 1))
 
@@ -182,13 +182,13 @@ class Learned:
         codes = (self.low + (self.v.detach() >= 0)).clamp(self.grid.lowest, self.grid.highest)
         return Coded(replace(self.grid, scale=scale), codes.to(self.grid.dtype))
 
-    def _state(self, up: Tensor) -> State:
+    def _state(self, up: Tensor) -> LayerState:
         """Return weight and bias for codes that are `up` above `low`; `up` is 0 to 1, in the shape of the weight."""
         grid, codes = self.grid, (self.low + up).clamp(self.grid.lowest, self.grid.highest)
         return state(grid.integers(codes) * grid.along(grid.scale * self.size.exp(), codes.ndim), self.bias)
 
 
-def learned(module: LayerModule, coded: Coded) -> Learned:
+def learned(module: LayerModule, coded: Coded) -> LearnedWeight:
     """Return parameters that start at the float weight and bias of `module`, on the grid of `coded`."""
     grid, bias = coded.codec, module.bias
     assert isinstance(grid, Grid)
@@ -197,10 +197,10 @@ def learned(module: LayerModule, coded: Coded) -> Learned:
     # A weight beyond the grid is more than 1 above `low`, where V would be the logarithm of a negative number.
     v = adaround.start((real - low).clamp(0, 1 - 1e-6)).requires_grad_()
     own = None if bias is None else bias.detach().clone().requires_grad_()
-    return Learned(grid, low, v, torch.zeros_like(grid.scale).requires_grad_(), own)
+    return LearnedWeight(grid, low, v, torch.zeros_like(grid.scale).requires_grad_(), own)
 
 
-def state(weight: Tensor, bias: Tensor | None) -> State:
+def state(weight: Tensor, bias: Tensor | None) -> LayerState:
     """Return a layer's tensors by the names that its module has for them."""
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
@@ -229,7 +229,7 @@ def round_network(
     # A recurrent layer's weights have the nearest codes.
     alone = [layer for layer in own.values() if layer_sweep.reads_nothing(structure.node_of(net, layer))]
     states = {layer.name: state(nearest[layer.weight].decode(), None) for layer in alone}
-    plain: Rows = places(images)  # of the first block; then its first result
+    plain: KeptRows = places(images)  # of the first block; then its first result
     rounded = plain
     structure.propagate(net, tuple(tuple(one.shape[1:]) for one in places(images)))
     for block in blocks(net):
@@ -272,17 +272,17 @@ class _Seen:
 
     net: fx.GraphModule
     block: Block
-    plain: Rows
-    rounded: Rows
-    targets: Rows
-    states: Mapping[str, State]
+    plain: KeptRows
+    rounded: KeptRows
+    targets: KeptRows
+    states: Mapping[str, LayerState]
 
     @property
     def count(self) -> int:
         return len(self.targets[0])
 
 
-def _paced(settings: BrecqSettings, seen: _Seen, parts: Mapping[str, Learned]) -> BrecqSettings:
+def _paced(settings: BrecqSettings, seen: _Seen, parts: Mapping[str, LearnedWeight]) -> BrecqSettings:
     """Return `settings` with the images of a step and the learning rate that fit the block."""
     layers = [node for node in seen.block.nodes if str(node.target) in seen.block.layers]
     batch = pace.images_of_a_step(seen.net, layers, settings.batch, settings.rows)
@@ -293,7 +293,7 @@ def _paced(settings: BrecqSettings, seen: _Seen, parts: Mapping[str, Learned]) -
 def _learn(
     descend: Callable[[Tensor], None],
     number_of: int,
-    parts: Mapping[str, Learned],
+    parts: Mapping[str, LearnedWeight],
     acts: Mapping[str, LearnedStep],
     settings: BrecqSettings,
 ) -> None:
@@ -327,7 +327,7 @@ def _learn(
 
 def _descent(
     seen: _Seen,
-    parts: Mapping[str, Learned],
+    parts: Mapping[str, LearnedWeight],
     acts: Mapping[str, LearnedStep],
     before: float,
     settings: BrecqSettings,
@@ -357,7 +357,7 @@ def _descent(
     return descend
 
 
-def _error(seen: _Seen, states: Mapping[str, State], grids: Mapping[str, Grid]) -> float:
+def _error(seen: _Seen, states: Mapping[str, LayerState], grids: Mapping[str, Grid]) -> float:
     """Return the mean squared error of the block's output over all images."""
     size = min(BATCH, _at_once(seen.block))
     change = qdrop.on_grids(grids)
@@ -375,7 +375,7 @@ def _squared(found: Given, wanted: Sequence[Tensor]) -> Tensor:
     return torch.stack([(one - other).square().sum() for one, other in pairs]).sum()
 
 
-def _numbers(given: Rows) -> int:
+def _numbers(given: KeptRows) -> int:
     return sum(one.numel() for one in given)
 
 

@@ -52,21 +52,21 @@ class OnDisk:
         return part.movedim(1, -1) if self.channels_last else part
 
 
-Rows = tuple[Tensor | OnDisk, ...]  # the values of all images, by place
+KeptRows = tuple[Tensor | OnDisk, ...]  # the values of all images, by place
 
 
-def parts(values: Rows, size: int) -> Iterator[tuple[Tensor, ...]]:
+def parts(values: KeptRows, size: int) -> Iterator[tuple[Tensor, ...]]:
     """Yield `values` in their order, at most `size` rows at once."""
     for start in range(0, len(values[0]), size):
         yield tuple(one[start : start + size] for one in values)
 
 
-def at(values: Rows, index: Tensor) -> tuple[Tensor, ...]:
+def at(values: KeptRows, index: Tensor) -> tuple[Tensor, ...]:
     """Return the rows of `values` at `index` (k,)."""
     return tuple(one[index] for one in values)
 
 
-def gathered(batches: Iterator[Given], rows: int) -> Rows:
+def gathered(batches: Iterator[Given], rows: int) -> KeptRows:
     """Return values that come in batches as one. They have `rows` rows in all, which says whether they fit."""
     kept: list[list[Tensor] | OnDisk] = []
     for batch in map(places, batches):

@@ -27,14 +27,14 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Rounded:
+class TriedRounding:
     """A layer that is rounded: its weight (outputs, ...), or what it reads, by a function; None is as it is."""
 
     weight: Tensor | None = None
     reads: Callable[[Tensor], Tensor] | None = None
 
 
-Tried = Mapping[str, Mapping[Any, Rounded]]  # by the layer's name, and by what is tried
+Tried = Mapping[str, Mapping[Any, TriedRounding]]  # by the layer's name, and by what is tried
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def _behind(net: fx.GraphModule, name: str) -> list[fx.Node]:
 
 
 def _again(
-    net: fx.GraphModule, name: str, rounded: Rounded, values: dict[fx.Node, Any], behind: Iterable[fx.Node]
+    net: fx.GraphModule, name: str, rounded: TriedRounding, values: dict[fx.Node, Any], behind: Iterable[fx.Node]
 ) -> tuple[Tensor, ...]:
     """The outputs where the layer is rounded."""
     now = dict(values)

@@ -26,7 +26,7 @@ from r2cli.qat import quantizers
 from r2cli.qat.qat_method import QatMethod
 from r2cli.quantized import fake_quant
 from r2cli.quantized.coded import Coded
-from r2cli.quantized.fake_quant import Bound, Rule
+from r2cli.quantized.fake_quant import Bound, SlopeRule
 from r2cli.quantized.grid import Grid
 
 
@@ -144,8 +144,8 @@ class DorefaActivation(quantizers.ActivationQuantizer):
         found: Tensor = quantizers.positive(self.parameter) / (2**self.bits - 1)
         return found
 
-    def rule(self, x: Tensor) -> Rule:
-        return Rule(slope, torch.zeros_like(self.parameter))
+    def rule(self, x: Tensor) -> SlopeRule:
+        return SlopeRule(slope, torch.zeros_like(self.parameter))
 
 
 METHOD = QatMethod(DorefaWeight, DorefaActivation)

@@ -31,7 +31,7 @@ from r2cli.qat.qat_method import EpochStart, QatMethod
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.quantized import fake_quant
 from r2cli.quantized.coded import Coded
-from r2cli.quantized.fake_quant import Bound, Rule, round_with_gradient
+from r2cli.quantized.fake_quant import Bound, SlopeRule, round_with_gradient
 from r2cli.quantized.grid import Grid
 from r2cli.registry import EwgsOptions
 from r2cli.storage.checkpoint import LOGITS
@@ -209,7 +209,7 @@ class EwgsActivation(quantizers.ActivationQuantizer):
         found: Tensor = self.width() / (2**self.bits - 1)
         return found
 
-    def rule(self, x: Tensor) -> Rule:
+    def rule(self, x: Tensor) -> SlopeRule:
         width = self.width()
         share = self.delta / width  # delta * (x_n - x_q) = share * (x - y)
 
@@ -220,7 +220,7 @@ class EwgsActivation(quantizers.ActivationQuantizer):
             fake_quant.inside(out, x, low, high, out)
             return torch.dot(out, x)
 
-        return Rule(slope, -1 / width)
+        return SlopeRule(slope, -1 / width)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tracing:

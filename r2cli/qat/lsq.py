@@ -22,7 +22,7 @@ from r2cli.qat.qat_method import EpochStart, QatMethod
 from r2cli.qat.quantizer_placement import Prepared
 from r2cli.quantized import fake_quant
 from r2cli.quantized.coded import Coded
-from r2cli.quantized.fake_quant import Bound, Codes, Rule
+from r2cli.quantized.fake_quant import Bound, Codes, SlopeRule
 from r2cli.quantized.grid import Grid
 from r2cli.registry import LsqOptions
 
@@ -60,12 +60,12 @@ def slope(g: Tensor, x: Tensor, y: Tensor, low: Bound, high: Bound, out: Tensor)
     return torch.dot(g, y) - torch.dot(out, x)
 
 
-def rule(count: int, highest: int, step: Tensor) -> Rule:
+def rule(count: int, highest: int, step: Tensor) -> SlopeRule:
     """Return the gradient's rule for `fake_quant.quantize`: the sum over all chunks, times 1 / s and 1 / sqrt(N * Qp).
 
     `count` is N, and `highest` is Qp, which is 0 where the zero point is the highest code.
     """
-    return Rule(slope, 1 / (step * max(count * highest, 1) ** 0.5))
+    return SlopeRule(slope, 1 / (step * max(count * highest, 1) ** 0.5))
 
 
 def first_step(x: Tensor, highest: int) -> Tensor:
@@ -147,7 +147,7 @@ class LsqActivation(quantizers.ActivationQuantizer):
     def step(self) -> Tensor:
         return quantizers.positive(self.parameter, self.least)
 
-    def rule(self, x: Tensor) -> Rule:
+    def rule(self, x: Tensor) -> SlopeRule:
         # One sample's values: N must not depend on the batch, over which the loss is a mean.
         return rule(x[0].numel(), self.codes[1], self.step())
 

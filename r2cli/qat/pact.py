@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from r2cli.qat import dorefa, quantizers
 from r2cli.qat.qat_method import QatMethod
 from r2cli.quantized import fake_quant
-from r2cli.quantized.fake_quant import Bound, Rule
+from r2cli.quantized.fake_quant import Bound, SlopeRule
 
 FLOOR = 1e-3  # the least `a`: at 0 the step would be 0, and the integers would be x / 0
 
@@ -67,8 +67,8 @@ class PactActivation(quantizers.ActivationQuantizer):
         found: Tensor = quantizers.positive(self.parameter, FLOOR) / (2**self.bits - 1)
         return found
 
-    def rule(self, x: Tensor) -> Rule:
-        return Rule(slope, 1 / quantizers.positive(self.parameter, FLOOR))
+    def rule(self, x: Tensor) -> SlopeRule:
+        return SlopeRule(slope, 1 / quantizers.positive(self.parameter, FLOOR))
 
 
 METHOD = QatMethod(dorefa.DorefaWeight, PactActivation, decays=True)

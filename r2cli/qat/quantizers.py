@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from r2cli.calibration.calibrate import activation_grid
 from r2cli.quantized import fake_quant
 from r2cli.quantized.coded import Coded
-from r2cli.quantized.fake_quant import Codes, Rule
+from r2cli.quantized.fake_quant import Codes, SlopeRule
 from r2cli.quantized.grid import Grid
 
 CANDIDATES = 64  # how many ranges `best_range` tries
@@ -106,7 +106,7 @@ class ActivationQuantizer(_OnEdge):
         """Return the distance () between two levels."""
         raise NotImplementedError
 
-    def rule(self, x: Tensor) -> Rule:
+    def rule(self, x: Tensor) -> SlopeRule:
         """Return the rule for the gradient, for values of the shape of x."""
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """Rounding that passes a gradient, and the training operations on evenly spaced levels that all methods share.
 
 - `round_with_gradient` is the straight-through estimator if delta is 0, and EWGS's if it is larger.
-- `quantize` rounds to multiples of a step between two codes. A method says by a `Rule` what the gradient is.
+- `quantize` rounds to multiples of a step between two codes. A method says by a `SlopeRule` what the gradient is.
 - `quantize_behind` does the same after a wide grid, for a value that both a sum and low-bit layers read.
 
 Tensors are walked in chunks that stay in cache. A forward pass keeps only its input and its output, which the layers
@@ -30,7 +30,7 @@ Slope = Callable[[Tensor, Tensor, Tensor, Bound, Bound, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Rule:
+class SlopeRule:
     """The gradient of a method: the `slope` of one chunk, and a `factor` () on the sum of the parameter's shares."""
 
     slope: Slope
@@ -77,7 +77,7 @@ def to_levels(x: Tensor, step: Tensor, codes: Codes, out: Tensor) -> Tensor:
 # --- tensors -------------------------------------------------------------------------------------------------------
 
 
-def quantize(x: Tensor, parameter: Tensor, step: Tensor, codes: Codes, rule: Rule) -> Tensor:
+def quantize(x: Tensor, parameter: Tensor, step: Tensor, codes: Codes, rule: SlopeRule) -> Tensor:
     """Return x (any shape) on the levels of `step` (), with a method's gradient by x and by `parameter` ()."""
     out: Tensor = _Quantize.apply(x, parameter, step.detach(), codes, rule)
     return out
@@ -90,7 +90,7 @@ def quantize_straight(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
 
 
 def quantize_behind(
-    x: Tensor, wide: tuple[Tensor, Codes], parameter: Tensor, step: Tensor, codes: Codes, rule: Rule
+    x: Tensor, wide: tuple[Tensor, Codes], parameter: Tensor, step: Tensor, codes: Codes, rule: SlopeRule
 ) -> tuple[Tensor, Tensor]:
     """Return x (any shape) on the `wide` grid (step (), codes), for sums, and that on the levels of `step`, for layers.
 
@@ -102,7 +102,7 @@ def quantize_behind(
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, step: Tensor, codes: Codes, rule: Rule) -> Tensor:
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, step: Tensor, codes: Codes, rule: SlopeRule) -> Tensor:
         x = dense(x)
         y = torch.empty_like(x)
         for a, b in chunks(x, y):
@@ -115,7 +115,7 @@ class _Quantize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y, step = ctx.saved_tensors
         kind, (x, y, g) = x.dtype, _as_precise(step, x, y, g)
-        rule: Rule = ctx.rule
+        rule: SlopeRule = ctx.rule
         # Only x, y and g are read: whether x was inside the range, and by how much it was rounded, follows from them.
         gx, ends = torch.empty_like(x), bounds(step, ctx.codes)
         shares = [rule.slope(a, b, c, *ends, d) for a, b, c, d in chunks(like(g, x), x, y, gx)]
@@ -139,7 +139,7 @@ class _Straight(torch.autograd.Function):
 class _Behind(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, wide: Tensor, most: Codes, parameter: Tensor, step: Tensor, codes: Codes, rule: Rule
+        ctx: Any, x: Tensor, wide: Tensor, most: Codes, parameter: Tensor, step: Tensor, codes: Codes, rule: SlopeRule
     ) -> tuple[Tensor, Tensor]:
         x = dense(x)
         first, second = torch.empty_like(x), torch.empty_like(x)
@@ -154,7 +154,7 @@ class _Behind(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, own: Tensor) -> tuple[Tensor | None, ...]:
         x, wide, y, step = ctx.saved_tensors
         kind, (x, y, g, own) = x.dtype, _as_precise(step, x, y, g, own)
-        rule: Rule = ctx.rule
+        rule: SlopeRule = ctx.rule
         gx, ends, shares = torch.empty_like(x), bounds(step, ctx.codes), []
         # The wide value is computed again, a chunk at a time: keeping it would take as much memory as the output.
         again = torch.empty(min(chunk_size(x), x.numel()), dtype=x.dtype, device=x.device)
