@@ -44,4 +44,4 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    return InputError(f"unknown {kind} '{name}': {hint}known are {listed}")
+    return InputError(f"unknown {kind} '{name}': {f'{hint}known are {listed}' if names else 'there are none'}")

@@ -185,8 +185,8 @@ def export(network: Network, path: str | Path | None = None, form: ExportForm | 
     `form` says for which target, and how many images at once; for `tflite` and `ethos-u` it is a file of TensorFlow
     Lite. Raises InputError for what the target cannot hold.
     """
-    form = form or ExportForm()
-    made = retarget(_checkpoint_of(network), form.target)
+    made = retarget(_checkpoint_of(network), (form := form or ExportForm()).target)
+    targets.require_ending(path, made.target)
     content = onnx_export.to_bytes(made, form)
     if targets.get(made.target).container == targets.TFLITE:
         from r2cli.deploy import tflite_export
@@ -349,9 +349,9 @@ def _read(network: Network, data: Data | str | None, *, needed: bool = True) -> 
 
     Raises InputError where there is no data for a module.
     """
+    inputs.require_kinds(network, data)
     if isinstance(network, str | Path) and not isinstance(data, Data):
-        made, source = inputs.load(Inputs(source=Path(network), data=data), needed=needed, measures=True)
-        return made, source
+        return inputs.load(Inputs(source=Path(network), data=data), needed=needed, measures=True)
     if isinstance(network, nn.Module):
         if data is None:
             raise InputError(f"{type(network).__name__} needs the data that it is for: give a name or `load_data(...)`")

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 from r2cli import data as datasets
+from r2cli.data import NOISE as NOISE
 from r2cli.storage.input_spec import NetworkInput, TensorsSpec
-
-NOISE = "noise"  # the images of a network whose data is not there
 
 
 def told_of_data(origin: str, wanted: NetworkInput, loaded: datasets.Data) -> list[str]:

@@ -309,3 +309,11 @@ def _require_vocabulary(made: checkpoint.Checkpoint, loaded: datasets.Data) -> N
                 raise InputError(
                     f"{made.origin}: its tokenizer gives the {what} {most}, its network knows {limit}: write it again"
                 )
+
+
+def require_kinds(network: object, data: object) -> None:
+    """Raise InputError for what is no network, or no data, of a function of the API."""
+    if isinstance(network, type):
+        raise InputError(f"{network.__name__} is a class: give a network that was made of it")
+    if not isinstance(data, datasets.Data | str | None):
+        raise InputError(f"data is a {type(data).__name__}: give a name, or what r2cli.load_data makes of it")

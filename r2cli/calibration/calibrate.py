@@ -12,7 +12,7 @@ from torch import fx
 from r2cli.calibration import biases, deployed, observers
 from r2cli.calibration.apart import apart
 from r2cli.config.targets import DEFAULT, TARGETS, Target
-from r2cli.errors import R2Error
+from r2cli.errors import InputError, R2Error
 from r2cli.graph import heard, operators, placement
 from r2cli.quantized.coded import Coded
 from r2cli.quantized.grid import Grid
@@ -102,7 +102,10 @@ def calibrate(
     values = placement.values(net, shape, result=target.codes_of_result)
     bounds = {node.name: heard.ends(net, node) for node in net.graph.nodes if node.name in values}
     observed = deployed.observe(net, values, images, observers.observer(rule))
+    given = {node.name for node in net.graph.nodes if node.op == "placeholder"}
     for name, observer in observed.items():
+        if not observer.finite and name in given:
+            raise InputError(f"the calibration data holds NaN or infinite values in '{name}': give --data without")
         if not observer.finite:
             raise R2Error(
                 f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged, so train "

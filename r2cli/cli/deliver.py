@@ -1,5 +1,6 @@
 """What every command that makes an ONNX file does in the end: write it, prove it, and report it."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,8 +106,17 @@ def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
         measured = f"{metric['shown']} in ONNX Runtime{'' if before is None else f' (float {before:{digits}})'}"
     coded = "" if entropy is None else f" with tables ({entropy:.2f} Huffman-coded)"
     bits = f"{report['bits_per_weight']:.2f} bits a weight{coded}"
-    follow = f"r2 evaluate {to.file}{gates.again(to.given)}"
+    follow = next_command(to.file, to.output, to.given, is_measured=metric is not None)
     return [f"{to.file}: {measured}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
+
+
+def next_command(file: Path, against: Path | None, given: Inputs, *, is_measured: bool) -> str:
+    """The command to run next: it evaluates, or it proves again what nothing measures `against` its checkpoint."""
+    if is_measured or against is None:
+        return f"r2 evaluate {file}{gates.again(given)}"
+    named = {"--data": given.data, "--model": given.model if given.model and ".py:" in given.model else None}
+    words = [word for option, value in named.items() if value for word in (option, value)]
+    return shlex.join(["r2", "verify", str(file), "--against", str(against), *words])
 
 
 def not_measured(report: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ def export(
     metric = report.get("metric")
     measured = deliver.not_measured(report) if metric is None else f"{metric['shown']} in ONNX Runtime"
     summary = f"{output}: {measured}, {report['bytes']:,} bytes, {kind}"
-    follow = console.next_step(f"r2 evaluate {output}{gates.again(given)}")
+    follow = console.next_step(deliver.next_command(output, given.source, given, is_measured=metric is not None))
     console.tell([*deliver.told(report), summary, follow], as_json=written.json)
     deliver.require(report)
     return report

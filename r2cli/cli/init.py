@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from r2cli.storage.checkpoint import Checkpoint
 
 FILES = (".safetensors", ".onnx")
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")
 # Bits of weights, the method that is worth its time there, and why.
 PLAN = (
     (8, "none", "plain rounding: what every tool does, and often enough"),
@@ -43,6 +44,8 @@ def init(given: Inputs, written: InitOutput) -> Report:
     if given.source is not None and given.source.suffix not in FILES:
         if given.model is not None:
             raise InputError(f"{given.source} and --model {given.model} are two networks: give one of them")
+        if given.source.suffix in WEIGHTS:
+            raise InputError(f"{given.source} holds weights alone: give FILE.py:FACTORY --weights {given.source}")
         given = replace(given, source=None, model=str(given.source))
     made, loaded = inputs.load(given, tell=console.note)
     about, options = _about(made, loaded), _options(given)
@@ -70,15 +73,25 @@ def _about(made: "Checkpoint", loaded: "datasets.Data") -> str:
 
 
 def _options(given: Inputs) -> dict[str, Any]:
-    """What was given, by the names of the options of a step; a file by its whole path, since steps run elsewhere."""
+    """What was given, by the names of the options of a step; files by their whole paths, since steps run elsewhere."""
     found: dict[str, Any] = {}
     for own in fields(given):
         value = getattr(given, own.name)
         if value != own.default:
             name = "source" if own.name == "source" else flag_of(own.name, own.metadata["option"]).strip("-")
-            shown = str(value.resolve()) if isinstance(value, Path) else value
+            shown = _whole(value) if isinstance(value, Path | str) else value
             found[name] = [str(each) for each in shown] if isinstance(shown, list | tuple) else shown
     return found
+
+
+def _whole(value: Path | str) -> str:
+    """`value` with the whole path of the file or folder in it: FILE, FILE.py:NAME, or a kind of data and its place."""
+    if isinstance(value, Path):
+        return str(value.resolve())
+    first, colon, last = value.partition(":")
+    if first.endswith(".py"):
+        return f"{Path(first).resolve()}{colon}{last}"
+    return f"{first}:{Path(last).resolve()}" if last and Path(last).exists() else value
 
 
 def _recipe(

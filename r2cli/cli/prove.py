@@ -31,6 +31,7 @@ def verify(
         return {"command": "verify"}
 
     from r2cli import api
+    from r2cli import data as datasets
     from r2cli.cli import deliver, provenance
     from r2cli.deploy import engines
 
@@ -49,7 +50,8 @@ def verify(
     }
     told = report.get("inputs", f"{report.get('samples')} test images")
     summary = f"{file}: {report['ticks']} checks, {report['bytes']:,} bytes; on {told}"
-    follow = console.next_step(f"r2 {'evaluate' if source else 'analyze'} {file}")
+    is_data = source is not None and source.name != datasets.NOISE
+    follow = console.next_step(f"r2 {'evaluate' if is_data else 'analyze'} {file}")
     console.tell([*deliver.told(report), summary, follow], as_json=answer.json)
     if not proof.passed:
         failed = [f"{each.name} ({each.detail})" for each in proof.checks if not each.passed]

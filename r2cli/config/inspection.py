@@ -158,9 +158,10 @@ class CostOutput(Written):
 class VerifyFiles(Config):
     """The file to prove, and what it was made from."""
 
-    file: str = option("", "The .onnx file: r2's, or anybody's.", is_argument=True, given=str)
+    file: str = option("", "The .onnx file, r2's or anybody's; or r2's .tflite file.", is_argument=True, given=str)
     against: Path | None = option(
-        None, "What it was made from: the checkpoint of r2's, or the float .onnx file. (default: the file alone)"
+        None,
+        "What it was written from: the checkpoint with its codes, or the float .onnx file. (default: the file alone)",
     )
     data: str | None = option(None, f"{groups.DATA} (default: that of the file, else random inputs)")
     data_dir: Path | None = option(None, "The folder of downloaded data sets. (default: ~/.cache/r2cli)")

@@ -7,7 +7,8 @@ checked when the config is made, so both refuse the same values in the same word
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, get_args
 
 from r2cli.errors import InputError
 
@@ -54,6 +55,7 @@ class Config:
             if value is None or value == () or value == []:
                 continue
             flag = flag_of(own.name, told)
+            _require_number(flag, own.type, value)
             if isinstance(value, float) and math.isnan(value):  # no bound: nothing is below it
                 raise InputError(f"{flag} nan is impossible: give a number")
             if told.least is not None and value < told.least:
@@ -62,6 +64,15 @@ class Config:
                 raise InputError(f"{flag} {value:g} is impossible: give {told.most:g} or less")
             if told.check is not None:
                 told.check(value)
+
+
+def _require_number(flag: str, kind: Any, value: Any) -> None:
+    """Raise InputError for a value of another type where a field of `kind` is a number."""
+    kinds = set(get_args(kind) or (kind,)) - {type(None)}
+    if kinds == {int} and (type(value) is bool or not isinstance(value, Integral)):
+        raise InputError(f"{flag} {value!r} is impossible: give a whole number")
+    if kinds == {float} and not isinstance(value, Real):
+        raise InputError(f"{flag} {value!r} is impossible: give a number")
 
 
 def meanings(config: Config, names: Collection[str]) -> dict[str, Any]:

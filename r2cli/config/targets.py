@@ -195,3 +195,10 @@ def batch(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1 << 16):
         raise InputError(f"--batch {text} is impossible: give a number from 1, or dynamic")
     return int(text)
+
+
+def require_ending(path: str | Path | None, name: str) -> None:
+    """Raise InputError for a file of the target `name` that is to be a folder, or to end as another container's do."""
+    container = get(name).container
+    if path is not None and (Path(path).is_dir() or Path(path).suffix in {".onnx", ".tflite"} - {f".{container}"}):
+        raise InputError(f"{path} is no name for a file of target {name}: give one that ends in .{container}")

@@ -129,7 +129,8 @@ def trained_act_bits(given: str | int) -> int | None:
 
 
 def _lines(patterns: Mapping[str, object] | Sequence[str]) -> Sequence[str]:
-    """Return options NAME=VALUE as texts. The Python API may give them as a mapping."""
+    """Return options NAME=VALUE as texts. The Python API may give them as a mapping, or one alone."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     return [f"{name}={value}" for name, value in patterns.items()] if isinstance(patterns, Mapping) else patterns
 
 

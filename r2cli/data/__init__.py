@@ -76,6 +76,7 @@ __all__ = [
     "with_fewer",
 ]
 
+NOISE = "noise"  # what stands for the data of a network whose data is not there
 KINDS: Mapping[str, Callable[[Request], Data]] = {
     "digits": digits.load,
     "mnist": torchvision.load,
@@ -148,6 +149,8 @@ def _load(name: str, request: Request) -> Data:
         raise InputError(f"{name} is your own code and runs only when you name it: give --data FILE.py:FACTORY")
     kind, _, where = name.partition(":")
     size, spec = request.size, request.spec
+    if kind == NOISE:
+        raise InputError("the file was made without data: give --data")
     if kind not in KINDS or (where and kind not in {*WHERE, "digits"}):
         raise unknown("data set", name, [WHERE.get(known, known) for known in KINDS])
     if kind in WHERE and not where:

@@ -21,6 +21,7 @@ from r2cli.calibration.deployed import FakeQuantize
 from r2cli.deploy import weight_roles
 from r2cli.deploy.audit import Check
 from r2cli.deploy.float_nodes import moves
+from r2cli.errors import InputError
 from r2cli.graph.edit import is_grid
 from r2cli.quantized.grid import Grid
 from r2cli.storage import schema
@@ -28,6 +29,7 @@ from r2cli.storage.checkpoint import LOGITS, Checkpoint
 from r2cli.storage.input_spec import Given, places, split
 from r2cli.storage.schema import Malformed
 
+MAKE_CODES = ("ptq", "qat", "palettize")
 Array = np.ndarray[Any, Any]
 CODES = (*weight_roles.INTEGERS, onnx.TensorProto.UINT16, onnx.TensorProto.INT16)  # of values on grids
 # Of a value's largest magnitude, for what torch and ONNX Runtime make of the same codes: sums in another order, and
@@ -341,6 +343,22 @@ def _constant(name: str, held: Mapping[str, Any], made: Mapping[str, onnx.NodePr
     codes, scale = (onnx.numpy_helper.to_array(held[part]) for part in node.input[:2])
     decoded: Array = codes.astype(np.float32) * scale
     return decoded
+
+
+def require_codes(file: onnx.ModelProto, checkpoint: Checkpoint) -> None:
+    """Raise InputError for a float checkpoint beside a file of codes that says which work made it of such a one."""
+    found = next((entry.value for entry in file.metadata_props if entry.key == "r2.history"), "[]")
+    try:
+        history = schema.parsed(found)
+    except Malformed:
+        return  # which `same_metadata` says
+    commands = [entry.get("command") for entry in history if isinstance(entry, dict)] if history else []
+    work = next((command for command in commands if command in MAKE_CODES), None)
+    if work is not None and not checkpoint.coded:
+        raise InputError(
+            f"{checkpoint.origin} is float, and the file was made of such a one by r2 {work}: give the checkpoint that "
+            "this wrote beside it"
+        )
 
 
 def same_metadata(file: onnx.ModelProto, checkpoint: Checkpoint) -> Check:

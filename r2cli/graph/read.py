@@ -5,10 +5,12 @@ called them. `canonical.py` writes them again over plain modules and one functio
 """
 
 import copy
+import logging
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ def _exported(model: nn.Module, example: Sequence[Tensor]) -> fx.GraphModule:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # attention as operators, and not as one
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")  # torch.export warns about its own deprecated parts
             dim = torch.export.Dim("batch")
             exported = torch.export.export(
@@ -88,6 +90,17 @@ def _exported(model: nn.Module, example: Sequence[Tensor]) -> fx.GraphModule:
         torch.backends.mha.set_fastpath_enabled(fast)
     assert isinstance(program, fx.GraphModule)
     return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let torch.export log nothing in the block: what it cannot read is told in one sentence."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _without_weights(program: fx.GraphModule, model: nn.Module) -> fx.GraphModule:

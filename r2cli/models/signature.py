@@ -71,7 +71,15 @@ def by_place(model: nn.Module, names: Sequence[str]) -> nn.Module:
         return own.forward(self, *inputs)
 
     def forward(self: ByPlace, *inputs: Tensor) -> Given:
-        return _flat(self.raw(*inputs))
+        try:
+            return _flat(self.raw(*inputs))
+        except IndexError as error:  # torch.nn.functional.embedding says no more than this
+            if str(error) != "index out of range in self":
+                raise
+            raise InputError(
+                "an integer of the data is beyond the rows of the network's embedding: give the data that it is for, "
+                "or an embedding with more rows"
+            ) from error
 
     if len(shown) == len(names):  # torch.export names the inputs by it
         parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *shown)]

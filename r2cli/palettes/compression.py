@@ -165,7 +165,7 @@ def read(checkpoint: Checkpoint, settings: PaletteSettings) -> ReadNetwork:
     # The scale behind a table takes BatchNorm's factor, and a scale has no sign.
     batchnorm.make_factors_positive(net)
     if not structure.layers(net):
-        raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to palettize")
+        raise InputError(f"{checkpoint.origin} has no convolution or linear layer to palettize")
     return ReadNetwork(net, net, {layer.name: module for layer, module in structure.named_layers(net)})
 
 

@@ -83,7 +83,8 @@ def require_consistent(config: PalettizeConfig, method: str, *, is_network: bool
     if entry.trains and config.weigh != "none":
         raise InputError(f"--weigh {config.weigh} belongs to --method {registry.PALETTE_METHOD_OF_FILES}")
     if entry.soft and config.epochs <= config.hard_epochs:
-        raise InputError("--hard-epochs leaves none of --epochs soft: give fewer")
+        hard = config.hard_epochs
+        raise InputError(f"--hard-epochs {hard} leaves none of --epochs {config.epochs} soft: give fewer hard ones")
 
 
 def needs_data(config: PalettizeConfig, method: str) -> bool:

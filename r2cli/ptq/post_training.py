@@ -192,7 +192,7 @@ def prepare(
             {name: f"{count} quiet channels lowered" for name, count in batchnorm.lower_quiet_channels(net).items()}
         )
     if not structure.layers(net):
-        raise InputError(f"{checkpoint.model.name} has no convolution or linear layer to quantize")
+        raise InputError(f"{checkpoint.origin} has no convolution or linear layer to quantize")
     normals = batchnorm_statistics.statistics(net)  # read before the BatchNorms are gone
     factors = batchnorm.remove_norms(net)
     if EQUALIZE in _parts(settings):  # after folding: the ranges to equalize are those of folded weights

@@ -109,7 +109,7 @@ def prepare(work: QatTask) -> Prepared:
     lone_norms.into_layers(net, on_grids=bool(settings.act_bits))
     names = [layer.name for layer in structure.layers(net)]
     if not names:
-        raise InputError(f"{made.model.name} has no convolution or linear layer to quantize")
+        raise InputError(f"{made.origin} has no convolution or linear layer to quantize")
     forms = {name: form for name, form in structure.forms(names, settings.keep).items() if not form.is_float}
     if not forms:
         raise InputError("--keep leaves every layer float: give bits to some")

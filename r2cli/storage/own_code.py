@@ -48,6 +48,8 @@ def factory(name: str, what: str = "factory") -> Callable[..., Any]:
     if not callable(factory):
         available = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown(f"{what} in {where}", wanted, available)
+    if what == "factory" and callable(getattr(factory, "state_dict", None)) and not isinstance(factory, type):
+        raise InputError(f"{name} is a network itself: name a class, or a function that returns one")
     return factory  # type: ignore[no-any-return]
 
 

@@ -92,7 +92,7 @@ def load(path: Path) -> dict[str, Tensor]:
                 f"{path} holds Python objects beside tensors, and loading them would run code from the file: "
                 f"{SAVE_ALONE}"
             ) from error
-        line = " ".join(message.split())[:200]
+        line = " ".join(message.split())[:200] or "it is empty"
         raise InputError(f"{path} is not a readable PyTorch file ({line}): copy or write it again") from error
     state = _state(content, DEEPEST)
     for name, tensor in state.items():

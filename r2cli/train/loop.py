@@ -214,6 +214,7 @@ def _epochs(run: _Run, state: states.State, *, resume: bool) -> list[Epoch]:
             run.method.before_epoch(number)
         loss, penalty, speed = _one_epoch(run, number)
         if not math.isfinite(loss):
+            _require_numbers(run)
             kept = f"; {state.path} holds the end of epoch {number - 1}" if number > 1 else ""
             raise R2Error(f"training diverged in epoch {number} (loss {loss}): use a lower --lr or --reg-weight{kept}")
         distributed.spread_buffers(run.model, run.average)
@@ -310,6 +311,14 @@ def _loss(run: _Run, images: Given, labels: Any) -> Tensor:
             raise R2Error(f"the network cannot be compiled ({told}): leave --compile out") from error
         loss = run.learned(images, logits, labels)
         return loss if run.method is None or run.method.loss is None else loss + run.method.loss(images, logits)
+
+
+def _require_numbers(run: _Run) -> None:
+    """Raise InputError where the training data holds what is no number: no rate helps then."""
+    size = run.settings.batch_size
+    for inputs, _ in run.source.train.batches(size, torch.device("cpu")):
+        if not all(bool(one.isfinite().all()) for one in places(inputs) if one.is_floating_point()):
+            raise InputError(f"{run.source.name} holds NaN or infinite values: give --data without")
 
 
 def range_ratios(model: nn.Module) -> dict[str, float]:

@@ -85,7 +85,9 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
     """Return the run that `config` asks for. `recorded` is what the checkpoint's history says of network and data."""
     source, regularizer = data.learning(source, config.loss), None
     if source.task.loss.distils:
-        raise InputError("r2 pretrain has no float network to learn from: give --loss and data with targets")
+        raise InputError(
+            "r2 pretrain has no float network to learn from: give data with targets, and --loss or --metric"
+        )
     if config.reg != "none":
         strength = config.reg_weight
         if strength is None:

@@ -5,6 +5,7 @@ layer, and to each column of vectors separately, with the parameters that it lea
 task + strength * sum over layers of R.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,8 @@ class Regularizer:
 
     def __init__(self, setting: RegularizerSpec, model: nn.Module) -> None:
         self.own: RangePenalty = registry.load(registry.REGULARIZERS, setting.name)
+        if not 0 <= setting.strength < math.inf:
+            raise InputError(f"a strength of {setting.strength} is impossible: give 0 or more")
         self.own.require(setting.strength)
         self.setting = setting
         self.weights = regularized(model)
