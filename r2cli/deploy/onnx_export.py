@@ -201,7 +201,8 @@ class _Export:
             return self.weights.tensor(str(node.target), getattr_path(self.net, str(node.target)))
         if node.target not in OPERATORS:
             raise Unwritable(UNKNOWN)
-        if node.target in (torch.add, torch.mul) and _with_number(node) and placement.is_between_grids(self.net, node):
+        by_number = node.target in (torch.add, torch.mul) and operators.with_number(node)
+        if by_number and placement.is_between_grids(self.net, node):
             args = (args[0], onnx_layers.number_on_grid(sheet, self.weights, float(args[1])))
         count = len(self.writer.nodes)
         return self._named(OPERATORS[node.target](sheet, *args, **kwargs), node.name, count)
@@ -292,11 +293,6 @@ def getattr_path(net: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     found: Tensor = getattr(net.get_submodule(owner), name)
     return found
-
-
-def _with_number(node: fx.Node) -> bool:
-    """Whether the second argument of a sum or product is a number; 0 is no step of a grid."""
-    return isinstance(node.args[1], int | float) and node.args[1] != 0
 
 
 def _typed(tensor: Tensor) -> tuple[Shape, torch.dtype]:
