@@ -391,6 +391,19 @@ def test_bad_files_get_one_sentence(make: Callable[[], ModelProto], names: list[
     assert ran.code == 2 and all(name in ran.err for name in ["bad.onnx", *names]), ran.err
 
 
+def test_a_tensor_of_a_node_may_lie_in_another_file(here: Path) -> None:
+    model = _float()
+    weight = model.graph.initializer.pop(0)
+    model.graph.node.insert(0, helper.make_node("Constant", [], [weight.name], value=weight))
+    onnx.save(model, "whole.onnx")
+    place = {"save_as_external_data": True, "location": "data.bin", "convert_attribute": True}
+    Path("folder").mkdir()
+    onnx.save(model, "folder/apart.onnx", size_threshold=0, **place)
+    assert Path("folder/data.bin").exists()
+    held = runtime.opened(Path("folder/apart.onnx")).graph.node[0].attribute[0].t
+    np.testing.assert_array_equal(numpy_helper.to_array(held), numpy_helper.to_array(weight))
+
+
 def test_a_truncated_file_and_other_bad_input(r2: R2, here: Path) -> None:
     Path("cut.onnx").write_bytes(_float().SerializeToString()[:-20])
     _saved(_float(), Path("float.onnx"))

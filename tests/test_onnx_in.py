@@ -491,13 +491,29 @@ def saved(model: Any, folder: Path) -> Path:
     return path
 
 
-def external(location: str) -> Any:
+def external(location: str, **place: object) -> Any:
     model = tiny()
-    tensor = model.graph.initializer[0]
+    _put_elsewhere(model.graph.initializer[0], location, **place)
+    return model
+
+
+def _put_elsewhere(tensor: TensorProto, location: str, **place: object) -> None:
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=location)
-    return model
+    for key, value in {"location": location, **place}.items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def external_constant(location: str) -> Any:
+    """A tensor in a node, and not among the initializers, whose data lies elsewhere."""
+    weight = numpy_helper.from_array(floats(5, 192), "elsewhere")
+    _put_elsewhere(weight, location)
+    flat = helper.make_node("Flatten", ["x"], ["flat"])
+    return tiny(
+        flat,
+        helper.make_node("Constant", [], ["w"], value=weight),
+        helper.make_node("Gemm", ["flat", "w"], ["y"], transB=1),
+    )
 
 
 def conditional() -> Any:
@@ -521,6 +537,11 @@ ODD = {
     "data that is missing": (external("weights.bin"), "weights.bin"),
     "data outside": (external("../weights.bin"), "outside its folder"),
     "data at a path": (external("/etc/passwd"), "outside its folder"),
+    "data behind a link": (external("link.bin"), "'link.bin', outside its folder"),
+    "data of a node behind a link": (external_constant("link.bin"), "'link.bin', outside its folder"),
+    "data behind a folder's link": (external("away/weights.bin"), "outside its folder"),
+    "data at no number": (external("plain.bin", offset="here"), "does not say where in"),
+    "short data": (external("plain.bin", length=4 * 5 * 192), "too short"),
     "an operator of its own": (
         tiny(helper.make_node("Fancy", ["x"], ["y"], name="f", domain="my.domain"), domain="my.domain"),
         "'f' is a Fancy of my.domain",
@@ -547,11 +568,32 @@ def test_an_odd_file_is_refused_in_one_sentence(name: str, tmp_path: Path, r2: R
     if model is None:
         model = tiny(helper.make_node("Add", ["x", "z"], ["y"]))
         model.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 3, 8, 8]))
-    path = saved(model, tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "weights.bin").write_bytes(bytes(4 * 5 * 192))  # what the links lead to
+    path = saved(model, tmp_path / "folder")
+    (path.parent / "plain.bin").write_bytes(bytes(8))
+    (path.parent / "link.bin").symlink_to("plain.bin")
+    (path.parent / "away").symlink_to("..")
     ran = r2("ptq", path, "--data", "fake:3x8x8:5")
     said = " ".join(ran.err.split())
     assert ran.code == 2 and told in said and str(path) in said, said
-    assert [each.name for each in tmp_path.iterdir()] == ["odd.onnx"]
+    assert {each.name for each in path.parent.iterdir()} == {"odd.onnx", "plain.bin", "link.bin", "away"}
+
+
+def test_tensors_in_a_file_beside_the_network_are_read_as_those_in_it(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(floats(5, 192), "of a node")
+    flat = helper.make_node("Flatten", ["x"], ["flat"])
+    layer = helper.make_node("Gemm", ["flat", "w"], ["y"], transB=1)
+    model = tiny(flat, helper.make_node("Constant", [], ["w"], value=weight), layer)
+    for own in (tiny(), model):
+        program, tensors = read(saved(own, tmp_path), {"x": ((3, 8, 8), "float32")})
+        place = {"save_as_external_data": True, "location": "beside.bin", "convert_attribute": True}
+        (tmp_path / "beside.bin").unlink(missing_ok=True)
+        onnx.save(own, tmp_path / "apart.onnx", size_threshold=0, **place)
+        assert (tmp_path / "beside.bin").exists()
+        again, held = read(tmp_path / "apart.onnx", {"x": ((3, 8, 8), "float32")})
+        assert again == program and held.keys() == tensors.keys() and tensors
+        assert all(torch.equal(held[name], tensors[name]) for name in tensors)
 
 
 def test_a_file_for_a_batch_of_one_that_cannot_be_read_for_more_is_refused(tmp_path: Path) -> None:

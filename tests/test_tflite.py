@@ -121,6 +121,8 @@ BODIES: dict[str, tuple[Callable[[], nn.Module | Callable[[Tensor], Tensor]], in
     "rounded up": (lambda: nn.Sequential(nn.Conv2d(8, 8, 2), nn.MaxPool2d(3, 2, ceil_mode=True)), 72),
     "mean pool": (lambda: nn.AvgPool2d(2), 128),
     "shuffled": (lambda: _shuffled, 512),
+    "unshuffled": (lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(32, 8, 1)), 128),
+    "celu": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.CELU(0.5), nn.Conv2d(8, 8, 1)), 512),
     "moved": (lambda: _halves, 512),
 }
 

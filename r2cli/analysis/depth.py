@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from r2cli.calibration.deployed import FakeQuantize
 from r2cli.config import layer_form
 from r2cli.data.metrics import Measured
-from r2cli.graph import edit, equivalence, heard
+from r2cli.graph import edit, equivalence, heard, structure
 from r2cli.graph.operators import ACTIVATIONS, LAYERS, NORMS, is_a, module_of
 from r2cli.quantized.decibels import decibels
 from r2cli.storage.input_spec import Given, each, places
@@ -177,7 +177,7 @@ class _Walk:
         self.ends = [
             node for node in self.rows if not any(self.rows.get(user) == self.rows[node] for user in node.users)
         ]
-        self.last = _last_readers(made)
+        self.last = structure.last_readers(made)
         self.sums = {name: _Sums() for name in self.rows.values()}
         self.outputs: list[Ratio] = []
         self.samples = 0  # that are looked at
@@ -208,7 +208,7 @@ class _Walk:
             else:
                 self._run(node, floats, codes, alone)
             self._measure(node, floats, codes, alone)
-            for done in self.last[node]:
+            for done in self.last.get(node, ()):
                 for values in (floats, codes, alone):
                     values.pop(done, None)
         outputs = fx.node.map_arg(node.args[0], floats.__getitem__), fx.node.map_arg(node.args[0], codes.__getitem__)
@@ -328,18 +328,6 @@ def _follows(net: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_layer(interpreter: fx.Interpreter, node: fx.Node) -> bool:
     return isinstance(module_of(interpreter.module, node), LAYERS)  # type: ignore[arg-type]
-
-
-def _last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    """For every node the values that nothing reads after it."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in net.graph.nodes:
-        last[node] = node
-        last |= dict.fromkeys(node.all_input_nodes, node)
-    found: dict[fx.Node, list[fx.Node]] = {node: [] for node in net.graph.nodes}
-    for node, reader in last.items():
-        found[reader].append(node)
-    return found
 
 
 def _value(interpreter: fx.Interpreter, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

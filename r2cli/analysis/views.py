@@ -1,6 +1,5 @@
 """The weights of a file to analyze, in one view or two: as trained, with BatchNorm folded, or decoded."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from r2cli.analysis import layer_table, onnx_weights
 from r2cli.analysis.layer_table import Analysis, AnalyzeSettings, OtherTensor
 from r2cli.calibration import deployed
+from r2cli.config import machine
 from r2cli.config.inspection import AnalyzeConfig
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import batchnorm, equivalence, operators, structure
@@ -107,7 +107,7 @@ def measured(
 ) -> list[Analysis]:
     """A row for every one of the `layers` of each view. `advance` is told of bytes that are done."""
     settings = AnalyzeSettings(config.outlier_sigma, config.quick, config.everything)
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or machine.usable_cores()
     return [
         Analysis(
             str(view.file),

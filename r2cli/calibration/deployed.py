@@ -101,6 +101,15 @@ def network(checkpoint: Checkpoint) -> nn.Module:
     return model.eval()
 
 
+def canonical(checkpoint: Checkpoint) -> fx.GraphModule:
+    """`network` as a canonical graph: also where the user's own network is a graph, of other functions."""
+    net = network(checkpoint)
+    if checkpoint.folded or checkpoint.activations:
+        assert isinstance(net, fx.GraphModule)
+        return net
+    return trace(net, checkpoint.input.blank(2), architecture(checkpoint))
+
+
 def graph(checkpoint: Checkpoint) -> fx.GraphModule:
     """The graph of the network of `checkpoint` without BatchNorms and weights, as its grids and codes are on it."""
     return _graph(_Architecture.of(checkpoint))

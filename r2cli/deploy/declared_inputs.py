@@ -43,6 +43,13 @@ def _axis(one: onnx.TensorShapeProto.Dimension) -> int | str | None:
     return one.dim_param or None
 
 
+def _fits(own: Declared, shape: tuple[int, ...]) -> bool:
+    """Whether a shape has the axes of an input, and the sizes of those that are fixed."""
+    return len(own.axes) == len(shape) and all(
+        axis == size for axis, size in zip(own.axes, shape, strict=True) if isinstance(axis, int)
+    )
+
+
 def shapes(inputs: Sequence[Declared], given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """A shape for each input: the one that is `given`, or the declared one with its open axes filled.
 
@@ -53,9 +60,7 @@ def shapes(inputs: Sequence[Declared], given: Mapping[str, tuple[int, ...]]) -> 
         own = next((each for each in inputs if each.name == name), None)
         if own is None:
             raise unknown("input of --shape", name, [each.name for each in inputs])
-        if len(own.axes) != len(shape) or any(
-            isinstance(a, int) and a != s for a, s in zip(own.axes, shape, strict=True)
-        ):
+        if not _fits(own, shape):
             told = "x".join("?" if one is None else str(one) for one in own.axes)
             raise InputError(f"--shape {name}={'x'.join(map(str, shape))} does not fit the file, which wants {told}")
     sizes: dict[str, int] = {}
@@ -72,13 +77,6 @@ def shapes(inputs: Sequence[Declared], given: Mapping[str, tuple[int, ...]]) -> 
             filled.append(axis if isinstance(axis, int) else usual)
         found[each.name] = given.get(each.name, tuple(filled))
     return found
-
-
-def _fits(own: Declared, shape: tuple[int, ...]) -> bool:
-    """Whether a shape has the axes of an input, and the sizes of those that are fixed."""
-    return len(own.axes) == len(shape) and all(
-        axis == size for axis, size in zip(own.axes, shape, strict=True) if isinstance(axis, int)
-    )
 
 
 def drawn(inputs: Sequence[Declared], sizes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Array]:

@@ -31,7 +31,6 @@ from r2cli.deploy.retarget import retarget
 from r2cli.errors import InputError, R2Error
 from r2cli.graph import edit, operators, placement, structure
 from r2cli.graph.channel_clip import Clip
-from r2cli.graph.read import trace
 from r2cli.graph.recurrent import RecurrentWeight
 from r2cli.graph.transposed import TransposedConv
 from r2cli.quantized.grid import Grid
@@ -52,10 +51,7 @@ def to_bytes(checkpoint: Checkpoint, form: FileForm | None = None) -> bytes:
     batch = target.batch if form.batch is None else targets.batch(form.batch)
     if batch is None and target.container == targets.TFLITE:
         raise InputError(f"--target {target.name} has a fixed batch: give --batch a number, or leave it out")
-    net = deployed.network(checkpoint)
-    given = checkpoint.input
-    graph = net if isinstance(net, fx.GraphModule) else trace(net, given.blank(2), deployed.architecture(checkpoint))
-    _pool_on_grids(graph)
+    graph, given = deployed.canonical(checkpoint), checkpoint.input
     edit.repeat_grids(graph)
     writer = OnnxWriter(target.most_opset, form.opset)
     weights = Weights(writer, checkpoint.coded, target)
@@ -205,7 +201,8 @@ class _Export:
             return self.weights.tensor(str(node.target), getattr_path(self.net, str(node.target)))
         if node.target not in OPERATORS:
             raise Unwritable(UNKNOWN)
-        if node.target in (torch.add, torch.mul) and _with_number(node) and placement.is_between_grids(self.net, node):
+        by_number = node.target in (torch.add, torch.mul) and operators.with_number(node)
+        if by_number and placement.is_between_grids(self.net, node):
             args = (args[0], onnx_layers.number_on_grid(sheet, self.weights, float(args[1])))
         count = len(self.writer.nodes)
         return self._named(OPERATORS[node.target](sheet, *args, **kwargs), node.name, count)
@@ -267,7 +264,7 @@ class _Export:
         return (
             isinstance(grid, deployed.FakeQuantize)
             and grid.grid.bits == 8
-            and operators.is_a(self.net, node, (nn.Hardsigmoid, F.hardsigmoid))
+            and operators.is_a(self.net, node, (F.hardsigmoid,))
             and edit.is_grid(node.all_input_nodes[0])
         )
 
@@ -298,11 +295,6 @@ def getattr_path(net: nn.Module, path: str) -> Tensor:
     return found
 
 
-def _with_number(node: fx.Node) -> bool:
-    """Whether the second argument of a sum or product is a number; 0 is no step of a grid."""
-    return isinstance(node.args[1], int | float) and node.args[1] != 0
-
-
 def _typed(tensor: Tensor) -> tuple[Shape, torch.dtype]:
     return tuple(tensor.shape), tensor.dtype
 
@@ -330,35 +322,6 @@ def _valued(names: Any, seen: Any) -> Any:
     if isinstance(seen, list):
         return [_valued(name, each) for name, each in zip(names, seen, strict=True)]
     return names if isinstance(names, Value) else Value(names, *seen)
-
-
-def _pool_on_grids(net: fx.GraphModule) -> None:
-    """Replace a mean over an image that has a grid by a pooling, the grid and a flatten, in place.
-
-    Runtimes have an integer kernel for the pooling, but none for the mean.
-    """
-    for node in list(net.graph.nodes):
-        user = structure.only_user(node)
-        if user is None or not edit.is_grid(user) or not operators.is_a(net, node, (torch.mean, "mean")):
-            continue
-        if _is_global_mean(net, node):
-            with net.graph.inserting_before(node):
-                pooled = net.graph.call_function(F.adaptive_avg_pool2d, (node.args[0], 1))
-                on_grid = net.graph.call_module(str(user.target), (pooled,))
-                flat = net.graph.call_function(torch.flatten, (on_grid, 1))
-            user.replace_all_uses_with(flat)
-            net.graph.erase_node(user)
-            net.graph.erase_node(node)
-
-
-def _is_global_mean(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Say whether `node` averages each channel of an image (n, c, h, w)."""
-    module, given = operators.module_of(net, node), (*node.args[1:], *node.kwargs.values())
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return module.output_size in (1, (1, 1))
-    if operators.is_a(net, node, (F.adaptive_avg_pool2d,)):
-        return given[0] in (1, (1, 1), [1, 1])
-    return operators.is_a(net, node, (torch.mean, "mean")) and given in (([2, 3],), ((2, 3),))
 
 
 def _giving_floats(net: fx.GraphModule) -> set[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from r2cli.config.targets import WIDE_OPSET, Target
-from r2cli.deploy.onnx_moving import pad
+from r2cli.deploy.onnx_pointwise import normed_groups
 from r2cli.deploy.onnx_sheet import Sheet, Value
 from r2cli.deploy.onnx_tensors import Weights
 from r2cli.graph.channel_clip import Clip
@@ -16,7 +16,6 @@ from r2cli.quantized.grid import Grid
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-MODES = {"reflect": "reflect", "replicate": "edge"}
 
 
 def _let_alone(sheet: Sheet, weights: Weights, name: str, x: Value, bias: Tensor | None) -> Value:
@@ -31,18 +30,12 @@ def _let_alone(sheet: Sheet, weights: Weights, name: str, x: Value, bias: Tensor
 
 
 def convolution(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
-    """Write a convolution of one, two or three axes, with its padding of any mode."""
+    """Write a convolution of one, two or three axes."""
     x = _let_alone(sheet, weights, name, x, module.bias)
-    padding = _padding(module, x)
-    if module.padding_mode != "zeros":
-        before, after = padding[: len(padding) // 2], padding[len(padding) // 2 :]
-        pairs = [each for pair in zip(reversed(before), reversed(after), strict=True) for each in pair]
-        x = Value(pad(sheet, x, pairs, module.padding_mode), x.shape, x.dtype)
-        padding = [0] * len(padding)
     weight = weights.tensor(f"{name}.weight", module.weight)
     bias = weights.bias(f"{name}.bias", f"{name}.weight", module.bias, x)
     sheet.writer.enter(name)
-    return sheet.writer.node("Conv", _present(x.name, weight, bias), **_window(module), pads=_any(padding))
+    return sheet.writer.node("Conv", _present(x.name, weight, bias), **_window(module))
 
 
 def transposed(sheet: Sheet, weights: Weights, name: str, module: TransposedConv, x: Value) -> str:
@@ -55,7 +48,6 @@ def transposed(sheet: Sheet, weights: Weights, name: str, module: TransposedConv
         "ConvTranspose",
         _present(x.name, weight, bias),
         **_window(module),
-        pads=_any(2 * list(module.padding)),
         output_padding=_any(more),
     )
 
@@ -66,19 +58,10 @@ def _window(module: Any) -> dict[str, Any]:
     return {
         "kernel_shape": list(module.kernel_size),
         "strides": list(module.stride) if list(module.stride) != ones else None,
+        "pads": _any(2 * list(module.padding)),
         "dilations": list(module.dilation) if list(module.dilation) != ones else None,
         "group": module.groups if module.groups != 1 else None,
     }
-
-
-def _padding(module: Any, x: Value) -> list[int]:
-    """The padding as ONNX has it: of all axes before, then of all axes behind."""
-    if module.padding == "valid":
-        return [0] * (2 * len(module.kernel_size))
-    if module.padding == "same":
-        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return [each // 2 for each in whole] + [each - each // 2 for each in whole]
-    return 2 * list(module.padding)
 
 
 def linear(sheet: Sheet, weights: Weights, name: str, module: nn.Linear, x: Value) -> str:
@@ -121,13 +104,8 @@ def layer_norm(sheet: Sheet, weights: Weights, name: str, module: nn.LayerNorm, 
 
 
 def group_norm(sheet: Sheet, weights: Weights, name: str, module: nn.GroupNorm, x: Value) -> str:
-    """Write it by InstanceNormalization of (n, groups, rest): GroupNormalization came only with opset 18."""
     sheet.writer.enter(name)
-    groups = module.num_groups
-    apart = sheet.writer.node("Reshape", [x.name, sheet.writer.ints([0, groups, -1])])
-    ones, zeros = (sheet.writer.constant(np.full(groups, fill, np.float32), kind="full") for fill in (1, 0))
-    normed = sheet.writer.node("InstanceNormalization", [apart, ones, zeros], epsilon=float(module.eps))
-    value = sheet.writer.node("Reshape", [normed, sheet.sizes(x.shape)])
+    value = normed_groups(sheet, x, module.num_groups, module.eps)
     if not module.affine:
         return value
     shape = sheet.writer.ints([-1, *(1 for _ in x.shape[2:])])
@@ -135,19 +113,6 @@ def group_norm(sheet: Sheet, weights: Weights, name: str, module: nn.GroupNorm, 
         own = weights.tensor(f"{name}.{key}", getattr(module, key))
         value = sheet.writer.node(operation, [value, sheet.writer.node("Reshape", [own, shape])])
     return value
-
-
-def instance_norm(sheet: Sheet, weights: Weights, name: str, module: Any, x: Value) -> str:
-    if module.track_running_stats:
-        return batch_norm(sheet, weights, name, module, x)
-    count = x.shape[1] or 1
-    given = {
-        "weight": torch.ones(count) if module.weight is None else module.weight,
-        "bias": torch.zeros(count) if module.bias is None else module.bias,
-    }
-    parts = [weights.tensor(f"{name}.{key}", tensor) for key, tensor in given.items()]
-    sheet.writer.enter(name)
-    return sheet.writer.node("InstanceNormalization", [x.name, *parts], epsilon=float(module.eps))
 
 
 def embedding(sheet: Sheet, weights: Weights, name: str, module: nn.Embedding, x: Value) -> str:
@@ -253,7 +218,6 @@ LAYERS: tuple[tuple[tuple[type[nn.Module], ...], Any], ...] = (
     (BATCH_NORMS, batch_norm),
     ((nn.LayerNorm,), layer_norm),
     ((nn.GroupNorm,), group_norm),
-    ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), instance_norm),
     ((nn.Embedding,), embedding),
     ((nn.PReLU,), prelu),
 )

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple
 from r2cli.deploy.onnx_writer import OnnxWriter
@@ -71,29 +70,6 @@ def select(sheet: Sheet, x: Value, dim: int, index: int) -> str:
     return sheet.node("Gather", x, sheet.writer.constant(index, np.int64, "index"), axis=dim)
 
 
-def getitem(sheet: Sheet, x: Any, index: Any) -> Any:
-    """Write x[index] for slices, numbers, None and ...; of several values, pick one."""
-    if isinstance(x, list | tuple):
-        return x[index]
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(part, Value | Tensor | list) for part in parts):
-        raise Unwritable("tensors choose among its values")
-    if Ellipsis in parts:
-        place = parts.index(Ellipsis)
-        parts[place : place + 1] = [slice(None)] * (len(x.shape) - sum(part is not None for part in parts) + 1)
-    name, axis = x.name, 0
-    for part in [part for part in parts if part is not None]:
-        if isinstance(part, slice) and part != slice(None):
-            step = part.step or 1
-            stop = np.iinfo(np.int64).max if part.stop is None else part.stop
-            bounds = [sheet.writer.ints([given]) for given in (part.start or 0, stop, axis, step)]
-            name = sheet.node("Slice", name, *bounds)
-        elif isinstance(part, int):
-            name = sheet.node("Gather", name, sheet.writer.constant(part, np.int64, "index"), axis=axis)
-        axis += not isinstance(part, int)
-    return sheet.node("Reshape", name, sheet.sizes(sheet.shape)) if None in parts else name
-
-
 def chunk(sheet: Sheet, x: Value, *_: Any, dim: int = 0, **__: Any) -> list[str]:
     """Write a division along `dim` (the argument that is left), into the lengths that the results have."""
     axis = int(_[1]) if len(_) > 1 else dim
@@ -101,6 +77,10 @@ def chunk(sheet: Sheet, x: Value, *_: Any, dim: int = 0, **__: Any) -> list[str]
     if None in lengths:
         raise Unwritable("it divides the batch")
     return sheet.writer.several("Split", [x.name, sheet.writer.ints(lengths)], len(lengths), axis=axis)  # type: ignore[arg-type]
+
+
+def getitem(_: Sheet, parts: Sequence[Value], index: int) -> Value:
+    return parts[index]
 
 
 def unbind(sheet: Sheet, x: Value, dim: int = 0) -> list[str]:
@@ -161,7 +141,12 @@ def pixel_shuffle(sheet: Sheet, x: Value, upscale_factor: int) -> str:
 
 
 def pixel_unshuffle(sheet: Sheet, x: Value, downscale_factor: int) -> str:
-    raise Unwritable("SpaceToDepth orders channels otherwise")
+    """Write it by axes apart and together again: SpaceToDepth orders channels otherwise."""
+    *first, height, width = x.shape
+    by, at = downscale_factor, len(first)
+    apart = sheet.node("Reshape", x, sheet.sizes((*first, (height or 1) // by, by, (width or 1) // by, by)))
+    turned = sheet.node("Transpose", apart, perm=[*range(at), at + 1, at + 3, at, at + 2])
+    return sheet.node("Reshape", turned, sheet.sizes(sheet.shape))
 
 
 def channel_shuffle(sheet: Sheet, x: Value, groups: int) -> str:
@@ -200,10 +185,6 @@ def interpolate(
         nearest_mode="floor" if mode == "nearest" else None,
         cubic_coeff_a=-0.75 if mode == "bicubic" else None,
     )
-
-
-def same(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
-    return x.name
 
 
 def repeat(sheet: Sheet, x: Value, *repeats: Any) -> str:

@@ -40,37 +40,18 @@ def _of_one_type(sheet: Sheet, *values: Any) -> list[Any]:
     ]
 
 
-def reversed_(operation: str) -> Callable[..., Any]:
-    def write(sheet: Sheet, x: Value, other: Any, **__: Any) -> str:
-        return sheet.node(operation, sheet.node("Identity", x) if isinstance(other, Value) else other, x)
-
-    return write
-
-
 def clamp(sheet: Sheet, x: Value, min: Any = None, max: Any = None) -> str:
     if min == 0 and max is None:
         return sheet.node("Relu", x)
     return sheet.node("Clip", x, min, max)
 
 
-def hardtanh(sheet: Sheet, x: Value, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> str:
-    return clamp(sheet, x, min_val, max_val)
-
-
-def relu6(sheet: Sheet, x: Value, inplace: bool = False) -> str:
+def relu6(sheet: Sheet, x: Value) -> str:
     return sheet.node("Clip", x, 0.0, 6.0)
 
 
-def hardsigmoid(sheet: Sheet, x: Value, inplace: bool = False) -> str:
+def hardsigmoid(sheet: Sheet, x: Value) -> str:
     return sheet.node("HardSigmoid", x, alpha=1 / 6)
-
-
-def hardswish(sheet: Sheet, x: Value, inplace: bool = False) -> str:
-    return sheet.node("Mul", x, hardsigmoid(sheet, x))
-
-
-def silu(sheet: Sheet, x: Value, inplace: bool = False) -> str:
-    return sheet.node("Mul", x, sheet.node("Sigmoid", x))
 
 
 def gelu(sheet: Sheet, x: Value, approximate: str = "none") -> str:
@@ -85,19 +66,16 @@ def gelu(sheet: Sheet, x: Value, approximate: str = "none") -> str:
     return sheet.node("Mul", whole, sheet.writer.constant(0.5, np.float32))
 
 
-def leaky_relu(sheet: Sheet, x: Value, negative_slope: float = 0.01, inplace: bool = False) -> str:
+def leaky_relu(sheet: Sheet, x: Value, negative_slope: float) -> str:
     return sheet.node("LeakyRelu", x, alpha=float(negative_slope))
 
 
-def elu(sheet: Sheet, x: Value, alpha: float = 1.0, *scales: Any, inplace: bool = False) -> str:
-    if any(scale != 1 for scale in scales if not isinstance(scale, bool)):
-        raise Unwritable("its scales are not 1")
+def elu(sheet: Sheet, x: Value, alpha: float) -> str:
     return sheet.node("Elu", x, alpha=float(alpha))
 
 
-def prelu(sheet: Sheet, x: Value, weight: Value) -> str:
-    shape = (*weight.shape, *(1 for _ in x.shape[2:])) if prod(weight.shape) > 1 else (1,)  # type: ignore[arg-type]
-    return sheet.node("PRelu", x, sheet.node("Reshape", weight, sheet.sizes(shape)))
+def celu(sheet: Sheet, x: Value, alpha: float) -> str:
+    return sheet.node("Celu", x, alpha=float(alpha))
 
 
 def softmax(sheet: Sheet, x: Value, dim: int = -1, *_: Any, **__: Any) -> str:
@@ -108,9 +86,8 @@ def log_softmax(sheet: Sheet, x: Value, dim: int = -1, *_: Any, **__: Any) -> st
     return sheet.node("LogSoftmax", x, axis=dim)
 
 
-def cast(sheet: Sheet, x: Value, *given: Any, dtype: torch.dtype | None = None, **_: Any) -> str:
-    wanted = next((each for each in given if isinstance(each, torch.dtype)), dtype)
-    if wanted is None or wanted == x.dtype:
+def cast(sheet: Sheet, x: Value, wanted: torch.dtype) -> str:
+    if wanted == x.dtype:
         return x.name
     if wanted not in TYPES:
         raise Unwritable(f"it makes values of {wanted}")
@@ -131,12 +108,6 @@ def masked_fill(sheet: Sheet, x: Value, mask: Value, value: Any) -> str:
 
 def matmul(sheet: Sheet, x: Value, other: Value) -> str:
     return sheet.node("MatMul", x, other)
-
-
-def baddbmm(sheet: Sheet, x: Value, first: Value, second: Value, *, beta: float = 1, alpha: float = 1) -> str:
-    product = sheet.node("MatMul", first, second)
-    scaled = product if alpha == 1 else sheet.node("Mul", product, sheet.writer.constant(alpha, np.float32))
-    return scaled if beta == 0 else sheet.node("Add", x if beta == 1 else sheet.node("Mul", x, beta), scaled)
 
 
 def attention(
@@ -182,6 +153,45 @@ def layer_norm(
     shape = list(normalized_shape)
     scale = weight if weight is not None else sheet.writer.constant(np.ones(shape, np.float32), kind="ones")
     return sheet.node("LayerNormalization", x, scale, bias, axis=-len(shape), epsilon=float(eps))
+
+
+def batch_norm(sheet: Sheet, x: Value, *given: Any) -> str:
+    """Write a norm by statistics that are given, with parameters that are computed as the network runs."""
+    mean, variance, weight, bias, _, _, eps = given
+    parts = _scale_and_shift(sheet, x, weight, bias)
+    return sheet.node("BatchNormalization", x, *parts, mean, variance, epsilon=float(eps))
+
+
+def instance_norm(sheet: Sheet, x: Value, *given: Any) -> str:
+    _, _, weight, bias, of_input, _, eps = given
+    if not of_input:
+        return batch_norm(sheet, x, *given)
+    return sheet.node("InstanceNormalization", x, *_scale_and_shift(sheet, x, weight, bias), epsilon=float(eps))
+
+
+def _scale_and_shift(sheet: Sheet, x: Value, weight: Value | None, bias: Value | None) -> list[Any]:
+    """The parameters of a norm of channels; constants in the place of those that it has not."""
+    constants = (np.full(x.shape[1] or 1, fill, np.float32) for fill in (1, 0))
+    pairs = zip((weight, bias), constants, strict=True)
+    return [sheet.writer.constant(usual, kind="full") if own is None else own for own, usual in pairs]
+
+
+def group_norm(sheet: Sheet, x: Value, groups: int, weight: Value | None, bias: Value | None, eps: float) -> str:
+    value = normed_groups(sheet, x, groups, eps)
+    shape = sheet.writer.ints([-1, *(1 for _ in x.shape[2:])])
+    for own, operation in ((weight, "Mul"), (bias, "Add")):
+        if own is not None:
+            value = sheet.node(operation, value, sheet.node("Reshape", own, shape))
+    return value
+
+
+def normed_groups(sheet: Sheet, x: Value, groups: int, eps: float) -> str:
+    """Write a group norm without parameters by InstanceNormalization of (n, groups, rest): GroupNormalization came only
+    with opset 18."""
+    apart = sheet.node("Reshape", x, sheet.writer.ints([0, groups, -1]))
+    ones, zeros = (sheet.writer.constant(np.full(groups, fill, np.float32), kind="full") for fill in (1, 0))
+    normed = sheet.node("InstanceNormalization", apart, ones, zeros, epsilon=float(eps))
+    return sheet.node("Reshape", normed, sheet.sizes(x.shape))
 
 
 def embedding(sheet: Sheet, given: Value, weight: Value, *_: Any, **__: Any) -> str:
@@ -258,7 +268,7 @@ def log_sigmoid(sheet: Sheet, x: Value) -> str:
     return sheet.node("Neg", sheet.node("Softplus", sheet.node("Neg", x)))
 
 
-def mish(sheet: Sheet, x: Value, inplace: bool = False) -> str:
+def mish(sheet: Sheet, x: Value) -> str:
     return sheet.node("Mul", x, sheet.node("Tanh", sheet.node("Softplus", x)))
 
 

@@ -124,9 +124,6 @@ def reduced(operation: str) -> Callable[..., Any]:
     def write(sheet: Sheet, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> str:
         axes = list(range(len(x.shape))) if dim is None else list(as_tuple(dim))
         axes = [axis % len(x.shape) for axis in axes]
-        if operation == "ReduceMean" and axes == [2, 3] and len(x.shape) == 4:  # it has an integer kernel
-            pooled = sheet.node("GlobalAveragePool", x)
-            return pooled if keepdim else sheet.node("Flatten", pooled, axis=1)
         if operation == "ReduceSum":
             return sheet.node(operation, x, sheet.writer.ints(axes), keepdims=int(keepdim))
         return sheet.node(operation, x, axes=axes, keepdims=int(keepdim))

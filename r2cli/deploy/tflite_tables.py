@@ -15,8 +15,8 @@ from r2cli.deploy.tflite_sheet import Array, HeldValue, LiteSheet
 
 # Operators of one value, or of one and numbers.
 POINTWISE = frozenset(
-    "Abs Add Ceil Clip Cos Div Elu Erf Exp Floor HardSigmoid HardSwish LeakyRelu Log Max Min Mul Neg Pow Reciprocal "
-    "Relu Round Selu Sigmoid Sign Sin Softplus Sqrt Sub Tanh".split()
+    "Abs Add Ceil Celu Clip Cos Div Elu Erf Exp Floor HardSigmoid HardSwish LeakyRelu Log Max Min Mul Neg Pow "
+    "Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Sqrt Sub Tanh".split()
 )
 NATIVE = frozenset("Add Clip Mul Relu Sigmoid".split())  # those that have integer kernels, alone between two grids
 LOWEST, CODES = -128, 256

@@ -61,7 +61,8 @@ def _tensors(node: fx.Node) -> bool:
     return all(isinstance(given, fx.Node) for given in node.args[:2])
 
 
-def _with_number(node: fx.Node) -> bool:
+def with_number(node: fx.Node) -> bool:
+    """Whether the second argument of a sum or product is a number; 0 is no step of a grid."""
     return isinstance(node.args[1], int | float) and node.args[1] != 0
 
 
@@ -148,8 +149,8 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(Kind.INTEGER, "sigmoid", (torch.sigmoid, F.hardsigmoid), "it reads floats", ("Sigmoid", "HardSigmoid")),
     Row(Kind.INTEGER, "leaky ReLU", (F.leaky_relu,), "it reads floats, or no layer reads it", ("LeakyRelu",)),
-    Row(Kind.INTEGER, "sum with a number", (When(torch.add, _with_number),), BY_NUMBER, ("Add",)),
-    Row(Kind.INTEGER, "product with a number", (When(torch.mul, _with_number),), BY_NUMBER, ("Mul",)),
+    Row(Kind.INTEGER, "sum with a number", (When(torch.add, with_number),), BY_NUMBER, ("Add",)),
+    Row(Kind.INTEGER, "product with a number", (When(torch.mul, with_number),), BY_NUMBER, ("Mul",)),
     Row(Kind.POINTWISE, "GELU", (F.gelu,), NO_KERNEL, ("Gelu", "Erf", "Tanh", "Pow", "Mul", "Add", "Div")),
     Row(Kind.POINTWISE, "tanh", (torch.tanh,), NO_KERNEL, ("Tanh",)),
     Row(Kind.POINTWISE, "PReLU", (nn.PReLU,), NO_KERNEL, ("PRelu", "Where", "Mul")),

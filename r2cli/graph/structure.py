@@ -169,6 +169,18 @@ def _follows(net: fx.GraphModule, node: fx.Node, count: int) -> bool:
     return isinstance(norm, NORMS) and as_often
 
 
+def last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node, the values that no later node reads."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(net.graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                found.setdefault(node, []).append(source)
+    return found
+
+
 def node_of(net: fx.GraphModule, layer: Layer) -> fx.Node:
     """Return the node that runs `layer`."""
     found: fx.Node = next(node for node in net.graph.nodes if node.name == layer.node)

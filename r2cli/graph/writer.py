@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 
 from r2cli.graph import constants
 from r2cli.graph.constants import Constant, operator_name
+from r2cli.models.onnx_network import holder
 
 # Sizes that depend on the batch are made of these.
 ARITHMETIC: Mapping[str, Callable[..., Any]] = {
@@ -169,29 +170,20 @@ class Writer:
         root = nn.Module()
         for name in sorted({*self.modules, *self.tensors}):  # what holds others stands before them
             parent, _, last = name.rpartition(".")
-            holder = _holder(root, parent)
+            own = holder(root, parent)
             if name in self.modules:
-                holder.add_module(last, self.modules[name])
+                own.add_module(last, self.modules[name])
             else:
                 tensor = self.tensors[name]
                 if isinstance(tensor, nn.Parameter):
-                    holder.register_parameter(last, tensor)
+                    own.register_parameter(last, tensor)
                 else:
-                    holder.register_buffer(last, tensor)
+                    own.register_buffer(last, tensor)
         net = fx.GraphModule(root, self.graph, type(self.model).__name__)
         net.graph.eliminate_dead_code()
         net.delete_all_unused_submodules()
         net.recompile()
         return net.eval()
-
-
-def _holder(root: nn.Module, path: str) -> nn.Module:
-    """The module of `root` at `path`, made where there is none."""
-    for part in path.split(".") if path else ():
-        if not isinstance(getattr(root, part, None), nn.Module):
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    return root
 
 
 def _layer_path(name: str) -> str:

@@ -1,6 +1,6 @@
 """Open an ONNX file of someone else's: what is there is checked before it is read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ OPSETS = (7, 23)
 STANDARD = ("", "ai.onnx")
 QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 REWRITTEN = ("Constant", "Identity", "Dropout", "If", "Upsample")  # operators that reading writes as others
+External = tuple[TensorProto, dict[str, str]]  # a tensor, and what it says about the place of its data
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -41,7 +42,7 @@ def opened(path: Path) -> onnx.ModelProto:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     _require_known(path, model.graph)
-    _load_external_data(path, model)
+    _load(path, model)
     for value in model.graph.output:  # the checker wants shapes, of which nobody has need
         value.type.tensor_type.shape.SetInParent()
     try:
@@ -96,34 +97,63 @@ def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from nodes(attribute.g)
 
 
-def _load_external_data(path: Path, model: onnx.ModelProto) -> None:
-    """Read the tensors that stand in other files, which must be in the folder of the model."""
-    folder = path.resolve().parent
-    for tensor in _tensors(model.graph):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        where = next((each.value for each in tensor.external_data if each.key == "location"), "")
-        file = (folder / where).resolve()
-        if not where or not file.is_relative_to(folder):
-            raise InputError(f"{path}: the data of '{tensor.name}' stands outside its folder ({where}): save it again")
-        if not file.is_file():
-            raise InputError(f"{path}: the data of '{tensor.name}' is missing: put {where} beside it")
-        try:
-            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-        except Exception as error:  # whatever onnx raises for data that is cut off
-            raise _damaged(path, error) from error
+def _load(path: Path, model: onnx.ModelProto) -> None:
+    """Read the tensors that lie in other files."""
+    tensors = external(model)
+    require_beside(path, tensors)
+    try:
+        read_beside(path, tensors)
+    except Exception as error:  # whatever onnx raises for data that is cut off
+        raise _damaged(path, error) from error
+
+
+def external(model: onnx.ModelProto) -> list[External]:
+    """The tensors that lie in other files, and what they say about the place: location, offset, length."""
+    parts = [model.graph, *model.functions]
+    return [
+        (each, {entry.key: entry.value for entry in each.external_data})
+        for each in [*model.graph.initializer, *(one for part in parts for one in _tensors(part))]
+        if external_data_helper.uses_external_data(each)
+    ]
+
+
+def _tensors(part: onnx.GraphProto | onnx.FunctionProto) -> Iterator[TensorProto]:
+    """The tensors in the nodes of a graph or function, and in graphs in those."""
+    for node in part.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from graph.initializer
+                yield from _tensors(graph)
+
+
+def require_beside(path: Path, tensors: Iterable[External]) -> None:
+    """Raise InputError where one of the `tensors` of the file at `path` is not in a plain file of the same folder."""
+    for tensor, place in tensors:
+        _require_beside(path, tensor, place)
+
+
+def _require_beside(path: Path, tensor: TensorProto, place: Mapping[str, str]) -> None:
+    location = place.get("location", "")
+    file, folder = path.parent / location, path.parent.resolve()
+    if not location or Path(location).is_absolute() or not file.resolve().is_relative_to(folder) or file.is_symlink():
+        raise InputError(f"{path} keeps '{tensor.name}' in '{location}', outside its folder: it is not read from there")
+    if not file.is_file():
+        raise InputError(f"{path} keeps '{tensor.name}' in {file}, which is not there: copy both files together")
+    try:
+        end = int(place.get("offset", 0)) + int(place.get("length", 0))
+    except ValueError as error:
+        raise InputError(f"{path} does not say where in {file} '{tensor.name}' is: write it again") from error
+    if end > file.stat().st_size:
+        raise InputError(f"{file} is too short for '{tensor.name}' of {path}: copy it again")
+
+
+def read_beside(path: Path, tensors: Iterable[External]) -> None:
+    """Put the data of `tensors`, which `require_beside` has seen, into the model of the file at `path`."""
+    for tensor, _ in tensors:
+        external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
         tensor.data_location = TensorProto.DEFAULT
         del tensor.external_data[:]
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
 
 
 def tensor_of(proto: TensorProto) -> Tensor:

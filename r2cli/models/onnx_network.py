@@ -49,17 +49,17 @@ class OnnxNetwork(nn.Module):
         self.program = program
         for node in sorted(program.nodes, key=lambda node: node.path):  # what holds others stands before them
             parent, _, last = node.path.rpartition(".")
-            _holder(self, parent).add_module(last, OnnxStep(node))
+            holder(self, parent).add_module(last, OnnxStep(node))
         self.holders: list[tuple[str, nn.Module, str]] = []
         for path, held in program.tensors.items():
             parent, _, last = path.rpartition(".")
-            holder = _holder(self, parent)
+            own = holder(self, parent)
             empty = torch.zeros(held.shape, dtype=KINDS[held.kind])
             if held.trained and empty.is_floating_point():
-                holder.register_parameter(last, nn.Parameter(empty))
+                own.register_parameter(last, nn.Parameter(empty))
             else:
-                holder.register_buffer(last, empty)
-            self.holders.append((path, holder, last))
+                own.register_buffer(last, empty)
+            self.holders.append((path, own, last))
         self.steps = [(node, self.get_submodule(node.path), done) for node, done in _with_last_reads(program)]
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -99,7 +99,7 @@ def _with_last_reads(program: OnnxProgram) -> list[tuple[OnnxNode, tuple[str, ..
     return found[::-1]
 
 
-def _holder(root: nn.Module, path: str) -> nn.Module:
+def holder(root: nn.Module, path: str) -> nn.Module:
     """The module of `root` at `path`, made where there is none."""
     for part in path.split(".") if path else ():
         if part not in root._modules:

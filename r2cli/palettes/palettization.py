@@ -174,7 +174,7 @@ def compress(run: PaletteRun, state: Path, *, resume: bool = False, reporter: Re
 
             def told(epoch: Epoch, gap: float) -> None:
                 epochs.append({**epoch.__dict__, "gap": gap})
-                progress.line(_line(epoch, task, run.plan, gap, source.task.metric))
+                progress.line(_line(epoch, run.plan, gap, source.task.metric))
 
             control = PaletteRunControl(state, resume, progress.advance, told)
             coded, layers = soft_training.by_training(task, run.plan, source, control)
@@ -192,7 +192,7 @@ def sizes(layers: Sequence[PalettizedLayer]) -> dict[str, float]:
     return {"bits_per_weight": size, "entropy_coded_bits": coded}
 
 
-def _line(epoch: Epoch, task: PaletteTask, plan: PalettePlan | None, gap: float, metric: Metric | None) -> str:
+def _line(epoch: Epoch, plan: PalettePlan | None, gap: float, metric: Metric | None) -> str:
     """Return one line about an epoch of training."""
     total = plan.loop.epochs if plan else 0
     return (

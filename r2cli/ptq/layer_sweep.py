@@ -53,7 +53,7 @@ def sweep(
     biases: dict[str, Tensor | None] = {}
     plain: dict[fx.Node, Any] = {}
     rounded: dict[fx.Node, Any] = {}
-    last, given = last_readers(net), iter(places(images))
+    last, given = structure.last_readers(net), iter(places(images))
     for node in net.graph.nodes:
         if node.op == "output":
             break
@@ -90,7 +90,7 @@ def reads_nothing(node: fx.Node) -> bool:
 def images_that_fit(net: fx.GraphModule, shape: Shape) -> int:
     """Return for how many images of `shape` the values of both networks fit into `MEMORY`."""
     structure.propagate(net, shape)
-    last, live, most = last_readers(net), 0, 1
+    last, live, most = structure.last_readers(net), 0, 1
     for node in net.graph.nodes:
         live += bytes_of(node)
         most = max(most, live)
@@ -137,18 +137,6 @@ def bytes_of(node: fx.Node) -> int:
     meta = node.meta.get("tensor_meta")
     shape = getattr(meta, "shape", None)  # for a batch of two images
     return 0 if shape is None else 4 * int(shape.numel()) // 2
-
-
-def last_readers(net: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    """Return, for each node, the values that no later node reads."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    seen: set[fx.Node] = set()
-    for node in reversed(net.graph.nodes):
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                found.setdefault(node, []).append(source)
-    return found
 
 
 def run(net: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
