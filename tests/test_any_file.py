@@ -4,6 +4,7 @@ depend on the optimisation level, custom operators), each in a network of two la
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -396,7 +397,7 @@ def test_a_tensor_of_a_node_may_lie_in_another_file(here: Path) -> None:
     weight = model.graph.initializer.pop(0)
     model.graph.node.insert(0, helper.make_node("Constant", [], [weight.name], value=weight))
     onnx.save(model, "whole.onnx")
-    place = {"save_as_external_data": True, "location": "data.bin", "convert_attribute": True}
+    place: dict[str, Any] = {"save_as_external_data": True, "location": "data.bin", "convert_attribute": True}
     Path("folder").mkdir()
     onnx.save(model, "folder/apart.onnx", size_threshold=0, **place)
     assert Path("folder/data.bin").exists()

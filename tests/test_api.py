@@ -228,3 +228,42 @@ def test_options_that_a_method_has_not_are_refused(trained: Path) -> None:
             config(**given)
     with pytest.raises(InputError, match="--act-range mse looks at images"):
         r2cli.quantize(trained, None, r2cli.PtqConfig(method="dfq", act_range="mse"))
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "told"),
+    [
+        (r2cli.PtqConfig, {"weight_bits": 4.5}, "--weight-bits 4.5 is impossible: give a whole number"),
+        (r2cli.PtqConfig, {"weight_bits": "4"}, "--weight-bits '4' is impossible: give a whole number"),
+        (r2cli.PtqConfig, {"weight_bits": True}, "--weight-bits True is impossible: give a whole number"),
+        (r2cli.PalettizeConfig, {"bits": 2.5}, "--bits 2.5 is impossible: give a whole number"),
+        (r2cli.PretrainConfig, {"lr": "fast"}, "--lr 'fast' is impossible: give a number"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(config: Any, given: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        config(**given)
+
+
+def test_one_word_is_one_exception(trained: Path) -> None:
+    assert r2cli.PtqConfig(keep="classifier=4").keep == "classifier=4"
+    result = r2cli.quantize(trained, None, r2cli.PtqConfig(keep="classifier=4"))
+    assert result.checkpoint.coded["classifier.weight"].codec.bits == 4
+
+
+def test_what_is_no_network_and_no_data_is_told(trained: Path, tmp_path: Path) -> None:
+    network, images = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.zeros(2, 1, 8, 8)
+    wrong: list[tuple[Any, Any, str]] = [
+        (type(network), "digits", "Sequential is a class"),
+        (network, images, "data is a Tensor: give a name, or what r2cli.load_data makes of it"),
+        (network, [(images, None)], "data is a list"),
+    ]
+    for given, source, told in wrong:
+        with pytest.raises(InputError, match=told):
+            r2cli.quantize(given, source)
+    with pytest.raises(InputError, match="a strength of -1 is impossible"):
+        r2cli.regularizer(network, "margin", -1)
+    result = r2cli.quantize(trained)
+    for path in (tmp_path / "net.tflite", tmp_path):
+        with pytest.raises(InputError, match="is no name for a file of target .*: give one that ends in .onnx"):
+            r2cli.export(result, path)

@@ -587,7 +587,7 @@ def test_tensors_in_a_file_beside_the_network_are_read_as_those_in_it(tmp_path: 
     model = tiny(flat, helper.make_node("Constant", [], ["w"], value=weight), layer)
     for own in (tiny(), model):
         program, tensors = read(saved(own, tmp_path), {"x": ((3, 8, 8), "float32")})
-        place = {"save_as_external_data": True, "location": "beside.bin", "convert_attribute": True}
+        place: dict[str, Any] = {"save_as_external_data": True, "location": "beside.bin", "convert_attribute": True}
         (tmp_path / "beside.bin").unlink(missing_ok=True)
         onnx.save(own, tmp_path / "apart.onnx", size_threshold=0, **place)
         assert (tmp_path / "beside.bin").exists()

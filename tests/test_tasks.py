@@ -481,3 +481,45 @@ def test_a_resize_by_a_factor_that_is_no_ratio_of_sizes(
         r2cli.export(lite, tmp_path / "net.tflite")
         proof = r2cli.verify(tmp_path / "net.tflite", lite, source, timed=False)
         assert proof.passed, [check for check in proof.checks if not check.passed]
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).mean(1))
+
+
+def test_an_id_beyond_the_embedding_is_told() -> None:
+    source = r2cli.load_data([(torch.full((8, 3), 5), torch.arange(8) % 2)])
+    with pytest.raises(InputError, match="beyond the rows of the network's embedding"):
+        r2cli.quantize(Words(), source)
+
+
+def test_data_without_numbers_is_blamed_on_the_data() -> None:
+    images = normal(16, 1, 4, 4)
+    images[3, 0, 1, 1] = torch.nan
+    source = r2cli.load_data([(images, torch.arange(16) % 2)])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(InputError, match="holds NaN or infinite values"):
+        r2cli.quantize(network, source, r2cli.PtqConfig(device="cpu"))
+    with pytest.raises(InputError, match="holds NaN or infinite values"):
+        r2cli.pretrain(network, source, r2cli.PretrainConfig(epochs=1, batch_size=8, device="cpu"))
+
+
+class Judging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.head(-x if x.mean() > 0 else x)
+
+
+def test_what_torch_export_prints_of_its_failure_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="torch.export cannot read Judging"):
+        r2cli.quantize(Judging(), r2cli.load_data([(normal(8, 1, 4, 4), torch.arange(8) % 2)]))
+    assert capfd.readouterr() == ("", "")

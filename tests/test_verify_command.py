@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import test_planted_faults as faults
+from onnx import helper, numpy_helper
 
 import r2cli
 from conftest import R2
@@ -98,3 +100,26 @@ def test_a_file_of_data_that_stands_elsewhere_gets_random_inputs(r2: R2, here: P
         Path("net.onnx").write_bytes(changed.SerializeToString())
         ran = r2("verify", "net.onnx")
         assert ran.code == 0 and "on random inputs input 8x1x8x8" in ran.out, ran.err
+
+
+def test_the_float_checkpoint_is_not_taken_for_the_file_s_own(r2: R2, trained: Path, here: Path) -> None:
+    ran = r2("verify", "net.onnx", "--against", trained, *DATA)
+    assert ran.code == 2 and "is float, and the file was made of such a one by r2 ptq: give the checkpoint" in ran.err
+
+
+def test_a_file_made_without_data_says_how_to_go_on(r2: R2, here: Path) -> None:
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32), "w")
+    shapes = [helper.make_tensor_value_info(name, 1, ["n", size]) for name, size in (("x", 16), ("y", 64))]
+    layer = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
+    graph = helper.make_graph([layer], "g", shapes[:1], shapes[1:], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), "float.onnx")
+    made = r2("ptq", "float.onnx", "--act-bits", "none", "-o", "codes.safetensors")
+    assert made.code == 0 and "next: r2 verify codes.onnx --against codes.safetensors" in made.out, made.err
+    again = r2("verify", "codes.onnx", "--against", "codes.safetensors", "--runtime", "onnxruntime")
+    assert again.code == 0 and "next: r2 analyze codes.onnx" in again.out, again.err
+    ran = r2("evaluate", "codes.onnx")
+    assert ran.code == 2 and "the file was made without data: give --data" in ran.err
+    written = r2("export", "float.onnx", "-o", "again.onnx")
+    assert written.code == 0 and "next: r2 analyze again.onnx" in written.out, written.err
+    beside = r2("verify", "codes.onnx", "--against", "float.onnx", "--runtime", "onnxruntime")
+    assert beside.code == 0, beside.err

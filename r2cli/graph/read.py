@@ -5,12 +5,13 @@ called them. `canonical.py` writes them again over plain modules and one functio
 """
 
 import copy
+import io
 import logging
 import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,12 @@ def _exported(model: nn.Module, example: Sequence[Tensor]) -> fx.GraphModule:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let torch.export log nothing in the block: what it cannot read is told in one sentence."""
+    """Let torch.export log and print nothing in the block: what it cannot read is told in one sentence."""
     before = logging.root.manager.disable
     logging.disable()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 
