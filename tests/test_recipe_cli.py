@@ -188,6 +188,29 @@ def test_a_source_that_does_not_say_where_its_data_is_is_told_before_any_work(sm
     assert "small.toml:14: r2 ptq -> none.w8.safetensors" in ran.err and not Path("small").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            'source = "{reg}',
+            'source = "{reg}x',
+            "16: r2 ptq -> none.w8.safetensors: 'nonex.safetensors' is not in runs/small",
+        ),
+        (
+            'output = "{reg}.w8',
+            'output = "w8',
+            "17: r2 ptq -> w8.safetensors: a step before writes 'w8.safetensors' too",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_together_are_told_before_any_work(
+    old: str, new: str, told: str, small: Path, r2: R2
+) -> None:
+    small.write_text(SMALL.replace(old, new))
+    ran = r2("run", small)
+    assert ran.code == 2 and told in ran.err and not list(Path("runs").rglob("*.safetensors")), ran.err
+
+
 @pytest.mark.slow
 def test_a_step_s_exit_code_is_the_run_s(small: Path, r2: R2) -> None:
     small.write_text(SMALL.replace("source =", "min-accuracy = 100\nsource ="))

@@ -54,6 +54,7 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
         lines = [recipes.shell(step, folder) for step in todo]
         console.tell(lines, as_json=written.json)
         return {"command": "run", "steps": lines}
+    recipes.require_files(todo, folder)
 
     started: list[int] = []
 

@@ -281,6 +281,16 @@ def require_data(todo: Sequence[Step]) -> None:
             )
 
 
+def require_files(todo: Sequence[Step], folder: Path) -> None:
+    """Raises InputError for a source that is not there and that no step before writes, and for an output of two steps."""
+    for number, step in enumerate(todo):
+        source, output, before = step.options.get("source"), step.options.get("output"), todo[:number]
+        if output is not None and any(earlier.options.get("output") == output for earlier in before):
+            raise InputError(step.blame(f"a step before writes '{output}' too: give each step its own"))
+        if source and not (folder / source).exists() and not any(reads_from(step, earlier) for earlier in before):
+            raise InputError(step.blame(f"'{source}' is not in {folder}, and no step before writes it"))
+
+
 def _stem(name: Any) -> str:
     return re.sub(r"\.(safetensors|onnx)$", "", str(name))
 
