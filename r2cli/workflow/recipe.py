@@ -282,7 +282,7 @@ def require_data(todo: Sequence[Step]) -> None:
 
 
 def require_files(todo: Sequence[Step], folder: Path) -> None:
-    """Raises InputError for a source that is not there and that no step before writes, and for an output of two steps."""
+    """Raises InputError for a source that is neither there nor written before, and for an output of two steps."""
     for number, step in enumerate(todo):
         source, output, before = step.options.get("source"), step.options.get("output"), todo[:number]
         if output is not None and any(earlier.options.get("output") == output for earlier in before):
