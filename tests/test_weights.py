@@ -152,3 +152,15 @@ def test_what_is_not_there_or_a_folder_is_named(tmp_path: Path) -> None:
 def test_nan_weights_are_named(state: dict[str, Tensor], tmp_path: Path) -> None:
     state["head.bias"][1] = torch.nan
     assert "'head.bias' has 1 NaN or infinite values of 2" in refused(saved(tmp_path / "n.pth", state))
+
+
+def test_which_of_several_networks_is_read_is_told(tmp_path: Path) -> None:
+    path, told = tmp_path / "net.pth", list[str]()
+    one, other = Small().state_dict(), Small().state_dict()
+    torch.save({"model": one, "ema": {"state_dict": other}, "optimizer": {}, "epoch": 3}, path)
+    held = foreign.read(path, told.append)
+    assert all(tensor.equal(other[name]) for name, tensor in held.items())
+    assert told == [f"{path} holds several networks: 'ema' is read, and not 'model'"]
+    torch.save({"model": one, "optimizer": {}}, path)
+    foreign.read(path, told.append)
+    assert len(told) == 1

@@ -55,7 +55,7 @@ def imported(given: Inputs, name: str, loaded: datasets.Data, *, tell: Callable[
     """
     spec = model_spec(given, name, loaded, classes=0 if is_own(name) else IMAGENET)
     network = models.build(spec)
-    held = None if given.weights is None else foreign.read(given.weights)
+    held = None if given.weights is None else foreign.read(given.weights, tell)
     classes = _classes_of(held, given, spec, network, loaded)
     if classes != spec.classes:
         spec = replace(spec, classes=classes)

@@ -9,7 +9,7 @@ Either every tensor of the network is found, or nothing is loaded. No code in th
 code, and torch reads .pth files with weights_only=True.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -42,13 +42,16 @@ def fitted(state: Mapping[str, Tensor], file: str, model: nn.Module, what: str) 
     return weights, masks + others
 
 
-def read(path: Path) -> Mapping[str, Tensor]:
-    """All tensors of a file. Raises InputError for one that is missing, damaged or holds other objects than tensors."""
+def read(path: Path, tell: Callable[[str], None] = lambda line: None) -> Mapping[str, Tensor]:
+    """All tensors of a file, or those of one of several networks in it, which `tell` is told.
+
+    Raises InputError for a file that is missing, damaged or holds other objects than tensors.
+    """
     if path.is_dir():
         raise InputError(f"{path} is a directory: give --weights a file")
     if not path.exists():
         raise InputError(f"{path} does not exist: give --weights a .safetensors or .pth file")
-    return load_tensors(path)[0] if path.suffix == ".safetensors" else pth.load(path)
+    return load_tensors(path)[0] if path.suffix == ".safetensors" else pth.load(path, tell)
 
 
 def classes_in(state: Mapping[str, Tensor], file: str, model: nn.Module, assumed: int) -> int:

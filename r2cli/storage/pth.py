@@ -6,7 +6,7 @@ A trainer's file holds the state_dict itself or under a key: {"state_dict": {...
 import argparse
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def is_saved_by_torch(path: Path) -> bool:
     return start.startswith((b"PK\x03\x04", b"\x80")) and not start.endswith(b"{")
 
 
-def load(path: Path) -> dict[str, Tensor]:
-    """Return the state_dict in a file that torch.save wrote, by name.
+def load(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[str, Tensor]:
+    """Return the state_dict in a file that torch.save wrote, by name. `tell` is told where it holds several.
 
     Raises InputError for a damaged file, one of another form, and one that holds objects beside tensors.
     """
@@ -95,6 +95,10 @@ def load(path: Path) -> dict[str, Tensor]:
         line = " ".join(message.split())[:200] or "it is empty"
         raise InputError(f"{path} is not a readable PyTorch file ({line}): copy or write it again") from error
     state = _state(content, DEEPEST)
+    several = [key for key in KEYS if _state(_under(content, key), DEEPEST - 1)]
+    if len(several) > 1 and not _state(content, 1):
+        others = ", ".join(f"'{key}'" for key in several[1:])
+        tell(f"{path} holds several networks: '{several[0]}' is read, and not {others}")
     for name, tensor in state.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not plain or tensor.is_quantized or tensor.is_complex():
@@ -125,6 +129,10 @@ def with_masks_applied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     applied = {name: state[f"{name}_orig"] * state[f"{name}_mask"] for name in masks(state)}
     used = {f"{name}{end}" for name in applied for end in ("_orig", "_mask")}
     return {name: tensor for name, tensor in state.items() if name not in used} | applied
+
+
+def _under(content: Any, key: str) -> Any:
+    return content.get(key) if isinstance(content, Mapping) else None
 
 
 def _state(content: Any, depth: int) -> dict[str, Tensor]:
