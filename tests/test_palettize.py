@@ -381,7 +381,7 @@ REFUSED = [
     (("--calibration", 5000), "is more than digits has"),
     (("--weigh", "fisher"), "--weigh fisher belongs to --method kmeans"),
     (("--weigh", "hessian", "--method", "kmeans"), "unknown --weigh"),
-    (("--epochs", 2, "--hard-epochs", 2), "leaves none of --epochs soft"),
+    (("--epochs", 2, "--hard-epochs", 2), "leaves none of --epochs 2 soft"),
     (("-o", "x.onnx"), "must end in .safetensors"),
 ]
 

@@ -211,7 +211,7 @@ def test_activations_that_are_not_finite_are_named(float_one: checkpoint.Checkpo
     net = trace(deployed.network(float_one), float_one.input.blank(2))
     images = torch.randn(4, 1, 8, 8)
     images[1, 0, 2, 2] = torch.nan
-    with pytest.raises(R2Error, match="'x' is NaN or infinite"):
+    with pytest.raises(R2Error, match="holds NaN or infinite values in 'x'"):
         calibrate.calibrate(net, (1, 8, 8), 8, [images], "mse")
 
 

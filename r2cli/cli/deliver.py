@@ -111,13 +111,14 @@ def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
 
 
 def next_command(file: Path, against: Path | None, given: Inputs, *, is_measured: bool) -> str:
-    """The command to run next: it evaluates, or it proves again what nothing measures `against` its checkpoint, or, of
-    a float file, shows the weights."""
-    if is_measured or against is None:
-        return f"r2 evaluate {file}{gates.again(given)}" if is_measured else f"r2 analyze {file}"
-    named = {"--data": given.data, "--model": given.model if given.model and ".py:" in given.model else None}
-    words = [word for option, value in named.items() if value for word in (option, value)]
-    return shlex.join(["r2", "verify", str(file), "--against", str(against), *words])
+    """The command to run next: it evaluates on the data; without any it proves the file again `against` its checkpoint,
+    or shows the weights of a float file."""
+    if is_measured or given.data is not None:
+        return f"r2 evaluate {file}{gates.again(given)}"
+    if against is None:
+        return f"r2 analyze {file}"
+    model = ["--model", given.model] if given.model and ".py:" in given.model else []
+    return shlex.join(["r2", "verify", str(file), "--against", str(against), *model])
 
 
 def not_measured(report: Mapping[str, Any]) -> str:

@@ -7,12 +7,12 @@ import numpy as np
 
 from r2cli.deploy.engines import Array, Arrays
 from r2cli.errors import InputError
-from r2cli.quantized.decibels import MOST, decibels
+from r2cli.quantized.decibels import of_result
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """An output beside the reference: dB (at most `MOST`, NaN where it is not finite), and percent of equal argmax.
+    """An output beside the reference: dB (at most 200, NaN where it is not finite), and percent of equal argmax.
 
     `agreement` is None for an output without classes. Of the `decisions`, `differ` are others: those do not count that
     the reference itself makes by less than the noise that is allowed.
@@ -51,7 +51,7 @@ def _one(name: str, found: Array, reference: Array, noise_db: float) -> Likeness
     own, other = (each.astype(np.float64) for each in (found, reference))
     signal, noise = float(np.square(other).sum()), float(np.square(own - other).sum())
     finite = bool(np.isfinite(own).all()) and bool(np.isfinite(other).all())
-    ratio = min(MOST, decibels(signal, noise))
+    ratio = of_result(signal, noise)
     if not finite:
         return Likeness(name, float("nan"))
     classes = _classes(own) if reference.dtype.kind == "f" else None

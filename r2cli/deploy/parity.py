@@ -14,7 +14,7 @@ from r2cli.data.metrics import Measured
 from r2cli.data.task import Task
 from r2cli.deploy import audit, runtime
 from r2cli.errors import InputError
-from r2cli.quantized.decibels import MOST, decibels
+from r2cli.quantized.decibels import of_result
 from r2cli.storage.input_spec import Given, count, each, places
 
 WEIGHT_ONLY_TOLERANCE = 1e-5  # relative: the order of float sums is all that may differ
@@ -46,8 +46,8 @@ class OutputRun:
 
     @property
     def sqnr(self) -> float:
-        """Signal to noise in dB, at most `MOST`."""
-        return min(MOST, decibels(self.signal, self.noise))
+        """Signal to noise in dB, at most `decibels.MOST`."""
+        return of_result(self.signal, self.noise)
 
 
 @dataclass

@@ -59,9 +59,9 @@ def prove(
     model.
     """
     written = runtime.opened(path)
+    comparison.require_codes(written, checkpoint)
     checkpoint = retarget(checkpoint, runtime.target_of(written))
     file = runtime.inlined(written)
-    comparison.require_codes(file, checkpoint)
     on_grids = isinstance(model, fx.GraphModule) and bool(checkpoint.activations)
     asked = left_float.asked(checkpoint) if checkpoint.coded else []
     left = _left(model, checkpoint, asked) if on_grids else None  # type: ignore[arg-type]

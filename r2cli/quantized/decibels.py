@@ -13,13 +13,19 @@ MOST = 200.0  # dB: what is said where there is no noise, and infinity cannot be
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Return 10 * log10(signal / noise) for two sums of squares, and infinity without noise.
+    """Return 10 * log10(signal / noise) for two sums of squares, and infinity if either is zero.
 
-    Noise without a signal, or noise that is no finite number, has -`MOST`: no bound lets it pass.
+    Without noise nothing is lost, and without a signal there is nothing to lose. Sums that are no finite numbers have
+    -`MOST`: no bound lets them pass.
     """
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if 0 < signal < math.inf and noise < math.inf else -MOST
+    if not math.isfinite(signal) or not math.isfinite(noise):
+        return -MOST
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+
+
+def of_result(signal: float, noise: float) -> float:
+    """Return the `decibels` of what a network gives, at most `MOST`. Noise beside a reference of zeros has -`MOST`."""
+    return -MOST if signal == 0 < noise else min(MOST, decibels(signal, noise))
 
 
 def sqnr(rounded: Tensor, weight: Tensor) -> float:
