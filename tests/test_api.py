@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -245,6 +246,13 @@ def test_numbers_of_another_kind_are_refused(config: Any, given: dict[str, Any],
         config(**given)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert r2cli.PtqConfig(weight_bits=np.int64(4)).weight_bits == 4  # type: ignore[arg-type]
+    assert r2cli.PretrainConfig(lr=np.float32(0.5)).lr == 0.5  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="--lr nan is impossible"):
+        r2cli.PretrainConfig(lr=np.float32("nan"))  # type: ignore[arg-type]
+
+
 def test_one_word_is_one_exception(trained: Path) -> None:
     assert r2cli.PtqConfig(keep="classifier=4").keep == "classifier=4"
     result = r2cli.quantize(trained, None, r2cli.PtqConfig(keep="classifier=4"))
@@ -255,6 +263,7 @@ def test_what_is_no_network_and_no_data_is_told(trained: Path, tmp_path: Path) -
     network, images = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.zeros(2, 1, 8, 8)
     wrong: list[tuple[Any, Any, str]] = [
         (type(network), "digits", "Sequential is a class"),
+        (5, "digits", "5 is no network: give a torch module"),
         (network, images, "data is a Tensor: give a name, or what r2cli.load_data makes of it"),
         (network, [(images, None)], "data is a list"),
     ]

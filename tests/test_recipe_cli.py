@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from conftest import R2
+from r2cli.errors import InputError
 from r2cli.train import state
 from r2cli.train.hooks import Epoch
+from r2cli.workflow import recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,6 +211,25 @@ def test_files_that_do_not_fit_together_are_told_before_any_work(
     small.write_text(SMALL.replace(old, new))
     ran = r2("run", small)
     assert ran.code == 2 and told in ran.err and not list(Path("runs").rglob("*.safetensors")), ran.err
+
+
+def test_files_that_stand_elsewhere_or_have_names_of_their_own_are_no_mistake(small: Path) -> None:
+    def step(command: str, **options: str) -> recipe.Step:
+        return recipe.Step(command, options, {})
+
+    Path("other").mkdir()
+    Path("other/net.safetensors").touch()
+    folder = Path("runs/small")  # which is not there yet
+    for steps in (
+        [step("ptq", source="../../other/net.safetensors", output="a.safetensors")],
+        [step("ptq", source=str(small.parent / "other/net.safetensors"), output="a.safetensors")],
+        [step("pretrain", output="m.safetensors"), step("ptq", source="./m.safetensors", output="a.safetensors")],
+        [step("pretrain", output="m.safetensors"), step("evaluate", source="m.tflite")],
+        [step("ptq", source="../../other/net.safetensors"), step("evaluate", source="net.w8a8-none.onnx")],
+    ):
+        recipe.require_files(steps, folder)
+    with pytest.raises(InputError, match="net.safetensors' is not in"):
+        recipe.require_files([step("ptq", source="../other/net.safetensors", output="a.safetensors")], folder)
 
 
 @pytest.mark.slow

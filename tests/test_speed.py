@@ -78,7 +78,9 @@ def test_the_gate_is_on_the_ratio() -> None:
 def test_a_bound_on_what_was_not_measured_is_not_met(bound: dict[str, Any]) -> None:
     report = {"output": "m.onnx", "bytes": 2000, "checks": []}
     deliver.judge(report, CompressionGates(**bound), None)
-    with pytest.raises(CheckFailed, match=f"--{next(iter(bound)).replace('_', '-')} . is a bound on what was not meas"):
+    with pytest.raises(
+        CheckFailed, match=f"--{next(iter(bound)).replace('_', '-')} . is a bound on what was not measured: leave"
+    ):
         deliver.require(report)
 
 

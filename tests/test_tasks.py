@@ -445,6 +445,30 @@ def test_classes_are_counted_over_all_samples(told: bool) -> None:
     assert labels is not None and labels.tolist() == [9, 0]
 
 
+def test_targets_that_the_samples_do_not_have_are_not_believed() -> None:
+    class Renumbered(Ordered):
+        def __getitem__(self, row: int) -> tuple[Tensor, int]:
+            image, label = super().__getitem__(row)
+            return image, label // 5
+
+    assert r2cli.load_data(Renumbered(told=True)).classes == 2
+    assert r2cli.load_data(Subset(Renumbered(told=True), range(100))).classes == 1
+
+
+def test_samples_are_not_all_read_where_the_classes_have_names() -> None:
+    read = []
+
+    class Named(Ordered):
+        classes = ("a", "b")
+
+        def __getitem__(self, row: int) -> tuple[Tensor, int]:
+            read.append(row)
+            return super().__getitem__(row)
+
+    whole = Named(told=False)
+    assert r2cli.load_data((whole, whole)).classes == 2 and len(set(read)) < 100
+
+
 def test_a_label_that_cannot_be_read_is_told() -> None:
     class Broken(Ordered):
         def __getitem__(self, row: int) -> tuple[Tensor, int]:
@@ -457,9 +481,11 @@ def test_a_label_that_cannot_be_read_is_told() -> None:
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
-@pytest.mark.parametrize("factor", [1.5, 2.3, 0.6, (2.0, 1.3)])
+@pytest.mark.parametrize(
+    ("size", "factor"), [(7, 1.5), (7, 2.3), (7, 0.6), (7, (2.0, 1.3)), (30, 2.1), (45, 1.4), (20, 1.15)]
+)
 def test_a_resize_by_a_factor_that_is_no_ratio_of_sizes(
-    mode: str, factor: float | tuple[float, float], tmp_path: Path
+    mode: str, size: int, factor: float | tuple[float, float], tmp_path: Path
 ) -> None:
     class Resized(nn.Module):
         def __init__(self) -> None:
@@ -470,7 +496,7 @@ def test_a_resize_by_a_factor_that_is_no_ratio_of_sizes(
             return nn.functional.interpolate(self.layer(x), scale_factor=factor, mode=mode)
 
     torch.manual_seed(0)
-    network, source = Resized().eval(), r2cli.load_data([(normal(8, 1, 7, 7), None)])
+    network, source = Resized().eval(), r2cli.load_data([(normal(8, 1, size, size), None)])
     path = tmp_path / "net.onnx"
     result = r2cli.quantize(network, source, r2cli.PtqConfig(act_bits="none", device="cpu"))
     r2cli.export(result, path)

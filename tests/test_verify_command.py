@@ -104,7 +104,7 @@ def test_a_file_of_data_that_stands_elsewhere_gets_random_inputs(r2: R2, here: P
 
 def test_the_float_checkpoint_is_not_taken_for_the_file_s_own(r2: R2, trained: Path, here: Path) -> None:
     ran = r2("verify", "net.onnx", "--against", trained, *DATA)
-    assert ran.code == 2 and "is float, and the file was made of such a one by r2 ptq: give the checkpoint" in ran.err
+    assert ran.code == 2 and "is float, and the file holds codes that r2 ptq made: give the checkpoint" in ran.err
 
 
 def test_a_file_made_without_data_says_how_to_go_on(r2: R2, here: Path) -> None:

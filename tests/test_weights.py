@@ -160,7 +160,7 @@ def test_which_of_several_networks_is_read_is_told(tmp_path: Path) -> None:
     torch.save({"model": one, "ema": {"state_dict": other}, "optimizer": {}, "epoch": 3}, path)
     held = foreign.read(path, told.append)
     assert all(tensor.equal(other[name]) for name, tensor in held.items())
-    assert told == [f"{path} holds several networks: 'ema' is read, and not 'model'"]
-    torch.save({"model": one, "optimizer": {}}, path)
+    assert told == [f"{path} holds this network more than once: 'model' is not what is read"]
+    torch.save({"state_dict": one, "weights": {"class": torch.ones(3)}}, path)
     foreign.read(path, told.append)
     assert len(told) == 1

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from r2cli import data as datasets
 from r2cli import models
 from r2cli.api import weights
 from r2cli.api.data_notes import NOISE, told_of_data
 from r2cli.calibration import earlier
+from r2cli.calibration.result import Result
 from r2cli.config import values
 from r2cli.config.groups import DEFAULT_SOURCE, AccuracyGate, Evaluation, Inputs, Preparation
 from r2cli.data import classes as class_lists
@@ -24,6 +27,7 @@ from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec, forms
 from r2cli.storage.keywords import is_own, require_safe
 from r2cli.storage.own_code import keywords
 from r2cli.train import loop
+from r2cli.train.pretraining import Pretrained
 
 
 def load_data(
@@ -315,5 +319,9 @@ def require_kinds(network: object, data: object) -> None:
     """Raise InputError for what is no network, or no data, of a function of the API."""
     if isinstance(network, type):
         raise InputError(f"{network.__name__} is a class: give a network that was made of it")
+    if not isinstance(network, nn.Module | checkpoint.Checkpoint | Result | Pretrained | str | Path):
+        raise InputError(
+            f"{network!r} is no network: give a torch module, a path, or what a function of r2cli returned"
+        )
     if not isinstance(data, datasets.Data | str | None):
         raise InputError(f"data is a {type(data).__name__}: give a name, or what r2cli.load_data makes of it")

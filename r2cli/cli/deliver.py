@@ -146,7 +146,7 @@ def to_file(
     is_lite = targets.get(made.target).container == targets.TFLITE
     console.note(f"{what}: exporting to {'TensorFlow Lite' if is_lite else 'ONNX'}")
     temporary = files.write(path, api.export(made, form=ExportForm(batch=form.batch, opset=form.opset)))
-    timed = source.measured or source.task.metric is None  # not with --no-eval, which only makes and proves a file
+    timed = source.measured or source.task.metric is None  # with --no-eval a file is only made and proved
     try:
         proof = api.verify(temporary, made, source, original=original, timed=timed, reporter=console)
     except InputError as error:  # people know the file by the name that it is to have

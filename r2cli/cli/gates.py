@@ -120,7 +120,10 @@ def judge(
         value, is_most, told = measured.get(name, (None, True, ""))
         gate = f"--{name.replace('_', '-')} {bound if name == 'max_bytes' else format(bound, 'g')}"
         if value is None:
-            missed, detail = True, f"{gate} is a bound on what was not measured here: leave it out"
+            missed, detail = (
+                True,
+                f"{gate} is a bound on what was not measured: leave it out, or measure it with --overwrite",
+            )
         else:
             missed, detail = value > bound if is_most else value < bound, f"{told} {gate}"
         found.append({"name": gate, "passed": not missed, "detail": detail if missed else ""})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from r2cli.storage.checkpoint import Checkpoint
 
 FILES = (".safetensors", ".onnx")
+ON_DISK = ("imagefolder", "images", "npz", "qnli")  # data whose place is a path
 WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")
 # Bits of weights, the method that is worth its time there, and why.
 PLAN = (
@@ -91,7 +92,7 @@ def _whole(value: Path | str) -> str:
     first, colon, last = value.partition(":")
     if first.endswith(".py"):
         return f"{Path(first).resolve()}{colon}{last}"
-    return f"{first}:{Path(last).resolve()}" if last and Path(last).exists() else value
+    return f"{first}:{Path(last).resolve()}" if first in ON_DISK and Path(last).exists() else value
 
 
 def _recipe(

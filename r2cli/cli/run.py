@@ -55,7 +55,6 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
         console.tell(lines, as_json=written.json)
         return {"command": "run", "steps": lines}
     recipes.require_files(todo, folder)
-
     started: list[int] = []
 
     def start(number: int, arguments: list[str]) -> "worker.Job":

@@ -52,11 +52,11 @@ class Config:
             told: Option = own.metadata["option"]
             value = getattr(self, own.name)
             # An empty value means that the option was not given.
-            if value is None or value == () or value == []:
+            if value is None or (isinstance(value, list | tuple) and not value):
                 continue
             flag = flag_of(own.name, told)
             _require_number(flag, own.type, value)
-            if isinstance(value, float) and math.isnan(value):  # no bound: nothing is below it
+            if isinstance(value, Real) and math.isnan(value):  # no bound: nothing is below it
                 raise InputError(f"{flag} nan is impossible: give a number")
             if told.least is not None and value < told.least:
                 raise InputError(f"{flag} {value:g} is impossible: give {told.least:g} or more")
@@ -71,7 +71,7 @@ def _require_number(flag: str, kind: Any, value: Any) -> None:
     kinds = set(get_args(kind) or (kind,)) - {type(None)}
     if kinds == {int} and (type(value) is bool or not isinstance(value, Integral)):
         raise InputError(f"{flag} {value!r} is impossible: give a whole number")
-    if kinds == {float} and not isinstance(value, Real):
+    if kinds == {float} and (type(value) is bool or not isinstance(value, Real)):
         raise InputError(f"{flag} {value!r} is impossible: give a number")
 
 

@@ -61,9 +61,9 @@ def to_data(name: str, made: Any) -> Data:
     spec = test.spec if isinstance(train, MixedSplit) else train.spec
     found = of_sizes(train.spec, shapes_of(spec)) if isinstance(train, MixedSplit) else spec
     require_same(test.spec, found, name, "its test half", "its train half")
-    with _reading(name):
-        labels = train.labels()
     class_names = tuple(map(str, getattr(halves[0], "classes", ())))
+    with _reading(name):  # of all samples only where their number of classes is not known
+        labels = train.first_labels() if class_names and isinstance(train, DatasetSplit) else train.labels()
     classes = len(class_names) or (0 if labels is None else int(labels.max()) + 1)
     task = UNLABELLED if labels is None else CLASSIFICATION
     return Data(name, spec, (), train, test, measured=task.metric is not None, task=task, label_count=classes)

@@ -205,16 +205,28 @@ class DatasetSplit:
         return len(self.dataset) if self.rows is None else len(self.rows)
 
     def labels(self) -> Tensor | None:
-        """All labels of classes int64 (n,); None for other targets. Without `targets` the whole dataset is read."""
-        known = _targets(self.dataset)
+        """All labels of classes, integers (n,); None for other targets.
+
+        They are the dataset's `targets`, if its first samples have these. Else the whole dataset is read.
+        """
+        first, known = self.first_labels(), _targets(self.dataset)
+        if first is None:
+            return None
         if known is not None:
-            return known if self.rows is None else known[self.rows]
+            known = known if self.rows is None else known[self.rows]
+            if known[: len(first)].equal(first.to(known.dtype)):
+                return known
         found = list[Tensor]()
         for _, target in self.batches(64, torch.device("cpu")):
             if not _are_labels(target):
                 return None
             found.append(target)
         return torch.cat(found)
+
+    def first_labels(self) -> Tensor | None:
+        """The labels of the first samples; None for other targets."""
+        target = next(iter(self.batches(64, torch.device("cpu"))))[1]
+        return target if _are_labels(target) else None
 
     def of(self, rows: Tensor) -> "DatasetSplit":
         own = rows if self.rows is None else self.rows[rows]

@@ -346,18 +346,20 @@ def _constant(name: str, held: Mapping[str, Any], made: Mapping[str, onnx.NodePr
 
 
 def require_codes(file: onnx.ModelProto, checkpoint: Checkpoint) -> None:
-    """Raise InputError for a float checkpoint beside a file of codes that says which work made it of such a one."""
+    """Raise InputError for a float checkpoint beside a file that says which command made its codes."""
     found = next((entry.value for entry in file.metadata_props if entry.key == "r2.history"), "[]")
     try:
         history = schema.parsed(found)
     except Malformed:
         return  # which `same_metadata` says
-    commands = [entry.get("command") for entry in history if isinstance(entry, dict)] if history else []
+    commands = (
+        [entry.get("command") for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    )
     work = next((command for command in commands if command in MAKE_CODES), None)
     if work is not None and not checkpoint.coded:
         raise InputError(
-            f"{checkpoint.origin} is float, and the file was made of such a one by r2 {work}: give the checkpoint that "
-            "this wrote beside it"
+            f"{checkpoint.origin} is float, and the file holds codes that r2 {work} made: give the "
+            "checkpoint that it wrote beside the file"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple
 from r2cli.deploy.onnx_writer import OnnxWriter
@@ -169,10 +170,14 @@ def interpolate(
     kinds = {"nearest": "nearest", "bilinear": "linear", "linear": "linear", "trilinear": "linear", "bicubic": "cubic"}
     if mode not in kinds or antialias:
         raise Unwritable(f"its mode is {mode}{' with antialias' if antialias else ''}")
-    grown = [(out or 1) / (have or 1) for out, have in zip(sheet.shape[2:], x.shape[2:], strict=True)]
+    sizes = list(zip(x.shape[2:], sheet.shape[2:], strict=True))
+    grown = [(out or 1) / (have or 1) for have, out in sizes]
     if scale_factor is not None and not recompute_scale_factor and not align_corners:
         # torch takes places by the factor, which is no ratio of whole sizes where 7 * 1.5 becomes 10.
         grown = list(scale_factor) if isinstance(scale_factor, list | tuple) else [scale_factor] * len(grown)
+    if mode == "nearest" and any((out or 1) % (have or 1) and (have or 1) % (out or 1) for have, out in sizes):
+        return _nearest(sheet, x, grown)
+    grown = [_whole(factor, *size) for factor, size in zip(grown, sizes, strict=True)]
     scales = [1.0, 1.0, *grown]
     told = {"nearest": "asymmetric", "linear": "half_pixel", "cubic": "half_pixel"}[kinds[mode]]
     return sheet.node(
@@ -185,6 +190,32 @@ def interpolate(
         nearest_mode="floor" if mode == "nearest" else None,
         cubic_coeff_a=-0.75 if mode == "bicubic" else None,
     )
+
+
+def _nearest(sheet: Sheet, x: Value, factors: Sequence[float]) -> str:
+    """Pick the places that torch picks: a runtime may round one that lies between two of them to the other."""
+    name = x.name
+    for axis, factor in enumerate(factors, 2):
+        have, out = x.shape[axis] or 1, sheet.shape[axis] or 1
+        asked = {"size": out} if factor == out / have else {"scale_factor": factor}
+        row = torch.arange(have, dtype=torch.float32).reshape(1, 1, -1)
+        picked = F.interpolate(row, mode="nearest", **asked).reshape(-1).long().tolist()
+        name = sheet.node("Gather", name, sheet.writer.ints(picked), axis=axis)
+    return name
+
+
+def _whole(factor: float, have: int | None, out: int | None) -> float:
+    """The float32 nearest to `factor` with which ONNX Runtime, in float32, gets the size that torch gets in float64.
+
+    Raises Unwritable where there is none.
+    """
+    scale = np.float32(factor)
+    for _ in range(4):
+        found = int(scale * np.float32(have or 1))
+        if found == (out or 1):
+            return float(scale)
+        scale = np.nextafter(scale, np.float32(np.inf if found < (out or 1) else 0))
+    raise Unwritable(f"it resizes {have} values by {factor}, which gives {out} in torch alone")
 
 
 def repeat(sheet: Sheet, x: Value, *repeats: Any) -> str:

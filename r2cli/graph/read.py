@@ -5,8 +5,8 @@ called them. `canonical.py` writes them again over plain modules and one functio
 """
 
 import copy
-import io
 import logging
+import os
 import traceback
 import warnings
 from collections import OrderedDict
@@ -95,11 +95,11 @@ def _exported(model: nn.Module, example: Sequence[Tensor]) -> fx.GraphModule:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let torch.export log and print nothing in the block: what it cannot read is told in one sentence."""
+    """Let torch.export log nothing in the block, nor print to stderr: one sentence tells what it cannot read."""
     before = logging.root.manager.disable
     logging.disable()
     try:
-        with redirect_stderr(io.StringIO()):
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
             yield
     finally:
         logging.disable(before)

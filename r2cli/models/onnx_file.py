@@ -135,7 +135,8 @@ def require_beside(path: Path, tensors: Iterable[External]) -> None:
 
 def _require_beside(path: Path, tensor: TensorProto, place: Mapping[str, str]) -> None:
     location = place.get("location", "")
-    file, folder = path.parent / location, path.parent.resolve()
+    folder = path.resolve().parent  # where a link leads to: that is where the data was written
+    file = folder / location
     if not location or Path(location).is_absolute() or not file.resolve().is_relative_to(folder) or file.is_symlink():
         raise InputError(f"{path} keeps '{tensor.name}' in '{location}', outside its folder: it is not read from there")
     if not file.is_file():
@@ -151,7 +152,7 @@ def _require_beside(path: Path, tensor: TensorProto, place: Mapping[str, str]) -
 def read_beside(path: Path, tensors: Iterable[External]) -> None:
     """Put the data of `tensors`, which `require_beside` has seen, into the model of the file at `path`."""
     for tensor, _ in tensors:
-        external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+        external_data_helper.load_external_data_for_tensor(tensor, str(path.resolve().parent))
         tensor.data_location = TensorProto.DEFAULT
         del tensor.external_data[:]
 

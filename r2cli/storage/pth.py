@@ -95,10 +95,9 @@ def load(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[st
         line = " ".join(message.split())[:200] or "it is empty"
         raise InputError(f"{path} is not a readable PyTorch file ({line}): copy or write it again") from error
     state = _state(content, DEEPEST)
-    several = [key for key in KEYS if _state(_under(content, key), DEEPEST - 1)]
-    if len(several) > 1 and not _state(content, 1):
-        others = ", ".join(f"'{key}'" for key in several[1:])
-        tell(f"{path} holds several networks: '{several[0]}' is read, and not {others}")
+    others = [key for key in KEYS if _is_another(_state(_under(content, key), DEEPEST - 1), state)]
+    if others:
+        tell(f"{path} holds this network more than once: {', '.join(map(repr, others))} is not what is read")
     for name, tensor in state.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not plain or tensor.is_quantized or tensor.is_complex():
@@ -129,6 +128,12 @@ def with_masks_applied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     applied = {name: state[f"{name}_orig"] * state[f"{name}_mask"] for name in masks(state)}
     used = {f"{name}{end}" for name in applied for end in ("_orig", "_mask")}
     return {name: tensor for name, tensor in state.items() if name not in used} | applied
+
+
+def _is_another(one: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    """Whether `one` has tensors of the names of `state`, and with other values."""
+    shared = one.keys() & state.keys()
+    return len(shared) > len(state) / 2 and any(one[name] is not state[name] for name in shared)
 
 
 def _under(content: Any, key: str) -> Any:

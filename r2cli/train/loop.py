@@ -316,8 +316,9 @@ def _loss(run: _Run, images: Given, labels: Any) -> Tensor:
 def _require_numbers(run: _Run) -> None:
     """Raise InputError where the training data holds what is no number: no rate helps then."""
     size = run.settings.batch_size
-    for inputs, _ in run.source.train.batches(size, torch.device("cpu")):
-        if not all(bool(one.isfinite().all()) for one in places(inputs) if one.is_floating_point()):
+    for inputs, target in run.source.train.batches(size, torch.device("cpu")):
+        given = [*places(inputs), *([target] if isinstance(target, Tensor) else [])]
+        if not all(bool(one.isfinite().all()) for one in given if one.is_floating_point()):
             raise InputError(f"{run.source.name} holds NaN or infinite values: give --data without")
 
 

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from math import prod
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -282,17 +283,20 @@ def require_data(todo: Sequence[Step]) -> None:
 
 
 def require_files(todo: Sequence[Step], folder: Path) -> None:
-    """Raises InputError for a source that is neither there nor written before, and for an output of two steps."""
+    """Raise InputError for a source that is neither there nor written before, and for an output of two steps."""
     for number, step in enumerate(todo):
         source, output, before = step.options.get("source"), step.options.get("output"), todo[:number]
         if output is not None and any(earlier.options.get("output") == output for earlier in before):
             raise InputError(step.blame(f"a step before writes '{output}' too: give each step its own"))
-        if source and not (folder / source).exists() and not any(reads_from(step, earlier) for earlier in before):
+        # The folder may not be there yet, so `..` is taken out first. A step without an output chooses its own name.
+        known = source is None or Path(normpath(folder / source)).exists()
+        made = any(reads_from(step, earlier) or "output" not in earlier.options for earlier in before)
+        if not known and not made:
             raise InputError(step.blame(f"'{source}' is not in {folder}, and no step before writes it"))
 
 
 def _stem(name: Any) -> str:
-    return re.sub(r"\.(safetensors|onnx)$", "", str(name))
+    return re.sub(r"\.(safetensors|onnx|tflite)$", "", normpath(str(name)))
 
 
 def only(todo: Sequence[Step], pattern: str) -> list[Step]:
