@@ -84,6 +84,15 @@ def test_a_bound_on_what_was_not_measured_is_not_met(bound: dict[str, Any]) -> N
         deliver.require(report)
 
 
+def test_a_bound_that_nothing_can_measure_is_refused_before_any_work(r2: R2, trained: Path, tmp_path: Path) -> None:
+    output = ["-o", tmp_path / "net.safetensors", "--data", "digits:64", "--max-latency", 9]
+    ran = r2("ptq", trained, *output, "--target", "tflite")
+    assert ran.code == 2 and "is not timed here: leave out --max-latency" in ran.err
+    ran = r2("export", trained, "-o", tmp_path / "net.onnx", "--data", "digits:64", "--max-latency", 9)
+    assert ran.code == 2 and "--max-latency is of an .onnx file of codes" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("clock")
 def test_files_are_timed_without_labels_too(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

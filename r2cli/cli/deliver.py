@@ -44,6 +44,10 @@ class Destination:
     written: ModelWritten
     started: float
 
+    def __post_init__(self) -> None:
+        if self.gates.max_latency is not None and self.file.suffix == ".tflite":
+            raise InputError(f"{self.file} runs in TensorFlow Lite, and is not timed here: leave out --max-latency")
+
     @property
     def output(self) -> Path:
         return self.files.files[0]

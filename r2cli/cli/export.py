@@ -39,6 +39,8 @@ def export(
     made = retarget(made, form.target)
     if targets.get(made.target).container != container:
         raise InputError(f"{source} is for {made.target}: give --target {made.target}, or --target {usual}")
+    if wanted.max_latency is not None and (not made.coded or container != "onnx"):
+        raise InputError("--max-latency is of an .onnx file of codes beside its float network: leave it out")
     loaded = inputs.measured_by(evaluation, wanted, loaded)
     before = baseline.read(wanted, given, loaded)
     if written.dry_run:
