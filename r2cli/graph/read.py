@@ -99,7 +99,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable()
     try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
             yield
     finally:
         logging.disable(before)
