@@ -482,7 +482,7 @@ def test_a_label_that_cannot_be_read_is_told() -> None:
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize(
-    ("size", "factor"), [(7, 1.5), (7, 2.3), (7, 0.6), (7, (2.0, 1.3)), (30, 2.1), (45, 1.4), (20, 1.15)]
+    ("size", "factor"), [(7, 1.5), (7, 2.3), (7, 0.6), (7, (2.0, 1.3)), (30, 2.1), (45, 1.4), (20, 1.15), (10, 0.55)]
 )
 def test_a_resize_by_a_factor_that_is_no_ratio_of_sizes(
     mode: str, size: int, factor: float | tuple[float, float], tmp_path: Path

@@ -24,7 +24,7 @@ from r2cli import registry
 from r2cli.analysis import depth, depth_page, layer_table, mending, pairing, views
 from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
-from r2cli.api import data_notes, inputs, proof_inputs, weights
+from r2cli.api import inputs, proof_inputs, weights
 from r2cli.calibration import deployed, earlier
 from r2cli.calibration.result import Result
 from r2cli.config import targets
@@ -112,7 +112,7 @@ def quantize(
     made, source = _read(network, data, needed=ptq.needs_data(config))
     rehearse(made, config.target, source.shown)
     looks = ptq.looks_at_images(config, has_data=data is not None)
-    looks = looks and (data is not None or source.name != data_notes.NOISE)
+    looks = looks and (data is not None or source.name != datasets.NOISE)
     count = datasets.calibration_count(config.calibration, source) if looks else 0
     if config.minimize is not None:
         return smallest.find(made, source, config, calibration=count, max_drop=max_drop, reporter=reporter)
@@ -185,7 +185,8 @@ def export(network: Network, path: str | Path | None = None, form: ExportForm | 
     `form` says for which target, and how many images at once; for `tflite` and `ethos-u` it is a file of TensorFlow
     Lite. Raises InputError for what the target cannot hold.
     """
-    made = retarget(_checkpoint_of(network), (form := form or ExportForm()).target)
+    form = form or ExportForm()
+    made = retarget(_checkpoint_of(network), form.target)
     targets.require_ending(path, made.target)
     content = onnx_export.to_bytes(made, form)
     if targets.get(made.target).container == targets.TFLITE:
@@ -212,9 +213,8 @@ def verify(
     `against` is what it was made from: a network, which it is compared with on the test images of `data`; or the path
     of a float `.onnx` file; None for the file alone. The proof also says how far the file is from the float network,
     which a result brings along, or `original` is; and where it is `timed`, how fast beside it. A file of TensorFlow
-    Lite is proved by the ONNX file of the same codes, beside which it runs in LiteRT. Raises InputError where
-    a file is no readable ONNX model, where ONNX Runtime cannot run it as it is written, for a file of TensorFlow Lite
-    without a network, and for a runtime that is not known, or not installed.
+    Lite is proved by the ONNX file of the same codes, beside which it runs in LiteRT. Raises InputError for a file
+    that is no ONNX model or does not run as written, one of TensorFlow Lite alone, and a runtime unknown or missing.
     """
     config, path = config or VerifyConfig(), Path(path)
     if targets.is_tflite(path):

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from r2cli import data as datasets
-from r2cli.data import NOISE as NOISE
 from r2cli.storage.input_spec import NetworkInput, TensorsSpec
 
 
@@ -14,7 +13,7 @@ def told_of_data(origin: str, wanted: NetworkInput, loaded: datasets.Data) -> li
     """What to say of data that is taken for what it does not say: one input by another name than that of the network
     of the file `origin`, and targets that no metric reads."""
     found, lines = loaded.input, []
-    if not isinstance(found, TensorsSpec) or loaded.name == NOISE:
+    if not isinstance(found, TensorsSpec) or loaded.name == datasets.NOISE:
         return []
     if len(found.names) == 1 and found.names[0] and found.names != wanted.names:
         lines.append(f"{loaded.name} holds '{found.names[0]}', which is given to '{wanted.names[0]}' of {origin}")

@@ -11,7 +11,7 @@ from torch import nn
 from r2cli import data as datasets
 from r2cli import models
 from r2cli.api import weights
-from r2cli.api.data_notes import NOISE, told_of_data
+from r2cli.api.data_notes import told_of_data
 from r2cli.calibration import earlier
 from r2cli.calibration.result import Result
 from r2cli.config import values
@@ -139,12 +139,12 @@ def _load(given: Inputs, tell: Callable[[str], None], *, needed: bool) -> tuple[
         raise InputError(f"--input-shape does not apply: {made.origin} says what its inputs are")
     own = datasets.named_in(made.history, made.origin)
     if not needed and given.data is None and isinstance(made.input, TensorsSpec):
-        return made, own_data.noise(made.input, NOISE)
+        return made, own_data.noise(made.input, datasets.NOISE)
     if not needed and given.data is None and own in ("imagefolder", "images"):
         assert isinstance(made.input, InputSpec)
         height, width = made.input.sides
         spec = f"fake:{made.input.channels}x{height}x{width}:{len(made.class_names)}"
-        return made, replace(datasets.load(spec, spec=made.input), name=NOISE, measured=False)
+        return made, replace(datasets.load(spec, spec=made.input), name=datasets.NOISE, measured=False)
     loaded = load_data(given, given.data, default=own, spec=made.input, known=made.class_names)
     if given.classes is not None and not made.class_names:
         made = replace(made, class_names=loaded.class_names)
@@ -208,7 +208,7 @@ def _noise(given: Inputs, what: str) -> datasets.Data:
     """Noise of the shapes that --input-shape says. Raises InputError, naming `what` needs data, where it says none."""
     if not given.input_shape:
         raise InputError(f"{what} needs the data it is for: give --data, as imagefolder:DIR, or --input-shape")
-    return own_data.noise(own_data.of_shapes(given.input_shape), NOISE)
+    return own_data.noise(own_data.of_shapes(given.input_shape), datasets.NOISE)
 
 
 def _of_onnx(given: Inputs, path: Path, *, needed: bool) -> tuple[checkpoint.Checkpoint, datasets.Data]:
@@ -218,7 +218,7 @@ def _of_onnx(given: Inputs, path: Path, *, needed: bool) -> tuple[checkpoint.Che
     onnx.require_there(path)
     stated = None if needed or given.input_shape else onnx.stated(path)
     if given.data is None:
-        loaded = _noise(given, str(path)) if stated is None else own_data.noise(stated, NOISE)
+        loaded = _noise(given, str(path)) if stated is None else own_data.noise(stated, datasets.NOISE)
     else:
         sizes = onnx.given(path)[0].shape
         square = sizes[2] if len(sizes) == 4 and sizes[2] == sizes[3] else None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from r2cli import data as datasets
 from r2cli import models
-from r2cli.api.data_notes import NOISE, told_of_beside
+from r2cli.api.data_notes import told_of_beside
 from r2cli.config.groups import Inputs, NewNetwork, Preparation
 from r2cli.errors import InputError
 from r2cli.models import pretrained, text, timm
@@ -66,7 +66,7 @@ def imported(given: Inputs, name: str, loaded: datasets.Data, *, tell: Callable[
         tell(told_of_beside(given.weights or PRETRAINED, beside))
     origin, file = (str(given.weights), given.weights.name) if given.weights else (spec.name, PRETRAINED.name)
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, state, origin=origin, outputs=outputs)
-    options = {"data": datasets.recorded(given.data or NOISE), "weights": file, "model": spec.described()}
+    options = {"data": datasets.recorded(given.data or datasets.NOISE), "weights": file, "model": spec.described()}
     return made.then("import", options, {})
 
 

@@ -19,7 +19,7 @@ from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, ExportForm, FileForm, FileGates, Inputs, ModelWritten
 from r2cli.deploy import parity, runtime, vela
 from r2cli.errors import CheckFailed, InputError
-from r2cli.storage import checkpoint
+from r2cli.storage import checkpoint, own_code
 from r2cli.storage.formats import CompressedReport
 from r2cli.storage.manifest import Asked
 from r2cli.storage.run_files import RunFiles
@@ -121,7 +121,7 @@ def next_command(file: Path, against: Path | None, given: Inputs, *, is_measured
         return f"r2 evaluate {file}{gates.again(given)}"
     if against is None:
         return f"r2 analyze {file}"
-    model = ["--model", given.model] if given.model and ".py:" in given.model else []
+    model = ["--model", given.model] if given.model and own_code.is_code(given.model) else []
     return shlex.join(["r2", "verify", str(file), "--against", str(against), *model])
 
 

@@ -16,7 +16,7 @@ from r2cli.config.option import Config
 from r2cli.config.training import QatConfig
 from r2cli.errors import CheckFailed, InputError
 
-BOUNDS = ("min_accuracy", "min_metric", "max_drop", "max_regression", "min_sqnr", "max_bytes", "max_latency")
+UNMEASURED = "is a bound on what was not measured: leave it out, or measure it with --overwrite"
 
 
 def source(given: Inputs) -> Path:
@@ -112,18 +112,14 @@ def judge(
         "max_latency": (latency, True, f"{latency or 0:.2f} of the float network's time is above"),
     }
     found: list[dict[str, Any]] = []
-    for name in BOUNDS:
+    for name, (value, is_most, told) in measured.items():
         bound = getattr(wanted, name, None)
         bound = 0.0 if bound is None and name == "max_regression" and baseline else bound
         if bound is None:
             continue
-        value, is_most, told = measured.get(name, (None, True, ""))
         gate = f"--{name.replace('_', '-')} {bound if name == 'max_bytes' else format(bound, 'g')}"
         if value is None:
-            missed, detail = (
-                True,
-                f"{gate} is a bound on what was not measured: leave it out, or measure it with --overwrite",
-            )
+            missed, detail = True, f"{gate} {UNMEASURED}"
         else:
             missed, detail = value > bound if is_most else value < bound, f"{told} {gate}"
         found.append({"name": gate, "passed": not missed, "detail": detail if missed else ""})
@@ -141,7 +137,7 @@ def _of_metric(report: Mapping[str, Any], baseline: Baseline | None) -> dict[str
     """The value of each gate of a metric, whether its bound is the most, and what is said before the bound."""
     metric, before = report.get("metric"), report.get("float_value")
     if metric is None:
-        return {}
+        return dict.fromkeys(("min_accuracy", "min_metric", "max_drop", "max_regression"), (None, True, ""))
     value, higher = float(metric["value"]), metric["higher"]
     unit, digits = "dB" if metric["unit"] == "dB" else "points", 2 if metric["unit"] else 4
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from r2cli.storage.checkpoint import Checkpoint
 
 FILES = (".safetensors", ".onnx")
-ON_DISK = ("imagefolder", "images", "npz", "qnli")  # data whose place is a path
 WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")
 # Bits of weights, the method that is worth its time there, and why.
 PLAN = (
@@ -89,10 +88,12 @@ def _whole(value: Path | str) -> str:
     """`value` with the whole path of the file or folder in it: FILE, FILE.py:NAME, or a kind of data and its place."""
     if isinstance(value, Path):
         return str(value.resolve())
+    from r2cli.data import NOT_RECORDED  # the kinds whose place is a path
+
     first, colon, last = value.partition(":")
     if first.endswith(".py"):
         return f"{Path(first).resolve()}{colon}{last}"
-    return f"{first}:{Path(last).resolve()}" if first in ON_DISK and Path(last).exists() else value
+    return f"{first}:{Path(last).resolve()}" if first in NOT_RECORDED and Path(last).exists() else value
 
 
 def _recipe(

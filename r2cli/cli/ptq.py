@@ -45,7 +45,7 @@ def ptq(
     files.require_free()
 
     from r2cli import data as datasets
-    from r2cli.api import data_notes, inputs
+    from r2cli.api import inputs
     from r2cli.cli import baseline, deliver, model_card, rerun
     from r2cli.deploy.rehearsal import rehearse
     from r2cli.ptq import quantize as worker
@@ -54,7 +54,7 @@ def ptq(
     looks = worker.looks_at_images(config, has_data=given.data is not None)
     needed = looks and worker.needs_data(config)
     made, loaded = inputs.load(given, needed=needed, measures=looks, tell=console.note)
-    has_images, loaded = loaded.name != data_notes.NOISE, inputs.measured_by(evaluation, wanted, loaded)
+    has_images, loaded = loaded.name != datasets.NOISE, inputs.measured_by(evaluation, wanted, loaded)
     before = baseline.read(wanted, given, loaded)
     rehearse(made, config.target, loaded.shown)
     calibration = datasets.calibration_count(config.calibration, loaded) if looks and has_images else 0

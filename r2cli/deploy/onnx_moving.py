@@ -175,7 +175,7 @@ def interpolate(
     if scale_factor is not None and not recompute_scale_factor and not align_corners:
         # torch takes places by the factor, which is no ratio of whole sizes where 7 * 1.5 becomes 10.
         grown = list(scale_factor) if isinstance(scale_factor, list | tuple) else [scale_factor] * len(grown)
-    if mode == "nearest" and any((out or 1) % (have or 1) and (have or 1) % (out or 1) for have, out in sizes):
+    if mode == "nearest" and not all(_is_even(factor, *size) for factor, size in zip(grown, sizes, strict=True)):
         return _nearest(sheet, x, grown)
     grown = [_whole(factor, *size) for factor, size in zip(grown, sizes, strict=True)]
     scales = [1.0, 1.0, *grown]
@@ -190,6 +190,12 @@ def interpolate(
         nearest_mode="floor" if mode == "nearest" else None,
         cubic_coeff_a=-0.75 if mode == "bicubic" else None,
     )
+
+
+def _is_even(factor: float, have: int | None, out: int | None) -> bool:
+    """Whether every value is repeated as often, or every so many values one is picked."""
+    less, more = sorted((have or 1, out or 1))
+    return more % less == 0 and factor == (out or 1) / (have or 1)
 
 
 def _nearest(sheet: Sheet, x: Value, factors: Sequence[float]) -> str:

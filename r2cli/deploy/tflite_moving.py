@@ -15,7 +15,6 @@ from r2cli.deploy.tflite_lines import requantized
 from r2cli.deploy.tflite_sheet import NHWC, HeldValue, LiteSheet, attributes, is_same_order, plain
 
 Bounds = tuple[int, int, int]  # start, end and step
-SAME_SCALE = 1e-5  # a scale as near as this to the ratio of two sizes is that ratio
 
 
 def same(lite: LiteSheet, node: NodeProto) -> None:
@@ -133,15 +132,14 @@ def picked(lite: LiteSheet, x: HeldValue, axis: int, places: Any, found: HeldVal
 def nearest(lite: LiteSheet, node: NodeProto) -> None:
     """A resize to the nearest value, by places: TensorFlow Lite's own rounds some of them otherwise."""
     x, name = lite.held(node.input[0]), node.output[0]
-    shape, scales = lite.shapes[name], lite.constants[node.input[2]]
+    shape = lite.shapes[name]
     for axis in range(2, len(shape)):
         have, out = x.shape[axis], shape[axis]
         if have == out:
             continue
-        step = have / out if abs(out / have - scales[axis]) < SAME_SCALE else 1 / float(scales[axis])
         sizes = [*x.shape[:axis], out, *x.shape[axis + 1 :]]
         found = lite.made(f"{name}.{axis}", sizes, x.grid, x.order)
-        picked(lite, x, axis, [min(int(place * step + SAME_SCALE), have - 1) for place in range(out)], found)
+        picked(lite, x, axis, [place * have // out for place in range(out)], found)
         x = found
     lite.values[name] = x
 

@@ -131,7 +131,7 @@ def with_masks_applied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_another(one: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    """Whether `one` has tensors of the names of `state`, and with other values."""
+    """Whether `one` has other tensors by the names of `state`."""
     shared = one.keys() & state.keys()
     return len(shared) > len(state) / 2 and any(one[name] is not state[name] for name in shared)
 

@@ -277,22 +277,23 @@ def require_data(todo: Sequence[Step]) -> None:
         made = next((earlier for earlier in todo if reads_from(step, earlier)), None)
         kind = "" if made is None else str(made.options.get("data", "")).partition(":")[0]
         if step.command in READ_DATA and "data" not in step.options and kind in NOT_RECORDED:
-            raise InputError(
-                step.blame(f"{step.options['source']} does not record where its {kind} is: give data here")
-            )
+            told = f"{step.options['source']} does not record where its {kind} is: give data here"
+            raise InputError(step.blame(told))
 
 
 def require_files(todo: Sequence[Step], folder: Path) -> None:
     """Raise InputError for a source that is neither there nor written before, and for an output of two steps."""
-    for number, step in enumerate(todo):
-        source, output, before = step.options.get("source"), step.options.get("output"), todo[:number]
-        if output is not None and any(earlier.options.get("output") == output for earlier in before):
+    outputs, stems = set[Any](), set[str]()
+    for step in todo:
+        source, output = (step.options.get(key) for key in ("source", "output"))
+        if output is not None and output in outputs:
             raise InputError(step.blame(f"a step before writes '{output}' too: give each step its own"))
         # The folder may not be there yet, so `..` is taken out first. A step without an output chooses its own name.
-        known = source is None or Path(normpath(folder / source)).exists()
-        made = any(reads_from(step, earlier) or "output" not in earlier.options for earlier in before)
-        if not known and not made:
+        made = source is None or None in outputs or _stem(source) in stems
+        if not made and not Path(normpath(folder / str(source))).exists():
             raise InputError(step.blame(f"'{source}' is not in {folder}, and no step before writes it"))
+        outputs.add(output)
+        stems.add(_stem(output))
 
 
 def _stem(name: Any) -> str:
