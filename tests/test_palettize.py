@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import R2, StoppedAt
 from r2cli import data
 from r2cli.calibration import deployed
-from r2cli.cli.palettize import ended_higher
+from r2cli.cli.gates import ended_higher
 from r2cli.deploy import audit, onnx_export, verify
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, structure
@@ -414,6 +414,8 @@ def test_a_coded_checkpoint_a_missing_file_and_damaged_ones_are_named(r2: R2, mo
     assert damaged.code == 2 and "nan.safetensors: tensor 'a.weight' has NaN or infinite values" in damaged.err
     assert not (tmp_path / "nan.b4d1-kmeans.safetensors").exists()
     save_file({"a": torch.ones(3)}, tmp_path / "vector.safetensors")
+    gate = r2("palettize", tmp_path / "vector.safetensors", "--max-drop", 1)
+    assert gate.code == 2 and "weights alone, without a network to measure: leave out --max-drop" in gate.err
     assert "has no floating tensor of two dimensions" in r2("palettize", tmp_path / "vector.safetensors").err
     trained = r2("palettize", tmp_path / "vector.safetensors", "--method", "dkm")
     assert trained.code == 2 and "needs a network and its data" in trained.err
@@ -427,9 +429,9 @@ def test_training_that_diverges_says_so_and_leaves_nothing(r2: R2, model: Path, 
 
 
 def test_training_that_ends_higher_than_it_began_says_so() -> None:
-    (told,) = ended_higher([{"loss": 2.42}, {"loss": 1.6}, {"loss": 2.53}])
-    assert "--clip-ratio" in told and "--lr" in told
-    assert not ended_higher([{"loss": 0.7}, {"loss": 0.2}]) and not ended_higher([])
+    (told,) = ended_higher([2.42, 1.6, 2.53], mend="--clip-ratio or --lr")
+    assert told == "the last epoch's loss is above the first one's (2.53, 2.42): lower --clip-ratio or --lr"
+    assert not ended_higher([0.7, 0.2], mend="--lr") and not ended_higher([], mend="--lr")
 
 
 @pytest.mark.slow

@@ -333,6 +333,8 @@ def test_the_command_writes_a_proved_file(r2: R2, model: Path, tmp_path: Path) -
 def test_from_scratch_with_a_regularizer(r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scratch = ("--from-scratch", "--model", "resnet8", "--size", 8, "--reg", "linf", "--method", "pact")
+    gate = r2("qat", *scratch, "--min-sqnr", 3)
+    assert gate.code == 2 and "has no float network to compare with: leave out --min-sqnr" in gate.err
     ran = r2("qat", *scratch, "--act-bits", 4, "--epochs", 3, "--lr", 0.1, "--json")
     report = json.loads(ran.out)
     assert ran.code == 0 and report["top1"] > 50 and report["float_top1"] is None

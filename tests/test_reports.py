@@ -126,6 +126,22 @@ def test_options_come_from_the_line_then_the_environment_then_the_folder(
     assert seen("--weight-bits", "4", "--seed", "1") == (1, 4)
 
 
+@pytest.mark.parametrize("value", ["77", "x"])  # the option's own check tells the first, the parser the second
+def test_a_wrong_value_is_told_with_where_it_comes_from(
+    r2: R2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    on_line = r2("ptq", "--weight-bits", value)
+    Path("pyproject.toml").write_text(f'[tool.r2.ptq]\nweight-bits = "{value}"\n')
+    in_folder = r2("ptq")
+    monkeypatch.setenv("R2_WEIGHT_BITS", value)
+    in_environment = r2("ptq")
+    assert {on_line.code, in_folder.code, in_environment.code} == {2}
+    assert "It comes from" not in on_line.err
+    assert "It comes from [tool.r2] of pyproject.toml" in in_folder.err
+    assert "It comes from the variable R2_WEIGHT_BITS" in in_environment.err
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -15,9 +15,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from r2cli import console
-from r2cli.cli import completion, reports
+from r2cli.cli import completion, defaults, reports
 from r2cli.config.groups import ModelWritten
 from r2cli.config.option import Config, Option, flag_of
+from r2cli.errors import InputError
 
 Report = Mapping[str, Any]
 
@@ -117,9 +118,13 @@ def _default(default: Any, told: Option) -> Any:
 def _typer(name: str, told: Option) -> Any:
     """Return the field as Typer's option or argument. Its check runs while a line is read, also for recipes' steps."""
 
-    def checked(value: Any) -> Any:
+    def checked(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
         if told.check is not None and value is not None and value != []:
-            told.check(value)
+            try:
+                told.check(value)
+            except InputError as error:
+                origin = defaults.origin(context, parameter)
+                raise InputError(f"{error}.{origin[:-1]}" if origin else str(error)) from error
         return value
 
     if told.is_argument:

@@ -53,6 +53,18 @@ def of_folder(commands: Mapping[str, Mapping[str, bool]]) -> dict[str, dict[str,
     return found
 
 
+def origin(context: Any, parameter: Any) -> str:
+    """A sentence that says where a wrong value comes from; empty for one on the command line, or where it is unknown.
+
+    Both are the parser's, or None.
+    """
+    if context is None or parameter is None:
+        return ""
+    source = context.get_parameter_source(parameter.name)
+    named = {"ENVIRONMENT": f"the variable {parameter.envvar}", "DEFAULT_MAP": f"[tool.r2] of {FILE}"}
+    return f" It comes from {named[source.name]}." if source is not None and source.name in named else ""
+
+
 def _named(key: str, options: Mapping[str, str], where: str) -> str:
     if key not in options:
         raise unknown(f"option in {where} of {FILE},", key, options)

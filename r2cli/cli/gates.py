@@ -1,8 +1,9 @@
 """The checks of every command: of its files before it starts, and of its result when it is done."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ def told_of(state: Path) -> Iterator[None]:
         if said := words():
             console.note(said)
         raise
+
+
+def require_measurable(wanted: Config, known: Collection[str], why: str) -> None:
+    """Raise InputError for a gate beside the `known` ones: `why` says what is missing to measure it."""
+    for own in fields(wanted):
+        if own.name not in known and getattr(wanted, own.name) is not None:
+            raise InputError(f"{why}: leave out --{own.name.replace('_', '-')}")
+
+
+def ended_higher(losses: Sequence[float], *, mend: str) -> list[str]:
+    """Return a line if training ended with a higher loss than its first epoch: most likely its steps were too large.
+
+    `mend` names the options to lower.
+    """
+    if not losses or losses[-1] <= losses[0]:
+        return []
+    return [f"the last epoch's loss is above the first one's ({losses[-1]:.2f}, {losses[0]:.2f}): lower {mend}"]
 
 
 def judge(

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from r2cli.cli import interrupt
+from r2cli.cli import defaults, interrupt
 from r2cli.errors import InputError, R2Error
 
 # What the parser raises for a wrong command line. Versions of Typer define it in different modules, so it is taken from
@@ -47,7 +47,10 @@ def told(error: BaseException, arguments: list[str]) -> tuple[str, int]:
         # The parser's context has a parent where it had read the command: a misspelt one has no help.
         known = arguments[:1] if error.ctx is not None and error.ctx.parent is not None else []
         command = " ".join(["r2", *known])
-        message, code = f"{error.format_message()} Try `{command} --help`.", 2
+        said = error.format_message()
+        said += "" if said.endswith((".", "?", "!")) else "."
+        origin = defaults.origin(error.ctx, getattr(error, "param", None))
+        message, code = f"{said}{origin} Try `{command} --help`.", 2
     elif isinstance(error, OSError):
         where = error.filename or "standard output, or a file among the temporary ones (TMPDIR)"
         message, code = f"{where}: {error.strerror or error}", 3

@@ -1,6 +1,6 @@
 """`r2 palettize`: turn weights into indices into small tables of centroids, by k-means or by training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from r2cli.config import targets
 from r2cli.config.groups import CompressionGates, Evaluation, FileForm, Inputs
 from r2cli.config.inspection import PalettizeOutput
 from r2cli.config.methods import PalettizeConfig
-from r2cli.errors import InputError
 from r2cli.storage.formats import PalettesReport
 from r2cli.storage.run_files import RunFiles
 from r2cli.train.resume import resume_state
@@ -76,7 +75,7 @@ def palettize(
             return known
         with gates.told_of(state):
             result = worker.compress(run, state, resume=written.resume, reporter=console)
-        notes = ended_higher(result.epochs)
+        notes = gates.ended_higher([epoch["loss"] for epoch in result.epochs], mend="--clip-ratio or --lr")
         return deliver.compressed(to, result, loaded, table=lambda _: _layers(result.layers), notes=notes)
 
 
@@ -87,8 +86,7 @@ def _file(
     from r2cli.cli import rerun
     from r2cli.palettes import palettization, weight_files
 
-    if wanted.baseline is not None or wanted.max_regression is not None:
-        raise InputError(f"--baseline compares a metric, and {source} has no network to measure: leave it out")
+    gates.require_measurable(wanted, {"max_bytes"}, f"{source} has weights alone, without a network to measure")
     output = files.files[0]
     settings = palettization.settings_of(config, registry.PALETTE_METHOD_OF_FILES)
     size = weight_files.total(source)
@@ -132,14 +130,6 @@ def _palettized(
         "seconds": round(perf_counter() - started, 1),
     }
     return report, [_layers(layers)]
-
-
-def ended_higher(epochs: Sequence[Mapping[str, float]]) -> list[str]:
-    """Return a line if training ended with a higher loss than its first epoch: most likely its steps were too large."""
-    if not epochs or epochs[-1]["loss"] <= epochs[0]["loss"]:
-        return []
-    first, last = epochs[0]["loss"], epochs[-1]["loss"]
-    return [f"the last epoch's loss is above the first one's ({last:.2f}, {first:.2f}): lower --clip-ratio or --lr"]
 
 
 def _is_checkpoint(source: Path) -> bool:

@@ -99,4 +99,5 @@ def _ending(report: Mapping[str, Any], given: NewNetwork, *, is_text: bool) -> l
     more += "" if given.data == "digits" else gates.again(given)
     more += f" --model {given.model}" if own_code.is_code(given.model) else ""
     follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")
-    return [summary, *gates.unreadable(report["unreadable"]), follow]
+    higher = gates.ended_higher([epoch["loss"] for epoch in report["epochs"]], mend="--lr")
+    return [summary, *higher, *gates.unreadable(report["unreadable"]), follow]

@@ -82,7 +82,7 @@ def ptq(
             result,
             loaded,
             table=lambda report: _layers(result.layers, report["float_operations"]),
-            notes=_notes(result),
+            notes=_notes(result, "bytes" if config.cost is None else "cost"),
         )
         return drawn(done)
 
@@ -111,11 +111,14 @@ def _left_open(config: PtqConfig) -> dict[str, Any]:
     return {"granularity": config.granularity, "weight_range": config.weight_range}
 
 
-def _notes(result: "PtqResult") -> list[console.Line]:
-    """Return lines that say what was chosen, and what ranges and corrections come from."""
-    notes: list[console.Line] = [_front(result), _again(result)] if result.bits else []
+def _notes(result: "PtqResult", spent: str) -> list[console.Line]:
+    """Return lines that say what was chosen, and what ranges and corrections come from.
+
+    `spent` is what mixed precision spends: bytes, or the cost of a table.
+    """
+    notes: list[console.Line] = [_front(result, spent), _again(result)] if result.bits else []
     notes += [_chosen(result.trials)] if result.trials else []
-    notes += [_tried(result.details["smallest"])] if "smallest" in result.details else []
+    notes += [_tried(result.details["smallest"], spent)] if "smallest" in result.details else []
     if registry.get(registry.PTQ_METHODS, result.settings.method).dataless or (
         result.settings.act_bits and not result.calibration
     ):
@@ -143,16 +146,16 @@ def _chosen(trials: "Sequence[Trial]") -> str:
     )
 
 
-def _front(result: "PtqResult") -> Any:
+def _front(result: "PtqResult", spent: str) -> Any:
     """Return a table of what is lost over what is spent, the choice marked, of `SHOWN` points of the front."""
     points = result.details["front"]
     step = max(1, len(points) // SHOWN)
     shown = [each for place, each in enumerate(points) if each["chosen"] or place % step == 0]
     rows = [(f"{each['cost']:,.6g}", f"{each['loss']:.3g}", "chosen" if each["chosen"] else "") for each in shown]
-    return console.table(("spent", "lost", ""), rows)
+    return console.table((spent, "lost", ""), rows)
 
 
-def _tried(trials: Sequence[Mapping[str, Any]]) -> Any:
+def _tried(trials: Sequence[Mapping[str, Any]], spent: str) -> Any:
     """Return a table of the trials on the way to the smallest file."""
     rows = [
         (
@@ -164,7 +167,7 @@ def _tried(trials: Sequence[Mapping[str, Any]]) -> Any:
         )
         for each in sorted(trials, key=lambda each: -float(each["spent"]))
     ]
-    return console.table(("spent", "metric", "lost", "", "s"), rows)
+    return console.table((spent, "metric", "metric lost", "", "seconds"), rows)
 
 
 def _again(result: "PtqResult") -> str:

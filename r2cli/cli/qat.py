@@ -17,6 +17,9 @@ from r2cli.train.resume import resume_state
 if TYPE_CHECKING:
     from r2cli.qat.prepare import TrainedLayer
 
+# The gates that compare with no float network.
+OF_NEW = ("min_accuracy", "min_metric", "baseline", "max_regression", "max_bytes", "max_latency")
+
 
 @command
 def qat(
@@ -31,6 +34,8 @@ def qat(
     started = perf_counter()
     has_weights = given.source is not None or given.weights is not None or given.pretrained
     is_new = config.from_scratch and given.model is not None and not has_weights
+    if is_new:
+        gates.require_measurable(wanted, OF_NEW, "a network from scratch has no float network to compare with")
     source = gates.source(given)
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
@@ -64,7 +69,8 @@ def qat(
             return drawn(known)
         with gates.told_of(state):
             result = worker.train(run, state, resume=written.resume, is_new=is_new, reporter=console)
-        return drawn(deliver.compressed(to, result, run.source, table=lambda _: _layers(result.layers)))
+        notes = gates.ended_higher([epoch.loss for epoch in result.epochs], mend="--lr")
+        return drawn(deliver.compressed(to, result, run.source, table=lambda _: _layers(result.layers), notes=notes))
 
 
 def _layers(layers: "Sequence[TrainedLayer]") -> Any:
