@@ -46,6 +46,7 @@ from torch import nn
 import r2cli
 from r2cli.analysis import depth, pairing
 from r2cli.calibration import deployed
+from r2cli.data import Data
 from r2cli.graph import edit, structure
 from r2cli.storage.checkpoint import Checkpoint
 
@@ -107,10 +108,10 @@ def given(name: str) -> tuple[Checkpoint, torch.Tensor, object]:
     return made, images[:IMAGES], data
 
 
-def inputs_of(network: nn.Module, data: object) -> Checkpoint:
-    from r2cli import api
+def inputs_of(network: nn.Module, data: Data) -> Checkpoint:
+    from r2cli.api import modules
 
-    return api._of_module(network, data)  # type: ignore[arg-type]
+    return modules.checkpoint_of(network, data)
 
 
 def broken(made: Checkpoint, images: torch.Tensor, kind: str, draw: random.Random) -> tuple[Checkpoint, str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import r2cli
 from conftest import R2
@@ -133,6 +134,50 @@ def test_a_module_is_trained_quantized_and_palettized() -> None:
         assert reached == pytest.approx(top1, abs=10)  # three of 32: int32 biases, 8-bit tables
     losses = [epoch.loss for epoch in tuned.epochs]
     assert losses[1] < losses[0]
+
+
+class Masked(nn.Module):
+    """`.float()` and `.to()` of a buffer, and a mask of minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("held", torch.arange(8) % 3 > 0)
+        self.mask: Tensor
+        self.register_buffer("mask", torch.full((8, 8), float("-inf")).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.layer(x.float()) + 1) * self.held.to(torch.float32) * (self.held + 2)  # a constant that is a sum too
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=self.mask).flatten(1)
+
+
+def test_values_that_are_named_as_a_method_of_a_module(tmp_path: Path) -> None:
+    x = torch.randint(255, (64, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = r2cli.load_data(([(x[:32], None)], [(x[32:], None)]))
+    found = r2cli.quantize(Masked(), data)
+    r2cli.export(found, tmp_path / "out.onnx")
+    assert r2cli.verify(tmp_path / "out.onnx", found, data).passed
+    (tmp_path / "out.safetensors").write_bytes(found.to_bytes())
+    assert r2cli.verify(tmp_path / "out.onnx", found.checkpoint, data).passed
+    with pytest.raises(InputError, match="data of your own"):
+        r2cli.verify(tmp_path / "out.onnx", found)
+
+
+def test_weights_that_a_hook_computes_are_those_of_the_network() -> None:
+    layer = nn.Linear(7, 4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    x = torch.randn(64, 7)
+    found = r2cli.quantize(nn.Sequential(layer), r2cli.load_data(([(x[:32], None)], [(x[32:], None)])))
+    (coded,) = found.checkpoint.coded.values()
+    assert torch.equal(coded.decode() == 0, layer.weight == 0) and layer.weight.grad_fn is not None
+
+
+def test_a_module_with_weights_that_are_no_numbers_is_refused() -> None:
+    layer = nn.Linear(64, 10)
+    layer.weight.data[0, 0] = float("nan")
+    network = nn.Sequential(nn.Flatten(), layer)
+    with pytest.raises(InputError, match="tensor '1.weight' has 1 NaN or infinite values of 640"):
+        r2cli.quantize(network, r2cli.load_data("digits", size=8))
 
 
 def test_a_file_is_not_trained(trained: Path) -> None:

@@ -429,6 +429,10 @@ def _one_sentence(text: str) -> bool:
         (["pretrain", "-o", "x.safetensors", "--batch-size", 1], ["--batch-size"]),
         (["pretrain", "-o", "x.safetensors", "--reg", "linf", "--reg-weight", "nan"], ["--reg-weight"]),
         (["ptq", "-o", "model.safetensors", "--overwrite"], ["model.safetensors", "source itself"]),
+        *(
+            ([name, "net.onnx", "-o", "net.safetensors", "--overwrite"], ["net.onnx, which", "the source itself"])
+            for name in ("ptq", "qat", "palettize")
+        ),
         (["export", "-o", "x.safetensors"], ["x.safetensors", ".onnx"]),
         (["ptq", "--keep", "con=²"], ["con=", "²", "known are 8"]),
         (["ptq", "--keep", "con=tensr"], ["con=", "'tensor'"]),

@@ -4,7 +4,7 @@ import base64
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import r2cli
 from conftest import R2
 from r2cli import models
+from r2cli.data import Data
 from r2cli.errors import InputError
+from r2cli.graph.equivalence import Misread
 from r2cli.models import onnx as onnx_in
 from r2cli.models.onnx_network import OnnxNetwork
 from r2cli.models.onnx_program import OPERATORS, HeldTensor, OnnxNode, OnnxProgram
@@ -81,6 +83,8 @@ CASES = [
     case("ConvTranspose", floats(4, 3, 3, 3), strides=[2, 2], pads=[0, 1, 1, 0]),
     case("ConvTranspose", floats(4, 3, 3, 3), strides=[2, 2], auto_pad="SAME_UPPER"),
     case("ConvTranspose", floats(4, 3, 3, 3), strides=[2, 2], output_shape=[12, 12]),
+    case("ConvTranspose", floats(4, 3, 3, 3), floats(3), strides=[2, 2], output_shape=[14, 14]),
+    case("ConvTranspose", floats(4, 3, 2, 2), strides=[3, 3], output_shape=[18, 17], auto_pad="SAME_UPPER"),
     case("Gemm", floats(6, 3), floats(3), shape=(2, 6)),
     case("Gemm", floats(3, 6), floats(1, 3), transB=1, shape=(2, 6)),
     case("Gemm", floats(3, 6), floats(3), transB=1, alpha=0.5, beta=2.0, shape=(2, 6)),
@@ -102,10 +106,17 @@ CASES = [
     case("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
     case("MaxPool", kernel_shape=[2, 2], strides=[2, 2], pads=[0, 0, 1, 1], ceil_mode=1, shape=(2, 4, 7, 7)),
     case("MaxPool", kernel_shape=[3, 2], auto_pad="SAME_UPPER"),
+    case("MaxPool", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_LOWER"),
+    case("MaxPool", kernel_shape=[3, 3], strides=[2, 3], pads=[1, 2, 2, 0], ceil_mode=1, shape=(2, 4, 9, 5)),
+    case("MaxPool", kernel_shape=[4, 1], strides=[3, 1], pads=[3, 0, 3, 0], ceil_mode=1, shape=(2, 4, 9, 7)),
+    case("MaxPool", kernel_shape=[2, 2], strides=[2, 1], pads=[0, 0, 1, 1], dilations=[2, 2]),
     case("AveragePool", kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
     case("AveragePool", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1),
     case("AveragePool", kernel_shape=[2, 2], pads=[0, 0, 1, 1]),
     case("AveragePool", kernel_shape=[2, 2], pads=[0, 0, 1, 1], count_include_pad=1),
+    case("AveragePool", kernel_shape=[2, 2], strides=[2, 2], pads=[1, 0, 0, 1], count_include_pad=1, ceil_mode=1),
+    case("AveragePool", kernel_shape=[3, 3], strides=[4, 4], pads=[0, 0, 1, 1], ceil_mode=1),
+    case("AveragePool", kernel_shape=[3, 3], strides=[2, 3], pads=[0, 2, 1, 1], count_include_pad=1, ceil_mode=1),
     case("GlobalAveragePool"),
     case("GlobalMaxPool"),
     *(
@@ -395,6 +406,72 @@ def test_an_exported_network_goes_out_as_it_came_in(small: nn.Module, tmp_path: 
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
     written = onnx.load(out).graph
     assert [written.input[0].name, written.output[0].name] == ["image", "scores"]
+
+
+def between(node: onnx.NodeProto, path: Path, *, names: Sequence[str] = ("w", "b", "v"), fill: float = 0.1) -> Path:
+    """A file with `node` from a to q between two convolutions of weights `names`; `fill` is in the first bias."""
+    weight, bias, last = names
+    held = {weight: floats(4, 1, 3, 3), bias: np.full(4, fill, F), last: floats(3, 4, 3, 3)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", weight, bias], ["a"], kernel_shape=[3, 3], pads=[1] * 4),
+            node,
+            helper.make_node("Conv", ["q", last], ["y"], kernel_shape=[3, 3], pads=[1] * 4),
+        ],
+        "between",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in held.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+def noise() -> Data:
+    x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return r2cli.load_data(([(x[:32], None)], [(x[32:], None)]))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [0, 0, 1, 1]},
+        {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"},
+        {"kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": "SAME_LOWER"},
+    ],
+)
+def test_a_largest_value_beside_uneven_padding_is_on_a_grid(own: dict[str, Any], tmp_path: Path) -> None:
+    """TensorFlow's pools with SAME: padding of minus infinity would be on no grid."""
+    path = between(helper.make_node("MaxPool", ["a"], ["q"], **own), tmp_path / "pool.onnx")
+    found = r2cli.quantize(path, noise())
+    r2cli.export(found, tmp_path / "out.onnx")
+    assert r2cli.verify(tmp_path / "out.onnx", found, noise()).passed
+    x = np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype(F)
+    ((first,), (then,)) = run(path, x), run(tmp_path / "out.onnx", x)
+    assert first.shape == then.shape and np.abs(first - then).max() < 0.05 * np.abs(first).max()
+
+
+def test_a_file_that_is_read_as_another_function_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = between(helper.make_node("Relu", ["a"], ["q"]), tmp_path / "relu.onnx")
+    assert r2cli.quantize(path, noise()).layers
+    monkeypatch.setitem(OPERATORS, "Relu", replace(OPERATORS["Relu"], compute=lambda a, x: torch.relu(x + 0.01)))
+    with pytest.raises(Misread, match="reads the output 'y' as another function"):
+        r2cli.quantize(path, noise())
+
+
+def test_a_file_with_weights_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    path = between(helper.make_node("Relu", ["a"], ["q"]), tmp_path / "nan.onnx", fill=float("nan"))
+    with pytest.raises(InputError, match=r"nan.onnx: tensor 'w?.?b(ias)?' has 4 NaN or infinite values of 4"):
+        r2cli.quantize(path, noise())
+
+
+def test_names_of_which_one_begins_another_are_told_apart(tmp_path: Path) -> None:
+    names = ("a.weight", "a", "a.weight.weight")
+    path = between(helper.make_node("Relu", ["a"], ["q"]), tmp_path / "names.onnx", names=names)
+    model = onnx.load(path)
+    model.graph.node[0].output[0] = model.graph.node[1].input[0] = "r"  # 'a' is the bias
+    onnx.save(model, path)
+    assert len(r2cli.quantize(path, noise()).layers) == 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -84,7 +84,8 @@ def test_options_that_exclude_each_other_are_reported_too(r2: R2, trained: Path,
 
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [("junti:a.xml", "did you mean 'junit'"), ("junit", "junit:FILE"), ("markdown:.", "names a folder")],
+    [("junti:a.xml", "did you mean 'junit'"), ("junit", "junit:FILE"), ("markdown:.", "names a folder")]
+    + [("markdown:model.safetensors", "must end in .md"), ("junit:r2.md", "must end in .xml")],
 )
 def test_a_report_that_cannot_be_is_refused_before_the_work(asked: str, told: str, r2: R2) -> None:
     ran = r2("targets", "--report", asked)
@@ -138,7 +139,7 @@ def test_a_wrong_value_is_told_with_where_it_comes_from(
     in_environment = r2("ptq")
     assert {on_line.code, in_folder.code, in_environment.code} == {2}
     assert "It comes from" not in on_line.err
-    assert "It comes from [tool.r2] of pyproject.toml" in in_folder.err
+    assert "It comes from pyproject.toml" in in_folder.err
     assert "It comes from the variable R2_WEIGHT_BITS" in in_environment.err
 
 

@@ -9,7 +9,6 @@ what `load_data` gives, a name such as "digits", or None: the data that the chec
 file is written unless a path is given, and errors are those of `r2cli.errors`.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ from r2cli import registry
 from r2cli.analysis import depth, depth_page, layer_table, mending, pairing, views
 from r2cli.analysis.depth import Comparison
 from r2cli.analysis.layer_table import Analysis
-from r2cli.api import inputs, proof_inputs, weights
+from r2cli.api import inputs, modules, proof_inputs, weights
 from r2cli.calibration import deployed, earlier
 from r2cli.calibration.result import Result
 from r2cli.config import targets
@@ -39,7 +38,6 @@ from r2cli.deploy.rehearsal import rehearse
 from r2cli.deploy.retarget import retarget
 from r2cli.deploy.verify import Proof
 from r2cli.errors import InputError
-from r2cli.models import require_fit
 from r2cli.palettes import palettization
 from r2cli.palettes.palettization import PaletteResult
 from r2cli.ptq import cost_table, smallest
@@ -49,7 +47,7 @@ from r2cli.qat import quantization_aware
 from r2cli.qat.quantization_aware import QatResult, Trainable
 from r2cli.storage import checkpoint
 from r2cli.storage.atomic import scratch_folder, write_atomically
-from r2cli.storage.checkpoint import Checkpoint, ModelSpec
+from r2cli.storage.checkpoint import Checkpoint
 from r2cli.storage.input_spec import Given, count
 from r2cli.train import pretraining
 from r2cli.train.pretraining import Pretrained
@@ -68,7 +66,7 @@ def load_data(given: Any, *, metric: str | None = None, loss: str | None = None,
     Your own is train and test, or one of them: datasets, loaders or iterables of batches (`data/own.py`). `metric` and
     `loss` are named as --metric and --loss name them. Raises InputError for anything else.
     """
-    found = datasets.load(given, **preparation) if isinstance(given, str) else own.to_data("the data", given)
+    found = datasets.load(given, **preparation) if isinstance(given, str) else own.to_data(datasets.OWN, given)
     found = found if metric is None else inputs.measured_as(found, metrics.named(metric))
     return datasets.learning(found, loss)
 
@@ -88,7 +86,11 @@ def pretrain(
     if not isinstance(network, nn.Module | str):
         raise InputError(f"pretrain takes a torch module or the name of a network, not {network!r}: load a file first")
     source = datasets.load(data) if isinstance(data, str) else data
-    spec = weights.model_spec(Preparation(), network, source) if isinstance(network, str) else _spec_of(network, source)
+    spec = (
+        weights.model_spec(Preparation(), network, source)
+        if isinstance(network, str)
+        else modules.spec_of(network, source)
+    )
     config = config or PretrainConfig()
     run = pretraining.ready(spec, source, config, recorded={"data": datasets.recorded(source.name)})
     model = pretraining.network_of(run, None if isinstance(network, str) else network)
@@ -356,7 +358,7 @@ def _read(network: Network, data: Data | str | None, *, needed: bool = True) -> 
         if data is None:
             raise InputError(f"{type(network).__name__} needs the data that it is for: give a name or `load_data(...)`")
         source = datasets.load(data) if isinstance(data, str) else data
-        return _of_module(network, source), source
+        return modules.checkpoint_of(network, source), source
     if isinstance(network, str | Path) and Path(network).suffix == ".onnx" and isinstance(data, Data):
         return inputs.of_onnx(Path(network), data), data
     made = _checkpoint_of(network)
@@ -374,23 +376,6 @@ def _checkpoint_of(network: Network) -> Checkpoint:
     if isinstance(network, nn.Module):
         raise InputError("a module alone does not say how it is fed: give what `quantize` or `pretrain` returned")
     return earlier.by_todays_names(checkpoint.load(Path(network)))
-
-
-def _spec_of(network: nn.Module, source: Data) -> ModelSpec:
-    """A spec that makes copies of `network`; its name is the class's."""
-    template = copy.deepcopy(network)
-    kind = type(network)
-    name = f"{kind.__module__}:{kind.__qualname__}"
-    return ModelSpec(name, source.classes, source.input.channels, factory=lambda: copy.deepcopy(template))
-
-
-def _of_module(network: nn.Module, source: Data) -> Checkpoint:
-    """The float checkpoint of a module. Raises InputError where it does not take the images of `source`."""
-    spec = _spec_of(network, source)
-    given, outputs = require_fit(copy.deepcopy(network), spec, source.input, decides=source.task.decides)
-    floats = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-    made = Checkpoint(spec, given, source.class_names, floats, origin=spec.name, outputs=outputs)
-    return made.then("import", {"data": datasets.recorded(source.name), "model": spec.described()}, {})
 
 
 @contextmanager

@@ -20,9 +20,11 @@ from r2cli.data import classes as class_lists
 from r2cli.data import losses, metrics
 from r2cli.data import own as own_data
 from r2cli.data.own_splits import of_sizes
+from r2cli.deploy import as_read
+from r2cli.deploy.runtime import UnrunnableError
 from r2cli.errors import InputError
 from r2cli.models import onnx, pretrained, text
-from r2cli.storage import checkpoint, own_code
+from r2cli.storage import checkpoint, finite, own_code
 from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec, forms
 from r2cli.storage.keywords import is_own, require_safe
 from r2cli.storage.own_code import keywords
@@ -130,7 +132,7 @@ def _load(given: Inputs, tell: Callable[[str], None], *, needed: bool) -> tuple[
         other = "the checkpoint that has them" if names_code else "--pretrained for those that are published"
         raise InputError(f"--model {given.model} needs weights: give --weights FILE, or {other}")
     if given.source is not None and given.source.suffix == ".onnx":
-        return _of_onnx(given, given.source, needed=needed)
+        return _of_onnx(given, given.source, needed=needed, tell=tell)
     made = checkpoint.load(given.source or DEFAULT_SOURCE)
     if given.model is not None:
         made = _with_code(made, given.model, given.model_arg)
@@ -211,7 +213,9 @@ def _noise(given: Inputs, what: str) -> datasets.Data:
     return own_data.noise(own_data.of_shapes(given.input_shape), datasets.NOISE)
 
 
-def _of_onnx(given: Inputs, path: Path, *, needed: bool) -> tuple[checkpoint.Checkpoint, datasets.Data]:
+def _of_onnx(
+    given: Inputs, path: Path, *, needed: bool, tell: Callable[[str], None]
+) -> tuple[checkpoint.Checkpoint, datasets.Data]:
     """The float network of an ONNX file, with the data and the preprocessing that `given` names."""
     if given.model is not None:
         raise InputError(f"--model {given.model} does not apply: {path} holds its own network")
@@ -224,20 +228,28 @@ def _of_onnx(given: Inputs, path: Path, *, needed: bool) -> tuple[checkpoint.Che
         square = sizes[2] if len(sizes) == 4 and sizes[2] == sizes[3] else None
         of_images = not own_code.is_code(given.data) and not given.data.startswith("npz:")
         loaded = load_data(replace(given, size=given.size or square) if of_images else given, given.data, default="")
-    made = of_onnx(path, loaded)
+    made = of_onnx(path, loaded, tell=tell)
     return made, _calibrating(given, made, loaded)
 
 
-def of_onnx(path: Path, loaded: datasets.Data) -> checkpoint.Checkpoint:
+def of_onnx(
+    path: Path, loaded: datasets.Data, *, tell: Callable[[str], None] = lambda line: None
+) -> checkpoint.Checkpoint:
     """The float checkpoint of the network in an ONNX file, for the inputs of `loaded`.
 
-    Raises InputError for a file that cannot be read, naming the node, and where it does not take those inputs.
+    It is compared with the file in ONNX Runtime; `tell` is told where that cannot run it. Raises InputError for a file
+    that cannot be read, naming the node, and where it does not take those inputs; Misread where both differ.
     """
     spec, taken, tensors = onnx.read(path, loaded.input, loaded.classes)
     network = models.build(spec)
+    finite.require(tensors, str(path), finite.OTHERS)
     checkpoint.into(network, tensors)
     taken, _ = models.require_fit(network, spec, taken, decides=loaded.task.decides)
     names = onnx.program(spec).outputs
+    try:
+        as_read.require_same(path, network, taken, names)
+    except UnrunnableError as error:
+        tell(f"whether {path} is read as it is meant is not checked: {error}")
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, tensors, origin=str(path), outputs=names)
     options = {"data": datasets.recorded(loaded.name), "onnx": path.name}
     return made.then("import", options, {})

@@ -108,8 +108,8 @@ def calibrate(
             raise InputError(f"the calibration data holds NaN or infinite values in '{name}': give --data without")
         if not observer.finite:
             raise R2Error(
-                f"the value '{name}' is NaN or infinite on the calibration images: the checkpoint is damaged, so train "
-                "it again with a lower --lr"
+                f"the network computes NaN or infinity as '{name}' on the calibration images, and no grid holds that: "
+                "train it again with a lower --lr, or write that value another way"
             )
     widths = placement.bits_of(net, values, bits, own)
     ranges = {

@@ -61,7 +61,7 @@ def origin(context: Any, parameter: Any) -> str:
     if context is None or parameter is None:
         return ""
     source = context.get_parameter_source(parameter.name)
-    named = {"ENVIRONMENT": f"the variable {parameter.envvar}", "DEFAULT_MAP": f"[tool.r2] of {FILE}"}
+    named = {"ENVIRONMENT": f"the variable {parameter.envvar}", "DEFAULT_MAP": str(FILE)}
     return f" It comes from {named[source.name]}." if source is not None and source.name in named else ""
 
 

@@ -52,6 +52,12 @@ def require_output(output: Path, ending: str, *, source: Path | None = None) -> 
         raise InputError(f"--output {output} is the source itself: give another name")
 
 
+def require_kept(source: Path, file: Path) -> None:
+    """Raise InputError where `file`, which is written beside --output, is the source itself."""
+    if file.resolve() == source.resolve():
+        raise InputError(f"{file}, which is written beside --output, is the source itself: give another --output")
+
+
 def require_free(paths: Iterable[Path], *, overwrite: bool) -> None:
     """Raise InputError if one of the outputs exists already. Commands call it before any work is done."""
     for path in paths:

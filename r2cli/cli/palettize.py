@@ -38,6 +38,7 @@ def palettize(
     output = written.output or gates.beside(source, f"{suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
     file, state = targets.beside(output, config.target), resume_state(output)
+    gates.require_kept(source, file)
     files = RunFiles(
         "palettize",
         [output, file] if is_network else [output],

@@ -41,6 +41,7 @@ def ptq(
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
     file = targets.beside(output, config.target)
+    gates.require_kept(source, file)
     files = RunFiles("ptq", [output, file], resume=written.resume, overwrite=written.overwrite)
     files.require_free()
 

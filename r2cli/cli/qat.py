@@ -40,6 +40,7 @@ def qat(
     output = written.output or gates.beside(source, f"{config.suffix}.safetensors")
     gates.require_output(output, ".safetensors", source=source)
     state, file = resume_state(output), targets.beside(output, config.target)
+    gates.require_kept(source, file)
     files = RunFiles("qat", [output, file], state=state, resume=written.resume, overwrite=written.overwrite)
     files.require_free()
 

@@ -221,7 +221,7 @@ class Listed(Config):
     json: bool = option(False, "Print one JSON object on standard output.", panel=OUTPUT)
     report: Sequence[str] = option(
         (),
-        "How the command ended, for a pipeline: junit:FILE, markdown:FILE or github; repeatable.",
+        "How the command ended, for a pipeline: junit:FILE.xml, markdown:FILE.md or github; repeatable.",
         panel=OUTPUT,
         check=values.reports,
         given=list[str] | None,

@@ -14,7 +14,8 @@ from r2cli.errors import InputError, unknown
 ACT_RANGES = ("minmax", "moving-average", "percentile", "mse", "entropy")
 WEIGHT_RANGES = ("minmax", "percentile", "mse")
 PRECISIONS = ("auto", "float32", "bfloat16")
-REPORTS = ("junit", "markdown", "github")
+# Kinds of reports, and how their files end: else one could be written over a network. GitHub names its own.
+REPORTS = {"junit": ".xml", "markdown": ".md", "github": ""}
 COLORS = ("auto", "always", "never")
 STEP = "R2_STEP"  # a variable of the steps that `r2 run` starts in processes of their own, which it reports itself
 
@@ -230,7 +231,7 @@ def size(given: int | str | None) -> int | tuple[int, int] | None:
 def report_kind(asked: str) -> tuple[str, Path | None]:
     """Return the kind and the file of a `--report`, such as 'junit:r2.xml'. 'github' may do without a file.
 
-    Raises InputError for another kind, a file that is not named, and a folder.
+    Raises InputError for another kind, a file that is not named or has another ending, and a folder.
     """
     kind, _, file = asked.partition(":")
     if kind not in REPORTS:
@@ -239,6 +240,8 @@ def report_kind(asked: str) -> tuple[str, Path | None]:
         raise InputError(f"--report {asked} names no file: give {kind}:FILE")
     if file and Path(file).is_dir():
         raise InputError(f"--report {asked} names a folder: give {kind}:FILE")
+    if not file.endswith(REPORTS[kind]):
+        raise InputError(f"--report {asked} must end in {REPORTS[kind]}")
     return kind, Path(file) if file else None
 
 

@@ -77,6 +77,7 @@ __all__ = [
 ]
 
 NOISE = "noise"  # what stands for the data of a network whose data is not there
+OWN = "the data"  # the name of data that is given to the API
 KINDS: Mapping[str, Callable[[Request], Data]] = {
     "digits": digits.load,
     "mnist": torchvision.load,
@@ -151,6 +152,8 @@ def _load(name: str, request: Request) -> Data:
     size, spec = request.size, request.spec
     if kind == NOISE:
         raise InputError("the file was made without data: give --data")
+    if kind == OWN:
+        raise InputError("the network was made with data of your own, which no file holds: give it again")
     if kind not in KINDS or (where and kind not in {*WHERE, "digits"}):
         raise unknown("data set", name, [WHERE.get(known, known) for known in KINDS])
     if kind in WHERE and not where:

@@ -77,7 +77,7 @@ def _distance(net: nn.Module, model: nn.Module, inputs: Given) -> float:
     is finite and the other is not."""
     worst = 0.0
     for found, expected in zip(_run(net, inputs), _run(model, inputs), strict=True):
-        worst = max(worst, _relative(found, expected))
+        worst = max(worst, relative(found, expected))
     return worst
 
 
@@ -85,7 +85,13 @@ def _run(model: nn.Module, inputs: Given) -> list[Tensor]:
     return list(tensors(model(*places(each(inputs, torch.clone)))))  # it may write into its inputs
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value that is expected; of integers the share that differs.
+
+    It is infinite for another shape, and where one is finite and the other is not.
+    """
+    if found.shape == expected.shape and not expected.is_floating_point():
+        return float((found != expected).double().mean()) if expected.numel() else 0.0
     finite = torch.isfinite(expected)
     if found.shape != expected.shape or not torch.equal(torch.isfinite(found), finite):
         return torch.inf
@@ -119,7 +125,7 @@ def _first_difference(net: nn.Module, model: nn.Module, inputs: Given) -> str | 
     for name, values in expected.items():
         own = seen.get(name, [])
         if len(own) == len(values) and any(
-            _relative(one, other) > TOLERANCE for one, other in zip(own, values, strict=True)
+            relative(one, other) > TOLERANCE for one, other in zip(own, values, strict=True)
         ):
             return name
     return None

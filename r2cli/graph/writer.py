@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 
 from r2cli.graph import constants
 from r2cli.graph.constants import Constant, operator_name
+from r2cli.models.onnx_names import RESERVED
 from r2cli.models.onnx_network import holder
 
 # Sizes that depend on the batch are made of these.
@@ -47,6 +48,7 @@ class Writer:
         self._names = dict[Constant, str]()
         self._parameters = dict[Constant, nn.Parameter]()
         self._count = Counter[str]()
+        self._nodes = set[str]()  # names of nodes: a file has one space of names for values and tensors
         # torch's own modules that compute one thing: ReLU, MaxPool2d, Flatten.
         self._simple = {
             name
@@ -64,9 +66,12 @@ class Writer:
 
     def create(self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> fx.Node:
         name = name.replace(".", "_")
+        name = f"{name}_" if name in RESERVED else name
         count = self._count[name]
         self._count[name] += 1
-        return self.graph.create_node(op, target, tuple(args), dict(kwargs), f"{name}_{count}" if count else name)
+        node = self.graph.create_node(op, target, tuple(args), dict(kwargs), f"{name}_{count}" if count else name)
+        self._nodes.add(node.name)
+        return node
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of `function` on values of the new graph, named by the module that is written and the function."""
@@ -124,7 +129,9 @@ class Writer:
         """A node that reads a constant as it is."""
         if constant not in self._names:
             name, count = constant.name, 1
-            while name in self.tensors or (not constant.own and name in self._taken):
+            if not constant.own and name.rpartition(".")[2] in RESERVED:
+                name = f"{name}_"
+            while name in self.tensors or (not constant.own and name in self._taken | self._nodes):
                 name, count = f"{constant.name}_{count}", count + 1
             self._names[constant] = name
             self.tensors[name] = self.parameter(constant) if constant.trained else constant.value

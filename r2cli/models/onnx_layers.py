@@ -1,5 +1,6 @@
 """Operators of ONNX with weights, and pools: convolutions, products of matrices, norms."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -75,6 +76,8 @@ def conv_transpose(a: Attributes, x: Tensor, weight: Tensor, bias: Value = None)
         over = [
             s * (n - 1) + e + r - w for n, s, e, r, w in zip(sizes, strides, extra, reach, wanted[-rank:], strict=True)
         ]
+        if a.get("output_shape"):  # it may ask for more than there is
+            extra = [e + max(0, -one) for e, one in zip(extra, over, strict=True)]
         less, more = [max(0, one) // 2 for one in over], [max(0, one) - max(0, one) // 2 for one in over]
         before, after = (less, more) if a.get("auto_pad") == "SAME_UPPER" else (more, less)
     elif a.get("auto_pad", "NOTSET") == "NOTSET":
@@ -153,15 +156,53 @@ def local_response_norm(a: Attributes, x: Tensor) -> Tensor:
 # --- pools -----------------------------------------------------------------------------------------------------------
 
 
+def _windows(a: Attributes, x: Tensor, kernel: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """Of each axis: the padding before it, how far the last window reaches behind it, and how many windows there are.
+
+    With ceil_mode the last window may reach beyond the padding, and none begins behind the values.
+    """
+    rank = len(kernel)
+    (before, after), strides, dilations = _pads(a, x, kernel), _sizes(a, "strides", rank), _sizes(a, "dilations", rank)
+    ends, counts = [], []
+    for axis, size in enumerate(map(int, x.shape[2:])):
+        stride, reach, held = strides[axis], (kernel[axis] - 1) * dilations[axis] + 1, size + before[axis]
+        room = held + after[axis] - reach
+        count = room // stride + 1
+        if a.get("ceil_mode", 0) and room % stride and count * stride < held:
+            count += 1
+        counts.append(count)
+        ends.append((count - 1) * stride + reach - held)
+    return before, ends, counts
+
+
+def _is_plain(a: Attributes, x: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether torch pads as the file does: both sides alike, and by half a window at most."""
+    before, after = _pads(a, x, kernel)
+    return before == after and all(2 * pad <= size for pad, size in zip(before, kernel, strict=True))
+
+
 def max_pool(a: Attributes, x: Tensor) -> Tensor:
     if a["outputs"] > 1:
         raise Uncomputable("it gives indices too")
     rank, kernel = _spatial(x), list(a["kernel_shape"])
-    before, after = _pads(a, x, kernel)
-    if before != after or any(2 * pad > size for pad, size in zip(before, kernel, strict=True)):
-        x, before = F.pad(x, _around(before, after), "constant", float("-inf")), [0] * rank
     strides, dilations = _sizes(a, "strides", rank), _sizes(a, "dilations", rank)
-    found: Tensor = MAX_POOLS[rank](x, kernel, strides, before, dilations, bool(a.get("ceil_mode", 0)))
+    pool, (before, ends, counts) = MAX_POOLS[rank], _windows(a, x, kernel)
+    if _is_plain(a, x, kernel):
+        found: Tensor = pool(x, kernel, strides, before, dilations, bool(a.get("ceil_mode", 0)))
+        return found
+    # Padding by minus infinity would be a value that no grid holds. So torch pads both sides, by as much as lets a
+    # window begin where the file's first does, and takes all that begin inside; those too many are cut off.
+    wider = [range(pad, size // 2 + 1, step) for pad, size, step in zip(before, kernel, strides, strict=True)]
+    for pads in itertools.product(*wider):
+        found = pool(x, kernel, strides, pads, dilations, True)
+        starts = [(pad - own) // step for pad, own, step in zip(pads, before, strides, strict=True)]
+        ranges = list(zip(found.shape[2:], starts, counts, strict=True))
+        if all(int(size) >= start + count for size, start, count in ranges):
+            for axis, (size, start, count) in enumerate(ranges, 2):
+                found = found.narrow(axis, start, count) if int(size) > count else found
+            return found
+    padded = F.pad(x, _around(before, ends), "constant", float("-inf"))
+    found = pool(padded, kernel, strides, [0] * rank, dilations)
     return found
 
 
@@ -169,17 +210,21 @@ def average_pool(a: Attributes, x: Tensor) -> Tensor:
     rank, kernel = _spatial(x), list(a["kernel_shape"])
     if set(a.get("dilations") or [1]) != {1}:
         raise Uncomputable("it averages values that are not neighbours")
-    strides, (before, after) = _sizes(a, "strides", rank), _pads(a, x, kernel)
-    ceil, counted = bool(a.get("ceil_mode", 0)), bool(a.get("count_include_pad", 0))
-    pool = MEAN_POOLS[rank]
-    if before == after and all(2 * pad <= size for pad, size in zip(before, kernel, strict=True)):
+    strides, counted, pool = _sizes(a, "strides", rank), bool(a.get("count_include_pad", 0)), MEAN_POOLS[rank]
+    if _is_plain(a, x, kernel):
+        before, ceil = _pads(a, x, kernel)[0], bool(a.get("ceil_mode", 0))
         found: Tensor = pool(x, kernel, strides, before, ceil, counted)
         return found
-    padded: Tensor = pool(F.pad(x, _around(before, after)), kernel, strides, [0] * rank, ceil)
-    if counted:
+    before, ends, _ = _windows(a, x, kernel)
+    held = [min(pair) for pair in zip(_pads(a, x, kernel)[1], ends, strict=True)]
+    padded: Tensor = pool(F.pad(x, _around(before, ends)), kernel, strides, [0] * rank)
+    if counted and held == ends:
         return padded
-    ones = F.pad(torch.ones(x.shape[2:], device=x.device)[None], _around(before, after))
-    return torch.div(padded, pool(ones, kernel, strides, [0] * rank, ceil))
+    ones = torch.ones(x.shape[2:], device=x.device)[None]
+    if counted:  # the padding is, and what a window reaches beyond it is not
+        ones = F.pad(ones, _around(before, held), "constant", 1.0)
+        before, ends = [0] * rank, [end - own for end, own in zip(ends, held, strict=True)]
+    return torch.div(padded, pool(F.pad(ones, _around(before, ends)), kernel, strides, [0] * rank))
 
 
 def global_mean(a: Attributes, x: Tensor) -> Tensor:

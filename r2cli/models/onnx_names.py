@@ -87,7 +87,10 @@ class Names:
     def _free(self, wanted: Sequence[str], fits: object) -> str:
         assert callable(fits)
         held = set(self.tensors.values())
-        tries = [*wanted, *(f"{wanted[-1]}_{count}" for count in range(1, len(held) + len(self.steps) + 2))]
+        parent, _, last = wanted[-1].rpartition(".")
+        apart = f"{parent.replace('.', '_')}.{last}".lstrip(".")  # where what would hold it is a tensor itself
+        numbers = range(1, len(held) + len(self.steps) + 2)
+        tries = [*wanted, *(f"{own}_{count}" for own in (wanted[-1], apart) for count in numbers)]
         path = next(one for one in tries if fits(one) and one not in held and held.isdisjoint(_above(one)))
         self.above.update(_above(path))
         return path

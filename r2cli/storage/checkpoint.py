@@ -30,7 +30,7 @@ from r2cli.quantized.coded import Codec, Coded
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.packing import packed_bytes, unpack
 from r2cli.quantized.palette import Palette
-from r2cli.storage import schema
+from r2cli.storage import finite, schema
 from r2cli.storage.atomic import write_atomically
 from r2cli.storage.formats import ActivationEntry, CheckpointEntry, CodecEntry, InputEntry, ModelEntry, PalettesEntry
 from r2cli.storage.input_spec import InputSpec as InputSpec
@@ -387,10 +387,5 @@ def _require_finite(checkpoint: Checkpoint, path: Path) -> None:
     parts = {f"{name}.scale": coded.codec.scale for name, coded in checkpoint.coded.items()}
     parts |= {f"{name}.lut": c.codec.lut for name, c in checkpoint.coded.items() if isinstance(c.codec, Palette)}
     parts |= {f"activation {node}": grid.scale for node, grid in checkpoint.activations.items()}
-    for name, tensor in {**checkpoint.floats, **parts}.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise InputError(
-                f"{path}: tensor '{name}' has {bad} NaN or infinite values of {tensor.numel()}: "
-                "the training that wrote it diverged, so train again with a lower --lr"
-            )
+    way_out = "the training that wrote it diverged, so train again with a lower --lr"
+    finite.require({**checkpoint.floats, **parts}, str(path), way_out)

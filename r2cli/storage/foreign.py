@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from r2cli.errors import InputError
-from r2cli.storage import pth
+from r2cli.storage import finite, pth
 from r2cli.storage.checkpoint import load_tensors
 
 SHOWN = 12  # a message lists at most this many names of each kind
@@ -32,13 +32,7 @@ def fitted(state: Mapping[str, Tensor], file: str, model: nn.Module, what: str) 
     """
     masks = [] if pth.masks(model.state_dict()) else [f"{name}_mask" for name in pth.masks(state)]
     weights, others = matched(pth.with_masks_applied(state) if masks else state, model.state_dict(), file, what)
-    for name, tensor in weights.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise InputError(
-                f"{file}: tensor '{name}' has {bad} NaN or infinite values of {tensor.numel()}: give weights of a "
-                "training run that did not diverge"
-            )
+    finite.require(weights, file, finite.OTHERS)
     return weights, masks + others
 
 
