@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from r2cli import registry
-from r2cli.qat import dorefa, ewgs, lsq, pact, seq
+from r2cli.qat import dorefa, ewgs, lsq, pact, quantizers, seq
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WideQuantizer
 from r2cli.quantized import fake_quant
 from r2cli.quantized.grid import Grid
@@ -35,6 +35,30 @@ def learner_of(kind: type[ActivationQuantizer], bits: int, parameter: float) -> 
     learner = kind(bits).double()
     learner.parameter.data.fill_(parameter)
     return learner
+
+
+# --- where all begin ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["images with a dark border", "kernels with a large centre"])
+def test_the_best_range_is_that_of_all_places_of_images_and_kernels(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "images with a dark border":
+        x, zero = torch.zeros(64, 16, 32, 32), 0
+        x[:, :, 4:28, 4:28] = torch.randn(64, 16, 24, 24, generator=generator).relu()
+    else:
+        x, zero = torch.randn(256, 256, 3, 3, generator=generator), 8
+        x[:, :, 1, 1] *= 3
+    before = torch.get_rng_state()
+    found = float(quantizers.best_range(x, 4, zero))
+
+    def error(width: float) -> float:
+        codes = (x / (width / 15)).round().clamp(-zero, 15 - zero)
+        return float((codes * (width / 15) - x).square().sum())
+
+    widest = float(x.amax()) * 15 / (15 - zero)
+    assert error(found) < 1.05 * min(error(widest * share / 64) for share in range(8, 65, 2))
+    assert found == float(quantizers.best_range(x, 4, zero)) and torch.equal(before, torch.get_rng_state())
 
 
 # --- LSQ: equations 1 to 3 -----------------------------------------------------------------------------------------
