@@ -384,6 +384,20 @@ def test_which_weights_are_regularized() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["linf", "margin", "clip"])
+def test_a_frozen_weight_stays_and_a_shared_one_counts_once(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[1].weight
+    frozen = model[0].weight.requires_grad_(False)
+    before = frozen.clone()
+    regularizer = Regularizer(RegularizerSpec(name, 1.0), model)
+    assert list(regularizer.weights) == ["1.weight"]
+    regularizer.add_gradients()
+    regularizer.step(0.1)
+    regularizer.after_step()
+    assert torch.equal(frozen, before) and frozen.grad is None
+
+
 def test_transposed_convolutions_are_regularized_in_a_module_and_in_the_graph_that_is_trained() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3))
     graph = trace(network.eval(), torch.zeros(2, 3, 8, 8))

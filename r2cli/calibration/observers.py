@@ -102,7 +102,7 @@ class Histogram(Observer):
         self.counts[0, -groups:], self.counts[1, :groups] = merged[0], merged[1]
 
     def middles(self) -> Tensor:
-        """Return the middles of the bins, ascending, as far as they lie within the observed values: float64 (2 * BINS,).
+        """Return the middles of the bins, ascending, none of them outside the observed values: float64 (2 * BINS,).
 
         Where many values are the greatest of all, as behind a ReLU6, the middle of their bin would lie above it.
         """

@@ -165,7 +165,7 @@ def lower_quiet_channels(net: fx.GraphModule) -> dict[str, int]:
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Iterable[Given]) -> None:
-    """Set the statistics of every BatchNorm to the average over `batches` of images (n, ...), by their values; in place.
+    """Set the statistics of every BatchNorm to the average over the values of `batches` of images (n, ...); in place.
 
     Rounded weights give other means and variances than the weights that the statistics were collected with. Everything
     else, such as dropout, runs as in evaluation, and the model is in evaluation mode afterwards.
