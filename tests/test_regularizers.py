@@ -386,9 +386,10 @@ def test_which_weights_are_regularized() -> None:
 
 @pytest.mark.parametrize("name", ["linf", "margin", "clip"])
 def test_a_frozen_weight_stays_and_a_shared_one_counts_once(name: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    model[2].weight = model[1].weight
-    frozen = model[0].weight.requires_grad_(False)
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    third.weight = second.weight
+    model, frozen = nn.Sequential(first, second, third), first.weight
+    frozen.requires_grad_(False)
     before = frozen.clone()
     regularizer = Regularizer(RegularizerSpec(name, 1.0), model)
     assert list(regularizer.weights) == ["1.weight"]
