@@ -147,6 +147,14 @@ def test_the_average_is_met_and_the_same_seed_chooses_the_same(
     assert target - 0.5 < mean <= target
 
 
+def test_the_cheapest_choice_of_all_stays_where_a_front_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knapsack, "MOST", 100)
+    sizes = [1000 + 37**i % 1_999_993 for i in range(1, 41)]
+    options = {f"l{i}": {b: (size * b, 4.0**-b * size) for b in (8, 4, 3, 2, 1)} for i, size in enumerate(sizes)}
+    front = knapsack.front(options)
+    assert len(front.costs) <= 100 and front.choice(front.within(sum(sizes))) == dict.fromkeys(options, 1)
+
+
 def odd_sizes() -> nn.Module:
     """Layers of 45, 315 and 4480 weights: most of their codes do not fill the last byte."""
     layers = [nn.Conv2d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 3, padding=1), nn.ReLU()]
