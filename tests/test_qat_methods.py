@@ -61,6 +61,21 @@ def test_the_best_range_is_that_of_all_places_of_images_and_kernels(kind: str) -
     assert found == float(quantizers.best_range(x, 4, zero)) and torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("kind", [lsq.LsqActivation, pact.PactActivation, dorefa.DorefaActivation, ewgs.EwgsActivation])
+@pytest.mark.parametrize(("mean", "codes"), [(0.5, (0, 1)), (-0.5, (-1, 0)), (9.0, (0, 1))])
+def test_one_bit_has_its_level_on_the_side_of_most_values(
+    kind: type[ActivationQuantizer], mean: float, codes: tuple[int, int]
+) -> None:
+    learner = kind(1)
+    learner.start(torch.randn(2000, generator=torch.Generator().manual_seed(0)) + mean)
+    assert learner.codes == codes
+
+
+def test_a_weight_of_one_value_has_a_range() -> None:
+    w = torch.tensor([[0.7]])
+    assert float(ewgs.EwgsWeight(w, 2)(w).detach()) == pytest.approx(0.7, rel=1e-4)
+
+
 # --- LSQ: equations 1 to 3 -----------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,8 @@ class ActivationQuantizer(_OnEdge):
         width, levels = max(high, 0.0) - min(low, 0.0), 2**self.bits - 1
         # Negative values get one level at least, and so do positive ones, however few they are.
         self.zero = 0 if low >= 0 else min(max(round(-low / width * levels), 1), max(levels - 1, 1))
+        if self.bits == 1:  # there is one level beside 0: it is on the side where more would be lost
+            self.zero = int(x.clamp_max(0).norm() > x.clamp_min(0).norm())
         if self.symmetric:
             self.zero = 1 << (self.bits - 1)
 
