@@ -44,6 +44,29 @@ def test_folding_keeps_the_function(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_statistics_are_those_of_all_values_also_where_the_last_batch_is_short(kind: type[nn.Module]) -> None:
+    norm, shape = kind(2), (65, 2) if kind is nn.BatchNorm1d else (65, 2, 4, 4)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.2, 1, 2).view(
+        2, *(1,) * (len(shape) - 2)
+    )
+    x[64:] += 30
+    batchnorm.reestimate_norms(norm, [x[:60], x[60:64], x[64:]])
+    # A channel's only value has no variance, and is not counted.
+    counted = [x[:60], x[60:64], *([x[64:]] if len(shape) == 4 else [])]
+    share = torch.tensor([len(part) for part in counted]) / sum(map(len, counted))
+    dims = [place for place in range(len(shape)) if place != 1]
+    mean = (torch.stack([part.mean(dims) for part in counted]) * share[:, None]).sum(0)
+    variance = (torch.stack([part.var(dims) for part in counted]) * share[:, None]).sum(0)
+    assert torch.allclose(norm.get_buffer("running_mean"), mean, atol=1e-5)
+    assert torch.allclose(norm.get_buffer("running_var"), variance, rtol=1e-4)
+    assert not norm.training and norm.momentum == 0.1
+    before = norm.get_buffer("running_mean").clone()
+    if len(shape) == 2:  # nothing to collect: what was there stays
+        batchnorm.reestimate_norms(norm, [x[:1]])
+        assert torch.equal(norm.get_buffer("running_mean"), before)
+
+
 def test_parameter_names_stay_when_the_graph_is_read() -> None:
     model = models.build(models.spec("resnet18", classes=10, channels=3, size=32, width=None))
     net = trace(model, torch.zeros(2, 3, 32, 32))

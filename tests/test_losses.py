@@ -36,6 +36,9 @@ def test_losses_by_name_are_those_of_torch() -> None:
     assert plain == pytest.approx(float(F.cross_entropy(maps, wanted)))
     wanted[0] = 255
     assert lost("cross-entropy", maps, wanted) == pytest.approx(float(F.cross_entropy(maps[1:], wanted[1:])))
+    smooth = float(F.cross_entropy(maps[1:], wanted[1:], label_smoothing=0.1))
+    assert lost("cross-entropy", maps, wanted, 0.1) == pytest.approx(smooth)
+    assert lost("cross-entropy", maps, torch.full_like(wanted, 255)) == 0  # no label counts
     assert lost("mse", logits, numbers) == pytest.approx(float((logits - numbers).square().mean()))
     assert lost("l1", logits[:, :1], numbers[:, 0]) == pytest.approx(float((logits[:, 0] - numbers[:, 0]).abs().mean()))
     share = numbers.sigmoid()

@@ -72,6 +72,18 @@ def test_numbers_as_scikit_learn_has_them() -> None:
     assert value("psnr", 255 * near, 255 * picture) == pytest.approx(np.mean(each), rel=1e-5)
 
 
+@pytest.mark.parametrize("far", [0.0, 1e8, 1.7e9])
+def test_r2_far_from_zero_and_of_constants_as_scikit_learn_has_it(far: float) -> None:
+    wanted = drawn(30, 3, seed=1).double() + far
+    found = wanted + 0.3 * drawn(30, 3)
+    wanted[:, 1] = found[:, 2] = wanted[:, 2] = 3
+    assert value("r2", found, wanted) == pytest.approx(peers.r2_score(wanted.numpy(), found.numpy()), rel=1e-6)
+    assert value("r2", wanted, wanted) == 1
+    assert value("r2", found, torch.full_like(found, 3.3)) == 0  # whose mean is rounded
+    with pytest.raises(InputError, match="nan"):
+        value("r2", found * float("nan"), wanted)
+
+
 def test_a_value_is_told_with_its_name_and_unit() -> None:
     told = {"top1": "top-1 61.25 %", "miou": "mIoU 61.25", "psnr": "PSNR 61.25 dB", "r2": "R2 61.25"}
     assert {name: metrics.METRICS[name].shown(61.25) for name in told} == told

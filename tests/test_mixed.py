@@ -147,6 +147,35 @@ def test_the_average_is_met_and_the_same_seed_chooses_the_same(
     assert target - 0.5 < mean <= target
 
 
+def test_the_cheapest_choice_of_all_stays_where_a_front_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knapsack, "MOST", 100)
+    sizes = [1000 + 37**i % 1_999_993 for i in range(1, 41)]
+    options = {f"l{i}": {b: (size * b, 4.0**-b * size) for b in (8, 4, 3, 2, 1)} for i, size in enumerate(sizes)}
+    front = knapsack.front(options)
+    assert len(front.costs) <= 100 and front.choice(front.within(sum(sizes))) == dict.fromkeys(options, 1)
+
+
+def odd_sizes() -> nn.Module:
+    """Layers of 45, 315 and 4480 weights: most of their codes do not fill the last byte."""
+    layers = [nn.Conv2d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(448, 10))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+def test_a_mean_of_bits_is_met_by_every_layer_at_those_bits(bits: int) -> None:
+    torch.manual_seed(0)
+    spec = checkpoint.ModelSpec("test_mixed.py:odd_sizes", 10, 1, factory=odd_sizes)
+    source = data.load("digits", size=8)
+    odd = checkpoint.Checkpoint(spec, source.input, source.class_names, odd_sizes().state_dict())
+    given, target = PtqSettings("none", 8, None, "channel", {}), bit_budget.BitTarget(float(bits), None, "sqnr")
+    losses = bit_budget.measure(odd, given, target, [], CPU, 0)
+    front = bit_budget.front(losses, target)
+    place = front.within(bit_budget.limit(losses, target), bit_budget.unit(target))
+    assert front.losses[place] <= sum(own[bits] for own in losses.weights.values()) * (1 + 1e-9)
+    spent = sum(width * losses.numbers[name][0] for name, width in front.choice(place).items())
+    assert spent <= bits * (45 + 315 + 4480)
+
+
 def test_equal_choices_of_bits_are_rounded_once(made: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     rounded, own = [], post_training.quantize
 

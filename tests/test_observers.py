@@ -112,6 +112,22 @@ def test_entropy_keeps_the_bulk_and_drops_the_tail() -> None:
     assert watched("entropy", torch.rand(4000)).range(8)[1] > 0.97
 
 
+SPIKES = {
+    "zeros and ones": ((torch.rand(4000, generator=torch.Generator().manual_seed(0)) < 0.3).float(), (0, 1)),
+    "behind a ReLU6": ((4 * SPREAD + 6).clamp(0, 6), (0, 6)),
+    "a constant": (torch.full((4000,), 5.0), (0, 5)),
+    "mostly ones": (torch.cat([torch.ones(9000), torch.arange(1000) / 1000]), (0, 1)),
+    "signs": (SPREAD.sign(), (-1, 1)),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", SPIKES)
+def test_entropy_keeps_the_greatest_value_where_many_values_are_it(name: str, bits: int) -> None:
+    values, ends = SPIKES[name]
+    assert watched("entropy", *values.split(999)).range(bits) == ends
+
+
 def test_memory_does_not_grow_with_what_was_seen() -> None:
     watch = observer("mse")()
     sizes = set()

@@ -1,5 +1,6 @@
 """r2 palettize: from a checkpoint to a proved ONNX file, by every method; any file of weights; and what it refuses."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from conftest import R2, StoppedAt
 from r2cli import data
 from r2cli.calibration import deployed
 from r2cli.cli.gates import ended_higher
+from r2cli.data import losses
 from r2cli.deploy import audit, onnx_export, verify
 from r2cli.errors import InputError
 from r2cli.graph import batchnorm, structure
@@ -41,6 +44,24 @@ def _palettized(path: Path, form: PaletteForm, act_bits: int | None, images: boo
     batches = (lambda: data.calibration(source, 256, CPU, 0)) if images else None
     work = compression.PaletteTask(made, settings, batches, CPU, 0)
     return compression.by_kmeans(work, weigh=False, advance=lambda layers: None)[0]
+
+
+# --- what weights matter -------------------------------------------------------------------------------------------
+
+
+def test_a_short_last_batch_weighs_no_more_than_its_images() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+    x, labels = torch.randn(65, 20), torch.randint(0, 10, (65,))
+    learned = losses.of_target(losses.CROSS_ENTROPY, ("logits",))
+
+    def weight(*bounds: int) -> Tensor:
+        batches = [(x[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(bounds)]
+        return compression.sensitivity(net, {"0": net[0]}, batches, learned)["0"]
+
+    whole, last = weight(0, 64, 65), weight(64, 65)
+    assert torch.allclose(whole, weight(0, 64) + last)
+    assert float(last.sum() / whole.sum()) < 0.1
 
 
 # --- tables --------------------------------------------------------------------------------------------------------

@@ -256,6 +256,10 @@ def test_bits_come_down_by_stages() -> None:
     assert [finetune.bits_at(number, 6, 2) for number in range(1, 7)] == [8, 8, 4, 4, 2, 2]
     assert [finetune.bits_at(number, 4, 4) for number in range(1, 5)] == [8, 8, 4, 4]
     assert [finetune.bits_at(number, 3, 8) for number in range(1, 4)] == [8, 8, 8]
+    # The last epoch has the wanted bits, however few there are.
+    assert [finetune.bits_at(number, 3, 2) for number in range(1, 4)] == [8, 4, 2]
+    assert [finetune.bits_at(number, 2, 2) for number in range(1, 3)] == [4, 2]
+    assert finetune.bits_at(1, 1, 2) == 2
 
 
 def test_bin_regularization_draws_weights_to_their_levels() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from r2cli import registry
-from r2cli.qat import dorefa, ewgs, lsq, pact, seq
+from r2cli.qat import dorefa, ewgs, lsq, pact, quantizers, seq
 from r2cli.qat.quantizers import ActivationQuantizer, TwoGrids, WideQuantizer
 from r2cli.quantized import fake_quant
 from r2cli.quantized.grid import Grid
@@ -35,6 +35,45 @@ def learner_of(kind: type[ActivationQuantizer], bits: int, parameter: float) -> 
     learner = kind(bits).double()
     learner.parameter.data.fill_(parameter)
     return learner
+
+
+# --- where all begin ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["images with a dark border", "kernels with a large centre"])
+def test_the_best_range_is_that_of_all_places_of_images_and_kernels(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "images with a dark border":
+        x, zero = torch.zeros(64, 16, 32, 32), 0
+        x[:, :, 4:28, 4:28] = torch.randn(64, 16, 24, 24, generator=generator).relu()
+    else:
+        x, zero = torch.randn(256, 256, 3, 3, generator=generator), 8
+        x[:, :, 1, 1] *= 3
+    before = torch.get_rng_state()
+    found = float(quantizers.best_range(x, 4, zero))
+
+    def error(width: float) -> float:
+        codes = (x / (width / 15)).round().clamp(-zero, 15 - zero)
+        return float((codes * (width / 15) - x).square().sum())
+
+    widest = float(x.amax()) * 15 / (15 - zero)
+    assert error(found) < 1.05 * min(error(widest * share / 64) for share in range(8, 65, 2))
+    assert found == float(quantizers.best_range(x, 4, zero)) and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", [lsq.LsqActivation, pact.PactActivation, dorefa.DorefaActivation, ewgs.EwgsActivation])
+@pytest.mark.parametrize(("mean", "codes"), [(0.5, (0, 1)), (-0.5, (-1, 0)), (9.0, (0, 1))])
+def test_one_bit_has_its_level_on_the_side_of_most_values(
+    kind: type[ActivationQuantizer], mean: float, codes: tuple[int, int]
+) -> None:
+    learner = kind(1)
+    learner.start(torch.randn(2000, generator=torch.Generator().manual_seed(0)) + mean)
+    assert learner.codes == codes
+
+
+def test_a_weight_of_one_value_has_a_range() -> None:
+    w = torch.tensor([[0.7]])
+    assert float(ewgs.EwgsWeight(w, 2)(w).detach()) == pytest.approx(0.7, rel=1e-4)
 
 
 # --- LSQ: equations 1 to 3 -----------------------------------------------------------------------------------------

@@ -126,6 +126,19 @@ def test_a_soft_minmax_sharper_than_float32_can_write_naively() -> None:
     assert bool(torch.isfinite(slope).all())
 
 
+def test_a_soft_minmax_of_a_negative_alpha_is_its_formula_and_does_not_overflow() -> None:
+    w, alpha = 100 * random(6, 9, dtype=torch.float32), torch.tensor([-6.0])
+    value, dw, slope = apply("soft-minmax", w, alpha)
+    own, number = w.double().requires_grad_(), alpha.double().requires_grad_()
+    wanted = range_penalties.soft_minmax_reference(own, number, RegularizerSpec("soft-minmax", 1.0, stable=False))
+    wanted.backward()
+    value = value - float(torch.exp(-alpha.double()))  # which is added per layer
+    assert own.grad is not None
+    close(value, wanted.detach(), rtol=1e-4, atol=1e-4)
+    close(dw, own.grad, rtol=1e-3, atol=1e-4)
+    assert bool(torch.isfinite(slope).all())
+
+
 VECTOR_TABLE = [
     ("linf", None, 2.0, [[0, -1], [0, 0], [-1, 0]], None),
     (
@@ -382,6 +395,26 @@ def test_which_weights_are_regularized() -> None:
         "pointwise.weight",
         "head.weight",
     ]
+
+
+@pytest.mark.parametrize("name", ["linf", "margin", "clip"])
+def test_a_frozen_weight_stays_and_a_shared_one_counts_once(name: str) -> None:
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    third.weight = second.weight
+    model, frozen = nn.Sequential(first, second, third), first.weight
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    regularizer = Regularizer(RegularizerSpec(name, 1.0), model)
+    assert list(regularizer.weights) == ["1.weight"]
+    regularizer.add_gradients()
+    regularizer.step(0.1)
+    regularizer.after_step()
+    assert torch.equal(frozen, before) and frozen.grad is None
+
+
+def test_the_margin_of_a_weight_of_one_value_starts_above_0() -> None:
+    margin = Regularizer(RegularizerSpec("margin", 0.1), nn.Sequential(nn.Linear(1, 1)))
+    assert 0 < float(margin.parameters["0.weight"].detach()) < 1e-6 and bool(torch.isfinite(margin.add_gradients()))
 
 
 def test_transposed_convolutions_are_regularized_in_a_module_and_in_the_graph_that_is_trained() -> None:

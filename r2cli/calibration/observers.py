@@ -29,6 +29,7 @@ NEWEST = 0.1  # the weight of the newest batch in the moving average
 PERCENTILE = 99.99
 # The ranges that entropy tries, as shares of the observed range.
 SHARES = tuple(number / 128 for number in range(1, 129))
+NEARLY = 1e-6  # nats: of divergences that differ by no more, the widest range is taken
 
 
 class Observer(nn.Module):
@@ -101,8 +102,11 @@ class Histogram(Observer):
         self.counts[0, -groups:], self.counts[1, :groups] = merged[0], merged[1]
 
     def middles(self) -> Tensor:
-        """Return the middles of the bins, ascending: float64 (2 * BINS,)."""
-        return (torch.arange(-BINS, BINS, dtype=torch.float64) + 0.5) * self.step
+        """Return the middles of the bins, ascending, none of them outside the observed values: float64 (2 * BINS,).
+
+        Where many values are the greatest of all, as behind a ReLU6, the middle of their bin would lie above it.
+        """
+        return ((torch.arange(-BINS, BINS, dtype=torch.float64) + 0.5) * self.step).clamp(self.low, self.high)
 
     def within(self, low: float, high: float) -> tuple[float, float]:
         """Cut a range to the observed values, and widen it where it does not contain 0."""
@@ -135,8 +139,6 @@ class LeastError(Histogram):
     def range(self, bits: int) -> tuple[float, float]:
         filled = self.counts.flatten().nonzero().squeeze(1)
         values, number = self.middles()[filled], self.counts.flatten()[filled].double()
-        # The middle of an outermost bin may lie outside the observed values.
-        values = values.clamp(self.low, self.high)
         low, high = grid_search.asymmetric_range(grid_search.spread(values[None], number[None]), bits)
         return float(low), float(high)
 
@@ -152,7 +154,8 @@ class Entropy(Histogram):
             return self.low, self.high
         middles, (low, high) = self.middles(), self.within(self.low, self.high)
         divergences = [divergence(counts, middles, share * low, share * high, bits) for share in SHARES]
-        share = SHARES[divergences.index(min(divergences))]
+        least = min(divergences) + NEARLY
+        share = max(share for share, found in zip(SHARES, divergences, strict=True) if found <= least)
         return share * low, share * high
 
 
@@ -160,15 +163,16 @@ def divergence(counts: Tensor, middles: Tensor, low: float, high: float, bits: i
     """Return the KL divergence in nats between a histogram and what a grid of 2**bits levels over [low, high] keeps.
 
     `counts` and `middles` are float64 (bins,). As in TensorRT's method, the values outside the range are added to its
-    outermost bins, and the grid spreads the values of a level evenly over those of its bins that are not empty.
+    outermost bins, and the grid spreads the values of a level evenly over those of its bins that are not empty. It is
+    infinite where most values lie outside: what such a range keeps says nothing of them.
     """
     scale, zero = grid_search.to_grid(torch.tensor(low), torch.tensor(high), 2**bits - 1)
     inside = (middles >= low) & (middles <= high)
     clipped = counts * inside
     reference = clipped.clone()
-    kept = inside.nonzero().squeeze(1)
-    if not len(kept):
+    if clipped.sum() < counts.sum() / 2:
         return math.inf
+    kept = inside.nonzero().squeeze(1)
     reference[kept[0]] += counts[: kept[0]].sum()
     reference[kept[-1]] += counts[kept[-1] + 1 :].sum()
     level = (torch.round(middles / float(scale)) + float(zero)).clamp(0, 2**bits - 1).long()

@@ -45,7 +45,9 @@ def cross_entropy(outputs: Outputs, target: Any, smoothing: float = 0.0) -> Tens
         counted = (labels >= 0) & ((labels != IGNORED) | (logits.shape[1] > IGNORED))
         require_labels(logits, labels.where(counted, 0))
         labels = labels.long().where(counted, LEFT_OUT)
-    elif not isinstance(labels, Tensor) or labels.device.type == "cpu":  # a GPU would have to wait
+        total = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        return total / counted.sum().clamp_min(1)  # a batch may have no label that counts
+    if not isinstance(labels, Tensor) or labels.device.type == "cpu":  # a GPU would have to wait
         labels = require_labels(logits, labels)
     return F.cross_entropy(logits, labels.long(), label_smoothing=smoothing)
 

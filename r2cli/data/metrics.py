@@ -242,22 +242,32 @@ class Psnr:
 
 
 class Determination:
-    """R2: 1 - squared error / variance of the target, averaged over the numbers of a sample."""
+    """R2: 1 - squared error / variance of the target, averaged over the numbers of a sample.
+
+    As scikit-learn has it, a number that is always the same gives 0, and 1 where it is always met.
+    """
 
     def __init__(self) -> None:
-        self.sums: Tensor | None = None  # (4, numbers): count, y, y^2, (y - f)^2
+        self.count, self.first = 0, torch.zeros(0)
+        self.parts = torch.zeros(0)  # (3, numbers): mean and squared deviations of the target, squared error
 
     def update(self, outputs: Any, target: Any) -> None:
-        found, wanted = (one.reshape(len(one), -1) for one in require_numbers(outputs, target))
-        own = torch.stack(
-            [torch.ones_like(wanted).sum(0), wanted.sum(0), wanted.square().sum(0), (wanted - found).square().sum(0)]
-        ).cpu()
-        self.sums = own if self.sums is None else self.sums + own
+        found, wanted = (one.reshape(len(one), -1).cpu() for one in require_numbers(outputs, target))
+        error, new = (wanted - found).square().sum(0), len(wanted)
+        if not self.count:
+            self.first, self.parts = wanted[0], wanted.new_zeros(3, wanted.shape[1])
+        beyond = wanted - self.first  # of a constant that is exactly 0
+        mean, all_ = beyond.mean(0), self.count + new
+        # Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983: no difference of large numbers.
+        away = mean - self.parts[0]
+        squares = (beyond - mean).square().sum(0) + away.square() * (self.count * new / all_)
+        self.parts = self.parts + torch.stack([away * (new / all_), squares, error])
+        self.count = all_
 
     def compute(self) -> float:
-        assert self.sums is not None
-        count, total, squares, error = self.sums
-        return float((1 - error / (squares - total.square() / count).clamp_min(1e-30)).mean())
+        _, squares, error = self.parts
+        met = (error == 0) + 0 * error  # NaN stays NaN
+        return float(torch.where(squares == 0, met, 1 - error / squares).mean())
 
 
 # --- by name ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """BatchNorm, which in evaluation is y = factor * x + shift: its folding, its sign, and channels that never vary."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, fx, nn
@@ -165,7 +165,7 @@ def lower_quiet_channels(net: fx.GraphModule) -> dict[str, int]:
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Iterable[Given]) -> None:
-    """Set the statistics of every BatchNorm to the plain average over `batches` of images (n, ...); in place.
+    """Set the statistics of every BatchNorm to the average over the values of `batches` of images (n, ...); in place.
 
     Rounded weights give other means and variances than the weights that the statistics were collected with. Everything
     else, such as dropout, runs as in evaluation, and the model is in evaluation mode afterwards.
@@ -173,13 +173,33 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Given]) -> None:
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # in torch this means a plain average over all batches
-        norm.train()
+    hooks = [norm.register_forward_pre_hook(_by_values()) for norm in norms]
     for images in batches:
         model(*places(images))
     # Training goes on with its own momentum.
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
         norm.momentum = momentum
         norm.eval()
+        hook.remove()
+
+
+def _by_values() -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return what a BatchNorm does before each batch, so that every value counts alike, however long the batch is.
+
+    Of a channel's only value, as a last batch of one image has it, there is no variance: that batch is normalized by
+    what was found so far, and is not counted.
+    """
+    seen = 0
+
+    def before(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        nonlocal seen
+        assert isinstance(norm, NORMS)
+        count = given[0].numel() // given[0].shape[1]
+        norm.train(count > 1)
+        if norm.training:
+            if not seen:
+                norm.reset_running_stats()
+            seen += count
+            norm.momentum = count / seen  # the share of this batch in the average
+
+    return before

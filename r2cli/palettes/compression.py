@@ -30,7 +30,7 @@ from r2cli.quantized.decibels import sqnr
 from r2cli.quantized.grid import Grid
 from r2cli.quantized.palette import Palette
 from r2cli.storage.checkpoint import Checkpoint, require_float
-from r2cli.storage.input_spec import places
+from r2cli.storage.input_spec import count, places
 
 SHAPELESS = 0.9  # with this share of its filters at a single value each, a layer has lost what it computes
 
@@ -260,7 +260,8 @@ def sensitivity(
     total = {name: torch.zeros_like(structure.weight_of(module)) for name, module in layers.items()}
     for images, labels in batches:
         model.zero_grad(set_to_none=True)
-        learned(images, model(*places(images)), labels).backward()
+        # The sum and not the mean: else the gradient of a short last batch, mostly noise, would outweigh all others.
+        (learned(images, model(*places(images)), labels) * count(images)).backward()
         for name, module in layers.items():
             weight = structure.weight_of(module)
             if weight.grad is not None:

@@ -23,7 +23,6 @@ from r2cli.ptq import cost_table, knapsack, mixed_precision, output_change, post
 from r2cli.ptq.cost_table import CostTable
 from r2cli.ptq.knapsack import Front
 from r2cli.ptq.post_training import PtqSettings
-from r2cli.quantized.packing import packed_bytes
 from r2cli.storage.checkpoint import Checkpoint
 
 POINTS = 100  # of a front, in a report
@@ -68,14 +67,15 @@ class BitTarget:
 class LayerLosses:
     """What was measured of the layers that get codes, each by its name.
 
-    `weights` is the sensitivity by bits, and `reads` that of what the layer reads. `sizes` are bytes by bits, `numbers`
-    those of a weight and of what the layer reads. `noise` of a weight is a share of its square, by bits.
+    `weights` is the sensitivity by bits, and `reads` that of what the layer reads. `sizes` are bytes by bits; where the
+    budget is of bits, a last byte that is not full is a part of one. `numbers` are those of a weight and of what the
+    layer reads. `noise` of a weight is a share of its square, by bits.
     """
 
     settings: PtqSettings
     forms: Mapping[str, PtqSettings]  # with 0 bits where they are to be chosen
     kinds: Mapping[str, str]
-    sizes: Mapping[str, Mapping[int, int]]
+    sizes: Mapping[str, Mapping[int, float]]
     weights: Mapping[str, Mapping[int, float]]
     reads: Mapping[str, Mapping[int, float]]
     numbers: Mapping[str, tuple[int, int]]
@@ -114,7 +114,7 @@ def measure(
                     bits: output_change.TriedRounding(one.decode().to(device)) for bits, one in coded.items()
                 }
             sizes[name] = {
-                bits: one.payload_bytes() if target.bits is None else packed_bytes(weight.numel(), bits)
+                bits: one.payload_bytes() if target.bits is None else bits * weight.numel() / 8
                 for bits, one in coded.items()
             }
             noise[name] = {bits: mixed_precision.noise(one.decode(), folded) for bits, one in coded.items()}
@@ -252,7 +252,7 @@ def limit(losses: LayerLosses, target: BitTarget) -> float:
     if target.budget is not None:
         return target.budget
     count = sum(weight for weight, _ in losses.numbers.values())
-    return target.size or int((target.bits or 0) * count / 8)
+    return target.size or (target.bits or 0) * count / 8
 
 
 def unit(target: BitTarget) -> str:

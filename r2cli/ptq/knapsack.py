@@ -63,8 +63,9 @@ def front(layers: Mapping[str, Options]) -> Front:
         before = np.minimum.accumulate(np.concatenate([[np.inf], loss[order][:-1]]))
         kept = order[loss[order] < before]
         if len(kept) > MOST:
-            cell = np.floor((cost[kept] - cost[kept[0]]) / (cost[kept[-1]] - cost[kept[0]]) * (MOST - 1))
-            kept = kept[np.append(cell[1:] != cell[:-1], True)]  # the last of a cell loses least
+            cell = np.ceil((cost[kept] - cost[kept[0]]) / (cost[kept[-1]] - cost[kept[0]]) * (MOST - 1))
+            # The last of a cell loses least. The cheapest of all has a cell of its own.
+            kept = kept[np.append(cell[1:] != cell[:-1], True)]
         costs, losses = cost[kept], loss[kept]
         steps.append((kept // len(own), kept % len(own)))
     return Front(costs, losses, {name: list(own) for name, own in layers.items()}, steps)

@@ -74,7 +74,7 @@ class EwgsWeight(quantizers.WeightQuantizer):
     def start(self, w: Tensor) -> None:
         # Three standard deviations to each side are the authors' start. At their learning rate, 1e-5, Adam hardly moves
         # the ends in a short run, so `fitted` begins at the best ones.
-        spread = best_end(w, self.bits) if self.fitted else 3 * w.std().clamp_min(fake_quant.FLOOR)
+        spread = best_end(w, self.bits) if self.fitted else 3 * fake_quant.deviation(w)
         self.low.copy_(-spread)
         self.high.copy_(spread)
         rounded = self.normal(w)
@@ -195,7 +195,7 @@ class EwgsActivation(quantizers.ActivationQuantizer):
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
         super().start(x)
-        spread = 3 * x.std().clamp_min(fake_quant.FLOOR)
+        spread = 3 * fake_quant.deviation(x)
         # The authors' start. A ReLU leaves half of a normal distribution, whose standard deviation is HALF_NORMAL of
         # that of the whole one. Where values are negative too, the range reaches 3 deviations to both sides.
         usual = 2 * spread if self.zero else spread / HALF_NORMAL

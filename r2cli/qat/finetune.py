@@ -146,8 +146,11 @@ def _distance_to(work: QatTask, weight: float) -> Callable[[Given, Any], Tensor]
 
 
 def bits_at(number: int, epochs: int, bits: int) -> int:
-    """Return the bits of epoch `number` (from 1) on the way to `bits`, in stages of equal length."""
-    stages = [*(step for step in STEPS_DOWN if step > bits), bits]
+    """Return the bits of epoch `number` (from 1) on the way to `bits`, in stages of equal length.
+
+    With fewer epochs than stages the first stages are left out, so that the last epoch has the wanted bits.
+    """
+    stages = [*(step for step in STEPS_DOWN if step > bits), bits][-epochs:]
     return stages[(number - 1) * len(stages) // epochs]
 
 

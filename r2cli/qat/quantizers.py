@@ -99,6 +99,8 @@ class ActivationQuantizer(_OnEdge):
         width, levels = max(high, 0.0) - min(low, 0.0), 2**self.bits - 1
         # Negative values get one level at least, and so do positive ones, however few they are.
         self.zero = 0 if low >= 0 else min(max(round(-low / width * levels), 1), max(levels - 1, 1))
+        if self.bits == 1:  # there is one level beside 0: it is on the side where more would be lost
+            self.zero = int(x.clamp_max(0).norm() > x.clamp_min(0).norm())
         if self.symmetric:
             self.zero = 1 << (self.bits - 1)
 
@@ -190,12 +192,17 @@ def best_range(x: Tensor, bits: int, zero: int) -> Tensor:
 
     `zero` is the zero point, and 0 for a range that begins at 0.
     """
-    flat = x.detach().flatten()
-    sample = flat[:: max(1, len(flat) // SAMPLE)]
+    sample = x.detach().flatten()
+    low, high = torch.aminmax(sample)
+    if len(sample) > SAMPLE:
+        # Places by chance: even steps meet the same column of every image, or the same place of every kernel. The
+        # generator is of its own, so that they are the same in every run.
+        places = torch.randint(len(sample), (SAMPLE,), generator=torch.Generator().manual_seed(0))
+        sample = sample[places.to(x.device)]
     levels = 2**bits - 1
     # The width that just holds everything, and shares of it. A search, because the error has several minima.
-    sides = [sample.amax() / (levels - zero)] if levels > zero else []
-    sides += [-sample.amin() / zero] if zero else []
+    sides = [high / (levels - zero)] if levels > zero else []
+    sides += [-low / zero] if zero else []
     widest = (torch.stack(sides).amax() * levels).clamp_min(1e-6)
     widths = widest * torch.arange(1, CANDIDATES + 1, device=x.device) / CANDIDATES
     codes = (-zero, levels - zero)

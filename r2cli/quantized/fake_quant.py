@@ -37,6 +37,11 @@ class SlopeRule:
     factor: Tensor
 
 
+def deviation(x: Tensor) -> Tensor:
+    """Return the standard deviation () of `x` (any shape), and at least `FLOOR`, as for a single value."""
+    return x.std(correction=min(1, x.numel() - 1)).clamp_min(FLOOR)
+
+
 # --- one value at a time -------------------------------------------------------------------------------------------
 
 

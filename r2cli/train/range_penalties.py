@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from r2cli.errors import InputError
+from r2cli.quantized import fake_quant
 
 CHUNK = 65536  # elements: five fp32 temporaries of this size fit a core's L2 cache
 KURE_TARGET = 1.8  # the kurtosis of the uniform distribution
@@ -170,12 +171,14 @@ def soft_minmax(
 ) -> tuple[Tensor, Tensor]:
     """Compute `soft_minmax_reference` with sums in float64.
 
-    Exponents are taken from the greatest and the least weight, so that no exponential overflows.
+    Exponents are taken from the weights where they are greatest, so that no exponential overflows.
     """
     unit = _deviation(w) if spec.stable else torch.ones((), dtype=torch.float64, device=w.device)
     # A filter driven to a constant has no deviation: any exponent then gives uniform weights and a range of zero.
     alpha = parameter / torch.where(unit > 0, unit, 1.0).to(parameter.dtype)
     low, high = torch.aminmax(w)
+    # Where alpha is negative, each softmax picks the other end.
+    low, high = torch.where(alpha < 0, high, low), torch.where(alpha < 0, low, high)
     sums = torch.zeros(2, 3, dtype=torch.float64, device=w.device)  # of 1, u, u^2 under p and q
     for c, _ in _chunks(w, grad):
         for row, (sign, extreme) in enumerate(((1, high), (-1, low))):
@@ -259,7 +262,9 @@ def _require_one(strength: float) -> None:
 
 LINF = RangePenalty(linf_reference, linf)
 MARGIN = RangePenalty(
-    margin_reference, margin, start=lambda columns: MARGIN_START * torch.stack([column.std() for column in columns])
+    margin_reference,
+    margin,
+    start=lambda columns: MARGIN_START * torch.stack([fake_quant.deviation(column) for column in columns]),
 )
 SOFT_MINMAX = RangePenalty(
     soft_minmax_reference,

@@ -139,10 +139,13 @@ def columns(w: Tensor, dim: int) -> list[Tensor]:
 def regularized(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights that range regularization acts on, by name: those of all convolutions and linear layers.
 
-    The first and the last layer are among them, as in the paper.
+    The first and the last layer are among them, as in the paper. A weight that two layers share is there once, and one
+    that is frozen, because it requires no gradient, is not.
     """
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | TransposedConv):
-            found[f"{name}.weight"] = float_weight(module)
+            weight = float_weight(module)
+            if weight.requires_grad and all(weight is not other for other in found.values()):
+                found[f"{name}.weight"] = weight
     return found
