@@ -61,6 +61,9 @@ WRITTEN: dict[str, Function] = {
         x, _channels(x), _channels(x).exp(), use_input_stats=False
     ),
     "batch_norm": lambda x: F.batch_norm(x, _channels(x), _channels(x).exp(), _channels(-x), _channels(x)),
+    "as often as the batch is large": lambda x: (
+        x + torch.linspace(0, 1, 8).view(1, 1, 2, 4).repeat(x.shape[0], 1, 4, 2)
+    ),
     "both": lambda x: x * ((x > -0.1) & (x < 0.1)),
     "one of two": lambda x: x * ((x > 0.1) | (x < -0.1)),
 }

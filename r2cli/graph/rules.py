@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from r2cli.graph.constants import operator_name
 from r2cli.graph.differences import differences
 from r2cli.graph.functions import FUNCTIONS, PAD_WITH, SLICE
+from r2cli.graph.repeats import expand, repeat
 from r2cli.graph.writer import Writer
 
 Arguments = Mapping[str, Any]
@@ -207,15 +208,6 @@ def _keeps_batch(before: Sequence[Any], after: Sequence[Any]) -> bool:
     return not isinstance(after[0], int) and bool(before[0] == after[0])
 
 
-def expand(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    before, after = _shape(_first(a)), _shape(node)
-    if before == after:
-        return writer.value(_first(a))
-    old = (None,) * (len(after) - len(before)) + before
-    sizes = (-1 if one is not None and one == two else writer.number(two) for one, two in zip(old, after, strict=True))
-    return writer.call(Tensor.expand, writer.value(_first(a)), tuple(sizes))
-
-
 def squeeze(writer: Writer, node: fx.Node, a: Arguments) -> Any:
     before = _shape(a["self"])
     given = a.get("dim", tuple(range(len(before))))
@@ -363,6 +355,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "unflatten", "view_as", "reshape_as", "flatten"), reshape),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    "repeat": repeat,
     **dict.fromkeys(("squeeze", "squeeze_"), squeeze),
     **dict.fromkeys(("t", "mT", "adjoint", "numpy_T"), transpose),
     **dict.fromkeys(("movedim", "moveaxis"), moved),
