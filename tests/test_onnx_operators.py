@@ -64,6 +64,18 @@ WRITTEN: dict[str, Function] = {
     "as often as the batch is large": lambda x: (
         x + torch.linspace(0, 1, 8).view(1, 1, 2, 4).repeat(x.shape[0], 1, 4, 2)
     ),
+    "quotients of integers": lambda x: (
+        (4 * x).int() / 7 + (4 * x).int() // 3 + torch.div((4 * x).int(), 3, rounding_mode="trunc")
+    ),
+    "integers and numbers": lambda x: torch.where(
+        (4 * x).int() >= 1.5, 2 - (4 * x).int(), (9 * x).int().clamp(-3, 5) * 0.5
+    ),
+    "functions of integers": lambda x: (4 * x).int().abs().sqrt() + (4 * x).int().relu() + (4 * x).int().sum(1, True),
+    "sums of booleans": lambda x: ((x > 0) + (x < -1)).long() + (x > 0) * 2 + ((x > 0) * (x < 1)).sum(1, True),
+    "comparisons of booleans": lambda x: (
+        torch.eq(x > 0, True).float() + ((x > 0) > (x < 1)) + torch.ne((4 * x).int(), 1)
+    ),
+    "rounded towards zero": lambda x: torch.div(x, 0.3, rounding_mode="trunc"),
     "both": lambda x: x * ((x > -0.1) & (x < 0.1)),
     "one of two": lambda x: x * ((x > 0.1) | (x < -0.1)),
 }
@@ -86,6 +98,12 @@ def test_an_operation_that_few_networks_have_is_written(name: str, tmp_path: Pat
     model.load_state_dict(made.floats)
     (tmp_path / "net.onnx").write_bytes(content)
     torch.testing.assert_close(runtime.runner(tmp_path / "net.onnx")(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_works_on_the_bits_of_numbers_is_refused() -> None:
+    with pytest.raises(R2Error, match="cannot be written as ONNX: it is of the bits of numbers"):
+        onnx_export.to_bytes(_made(lambda: Own(lambda x: torch.bitwise_and((4 * x).int(), (x > 0).int()))))
 
 
 @pytest.mark.parametrize("function", [_bilinear, torch.atan])

@@ -117,7 +117,8 @@ def subtract(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def divide(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    rounding = {"rounding_mode": a["rounding_mode"]} if a.get("rounding_mode") else {}
+    mode = "floor" if operator_name(node.target) == "floor_divide" else a.get("rounding_mode")
+    rounding = {"rounding_mode": mode} if mode else {}
     return writer.call(torch.div, writer.value(a["self"]), writer.value(a["other"]), **rounding)
 
 
@@ -365,7 +366,7 @@ RULES: Mapping[str, Rule] = {
     **{f"{kind}_pad{n}d": padded for kind in ("reflection", "replication") for n in (1, 2, 3)},
     "add": add,
     **dict.fromkeys(("sub", "rsub"), subtract),
-    "div": divide,
+    **dict.fromkeys(("div", "floor_divide"), divide),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), clip),
     "silu": gated(torch.sigmoid),
     "diff": differences,
