@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import numpy_helper
 
 from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple, spread
 
@@ -149,7 +150,7 @@ def attention(
     scale: float | None = None,
     **more: Any,
 ) -> str:
-    """Write softmax(q k^T / sqrt(width) + mask) v."""
+    """Write softmax(q k^T / sqrt(width) + mask) v, and zeros for a query that the mask keeps from every key."""
     if more.get("enable_gqa"):
         raise Unwritable("queries share keys")
     width = query.shape[-1] or 1
@@ -165,7 +166,27 @@ def attention(
         scores = sheet.writer.node("Where", [attn_mask.name, scores, sheet.writer.constant(-np.inf, np.float32)])
     elif attn_mask is not None:
         scores = sheet.node("Add", scores, attn_mask)
-    return sheet.node("MatMul", sheet.node("Softmax", scores, axis=-1), value)
+    shares = sheet.node("Softmax", scores, axis=-1)
+    if attn_mask is not None and not is_causal and not _keeps_some(sheet, attn_mask):
+        shares = sheet.node("Where", _reaching(sheet, attn_mask), shares, _one(sheet, 0.0))
+    return sheet.node("MatMul", shares, value)
+
+
+def _least(mask: Value) -> float:
+    """What a mask has for a key that is not seen: False, or what is added to its score."""
+    return 0.0 if mask.dtype == torch.bool else -np.inf
+
+
+def _keeps_some(sheet: Sheet, mask: Value) -> bool:
+    """Whether a mask is a constant that lets every query see a key."""
+    held = sheet.writer.initializers.get(mask.name)
+    return held is not None and bool((numpy_helper.to_array(held).max(-1) > _least(mask)).all())
+
+
+def _reaching(sheet: Sheet, mask: Value) -> str:
+    """Write which queries see a key: (..., queries, 1) BOOL."""
+    most = sheet.node("ReduceMax", sheet.cast(mask, torch.float32), axes=[-1], keepdims=1)
+    return sheet.node("Greater", most, _one(sheet, _least(mask)))
 
 
 def layer_norm(

@@ -149,7 +149,7 @@ OTHERS: Mapping[Callable[..., Any], str] = {
     getattr: "an input, 'device'",
     operator.getitem: "a tuple, index",
     operator.mul: "sizes that depend on the batch; with floordiv, add, sub and mod",
-    F.scaled_dot_product_attention: "query, key, value, attn_mask=, is_causal=, scale=, enable_gqa=",
+    F.scaled_dot_product_attention: "query, key, value, attn_mask=, is_causal=, scale=",
     recurrent: "kind, x, states or None, weights, layers, bidirectional, batch_first",
     F.interpolate: "x, size= or scale_factor= (tuples), mode=, align_corners=, antialias=",
 }

@@ -172,10 +172,14 @@ def softmax(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def attention(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    given = [writer.value(a[name]) for name in ("query", "key", "value")]
+    """An attention, with keys and values that queries share as often as they are read."""
+    given, heads = [], a["query"].meta["val"].ndim - 3
+    for name in ("query", "key", "value"):
+        value = writer.value(a[name])
+        if a.get("enable_gqa") and (times := _shape(a["query"])[heads] // _shape(a[name])[heads]) > 1:
+            value = writer.part(torch.repeat_interleave, value, times, heads)
+        given.append(value)
     more = {name: writer.value(a[name]) for name in ("attn_mask", "is_causal", "scale")}
-    if a.get("enable_gqa"):
-        more["enable_gqa"] = True
     return writer.call(F.scaled_dot_product_attention, *given, **more)
 
 
