@@ -21,7 +21,7 @@ from r2cli.data import losses, metrics
 from r2cli.data import own as own_data
 from r2cli.data.own_splits import of_sizes
 from r2cli.errors import InputError
-from r2cli.models import onnx, pretrained, text
+from r2cli.models import onnx, pretrained, signature, text
 from r2cli.storage import checkpoint, own_code
 from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec, forms
 from r2cli.storage.keywords import is_own, require_safe
@@ -237,7 +237,7 @@ def of_onnx(path: Path, loaded: datasets.Data) -> checkpoint.Checkpoint:
     network = models.build(spec)
     checkpoint.into(network, tensors)
     taken, _ = models.require_fit(network, spec, taken, decides=loaded.task.decides)
-    names = onnx.program(spec).outputs
+    names = signature.apart(onnx.program(spec).outputs, models.input_names(spec, taken))
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, tensors, origin=str(path), outputs=names)
     options = {"data": datasets.recorded(loaded.name), "onnx": path.name}
     return made.then("import", options, {})
