@@ -130,6 +130,14 @@ def test_a_graph_that_cannot_be_read_is_refused_with_the_line_and_a_way_out() ->
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "recompile"])
+def test_a_part_with_a_name_that_graphs_have_is_to_be_renamed(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(3, 3))
+    with pytest.raises(InputError, match=f"cannot read Sequential: its '{name}' is called as .* give it another name"):
+        trace(model, torch.zeros(2, 3))
+
+
 class ByHand(nn.Module):
     """Shapes that are read on the way, as hand-written networks do."""
 

@@ -715,6 +715,18 @@ def test_a_weight_times_a_number_keeps_its_name_wherever_it_stands(tmp_path: Pat
     assert 0 < made(torch.ones(1, 3, 8, 8)).abs().max() < 1e-3
 
 
+def test_an_output_that_is_the_input_has_a_name_of_its_own_in_the_file_that_is_written(tmp_path: Path) -> None:
+    model = tiny()
+    model.graph.output.append(model.graph.input[0])
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = r2cli.load_data(([(x, None)], [(x, None)]))
+    made = r2cli.quantize(saved(model, tmp_path), data, r2cli.PtqConfig(device="cpu"))
+    r2cli.export(made, tmp_path / "out.onnx")
+    written = onnx.load(tmp_path / "out.onnx")
+    onnx.checker.check_model(written, full_check=True)
+    assert [one.name for one in written.graph.output] == ["y", "x_output"]
+
+
 # --- checkpoints of someone else's -----------------------------------------------------------------------------------
 
 

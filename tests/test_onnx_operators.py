@@ -61,6 +61,28 @@ WRITTEN: dict[str, Function] = {
         x, _channels(x), _channels(x).exp(), use_input_stats=False
     ),
     "batch_norm": lambda x: F.batch_norm(x, _channels(x), _channels(x).exp(), _channels(-x), _channels(x)),
+    "as often as the batch is large": lambda x: (
+        x + torch.linspace(0, 1, 8).view(1, 1, 2, 4).repeat(x.shape[0], 1, 4, 2)
+    ),
+    "quotients of integers": lambda x: (
+        (4 * x).int() / 7 + (4 * x).int() // 3 + torch.div((4 * x).int(), 3, rounding_mode="trunc")
+    ),
+    "integers and numbers": lambda x: torch.where(
+        (4 * x).int() >= 1.5, 2 - (4 * x).int(), (9 * x).int().clamp(-3, 5) * 0.5
+    ),
+    "functions of integers": lambda x: (4 * x).int().abs().sqrt() + (4 * x).int().relu() + (4 * x).int().sum(1, True),
+    "sums of booleans": lambda x: ((x > 0) + (x < -1)).long() + (x > 0) * 2 + ((x > 0) * (x < 1)).sum(1, True),
+    "comparisons of booleans": lambda x: (
+        torch.eq(x > 0, True).float() + ((x > 0) > (x < 1)) + torch.ne((4 * x).int(), 1)
+    ),
+    "rounded towards zero": lambda x: torch.div(x, 0.3, rounding_mode="trunc"),
+    "attention that sees nothing": lambda x: F.scaled_dot_product_attention(
+        x, x, x, x.flip(-1) > x.amax((2, 3), True) - 0.3
+    ),
+    "attention to nothing, by a sum": lambda x: F.scaled_dot_product_attention(
+        x, x, x, torch.zeros_like(x).masked_fill(x < x.amax((2, 3), True) - 0.3, -torch.inf)
+    ),
+    "keys that queries share": lambda x: F.scaled_dot_product_attention(x, x[:, :2], x[:, 2:], enable_gqa=True),
     "both": lambda x: x * ((x > -0.1) & (x < 0.1)),
     "one of two": lambda x: x * ((x > 0.1) | (x < -0.1)),
 }
@@ -83,6 +105,38 @@ def test_an_operation_that_few_networks_have_is_written(name: str, tmp_path: Pat
     model.load_state_dict(made.floats)
     (tmp_path / "net.onnx").write_bytes(content)
     torch.testing.assert_close(runtime.runner(tmp_path / "net.onnx")(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """Attention under a mask that is the network's own."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.conv, self.mask = nn.Conv2d(3, 4, 3, padding=1), nn.Buffer(mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return F.scaled_dot_product_attention(x, x, x, self.mask).flatten(1)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@torch.no_grad()
+def test_a_constant_mask_is_looked_at_where_it_may_keep_a_query_from_all_keys(empty: bool, tmp_path: Path) -> None:
+    mask = torch.ones(8, 8).tril() > 0
+    mask[2] &= not empty
+    made = _made(lambda: Masked(mask))
+    content = onnx_export.to_bytes(made)
+    (tmp_path / "net.onnx").write_bytes(content)
+    assert ("ReduceMax" in {node.op_type for node in onnx.load_from_string(content).graph.node}) is empty
+    model, images = Masked(mask).eval(), torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model.load_state_dict(made.floats)
+    torch.testing.assert_close(runtime.runner(tmp_path / "net.onnx")(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_works_on_the_bits_of_numbers_is_refused() -> None:
+    with pytest.raises(R2Error, match="cannot be written as ONNX: it is of the bits of numbers"):
+        onnx_export.to_bytes(_made(lambda: Own(lambda x: torch.bitwise_and((4 * x).int(), (x > 0).int()))))
 
 
 @pytest.mark.parametrize("function", [_bilinear, torch.atan])

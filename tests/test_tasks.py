@@ -524,6 +524,24 @@ def test_an_id_beyond_the_embedding_is_told() -> None:
         r2cli.quantize(Words(), source)
 
 
+class Empty(nn.Module):
+    """A value of no numbers, and two layers around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(torch.cat([torch.sigmoid(y[:, 2:2]), y], 1))
+
+
+def test_a_value_of_no_numbers_is_named() -> None:
+    source = r2cli.load_data([(normal(16, 4), torch.arange(16) % 2)])
+    with pytest.raises(R2Error, match="the value '.*' has no numbers, as one of its sizes is 0: give other data"):
+        r2cli.quantize(Empty(), source, r2cli.PtqConfig(device="cpu"))
+
+
 def test_data_without_numbers_is_blamed_on_the_data() -> None:
     images = normal(16, 1, 4, 4)
     images[3, 0, 1, 1] = torch.nan

@@ -23,7 +23,7 @@ from r2cli.data.own_splits import of_sizes
 from r2cli.deploy import as_read
 from r2cli.deploy.runtime import UnrunnableError
 from r2cli.errors import InputError
-from r2cli.models import onnx, pretrained, text
+from r2cli.models import onnx, pretrained, signature, text
 from r2cli.storage import checkpoint, finite, own_code
 from r2cli.storage.input_spec import InputSpec, NetworkInput, TensorsSpec, forms
 from r2cli.storage.keywords import is_own, require_safe
@@ -245,7 +245,7 @@ def of_onnx(
     finite.require(tensors, str(path), finite.OTHERS)
     checkpoint.into(network, tensors)
     taken, _ = models.require_fit(network, spec, taken, decides=loaded.task.decides)
-    names = onnx.program(spec).outputs
+    names = signature.apart(onnx.program(spec).outputs, models.input_names(spec, taken))
     try:
         as_read.require_same(path, network, taken, names)
     except UnrunnableError as error:

@@ -4,7 +4,7 @@ All methods that give integer networks use this. The codes of activations are un
 no value is negative.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import fx
@@ -97,20 +97,12 @@ def calibrate(
     """Find the grid of every value that needs one, on all `images` (n, *shape). Returns the grids by node.
 
     The observers stay in `net` until `round_to_grids` replaces them. Raises InputError where there is no image, and
-    R2Error for a value that is not finite.
+    R2Error for a value that is empty, or not finite.
     """
     values = placement.values(net, shape, result=target.codes_of_result)
     bounds = {node.name: heard.ends(net, node) for node in net.graph.nodes if node.name in values}
     observed = deployed.observe(net, values, images, observers.observer(rule))
-    given = {node.name for node in net.graph.nodes if node.op == "placeholder"}
-    for name, observer in observed.items():
-        if not observer.finite and name in given:
-            raise InputError(f"the calibration data holds NaN or infinite values in '{name}': give --data without")
-        if not observer.finite:
-            raise R2Error(
-                f"the network computes NaN or infinity as '{name}' on the calibration images, and no grid holds that: "
-                "train it again with a lower --lr, or write that value another way"
-            )
+    _require_numbers(observed, {node.name for node in net.graph.nodes if node.op == "placeholder"})
     widths = placement.bits_of(net, values, bits, own)
     ranges = {
         name: _within(observer.range(widths[name]), bounds[name], widths[name]) for name, observer in observed.items()
@@ -119,6 +111,22 @@ def calibrate(
         of_sigmoids = {node.name for node in net.graph.nodes if operators.is_a(net, node, (torch.sigmoid,))}
         ranges |= dict.fromkeys(ranges.keys() & of_sigmoids, (0.0, 1 - 2.0**-bits))
     return grids_of(net, ranges, widths, target)
+
+
+def _require_numbers(observed: Mapping[str, observers.Observer], given: Set[str]) -> None:
+    for name, observer in observed.items():
+        if not observer.finite and name in given:
+            raise InputError(f"the calibration data holds NaN or infinite values in '{name}': give --data without")
+        if not observer.finite:
+            raise R2Error(
+                f"the network computes NaN or infinity as '{name}' on the calibration images, and no grid holds that: "
+                "train it again with a lower --lr, or write that value another way"
+            )
+        if observer.low > observer.high:
+            raise R2Error(
+                f"the value '{name}' has no numbers, as one of its sizes is 0: give other data, or take it out of the "
+                "network's code"
+            )
 
 
 def grids_of(

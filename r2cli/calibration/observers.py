@@ -35,7 +35,8 @@ NEARLY = 1e-6  # nats: of divergences that differ by no more, the widest range i
 class Observer(nn.Module):
     """Pass x (of any shape) on unchanged, and keep the least and the greatest value in `low` and `high`.
 
-    `finite` becomes False at the first NaN or infinity; `low` and `high` mean nothing from then on.
+    `finite` becomes False at the first NaN or infinity; `low` and `high` mean nothing from then on. Until a number has
+    come, `low` is above `high`.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,8 @@ class Observer(nn.Module):
         self.low, self.high, self.finite = math.inf, -math.inf, True
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x
         low, high = (float(end) for end in torch.aminmax(x.detach()))
         self.finite = self.finite and math.isfinite(low) and math.isfinite(high)
         if self.finite:

@@ -185,8 +185,8 @@ class _Export:
         return any(self._from_codes(each) for each in node.all_input_nodes if each.op != "placeholder")
 
     def _write(self, node: fx.Node, seen: Any) -> Any:
-        shapes = tuple(each[0] for each in (seen if isinstance(seen, list) else [seen]))
-        sheet = Sheet(self.writer, shapes, self._batch)
+        shapes, dtypes = zip(*(seen if isinstance(seen, list) else [seen]), strict=True)
+        sheet = Sheet(self.writer, shapes, dtypes, self._batch)
         module = self.modules[node]
         if isinstance(module, RecurrentWeight):
             return self.weights.tensor(f"{node.target}.weight", module.weight)

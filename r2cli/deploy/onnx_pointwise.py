@@ -1,49 +1,82 @@
 """Operations on each value alone, and products of two tensors, in ONNX. Parameters are those of torch's functions."""
 
-import functools
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from onnx import numpy_helper
 
-from r2cli.deploy.onnx_sheet import TYPES, Sheet, Unwritable, Value, as_tuple, spread
+from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple, spread
+
+# What a sum or product of booleans is.
+OF_BOOLEANS = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
 
 
 def unary(operation: str) -> Callable[..., Any]:
     def write(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
-        return sheet.node(operation, x)
+        return sheet.node(operation, sheet.cast(x, sheet.dtype))
 
     return write
 
 
 def binary(operation: str) -> Callable[..., Any]:
+    """Write what computes in the type of its result."""
+
     def write(sheet: Sheet, x: Any, other: Any, *, alpha: float = 1, **__: Any) -> str:
-        x, other = _of_one_type(sheet, x, other)
-        return sheet.node(operation, x, other if alpha == 1 else sheet.node("Mul", other, alpha))
+        x, other = _of_type(sheet, sheet.dtype, x, other)
+        own = OF_BOOLEANS.get(operation, operation) if sheet.dtype == torch.bool else operation
+        return sheet.node(own, x, other if alpha == 1 else sheet.node("Mul", other, alpha))
 
     return write
 
 
-def _of_one_type(sheet: Sheet, *values: Any) -> list[Any]:
-    """Values of the type that torch promotes them to: a mask of booleans or integers times floats is a float."""
-    types = [value.dtype for value in values if isinstance(value, Value)]
-    if len(set(types)) < 2:
-        return list(values)
-    wanted = functools.reduce(torch.promote_types, types)
-    return [
-        Value(sheet.node("Cast", each, to=TYPES[wanted]), each.shape, wanted)
-        if isinstance(each, Value) and each.dtype != wanted
-        else each
-        for each in values
-    ]
+def logical(operation: str) -> Callable[..., Any]:
+    """Write what is computed of truths: a number is true where it is not 0."""
+
+    def write(sheet: Sheet, *values: Any) -> str:
+        if sheet.dtype != torch.bool:
+            raise Unwritable("it is of the bits of numbers")
+        return sheet.node(operation, *_of_type(sheet, torch.bool, *values))
+
+    return write
+
+
+def compared(operation: str) -> Callable[..., Any]:
+    """Write a comparison, in the type that torch promotes both to; ONNX orders no booleans."""
+
+    def write(sheet: Sheet, x: Any, other: Any) -> str:
+        wanted = torch.result_type(*(_example(each) for each in (x, other)))
+        kind = torch.int32 if wanted == torch.bool and operation != "Equal" else wanted
+        return sheet.node(operation, *_of_type(sheet, kind, x, other))
+
+    return write
+
+
+def _example(given: Any) -> Any:
+    return torch.empty((1,) * len(given.shape), dtype=given.dtype) if isinstance(given, Value) else given
+
+
+def _of_type(sheet: Sheet, wanted: torch.dtype, *values: Any) -> list[Any]:
+    if None in values:
+        raise Unwritable("it counts the batch")
+    return [sheet.cast(each, wanted) for each in values]
+
+
+def is_nan(sheet: Sheet, x: Value) -> str:
+    return sheet.node("IsNaN", x)
+
+
+def relu(sheet: Sheet, x: Value, *_: Any, **__: Any) -> str:
+    """Write a Relu of floats; runtimes have none of integers."""
+    return sheet.node("Relu", x) if x.dtype.is_floating_point else sheet.node("Max", x, 0)
 
 
 def clamp(sheet: Sheet, x: Value, min: Any = None, max: Any = None) -> str:
     if min == 0 and max is None:
-        return sheet.node("Relu", x)
-    return sheet.node("Clip", x, min, max)
+        return relu(sheet, x)
+    return sheet.node("Clip", *(sheet.cast(each, sheet.dtype) for each in (x, min, max)))
 
 
 def relu6(sheet: Sheet, x: Value) -> str:
@@ -86,21 +119,17 @@ def log_softmax(sheet: Sheet, x: Value, dim: int = -1, *_: Any, **__: Any) -> st
     return sheet.node("LogSoftmax", x, axis=dim)
 
 
-def cast(sheet: Sheet, x: Value, wanted: torch.dtype) -> str:
-    if wanted == x.dtype:
-        return x.name
-    if wanted not in TYPES:
-        raise Unwritable(f"it makes values of {wanted}")
-    return sheet.node("Cast", x, to=TYPES[wanted])
+def cast(sheet: Sheet, x: Value, wanted: torch.dtype) -> Value:
+    given: Value = sheet.cast(x, wanted)
+    return given
 
 
 def where(sheet: Sheet, condition: Value, x: Any, other: Any) -> str:
-    return sheet.writer.node("Where", [condition.name, *sheet.named([x, other])])
+    return sheet.node("Where", condition, *_of_type(sheet, sheet.dtype, x, other))
 
 
 def masked_fill(sheet: Sheet, x: Value, mask: Value, value: Any) -> str:
-    filled, given = sheet.named([value, x])
-    return sheet.writer.node("Where", [mask.name, filled, given])
+    return where(sheet, mask, value, x)
 
 
 # --- products ------------------------------------------------------------------------------------------------------
@@ -121,7 +150,7 @@ def attention(
     scale: float | None = None,
     **more: Any,
 ) -> str:
-    """Write softmax(q k^T / sqrt(width) + mask) v."""
+    """Write softmax(q k^T / sqrt(width) + mask) v, and zeros for a query that the mask keeps from every key."""
     if more.get("enable_gqa"):
         raise Unwritable("queries share keys")
     width = query.shape[-1] or 1
@@ -137,7 +166,27 @@ def attention(
         scores = sheet.writer.node("Where", [attn_mask.name, scores, sheet.writer.constant(-np.inf, np.float32)])
     elif attn_mask is not None:
         scores = sheet.node("Add", scores, attn_mask)
-    return sheet.node("MatMul", sheet.node("Softmax", scores, axis=-1), value)
+    shares = sheet.node("Softmax", scores, axis=-1)
+    if attn_mask is not None and not is_causal and not _keeps_some(sheet, attn_mask):
+        shares = sheet.node("Where", _reaching(sheet, attn_mask), shares, _one(sheet, 0.0))
+    return sheet.node("MatMul", shares, value)
+
+
+def _least(mask: Value) -> float:
+    """What a mask has for a key that is not seen: False, or what is added to its score."""
+    return 0.0 if mask.dtype == torch.bool else -np.inf
+
+
+def _keeps_some(sheet: Sheet, mask: Value) -> bool:
+    """Whether a mask is a constant that lets every query see a key."""
+    held = sheet.writer.initializers.get(mask.name)
+    return held is not None and bool((numpy_helper.to_array(held).max(-1) > _least(mask)).all())
+
+
+def _reaching(sheet: Sheet, mask: Value) -> str:
+    """Write which queries see a key: (..., queries, 1) BOOL."""
+    most = sheet.node("ReduceMax", sheet.cast(mask, torch.float32), axes=[-1], keepdims=1)
+    return sheet.node("Greater", most, _one(sheet, _least(mask)))
 
 
 def layer_norm(
@@ -273,16 +322,21 @@ def mish(sheet: Sheet, x: Value) -> str:
 
 
 def not_equal(sheet: Sheet, x: Any, other: Any) -> str:
-    return sheet.node("Not", sheet.node("Equal", x, other))
+    return sheet.node("Not", compared("Equal")(sheet, x, other))
 
 
 def divide(sheet: Sheet, x: Any, other: Any, rounding_mode: str | None = None) -> str:
+    """Write a quotient. ONNX rounds that of integers towards zero."""
+    x, other = _of_type(sheet, sheet.dtype, x, other)
+    whole = not sheet.dtype.is_floating_point
+    if whole and rounding_mode == "floor":
+        x = sheet.node("Sub", x, sheet.node("Mod", x, other))
     quotient = sheet.node("Div", x, other)
+    if whole or rounding_mode is None:
+        return quotient
     if rounding_mode == "floor":
         return sheet.node("Floor", quotient)
-    if rounding_mode == "trunc":
-        raise Unwritable("it rounds towards zero")
-    return quotient
+    return sheet.node("Mul", sheet.node("Sign", quotient), sheet.node("Floor", sheet.node("Abs", quotient)))
 
 
 def rms_norm(

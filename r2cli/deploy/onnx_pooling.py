@@ -4,8 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from onnx import TensorProto
 
 from r2cli.deploy.onnx_sheet import Sheet, Unwritable, Value, as_tuple, spread
 
@@ -123,7 +121,7 @@ def _uneven_means(sheet: Sheet, x: Value) -> str:
 def reduced(operation: str) -> Callable[..., Any]:
     def write(sheet: Sheet, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> str:
         axes = list(range(len(x.shape))) if dim is None else list(as_tuple(dim))
-        axes = [axis % len(x.shape) for axis in axes]
+        axes, x = [axis % len(x.shape) for axis in axes], sheet.cast(x, sheet.dtype)
         if operation == "ReduceSum":
             return sheet.node(operation, x, sheet.writer.ints(axes), keepdims=int(keepdim))
         return sheet.node(operation, x, axes=axes, keepdims=int(keepdim))
@@ -164,9 +162,7 @@ def place_of(operation: str) -> Callable[..., Any]:
 
 
 def cumsum(sheet: Sheet, x: Value, dim: int) -> str:
-    if x.dtype == torch.bool:  # torch counts those that are true
-        x = Value(sheet.node("Cast", x, to=TensorProto.INT64), x.shape, torch.int64)
-    return sheet.node("CumSum", x, sheet.writer.constant(dim, np.int64, "axis"))
+    return sheet.node("CumSum", sheet.cast(x, sheet.dtype), sheet.writer.constant(dim, np.int64, "axis"))
 
 
 def topk(sheet: Sheet, x: Value, k: int, dim: int = -1, *_: Any, **__: Any) -> list[str]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from onnx import TensorProto
 
@@ -31,15 +30,20 @@ class Value:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a handler writes on: the file, and the shapes (one each, or a list) of the result that it is to give."""
+    """What a handler writes on: the file, and the shapes and types of the results (one, or several) that it gives."""
 
     writer: OnnxWriter
     shapes: tuple[Shape, ...]
+    dtypes: tuple[torch.dtype, ...]
     batch: "Callable[[], str]"  # writes and names the batch's size, (1,) INT64
 
     @property
     def shape(self) -> Shape:
         return self.shapes[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dtypes[0]
 
     def node(self, operation: str, *inputs: Any, **attributes: Any) -> str:
         """Write a node on values, names, or numbers, which become constants of the first value's type."""
@@ -47,8 +51,20 @@ class Sheet:
 
     def named(self, inputs: Sequence[Any]) -> list[str | None]:
         first = next((each for each in inputs if isinstance(each, Value)), None)
-        dtype = np.float32 if first is None or first.dtype == torch.float32 else np.int64
+        dtype = numpy_type(torch.float32 if first is None else first.dtype)
         return [_name(each, self.writer, dtype) for each in inputs]
+
+    def cast(self, given: Any, wanted: torch.dtype) -> Any:
+        """Give a value or a number the type `wanted`, as torch promotes it; what has a name alone stays as it is."""
+        if given is None or isinstance(given, str):
+            return given
+        if not isinstance(given, Value):
+            return self.writer.constant(given, numpy_type(wanted))
+        if given.dtype == wanted:
+            return given
+        if wanted not in TYPES:
+            raise Unwritable(f"it makes values of {wanted}")
+        return Value(self.node("Cast", given, to=TYPES[wanted]), given.shape, wanted)
 
     def sizes(self, shape: Shape) -> str:
         """Name the shape (n,) INT64, computed as the network runs where more than one length follows the batch."""
@@ -73,6 +89,10 @@ def _name(given: Any, writer: OnnxWriter, dtype: Any) -> str | None:
     if isinstance(given, Value):
         return given.name
     return given if given is None or isinstance(given, str) else writer.constant(given, dtype)
+
+
+def numpy_type(dtype: torch.dtype) -> Any:
+    return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def as_tuple(given: Any) -> tuple[Any, ...]:

@@ -216,7 +216,7 @@ TABLE: tuple[Row, ...] = (
         "attention",
         (F.scaled_dot_product_attention,),
         "a softmax between two products of activations, which hold no weights",
-        ("MatMul", "Softmax", "Mul", "Add", "Div", "Concat", "Where"),
+        ("MatMul", "Softmax", "Mul", "Add", "Div", "Concat", "Where", "ReduceMax"),
     ),
     Row(Kind.FLOAT, "softmax", (torch.softmax, torch.log_softmax), NO_KERNEL, ("Softmax", "LogSoftmax")),
     Row(

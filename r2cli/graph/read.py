@@ -47,7 +47,6 @@ def trace(model: nn.Module, example: Given, architecture: Hashable | None = None
     torch.export runs for the first of them, and not for the others. Raises Unreadable naming what cannot be read.
     """
     model.eval()
-    name = type(model).__name__
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     known = None if architecture is None else (architecture, str(device))
     try:
@@ -55,13 +54,7 @@ def trace(model: nn.Module, example: Given, architecture: Hashable | None = None
             _programs[known] if known in _programs else _exported(model, [one.to(device) for one in places(example)])
         )
     except Exception as error:  # torch.export passes on whatever the network raises
-        first = next(iter(str(error).strip().splitlines()), "")
-        if first.startswith("Constraints violated"):
-            raise Unreadable(
-                f"torch.export cannot read {name}: its code makes the batch's size a number",
-                "write x.shape[0] in the place of len(x) or of a number",
-            ) from error
-        raise Unreadable(f"torch.export cannot read {name} ({type(error).__name__}: {first}{_place(error)})") from error
+        raise _refusal(model, error) from error
     if known is not None:
         _programs[known] = _without_weights(program, model)
         _programs.move_to_end(known)
@@ -72,7 +65,24 @@ def trace(model: nn.Module, example: Given, architecture: Hashable | None = None
     except in_place.AliasLost as shared:
         raise Unreadable(str(shared), "write it out of place in the network's code") from shared
     except Unknown as unknown:
-        raise Unreadable(f"r2 cannot read {name}: {unknown}", "write it another way") from unknown
+        raise Unreadable(f"r2 cannot read {type(model).__name__}: {unknown}", "write it another way") from unknown
+
+
+def _refusal(model: nn.Module, error: Exception) -> Unreadable:
+    """What is said of an `error` of torch.export, with the way out of those that are known."""
+    refused = f"torch.export cannot read {type(model).__name__}"
+    first = next(iter(str(error).strip().splitlines()), "")
+    if first.startswith("Constraints violated"):
+        return Unreadable(
+            f"{refused}: its code makes the batch's size a number",
+            "write x.shape[0] in the place of len(x) or of a number",
+        )
+    taken = [name for name, _ in model.named_children() if hasattr(fx.GraphModule({}, fx.Graph()), name)]
+    if taken and "references nonexistent attribute" in first:
+        return Unreadable(
+            f"{refused}: its '{taken[0]}' is called as something that graphs of torch have", "give it another name"
+        )
+    return Unreadable(f"{refused} ({type(error).__name__}: {first}{_place(error)})")
 
 
 def _exported(model: nn.Module, example: Sequence[Tensor]) -> fx.GraphModule:

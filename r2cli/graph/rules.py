@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from r2cli.graph.constants import operator_name
 from r2cli.graph.differences import differences
 from r2cli.graph.functions import FUNCTIONS, PAD_WITH, SLICE
+from r2cli.graph.repeats import expand, repeat
 from r2cli.graph.writer import Writer
 
 Arguments = Mapping[str, Any]
@@ -116,7 +117,8 @@ def subtract(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def divide(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    rounding = {"rounding_mode": a["rounding_mode"]} if a.get("rounding_mode") else {}
+    mode = "floor" if operator_name(node.target) == "floor_divide" else a.get("rounding_mode")
+    rounding = {"rounding_mode": mode} if mode else {}
     return writer.call(torch.div, writer.value(a["self"]), writer.value(a["other"]), **rounding)
 
 
@@ -170,10 +172,14 @@ def softmax(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 
 def attention(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    given = [writer.value(a[name]) for name in ("query", "key", "value")]
+    """An attention, with keys and values that queries share as often as they are read."""
+    given, heads = [], a["query"].meta["val"].ndim - 3
+    for name in ("query", "key", "value"):
+        value = writer.value(a[name])
+        if a.get("enable_gqa") and (times := _shape(a["query"])[heads] // _shape(a[name])[heads]) > 1:
+            value = writer.part(torch.repeat_interleave, value, times, heads)
+        given.append(value)
     more = {name: writer.value(a[name]) for name in ("attn_mask", "is_causal", "scale")}
-    if a.get("enable_gqa"):
-        more["enable_gqa"] = True
     return writer.call(F.scaled_dot_product_attention, *given, **more)
 
 
@@ -205,15 +211,6 @@ def reshape(writer: Writer, node: fx.Node, a: Arguments) -> Any:
 
 def _keeps_batch(before: Sequence[Any], after: Sequence[Any]) -> bool:
     return not isinstance(after[0], int) and bool(before[0] == after[0])
-
-
-def expand(writer: Writer, node: fx.Node, a: Arguments) -> Any:
-    before, after = _shape(_first(a)), _shape(node)
-    if before == after:
-        return writer.value(_first(a))
-    old = (None,) * (len(after) - len(before)) + before
-    sizes = (-1 if one is not None and one == two else writer.number(two) for one, two in zip(old, after, strict=True))
-    return writer.call(Tensor.expand, writer.value(_first(a)), tuple(sizes))
 
 
 def squeeze(writer: Writer, node: fx.Node, a: Arguments) -> Any:
@@ -363,6 +360,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "unflatten", "view_as", "reshape_as", "flatten"), reshape),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    "repeat": repeat,
     **dict.fromkeys(("squeeze", "squeeze_"), squeeze),
     **dict.fromkeys(("t", "mT", "adjoint", "numpy_T"), transpose),
     **dict.fromkeys(("movedim", "moveaxis"), moved),
@@ -372,7 +370,7 @@ RULES: Mapping[str, Rule] = {
     **{f"{kind}_pad{n}d": padded for kind in ("reflection", "replication") for n in (1, 2, 3)},
     "add": add,
     **dict.fromkeys(("sub", "rsub"), subtract),
-    "div": divide,
+    **dict.fromkeys(("div", "floor_divide"), divide),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), clip),
     "silu": gated(torch.sigmoid),
     "diff": differences,
