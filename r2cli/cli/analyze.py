@@ -29,7 +29,7 @@ def analyze(given: AnalyzeFiles, config: AnalyzeConfig, wanted: WeightGates, wri
     _require_outputs(outputs, sources)
     gates.require_free(outputs, overwrite=written.overwrite)
     if wanted.min_sqnr is not None and config.quick:
-        raise InputError("--min-sqnr needs what --quick leaves out: give one of them")
+        raise InputError("--min-sqnr cannot go with --quick: leave one out")
 
     from r2cli.analysis import layer_table, records, views
     from r2cli.analysis.advice import advice
