@@ -8,6 +8,7 @@ import json
 import math
 import os
 import select
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -202,8 +203,9 @@ def tick(name: str, passed: bool | None, detail: str) -> Text:
 TICKS: Mapping[bool | None, tuple[str, str]] = {True: ("✓", "green"), False: ("✗", "red"), None: ("-", "dim")}
 
 
-def next_step(command: str) -> Text:
-    return Text.assemble(("next:", "bold"), f" {command}")
+def next_step(*words: object) -> Text:
+    """The line that says what to run next: its words, quoted for a shell where they need it."""
+    return Text.assemble(("next:", "bold"), f" {shlex.join(map(str, words))}")
 
 
 def report(result: Mapping[str, Any]) -> None:

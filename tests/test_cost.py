@@ -183,7 +183,7 @@ def test_without_vela_cycles_are_refused_with_the_way_out(monkeypatch: pytest.Mo
         (("ptq", "--act-widths", "8,16"), "belong together"),
         (("ptq", "--act-widths", "8,12", "--target-act-bits", 9, "--target-bits", 4), "--act-bits 12"),
         (("ptq", "--pareto", "x.png"), "--target-bits"),
-        (("cost", "--widths", "8,9"), "--widths '9' is none"),
+        (("cost", "--widths", "8,9"), "--widths '9' is not a width"),
         (("cost", "-o", "x.txt"), ".csv"),
         (("cost", "--target", "qnn"), "known are ethos-u, onnxruntime"),
     ],

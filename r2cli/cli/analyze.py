@@ -29,7 +29,7 @@ def analyze(given: AnalyzeFiles, config: AnalyzeConfig, wanted: WeightGates, wri
     _require_outputs(outputs, sources)
     gates.require_free(outputs, overwrite=written.overwrite)
     if wanted.min_sqnr is not None and config.quick:
-        raise InputError("--min-sqnr needs what --quick leaves out: give one of them")
+        raise InputError("--min-sqnr cannot go with --quick: leave one out")
 
     from r2cli.analysis import layer_table, records, views
     from r2cli.analysis.advice import advice
@@ -57,7 +57,7 @@ def analyze(given: AnalyzeFiles, config: AnalyzeConfig, wanted: WeightGates, wri
     }
     ready = next((view.file for view in found if view.is_float_checkpoint), None) if outputs else None
     follow = _next(sources, ready, config.bits, written=bool(outputs))
-    ending: list[console.Line] = [line, *(f"wrote {path}" for path in outputs), console.next_step(follow)]
+    ending: list[console.Line] = [line, *(f"wrote {path}" for path in outputs), console.next_step(*follow)]
     console.tell([*_shown(sheets, config), *ending], as_json=written.json)
     _require(report, sheets, wanted, config.granularity)
     return report
@@ -105,11 +105,11 @@ def _require_outputs(outputs: Sequence[Path], sources: Sequence[Path]) -> None:
             raise InputError(f"--output {path} is a source itself: give another name")
 
 
-def _next(sources: Sequence[Path], checkpoint: Path | None, bits: int, *, written: bool) -> str:
-    """Return the next command: write a page; or after that, quantize a checkpoint or set a bound for another file."""
+def _next(sources: Sequence[Path], checkpoint: Path | None, bits: int, *, written: bool) -> list[str]:
+    """The next command: write a page; or after that, quantize a checkpoint or set a bound for another file."""
     if checkpoint is not None:
-        return f"r2 ptq {checkpoint} --weight-bits {bits}"
-    return f"r2 analyze {' '.join(map(str, sources))} {f'--min-sqnr 15@{bits}' if written else '-o report.html'}"
+        return ["r2", "ptq", str(checkpoint), "--weight-bits", str(bits)]
+    return ["r2", "analyze", *map(str, sources), *(["--min-sqnr", f"15@{bits}"] if written else ["-o", "report.html"])]
 
 
 def _worst(sheets: "Sequence[Analysis]", bits: int) -> "list[AnalyzedLayer]":

@@ -1,5 +1,6 @@
 """`r2 compare`: where a quantized network loses what its float network had."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def compare(given: CompareFiles, config: CompareConfig, written: CompareOutput) 
         *_told(found, config),
         *_mends(found.mends, costs=config.cost is not None),
         *drawn,
-        console.next_step(_next(given, found, history)),
+        console.next_step(*_next(given, found, history)),
     ]
     console.tell(told, as_json=written.json)
     return report
@@ -160,11 +161,12 @@ def _per(mend: "Mend") -> str:
     return f"{mend.won / mend.cost:.3g}" if mend.cost is not None and mend.cost > 0 else "-"
 
 
-def _next(given: CompareFiles, found: "Comparison", history: "Sequence[Mapping[str, Any]]") -> str:
-    """The options of the candidate, and for each layer the choice that stands first; else learn how to round."""
+def _next(given: CompareFiles, found: "Comparison", history: "Sequence[Mapping[str, Any]]") -> list[str]:
+    """The next command: the candidate's options, and for each layer the first choice; else learn how to round."""
     asked = history[-1]["options"] if history and history[-1]["command"] == "ptq" else {}
     own = _again(asked, with_method=bool(found.mends)) if asked else []
-    return " ".join([f"r2 ptq {given.source}", *own, *(mended(found.mends) or ["--method brecq"])])
+    options = [*own, *(mended(found.mends) or ["--method brecq"])]
+    return ["r2", "ptq", str(given.source), *shlex.split(" ".join(options))]
 
 
 def mended(mends: "Sequence[Mend]") -> list[str]:

@@ -35,6 +35,6 @@ def cost(given: Inputs, config: CostConfig, written: CostOutput) -> Report:
     cells.append(("all", *(f"{cost:,.4g}" for cost in total.values())))
     table = console.table(("layer", *map(str, known)), cells)
     budget = f"{min(total.values()) + 0.5 * (max(total.values()) - min(total.values())):.4g}"
-    following = console.next_step(f"r2 ptq {source} --cost {written.output} --budget {budget}")
+    following = console.next_step("r2", "ptq", source, "--cost", written.output, "--budget", budget)
     console.tell([table, f"wrote {written.output}", following], as_json=written.json)
     return {"command": "cost", "output": written.output, "total": {str(width): each for width, each in total.items()}}

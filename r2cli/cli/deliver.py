@@ -111,18 +111,18 @@ def _ending(to: Destination, report: Mapping[str, Any]) -> list[console.Line]:
     coded = "" if entropy is None else f" with tables ({entropy:.2f} Huffman-coded)"
     bits = f"{report['bits_per_weight']:.2f} bits a weight{coded}"
     follow = next_command(to.file, to.output, to.given, is_measured=metric is not None)
-    return [f"{to.file}: {measured}, {report['bytes']:,} bytes, {bits}", console.next_step(follow)]
+    return [f"{to.file}: {measured}, {report['bytes']:,} bytes, {bits}", console.next_step(*follow)]
 
 
-def next_command(file: Path, against: Path | None, given: Inputs, *, is_measured: bool) -> str:
+def next_command(file: Path, against: Path | None, given: Inputs, *, is_measured: bool) -> list[str]:
     """The command to run next: it evaluates on the data; without any it proves the file again `against` its checkpoint,
     or shows the weights of a float file."""
     if is_measured or given.data is not None:
-        return f"r2 evaluate {file}{gates.again(given)}"
+        return ["r2", "evaluate", str(file), *shlex.split(gates.again(given))]
     if against is None:
-        return f"r2 analyze {file}"
+        return ["r2", "analyze", str(file)]
     model = ["--model", given.model] if given.model and own_code.is_code(given.model) else []
-    return shlex.join(["r2", "verify", str(file), "--against", str(against), *model])
+    return ["r2", "verify", str(file), "--against", str(against), *model]
 
 
 def not_measured(report: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ def doctor(config: DoctorConfig, answer: Listed) -> Report:
     told = ["; ".join(filter(None, (each.detail, each.mend))) for each in found]
     lines = [console.tick(each.name, each.fine, text) for each, text in zip(found, told, strict=True)]
     report = {"command": "doctor", "findings": [asdict(each) for each in found]}
-    console.tell([*lines, console.next_step("r2 pretrain --reg margin")], as_json=answer.json)
+    console.tell([*lines, console.next_step("r2", "pretrain", "--reg", "margin")], as_json=answer.json)
     if wrong := [each.name for each in found if each.fine is False]:
         raise CheckFailed(f"r2 will not work here as it should: {', '.join(wrong)}", report)
     return report

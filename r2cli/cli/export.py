@@ -67,7 +67,7 @@ def export(
     measured = deliver.not_measured(report) if metric is None else f"{metric['shown']} in ONNX Runtime"
     summary = f"{output}: {measured}, {report['bytes']:,} bytes, {kind}"
     against = given.source if made.coded else None
-    follow = console.next_step(deliver.next_command(output, against, given, is_measured=metric is not None))
+    follow = console.next_step(*deliver.next_command(output, against, given, is_measured=metric is not None))
     console.tell([*deliver.told(report), summary, follow], as_json=written.json)
     deliver.require(report)
     return report

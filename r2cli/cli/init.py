@@ -1,6 +1,7 @@
 """`r2 init`: a commented recipe for a network of one's own, with the commands that it stands for."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def init(given: Inputs, written: InitOutput) -> Report:
         return report
     write_atomically(output, text.encode())
     told = [f"{output}: {about}", *(f"  {line}" for line in lines)]
-    console.tell([*told, console.next_step(f"r2 run {output}")], as_json=written.json)
+    console.tell([*told, console.next_step("r2", "run", output)], as_json=written.json)
     return report
 
 
@@ -101,7 +102,8 @@ def _recipe(
 ) -> Iterator[str]:
     """The lines of the recipe."""
     yield f"# {about}."
-    yield f"# Run it with `r2 run {output}`: what is done already is not done again. It stands for these commands:"
+    line = shlex.join(["r2", "run", str(output)])
+    yield f"# Run it with `{line}`: what is done already is not done again. It stands for these commands:"
     yield "#"
     yield from (f"#   {line}" for line in lines)
     yield ""

@@ -108,7 +108,7 @@ def _file(
             report, shown = rerun.again(known, PalettesReport, output) | {"checkpoint": output}, [rerun.told(output)]
             gates.judge(report, wanted, size=report["bytes"])
     sizes = f"{report['bytes']:,} bytes of {size:,}, {report['bits_per_weight']:.2f} bits a weight with tables"
-    console.tell([*shown, f"{output}: {sizes}", console.next_step(f"r2 analyze {output}")], as_json=written.json)
+    console.tell([*shown, f"{output}: {sizes}", console.next_step("r2", "analyze", output)], as_json=written.json)
     gates.require(report)
     return report | {"options": options}
 

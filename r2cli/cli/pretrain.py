@@ -1,5 +1,6 @@
 """`r2 pretrain`: train a float network with a range regularizer."""
 
+import shlex
 from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -95,9 +96,9 @@ def _ending(report: Mapping[str, Any], given: NewNetwork, *, is_text: bool) -> l
     worst = f"max|w|/std {report['range_mean']:.2f} mean, {report['range_max']:.2f} worst layer"
     measured = "accuracy not measured" if report["metric"] is None else report["metric"]["shown"]
     summary = f"{output}: {measured}, {worst}, {report['parameters']:,} parameters"
-    more = " --act-bits none" if is_text else ""
-    more += "" if given.data == "digits" else gates.again(given)
-    more += f" --model {given.model}" if own_code.is_code(given.model) else ""
-    follow = console.next_step(f"r2 ptq {output} --weight-bits 4{more}")
+    more = ["--act-bits", "none"] if is_text else []
+    more += [] if given.data == "digits" else shlex.split(gates.again(given))
+    more += ["--model", given.model] if own_code.is_code(given.model) else []
+    follow = console.next_step("r2", "ptq", output, "--weight-bits", 4, *more)
     higher = gates.ended_higher([epoch["loss"] for epoch in report["epochs"]], mend="--lr")
     return [summary, *higher, *gates.unreadable(report["unreadable"]), follow]

@@ -1,6 +1,5 @@
 """`r2 verify`: the proof of an ONNX file, r2's or anybody's."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ def verify(
     summary = f"{file}: {report['ticks']} checks, {report['bytes']:,} bytes; on {told}"
     is_data = source is not None and source.name != datasets.NOISE
     words = ["--data", given.data] if is_data and given.data else []
-    follow = console.next_step(shlex.join(["r2", "evaluate" if is_data else "analyze", str(file), *words]))
+    follow = console.next_step("r2", "evaluate" if is_data else "analyze", file, *words)
     console.tell([*deliver.told(report), summary, follow], as_json=answer.json)
     if not proof.passed:
         failed = [f"{each.name} ({each.detail})" for each in proof.checks if not each.passed]

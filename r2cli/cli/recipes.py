@@ -56,7 +56,7 @@ def cp(
     gates.require_free([target], overwrite=overwrite)
     write_atomically(target, path.read_bytes())
     report = {"command": "recipe cp", "name": name, "path": path, "output": target}
-    console.tell([f"{target} is {name}", console.next_step(f"r2 run {target}")], as_json=json)
+    console.tell([f"{target} is {name}", console.next_step("r2", "run", target)], as_json=json)
     return report
 
 

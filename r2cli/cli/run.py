@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +61,10 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
         started.append(number)
         if config.jobs == 1:
             return worker.InThisProcess(invoke, arguments)
-        return worker.InOwnProcess(arguments, worker.threads_each(config.jobs), folder / "logs" / f"{number}.log")
+        return worker.InOwnProcess(arguments, worker.threads_each(config.jobs), worker.log_of(folder, number))
 
-    with _interruptible(config.jobs), atomic.locked(folder / "results.json", way_out="another --work-dir"):
+    stopped = f"{folder} keeps what is done: the same line{', without --overwrite,' * written.overwrite} goes on"
+    with _interruptible(config.jobs, stopped), atomic.locked(folder / "results.json", way_out="another --work-dir"):
         if config.smoke:
             trial.provide(todo, folder)
         done = worker.execute(
@@ -133,15 +134,21 @@ def _write(tables: "Sequence[results.Table]", metrics: Sequence[Sequence[str]], 
 
 
 @contextmanager
-def _interruptible(jobs: int) -> Iterator[None]:
-    """Let a request to end (SIGTERM) stop the block as Ctrl-C does, and either stop the steps' own processes first."""
+def _interruptible(jobs: int, words: str) -> Iterator[None]:
+    """Let a request to end (SIGTERM) stop the block as Ctrl-C does, and either stop the steps' own processes first.
+
+    Then `words` are told.
+    """
     pressed = signal.getsignal(signal.SIGINT)
     if pressed == signal.SIG_IGN:  # as in the background of a script: Ctrl-C is for others, a request to end is not
         pressed = signal.default_int_handler
     before = signal.signal(signal.SIGTERM, pressed)
     try:
-        with interrupt.raised() if jobs > 1 else nullcontext():
+        with interrupt.raised() if jobs > 1 else interrupt.telling(lambda: words):
             yield
+    except KeyboardInterrupt:
+        console.note(words)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

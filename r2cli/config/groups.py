@@ -57,8 +57,8 @@ class Preparation(Config):
     workers: int = option(2, "Number of processes that decode large images.", least=0)
     classes: Path | None = option(
         None,
-        "A text file with the names of the network's classes, one a line in the order of its logits: folders are "
-        "numbered so, and some may be missing.",
+        "A text file with the names of the network's classes, one a line in the order of its logits: folders get "
+        "numbers by this order; some may be missing.",
         panel=FOREIGN,
     )
     data_arg: Sequence[str] = option(
@@ -72,7 +72,7 @@ class Preparation(Config):
     metric_arg: Sequence[str] = option(
         (), "NAME=VALUE: a keyword of --metric; repeatable.", panel=FOREIGN, given=list[str] | None
     )
-    metric_lower: bool = option(False, "Less of your own --metric is better.", "--metric-lower", panel=FOREIGN)
+    metric_lower: bool = option(False, "Lower values of your --metric are better.", "--metric-lower", panel=FOREIGN)
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,10 @@ class Inputs(Preparation):
 
     source: Path | None = option(None, "The checkpoint to read. (default: model.safetensors)", is_argument=True)
     data: str | None = option(None, f"{DATA} (default: that of the checkpoint)")
-    calibration_data: str | None = option(
-        None, "Data that calibrates, named as --data is, where it is not what trains. (default: --data)"
-    )
+    calibration_data: str | None = option(None, "Data for calibration, if not --data; same form. (default: --data)")
     input_shape: Sequence[str] = option(
         (),
-        "NAME=1x80x100: an input of the network without its batch, where no data tells it; repeatable.",
+        "NAME=1x80x100: the shape of an input, without the batch, if there is no data; repeatable.",
         panel=FOREIGN,
         given=list[str] | None,
     )
@@ -128,16 +126,16 @@ class Evaluation(MeasuredImages):
 class AccuracyGate(Config):
     """A bound on how good the network is."""
 
-    min_accuracy: float | None = option(None, "The least top-1, in percent.", panel=GATES)
+    min_accuracy: float | None = option(None, "The lowest top-1 allowed, in percent.", panel=GATES)
     min_metric: float | None = option(
-        None, "The least value of --metric; the greatest, where less is better.", panel=GATES
+        None, "The lowest value of --metric allowed; the highest, where lower is better.", panel=GATES
     )
     baseline: Path | None = option(
         None, "The manifest of a model that was made before, NAME.manifest.json, to compare with.", panel=GATES
     )
     max_regression: float | None = option(
         None,
-        "The greatest loss against --baseline by --metric, in its points or unit. (default: 0)",
+        "The largest drop of --metric from --baseline, in its points or unit. (default: 0)",
         panel=GATES,
         least=0,
     )
@@ -147,13 +145,13 @@ class AccuracyGate(Config):
 class FileGates(AccuracyGate):
     """Bounds on a written file."""
 
-    max_bytes: int | None = option(None, "The greatest size of the written file, in bytes.", panel=GATES)
+    max_bytes: int | None = option(None, "The largest size of the written file, in bytes.", panel=GATES)
 
 
 def max_latency() -> Any:
     return option(
         None,
-        "The most time that the file may take, as a share of its float network's: 0.8, for example.",
+        "The longest time, as a share of the float network's: 0.8, for example.",
         panel=GATES,
         least=0,
     )
@@ -171,10 +169,10 @@ class CompressionGates(ExportGates):
     """Bounds on a compressed network."""
 
     max_drop: float | None = option(
-        None, "The greatest loss against the float checkpoint by --metric, in its points or dB.", panel=GATES
+        None, "The largest drop of --metric from the float checkpoint, in its points or dB.", panel=GATES
     )
     min_sqnr: float | None = option(
-        None, "The least signal to noise of every output against the float network's, in dB.", panel=GATES
+        None, "The lowest signal to noise allowed of every output against the float network's, in dB.", panel=GATES
     )
 
 
@@ -184,7 +182,7 @@ class FileForm(Config):
 
     batch: str | None = option(
         None,
-        "Images that the ONNX file takes at once: a number, or dynamic. (default: that of the target)",
+        "Batch size of the ONNX file: a number, or dynamic. (default: that of the target)",
         check=targets.batch,
         panel=OUTPUT,
     )
@@ -208,7 +206,7 @@ class ExportForm(FileForm):
 
     target: str | None = option(
         None,
-        "Where the file is to run: see `r2 targets`. (default: where the checkpoint was made for)",
+        "Where the file is to run: see `r2 targets`. (default: the checkpoint's target)",
         check=targets.get,
         panel=OUTPUT,
     )
@@ -226,7 +224,7 @@ class Listed(Config):
         check=values.reports,
         given=list[str] | None,
     )
-    quiet: bool = option(False, "Only the result and errors, no progress.", "--quiet", "-q", panel=OUTPUT)
+    quiet: bool = option(False, "No progress; the table and the checks stay.", "--quiet", "-q", panel=OUTPUT)
     verbose: bool = option(False, "The time before each line of progress.", "--verbose", "-v", panel=OUTPUT)
     color: str = option(
         "auto",
@@ -295,9 +293,7 @@ def for_target(name: str) -> str:
 
 
 def resume() -> Any:
-    return option(
-        False, "Start, go on where a stopped run left off, or say that the same run is finished.", panel=OUTPUT
-    )
+    return option(False, "Continue a stopped run; start if there is none.", panel=OUTPUT)
 
 
 def optimizer() -> Any:

@@ -127,7 +127,7 @@ class CompareConfig(Config):
         check=values.one_of("--sort", "cost", "own", "arriving", "depth"),
     )
     limit: int = option(12, "Number of layers in the table; 0: all.", least=0)
-    mend: int = option(3, "For how many of the worst layers other choices are measured.", least=0)
+    mend: int = option(3, "How many of the worst layers get other choices measured.", least=0)
     cost: Path | None = option(
         None, "FILE.csv of what each layer costs at each width, as `r2 cost` writes: choices are sorted by dB per cost."
     )
@@ -177,8 +177,8 @@ class VerifyConfig(Config):
 
     runtime: Sequence[str] = option(
         (),
-        "Where it must run beside ONNX Runtime's plain kernels: onnxruntime, openvino, tflite; repeatable. (default: "
-        "the first two, where they are installed)",
+        "Runtimes that must run it too, beside plain ONNX Runtime: onnxruntime, openvino, tflite; repeatable. "
+        "(default: the first two, where they are installed)",
         given=list[str] | None,
     )
     shape: Sequence[str] = option(
@@ -272,9 +272,7 @@ class RecipeConfig(Config):
     )
     smoke: bool = option(False, "Try the recipe in a minute: 64 digits, one epoch, one combination.")
     work_dir: Path | None = option(None, "Where the steps' files go. (default: runs/RECIPE)", panel=OUTPUT)
-    resume: bool = option(
-        False, "Check what was done before: other options, or a file that was changed, are an error.", panel=OUTPUT
-    )
+    resume: bool = option(False, "Skip finished steps; fail if options or files have changed.", panel=OUTPUT)
 
 
 @dataclass(frozen=True)

@@ -95,4 +95,5 @@ def all_of(keep: Mapping[str, int | str]) -> list[LayerForm]:
 
 def shown(keep: Mapping[str, int | str]) -> list[str]:
     """What `--keep` says of layers, as options of a command line."""
-    return [f"--keep '{pattern}={word}'" for pattern, word in keep.items()]
+    texts = (f"{pattern}={word}" for pattern, word in keep.items())
+    return ["--keep '" + text.replace("'", "'\"'\"'") + "'" for text in texts]

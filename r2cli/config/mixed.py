@@ -35,7 +35,7 @@ class MixedPrecision(Config):
     )
     act_widths: str | None = option(
         None,
-        "Bits that what a layer reads may have, as 4,8,16; with --target-act-bits.",
+        "Bits allowed for what a layer reads: 4,8,16, for example; with --target-act-bits.",
         check=values.act_widths,
         panel=PANEL,
     )
@@ -44,12 +44,12 @@ class MixedPrecision(Config):
     )
     minimize: str | None = option(
         None,
-        "bytes, or cost (of --cost): the least of it that loses at most --max-drop, found by trials.",
+        "bytes or cost (of --cost): find the smallest that keeps --max-drop, by trials.",
         check=values.one_of("--minimize", "bytes", "cost"),
         panel=PANEL,
     )
     pareto: Path | None = option(
-        None, "FILE.png: draw what is lost over what is spent, of all choices that no other beats.", panel=OUTPUT
+        None, "FILE.png: plot the loss against size or cost, for the best choices.", panel=OUTPUT
     )
 
     @property
@@ -71,7 +71,7 @@ def require_mixed(given: Any) -> None:
     if len(found) > 1:
         raise InputError(f"{' and '.join(found)} exclude each other: give one of them")
     if given.cost is not None and given.budget is None and given.minimize != "cost":
-        raise InputError(f"--cost {given.cost} needs to know how much: give --budget, or --minimize cost")
+        raise InputError(f"--cost {given.cost} needs a limit: give --budget, or --minimize cost")
     if given.cost is None and (given.budget is not None or given.minimize == "cost"):
         raise InputError(f"{found[0]} is a sum of costs: give --cost FILE.csv, which `r2 cost` writes")
     if (given.act_widths is None) != (given.target_act_bits is None):

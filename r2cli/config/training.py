@@ -33,7 +33,7 @@ class PretrainConfig(Config):
         panel=REGULARIZATION,
         check=values.one_of("--reg-form", "stable", "paper"),
     )
-    reg_dim: int = option(1, "Length of the vectors of a later palette.", panel=REGULARIZATION, least=1, most=8)
+    reg_dim: int = option(1, "The --dim of a later palette.", panel=REGULARIZATION, least=1, most=8)
     reg_lr: float | None = option(
         None,
         "Learning rate of margin's M and soft-minmax's alpha; with adamw, also of the penalty's steps on weights. "
@@ -55,9 +55,14 @@ class PretrainConfig(Config):
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", least=0, most=1)
     loss: str | None = groups.loss("what goes with --metric, else cross-entropy")
     label_smoothing: float = option(0.0, "Label smoothing, 0 to 1.", least=0, most=1)
-    clip_grad: float | None = option(None, "The greatest norm of the gradient of all weights together.", least=0)
+    clip_grad: float | None = option(
+        None, "The greatest norm of the gradient of all weights together. (default: no limit)", least=0
+    )
     ema: float | None = option(
-        None, "Keep a running average of the weights with this decay, for example 0.999.", least=0, most=1
+        None,
+        "Keep a running average of the weights with this decay, for example 0.999. (default: none)",
+        least=0,
+        most=1,
     )
     precision: str = option(
         "auto",
@@ -136,18 +141,21 @@ class QatConfig(Config):
         0.0, "lsq: strength with which the second half draws weights to their levels.", least=0, panel=EXTRAS
     )
     dampen: float = option(
-        0.0, "lsq: strength, at the end, with which weights between two levels are dampened.", least=0, panel=EXTRAS
+        0.0,
+        "lsq: how strongly weights between two levels are pulled to the nearer one; rises from 0 to this.",
+        least=0,
+        panel=EXTRAS,
     )
     freeze: float = option(
         0.0,
-        "lsq: hold weights that turn back in more than this share of steps, at the end; 0.01 is the paper's. 0: none.",
+        "lsq: freeze weights that turn back in more than this share of steps, towards the end; paper: 0.01. 0: none.",
         least=0,
         most=1,
         panel=EXTRAS,
     )
     delta: float | str = option(
         "0.001",
-        "ewgs: how much gradients are scaled: a number, or hessian, from whose trace it is found in every epoch.",
+        "ewgs: how much gradients are scaled: a number, or hessian: found from its trace in each epoch.",
         panel=EXTRAS,
         check=values.delta,
         means=values.delta,

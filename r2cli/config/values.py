@@ -120,7 +120,9 @@ def widths(given: str) -> tuple[str, ...]:
         try:
             layer_form.of(text)
         except InputError as error:
-            raise InputError(f"--widths '{text}' is none: give 8, W4A8, W8A16 or float, between commas") from error
+            raise InputError(
+                f"--widths '{text}' is not a width: give 8, W4A8, W8A16 or float, between commas"
+            ) from error
     return found
 
 

@@ -157,7 +157,8 @@ def _load(name: str, request: Request) -> Data:
     if kind not in KINDS or (where and kind not in {*WHERE, "digits"}):
         raise unknown("data set", name, [WHERE.get(known, known) for known in KINDS])
     if kind in WHERE and not where:
-        raise InputError(f"{kind} says too little: give --data {WHERE[kind]}")
+        needed = {"DIR": "a folder", "CxHxW:CLASSES": "a shape"}.get(WHERE[kind].partition(":")[2], "a file")
+        raise InputError(f"{kind} needs {needed}: give --data {WHERE[kind]}")
     for side in size if isinstance(size, tuple) else () if size is None else (size,):
         if not 4 <= side <= 1024:
             raise InputError(f"--size {side} is out of range: give 4 to 1024 pixels")

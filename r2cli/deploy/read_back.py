@@ -36,9 +36,7 @@ def opened(path: Path) -> onnx.ModelProto:
     file = operator_form.plain(runtime.read(path))
     found = next((node for node in file.graph.node if node.op_type == "DynamicQuantizeLinear"), None)
     if found is not None:
-        raise InputError(
-            f"{path} finds the grid of '{found.input[0]}' anew for every input: give a file with fixed grids"
-        )
+        raise InputError(f"{path} quantizes '{found.input[0]}' dynamically: give a file with fixed grids")
     held = [part for _, name, _, _ in weight_roles.of(file) for part in weight_roles.codes(file, name)]
     if all(each.data_type in weight_roles.FLOATS for each in held):
         raise InputError(f"{path} is a float network: give a quantized one, `r2 ptq {path}` makes it")

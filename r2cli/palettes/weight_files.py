@@ -45,7 +45,9 @@ def find(source: Path) -> tuple[list[Stored], list[Stored]]:
     others: list[Stored] = []
     for each in stored:
         if each.dtype is None:
-            raise InputError(f"{each.file}: tensor '{each.name}' is of the type {each.kind}, which torch has not")
+            raise InputError(
+                f"{each.file}: tensor '{each.name}' has the type {each.kind}, which torch lacks: save it as float32"
+            )
         (weights if each.dtype.is_floating_point and len(each.shape) >= 2 and each.size else others).append(each)
     if not weights:
         raise InputError(f"{source} has no floating tensor of two dimensions or more to palettize")

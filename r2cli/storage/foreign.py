@@ -20,6 +20,8 @@ from r2cli.storage import finite, pth
 from r2cli.storage.checkpoint import load_tensors
 
 SHOWN = 12  # a message lists at most this many names of each kind
+STEM = "conv1.weight"  # of torchvision's residual networks, whose kernel --stem chooses
+STEMS: Mapping[tuple[int, ...], str] = {(7, 7): "imagenet", (3, 3): "small"}
 
 
 def fitted(state: Mapping[str, Tensor], file: str, model: nn.Module, what: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -82,11 +84,20 @@ def matched(
         _listed("of another shape", differ),
     ]
     if any(problems):
-        raise InputError(
-            f"{file} does not hold the weights of {what}, and nothing was loaded: {'; '.join(filter(None, problems))}"
-        )
+        found = "; ".join(filter(None, problems))
+        if [name for name in expected if name not in given or given[name].shape != expected[name].shape] == [STEM]:
+            found += _stem(given.get(STEM), expected[STEM], what)
+        raise InputError(f"{file} does not hold the weights of {what}, and nothing was loaded: {found}")
     others = [name for name in state if not name.startswith(prefix)]
     return {name: given[name].to(tensor.dtype) for name, tensor in expected.items()}, others
+
+
+def _stem(given: Tensor | None, expected: Tensor, what: str) -> str:
+    """The way out where a network by its plain name, so one of torchvision, has another --stem than the weights."""
+    if given is None or given.shape[:2] != expected.shape[:2] or not what.isidentifier():
+        return ""
+    stem = STEMS.get(tuple(given.shape[2:]))
+    return f" (give --stem {stem})" if stem and tuple(expected.shape[2:]) in STEMS else ""
 
 
 def _missing_counts(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:

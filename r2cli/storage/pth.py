@@ -92,6 +92,8 @@ def load(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[st
                 f"{path} holds Python objects beside tensors, and loading them would run code from the file: "
                 f"{SAVE_ALONE}"
             ) from error
+        if is_saved_by_torch(path) and not zipfile.is_zipfile(path):
+            raise InputError(f"{path} is cut off or damaged: copy or write it again") from error
         line = " ".join(message.split())[:200] or "it is empty"
         raise InputError(f"{path} is not a readable PyTorch file ({line}): copy or write it again") from error
     state = _state(content, DEEPEST)

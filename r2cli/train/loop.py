@@ -94,7 +94,7 @@ def precision(name: str, where: torch.device) -> str:
     """Return the precision `name`; 'auto' is bfloat16 on a GPU that has it. Raises InputError for one that has not."""
     able = where.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == BFLOAT16 and not able:
-        raise InputError(f"--precision bfloat16 is not to be had on {torch.cuda.get_device_name(where)}: use float32")
+        raise InputError(f"{torch.cuda.get_device_name(where)} has no bfloat16: give --precision float32")
     if name == "auto":
         return BFLOAT16 if where.type == "cuda" and able else FLOAT32
     return name

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from r2cli import data, models, registry
@@ -85,6 +86,8 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
     """Return the run that `config` asks for. `recorded` is what the checkpoint's history says of network and data."""
     source, regularizer = data.learning(source, config.loss), None
     if source.task.loss.distils:
+        if config.loss is None and _has_number_targets(source):
+            raise InputError(f"{source.name} has number targets: give --metric mse, or --loss mse")
         raise InputError(
             "r2 pretrain has no float network to learn from: give data with targets, and --loss or --metric"
         )
@@ -122,6 +125,12 @@ def ready(spec: ModelSpec, source: Data, config: PretrainConfig, *, recorded: Ma
     options = {"data": recorded["data"], "model": spec.described(), "reg": reg, **settings.__dict__}
     options |= {name: value for name, value in recorded.items() if name != "data"} | data.recorded_loss(source)
     return PretrainRun(spec, source, config, settings, regularizer, options)
+
+
+def _has_number_targets(source: Data) -> bool:
+    """Whether the first target is a tensor of numbers, which are no labels."""
+    target = next((target for _, target in source.train.batches(1, torch.device("cpu"))), None)
+    return isinstance(target, Tensor) and target.is_floating_point()
 
 
 def network_of(run: PretrainRun, own: nn.Module | None = None) -> nn.Module:

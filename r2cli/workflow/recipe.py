@@ -200,7 +200,7 @@ def require_complete(recipe: Recipe, table: Mapping[str, Any]) -> None:
         schema.read(TableEntry, table)
     except Malformed as error:
         raise InputError(
-            f"{recipe.path}: a [[table]] wants run, rows, metrics, as a shipped recipe: {error}"
+            f'{recipe.path}: a [[table]] wants run, rows and metrics = {{ top1 = "metric.value" }}: {error}'
         ) from error
     for name in _variables(table):
         if not isinstance(name, str) or (recipe.matrix and name not in recipe.matrix):

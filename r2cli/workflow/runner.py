@@ -114,6 +114,11 @@ class InOwnProcess:
         self.process.wait()
 
 
+def log_of(folder: Path, number: int) -> Path:
+    """The log of the step with that number, from 1, where steps run in their own processes."""
+    return folder / "logs" / f"{number}.log"
+
+
 def threads_each(jobs: int) -> int:
     """Return the number of threads for each of `jobs` processes: together they use what this process may use."""
     usable = usable_cores()
@@ -154,7 +159,8 @@ def execute(
                 waiting.remove(number)
                 report = None if overwrite else record.report(todo[number])
                 if report is None:
-                    tell(f"[{number + 1}/{len(todo)}] {shell(todo[number], folder)}")
+                    said = f"  # log: {log_of(folder, number + 1)}" if jobs > 1 else ""
+                    tell(f"[{number + 1}/{len(todo)}] {shell(todo[number], folder)}{said}")
                     running[number] = start(number + 1, record.begin(todo[number], overwrite=overwrite))
                 else:
                     reports[number] = report
