@@ -143,6 +143,7 @@ class Masked(nn.Module):
         super().__init__()
         self.layer = nn.Linear(8, 8)
         self.register_buffer("held", torch.arange(8) % 3 > 0)
+        self.held: Tensor
         self.mask: Tensor
         self.register_buffer("mask", torch.full((8, 8), float("-inf")).triu(1))
 
