@@ -63,8 +63,8 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
             return worker.InThisProcess(invoke, arguments)
         return worker.InOwnProcess(arguments, worker.threads_each(config.jobs), worker.log_of(folder, number))
 
-    stopped = f"{folder} keeps what is done: the same line{', without --overwrite,' * written.overwrite} goes on"
-    with _interruptible(config.jobs, stopped), atomic.locked(folder / "results.json", way_out="another --work-dir"):
+    lock = atomic.locked(folder / "results.json", way_out="another --work-dir")
+    with _interruptible(config.jobs, _goes_on(folder, written)), lock:
         if config.smoke:
             trial.provide(todo, folder)
         done = worker.execute(
@@ -80,12 +80,21 @@ def run(context: typer.Context, config: RecipeConfig, written: Written) -> Repor
         "results": done,
         "finished_before": not started,
     }
-    same = "with the same options, and their files are as they were written" if config.resume else "before"
-    before = [] if started else [f"all {len(done)} steps were done {same}"]
     told = f"{folder} has the files, {first} the tables, with .csv, .json and .png beside it"
-    console.tell([*before, *_shown(tables), told], as_json=written.json)
+    console.tell([*([] if started else [_done(len(done), config)]), *_shown(tables), told], as_json=written.json)
     _require_passed(report)
     return report
+
+
+def _goes_on(folder: Path, written: Written) -> str:
+    """What is said of a run that is stopped."""
+    return f"{folder} keeps what is done: the same line{', without --overwrite,' * written.overwrite} goes on"
+
+
+def _done(count: int, config: RecipeConfig) -> str:
+    """What is said where no step had to run."""
+    same = "with the same options, and their files are as they were written" if config.resume else "before"
+    return f"all {count} steps were done {same}"
 
 
 def _require_passed(report: Report) -> None:
