@@ -435,7 +435,7 @@ def test_the_command_tells_what_the_function_finds(tmp_path: Path, r2: R2) -> No
     shown = r2(*line, "--limit", 3, "--sort", "depth").out
     assert shown.splitlines()[1].startswith("x ") and "more: --limit 0 shows all" in shown and "next: r2 ptq" in shown
     # What is measured is one change of this candidate.
-    assert "--method dfq --weight-range mse --asymmetric --keep 'stem=2' --keep" in shown
+    assert "--method dfq --weight-range mse --asymmetric --keep stem=2 --keep" in shown
     alone = r2cli.quantize(plain, None, r2cli.PtqConfig(weight_bits=2, act_bits="none")).checkpoint
     checkpoint.save(alone, tmp_path / "alone.safetensors")
     assert "--act-bits none" in r2("compare", reference, tmp_path / "alone.safetensors", "--data", "digits:64").out

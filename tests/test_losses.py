@@ -164,4 +164,4 @@ def data():
     assert ran.code == 0 and report["options"]["loss"] == "own.py:square", ran.err
     assert report["trained_top1"] is None and report["trained_value"] > 0.8
     ran = r2("pretrain", "--model", "own.py:net", "--data", "own.py:data", "-o", "x.safetensors")
-    assert ran.code == 2 and "give data with targets, and --loss or --metric" in ran.err
+    assert ran.code == 2 and "has number targets: give --metric mse, or --loss mse" in ran.err

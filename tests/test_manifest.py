@@ -226,7 +226,7 @@ def digits() -> datasets.Data:
         ),
         (["ptq", "model.safetensors", "--max-drop", "nan"], "--max-drop nan is impossible: give a number"),
         (["ptq", "model.safetensors", "--eval-images", "41", "--baseline", RECORD], "and this is 41 samples of digits"),
-        (["palettize", "weights.safetensors", "--baseline", RECORD], "weights.safetensors has no network to measure"),
+        (["palettize", "weights.safetensors", "--baseline", RECORD], "weights.safetensors has weights alone"),
     ],
 )
 def test_a_baseline_that_has_nothing_to_compare_with_is_refused(line: list[str], told: str, here: Path, r2: R2) -> None:
