@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import r2cli
 from conftest import R2
 from r2cli import models
+from r2cli.api import inputs
 from r2cli.data import Data
 from r2cli.errors import InputError
 from r2cli.graph.equivalence import Misread
@@ -457,6 +458,21 @@ def test_a_file_that_is_read_as_another_function_is_refused(tmp_path: Path, monk
     monkeypatch.setitem(OPERATORS, "Relu", replace(OPERATORS["Relu"], compute=lambda a, x: torch.relu(x + 0.01)))
     with pytest.raises(Misread, match="reads the output 'y' as another function"):
         r2cli.quantize(path, noise())
+
+
+def test_a_file_of_half_floats_is_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = between(helper.make_node("Relu", ["a"], ["q"]), tmp_path / "half.onnx")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, path)
+    told: list[str] = []
+    assert inputs.of_onnx(path, noise(), tell=told.append).floats and not told
+    monkeypatch.setitem(OPERATORS, "Relu", replace(OPERATORS["Relu"], compute=lambda a, x: torch.abs(x)))
+    with pytest.raises(Misread):
+        inputs.of_onnx(path, noise())
 
 
 def test_a_file_with_weights_that_are_no_numbers_is_refused(tmp_path: Path) -> None:

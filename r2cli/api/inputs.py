@@ -247,7 +247,7 @@ def of_onnx(
     taken, _ = models.require_fit(network, spec, taken, decides=loaded.task.decides)
     names = signature.apart(onnx.program(spec).outputs, models.input_names(spec, taken))
     try:
-        as_read.require_same(path, network, taken, names)
+        as_read.require_same(path, network, taken, onnx.program(spec))
     except UnrunnableError as error:
         tell(f"whether {path} is read as it is meant is not checked: {error}")
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, tensors, origin=str(path), outputs=names)
