@@ -475,6 +475,25 @@ def test_a_file_of_half_floats_is_compared_too(tmp_path: Path, monkeypatch: pyte
         inputs.of_onnx(path, noise())
 
 
+def test_inputs_in_another_order_than_the_file_s_are_compared_by_name(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["a", "w"], ["p"]),
+        helper.make_node("MatMul", ["b", "v"], ["q"]),
+        helper.make_node("Add", ["p", "q"], ["y"]),
+    ]
+    taken = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 6]) for name in "ab"]
+    given = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])]
+    held = [numpy_helper.from_array(floats(6, 3) * factor, name) for name, factor in (("w", F(1)), ("v", F(9)))]
+    model = helper.make_model(
+        helper.make_graph(nodes, "two", taken, given, held), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    onnx.save(model, tmp_path / "two.onnx")
+    batch = ({"b": torch.randn(4, 6), "a": torch.randn(4, 6)}, None)
+    told: list[str] = []
+    made = inputs.of_onnx(tmp_path / "two.onnx", r2cli.load_data(([batch], [batch])), tell=told.append)
+    assert not told and len(made.floats) == 2
+
+
 def test_a_file_with_weights_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
     path = between(helper.make_node("Relu", ["a"], ["q"]), tmp_path / "nan.onnx", fill=float("nan"))
     with pytest.raises(InputError, match=r"nan.onnx: tensor 'w?.?b(ias)?' has 4 NaN or infinite values of 4"):
