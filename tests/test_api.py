@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -162,6 +163,14 @@ def test_values_that_are_named_as_a_method_of_a_module(tmp_path: Path) -> None:
     assert r2cli.verify(tmp_path / "out.onnx", found.checkpoint, data).passed
     with pytest.raises(InputError, match="data of your own"):
         r2cli.verify(tmp_path / "out.onnx", found)
+
+
+def test_values_keep_the_names_of_their_layers() -> None:
+    """Checkpoints know grids by them. No module has 'steps' for itself, though networks of .onnx files do."""
+    network = nn.Sequential(OrderedDict(first=nn.Linear(7, 4), steps=nn.ReLU(), last=nn.Linear(4, 3)))
+    x = torch.randn(64, 7)
+    found = r2cli.quantize(network, r2cli.load_data(([(x[:32], None)], [(x[32:], None)])))
+    assert "steps" in found.checkpoint.activations
 
 
 def test_weights_that_a_hook_computes_are_those_of_the_network() -> None:

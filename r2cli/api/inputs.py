@@ -245,9 +245,10 @@ def of_onnx(
     finite.require(tensors, str(path), finite.OTHERS)
     checkpoint.into(network, tensors)
     taken, _ = models.require_fit(network, spec, taken, decides=loaded.task.decides)
-    names = signature.apart(onnx.program(spec).outputs, models.input_names(spec, taken))
+    program = onnx.program(spec)
+    names = signature.apart(program.outputs, models.input_names(spec, taken))
     try:
-        as_read.require_same(path, network, taken, onnx.program(spec))
+        as_read.require_same(path, network, taken, program)
     except UnrunnableError as error:
         tell(f"whether {path} is read as it is meant is not checked: {error}")
     made = checkpoint.Checkpoint(spec, taken, loaded.class_names, tensors, origin=str(path), outputs=names)

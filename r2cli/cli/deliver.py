@@ -1,6 +1,5 @@
 """What every command that makes an ONNX file does in the end: write it, prove it, and report it."""
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,7 +117,7 @@ def next_command(file: Path, against: Path | None, given: Inputs, *, is_measured
     """The command to run next: it evaluates on the data; without any it proves the file again `against` its checkpoint,
     or shows the weights of a float file."""
     if is_measured or given.data is not None:
-        return ["r2", "evaluate", str(file), *shlex.split(gates.again(given))]
+        return ["r2", "evaluate", str(file), *gates.again(given)]
     if against is None:
         return ["r2", "analyze", str(file)]
     model = ["--model", given.model] if given.model and own_code.is_code(given.model) else []

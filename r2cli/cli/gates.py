@@ -1,6 +1,5 @@
 """The checks of every command: of its files before it starts, and of its result when it is done."""
 
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -182,15 +181,15 @@ def _of_metric(report: Mapping[str, Any], baseline: Baseline | None) -> dict[str
     }
 
 
-def again(given: Preparation) -> str:
-    """What the next command must be told again: data and metric with their keywords, as options."""
+def again(given: Preparation) -> list[str]:
+    """What the next command must be told again: data and metric with their keywords, as the words of options."""
     words: list[str] = []
     for name in ("data", "metric"):
         if value := getattr(given, name, None):
             words += [f"--{name}", value]
             words += [word for own in getattr(given, f"{name}_arg") for word in (f"--{name}-arg", own)]
     words += ["--metric-lower"] if given.metric_lower else []
-    return "".join(f" {shlex.quote(word)}" for word in words)
+    return words
 
 
 def unreadable(files: Sequence[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """`r2 pretrain`: train a float network with a range regularizer."""
 
-import shlex
 from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -97,7 +96,7 @@ def _ending(report: Mapping[str, Any], given: NewNetwork, *, is_text: bool) -> l
     measured = "accuracy not measured" if report["metric"] is None else report["metric"]["shown"]
     summary = f"{output}: {measured}, {worst}, {report['parameters']:,} parameters"
     more = ["--act-bits", "none"] if is_text else []
-    more += [] if given.data == "digits" else shlex.split(gates.again(given))
+    more += [] if given.data == "digits" else gates.again(given)
     more += ["--model", given.model] if own_code.is_code(given.model) else []
     follow = console.next_step("r2", "ptq", output, "--weight-bits", 4, *more)
     higher = gates.ended_higher([epoch["loss"] for epoch in report["epochs"]], mend="--lr")

@@ -16,8 +16,9 @@ from torch.fx.node import map_aggregate
 
 from r2cli.graph import constants
 from r2cli.graph.constants import Constant, operator_name
-from r2cli.models.onnx_names import RESERVED
 from r2cli.models.onnx_network import holder
+
+METHODS = frozenset(dir(nn.Module()))  # names that a module has for itself: no part of it may have one
 
 # Sizes that depend on the batch are made of these.
 ARITHMETIC: Mapping[str, Callable[..., Any]] = {
@@ -66,7 +67,7 @@ class Writer:
 
     def create(self, op: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> fx.Node:
         name = name.replace(".", "_")
-        name = f"{name}_" if name in RESERVED else name
+        name = f"{name}_" if name in METHODS else name
         count = self._count[name]
         self._count[name] += 1
         node = self.graph.create_node(op, target, tuple(args), dict(kwargs), f"{name}_{count}" if count else name)
@@ -129,9 +130,9 @@ class Writer:
         """A node that reads a constant as it is."""
         if constant not in self._names:
             name, count = constant.name, 1
-            if not constant.own and name.rpartition(".")[2] in RESERVED:
+            if not constant.own and name.rpartition(".")[2] in METHODS:
                 name = f"{name}_"
-            while name in self.tensors or (not constant.own and name in self._taken | self._nodes):
+            while name in self.tensors or (not constant.own and (name in self._taken or name in self._nodes)):
                 name, count = f"{constant.name}_{count}", count + 1
             self._names[constant] = name
             self.tensors[name] = self.parameter(constant) if constant.trained else constant.value
